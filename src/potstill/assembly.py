@@ -1,0 +1,176 @@
+"""From the names of a recipe to the objects they stand for: the one place that knows every teacher, corpus and student.
+
+Ordered by price: files are verified before a library opens them, the corpus is read before a model is loaded. Nothing is
+written here, so whatever is refused leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.corpus import readers, rows, vocab
+from potstill.errors import UserError
+from potstill.losses.objective import Objective
+from potstill.models.causal_lm import CausalLM
+from potstill.models.files import check_model_files
+from potstill.models.load import choose_device, local_copy, vocab_size_of
+from potstill.recipe import Recipe
+from potstill.registry import entries
+from potstill.students.student import Student, from_checkpoint, from_config
+from potstill.students.surgery import cut, layers_to_keep
+from potstill.teachers.fixture import FixtureTeacher, TableTeacher
+from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.types import Divergence, Teacher, Vocab
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Everyone who plays in a run."""
+
+    recipe: Recipe
+    device: torch.device
+    corpus: rows.Corpus
+    tokenizer: Any | None
+    teacher: Teacher
+    student: Student
+    origin: dict[str, Any]
+    """Where the student's weights came from."""
+
+
+def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | Path | None = None) -> Cast:
+    """Make what the recipe names. `saved_student` takes the place of the recipe's student."""
+    device = choose_device(recipe.train.device)
+    chosen = "" if recipe.train.device != "auto" else " (auto: CUDA where there is a device, else the CPU)"
+    note(f"device: {device}{chosen}")
+    for source in _checkpoints(recipe, saved_student):
+        check_model_files(local_copy(source))
+
+    corpus, tokenizer = make_corpus(recipe)
+    counts = corpus.manifest
+    note(
+        f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; {len(corpus.train)} rows to train on and"
+        f" {len(corpus.heldout)} held out, of {recipe.corpus.tokens_per_row} tokens"
+    )
+    teacher = make_teacher(recipe, device)
+    note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}")
+    if tokenizer is not None and teacher.vocab.tokens is not None:
+        vocab.require_same(teacher.vocab, vocab.vocab_of(tokenizer, teacher.vocab_size), called(recipe.teacher), "corpus")
+
+    torch.manual_seed(recipe.train.seed)
+    model, origin = make_student(recipe, teacher, device, saved_student)
+    for difference in compare_vocabularies(recipe, teacher, model, origin):
+        note(f"warning: {difference}")
+    precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
+    student = Student(model, make_objective(recipe, precision), precision)
+    note(f"student: {origin['name']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    return Cast(recipe, device, corpus, tokenizer, teacher, student, origin)
+
+
+def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
+    """Rows, and the tokenizer that read them: `corpus.tokenizer`, else the teacher's, else the student's."""
+    asked = recipe.corpus
+    size = _teacher_vocab_size(recipe)
+    sources = [asked.tokenizer] if asked.tokenizer else [s for s in _checkpoints(recipe) if vocab.has_tokenizer(local_copy(s))]
+    tokenizer = vocab.load_tokenizer(local_copy(sources[0])) if sources else None
+    if tokenizer is None and asked.name != "tokens":
+        raise UserError(
+            f"corpus.tokenizer: neither teacher {called(recipe.teacher)} nor the student brings a tokenizer to read"
+            f" {asked.path} with. Name a folder, hub id or GGUF file that has one."
+        )
+    vocabulary = Vocab(size=size) if tokenizer is None else vocab.vocab_of(tokenizer, size)
+    documents = read_documents(asked, tokenizer, vocabulary)
+    return rows.build(documents, tokens_per_row=asked.tokens_per_row, heldout_rows=asked.heldout_rows, vocab=vocabulary), tokenizer
+
+
+def make_teacher(recipe: Recipe, device: torch.device) -> Teacher:
+    asked = recipe.teacher
+    match asked.name:
+        case "torch":
+            return TorchTeacher.for_inference(asked.model, device=device, dtype=asked.dtype)
+        case "table":
+            return TableTeacher.load(Path(asked.path))
+        case _:
+            return FixtureTeacher(asked.vocab_size)
+
+
+def make_student(
+    recipe: Recipe, teacher: Teacher, device: torch.device, saved: str | Path | None = None
+) -> tuple[CausalLM, dict[str, Any]]:
+    """The model and where its weights came from."""
+    asked = recipe.student
+    if saved is not None:
+        return from_checkpoint(saved, device), {"name": "checkpoint", "model": str(saved)}
+    if asked.name == "checkpoint":
+        return from_checkpoint(asked.model, device), {"name": "checkpoint", "model": asked.model}
+    if asked.name == "config":
+        return from_config(asked.model, device), {"name": "config", "model": asked.model, "seed": recipe.train.seed}
+    if not isinstance(teacher, TorchTeacher):
+        raise UserError(f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}.")
+    total = teacher.model.hf.config.get_text_config().num_hidden_layers
+    keep = asked.keep if asked.keep is not None else layers_to_keep(total, asked.layers, asked.rule)
+    return cut(teacher.model, keep), {"name": "cut", "from": recipe.teacher.model, "layers_kept": list(keep), "of": total}
+
+
+def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objective:
+    asked = recipe.objective
+    options = {k: v for k, v in dataclasses.asdict(asked.divergence).items() if k != "name"}
+    divergence: Divergence = partial(entries("divergence")[asked.divergence.name], **options)
+    return Objective(divergence, asked.kd_weight, asked.ce_weight, asked.temperature, asked.chunk, matmul_dtype)
+
+
+def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
+    path = Path(asked.path)
+    match asked.name:
+        case "text":
+            return readers.text(path, tokenizer, asked.include, asked.exclude)
+        case "jsonl":
+            return readers.jsonl(path, tokenizer, asked.field)
+        case "chat":
+            return readers.chat(path, tokenizer, asked.field)
+        case "parquet":
+            return readers.parquet(path, tokenizer, asked.column)
+        case "hf":
+            return readers.hf(path, tokenizer, asked.split, asked.column)
+        case _:
+            end = vocabulary.eos_id if asked.document_end is None else asked.document_end
+            return readers.tokens(path, asked.dtype, vocabulary.size, end, asked.tokens_per_row)
+
+
+def compare_vocabularies(recipe: Recipe, teacher: Teacher, model: CausalLM, origin: dict[str, Any]) -> list[str]:
+    """Refuse a student that means other tokens than the teacher; return the differences that are only worth a warning."""
+    folder = Path(origin["model"]) if origin["name"] == "checkpoint" else None
+    own = Vocab(size=model.vocab_size)
+    if folder is not None and vocab.has_tokenizer(local_copy(folder)):
+        own = vocab.vocab_of(vocab.load_tokenizer(local_copy(folder)), model.vocab_size)
+    vocab.require_same(teacher.vocab, own, called(recipe.teacher), model.name)
+    return vocab.special_differences(teacher.vocab, own) if own.tokens is not None else []
+
+
+def called(teacher: Any) -> str:
+    """What a person would call the teacher: its folder or file, or its kind."""
+    return Path(teacher.model).name if teacher.name == "torch" else str(teacher.name)
+
+
+def _checkpoints(recipe: Recipe, saved_student: str | Path | None = None) -> list[str | Path]:
+    """Checkpoints that the recipe names, the teacher's first."""
+    teacher = [recipe.teacher.model] if recipe.teacher.name == "torch" else []
+    student = [recipe.student.model] if recipe.student.name == "checkpoint" else []
+    return [*teacher, *([saved_student] if saved_student is not None else student)]
+
+
+def _teacher_vocab_size(recipe: Recipe) -> int:
+    asked = recipe.teacher
+    match asked.name:
+        case "torch":
+            return vocab_size_of(local_copy(asked.model))
+        case "table":
+            return TableTeacher.load(Path(asked.path)).vocab_size
+        case _:
+            return int(asked.vocab_size)

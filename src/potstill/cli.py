@@ -1,0 +1,125 @@
+"""The roof: the verbs. Torch is imported only inside a verb that needs it, so that --help and a typo answer at once.
+
+Exit codes: 0 done; 2 the user's mistake, one line each on stderr; 130 interrupted; anything else is a bug and shows its traceback.
+Results go to stdout, progress to stderr, so that `--json` may be piped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from potstill import __version__
+from potstill.display import Display
+from potstill.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    display = Display()
+    try:
+        options.verb(options, display)
+    except UserError as error:
+        display.error(error.mistakes)
+        return 2
+    except KeyboardInterrupt:
+        display.error(("interrupted.",))
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="potstill", description="Distil a teacher into a student, and prove it.")
+    parser.add_argument("--version", action="version", version=f"potstill {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(verb=run)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+        return sub
+
+    demo = verb("demo", _demo, "distil the 135M demo teacher on the Python standard library")
+    dist = verb("distill", _distill, "run a recipe, from corpus to receipt")
+    dist.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see `potstill schema`")
+    for sub in (demo, dist):
+        sub.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+        sub.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
+
+    held = verb("eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model")
+    held.add_argument("target", metavar="RUN|MODEL", help="run directory, or a model with --recipe")
+    held.add_argument("--recipe", type=Path, help="whose held-out rows and teacher; default the run's own")
+
+    show = verb("show", _show, "what a run was: receipt, and first, best and last of each metric")
+    show.add_argument("run", type=Path, metavar="RUN")
+
+    verb("schema", _schema, "the JSON schema of a recipe, for editors")
+    return parser
+
+
+def _demo(options: argparse.Namespace, display: Display) -> None:
+    _run_recipe(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
+
+
+def _distill(options: argparse.Namespace, display: Display) -> None:
+    _run_recipe(options.recipe, options, display)
+
+
+def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> None:
+    from potstill.recipe import load
+
+    load(recipe, options.overrides)  # a typo is told before torch is imported
+    from potstill.line import distill
+
+    run = distill(recipe, overrides=options.overrides, out=options.out, display=display)
+    if options.json:
+        display.result(json.dumps({"run": str(run.path), **run.receipt()}, indent=2))
+
+
+def _eval(options: argparse.Namespace, display: Display) -> None:
+    from potstill.recipe import load
+    from potstill.runs.rundir import RunDir
+
+    target = Path(options.target)
+    if options.recipe is None:
+        run = RunDir.open(target)
+        recipe, model = load(run.resolved), str(run.student)
+    else:
+        recipe, model = load(options.recipe), options.target
+    from potstill.line import evaluate
+
+    metrics = evaluate(recipe, model, display)
+    if options.json:
+        display.result(json.dumps(metrics, indent=2))
+    else:
+        display.table(f"held-out evaluation of {model}", ["metric", "value"], [[k, f"{v:.6f}"] for k, v in metrics.items()])
+
+
+def _show(options: argparse.Namespace, display: Display) -> None:
+    from potstill.runs.rundir import RunDir, summary
+
+    run = RunDir.open(options.run)
+    found = summary(run)
+    if options.json:
+        display.result(json.dumps({"status": run.status(), "receipt": run.receipt(), "metrics": found}, indent=2))
+        return
+    display.result(f"{run.path}: {run.status().get('state', 'unknown')} {run.status().get('why', '')}".rstrip())
+    for key, value in run.receipt().items():
+        display.result(f"  {key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
+    rows = [[name, *(f"{of[when]:.6g}" for when in ("first", "best", "last"))] for name, of in found.items()]
+    display.table("metrics", ["metric", "first", "best", "last"], rows)
+
+
+def _schema(options: argparse.Namespace, display: Display) -> None:
+    from potstill.recipe import json_schema
+
+    display.result(json.dumps(json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Documents packed into rows, split into training and held-out, served in an order that is a function of the seed.
+
+A row is `tokens_per_row` neighbours of one long stream of documents. What a position's label is, and whether it has one, is
+decided here once: the label of token i is token i+1 of the same document, if it may be predicted; nothing downstream shifts or
+masks. Positions restart at 0 with each document and each row, which is how attention is kept inside a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from potstill.corpus.readers import Document, Reading, require_ids
+from potstill.errors import UserError
+from potstill.types import Batch, Vocab
+
+
+SPREAD = 8  # held-out rows are drawn from up to so many times their tokens, or a twentieth of the corpus
+
+
+class PackedRows:
+    """Rows with random access.
+
+    Args:
+        ids: uint32, the stream of all documents.
+        starts: int64, where in the stream each document begins.
+        bears: bool, whether a token may be predicted from the one before it; False where a document begins.
+    """
+
+    def __init__(
+        self, ids: NDArray[np.uint32], starts: NDArray[np.int64], bears: NDArray[np.bool_], tokens_per_row: int
+    ) -> None:
+        self.ids, self.starts, self.bears, self.tokens_per_row = ids, starts, bears, tokens_per_row
+        T = tokens_per_row
+        padded = np.zeros(-(-len(ids) // T) * T + 1, dtype=np.int64)
+        padded[: len(bears)] = bears
+        self.supervised_per_row = padded[1:].reshape(-1, T).sum(1)
+        self.kept = np.flatnonzero(self.supervised_per_row)
+        """Rows that teach something, as numbers in the stream; row r of this object is stream row kept[r]."""
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def supervised(self) -> int:
+        """Positions with a label, over all rows."""
+        return int(self.supervised_per_row[self.kept].sum())
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows, on the CPU. The last row of a stream may be padded; its padding is a document without labels."""
+        B, T = len(rows), self.tokens_per_row
+        ids_BT = np.zeros((B, T), dtype=np.int64)
+        positions_BT = np.zeros((B, T), dtype=np.int64)
+        labels_BT = np.full((B, T), -1, dtype=np.int64)
+        for b, row in enumerate(rows):
+            first = int(self.kept[row]) * T
+            last = min(first + T, len(self.ids))
+            ids_BT[b, : last - first] = self.ids[first:last]
+            positions_BT[b] = self._positions(first, last)
+            following = slice(first + 1, min(first + T + 1, len(self.ids)))
+            count = following.stop - following.start
+            labels_BT[b, :count] = np.where(self.bears[following], self.ids[following].astype(np.int64), -1)
+        labels = torch.from_numpy(labels_BT.reshape(-1))
+        positions_N = torch.nonzero(labels >= 0)[:, 0]
+        return Batch(
+            rows_B=torch.tensor(list(rows), dtype=torch.int64),
+            input_ids_BT=torch.from_numpy(ids_BT),
+            position_ids_BT=torch.from_numpy(positions_BT),
+            positions_N=positions_N,
+            labels_N=labels[positions_N],
+        )
+
+    def row_hash(self, row: int) -> bytes:
+        """sha256 of what a row holds: ids, document starts and labels."""
+        batch = self.batch([row])
+        digest = hashlib.sha256()
+        for tensor in (batch.input_ids_BT, batch.position_ids_BT, batch.positions_N, batch.labels_N):
+            digest.update(tensor.numpy().tobytes())
+        return digest.digest()
+
+    def drop(self, hashes: set[bytes]) -> int:
+        """Leave out the rows whose content is among `hashes`; returns how many there were."""
+        keep = [self.row_hash(row) not in hashes for row in range(len(self))]
+        self.kept = self.kept[np.array(keep, dtype=np.bool_)]
+        return len(keep) - sum(keep)
+
+    def _positions(self, first: int, last: int) -> NDArray[np.int64]:
+        begin = np.zeros(self.tokens_per_row, dtype=np.int64)
+        inside = self.starts[np.searchsorted(self.starts, first) : np.searchsorted(self.starts, last)] - first
+        begin[inside] = inside
+        if last - first < self.tokens_per_row:
+            begin[last - first] = last - first
+        return np.arange(self.tokens_per_row) - np.maximum.accumulate(begin)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which rows a step takes: every epoch all of them once, in an order of (seed, epoch) alone."""
+
+    num_rows: int
+    seed: int
+
+    def rows(self, step: int, rows_per_step: int) -> list[int]:
+        first = step * rows_per_step
+        return [self._row(position) for position in range(first, first + rows_per_step)]
+
+    def epoch(self, step: int, rows_per_step: int) -> int:
+        """Of the step's last row; the first epoch is 0."""
+        return ((step + 1) * rows_per_step - 1) // self.num_rows
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_rows)
+        return int(_permutation(self.num_rows, self.seed, epoch)[place])
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: PackedRows
+    heldout: PackedRows
+    manifest: dict[str, Any]
+    """Counts, hashes of files and tokenizer, fingerprint: `corpus.json` of a run."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the vocabulary, and ids, document starts and labels of both splits."""
+        return str(self.manifest["fingerprint"])
+
+    def order(self, seed: int) -> Order:
+        return Order(len(self.train), seed)
+
+
+def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vocab) -> Corpus:
+    """Split whole documents by the hash of their content, pack both sides, and count.
+
+    Documents go to the held-out side in the order of their hash, so that the split depends on content and not on names, and the
+    same text is never on both sides; its rows are drawn from more documents than they need, so that no single one speaks for
+    all. A training row that equals a held-out row is dropped.
+    """
+    documents = {_digest(document) + number.to_bytes(8, "big"): document for number, document in enumerate(reading.documents)}
+    if not documents:
+        raise UserError("corpus.path: not one document with text in it. Look at the path, the field and the patterns.")
+    for document in documents.values():
+        require_ids(document.source, document.ids, vocab.size)
+    total = sum(len(document.ids) for document in documents.values())
+    needed = heldout_rows * tokens_per_row
+    wanted = max(needed, min(SPREAD * needed, total // 20))
+    ordered = sorted(documents)
+    count, tokens = 0, 0
+    while count < len(ordered) and (tokens < wanted or ordered[count][:32] == ordered[count - 1][:32]):
+        tokens += len(documents[ordered[count]].ids)
+        count += 1
+    chosen = set(ordered[:count])
+    heldout = pack((d for key, d in documents.items() if key in chosen), tokens_per_row)
+    by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
+    heldout.kept = heldout.kept[sorted(by_content)]
+    train = pack((d for key, d in documents.items() if key not in chosen), tokens_per_row)
+    dropped = train.drop({heldout.row_hash(row) for row in range(len(heldout))})
+    if len(heldout) < heldout_rows or len(train) == 0:
+        raise UserError(
+            f"corpus: {len(documents)} documents of {total} tokens give {len(train)} training rows and {len(heldout)} held-out rows"
+            f" of {tokens_per_row} tokens; at least 1 and {heldout_rows} are needed, in different documents."
+            " Give more text, or set corpus.tokens_per_row or corpus.heldout_rows lower."
+        )
+    manifest = {
+        "documents": len(documents),
+        "tokens": total,
+        "tokens_per_row": tokens_per_row,
+        "train_rows": len(train),
+        "train_positions": train.supervised,
+        "heldout_documents": count,
+        "heldout_rows": len(heldout),
+        "heldout_positions": heldout.supervised,
+        "rows_dropped_as_held_out": dropped,
+        "vocab_size": vocab.size,
+        "tokenizer_sha256": vocab.fingerprint,
+        "fingerprint": _fingerprint(vocab, train, heldout),
+        "files": reading.files,
+    }
+    return Corpus(train, heldout, manifest)
+
+
+def pack(documents: Iterable[Document], tokens_per_row: int) -> PackedRows:
+    """One stream of documents, end to end."""
+    ids, bears, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.bool_)], [0]
+    for document in documents:
+        labels = np.ones(len(document.ids), dtype=np.bool_) if document.labels is None else document.labels.copy()
+        labels[:1] = False  # nothing in its own document comes before the first token
+        ids.append(document.ids)
+        bears.append(labels)
+        lengths.append(len(document.ids))
+    starts = np.cumsum(lengths, dtype=np.int64)[:-1]
+    return PackedRows(np.concatenate(ids), starts, np.concatenate(bears), tokens_per_row)
+
+
+def _digest(document: Document) -> bytes:
+    digest = hashlib.sha256(document.ids.tobytes())
+    if document.labels is not None:
+        digest.update(document.labels.tobytes())
+    return digest.digest()
+
+
+def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:
+    digest = hashlib.sha256(vocab.fingerprint.encode())
+    for rows in splits:
+        digest.update(f"{rows.tokens_per_row} {len(rows.ids)} {len(rows)}\n".encode())
+        for array in (rows.ids, rows.starts, rows.bears, rows.kept):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

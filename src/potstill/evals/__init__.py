@@ -1,0 +1,1 @@
+"""What a student is worth, measured on rows it has not seen."""

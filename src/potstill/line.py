@@ -1,0 +1,186 @@
+"""The straight line: a recipe in, a run directory with a student and a receipt out."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill import recipe as recipes
+from potstill.assembly import Cast, assemble
+from potstill.display import Display
+from potstill.errors import UserError
+from potstill.evals.likelihood import heldout
+from potstill.models.files import file_sha256
+from potstill.recipe import Recipe
+from potstill.runs.rundir import RunDir, code, default_path, environment
+from potstill.students.generate import complete
+from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.training.loop import Hooks, Metrics, Outcome, train
+
+
+def distill(
+    recipe: Path | Recipe, *, overrides: Sequence[str] = (), out: Path | None = None, display: Display | None = None
+) -> RunDir:
+    """Run a recipe from its first line to its receipt.
+
+    Args:
+        recipe: a YAML file, or a recipe already loaded.
+        overrides: `a.b=value`, applied to a file.
+        out: a folder that does not exist yet; default `runs/<name of the recipe>`.
+
+    Raises:
+        UserError: whatever the user can mend; nearly all of it before the folder is made.
+    """
+    display = display or Display(quiet=True)
+    loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    resolved = recipes.dump(loaded)
+    given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
+    path = out or default_path("run" if isinstance(recipe, Recipe) else recipe.stem)
+    RunDir.require_free(path)
+
+    cast = assemble(loaded, display.note)
+    run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
+    display.note(f"run: {run.path}")
+    try:
+        _run(cast, run, display)
+    except torch.OutOfMemoryError as error:
+        run.set_status("failed", "out of memory")
+        rows = loaded.train.micro_batch_rows
+        raise UserError(
+            f"out of memory with {rows} rows per micro-batch and chunk {loaded.objective.chunk}."
+            f" Try train.rows_per_micro_batch={max(rows // 2, 1)} or objective.chunk={max(loaded.objective.chunk // 2, 1)};"
+            " the result is the same."
+        ) from error
+    except BaseException as error:
+        run.set_status("failed", f"{type(error).__name__}: {error}")
+        raise
+    run.set_status("finished")
+    return run
+
+
+def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) -> Metrics:
+    """Held-out metrics of a saved model, on the rows that the recipe holds out, against the recipe's teacher."""
+    cast = assemble(recipe, (display or Display(quiet=True)).note, saved_student=model)
+    return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+
+
+def _run(cast: Cast, run: RunDir, display: Display) -> None:
+    recipe, student = cast.recipe, cast.student
+    started = time.perf_counter()
+    before = _hashes(cast)
+    samples = {"before": _sample(cast)}
+    clock = _Clock(recipe.train.steps)
+
+    def evaluate_student(step: int) -> Metrics:
+        found = heldout(student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+        run.log(step, found)
+        display.heldout_line(step, found)
+        return found
+
+    def on_step(step: int, metrics: Metrics) -> None:
+        run.log(step, metrics)
+        display.step_line(step, recipe.train.steps, metrics, clock.left(step, metrics["speed/step_s"]))
+
+    def on_best(step: int, metrics: Metrics) -> None:
+        run.replace_student(lambda folder: student.save(folder, cast.tokenizer))
+
+    hooks = Hooks(evaluate_student, on_step, on_best)
+    rows = cast.corpus.train
+    outcome = train(student, cast.teacher, rows, cast.corpus.order(recipe.train.seed), recipe, hooks)
+    samples["after"] = _sample(cast)
+    receipt = _receipt(cast, run, outcome, before, samples, time.perf_counter() - started)
+    run.write_receipt(receipt)
+    _tell(cast, run, outcome, samples, display)
+
+
+def _receipt(
+    cast: Cast, run: RunDir, outcome: Outcome, before: dict[str, str], samples: dict[str, str], seconds: float
+) -> dict[str, Any]:
+    """What truly ran, read back from the objects that ran it."""
+    recipe, after = cast.recipe, _hashes(cast)
+    if after.get("teacher") != before.get("teacher"):
+        raise RuntimeError(f"the teacher's weights changed during training: {before['teacher']} -> {after['teacher']}")
+    head = cast.student.model.head.weight_VD
+    return {
+        "potstill": environment()["libraries"]["potstill"],
+        "commit": code()["commit"] or "not a git checkout",
+        "uncommitted_changes": bool(code()["diff"]),
+        "recipe_sha256": file_sha256(run.path / "recipe.yaml"),
+        "corpus_fingerprint": cast.corpus.fingerprint,
+        "tokenizer_sha256": cast.teacher.vocab.fingerprint,
+        "teacher": {"name": recipe.teacher.name, "source": getattr(recipe.teacher, "model", None)}
+        | {"weights_sha256": before.get("teacher"), "unchanged_by_training": True},
+        "student": {**cast.origin, "weights_sha256_start": before["student"], "weights_sha256_end": after["student"]},
+        "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
+        f" {recipe.objective.divergence.name}, T = {recipe.objective.temperature}",
+        "seed": recipe.train.seed,
+        "device": str(cast.device),
+        "weights_dtype": str(head.dtype).removeprefix("torch."),
+        "precision": recipe.train.precision,
+        "steps": recipe.train.steps,
+        "positions": outcome.positions,
+        "heldout_first": outcome.first,
+        "heldout_last": outcome.last,
+        "heldout_best": outcome.best,
+        "student_is_of_step": outcome.best_step,
+        "training_seconds": round(outcome.seconds, 3),
+        "total_seconds": round(seconds, 3),
+        "peak_memory_gib": _peak_gib(cast.device),
+        "output": {p.name: file_sha256(p) for p in sorted(run.student.iterdir()) if p.is_file()},
+        "samples": {"prompt": recipe.eval.sample_prompt, **samples} if recipe.eval.sample_prompt is not None else None,
+        "environment": environment(),
+    }
+
+
+def _tell(cast: Cast, run: RunDir, outcome: Outcome, samples: dict[str, str], display: Display) -> None:
+    """The end of a run, for a person."""
+    names = sorted(outcome.first)
+    table = [[n, *(f"{m[n]:.4f}" for m in (outcome.first, outcome.last, outcome.best))] for n in names]
+    display.table("held-out rows", ["metric", "step 0", f"step {cast.recipe.train.steps}", "best"], table)
+    prompt = cast.recipe.eval.sample_prompt
+    if prompt is not None:
+        for when, text in samples.items():
+            display.note(f"sample {when}: {prompt}{text}")
+    if outcome.best_step == 0:
+        display.warn("no evaluation was better than the untouched student: the saved student is the untouched one.")
+    display.note(f"student (of step {outcome.best_step}, best held-out loss): {run.student}")
+    display.note(f"receipt: {run.path / 'receipt.json'}")
+
+
+class _Clock:
+    """Time left, from the median step so far: one slow step does not move it."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.seen: list[float] = []
+
+    def left(self, step: int, seconds: float) -> float:
+        self.seen = [*self.seen[-100:], seconds]
+        return (self.steps - step) * sorted(self.seen)[len(self.seen) // 2]
+
+
+def _hashes(cast: Cast) -> dict[str, str]:
+    hashes = {"student": cast.student.weights_sha256()}
+    if isinstance(cast.teacher, TorchTeacher):
+        hashes["teacher"] = cast.teacher.weights_sha256()
+    return hashes
+
+
+def _sample(cast: Cast) -> str:
+    plan = cast.recipe.eval
+    if plan.sample_prompt is None or cast.tokenizer is None:
+        return ""
+    return complete(cast.student.model, cast.tokenizer, plan.sample_prompt, plan.sample_tokens)
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Peak of the device's allocator on CUDA, of the process elsewhere (Linux counts KiB)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

@@ -1,0 +1,1 @@
+"""Formulas, and the one place that turns them into sums with gradients."""

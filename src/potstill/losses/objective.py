@@ -1,0 +1,211 @@
+"""From hidden states to the sums that the loop divides: CE and KD over N positions, exact, a chunk at a time.
+
+    ce   = sum over positions of -log q_1(label)              q_T = softmax(student logits / T)
+    kd   = sum over positions of T^2 D(p_T, q_T)              p_T = softmax(teacher logits / T)
+    loss = ce_weight * ce + kd_weight * kd
+
+With V ids, widths D (student) and E (teacher) and C = `chunk`, logits exist for C positions at a time: a few
+buffers of C V numbers for both models together, and one gradient each of the head (V D) and of the hidden
+states (N D). Nothing of size N V is made. Work is N V (6 D + 2 E) floating-point operations, each product
+done once: a chunk's gradient is formed in the forward pass, while its logits are there. Autograd takes it
+back to the chunk's product, whatever the divergence; the two products that follow are written out.
+`backward` only scales what is stored.
+
+Refuses labels that are no ids, counts and vocabularies that differ, and sums that are not finite. `Student`
+calls it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from potstill.errors import UserError
+from potstill.losses.divergences import forward_kl
+from potstill.types import Divergence, Head, Targets
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises; the recipe's `objective` section.
+
+    `matmul_dtype` is what the head's products run in (None: as the tensors are). Softmax, divergence and all
+    sums over positions stay in float32, or float64 where the tensors are.
+    """
+
+    divergence: Divergence = forward_kl
+    kd_weight: float = 0.9
+    ce_weight: float = 0.1
+    temperature: float = 1.0
+    chunk: int = 256
+    matmul_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UserError(f"objective.temperature: is {self.temperature}, must be finite and above 0.")
+        for name in ("kd_weight", "ce_weight"):
+            weight = getattr(self, name)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"objective.{name}: is {weight}, must be finite and 0 or more.")
+        if self.kd_weight == self.ce_weight == 0:
+            raise UserError("objective.kd_weight: is 0 and so is objective.ce_weight. One must be above 0.")
+        if self.chunk < 1:
+            raise UserError(f"objective.chunk: is {self.chunk}, must be 1 or more.")
+
+    def __call__(
+        self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets | None
+    ) -> dict[str, Tensor]:
+        """Sums over the N positions: `loss` carries the gradient, `ce` and `kd` are for the log.
+
+        `targets` may be None only where kd_weight is 0; `kd` is then absent.
+        """
+        self._require_fitting(hidden_ND, head, labels_N, targets)
+        tensors = [hidden_ND, head.weight_VD, head.bias_V]
+        if not torch.is_grad_enabled():  # a Function cannot tell: inside it, this is always False
+            tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
+        ce, kd, loss = _SumOverPositions.apply(*tensors, self, head, labels_N, targets)  # type: ignore[no-untyped-call]
+        sums = {"ce": ce, "loss": loss} if targets is None else {"ce": ce, "kd": kd, "loss": loss}
+        _require_finite(sums, len(labels_N))
+        return sums
+
+    @torch.no_grad()
+    def measure(self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Sums over the N positions for a held-out evaluation, without gradients.
+
+        `loss`, `ce`, `kd` as above; `kl` is KL(teacher || student) at temperature 1, `agreement` the number
+        of positions where both rank the same id first, `teacher_ce` the teacher's own cross-entropy.
+        """
+        self._require_fitting(hidden_ND, head, labels_N, targets)
+        matmul, exact = self._dtypes(hidden_ND, head)
+        weight_VD = head.weight_VD.to(matmul)
+        names = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
+        sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in names}
+        for part in self._parts(len(labels_N)):
+            logits_CV = head.finish((hidden_ND[part].to(matmul) @ weight_VD.T).to(exact))
+            values, compared = self._values(logits_CV, labels_N[part], targets[part])
+            if compared is None or self.temperature != 1:
+                compared = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
+            student_CS, teacher_CS = compared
+            values["kl"] = forward_kl(student_CS, teacher_CS)
+            values["agreement"] = student_CS.argmax(-1) == teacher_CS.argmax(-1)
+            values["teacher_ce"] = -teacher_CS.gather(-1, labels_N[part, None]).squeeze(-1)
+            for name, value_C in values.items():
+                sums[name] += value_C.sum()
+        _require_finite(sums, len(labels_N))
+        return sums
+
+    def _values(
+        self, logits_CV: Tensor, labels_C: Tensor, targets: Targets | None
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """`ce`, `kd` and `loss` per position, the formula once; and the distributions that `kd` compared."""
+        logp_CV = logits_CV.log_softmax(-1)
+        ce_C = -logp_CV.gather(-1, labels_C[:, None]).squeeze(-1)
+        if targets is None:
+            return {"ce": ce_C, "loss": self.ce_weight * ce_C}, None
+        T = self.temperature
+        tempered_CV = logp_CV if T == 1 else (logits_CV / T).log_softmax(-1)
+        student_CS, teacher_CS = targets.on_support(tempered_CV, T)
+        if student_CS.shape != teacher_CS.shape:
+            ids = f"the student has {student_CS.shape[-1]} ids and the teacher {teacher_CS.shape[-1]}"
+            raise UserError(f"objective: {ids}. Both must speak one vocabulary.")
+        kd_C = T**2 * self.divergence(student_CS, teacher_CS)
+        loss_C = self.ce_weight * ce_C + self.kd_weight * kd_C
+        return {"ce": ce_C, "kd": kd_C, "loss": loss_C}, (student_CS, teacher_CS)
+
+    def _parts(self, positions: int) -> list[slice]:
+        return [slice(start, start + self.chunk) for start in range(0, positions, self.chunk)]
+
+    def _dtypes(self, hidden_ND: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
+        """What the products run in, and what everything else does."""
+        given = torch.promote_types(hidden_ND.dtype, head.weight_VD.dtype)
+        return self.matmul_dtype or given, torch.promote_types(given, torch.float32)
+
+    def _require_fitting(
+        self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets | None
+    ) -> None:
+        N, V = len(hidden_ND), len(head.weight_VD)
+        if targets is None and self.kd_weight != 0:
+            raise UserError(f"objective.kd_weight: is {self.kd_weight} and there is no teacher. Set it to 0.")
+        for name, count in (("labels", len(labels_N)), ("targets", N if targets is None else len(targets))):
+            if count != N:
+                raise UserError(
+                    f"objective: {N} hidden states and {count} {name}. There must be one for each."
+                )
+        if N:
+            lowest, highest = (int(label) for label in torch.aminmax(labels_N))
+            if lowest < 0 or highest >= V:
+                wrong = lowest if lowest < 0 else highest
+                raise UserError(f"objective: label {wrong} is outside the student's {V} ids, 0 to {V - 1}.")
+
+
+class _SumOverPositions(torch.autograd.Function):
+    """ce, kd and loss summed over positions, and the gradient of loss, formed a chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        objective: Objective,
+        head: Head,
+        labels_N: Tensor,
+        targets: Targets | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        matmul, exact = objective._dtypes(hidden_ND, head)
+        cast_VD = weight_VD.to(matmul)
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        grad_hidden_ND = torch.zeros_like(hidden_ND) if for_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
+        grad_bias_V = weight_VD.new_zeros(len(weight_VD), dtype=exact) if for_bias else None
+        sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in ("ce", "kd", "loss")}
+
+        for part in objective._parts(len(labels_N)):
+            hidden_CD = hidden_ND[part].to(matmul)
+            product_CV = (hidden_CD @ cast_VD.T).to(exact).requires_grad_(any(ctx.needs_input_grad))
+            with torch.set_grad_enabled(product_CV.requires_grad):
+                logits_CV = head.finish(product_CV)
+                taught = None if targets is None else targets[part]
+                values, _ = objective._values(logits_CV, labels_N[part], taught)
+                loss = values["loss"].sum()
+            for name, value_C in values.items():
+                sums[name] += value_C.detach().sum()
+            if not product_CV.requires_grad:
+                continue
+            (grad_CV,) = torch.autograd.grad(loss, product_CV)
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(0)  # the bias is what is added to the product
+            grad_CV = grad_CV.to(matmul)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[part] = grad_CV @ cast_VD
+            if grad_weight_VD is not None and matmul == exact:
+                grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
+            elif grad_weight_VD is not None:
+                grad_weight_VD += grad_CV.T @ hidden_CD  # rounded within a chunk, never across chunks
+
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]
+        ctx.mark_non_differentiable(sums["ce"], sums["kd"])
+        return sums["ce"], sums["kd"], sums["loss"]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        stored = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grads = [None if grad is None else (grad * upstream[-1]).to(dtype) for grad, dtype in stored]
+        return *grads, None, None, None, None
+
+
+def _require_finite(sums: dict[str, Tensor], positions: int) -> None:
+    finite = torch.stack([value.detach() for value in sums.values()]).isfinite().tolist()  # one wait for all
+    for (name, value), is_finite in zip(sums.items(), finite, strict=True):
+        if not is_finite:
+            raise UserError(
+                f"objective: {name} is {float(value)} over {positions} positions. Logits are not finite, or a"
+                " token that one side or the corpus has is impossible on the other."
+            )

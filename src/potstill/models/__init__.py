@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints, read whole or refused; what teachers and students both stand on."""

@@ -1,0 +1,136 @@
+"""A Hugging Face causal language model as two halves: a body that gives hidden states, a head that gives logits.
+
+The loss works on hidden states and a head, so that logits exist a chunk at a time; that is only right if the two
+halves are the model. Two probes say so when a model is loaded, instead of a list of architectures: the head applied to
+the hidden states is the model's own logits, and a packed row is its documents run alone. Each takes a fraction of a
+second, each refuses a fault that is silent otherwise. Teachers and students are both made of this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import UserError
+from potstill.types import Head
+
+# Of the largest magnitude compared: what two orders of summation in the same precision may differ by.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class CausalLM(nn.Module):
+    """`hf` is any Transformers causal LM; `name` is what error messages call it."""
+
+    def __init__(self, hf: Any, name: str) -> None:
+        super().__init__()
+        self.hf = hf
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return len(self.head.weight_VD)
+
+    def hidden(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None, mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states, hidden_BTD, after the last norm.
+
+        Positions that restart at 0 mark documents, and attention stays inside each. Transformers honours that only
+        with no cache and no attention mask; `mask_BT` is therefore for padded rows of one document, never packed ones.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids_BT, "use_cache": False}
+        if position_ids_BT is not None:
+            inputs["position_ids"] = position_ids_BT
+        if mask_BT is not None:
+            inputs["attention_mask"] = mask_BT
+        hidden_BTD: Tensor = self.hf.base_model(**inputs).last_hidden_state
+        return hidden_BTD
+
+    @property
+    def head(self) -> Head:
+        """The output embedding, with the scale and softcap that this architecture puts on its logits."""
+        out = self.hf.get_output_embeddings()
+        config = self.hf.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return Head(
+            weight_VD=out.weight,
+            bias_V=getattr(out, "bias", None),
+            scale=float(scale) / float(divisor),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def probe(self) -> None:
+        """Refuse a model whose halves are not the model. Runs in eval mode, without gradients."""
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            if self.hf.get_output_embeddings() is None:
+                raise UserError(f"{self.name}: {type(self.hf).__name__} has no output head. A causal LM is needed.")
+            try:
+                self._probe_head()
+                self._probe_packing()
+            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+                raise UserError(
+                    f"{self.name}: {type(self.hf).__name__} fails on a dozen tokens: {reason}."
+                    " Its config does not describe a model that runs."
+                ) from error
+        self.train(was_training)
+
+    def _probe_head(self) -> None:
+        ids_BT = self._some_ids(2, 6)
+        own_BTV = self.hf(input_ids=ids_BT, use_cache=False).logits.float()
+        ours_BTV = self.head(self.hidden(ids_BT))
+        if ours_BTV.shape != own_BTV.shape:
+            raise UserError(
+                f"{self.name}: head(hidden) has shape {list(ours_BTV.shape)}, its own logits {list(own_BTV.shape)}."
+                " The model's head is not one matrix over the vocabulary; it cannot be used here."
+            )
+        gap = _relative_gap(ours_BTV, own_BTV)
+        if not gap <= self._tolerance():
+            raise UserError(
+                f"{self.name}: head(hidden) of {type(self.hf).__name__} differs from its own logits by {gap:.2g} of their"
+                " largest. The model transforms its logits in a way that is not known here; it cannot be used."
+            )
+
+    def _probe_packing(self) -> None:
+        if "position_ids" not in inspect.signature(self.hf.base_model.forward).parameters:
+            raise UserError(
+                f"{self.name}: {type(self.hf).__name__} takes no position_ids, so documents packed in a row would"
+                " see each other. Use another architecture."
+            )
+        first, second = 5, 7
+        ids_BT = self._some_ids(2, first + second)
+        ids_BT[1, first:] = ids_BT[0, first:]  # two rows, different first documents, the same second one
+        positions_T = torch.cat([torch.arange(first), torch.arange(second)]).to(ids_BT.device)
+        packed_BTD = self.hidden(ids_BT, positions_T.expand(2, -1))[:, first:].float()
+        alone_BTD = self.hidden(ids_BT[:1, first:]).float()
+        leak = _relative_gap(packed_BTD[1], packed_BTD[0])
+        gap = _relative_gap(packed_BTD[0], alone_BTD[0])
+        # A leak is sharp: masked attention weights are exactly 0, so nothing of the first document may arrive.
+        if not (leak <= min(self._tolerance(), 1e-6) and gap <= 10 * self._tolerance()):
+            raise UserError(
+                f"{self.name}: in {type(self.hf).__name__} a packed document differs from the same one alone by"
+                f" {gap:.2g}, and by {leak:.2g} when its neighbour changes. Documents see each other;"
+                " the model cannot be used."
+            )
+
+    def _some_ids(self, rows: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.vocab_size, (rows, length), generator=generator).to(self.device)
+
+    def _tolerance(self) -> float:
+        return TOLERANCE[self.hf.get_output_embeddings().weight.dtype]
+
+
+def _relative_gap(ours: Tensor, reference: Tensor) -> float:
+    return float((ours - reference).abs().max() / reference.abs().max().clamp_min(1e-30))

@@ -1,0 +1,194 @@
+"""Read a checkpoint whole, or refuse it: a Hugging Face folder, a hub id, or a GGUF file, into a Transformers model.
+
+Transformers fills what a checkpoint lacks with random numbers and a warning, and drops what its config does not
+mention. Both are refused here, with the tensor and both sides named. Files are verified before a library opens them;
+code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from potstill.errors import UserError
+from potstill.models.causal_lm import CausalLM
+from potstill.models.files import check_model_files, tensor_shapes
+from potstill.quiet import quiet_transformers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "token_embd.weight", "lm_head.weight")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def choose_device(asked: str) -> torch.device:
+    """`auto` is CUDA where there is one; an explicit device is had or refused, never replaced by another."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(asked)
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= count):
+        raise UserError(
+            f"device: {asked} was asked for and this machine has {count} CUDA device(s)."
+            " Set device: cpu, or run where there is one."
+        )
+    return device
+
+
+def local_copy(source: str | Path) -> Path:
+    """A folder or file on this machine; a hub id (`owner/name`) is fetched, without code and without pickles."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+        except Exception as error:  # a network fails in many ways; each means the same to the user
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{source}: no such folder here, and the hub did not give it: {reason} Check the name and the network."
+            ) from error
+    raise UserError(f"{source}: no such file or folder. A model is a Hugging Face folder, a hub id or a GGUF file.")
+
+
+def vocab_size_of(path: Path) -> int:
+    """Rows of the embedding, read from the checkpoint's header without loading it."""
+    sizes = [shape[0] for name, shape in tensor_shapes(path).items() if name.endswith(EMBEDDINGS)]
+    if not sizes:
+        raise UserError(f"{path}: no token embedding among its tensors. A causal language model is needed.")
+    return max(sizes)
+
+
+def load_config(source: str | Path) -> Any:
+    """The Transformers config of a `config.json`, of a folder that has one, of a hub id, or of a GGUF file."""
+    path = local_copy(source)
+    try:
+        with quiet_transformers():
+            if path.suffix == ".gguf":
+                return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a model config: {_first_line(error)} Give a config.json that Transformers knows.") from error
+
+
+def load_causal_lm(
+    source: str | Path, *, config: Any = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CausalLM:
+    """Every tensor of the checkpoint, in the model that the config describes; probed.
+
+    Args:
+        config: what the checkpoint must be: a Transformers config, its dictionary, or a path; default is its own.
+
+    Raises:
+        UserError: files missing, truncated or not a model; a tensor that only one of config and checkpoint has, or
+            has in another shape.
+    """
+    path = local_copy(source)
+    check_model_files(path)
+    own_config = load_config(path)
+    config = own_config if config is None else _as_config(config, own_config)
+    _require_same_vocabulary(path, config)
+    try:
+        with quiet_transformers():
+            gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
+            hf, report = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent if gguf.get("gguf_file") else path,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the report names them; refused below
+                trust_remote_code=False,
+                **gguf,
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: Transformers cannot load it: {_first_line(error)}") from error
+    _require_whole(path, report)
+    model = CausalLM(as_plain(hf).to(device), name=str(source)).eval()
+    model.probe()
+    return model
+
+
+def as_plain(hf: Any) -> Any:
+    """A model read from GGUF holds ordinary tensors but says that it is quantised and refuses to be saved."""
+    if getattr(hf, "hf_quantizer", None) is not None:
+        hf.hf_quantizer = None
+        hf.is_quantized = False
+        hf.config = plain_config(hf.config)
+    return hf
+
+
+def plain_config(config: Any) -> Any:
+    """A copy of the config without the mark that a GGUF file leaves on it."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of every parameter; a tied tensor counts once."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        flat = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(memoryview(flat.numpy()))
+    return digest.hexdigest()
+
+
+def _as_config(config: Any, own: Any) -> Any:
+    if isinstance(config, str | Path):
+        return load_config(config)
+    if isinstance(config, dict):
+        return type(own).from_dict(config)
+    return config
+
+
+def _require_same_vocabulary(path: Path, config: Any) -> None:
+    expected = config.get_text_config().vocab_size
+    for name, shape in tensor_shapes(path).items():
+        if name.endswith(EMBEDDINGS) and shape[0] != expected:
+            raise UserError(
+                f"{path}: tensor {name} has {shape[0]} rows, its config says vocab_size {expected}."
+                " Config and checkpoint have drifted apart; take both from one model."
+            )
+
+
+def _require_whole(path: Path, report: dict[str, Any]) -> None:
+    for name, found, wanted in sorted(report["mismatched_keys"])[:1]:
+        raise UserError(
+            f"{path}: tensor {name} is {list(found)} in the checkpoint and {list(wanted)} by its config."
+            " Config and checkpoint have drifted apart; take both from one model."
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{path}: {len(missing)} tensor(s) of the config are not in the checkpoint, first {missing[0]}."
+            " The model would be partly random; take the whole checkpoint."
+        )
+    if extra := sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"{path}: {len(extra)} tensor(s) of the checkpoint are not in its config, first {extra[0]}."
+            " The model would be partly loaded; take config and checkpoint from one model."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
+
+
+def write_portable_config(folder: Path) -> None:
+    """Let Transformers 4 read a config that Transformers 5 wrote: without a top-level rope_theta it assumes 10,000."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

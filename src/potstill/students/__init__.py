@@ -1,0 +1,1 @@
+"""Whoever learns: loaded, made from a config, or cut from the teacher."""

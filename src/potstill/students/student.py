@@ -1,0 +1,75 @@
+"""The model that learns. The loss runs inside its forward, so that sharding and compiling see an ordinary module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from potstill.errors import UserError
+from potstill.losses.objective import Objective
+from potstill.models.causal_lm import CausalLM
+from potstill.models.load import load_causal_lm, load_config, weights_sha256, write_portable_config
+from potstill.quiet import quiet_transformers
+from potstill.types import Batch, Targets
+
+
+class Student(nn.Module):
+    """A causal LM and its objective.
+
+    `autocast` is the dtype that the body's matmuls run in, None for the weights' own; weights, their gradients and
+    the softmax stay in float32.
+    """
+
+    def __init__(self, model: CausalLM, objective: Objective, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.autocast = autocast
+
+    def forward(self, batch: Batch, targets: Targets | None) -> dict[str, Tensor]:
+        """Sums over the batch's N positions, in nats; `loss` carries the gradient."""
+        return self.objective(self._hidden_ND(batch), self.model.head, batch.labels_N, targets)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        """Sums over the batch's N positions for a held-out evaluation: loss, ce, kd, kl, agreement."""
+        return self.objective.measure(self._hidden_ND(batch), self.model.head, batch.labels_N, targets)
+
+    def _hidden_ND(self, batch: Batch) -> Tensor:
+        with torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            hidden_BTD = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        return hidden_BTD.flatten(0, 1)[batch.positions_N]
+
+    def weights_sha256(self) -> str:
+        return weights_sha256(self.model)
+
+    def save(self, folder: Path, tokenizer: Any | None) -> None:
+        """A Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits."""
+        with quiet_transformers():
+            self.model.hf.save_pretrained(folder)
+        write_portable_config(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def from_checkpoint(source: str | Path, device: torch.device) -> CausalLM:
+    """Float32 weights, whatever the checkpoint holds: AdamW's small steps vanish in bfloat16."""
+    model = load_causal_lm(source, dtype=torch.float32, device=device)
+    model.name = f"student {source}"
+    return model
+
+
+def from_config(source: str | Path, device: torch.device) -> CausalLM:
+    """Random weights, from torch's global generator: seed it before."""
+    config = load_config(source)
+    try:
+        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"student.model: {source}: no causal LM can be made of this config: {error}") from error
+    model = CausalLM(hf.to(device), name=f"student {source}")
+    model.probe()
+    return model

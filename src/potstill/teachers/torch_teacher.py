@@ -1,0 +1,125 @@
+"""A real teacher, in memory: a Transformers causal LM from a folder, the hub or a GGUF file, on the CPU or CUDA.
+
+For the loop it gives hidden states and a head, so that [N, V] never exists; for inspection, logits. Frozen: no gradient,
+eval mode, and a hash that is the same after training as before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from potstill.corpus.vocab import has_tokenizer, load_tokenizer, vocab_of
+from potstill.errors import UserError
+from potstill.models.causal_lm import CausalLM
+from potstill.models.load import DTYPES, choose_device, load_causal_lm, local_copy, weights_sha256
+from potstill.teachers.fixture import require_ids, require_known, require_last
+from potstill.types import Batch, HiddenTargets, Vocab
+
+
+class TorchTeacher:
+    """Make one with `for_inference`."""
+
+    def __init__(self, model: CausalLM, tokenizer: Any | None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.vocab = Vocab(size=model.vocab_size) if tokenizer is None else vocab_of(tokenizer, model.vocab_size)
+
+    @classmethod
+    def for_inference(
+        cls,
+        checkpoint_dir: str | Path,
+        config: Any = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = torch.float32,
+    ) -> Self:
+        """Load, verify, probe and freeze.
+
+        Args:
+            checkpoint_dir: Hugging Face folder (safetensors), hub id, or GGUF file.
+            config: what the checkpoint must be (config, dictionary or path); default is the checkpoint's own.
+            device: `auto` is CUDA where there is one; an explicit `cuda` is refused where there is none.
+
+        Raises:
+            UserError: see `load_causal_lm` and `choose_device`.
+        """
+        where = choose_device(str(device))
+        path = local_copy(checkpoint_dir)
+        model = load_causal_lm(path, config=config, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype, device=where)
+        model.name = f"teacher {checkpoint_dir}"
+        return cls(model, load_tokenizer(path) if has_tokenizer(path) else None)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @torch.no_grad()
+    def logits_for_batch(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """logits_BV, float32, at each row's last position: the last that the mask keeps, where rows are padded."""
+        ids_BT, mask_BT = self._require(input_ids_BT, attention_mask_BT)
+        require_last("torch", ids_BT)
+        if len(ids_BT) == 0:
+            return self.model.head.weight_VD.new_zeros(0, self.vocab_size, dtype=torch.float32)
+        hidden_BTE = self._hidden(ids_BT, mask_BT)
+        if mask_BT is None:
+            return self.model.head(hidden_BTE[:, -1])
+        if not bool(mask_BT.any(1).all()):
+            raise UserError("teacher torch: a row is all padding; its last position does not exist. Drop the row.")
+        last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
+        return self.model.head(hidden_BTE[torch.arange(len(ids_BT), device=last_B.device), last_B])
+
+    @torch.no_grad()
+    def logits_per_position(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """logits_BTV, float32."""
+        ids_BT, mask_BT = self._require(input_ids_BT, attention_mask_BT)
+        if ids_BT.numel() == 0:
+            return self.model.head.weight_VD.new_zeros(*ids_BT.shape, self.vocab_size, dtype=torch.float32)
+        return self.model.head(self._hidden(ids_BT, mask_BT))
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> HiddenTargets:
+        """One forward of the body; hidden states at the loss-bearing positions, and the head for whoever needs logits."""
+        hidden_BTE = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        return HiddenTargets(hidden_BTE.flatten(0, 1)[batch.positions_N], self.model.head)
+
+    def weights_sha256(self) -> str:
+        return weights_sha256(self.model)
+
+    def _require(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ids_BT = require_ids("torch", input_ids_BT)
+        require_known("torch", ids_BT, self.vocab_size)
+        if mask_BT is not None:
+            mask_BT = torch.as_tensor(mask_BT).bool().to(self.model.device)
+            if mask_BT.shape != ids_BT.shape:
+                raise UserError(
+                    f"teacher torch: attention_mask has shape {list(mask_BT.shape)}, input_ids {list(ids_BT.shape)}."
+                )
+        return ids_BT.to(self.model.device), mask_BT
+
+    def _hidden(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        if mask_BT is None:
+            return self.model.hidden(ids_BT)
+        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)  # a left-padded row starts at 0 all the same
+        return self.model.hidden(ids_BT, positions_BT, mask_BT)
+
+
+class CudaTrainerTeacher(TorchTeacher):
+    """`TorchTeacher` on CUDA or not at all; importable anywhere."""
+
+    @classmethod
+    def for_inference(  # the trainer names its config and has no choice of device
+        cls,
+        checkpoint_dir: str | Path,
+        config: Any = None,
+        device: str | torch.device = "cuda",
+        dtype: str | torch.dtype = torch.bfloat16,
+        *,
+        model_config: Any = None,
+    ) -> Self:
+        """`model_config` is what the checkpoint must be; see `TorchTeacher.for_inference`."""
+        if not str(device).startswith("cuda"):
+            raise UserError(f"CudaTrainerTeacher: device {device} was asked for. It runs on CUDA alone; use TorchTeacher.")
+        return super().for_inference(checkpoint_dir, config if model_config is None else model_config, device, dtype)

@@ -1,0 +1,41 @@
+"""AdamW in two groups, and the learning rate as a function of the step: nothing here has to be restored on resume."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from potstill.recipe import Train
+
+
+def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
+    """Matrices decay, vectors (norms, biases) do not (Loshchilov & Hutter 2019 decays all; Brown et al. 2020 as here).
+
+    Plain SGD is for comparing gradients: AdamW is blind to their scale.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(trainable, lr=train.lr, weight_decay=train.weight_decay)
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+
+
+def lr_at(step: int, train: Train) -> float:
+    """Linear from lr/warmup to lr over the first `warmup` steps, then a half cosine to lr * final_lr_ratio at the last."""
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    progress = (step - train.warmup) / max(train.steps - 1 - train.warmup, 1)
+    floor = train.final_lr_ratio
+    return train.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Set the rate of every group, and return what the optimizer now says it is: that number is logged."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,167 @@
+"""The ground floor: the few types that every wing speaks in, and the legend of their shapes.
+
+    B sequences in a micro-batch     T tokens in a sequence        N loss-bearing positions of a micro-batch, flat
+    D student width                  E teacher width               V vocabulary ids both models share
+    K ids kept per position          S support a divergence sees:  V for a dense teacher
+
+A tensor's name ends in its shape: `hidden_ND`, `labels_N`. Lists and scalars carry no suffix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch. Which positions bear loss, and what their next token is, was decided by the corpus."""
+
+    rows_B: Tensor
+    """int64, corpus rows."""
+    input_ids_BT: Tensor
+    """int64."""
+    position_ids_BT: Tensor
+    """int64, restarts at 0 with every document: attention stays inside one."""
+    positions_N: Tensor
+    """int64 into the flat B*T: places whose next token bears loss. Made on the CPU: no device sync."""
+    labels_N: Tensor
+    """int64, that next token."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last step of a language model, hidden states to logits; also what a teacher hands over."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    """Multiplies the logits: Cohere's logit_scale, Granite's 1 / logits_scaling."""
+    softcap: float | None = None
+    """softcap * tanh(logits / softcap), after the scale: Gemma 2."""
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """logits_NV in float32 (float64 stays float64)."""
+        return self.finish(hidden_ND @ self.weight_VD.T)
+
+    def finish(self, product_NV: Tensor) -> Tensor:
+        """What comes after the matmul: bias, scale, softcap, in float32 whatever the matmul ran in."""
+        logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
+        if self.bias_V is not None:
+            logits_NV = logits_NV + self.bias_V
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+
+class Targets(Protocol):
+    """The teacher's next-token distributions at a batch's N positions."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, positions: slice) -> Targets: ...
+
+    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Both log-distributions on ids they share: (student_logp_NS, teacher_logp_NS); each row sums to one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenTargets:
+    """A teacher in memory: its final hidden states, and the head that turns a slice of them into logits. S = V."""
+
+    hidden_NE: Tensor
+    head: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.hidden_NE)
+
+    def __getitem__(self, positions: slice) -> HiddenTargets:
+        return HiddenTargets(self.hidden_NE[positions], self.head)
+
+    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits_NV = self.head(self.hidden_NE)
+            teacher_logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
+        return student_logp_NV, teacher_logp_NV
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """What the ids of a model mean. `tokens` is None for a model that came without a tokenizer."""
+
+    size: int
+    """Width of the model's logits; a tokenizer may know fewer ids."""
+    tokens: tuple[str, ...] | None = None
+    eos_id: int | None = None
+    bos_id: int | None = None
+    pad_id: int | None = None
+    chat_template: str | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the token list and the special ids."""
+        digest = hashlib.sha256(f"{self.size} {self.eos_id} {self.bos_id} {self.pad_id}\n".encode())
+        for token in self.tokens or ():
+            digest.update(token.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update((self.chat_template or "").encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+@runtime_checkable
+class TeacherLogitsProvider(Protocol):
+    """Whoever can answer "which token next?". Shapes are checked on every call."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
+        """logits_BV at the last position of each row."""
+        ...
+
+    def logits_per_position(self, input_ids_BT: Tensor) -> Tensor:
+        """logits_BTV; for tests and small inputs only."""
+        ...
+
+
+@runtime_checkable
+class Teacher(TeacherLogitsProvider, Protocol):
+    """Whoever can also teach: `targets` is what the loop calls, and never makes [N, V]."""
+
+    @property
+    def vocab(self) -> Vocab: ...
+
+    def targets(self, batch: Batch) -> Targets: ...
+
+
+class Divergence(Protocol):
+    """A function of two distributions, one value per position in nats."""
+
+    def __call__(self, student_logp_NS: Tensor, teacher_logp_NS: Tensor) -> Tensor: ...
+
+
+class Rows(Protocol):
+    """Packed rows with random access: resuming needs only the step number."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Sequence[int]) -> Batch: ...
+
+
+class Order(Protocol):
+    """Which rows a step takes: a pure function of the seed and the step, so that nothing has to be saved."""
+
+    def rows(self, step: int, rows_per_step: int) -> list[int]: ...
+
+    def epoch(self, step: int, rows_per_step: int) -> int: ...

