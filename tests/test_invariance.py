@@ -1,6 +1,7 @@
 """One step is the step that plain autograd takes, however it is cut into micro-batches and chunks.
 
-With plain SGD, because AdamW is blind to the scale of a gradient. Everything runs through `distill`, from a recipe.
+With plain SGD, because AdamW is blind to the scale of a gradient. Everything runs through `distill`, from a
+recipe.
 """
 
 from __future__ import annotations
@@ -34,20 +35,30 @@ def step_of(recipe: Path, out: Path, *overrides: str) -> dict[str, torch.Tensor]
     return load_file(run.student / "model.safetensors")
 
 
-def plain_step(recipe: Path, kd: float, ce: float, temperature: float, reverse: bool) -> dict[str, torch.Tensor]:
+def plain_step(
+    recipe: Path, kd: float, ce: float, temperature: float, reverse: bool
+) -> dict[str, torch.Tensor]:
     """The same step by whole logits and autograd, in float64, on the library's own forward."""
     cast = assemble(load_recipe(recipe), lambda text: None)
     batch = cast.corpus.train.batch(cast.corpus.order(0).rows(0, 4))
-    teacher = transformers.AutoModelForCausalLM.from_pretrained(cast.recipe.teacher.model, dtype=torch.float64)
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(
+        cast.recipe.teacher.model, dtype=torch.float64
+    )
     student = cast.student.model.hf.double()
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids_BT,
+        "position_ids": batch.position_ids_BT,
+        "use_cache": False,
+    }
     logits_NV = student(**inputs).logits.flatten(0, 1)[batch.positions_N]
     with torch.no_grad():
         teacher_NV = F.softmax(teacher(**inputs).logits.flatten(0, 1)[batch.positions_N] / temperature, -1)
     student_NV = F.softmax(logits_NV / temperature, -1)
     p_NV, q_NV = (student_NV, teacher_NV) if reverse else (teacher_NV, student_NV)
     kd_N = (p_NV * (p_NV / q_NV).log()).sum(-1) * temperature**2
-    loss = (ce * F.cross_entropy(logits_NV, batch.labels_N, reduction="none") + kd * kd_N).sum() / len(batch.labels_N)
+    loss = (ce * F.cross_entropy(logits_NV, batch.labels_N, reduction="none") + kd * kd_N).sum() / len(
+        batch.labels_N
+    )
     loss.backward()
     return {name: (p - 0.5 * p.grad).float().detach() for name, p in student.named_parameters()}
 
@@ -64,7 +75,13 @@ def largest_gap(ours: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     [(0.9, 0.1, 1.0, "forward_kl"), (0.25, 0.75, 2.0, "forward_kl"), (0.8, 0.2, 1.5, "reverse_kl")],
 )
 def test_a_step_is_plain_autograd_s(
-    tiny_recipe: Callable[..., Path], tmp_path: Path, tied: bool, kd: float, ce: float, temperature: float, divergence: str
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    tied: bool,
+    kd: float,
+    ce: float,
+    temperature: float,
+    divergence: str,
 ) -> None:
     teacher = make_model(tmp_path / "teacher", seed=3, tie_word_embeddings=tied)
     objective = f"{{divergence: {divergence}, kd_weight: {kd}, ce_weight: {ce}, temperature: {temperature}, chunk: 16}}"
@@ -73,7 +90,9 @@ def test_a_step_is_plain_autograd_s(
     assert largest_gap(ours, plain_step(recipe, kd, ce, temperature, divergence == "reverse_kl")) < 2e-6
 
 
-def test_the_cut_into_micro_batches_and_chunks_changes_nothing(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_cut_into_micro_batches_and_chunks_changes_nothing(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     recipe = tiny_recipe(train=SGD)
     whole = step_of(recipe, tmp_path / "whole")
     cuts = [("1", "16"), ("2", "16"), ("3", "16"), ("4", "1"), ("4", "7"), ("4", "100000")]
@@ -108,7 +127,8 @@ def test_every_row_trains_so_opposite_rows_cancel(teacher_folder: Path) -> None:
     with torch.no_grad():
         hidden = student.model.hidden(one.input_ids_BT, one.position_ids_BT).flatten(0, 1)[one.positions_N]
         q_NV = student.model.head(hidden).softmax(-1)
-    # Teachers p and 2q - p pull the student in opposite directions: the gradient of forward KL in its logits is q - p.
+    # Teachers p and 2q - p pull the student in opposite directions: the gradient of forward KL in its logits
+    # is q - p.
     tilt_NV = torch.linspace(-0.5, 0.5, 258, dtype=torch.float64) * q_NV
     tilt_NV = tilt_NV - q_NV * tilt_NV.sum(-1, keepdim=True)
     first = HiddenTargets((q_NV + tilt_NV).log(), lambda logits: logits)
@@ -123,7 +143,9 @@ def test_a_repeated_row_is_that_row(teacher_folder: Path) -> None:
     row = torch.randint(0, 258, (1, 8), generator=torch.Generator().manual_seed(6))
     teacher_NV = torch.randn(7, 258, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     once = gradient(student, batch_of(row), HiddenTargets(teacher_NV, lambda logits: logits))
-    thrice = gradient(student, batch_of(row.repeat(3, 1)), HiddenTargets(teacher_NV.repeat(3, 1), lambda logits: logits))
+    thrice = gradient(
+        student, batch_of(row.repeat(3, 1)), HiddenTargets(teacher_NV.repeat(3, 1), lambda logits: logits)
+    )
     assert (once - thrice).norm() < 1e-6 * once.norm()
 
 
@@ -137,7 +159,13 @@ def test_a_position_outside_the_loss_moves_nothing(teacher_folder: Path) -> None
     ours = student(subset, HiddenTargets(teacher_NV[keep], lambda logits: logits))
     by_hand = [
         student(
-            Batch(whole.rows_B, ids_BT, whole.position_ids_BT, whole.positions_N[i : i + 1], whole.labels_N[i : i + 1]),
+            Batch(
+                whole.rows_B,
+                ids_BT,
+                whole.position_ids_BT,
+                whole.positions_N[i : i + 1],
+                whole.labels_N[i : i + 1],
+            ),
             HiddenTargets(teacher_NV[i : i + 1], lambda logits: logits),
         )["loss"]
         for i in keep.tolist()
@@ -157,7 +185,9 @@ def test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient(teacher_folder
     student = student_of(teacher_folder, Objective(forward_kl, kd_weight=1.0, ce_weight=0.0))
     batch = batch_of(torch.randint(0, 258, (2, 9), generator=torch.Generator().manual_seed(3)))
     with torch.no_grad():
-        hidden_ND = student.model.hidden(batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)[batch.positions_N]
+        hidden_ND = student.model.hidden(batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)[
+            batch.positions_N
+        ]
     targets = HiddenTargets(hidden_ND, student.model.head)
     assert abs(float(student(batch, targets)["kd"])) < 1e-10
     assert gradient(student, batch, targets).norm() < 1e-10

@@ -1,7 +1,7 @@
 """Each promise proven by breaking it: a fault planted in a copy of the package turns its test red.
 
-The faults are those that trained models wrongly elsewhere while the curve looked fine. A fault whose text is no longer in the
-source fails here too, so that the list cannot go stale in silence.
+The faults are those that trained models wrongly elsewhere while the curve looked fine. A fault whose text is
+no longer in the source fails here too, so that the list cannot go stale in silence.
 """
 
 from __future__ import annotations
@@ -30,58 +30,96 @@ class Fault:
 STEP = "test_invariance.py::test_a_step_is_plain_autograd_s"
 FAULTS = {
     "reversed KL": Fault(
-        "losses/divergences.py", "return _kl(teacher_logp_NS, student_logp_NS)\n\n\n@register(\"divergence\")\ndef reverse_kl",
-        "return _kl(student_logp_NS, teacher_logp_NS)\n\n\n@register(\"divergence\")\ndef reverse_kl", STEP,
+        "losses/divergences.py",
+        'return _kl(teacher_logp_NS, student_logp_NS)\n\n\n@register("divergence")\ndef reverse_kl',
+        'return _kl(student_logp_NS, teacher_logp_NS)\n\n\n@register("divergence")\ndef reverse_kl',
+        STEP,
     ),
     "missing T squared": Fault("losses/objective.py", "T**2 * self.divergence", "self.divergence", STEP),
-    "temperature on one side only": Fault("types.py", "logits_NV / temperature, dim=-1", "logits_NV, dim=-1", STEP),
-    "swapped weights": Fault(
-        "losses/objective.py", "self.ce_weight * ce_N + self.kd_weight * kd_N", "self.kd_weight * ce_N + self.ce_weight * kd_N", STEP
+    "temperature on one side only": Fault(
+        "types.py", "logits_NV / temperature, dim=-1", "logits_NV, dim=-1", STEP
     ),
-    "mean of means": Fault("training/loop.py", 'terms["loss"] / positions', 'terms["loss"] / len(batch.positions_N) / len(batches)', STEP),
-    "divided twice": Fault("training/loop.py", 'terms["loss"] / positions', 'terms["loss"] / positions / len(batches)', STEP),
+    "swapped weights": Fault(
+        "losses/objective.py",
+        "self.ce_weight * ce_N + self.kd_weight * kd_N",
+        "self.kd_weight * ce_N + self.ce_weight * kd_N",
+        STEP,
+    ),
+    "mean of means": Fault(
+        "training/loop.py",
+        'terms["loss"] / positions',
+        'terms["loss"] / len(batch.positions_N) / len(batches)',
+        STEP,
+    ),
+    "divided twice": Fault(
+        "training/loop.py", 'terms["loss"] / positions', 'terms["loss"] / positions / len(batches)', STEP
+    ),
     "last row only": Fault(
-        "students/student.py", "return hidden_BTD.flatten(0, 1)[batch.positions_N]",
+        "students/student.py",
+        "return hidden_BTD.flatten(0, 1)[batch.positions_N]",
         "hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]\n"
         "        last = batch.positions_N >= (len(hidden_BTD) - 1) * hidden_BTD.shape[1]\n"
         "        return torch.where(last[:, None], hidden_ND, hidden_ND.detach())",
         "test_invariance.py::test_every_row_trains_so_opposite_rows_cancel",
     ),
     "raw logits back-propagated": Fault(
-        "losses/objective.py", "grad_CV = grads.pop()", "grads.pop()\n            grad_CV = product_CV.detach()",
+        "losses/objective.py",
+        "grad_CV = grads.pop()",
+        "grads.pop()\n            grad_CV = product_CV.detach()",
         "test_invariance.py::test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient",
     ),
     "upstream gradient ignored": Fault(
-        "losses/objective.py", "(grad * upstream)", "(grad * upstream.sign().abs().clamp_min(1))",
+        "losses/objective.py",
+        "(grad * upstream)",
+        "(grad * upstream.sign().abs().clamp_min(1))",
         "test_invariance.py::test_a_zero_upstream_gradient_moves_no_weight",
     ),
     "softcap ignored": Fault(
-        "types.py", "if self.softcap is not None:", "if self.softcap is None and False:",
+        "types.py",
+        "if self.softcap is not None:",
+        "if self.softcap is None and False:",
         "teachers/test_torch_teacher.py::test_logits_are_the_library_s_own_in_families_that_scale_or_cap_them",
     ),
     "unshifted mask": Fault(
-        "corpus/rows.py", "following = slice(first + 1, min(first + T + 1, len(self.ids)))",
+        "corpus/rows.py",
+        "following = slice(first + 1, min(first + T + 1, len(self.ids)))",
         "following = slice(first, min(first + T, len(self.ids)))",
         "corpus/test_rows.py",
     ),
     "documents see each other": Fault(
-        "corpus/rows.py", "np.maximum.accumulate(begin)", "0", "corpus/test_rows.py",
+        "corpus/rows.py",
+        "np.maximum.accumulate(begin)",
+        "0",
+        "corpus/test_rows.py",
     ),
-    "labels cross documents": Fault("corpus/rows.py", "labels[:1] = False", "labels[:1] = True", "corpus/test_rows.py"),
+    "labels cross documents": Fault(
+        "corpus/rows.py", "labels[:1] = False", "labels[:1] = True", "corpus/test_rows.py"
+    ),
     "learning rate constant": Fault(
-        "training/loop.py", "set_lr(optimizer, lr_at(step, plan))", "set_lr(optimizer, plan.lr)", "training/test_loop.py"
+        "training/loop.py",
+        "set_lr(optimizer, lr_at(step, plan))",
+        "set_lr(optimizer, plan.lr)",
+        "training/test_loop.py",
     ),
     "learning rate logged but not set": Fault(
         "training/optim.py", 'group["lr"] = lr', "pass", "training/test_loop.py"
     ),
     "embedding frozen": Fault(
-        "training/optim.py", "if p.requires_grad]", "if p.requires_grad and len(p) != 258]", "training/test_loop.py"
+        "training/optim.py",
+        "if p.requires_grad]",
+        "if p.requires_grad and len(p) != 258]",
+        "training/test_loop.py",
     ),
     "best chosen by the last evaluation": Fault(
-        "training/loop.py", 'if outcome.last["heldout/loss"] < outcome.best["heldout/loss"]:', "if True:", "training/test_loop.py"
+        "training/loop.py",
+        'if outcome.last["heldout/loss"] < outcome.best["heldout/loss"]:',
+        "if True:",
+        "training/test_loop.py",
     ),
     "teacher trained along": Fault(
-        "teachers/torch_teacher.py", "model.eval().requires_grad_(False)", "model.train()",
+        "teachers/torch_teacher.py",
+        "model.eval().requires_grad_(False)",
+        "model.train()",
         "teachers/test_torch_teacher.py::test_it_is_a_teacher_frozen_and_in_eval_mode",
     ),
 }
@@ -90,12 +128,24 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_turns_its_test_red(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(
+        ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
     file = tmp_path / "src" / "potstill" / fault.file
     text = file.read_text()
     assert text.count(fault.right) == 1, f"{fault.file} no longer has the text that this fault replaces"
     file.write_text(text.replace(fault.right, fault.wrong))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", str(ROOT / "tests" / fault.test)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--no-header",
+        str(ROOT / "tests" / fault.test),
+    ]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "src")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, f"no test went red:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

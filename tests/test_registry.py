@@ -15,7 +15,9 @@ from potstill.errors import UserError
 @pytest.fixture(autouse=True)
 def _own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.entries("divergence")
-    monkeypatch.setattr(registry, "_entries", {kind: dict(known) for kind, known in registry._entries.items()})
+    monkeypatch.setattr(
+        registry, "_entries", {kind: dict(known) for kind, known in registry._entries.items()}
+    )
 
 
 def test_the_built_in_divergences_are_known_in_order() -> None:
@@ -34,7 +36,9 @@ def test_a_name_taken_by_another_module_is_refused_with_both_modules() -> None:
     def jsd(student: Any, teacher: Any) -> Any:
         return student
 
-    with pytest.raises(UserError, match=r"^divergence jsd: registered twice, by potstill\.losses\.divergences and "):
+    with pytest.raises(
+        UserError, match=r"^divergence jsd: registered twice, by potstill\.losses\.divergences and "
+    ):
         registry.register("divergence")(jsd)
     assert registry.entries("divergence")["jsd"].__module__ == "potstill.losses.divergences"
 
@@ -71,9 +75,15 @@ def test_a_plugin_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [("1/0\n", "ZeroDivisionError: division by zero"), ("def f(:\n", "SyntaxError: "), ("import no_such_x\n", "No module")],
+    [
+        ("1/0\n", "ZeroDivisionError: division by zero"),
+        ("def f(:\n", "SyntaxError: "),
+        ("import no_such_x\n", "No module"),
+    ],
 )
-def test_a_plugin_that_does_not_import_is_refused_with_its_reason(tmp_path: Path, code: str, said: str) -> None:
+def test_a_plugin_that_does_not_import_is_refused_with_its_reason(
+    tmp_path: Path, code: str, said: str
+) -> None:
     plugin = tmp_path / "broken.py"
     plugin.write_text(code)
     with pytest.raises(UserError) as refused:

@@ -1,6 +1,8 @@
-"""potstill distils a large causal language model (the teacher) into a small one (the student), and proves that it did.
+"""potstill distils a large causal language model (the teacher) into a small one (the student), and proves
+that it did.
 
-The names below are what a program may rely on. They are fetched on first use: `import potstill` does not wait for torch.
+The names below are what a program may rely on. They are fetched on first use: `import potstill` does not
+wait for torch.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _HOMES = {
     "load_recipe": "potstill.recipe",
     "register": "potstill.registry",
 }
-__all__ = [  # noqa: RUF022 - the order of the table above
+__all__ = [
     "CudaTrainerTeacher",
     "FixtureTeacher",
     "TableTeacher",

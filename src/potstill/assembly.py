@@ -1,7 +1,8 @@
-"""From the names of a recipe to the objects they stand for: the one place that knows every teacher, corpus and student.
+"""From the names of a recipe to the objects they stand for: the one place that knows every teacher, corpus
+and student.
 
-Ordered by price: files are verified before a library opens them, the corpus is read before a model is loaded. Nothing is
-written here, so whatever is refused leaves nothing behind.
+Ordered by price: files are verified before a library opens them, the corpus is read before a model is
+loaded. Nothing is written here, so whatever is refused leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -55,13 +56,16 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     corpus, tokenizer = make_corpus(recipe)
     counts = corpus.manifest
     note(
-        f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; {len(corpus.train)} rows to train on and"
+        f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; {len(corpus.train)} rows to"
+        f" train on and"
         f" {len(corpus.heldout)} held out, of {recipe.corpus.tokens_per_row} tokens"
     )
     teacher = make_teacher(recipe, device)
     note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}")
     if tokenizer is not None and teacher.vocab.tokens is not None:
-        vocab.require_same(teacher.vocab, vocab.vocab_of(tokenizer, teacher.vocab_size), called(recipe.teacher), "corpus")
+        vocab.require_same(
+            teacher.vocab, vocab.vocab_of(tokenizer, teacher.vocab_size), called(recipe.teacher), "corpus"
+        )
 
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(recipe, teacher, device, saved_student)
@@ -77,16 +81,23 @@ def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
     """Rows, and the tokenizer that read them: `corpus.tokenizer`, else the teacher's, else the student's."""
     asked = recipe.corpus
     size = _teacher_vocab_size(recipe)
-    sources = [asked.tokenizer] if asked.tokenizer else [s for s in _checkpoints(recipe) if vocab.has_tokenizer(local_copy(s))]
+    sources = (
+        [asked.tokenizer]
+        if asked.tokenizer
+        else [s for s in _checkpoints(recipe) if vocab.has_tokenizer(local_copy(s))]
+    )
     tokenizer = vocab.load_tokenizer(local_copy(sources[0])) if sources else None
     if tokenizer is None and asked.name != "tokens":
         raise UserError(
-            f"corpus.tokenizer: neither teacher {called(recipe.teacher)} nor the student brings a tokenizer to read"
+            f"corpus.tokenizer: neither teacher {called(recipe.teacher)} nor the student brings a tokenizer"
+            f" to read"
             f" {asked.path} with. Name a folder, hub id or GGUF file that has one."
         )
     vocabulary = Vocab(size=size) if tokenizer is None else vocab.vocab_of(tokenizer, size)
     documents = read_documents(asked, tokenizer, vocabulary)
-    return rows.build(documents, tokens_per_row=asked.tokens_per_row, heldout_rows=asked.heldout_rows, vocab=vocabulary), tokenizer
+    return rows.build(
+        documents, tokens_per_row=asked.tokens_per_row, heldout_rows=asked.heldout_rows, vocab=vocabulary
+    ), tokenizer
 
 
 def make_teacher(recipe: Recipe, device: torch.device) -> Teacher:
@@ -110,19 +121,32 @@ def make_student(
     if asked.name == "checkpoint":
         return from_checkpoint(asked.model, device), {"name": "checkpoint", "model": asked.model}
     if asked.name == "config":
-        return from_config(asked.model, device), {"name": "config", "model": asked.model, "seed": recipe.train.seed}
-    if not isinstance(teacher, TorchTeacher):
-        raise UserError(f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}.")
+        return from_config(asked.model, device), {
+            "name": "config",
+            "model": asked.model,
+            "seed": recipe.train.seed,
+        }
+    if not (isinstance(teacher, TorchTeacher) and recipe.teacher.name == "torch"):
+        raise UserError(
+            f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
+        )
     total = teacher.model.hf.config.get_text_config().num_hidden_layers
-    keep = asked.keep if asked.keep is not None else layers_to_keep(total, asked.layers, asked.rule)
-    return cut(teacher.model, keep), {"name": "cut", "from": recipe.teacher.model, "layers_kept": list(keep), "of": total}
+    keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
+    return cut(teacher.model, keep), {
+        "name": "cut",
+        "from": recipe.teacher.model,
+        "layers_kept": list(keep),
+        "of": total,
+    }
 
 
 def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objective:
     asked = recipe.objective
     options = {k: v for k, v in dataclasses.asdict(asked.divergence).items() if k != "name"}
     divergence: Divergence = partial(entries("divergence")[asked.divergence.name], **options)
-    return Objective(divergence, asked.kd_weight, asked.ce_weight, asked.temperature, asked.chunk, matmul_dtype)
+    return Objective(
+        divergence, asked.kd_weight, asked.ce_weight, asked.temperature, asked.chunk, matmul_dtype
+    )
 
 
 def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
@@ -143,8 +167,12 @@ def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
             return readers.tokens(path, asked.dtype, vocabulary.size, end, asked.tokens_per_row)
 
 
-def compare_vocabularies(recipe: Recipe, teacher: Teacher, model: CausalLM, origin: dict[str, Any]) -> list[str]:
-    """Refuse a student that means other tokens than the teacher; return the differences that are only worth a warning."""
+def compare_vocabularies(
+    recipe: Recipe, teacher: Teacher, model: CausalLM, origin: dict[str, Any]
+) -> list[str]:
+    """Refuse a student that means other tokens than the teacher; return the differences that are only worth
+    a warning.
+    """
     folder = Path(origin["model"]) if origin["name"] == "checkpoint" else None
     own = Vocab(size=model.vocab_size)
     if folder is not None and vocab.has_tokenizer(local_copy(folder)):

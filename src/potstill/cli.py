@@ -1,7 +1,8 @@
-"""The roof: the verbs. Torch is imported only inside a verb that needs it, so that --help and a typo answer at once.
+"""The roof: the verbs. Torch is imported only inside a verb that needs it, so that --help and a typo answer
+at once.
 
-Exit codes: 0 done; 2 the user's mistake, one line each on stderr; 130 interrupted; anything else is a bug and shows its traceback.
-Results go to stdout, progress to stderr, so that `--json` may be piped.
+Exit codes: 0 done; 2 the user's mistake, one line each on stderr; 130 interrupted; anything else is a bug
+and shows its traceback. Results go to stdout, progress to stderr, so that `--json` may be piped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.display import Display
+from potstill.display import Display, aligned
 from potstill.errors import UserError
 
 
@@ -34,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="potstill", description="Distil a teacher into a student, and prove it.")
+    parser = argparse.ArgumentParser(
+        prog="potstill", description="Distil a teacher into a student, and prove it."
+    )
     parser.add_argument("--version", action="version", version=f"potstill {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -51,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
         sub.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
 
-    held = verb("eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model")
+    held = verb(
+        "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"
+    )
     held.add_argument("target", metavar="RUN|MODEL", help="run directory, or a model with --recipe")
     held.add_argument("--recipe", type=Path, help="whose held-out rows and teacher; default the run's own")
 
@@ -97,7 +102,10 @@ def _eval(options: argparse.Namespace, display: Display) -> None:
     if options.json:
         display.result(json.dumps(metrics, indent=2))
     else:
-        display.table(f"held-out evaluation of {model}", ["metric", "value"], [[k, f"{v:.6f}"] for k, v in metrics.items()])
+        display.result(f"held-out evaluation of {model}")
+        display.result(
+            aligned(["metric", "value"], [[name, f"{value:.6f}"] for name, value in metrics.items()])
+        )
 
 
 def _show(options: argparse.Namespace, display: Display) -> None:
@@ -106,13 +114,17 @@ def _show(options: argparse.Namespace, display: Display) -> None:
     run = RunDir.open(options.run)
     found = summary(run)
     if options.json:
-        display.result(json.dumps({"status": run.status(), "receipt": run.receipt(), "metrics": found}, indent=2))
+        display.result(
+            json.dumps({"status": run.status(), "receipt": run.receipt(), "metrics": found}, indent=2)
+        )
         return
-    display.result(f"{run.path}: {run.status().get('state', 'unknown')} {run.status().get('why', '')}".rstrip())
+    display.result(
+        f"{run.path}: {run.status().get('state', 'unknown')} {run.status().get('why', '')}".rstrip()
+    )
     for key, value in run.receipt().items():
         display.result(f"  {key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
     rows = [[name, *(f"{of[when]:.6g}" for when in ("first", "best", "last"))] for name, of in found.items()]
-    display.table("metrics", ["metric", "first", "best", "last"], rows)
+    display.result(aligned(["metric", "first", "best", "last"], rows))
 
 
 def _schema(options: argparse.Namespace, display: Display) -> None:

@@ -84,15 +84,11 @@ class Display:
         if self.quiet:
             return
         self.close()
-        cells = [[printable(cell, keep="") for cell in row] for row in (columns, *rows)]
+        title, cells = printable(title, keep=""), _cells(columns, rows)
         if self._is_terminal:
-            self._rich_table(printable(title, keep=""), cells)
-            return
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        self._say(printable(title, keep=""))
-        for first, *others in cells:
-            numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-            self._say("  ".join(["", first.ljust(widths[0]), *numbers]).rstrip())
+            self._rich_table(title, cells)
+        else:
+            self._say(f"{title}\n{aligned(columns, rows)}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -140,6 +136,21 @@ class Display:
 
             self._console = Console(file=self._err)
         return self._console
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text, the first column to the left and the others to the right."""
+    cells = _cells(columns, rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join(["", first.ljust(widths[0]), *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[printable(cell, keep="") for cell in row] for row in (columns, *rows)]
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,6 @@
-"""The one exception that is the user's and not ours. Apart from `types.py` because a typo must not wait for torch."""
+"""The one exception that is the user's and not ours. Apart from `types.py` because a typo must not wait for
+torch.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from __future__ import annotations
 class UserError(Exception):
     """A mistake that the user can mend: `where: what is wrong, with both values. What to do.`
 
-    Several at once when one place holds several. The command line prints each on one line, without a traceback,
-    and exits 2. Everything else that is raised is a bug and keeps its traceback.
+    Several at once when one place holds several. The command line prints each on one line, without a
+    traceback, and exits 2. Everything else that is raised is a bug and keeps its traceback.
     """
 
     def __init__(self, *mistakes: str) -> None:

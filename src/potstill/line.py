@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import resource
 import time
 from collections.abc import Sequence
@@ -25,7 +24,11 @@ from potstill.training.loop import Hooks, Metrics, Outcome, train
 
 
 def distill(
-    recipe: Path | Recipe, *, overrides: Sequence[str] = (), out: Path | None = None, display: Display | None = None
+    recipe: Path | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    display: Display | None = None,
 ) -> RunDir:
     """Run a recipe from its first line to its receipt.
 
@@ -54,7 +57,8 @@ def distill(
         rows = loaded.train.micro_batch_rows
         raise UserError(
             f"out of memory with {rows} rows per micro-batch and chunk {loaded.objective.chunk}."
-            f" Try train.rows_per_micro_batch={max(rows // 2, 1)} or objective.chunk={max(loaded.objective.chunk // 2, 1)};"
+            f" Try train.rows_per_micro_batch={max(rows // 2, 1)} or"
+            f" objective.chunk={max(loaded.objective.chunk // 2, 1)};"
             " the result is the same."
         ) from error
     except BaseException as error:
@@ -65,7 +69,9 @@ def distill(
 
 
 def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) -> Metrics:
-    """Held-out metrics of a saved model, on the rows that the recipe holds out, against the recipe's teacher."""
+    """Held-out metrics of a saved model, on the rows that the recipe holds out, against the recipe's
+    teacher.
+    """
     cast = assemble(recipe, (display or Display(quiet=True)).note, saved_student=model)
     return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
 
@@ -105,7 +111,9 @@ def _receipt(
     """What truly ran, read back from the objects that ran it."""
     recipe, after = cast.recipe, _hashes(cast)
     if after.get("teacher") != before.get("teacher"):
-        raise RuntimeError(f"the teacher's weights changed during training: {before['teacher']} -> {after['teacher']}")
+        raise RuntimeError(
+            f"the teacher's weights changed during training: {before['teacher']} -> {after['teacher']}"
+        )
     head = cast.student.model.head.weight_VD
     return {
         "potstill": environment()["libraries"]["potstill"],
@@ -116,7 +124,11 @@ def _receipt(
         "tokenizer_sha256": cast.teacher.vocab.fingerprint,
         "teacher": {"name": recipe.teacher.name, "source": getattr(recipe.teacher, "model", None)}
         | {"weights_sha256": before.get("teacher"), "unchanged_by_training": True},
-        "student": {**cast.origin, "weights_sha256_start": before["student"], "weights_sha256_end": after["student"]},
+        "student": {
+            **cast.origin,
+            "weights_sha256_start": before["student"],
+            "weights_sha256_end": after["student"],
+        },
         "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
         f" {recipe.objective.divergence.name}, T = {recipe.objective.temperature}",
         "seed": recipe.train.seed,
@@ -133,7 +145,9 @@ def _receipt(
         "total_seconds": round(seconds, 3),
         "peak_memory_gib": _peak_gib(cast.device),
         "output": {p.name: file_sha256(p) for p in sorted(run.student.iterdir()) if p.is_file()},
-        "samples": {"prompt": recipe.eval.sample_prompt, **samples} if recipe.eval.sample_prompt is not None else None,
+        "samples": {"prompt": recipe.eval.sample_prompt, **samples}
+        if recipe.eval.sample_prompt is not None
+        else None,
         "environment": environment(),
     }
 
@@ -148,7 +162,9 @@ def _tell(cast: Cast, run: RunDir, outcome: Outcome, samples: dict[str, str], di
         for when, text in samples.items():
             display.note(f"sample {when}: {prompt}{text}")
     if outcome.best_step == 0:
-        display.warn("no evaluation was better than the untouched student: the saved student is the untouched one.")
+        display.warn(
+            "no evaluation was better than the untouched student: the saved student is the untouched one."
+        )
     display.note(f"student (of step {outcome.best_step}, best held-out loss): {run.student}")
     display.note(f"receipt: {run.path / 'receipt.json'}")
 

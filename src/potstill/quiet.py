@@ -1,4 +1,6 @@
-"""Transformers without its notices and progress bars: what matters of them is refused by us, and its bars would tear ours."""
+"""Transformers without its notices and progress bars: what matters of them is refused by us, and its bars
+would tear ours.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def _options_type(name: str, function: Any) -> Any:
         kind.__doc__ = function.__doc__
         TypeAdapter(kind)
     except (TypeError, ValueError, NameError, SyntaxError, PydanticUserError) as error:
-        said = str(error).splitlines()[0].rstrip(".")
+        is_type = isinstance(error, PydanticUserError)
+        said = "an option has a type that no YAML value has" if is_type else str(error).rstrip(".")
         advice = "Annotate each keyword option with a plain type, such as float."
         raise UserError(f"divergence {name}: its options cannot be read: {said}. {advice}") from error
     return kind

@@ -1,12 +1,14 @@
-"""Name -> function, for what a recipe may name and a user may add. Torch-free, so that a recipe is checked at once.
+"""Name -> function, for what a recipe may name and a user may add. Torch-free, so that a recipe is checked
+at once.
 
-A divergence is a function of two log-distributions; its keyword-only parameters are its options in the YAML, with
-their types, bounds and defaults. Registering the function is all there is to do:
+A divergence is a function of two log-distributions; its keyword-only parameters are its options in the YAML,
+with their types, bounds and defaults. Registering the function is all there is to do:
 
     @register("divergence")
     def jsd(student_logp_NS: "Tensor", teacher_logp_NS: "Tensor", *, beta: OpenUnit = 0.5) -> "Tensor": ...
 
-A user's own file is named under `plugins:` in the recipe and imported by `load_plugin` before names are looked up.
+A user's own file is named under `plugins:` in the recipe and imported by `load_plugin` before names are
+looked up.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ def register(kind: str) -> Callable[[F], F]:
     def keep(function: F) -> F:
         known = _entries[kind].get(function.__name__)
         if known is not None and known.__module__ != function.__module__:
-            raise UserError(f"{kind} {function.__name__}: registered twice, by {known.__module__} and {function.__module__}.")
+            raise UserError(
+                f"{kind} {function.__name__}: registered twice, by {known.__module__} and"
+                f" {function.__module__}."
+            )
         _entries[kind][function.__name__] = function
         return function
 
@@ -52,7 +57,9 @@ def options_type(name: str, function: Callable[..., Any]) -> type:
     """A frozen dataclass of the function's options: `name` and its keyword-only parameters."""
     parameters = inspect.signature(function).parameters.values()
     options = [
-        (p.name, p.annotation, field(default=p.default)) if p.default is not p.empty else (p.name, p.annotation)
+        (p.name, p.annotation, field(default=p.default))
+        if p.default is not p.empty
+        else (p.name, p.annotation)
         for p in parameters
         if p.kind is p.KEYWORD_ONLY
     ]
@@ -72,7 +79,9 @@ def load_plugin(path: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a user's file raises is told with its place, not hidden
-        raise UserError(f"plugins: {path}: {type(error).__name__}: {error}. The file must import cleanly.") from error
+        raise UserError(
+            f"plugins: {path}: {type(error).__name__}: {error}. The file must import cleanly."
+        ) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

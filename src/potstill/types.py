@@ -1,7 +1,7 @@
 """The ground floor: the few types that every wing speaks in, and the legend of their shapes.
 
-    B sequences in a micro-batch     T tokens in a sequence        N loss-bearing positions of a micro-batch, flat
-    D student width                  E teacher width               V vocabulary ids both models share
+    B sequences in a micro-batch     T tokens in a sequence        N loss-bearing positions of a micro-batch,
+    flat D student width                  E teacher width               V vocabulary ids both models share
     K ids kept per position          S support a divergence sees:  V for a dense teacher
 
 A tensor's name ends in its shape: `hidden_ND`, `labels_N`. Lists and scalars carry no suffix.
@@ -73,13 +73,17 @@ class Targets(Protocol):
     def __getitem__(self, positions: slice) -> Targets: ...
 
     def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Both log-distributions on ids they share: (student_logp_NS, teacher_logp_NS); each row sums to one."""
+        """Both log-distributions on ids they share: (student_logp_NS, teacher_logp_NS); each row sums to
+        one.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenTargets:
-    """A teacher in memory: its final hidden states, and the head that turns a slice of them into logits. S = V."""
+    """A teacher in memory: its final hidden states, and the head that turns a slice of them into logits. S =
+    V.
+    """
 
     hidden_NE: Tensor
     head: Callable[[Tensor], Tensor]

@@ -59,10 +59,10 @@ def read(text: str, where: str) -> tuple[Any, list[str]]:
         if not loader.check_node():
             return None, []
         node = loader.get_node()
+        assert node is not None
         if loader.check_node():
-            _refuse(
-                where, loader.peek_event().start_mark, "a second document starts. One file is one recipe."
-            )
+            event = loader.peek_event()  # type: ignore[no-untyped-call]
+            _refuse(where, event.start_mark, "a second document starts. One file is one recipe.")
     except yaml.MarkedYAMLError as error:
         said = ", ".join(part for part in (error.context, error.problem) if part)
         hint = next((advice for sign, advice in ADVICE.items() if sign in said), "Mend the YAML there.")
@@ -151,7 +151,7 @@ class _Loader(yaml.SafeLoader):
             ) from error
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             what = "anchors (&) and aliases (*) are not read. Quote a text that starts with one of them."
             _refuse(self.where, event.start_mark, what)

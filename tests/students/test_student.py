@@ -28,11 +28,16 @@ def test_a_saved_student_loads_anywhere_with_equal_logits(tmp_path: Path, tied: 
     with torch.no_grad():
         assert torch.equal(again(ids_BT).logits, model.hf(ids_BT).logits)
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) is tied
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")("cat")["input_ids"] == make_tokenizer()("cat")["input_ids"]
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")("cat")["input_ids"]
+        == make_tokenizer()("cat")["input_ids"]
+    )
 
 
 def test_an_older_transformers_finds_the_rope_base_where_it_looks(tmp_path: Path) -> None:
-    model = from_checkpoint(make_model(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 77777.0}), CPU)
+    model = from_checkpoint(
+        make_model(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 77777.0}), CPU
+    )
     Student(model, Objective()).save(tmp_path / "saved", None)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 77777.0

@@ -45,12 +45,20 @@ def test_a_list_of_layers_that_makes_no_sense_is_refused(teacher_folder: Path, k
 
 
 def families() -> dict[str, Any]:
-    common = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    common = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     grouped = common | {"num_key_value_heads": 2, "pad_token_id": 0}
     return {
         "llama, tied": transformers.LlamaConfig(**grouped, tie_word_embeddings=True),
         "llama, untied": transformers.LlamaConfig(**grouped, tie_word_embeddings=False),
-        "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0),
+        "gpt2": transformers.GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+        ),
         "gpt_neox": transformers.GPTNeoXConfig(**common),
         "gemma3, layers of two types": transformers.Gemma3TextConfig(
             **grouped, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2

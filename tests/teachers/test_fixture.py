@@ -54,7 +54,9 @@ def test_two_calls_answer_the_same_and_leave_the_input_alone() -> None:
     assert torch.equal(ids_BT, before)
 
 
-@pytest.mark.parametrize("wrong", [torch.tensor([1, 2]), torch.tensor([[1.0, 2.0]]), torch.zeros(2, 2, 2, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor([1, 2]), torch.tensor([[1.0, 2.0]]), torch.zeros(2, 2, 2, dtype=torch.int64)]
+)
 def test_another_shape_or_type_of_ids_is_refused_with_what_it_was(wrong: torch.Tensor) -> None:
     with pytest.raises(UserError, match=r"input_ids have shape \["):
         FixtureTeacher(5).logits_for_batch(wrong)
@@ -104,7 +106,9 @@ def test_a_table_is_read_from_a_file_with_one_tensor(tmp_path: Path) -> None:
         ({"logits": torch.full((2, 2), float("nan"))}, "finite"),
     ],
 )
-def test_a_table_that_is_none_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+def test_a_table_that_is_none_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], message: str
+) -> None:
     save_file(tensors, tmp_path / "table.safetensors")
     with pytest.raises(UserError, match=message):
         TableTeacher.load(tmp_path / "table.safetensors")

@@ -20,7 +20,9 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
 
 
 def ids(rows: int, length: int, vocabulary: int = 258) -> torch.Tensor:
-    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(rows * 100 + length))
+    return torch.randint(
+        0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(rows * 100 + length)
+    )
 
 
 def own_logits(folder: Path, ids_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -39,10 +41,25 @@ def test_logits_are_the_library_s_own(teacher_folder: Path, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("family", ["GPT2", "Gemma2", "Cohere", "Granite", "Qwen3", "GPTNeoX"])
 def test_logits_are_the_library_s_own_in_families_that_scale_or_cap_them(tmp_path: Path, family: str) -> None:
-    common = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     special = {
-        "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0},
-        "Gemma2": common | {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0, "initializer_range": 0.5},
+        "GPT2": {
+            "vocab_size": 64,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        "Gemma2": common
+        | {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0, "initializer_range": 0.5},
         "Qwen3": common | {"num_key_value_heads": 2, "head_dim": 8},
         "Granite": common | {"num_key_value_heads": 2, "logits_scaling": 3.0},
     }
@@ -50,7 +67,9 @@ def test_logits_are_the_library_s_own_in_families_that_scale_or_cap_them(tmp_pat
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     teacher, ids_BT = TorchTeacher.for_inference(tmp_path / "model", device="cpu"), ids(2, 9, 64)
-    assert (teacher.logits_per_position(ids_BT) - own_logits(tmp_path / "model", ids_BT, torch.float32)).abs().max() <= 1e-6
+    assert (
+        teacher.logits_per_position(ids_BT) - own_logits(tmp_path / "model", ids_BT, torch.float32)
+    ).abs().max() <= 1e-6
 
 
 def test_a_batch_equals_its_rows_and_padding_on_either_side_changes_nothing(teacher_folder: Path) -> None:
@@ -70,13 +89,18 @@ def test_a_batch_equals_its_rows_and_padding_on_either_side_changes_nothing(teac
 def test_it_is_a_teacher_frozen_and_in_eval_mode(teacher_folder: Path) -> None:
     teacher = TorchTeacher.for_inference(teacher_folder, device="cpu")
     assert isinstance(teacher, Teacher)
-    assert teacher.vocab_size == 258 and teacher.vocab.tokens is not None and teacher.vocab.tokens[0] == "<eos>"
+    assert (
+        teacher.vocab_size == 258 and teacher.vocab.tokens is not None and teacher.vocab.tokens[0] == "<eos>"
+    )
     assert not teacher.model.training and not any(p.requires_grad for p in teacher.model.parameters())
     assert not teacher.logits_for_batch(ids(1, 3)).requires_grad
 
 
 def test_an_empty_batch_gives_an_empty_result(teacher_folder: Path) -> None:
-    teacher, empty = TorchTeacher.for_inference(teacher_folder, device="cpu"), torch.zeros(0, 4, dtype=torch.int64)
+    teacher, empty = (
+        TorchTeacher.for_inference(teacher_folder, device="cpu"),
+        torch.zeros(0, 4, dtype=torch.int64),
+    )
     assert teacher.logits_for_batch(empty).shape == (0, 258)
     assert teacher.logits_per_position(empty).shape == (0, 4, 258)
 
@@ -134,7 +158,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_checkpoint_that_is_not_whole_is_refused_naming_both_sides(teacher_folder: Path, tmp_path: Path, fault: str) -> None:
+def test_a_checkpoint_that_is_not_whole_is_refused_naming_both_sides(
+    teacher_folder: Path, tmp_path: Path, fault: str
+) -> None:
     plant, message = FAULTS[fault]
     shutil.copytree(teacher_folder, tmp_path / "model")
     plant(tmp_path / "model")
@@ -185,7 +211,12 @@ def test_the_cuda_teacher_answers_as_the_library_does(teacher_folder: Path) -> N
 
 def test_a_model_whose_documents_see_each_other_is_refused(tmp_path: Path) -> None:
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
@@ -202,7 +233,9 @@ def test_a_head_that_is_not_known_is_refused(teacher_folder: Path, monkeypatch: 
         return output
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", scaled)
-    with pytest.raises(UserError, match=r"head\(hidden\) of LlamaForCausalLM differs from its own logits by 0.0099"):
+    with pytest.raises(
+        UserError, match=r"head\(hidden\) of LlamaForCausalLM differs from its own logits by 0.0099"
+    ):
         TorchTeacher.for_inference(teacher_folder, device="cpu")
 
 

@@ -1,1 +1,1 @@
-"""Documents into packed rows: which positions bear loss, and what their next token is, is decided here, once."""
+"""Documents into packed rows: which positions bear loss, and what their label is, is decided here, once."""

@@ -1,8 +1,10 @@
-"""Documents packed into rows, split into training and held-out, served in an order that is a function of the seed.
+"""Documents packed into rows, split into training and held-out, in an order that is a function of the seed.
 
-A row is `tokens_per_row` neighbours of one long stream of documents. What a position's label is, and whether it has one, is
-decided here once: the label of token i is token i+1 of the same document, if it may be predicted; nothing downstream shifts or
-masks. Positions restart at 0 with each document and each row, which is how attention is kept inside a document.
+A row is `tokens_per_row` neighbours of one long stream of documents. What a position's label is, and whether
+it has one, is decided here once: the label of token i is token i+1 of the same document, if it may be
+predicted; nothing downstream shifts or masks. Positions restart at 0 with each document and each row, which
+is how attention is kept inside a document. Refuses a corpus too small to hold rows out. Called by the
+assembly.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from potstill.corpus.readers import Document, Reading, require_ids
 from potstill.errors import UserError
 from potstill.types import Batch, Vocab
 
-
 SPREAD = 8  # held-out rows are drawn from up to so many times their tokens, or a twentieth of the corpus
 
 
@@ -35,13 +36,18 @@ class PackedRows:
     """
 
     def __init__(
-        self, ids: NDArray[np.uint32], starts: NDArray[np.int64], bears: NDArray[np.bool_], tokens_per_row: int
+        self,
+        ids: NDArray[np.uint32],
+        starts: NDArray[np.int64],
+        bears: NDArray[np.bool_],
+        tokens_per_row: int,
     ) -> None:
         self.ids, self.starts, self.bears, self.tokens_per_row = ids, starts, bears, tokens_per_row
-        T = tokens_per_row
-        padded = np.zeros(-(-len(ids) // T) * T + 1, dtype=np.int64)
-        padded[: len(bears)] = bears
-        self.supervised_per_row = padded[1:].reshape(-1, T).sum(1)
+        # A label counts for the position before it, hence [1:]; a lone last token is no such position.
+        firsts = np.arange(0, len(ids) - 1, tokens_per_row)
+        self.supervised_per_row = (
+            np.add.reduceat(bears[1:], firsts, dtype=np.int64) if len(firsts) else firsts
+        )
         self.kept = np.flatnonzero(self.supervised_per_row)
         """Rows that teach something, as numbers in the stream; row r of this object is stream row kept[r]."""
 
@@ -54,7 +60,7 @@ class PackedRows:
         return int(self.supervised_per_row[self.kept].sum())
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The rows, on the CPU. The last row of a stream may be padded; its padding is a document without labels."""
+        """The rows, on the CPU. A stream's last row may be padded; padding is a document without labels."""
         B, T = len(rows), self.tokens_per_row
         ids_BT = np.zeros((B, T), dtype=np.int64)
         positions_BT = np.zeros((B, T), dtype=np.int64)
@@ -78,18 +84,15 @@ class PackedRows:
         )
 
     def row_hash(self, row: int) -> bytes:
-        """sha256 of what a row holds: ids, document starts and labels."""
-        batch = self.batch([row])
-        digest = hashlib.sha256()
-        for tensor in (batch.input_ids_BT, batch.position_ids_BT, batch.positions_N, batch.labels_N):
-            digest.update(tensor.numpy().tobytes())
-        return digest.digest()
+        """sha256 of a row's tokens."""
+        first = int(self.kept[row]) * self.tokens_per_row
+        return hashlib.sha256(self.ids[first : first + self.tokens_per_row].tobytes()).digest()
 
     def drop(self, hashes: set[bytes]) -> int:
-        """Leave out the rows whose content is among `hashes`; returns how many there were."""
-        keep = [self.row_hash(row) not in hashes for row in range(len(self))]
-        self.kept = self.kept[np.array(keep, dtype=np.bool_)]
-        return len(keep) - sum(keep)
+        """Leave out the rows whose tokens are among `hashes`; returns how many there were."""
+        keep = np.array([self.row_hash(row) not in hashes for row in range(len(self))], dtype=np.bool_)
+        self.kept = self.kept[keep]
+        return int((~keep).sum())
 
     def _positions(self, first: int, last: int) -> NDArray[np.int64]:
         begin = np.zeros(self.tokens_per_row, dtype=np.int64)
@@ -142,45 +145,35 @@ class Corpus:
 
 
 def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vocab) -> Corpus:
-    """Split whole documents by the hash of their content, pack both sides, and count.
-
-    Documents go to the held-out side in the order of their hash, so that the split depends on content and not on names, and the
-    same text is never on both sides; its rows are drawn from more documents than they need, so that no single one speaks for
-    all. A training row that equals a held-out row is dropped.
-    """
-    documents = {_digest(document) + number.to_bytes(8, "big"): document for number, document in enumerate(reading.documents)}
+    """Split whole documents, pack both sides, drop training rows that equal a held-out row, and count."""
+    documents = list(reading.documents)
     if not documents:
-        raise UserError("corpus.path: not one document with text in it. Look at the path, the field and the patterns.")
-    for document in documents.values():
+        raise UserError(
+            "corpus.path: not one document with text in it. Look at the path, the field and the patterns."
+        )
+    for document in documents:
         require_ids(document.source, document.ids, vocab.size)
-    total = sum(len(document.ids) for document in documents.values())
-    needed = heldout_rows * tokens_per_row
-    wanted = max(needed, min(SPREAD * needed, total // 20))
-    ordered = sorted(documents)
-    count, tokens = 0, 0
-    while count < len(ordered) and (tokens < wanted or ordered[count][:32] == ordered[count - 1][:32]):
-        tokens += len(documents[ordered[count]].ids)
-        count += 1
-    chosen = set(ordered[:count])
-    heldout = pack((d for key, d in documents.items() if key in chosen), tokens_per_row)
-    by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
-    heldout.kept = heldout.kept[sorted(by_content)]
-    train = pack((d for key, d in documents.items() if key not in chosen), tokens_per_row)
+    total = sum(len(document.ids) for document in documents)
+    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row)
     dropped = train.drop({heldout.row_hash(row) for row in range(len(heldout))})
     if len(heldout) < heldout_rows or len(train) == 0:
         raise UserError(
-            f"corpus: {len(documents)} documents of {total} tokens give {len(train)} training rows and {len(heldout)} held-out rows"
-            f" of {tokens_per_row} tokens; at least 1 and {heldout_rows} are needed, in different documents."
-            " Give more text, or set corpus.tokens_per_row or corpus.heldout_rows lower."
+            f"corpus: {len(documents)} documents of {total} tokens give {len(train)} training rows and"
+            f" {len(heldout)} held-out rows of {tokens_per_row} tokens; at least 1 and {heldout_rows} are"
+            " needed, in different documents. Give more text, or set corpus.tokens_per_row or"
+            " corpus.heldout_rows lower."
         )
     manifest = {
         "documents": len(documents),
         "tokens": total,
         "tokens_per_row": tokens_per_row,
+        "train_documents": len(documents) - num_heldout,
         "train_rows": len(train),
+        "train_tokens": len(train.ids),
         "train_positions": train.supervised,
-        "heldout_documents": count,
+        "heldout_documents": num_heldout,
         "heldout_rows": len(heldout),
+        "heldout_tokens": len(heldout.ids),
         "heldout_positions": heldout.supervised,
         "rows_dropped_as_held_out": dropped,
         "vocab_size": vocab.size,
@@ -191,24 +184,45 @@ def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vo
     return Corpus(train, heldout, manifest)
 
 
+def split(
+    documents: Sequence[Document], heldout_rows: int, tokens_per_row: int
+) -> tuple[PackedRows, PackedRows, int]:
+    """Training rows, held-out rows, and the number of documents on the held-out side.
+
+    Documents go there in the order of their hash, so that the split depends on content and not on names, and
+    the same text is never on both sides, whichever of its tokens bear loss. The rows are drawn from more
+    documents than they need, so that no single one speaks for all; these documents' other rows go unused.
+    """
+    digests = [hashlib.sha256(document.ids.tobytes()).digest() for document in documents]
+    order = sorted(range(len(documents)), key=lambda number: digests[number])
+    needed = heldout_rows * tokens_per_row
+    wanted = max(needed, min(SPREAD * needed, sum(len(d.ids) for d in documents) // 20))
+    count, tokens = 0, 0
+    heldout = pack([], tokens_per_row)
+    while len(heldout) < heldout_rows and count < len(order):
+        while count < len(order) and (tokens < wanted or digests[order[count]] == digests[order[count - 1]]):
+            tokens += len(documents[order[count]].ids)
+            count += 1
+        heldout = pack((documents[number] for number in sorted(order[:count])), tokens_per_row)
+        # Rows without a label do not count, so that much prompt and little answer may need more documents.
+        wanted = 2 * tokens
+    by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
+    heldout.kept = heldout.kept[sorted(by_content)]
+    train = pack((documents[number] for number in sorted(order[count:])), tokens_per_row)
+    return train, heldout, count
+
+
 def pack(documents: Iterable[Document], tokens_per_row: int) -> PackedRows:
     """One stream of documents, end to end."""
     ids, bears, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.bool_)], [0]
     for document in documents:
-        labels = np.ones(len(document.ids), dtype=np.bool_) if document.labels is None else document.labels.copy()
+        labels = np.ones(len(document.ids), np.bool_) if document.labels is None else document.labels.copy()
         labels[:1] = False  # nothing in its own document comes before the first token
         ids.append(document.ids)
         bears.append(labels)
         lengths.append(len(document.ids))
     starts = np.cumsum(lengths, dtype=np.int64)[:-1]
     return PackedRows(np.concatenate(ids), starts, np.concatenate(bears), tokens_per_row)
-
-
-def _digest(document: Document) -> bytes:
-    digest = hashlib.sha256(document.ids.tobytes())
-    if document.labels is not None:
-        digest.update(document.labels.tobytes())
-    return digest.digest()
 
 
 def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:

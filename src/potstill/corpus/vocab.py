@@ -1,7 +1,8 @@
 """What ids mean: tokenizers read from a folder or a GGUF file, and two vocabularies compared id by id.
 
-Token-level distillation is only right where both models mean the same token by the same id, so lists are compared and not
-sizes. A model that came without a tokenizer can only be compared by its size.
+Token-level distillation is only right where both models mean the same token by the same id, so lists are
+compared and not sizes. A model that came without a tokenizer can only be compared by its size. Refuses two
+lists that differ, with the first id that does. Called by the assembly and by teachers.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ def has_tokenizer(path: Path) -> bool:
 
 def load_tokenizer(path: Path) -> Any:
     """The fast tokenizer of a Hugging Face folder or of a GGUF file; code that comes with it is never run."""
-    if not (path.suffix == ".gguf" or has_tokenizer(path)):
-        raise UserError(f"{path}: no tokenizer there. Name a folder with tokenizer.json, a hub id or a GGUF file.")
+    if not has_tokenizer(path):
+        raise UserError(
+            f"{path}: no tokenizer there. Name a folder with tokenizer.json, a hub id or a GGUF file."
+        )
     try:
         with quiet_transformers():
             if path.suffix == ".gguf":
-                return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+                return transformers.AutoTokenizer.from_pretrained(
+                    path.parent, gguf_file=path.name, trust_remote_code=False
+                )
             return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -61,8 +66,9 @@ def require_same(teacher: Vocab, student: Vocab, teacher_name: str, student_name
             if theirs != ours:
                 shown = ["no such id" if token is None else repr(token) for token in (theirs, ours)]
                 raise UserError(
-                    f"{teacher_name} and {student_name} use different tokenizers: id {i} is {shown[0]} in the one and {shown[1]}"
-                    " in the other. Token-level distillation needs one vocabulary; take a student of the teacher's family."
+                    f"{teacher_name} and {student_name} use different tokenizers: id {i} is {shown[0]} in"
+                    f" the one and {shown[1]} in the other. Token-level distillation needs one vocabulary;"
+                    " take a student of the teacher's family."
                 )
     if teacher.size != student.size:
         raise UserError(
@@ -81,7 +87,10 @@ def special_differences(teacher: Vocab, student: Vocab) -> list[str]:
     ):
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if theirs != ours:
-            found.append(f"{name.removesuffix('_id')} token: the teacher has id {theirs}, the student {ours}: {effect}.")
+            token = name.removesuffix("_id")
+            found.append(f"{token} token: the teacher has id {theirs}, the student {ours}: {effect}.")
     if teacher.chat_template != student.chat_template:
-        found.append("chat templates differ: the saved student carries the corpus's tokenizer, see corpus.tokenizer.")
+        found.append(
+            "chat templates differ: the saved student carries the corpus's tokenizer (corpus.tokenizer)."
+        )
     return found

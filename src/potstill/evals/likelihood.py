@@ -1,10 +1,10 @@
 """Held-out evaluation: always the same rows, in the same batches, so that two numbers may be compared.
 
-    heldout/ce          next-token cross-entropy of the student, nats per supervised position
-    heldout/kl          KL(teacher || student) at temperature 1, nats per position
-    heldout/agreement   share of positions where both rank the same token first
-    heldout/loss        the recipe's own objective; what "best" means
-    heldout/teacher_ce  the teacher's own cross-entropy, so that its level is known
+heldout/ce          next-token cross-entropy of the student, nats per supervised position
+heldout/kl          KL(teacher || student) at temperature 1, nats per position
+heldout/agreement   share of positions where both rank the same token first
+heldout/loss        the recipe's own objective; what "best" means
+heldout/teacher_ce  the teacher's own cross-entropy, so that its level is known
 """
 
 from __future__ import annotations

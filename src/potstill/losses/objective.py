@@ -206,6 +206,6 @@ def _require_finite(sums: dict[str, Tensor], positions: int) -> None:
     for (name, value), is_finite in zip(sums.items(), finite, strict=True):
         if not is_finite:
             raise UserError(
-                f"objective: {name} is {float(value)} over {positions} positions. Logits are not finite, or a"
+                f"objective: {name} is {value.item()} over {positions} positions. Logits are not finite, or a"
                 " token that one side or the corpus has is impossible on the other."
             )

@@ -1,9 +1,11 @@
-"""A Hugging Face causal language model as two halves: a body that gives hidden states, a head that gives logits.
+"""A Hugging Face causal language model as two halves: a body that gives hidden states, a head that gives
+logits.
 
-The loss works on hidden states and a head, so that logits exist a chunk at a time; that is only right if the two
-halves are the model. Two probes say so when a model is loaded, instead of a list of architectures: the head applied to
-the hidden states is the model's own logits, and a packed row is its documents run alone. Each takes a fraction of a
-second, each refuses a fault that is silent otherwise. Teachers and students are both made of this.
+The loss works on hidden states and a head, so that logits exist a chunk at a time; that is only right if the
+two halves are the model. Two probes say so when a model is loaded, instead of a list of architectures: the
+head applied to the hidden states is the model's own logits, and a packed row is its documents run alone. Each
+takes a fraction of a second, each refuses a fault that is silent otherwise. Teachers and students are both
+made of this.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
+        device: torch.device = next(self.hf.parameters()).device
+        return device
 
     @property
     def vocab_size(self) -> int:
@@ -43,8 +46,9 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Final hidden states, hidden_BTD, after the last norm.
 
-        Positions that restart at 0 mark documents, and attention stays inside each. Transformers honours that only
-        with no cache and no attention mask; `mask_BT` is therefore for padded rows of one document, never packed ones.
+        Positions that restart at 0 mark documents, and attention stays inside each. Transformers honours
+        that only with no cache and no attention mask; `mask_BT` is therefore for padded rows of one
+        document, never packed ones.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids_BT, "use_cache": False}
         if position_ids_BT is not None:
@@ -74,7 +78,9 @@ class CausalLM(nn.Module):
         self.eval()
         with torch.no_grad():
             if self.hf.get_output_embeddings() is None:
-                raise UserError(f"{self.name}: {type(self.hf).__name__} has no output head. A causal LM is needed.")
+                raise UserError(
+                    f"{self.name}: {type(self.hf).__name__} has no output head. A causal LM is needed."
+                )
             try:
                 self._probe_head()
                 self._probe_packing()
@@ -92,20 +98,24 @@ class CausalLM(nn.Module):
         ours_BTV = self.head(self.hidden(ids_BT))
         if ours_BTV.shape != own_BTV.shape:
             raise UserError(
-                f"{self.name}: head(hidden) has shape {list(ours_BTV.shape)}, its own logits {list(own_BTV.shape)}."
+                f"{self.name}: head(hidden) has shape {list(ours_BTV.shape)}, its own logits"
+                f" {list(own_BTV.shape)}."
                 " The model's head is not one matrix over the vocabulary; it cannot be used here."
             )
         gap = _relative_gap(ours_BTV, own_BTV)
         if not gap <= self._tolerance():
             raise UserError(
-                f"{self.name}: head(hidden) of {type(self.hf).__name__} differs from its own logits by {gap:.2g} of their"
-                " largest. The model transforms its logits in a way that is not known here; it cannot be used."
+                f"{self.name}: head(hidden) of {type(self.hf).__name__} differs from its own logits by"
+                f" {gap:.2g} of their"
+                " largest. The model transforms its logits in a way that is not known here; it cannot be"
+                " used."
             )
 
     def _probe_packing(self) -> None:
         if "position_ids" not in inspect.signature(self.hf.base_model.forward).parameters:
             raise UserError(
-                f"{self.name}: {type(self.hf).__name__} takes no position_ids, so documents packed in a row would"
+                f"{self.name}: {type(self.hf).__name__} takes no position_ids, so documents packed in a row"
+                f" would"
                 " see each other. Use another architecture."
             )
         first, second = 5, 7
@@ -116,10 +126,12 @@ class CausalLM(nn.Module):
         alone_BTD = self.hidden(ids_BT[:1, first:]).float()
         leak = _relative_gap(packed_BTD[1], packed_BTD[0])
         gap = _relative_gap(packed_BTD[0], alone_BTD[0])
-        # A leak is sharp: masked attention weights are exactly 0, so nothing of the first document may arrive.
+        # A leak is sharp: masked attention weights are exactly 0, so nothing of the first document may
+        # arrive.
         if not (leak <= min(self._tolerance(), 1e-6) and gap <= 10 * self._tolerance()):
             raise UserError(
-                f"{self.name}: in {type(self.hf).__name__} a packed document differs from the same one alone by"
+                f"{self.name}: in {type(self.hf).__name__} a packed document differs from the same one"
+                f" alone by"
                 f" {gap:.2g}, and by {leak:.2g} when its neighbour changes. Documents see each other;"
                 " the model cannot be used."
             )

@@ -1,8 +1,9 @@
-"""Read a checkpoint whole, or refuse it: a Hugging Face folder, a hub id, or a GGUF file, into a Transformers model.
+"""Read a checkpoint whole, or refuse it: a Hugging Face folder, a hub id, or a GGUF file, into a
+Transformers model.
 
-Transformers fills what a checkpoint lacks with random numbers and a warning, and drops what its config does not
-mention. Both are refused here, with the tensor and both sides named. Files are verified before a library opens them;
-code that comes with a checkpoint is never run.
+Transformers fills what a checkpoint lacks with random numbers and a warning, and drops what its config does
+not mention. Both are refused here, with the tensor and both sides named. Files are verified before a library
+opens them; code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def choose_device(asked: str) -> torch.device:
 
 
 def local_copy(source: str | Path) -> Path:
-    """A folder or file on this machine; a hub id (`owner/name`) is fetched, without code and without pickles."""
+    """A folder or file on this machine; a hub id (`owner/name`) is fetched, without code and without
+    pickles.
+    """
     path = Path(source)
     if path.exists():
         return path
@@ -54,9 +57,12 @@ def local_copy(source: str | Path) -> Path:
         except Exception as error:  # a network fails in many ways; each means the same to the user
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{source}: no such folder here, and the hub did not give it: {reason} Check the name and the network."
+                f"{source}: no such folder here, and the hub did not give it: {reason} Check the name and"
+                f" the network."
             ) from error
-    raise UserError(f"{source}: no such file or folder. A model is a Hugging Face folder, a hub id or a GGUF file.")
+    raise UserError(
+        f"{source}: no such file or folder. A model is a Hugging Face folder, a hub id or a GGUF file."
+    )
 
 
 def vocab_size_of(path: Path) -> int:
@@ -68,7 +74,9 @@ def vocab_size_of(path: Path) -> int:
 
 
 def load_config(source: str | Path) -> Any:
-    """The Transformers config of a `config.json`, of a folder that has one, of a hub id, or of a GGUF file."""
+    """The Transformers config of a `config.json`, of a folder that has one, of a hub id, or of a GGUF
+    file.
+    """
     path = local_copy(source)
     try:
         with quiet_transformers():
@@ -76,19 +84,27 @@ def load_config(source: str | Path) -> Any:
                 return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             return transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a model config: {_first_line(error)} Give a config.json that Transformers knows.") from error
+        raise UserError(
+            f"{path}: not a model config: {_first_line(error)} Give a config.json that Transformers knows."
+        ) from error
 
 
 def load_causal_lm(
-    source: str | Path, *, config: Any = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    source: str | Path,
+    *,
+    config: Any = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> CausalLM:
     """Every tensor of the checkpoint, in the model that the config describes; probed.
 
     Args:
-        config: what the checkpoint must be: a Transformers config, its dictionary, or a path; default is its own.
+        config: what the checkpoint must be: a Transformers config, its dictionary, or a path; default is its
+        own.
 
     Raises:
-        UserError: files missing, truncated or not a model; a tensor that only one of config and checkpoint has, or
+        UserError: files missing, truncated or not a model; a tensor that only one of config and checkpoint
+        has, or
             has in another shape.
     """
     path = local_copy(source)
@@ -139,7 +155,7 @@ def weights_sha256(model: nn.Module) -> str:
     for name, tensor in sorted(model.named_parameters()):
         flat = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(flat.numpy()))
+        digest.update(flat.numpy().data)
     return digest.hexdigest()
 
 
@@ -185,7 +201,9 @@ def _first_line(error: Exception) -> str:
 
 
 def write_portable_config(folder: Path) -> None:
-    """Let Transformers 4 read a config that Transformers 5 wrote: without a top-level rope_theta it assumes 10,000."""
+    """Let Transformers 4 read a config that Transformers 5 wrote: without a top-level rope_theta it assumes
+    10,000.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters") or {}

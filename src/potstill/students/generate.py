@@ -11,7 +11,9 @@ from potstill.models.causal_lm import CausalLM
 
 @torch.no_grad()
 def complete(model: CausalLM, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """What the model writes after `prompt`, prompt excluded; at most `max_new_tokens` tokens, or up to its EOS."""
+    """What the model writes after `prompt`, prompt excluded; at most `max_new_tokens` tokens, or up to its
+    EOS.
+    """
     was_training = model.training
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)

@@ -1,4 +1,6 @@
-"""The model that learns. The loss runs inside its forward, so that sharding and compiling see an ordinary module."""
+"""The model that learns. The loss runs inside its forward, so that sharding and compiling see an ordinary
+module.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from potstill.types import Batch, Targets
 class Student(nn.Module):
     """A causal LM and its objective.
 
-    `autocast` is the dtype that the body's matmuls run in, None for the weights' own; weights, their gradients and
-    the softmax stay in float32.
+    `autocast` is the dtype that the body's matmuls run in, None for the weights' own; weights, their
+    gradients and the softmax stay in float32.
     """
 
     def __init__(self, model: CausalLM, objective: Objective, autocast: torch.dtype | None = None) -> None:
@@ -69,7 +71,9 @@ def from_config(source: str | Path, device: torch.device) -> CausalLM:
     try:
         hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"student.model: {source}: no causal LM can be made of this config: {error}") from error
+        raise UserError(
+            f"student.model: {source}: no causal LM can be made of this config: {error}"
+        ) from error
     model = CausalLM(hf.to(device), name=f"student {source}")
     model.probe()
     return model

@@ -1,8 +1,9 @@
 """Cut a student out of its teacher: keep some layers, renumbered, and everything around them.
 
-Which layers matters more than how many. Right after the cut, the 30-layer SmolLM2-135M keeps a held-out CE of 9.1 nats
-with its first 8 and last 7 layers and of 13.7 to 14.6 with every second one, where chance is 10.8: the ends of the
-stack read and write the residual stream, and the middle is where layers can be missed. Hence `first_last`.
+Which layers matters more than how many. Right after the cut, the 30-layer SmolLM2-135M keeps a held-out CE
+of 9.1 nats with its first 8 and last 7 layers and of 13.7 to 14.6 with every second one, where chance is
+10.8: the ends of the stack read and write the residual stream, and the middle is where layers can be missed.
+Hence `first_last`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from potstill.models.load import plain_config
 
 
 def layers_to_keep(total: int, count: int, rule: str) -> list[int]:
-    """`first_last`: the first half, rounded up, and the last; `even`: spread over the stack, both ends included."""
+    """`first_last`: the first half, rounded up, and the last; `even`: spread over the stack, both ends
+    included.
+    """
     if not 1 <= count <= total:
-        raise UserError(f"student.layers: {count} layers cannot be kept of the teacher's {total}. Give 1 to {total}.")
+        raise UserError(
+            f"student.layers: {count} layers cannot be kept of the teacher's {total}. Give 1 to {total}."
+        )
     if rule == "first_last":
         first = (count + 1) // 2
         return [*range(first), *range(total - (count - first), total)]
@@ -34,14 +39,18 @@ def cut(teacher: CausalLM, keep: Sequence[int]) -> CausalLM:
     """A float32 student of the teacher's layers `keep`, in that order; every tensor a copy, ties kept.
 
     Raises:
-        UserError: a layer that the teacher has not, one named twice or out of order, or a stack that is not one list.
+        UserError: a layer that the teacher has not, one named twice or out of order, or a stack that is not
+        one list.
     """
     prefix, total = _stack(teacher)
-    if list(keep) != sorted(set(keep)) or not keep or not (0 <= keep[0] and keep[-1] < total):
+    if list(keep) != sorted(set(keep)) or not keep or not (keep[0] >= 0 and keep[-1] < total):
         raise UserError(
-            f"student.keep: {list(keep)} must be rising layer numbers of the teacher's {total}, from 0 to {total - 1}."
+            f"student.keep: {list(keep)} must be rising layer numbers of the teacher's {total}, from 0 to"
+            f" {total - 1}."
         )
-    hf = transformers.AutoModelForCausalLM.from_config(_cut_config(teacher.hf.config, keep, total), dtype=torch.float32)
+    hf = transformers.AutoModelForCausalLM.from_config(
+        _cut_config(teacher.hf.config, keep, total), dtype=torch.float32
+    )
     kept = {}
     for name, tensor in teacher.hf.state_dict().items():
         if name.startswith(prefix):
@@ -70,7 +79,9 @@ def _stack(model: CausalLM) -> tuple[str, int]:
     """Where the layers live in the state dict, `model.layers.`, and how many there are."""
     total = model.hf.config.get_text_config().num_hidden_layers
     stacks = [
-        name for name, module in model.hf.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
+        name
+        for name, module in model.hf.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total
     ]
     outermost = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if len(outermost) != 1:

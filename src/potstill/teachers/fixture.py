@@ -1,7 +1,8 @@
 """Teachers that are exact, tiny and known in closed form: for tests, and for trying a recipe without a model.
 
-`FixtureTeacher` points at the next token; `TableTeacher` is a known first-order Markov chain, so that "did the student
-learn this distribution?" has an answer. Both refuse shapes and types that a real teacher would refuse.
+`FixtureTeacher` points at the next token; `TableTeacher` is a known first-order Markov chain, so that "did
+the student learn this distribution?" has an answer. Both refuse shapes and types that a real teacher would
+refuse.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def require_ids(teacher: str, input_ids_BT: Tensor) -> Tensor:
 
 def require_last(teacher: str, ids_BT: Tensor) -> None:
     if ids_BT.shape[1] == 0:
-        raise UserError(f"teacher {teacher}: input_ids have shape {list(ids_BT.shape)}: no last position to ask about.")
+        raise UserError(
+            f"teacher {teacher}: input_ids have shape {list(ids_BT.shape)}: no last position to ask about."
+        )
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,13 @@ class TableTeacher:
     def __post_init__(self) -> None:
         shape = list(self.logits_VV.shape)
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-            raise UserError(f"teacher table: logits have shape {shape}. Give a square table [vocabulary, vocabulary].")
+            raise UserError(
+                f"teacher table: logits have shape {shape}. Give a square table [vocabulary, vocabulary]."
+            )
         if not self.logits_VV.is_floating_point() or not bool(torch.isfinite(self.logits_VV).all()):
-            raise UserError(f"teacher table: logits of type {self.logits_VV.dtype} must be finite floating-point numbers.")
+            raise UserError(
+                f"teacher table: logits of type {self.logits_VV.dtype} must be finite floating-point numbers."
+            )
 
     @classmethod
     def load(cls, path: Path) -> TableTeacher:
@@ -99,9 +106,13 @@ class TableTeacher:
         try:
             tensors = load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: not a safetensors file: {error}. Write one with a tensor `logits`.") from error
+            raise UserError(
+                f"{path}: not a safetensors file: {error}. Write one with a tensor `logits`."
+            ) from error
         if list(tensors) != ["logits"]:
-            raise UserError(f"{path}: holds {', '.join(tensors) or 'nothing'}, wanted one tensor `logits` [V, V].")
+            raise UserError(
+                f"{path}: holds {', '.join(tensors) or 'nothing'}, wanted one tensor `logits` [V, V]."
+            )
         return cls(tensors["logits"].float())
 
     @property
@@ -138,6 +149,6 @@ class TableTeacher:
 
 
 def require_known(teacher: str, ids_BT: Tensor, vocab_size: int) -> None:
-    if ids_BT.numel() and not (0 <= int(ids_BT.min()) and int(ids_BT.max()) < vocab_size):
+    if ids_BT.numel() and not (int(ids_BT.min()) >= 0 and int(ids_BT.max()) < vocab_size):
         worst = int(ids_BT.max()) if int(ids_BT.max()) >= vocab_size else int(ids_BT.min())
         raise UserError(f"teacher {teacher}: id {worst} is outside the vocabulary of {vocab_size} ids.")

@@ -1,7 +1,8 @@
-"""A real teacher, in memory: a Transformers causal LM from a folder, the hub or a GGUF file, on the CPU or CUDA.
+"""A real teacher, in memory: a Transformers causal LM from a folder, the hub or a GGUF file, on the CPU or
+CUDA.
 
-For the loop it gives hidden states and a head, so that [N, V] never exists; for inspection, logits. Frozen: no gradient,
-eval mode, and a hash that is the same after training as before.
+For the loop it gives hidden states and a head, so that [N, V] never exists; for inspection, logits. Frozen:
+no gradient, eval mode, and a hash that is the same after training as before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class TorchTeacher:
     def __init__(self, model: CausalLM, tokenizer: Any | None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.vocab = Vocab(size=model.vocab_size) if tokenizer is None else vocab_of(tokenizer, model.vocab_size)
+        self.vocab = (
+            Vocab(size=model.vocab_size) if tokenizer is None else vocab_of(tokenizer, model.vocab_size)
+        )
 
     @classmethod
     def for_inference(
@@ -48,7 +51,9 @@ class TorchTeacher:
         """
         where = choose_device(str(device))
         path = local_copy(checkpoint_dir)
-        model = load_causal_lm(path, config=config, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype, device=where)
+        model = load_causal_lm(
+            path, config=config, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype, device=where
+        )
         model.name = f"teacher {checkpoint_dir}"
         return cls(model, load_tokenizer(path) if has_tokenizer(path) else None)
 
@@ -58,7 +63,9 @@ class TorchTeacher:
 
     @torch.no_grad()
     def logits_for_batch(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
-        """logits_BV, float32, at each row's last position: the last that the mask keeps, where rows are padded."""
+        """logits_BV, float32, at each row's last position: the last that the mask keeps, where rows are
+        padded.
+        """
         ids_BT, mask_BT = self._require(input_ids_BT, attention_mask_BT)
         require_last("torch", ids_BT)
         if len(ids_BT) == 0:
@@ -67,7 +74,9 @@ class TorchTeacher:
         if mask_BT is None:
             return self.model.head(hidden_BTE[:, -1])
         if not bool(mask_BT.any(1).all()):
-            raise UserError("teacher torch: a row is all padding; its last position does not exist. Drop the row.")
+            raise UserError(
+                "teacher torch: a row is all padding; its last position does not exist. Drop the row."
+            )
         last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
         return self.model.head(hidden_BTE[torch.arange(len(ids_BT), device=last_B.device), last_B])
 
@@ -81,7 +90,9 @@ class TorchTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
-        """One forward of the body; hidden states at the loss-bearing positions, and the head for whoever needs logits."""
+        """One forward of the body; hidden states at the loss-bearing positions, and the head for whoever
+        needs logits.
+        """
         hidden_BTE = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
         return HiddenTargets(hidden_BTE.flatten(0, 1)[batch.positions_N], self.model.head)
 
@@ -95,14 +106,17 @@ class TorchTeacher:
             mask_BT = torch.as_tensor(mask_BT).bool().to(self.model.device)
             if mask_BT.shape != ids_BT.shape:
                 raise UserError(
-                    f"teacher torch: attention_mask has shape {list(mask_BT.shape)}, input_ids {list(ids_BT.shape)}."
+                    f"teacher torch: attention_mask has shape {list(mask_BT.shape)}, input_ids"
+                    f" {list(ids_BT.shape)}."
                 )
         return ids_BT.to(self.model.device), mask_BT
 
     def _hidden(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         if mask_BT is None:
             return self.model.hidden(ids_BT)
-        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(0)  # a left-padded row starts at 0 all the same
+        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(
+            0
+        )  # a left-padded row starts at 0 all the same
         return self.model.hidden(ids_BT, positions_BT, mask_BT)
 
 
@@ -121,5 +135,9 @@ class CudaTrainerTeacher(TorchTeacher):
     ) -> Self:
         """`model_config` is what the checkpoint must be; see `TorchTeacher.for_inference`."""
         if not str(device).startswith("cuda"):
-            raise UserError(f"CudaTrainerTeacher: device {device} was asked for. It runs on CUDA alone; use TorchTeacher.")
-        return super().for_inference(checkpoint_dir, config if model_config is None else model_config, device, dtype)
+            raise UserError(
+                f"CudaTrainerTeacher: device {device} was asked for. It runs on CUDA alone; use TorchTeacher."
+            )
+        return super().for_inference(
+            checkpoint_dir, config if model_config is None else model_config, device, dtype
+        )

@@ -20,7 +20,9 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens beside the mathematics. `evaluate` returns held-out metrics; the loop never sees the rows."""
+    """What happens beside the mathematics. `evaluate` returns held-out metrics; the loop never sees the
+    rows.
+    """
 
     evaluate: Callable[[int], Metrics]
     on_step: Callable[[int, Metrics], None]
@@ -41,12 +43,14 @@ class Outcome:
     """Wall time in steps, evaluations excluded."""
 
 
-def train(student: Student, teacher: Teacher | None, rows: Rows, order: Order, recipe: Recipe, hooks: Hooks) -> Outcome:
+def train(
+    student: Student, teacher: Teacher | None, rows: Rows, order: Order, recipe: Recipe, hooks: Hooks
+) -> Outcome:
     """Train `student` in place for `recipe.train.steps` steps.
 
-    `teacher` may be None only where `objective.kd_weight` is 0. The gradient of a step is that of the sum of the loss
-    over all supervised positions of the step, divided once by their number: how rows are cut into micro-batches
-    changes nothing.
+    `teacher` may be None only where `objective.kd_weight` is 0. The gradient of a step is that of the sum of
+    the loss over all supervised positions of the step, divided once by their number: how rows are cut into
+    micro-batches changes nothing.
     """
     plan, device = recipe.train, student.model.device
     optimizer = make_optimizer(student, plan)
@@ -60,7 +64,9 @@ def train(student: Student, teacher: Teacher | None, rows: Rows, order: Order, r
         step_rows = order.rows(step, plan.rows_per_step)
         size = plan.micro_batch_rows
         batches = [rows.batch(step_rows[i : i + size]) for i in range(0, len(step_rows), size)]
-        positions = sum(len(batch.positions_N) for batch in batches)  # of the whole step, before the first backward
+        positions = sum(
+            len(batch.positions_N) for batch in batches
+        )  # of the whole step, before the first backward
 
         sums: dict[str, float] = {}
         for batch in (batch.to(device) for batch in batches):
@@ -72,7 +78,10 @@ def train(student: Student, teacher: Teacher | None, rows: Rows, order: Order, r
         parameters = [p for p in student.parameters() if p.grad is not None]
         grad_norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
         if not torch.isfinite(grad_norm):
-            raise UserError(f"step {step + 1}: the gradient norm is {float(grad_norm)}. The weights are those before the step.")
+            raise UserError(
+                f"step {step + 1}: the gradient norm is {float(grad_norm)}. The weights are those before"
+                f" the step."
+            )
         if plan.clip is not None:
             clip_grads_with_norm_(parameters, plan.clip, grad_norm)
         lr = set_lr(optimizer, lr_at(step, plan))
@@ -111,10 +120,12 @@ def ask(teacher: Teacher, batch: Batch, step: int) -> Targets:
         targets = teacher.targets(batch)
     except (RuntimeError, ValueError, IndexError, TypeError, OSError) as error:
         raise UserError(
-            f"step {step + 1}: the teacher failed on rows {batch.rows_B.tolist()}: {type(error).__name__}: {error}"
+            f"step {step + 1}: the teacher failed on rows {batch.rows_B.tolist()}: {type(error).__name__}:"
+            f" {error}"
         ) from error
     if len(targets) != len(batch.positions_N):
         raise UserError(
-            f"step {step + 1}: the teacher gave targets for {len(targets)} positions, {len(batch.positions_N)} were asked."
+            f"step {step + 1}: the teacher gave targets for {len(targets)} positions,"
+            f" {len(batch.positions_N)} were asked."
         )
     return targets
