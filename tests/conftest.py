@@ -18,6 +18,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+torch.set_num_threads(1)  # the models are tiny, and a second thread only waits for a busy core
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = [
     "the",

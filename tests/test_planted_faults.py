@@ -41,8 +41,8 @@ FAULTS = {
     ),
     "swapped weights": Fault(
         "losses/objective.py",
-        "self.ce_weight * ce_N + self.kd_weight * kd_N",
-        "self.kd_weight * ce_N + self.ce_weight * kd_N",
+        "self.ce_weight * ce_C + self.kd_weight * kd_C",
+        "self.kd_weight * ce_C + self.ce_weight * kd_C",
         STEP,
     ),
     "mean of means": Fault(
@@ -64,14 +64,14 @@ FAULTS = {
     ),
     "raw logits back-propagated": Fault(
         "losses/objective.py",
-        "grad_CV = grads.pop()",
-        "grads.pop()\n            grad_CV = product_CV.detach()",
+        "(grad_CV,) = torch.autograd.grad(loss, product_CV)",
+        "grad_CV = product_CV.detach()",
         "test_invariance.py::test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient",
     ),
     "upstream gradient ignored": Fault(
         "losses/objective.py",
-        "(grad * upstream)",
-        "(grad * upstream.sign().abs().clamp_min(1))",
+        "(grad * upstream[-1])",
+        "(grad * 1)",
         "test_invariance.py::test_a_zero_upstream_gradient_moves_no_weight",
     ),
     "softcap ignored": Fault(

@@ -98,7 +98,8 @@ def _run(cast: Cast, run: RunDir, display: Display) -> None:
 
     hooks = Hooks(evaluate_student, on_step, on_best)
     rows = cast.corpus.train
-    outcome = train(student, cast.teacher, rows, cast.corpus.order(recipe.train.seed), recipe, hooks)
+    teacher = cast.teacher if recipe.objective.kd_weight else None  # no answer is asked that nobody reads
+    outcome = train(student, teacher, rows, cast.corpus.order(recipe.train.seed), recipe, hooks)
     samples["after"] = _sample(cast)
     receipt = _receipt(cast, run, outcome, before, samples, time.perf_counter() - started)
     run.write_receipt(receipt)

@@ -257,6 +257,20 @@ def test_the_fingerprint_changes_with(change: str) -> None:
     assert CHANGES[change]().fingerprint != corpus_of(random_documents(60)).fingerprint
 
 
+def test_the_fingerprint_changes_with_one_token_where_all_else_stays() -> None:
+    # Documents of one row each and one held out: the same starts, labels and rows whatever the tokens are.
+    def of(first: int) -> Corpus:
+        return corpus_of(
+            [document([first, n, *range(6)]) for n in range(20)], tokens_per_row=8, heldout_rows=1
+        )
+
+    one, other = of(8), of(9)
+    for name in ("starts", "bears", "kept"):
+        assert (getattr(one.train, name) == getattr(other.train, name)).all()
+        assert (getattr(one.heldout, name) == getattr(other.heldout, name)).all()
+    assert one.fingerprint != other.fingerprint
+
+
 def test_the_fingerprint_repeats_and_the_manifest_counts_what_the_rows_hold() -> None:
     documents = random_documents(60)
     corpus = corpus_of(documents)

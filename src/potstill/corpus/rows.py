@@ -84,13 +84,21 @@ class PackedRows:
         )
 
     def row_hash(self, row: int) -> bytes:
-        """sha256 of a row's tokens."""
-        first = int(self.kept[row]) * self.tokens_per_row
-        return hashlib.sha256(self.ids[first : first + self.tokens_per_row].tobytes()).digest()
+        """sha256 of what a row holds: ids, document starts and labels."""
+        batch = self.batch([row])
+        digest = hashlib.sha256()
+        for tensor in (batch.input_ids_BT, batch.position_ids_BT, batch.positions_N, batch.labels_N):
+            digest.update(tensor.numpy().tobytes())
+        return digest.digest()
 
-    def drop(self, hashes: set[bytes]) -> int:
-        """Leave out the rows whose tokens are among `hashes`; returns how many there were."""
-        keep = np.array([self.row_hash(row) not in hashes for row in range(len(self))], dtype=np.bool_)
+    def row_tokens(self, row: int) -> bytes:
+        first = int(self.kept[row]) * self.tokens_per_row
+        return self.ids[first : first + self.tokens_per_row].tobytes()
+
+    def drop(self, other: PackedRows) -> int:
+        """Leave out the rows whose tokens are those of a row of `other`; returns how many there were."""
+        theirs = {other.row_tokens(row) for row in range(len(other))}
+        keep = np.array([self.row_tokens(row) not in theirs for row in range(len(self))], dtype=np.bool_)
         self.kept = self.kept[keep]
         return int((~keep).sum())
 
@@ -155,7 +163,7 @@ def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vo
         require_ids(document.source, document.ids, vocab.size)
     total = sum(len(document.ids) for document in documents)
     train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row)
-    dropped = train.drop({heldout.row_hash(row) for row in range(len(heldout))})
+    dropped = train.drop(heldout)
     if len(heldout) < heldout_rows or len(train) == 0:
         raise UserError(
             f"corpus: {len(documents)} documents of {total} tokens give {len(train)} training rows and"

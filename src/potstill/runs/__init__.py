@@ -1,0 +1,1 @@
+"""The run directory: the record that every published number is read from."""

@@ -1,0 +1,191 @@
+"""A run is a folder that explains itself, readable without us; nothing else knows where a file in it lies.
+
+    recipe.yaml       as given, byte for byte
+    resolved.yaml     every default filled in
+    code.diff         uncommitted changes of the code that ran
+    environment.json  versions, machine, command line
+    corpus.json       files with hashes, counts, fingerprint
+    metrics.jsonl     one object a step or evaluation
+    receipt.json      what truly ran, written by the trainer
+    status.json       running | finished | failed: why
+    student/          the best student, a Hugging Face folder
+
+Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import UserError
+
+LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, *, recipe: bytes, resolved: str, corpus: dict[str, Any]) -> RunDir:
+        """A new folder with what is known before the first step."""
+        cls.require_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path}: the run directory cannot be made: {error.strerror}. Give --out another folder."
+            ) from error
+        run = cls(path)
+        write_whole(path / "recipe.yaml", recipe)
+        write_whole(path / "resolved.yaml", resolved.encode())
+        write_whole(path / "code.diff", code()["diff"].encode())
+        run._write_json("environment.json", environment())
+        run._write_json("corpus.json", corpus)
+        run.set_status("running")
+        return run
+
+    @staticmethod
+    def require_free(path: Path) -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"{path}: already there, and a run is never written over. Give --out another folder."
+            )
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        if not (path / "resolved.yaml").is_file():
+            raise UserError(
+                f"{path}: not a run directory: it has no resolved.yaml. Give the folder that distill printed."
+            )
+        return cls(path)
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.yaml"
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def metrics(self) -> list[dict[str, float]]:
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def replace_student(self, save: Callable[[Path], None]) -> None:
+        """`save` fills a folder beside the old student; only a whole one takes its place."""
+        fresh, old = self.path / "student.new", self.path / "student.old"
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            save(fresh)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        if self.student.exists():
+            self.student.rename(old)
+        fresh.rename(self.student)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def write_receipt(self, receipt: dict[str, Any]) -> None:
+        self._write_json("receipt.json", receipt)
+
+    def receipt(self) -> dict[str, Any]:
+        return self._read_json("receipt.json")
+
+    def set_status(self, state: str, why: str = "") -> None:
+        self._write_json("status.json", {"state": state, **({"why": why} if why else {})})
+
+    def status(self) -> dict[str, Any]:
+        return self._read_json("status.json")
+
+    def _write_json(self, name: str, value: Any) -> None:
+        write_whole(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        if not path.is_file():
+            return {}
+        try:
+            value: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: damaged: {error}. The run's other files are still readable.") from error
+        return value
+
+
+def summary(run: RunDir) -> dict[str, dict[str, float]]:
+    """First, best and last value of each metric. Best is the lowest, except where more is better."""
+    found: dict[str, dict[str, float]] = {}
+    for line in run.metrics():
+        for name, value in line.items():
+            if name != "step":
+                better = max if name in ("heldout/agreement", "speed/tokens_per_s") else min
+                so_far = found.setdefault(name, {"first": value, "best": value, "last": value})
+                so_far |= {"best": better(so_far["best"], value), "last": value}
+    return found
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def default_path(name: str) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3 … that is free."""
+    path, number = Path("runs") / name, 2
+    while path.exists():
+        path, number = Path("runs") / f"{name}-{number}", number + 1
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command line; no environment variables, since secrets live there."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "libraries": {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def code() -> dict[str, str]:
+    """Commit and uncommitted changes of the checkout that potstill runs from; empty where it was installed
+    as a wheel.
+    """
+    here = Path(__file__).resolve().parent
+    commit = _git(here, "rev-parse", "HEAD").strip()
+    tracked = commit and _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+    return {"commit": commit, "diff": _git(here, "diff", "HEAD")} if tracked else {"commit": "", "diff": ""}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
