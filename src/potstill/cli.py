@@ -1,7 +1,8 @@
 """The roof: the verbs. Torch is imported only inside a verb that needs it, so that --help and a typo answer
 at once.
 
-Exit codes: 0 done; 2 the user's mistake, one line each on stderr; 130 interrupted; anything else is a bug
+Exit codes: 0 done; 2 the user's mistake, one line each on stderr; 130
+interrupted before training; 143 stopped by a signal after a saved checkpoint; anything else is a bug
 and shows its traceback. Results go to stdout, progress to stderr, so that `--json` may be piped.
 """
 
@@ -24,14 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     display = Display()
     try:
-        options.verb(options, display)
+        code: int = options.verb(options, display) or 0
     except UserError as error:
         display.error(error.mistakes)
         return 2
     except KeyboardInterrupt:
         display.error(("interrupted.",))
         return 130
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (demo, dist):
         sub.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
         sub.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
+        sub.add_argument("--resume", action="store_true", help="go on with the run that was cut off there")
 
     held = verb(
         "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"
@@ -67,23 +69,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(options: argparse.Namespace, display: Display) -> None:
-    _run_recipe(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
+def _demo(options: argparse.Namespace, display: Display) -> int:
+    return _run_recipe(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
 
 
-def _distill(options: argparse.Namespace, display: Display) -> None:
-    _run_recipe(options.recipe, options, display)
+def _distill(options: argparse.Namespace, display: Display) -> int:
+    return _run_recipe(options.recipe, options, display)
 
 
-def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> None:
+def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> int:
     from potstill.recipe import load
 
     load(recipe, options.overrides)  # a typo is told before torch is imported
     from potstill.line import distill
 
-    run = distill(recipe, overrides=options.overrides, out=options.out, display=display)
+    run = distill(
+        recipe, overrides=options.overrides, out=options.out, resume=options.resume, display=display
+    )
     if options.json:
-        display.result(json.dumps({"run": str(run.path), **run.receipt()}, indent=2))
+        display.result(json.dumps({"run": str(run.path), **run.status(), **run.receipt()}, indent=2))
+    return 143 if run.status()["state"] == "stopped" else 0
 
 
 def _eval(options: argparse.Namespace, display: Display) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import resource
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from potstill import recipe as recipes
 from potstill.assembly import Cast, assemble
@@ -20,7 +25,8 @@ from potstill.recipe import Recipe
 from potstill.runs.rundir import RunDir, code, default_path, environment
 from potstill.students.generate import complete
 from potstill.teachers.torch_teacher import TorchTeacher
-from potstill.training.loop import Hooks, Metrics, Outcome, train
+from potstill.training.checkpoint import Checkpoints, Outcome
+from potstill.training.loop import Hooks, Metrics, train
 
 
 def distill(
@@ -28,14 +34,19 @@ def distill(
     *,
     overrides: Sequence[str] = (),
     out: Path | None = None,
+    resume: bool = False,
     display: Display | None = None,
 ) -> RunDir:
     """Run a recipe from its first line to its receipt.
+
+    SIGTERM or SIGINT ends the step in hand, saves a checkpoint and returns a run whose status is `stopped`; a
+    second one ends the process.
 
     Args:
         recipe: a YAML file, or a recipe already loaded.
         overrides: `a.b=value`, applied to a file.
         out: a folder that does not exist yet; default `runs/<name of the recipe>`.
+        resume: go on with the run in `out` from its newest sound checkpoint, or from its start.
 
     Raises:
         UserError: whatever the user can mend; nearly all of it before the folder is made.
@@ -44,14 +55,24 @@ def distill(
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     resolved = recipes.dump(loaded)
     given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
-    path = out or default_path("run" if isinstance(recipe, Recipe) else recipe.stem)
-    RunDir.require_free(path)
-
-    cast = assemble(loaded, display.note)
-    run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
+    name = "run" if isinstance(recipe, Recipe) else recipe.stem
+    if resume:
+        run = RunDir.open(out or Path("runs") / name)
+        _require_same_recipe(loaded, run)
+        if run.status().get("state") == "finished":
+            display.note(f"{run.path}: finished already")
+            return run
+        cast = assemble(loaded, display.note)
+        run.set_status("running")
+    else:
+        path = out or default_path(name)
+        RunDir.require_free(path)
+        cast = assemble(loaded, display.note)
+        run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
     display.note(f"run: {run.path}")
     try:
-        _run(cast, run, display)
+        with _stop_signals(display) as should_stop:
+            _run(cast, run, display, should_stop)
     except torch.OutOfMemoryError as error:
         run.set_status("failed", "out of memory")
         rows = loaded.train.micro_batch_rows
@@ -64,7 +85,6 @@ def distill(
     except BaseException as error:
         run.set_status("failed", f"{type(error).__name__}: {error}")
         raise
-    run.set_status("finished")
     return run
 
 
@@ -76,12 +96,14 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
     return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
 
 
-def _run(cast: Cast, run: RunDir, display: Display) -> None:
+def _run(cast: Cast, run: RunDir, display: Display, should_stop: Callable[[], bool]) -> None:
     recipe, student = cast.recipe, cast.student
     started = time.perf_counter()
     before = _hashes(cast)
     samples = {"before": _sample(cast)}
     clock = _Clock(recipe.train.steps)
+    inputs = before | {"corpus": cast.corpus.fingerprint, "vocabulary": cast.teacher.vocab.fingerprint}
+    checkpoints = Checkpoints(run.checkpoints, inputs, display.note)
 
     def evaluate_student(step: int) -> Metrics:
         found = heldout(student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
@@ -96,14 +118,71 @@ def _run(cast: Cast, run: RunDir, display: Display) -> None:
     def on_best(step: int, metrics: Metrics) -> None:
         run.replace_student(lambda folder: student.save(folder, cast.tokenizer))
 
-    hooks = Hooks(evaluate_student, on_step, on_best)
-    rows = cast.corpus.train
+    def resume(optimizer: Optimizer) -> Outcome | None:
+        outcome = checkpoints.load(student, optimizer)
+        run.repair()
+        run.rewind(-1 if outcome is None else outcome.step)
+        return outcome
+
+    def save(optimizer: Optimizer, outcome: Outcome) -> None:
+        checkpoints.save(student, optimizer, outcome)
+
+    hooks = Hooks(evaluate_student, on_step, on_best, resume, save, should_stop)
     teacher = cast.teacher if recipe.objective.kd_weight else None  # no answer is asked that nobody reads
-    outcome = train(student, teacher, rows, cast.corpus.order(recipe.train.seed), recipe, hooks)
+    order = cast.corpus.order(recipe.train.seed)
+    outcome = train(student, teacher, cast.corpus.train, order, recipe, hooks)
+    if outcome.step < recipe.train.steps:
+        run.set_status("stopped", f"by a signal after step {outcome.step}; --resume goes on")
+        display.note(
+            f"stopped after step {outcome.step}, checkpoint saved; the same command with --resume goes on"
+        )
+        return
     samples["after"] = _sample(cast)
-    receipt = _receipt(cast, run, outcome, before, samples, time.perf_counter() - started)
-    run.write_receipt(receipt)
+    run.write_receipt(_receipt(cast, run, outcome, before, samples, time.perf_counter() - started))
+    run.set_status("finished")
     _tell(cast, run, outcome, samples, display)
+
+
+def _require_same_recipe(recipe: Recipe, run: RunDir) -> None:
+    """A run goes on as it began: its schedule and its data are functions of the recipe."""
+    began = _flat(dataclasses.asdict(recipes.load(run.resolved)))
+    now = _flat(dataclasses.asdict(recipe))
+    differing = sorted(name for name in began | now if began.get(name) != now.get(name))
+    if differing:
+        shown = ", ".join(f"{name} ({began.get(name)!r} -> {now.get(name)!r})" for name in differing)
+        raise UserError(
+            f"{run.path}: begun with another recipe: {shown}. Resume with the same, or start a new run."
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+@contextlib.contextmanager
+def _stop_signals(display: Display) -> Iterator[Callable[[], bool]]:
+    """A question that the loop asks after each step; outside the main thread signals are not ours to take."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        if asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        asked.append(number)
+        display.note(f"{signal.Signals(number).name}: stopping after this step; once more ends at once")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _receipt(

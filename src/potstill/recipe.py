@@ -231,6 +231,8 @@ class Train(Section):
     """Largest norm of the whole gradient; null: no limit."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the student's matrix products; its weights stay float32."""
+    save_every: CountOrZero = 500
+    """Steps between checkpoints, of which two are kept; 0: only when a signal stops the run."""
     device: Annotated[str, _check(_device), WithJsonSchema({"type": "string", "pattern": DEVICE})] = "auto"
     """auto, cpu, cuda or cuda:N; auto: CUDA where there is a device, else the CPU."""
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0

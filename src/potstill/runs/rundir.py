@@ -9,6 +9,7 @@
     receipt.json      what truly ran, written by the trainer
     status.json       running | finished | failed: why
     student/          the best student, a Hugging Face folder
+    checkpoints/      the last two states of the training, for --resume
 
 Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
 """
@@ -75,6 +76,10 @@ class RunDir:
         return self.path / "student"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def resolved(self) -> Path:
         return self.path / "resolved.yaml"
 
@@ -83,14 +88,23 @@ class RunDir:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line)
 
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run logs it again. Step 0 was logged before any"
+        " other."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        content = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.path / "metrics.jsonl", content.encode())
+
     def metrics(self) -> list[dict[str, float]]:
+        """Every whole line; a kill can cut off the last one."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        text = path.read_text() if path.is_file() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def replace_student(self, save: Callable[[Path], None]) -> None:
         """`save` fills a folder beside the old student; only a whole one takes its place."""
         fresh, old = self.path / "student.new", self.path / "student.old"
-        shutil.rmtree(fresh, ignore_errors=True)
+        self.repair()
         try:
             save(fresh)
         except BaseException:
@@ -99,6 +113,14 @@ class RunDir:
         if self.student.exists():
             self.student.rename(old)
         fresh.rename(self.student)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def repair(self) -> None:
+        """Undo what a kill left half done in `replace_student`."""
+        fresh, old = self.path / "student.new", self.path / "student.old"
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not self.student.exists():
+            old.rename(self.student)
         shutil.rmtree(old, ignore_errors=True)
 
     def write_receipt(self, receipt: dict[str, Any]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from potstill.errors import UserError
 from potstill.recipe import Recipe
 from potstill.students.student import Student
+from potstill.training.checkpoint import Outcome
 from potstill.training.optim import lr_at, make_optimizer, set_lr
 from potstill.types import Batch, Order, Rows, Targets, Teacher
 
@@ -20,33 +22,21 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens beside the mathematics. `evaluate` returns held-out metrics; the loop never sees the
-    rows.
-    """
+    """What happens beside the mathematics. `evaluate` returns held-out metrics; the loop never sees the"
+    " rows."""
 
     evaluate: Callable[[int], Metrics]
     on_step: Callable[[int, Metrics], None]
     on_best: Callable[[int, Metrics], None]
-
-
-@dataclass
-class Outcome:
-    first: Metrics
-    """Held-out metrics of the untouched student."""
-    last: Metrics = field(default_factory=dict)
-    best: Metrics = field(default_factory=dict)
-    best_step: int = 0
-    """Optimizer steps that the best student has seen; chosen by held-out loss alone."""
-    positions: int = 0
-    """Supervised positions trained on."""
-    seconds: float = 0.0
-    """Wall time in steps, evaluations excluded."""
+    resume: Callable[[Optimizer], Outcome | None] = lambda optimizer: None
+    save: Callable[[Optimizer, Outcome], None] = lambda optimizer, outcome: None
+    should_stop: Callable[[], bool] = lambda: False
 
 
 def train(
     student: Student, teacher: Teacher | None, rows: Rows, order: Order, recipe: Recipe, hooks: Hooks
 ) -> Outcome:
-    """Train `student` in place for `recipe.train.steps` steps.
+    """Train `student` in place up to `recipe.train.steps` steps, or to a stop that was asked for.
 
     `teacher` may be None only where `objective.kd_weight` is 0. The gradient of a step is that of the sum of
     the loss over all supervised positions of the step, divided once by their number: how rows are cut into
@@ -54,19 +44,19 @@ def train(
     """
     plan, device = recipe.train, student.model.device
     optimizer = make_optimizer(student, plan)
-    first = hooks.evaluate(0)
-    outcome = Outcome(first=first, best=first)
-    hooks.on_best(0, first)
+    outcome = hooks.resume(optimizer)
+    if outcome is None:
+        first = hooks.evaluate(0)
+        outcome = Outcome(first=first, best=first)
+        hooks.on_best(0, first)
     student.train()
 
-    for step in range(plan.steps):
+    for step in range(outcome.step, plan.steps):
         started = time.perf_counter()
         step_rows = order.rows(step, plan.rows_per_step)
         size = plan.micro_batch_rows
         batches = [rows.batch(step_rows[i : i + size]) for i in range(0, len(step_rows), size)]
-        positions = sum(
-            len(batch.positions_N) for batch in batches
-        )  # of the whole step, before the first backward
+        positions = sum(len(batch.positions_N) for batch in batches)  # of the whole step, before any backward
 
         sums: dict[str, float] = {}
         for batch in (batch.to(device) for batch in batches):
@@ -89,29 +79,36 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - started
+        outcome.step = step + 1
         outcome.positions += positions
         outcome.seconds += seconds
-        hooks.on_step(
-            step + 1,
-            {f"train/{name}": value / positions for name, value in sums.items()}
-            | {
-                "train/lr": lr,
-                "train/grad_norm": float(grad_norm),
-                "train/positions": positions,
-                "train/epoch": order.epoch(step, plan.rows_per_step),
-                "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in batches) / seconds,
-                "speed/step_s": seconds,
-            },
-        )
+        losses = {f"train/{name}": value / positions for name, value in sums.items()}
+        figures = {
+            "train/lr": lr,
+            "train/grad_norm": float(grad_norm),
+            "train/positions": positions,
+            "train/epoch": order.epoch(step, plan.rows_per_step),
+            "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in batches) / seconds,
+            "speed/step_s": seconds,
+        }
+        hooks.on_step(outcome.step, losses | figures)
 
-        is_last = step + 1 == plan.steps
-        if is_last or (recipe.eval.every and (step + 1) % recipe.eval.every == 0):
-            outcome.last = hooks.evaluate(step + 1)
-            student.train()
+        is_last = outcome.step == plan.steps
+        if is_last or due(outcome.step, recipe.eval.every):
+            outcome.last = hooks.evaluate(outcome.step)
             if outcome.last["heldout/loss"] < outcome.best["heldout/loss"]:
-                outcome.best, outcome.best_step = outcome.last, step + 1
-                hooks.on_best(step + 1, outcome.last)
+                outcome.best, outcome.best_step = outcome.last, outcome.step
+                hooks.on_best(outcome.step, outcome.last)
+        stopping = hooks.should_stop() and not is_last
+        if stopping or due(outcome.step, plan.save_every):
+            hooks.save(optimizer, outcome)
+        if stopping:
+            break
     return outcome
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def ask(teacher: Teacher, batch: Batch, step: int) -> Targets:

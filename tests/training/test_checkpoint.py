@@ -1,0 +1,263 @@
+"""A run that was cut off and resumed is the run that was not, bit for bit; a checkpoint is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+
+from potstill import UserError, distill
+from potstill.cli import main
+from potstill.runs.rundir import RunDir
+
+Recipe = Callable[..., Path]
+TIMES = ("speed/", "memory/")
+TRAIN = (
+    "{steps: 12, rows_per_step: 3, rows_per_micro_batch: 2, lr: 1e-2, warmup: 4, save_every: 3, device: cpu}"
+)
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Recipe, tmp_path: Path) -> Path:
+    """GPT-2 with dropout, so that the random state matters; rows that wrap into a second and third epoch."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "student")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"{number} bottles of beer on the wall " * 2)
+    return tiny_recipe(
+        corpus=f"{{name: text, path: {texts}, tokens_per_row: 32, heldout_rows: 2}}",
+        student=f"{{name: checkpoint, model: {tmp_path / 'student'}}}",
+        train=TRAIN,
+        eval="{every: 5}",
+    )
+
+
+def essence(run: Path) -> tuple[list[dict[str, float]], dict[str, Any], bytes]:
+    """All that may not depend on kills: the lines without wall times, the receipt's facts, the best student."""
+    lines = [
+        {name: value for name, value in line.items() if not name.startswith(TIMES)}
+        for line in RunDir(run).metrics()
+    ]
+    receipt = RunDir(run).receipt()
+    facts = {key: receipt[key] for key in ("student", "positions", "heldout_best", "student_is_of_step")}
+    return lines, facts, (run / "student" / "model.safetensors").read_bytes()
+
+
+def cut_off(recipe: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run, and die without a word right after the line of step `after` was logged."""
+    log = RunDir.log
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self: RunDir, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        if step == after and "train/loss" in metrics:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "log", dying)
+        with pytest.raises(Killed):
+            distill(recipe, out=out)
+
+
+@pytest.mark.parametrize("after", [1, 3, 5, 7, 11])
+def test_a_resumed_run_is_the_run_that_was_not_cut_off(
+    recipe: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(recipe, out=tmp_path / "whole")
+    cut_off(recipe, tmp_path / "cut", after, monkeypatch)
+    distill(recipe, out=tmp_path / "cut", resume=True)
+    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    assert RunDir(tmp_path / "cut").status() == {"state": "finished"}
+
+
+@pytest.mark.parametrize("times", [3])
+def test_kill_minus_nine_at_random_instants_changes_nothing(recipe: Path, tmp_path: Path, times: int) -> None:
+    distill(recipe, out=tmp_path / "whole")
+    command = [sys.executable, "-m", "potstill", "distill", str(recipe), "--out", str(tmp_path / "cut")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    generator = random.Random(0)
+    kills = 0
+    for _ in range(40):
+        resume = ["--resume"] if (tmp_path / "cut" / "resolved.yaml").exists() else []
+        child = subprocess.Popen([*command, *resume], env=environment, stderr=subprocess.PIPE, text=True)
+        if kills < times:
+            started = tmp_path / "cut" / "metrics.jsonl"
+            lines = len(started.read_bytes().splitlines()) if started.exists() else 0
+            while child.poll() is None and not (
+                started.exists() and len(started.read_bytes().splitlines()) != lines
+            ):
+                time.sleep(0.005)
+            time.sleep(generator.random() * 0.15)
+            child.kill()
+        _, told = child.communicate()
+        if child.returncode == -signal.SIGKILL:
+            kills += 1
+            continue
+        assert child.returncode == 0, told
+        break
+    else:
+        pytest.fail("40 starts and the run is not finished")
+    assert kills >= 1, "no kill met the run alive"
+    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", ["random", "moments", "weights", "step", "best"])
+def test_a_checkpoint_that_lacks_something_does_not_resume_exactly(
+    recipe: Path, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: whatever is dropped, the comparison above notices."""
+    distill(recipe, out=tmp_path / "whole")
+    cut_off(recipe, tmp_path / "cut", 8, monkeypatch)
+    place = tmp_path / "cut" / "checkpoints" / "00000006"
+    tensors, state = load_file(place / "tensors.safetensors"), json.loads((place / "state.json").read_text())
+    if lost == "random":
+        torch.manual_seed(99)
+        tensors["random/cpu"] = torch.get_rng_state()
+    for name in tensors:
+        if lost == "moments" and name.endswith("exp_avg"):
+            tensors[name] = torch.zeros_like(tensors[name])
+        if lost == "weights" and name.endswith("wpe.weight"):
+            tensors[name] = torch.zeros_like(tensors[name])
+    state["outcome"]["step"] -= lost == "step"
+    if lost == "best":
+        state["outcome"]["best"]["heldout/loss"] = -1.0
+    save_file(tensors, place / "tensors.safetensors")
+    (place / "state.json").write_text(json.dumps(state))
+    rewrite_manifest(place)
+    distill(recipe, out=tmp_path / "cut", resume=True)
+    assert essence(tmp_path / "cut") != essence(tmp_path / "whole")
+
+
+def rewrite_manifest(place: Path) -> None:
+    from potstill.models.files import file_sha256
+
+    names = ("tensors.safetensors", "state.json")
+    manifest = {n: {"bytes": (place / n).stat().st_size, "sha256": file_sha256(place / n)} for n in names}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def cut_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cut_off(recipe, tmp_path / "cut", 10, monkeypatch)
+    return tmp_path / "cut"
+
+
+def damage(path: Path, how: str, generator: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        del content[generator.randrange(len(content)) :]
+    elif how == "flipped":
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(content) if how != "missing" else path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(
+    recipe: Path, cut_run: Path, how: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sorted(p.name for p in (cut_run / "checkpoints").iterdir()) == ["00000006", "00000009"]
+    damage(cut_run / "checkpoints" / "00000009" / name, how, random.Random(f"{how}{name}"))
+    assert main(["distill", str(recipe), "--out", str(cut_run), "--resume"]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "00000009: damaged, the one before is taken" in told and "resumed from" in told and "00000006" in told
+    )
+
+
+def test_where_no_checkpoint_is_sound_nothing_is_trained(recipe: Path, cut_run: Path) -> None:
+    for place in (cut_run / "checkpoints").iterdir():
+        damage(place / "state.json", "truncated", random.Random(1))
+    before = (cut_run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="none of 2 checkpoints is sound"):
+        distill(recipe, out=cut_run, resume=True)
+    assert (cut_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(
+    recipe: Path, cut_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("potstill.training.checkpoint.save_file", full)
+        with pytest.raises(UserError, match=r"of \d+ bytes cannot be written: No space left on device"):
+            distill(recipe, out=cut_run, resume=True, overrides=[])
+    assert sorted(p.name for p in (cut_run / "checkpoints").iterdir()) == ["00000006", "00000009"]
+
+
+@pytest.mark.parametrize("change", ["recipe", "corpus", "teacher"])
+def test_a_run_does_not_go_on_as_another(
+    recipe: Path, cut_run: Path, tmp_path: Path, change: str, teacher_folder: Path
+) -> None:
+    overrides = []
+    if change == "recipe":
+        overrides = ["train.lr=2e-2"]
+    elif change == "corpus":
+        (tmp_path / "texts" / "0.txt").write_text(
+            "another text altogether, and as long as the one before it was"
+        )
+    else:
+        shutil.copytree(teacher_folder, tmp_path / "kept")
+        shutil.rmtree(teacher_folder)
+        make_model(teacher_folder, seed=5)
+    try:
+        with pytest.raises(
+            UserError, match={"recipe": r"train\.lr \(0\.01 -> 0\.02\)"}.get(change, f"another.*{change}")
+        ):
+            distill(recipe, out=cut_run, resume=True, overrides=overrides)
+    finally:
+        if change == "teacher":
+            shutil.rmtree(teacher_folder)
+            shutil.copytree(tmp_path / "kept", teacher_folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_ends_with_its_code_and_resumes_exactly(
+    recipe: Path, tmp_path: Path, number: int
+) -> None:
+    distill(recipe, out=tmp_path / "whole")
+    log = RunDir.log
+
+    def signalling(self: RunDir, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        if step == 5 and "train/loss" in metrics:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    arguments = ["distill", str(recipe), "--out", str(tmp_path / "cut")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDir, "log", signalling)
+        assert main(arguments) == 143
+    assert signal.getsignal(number) is before
+    assert RunDir(tmp_path / "cut").status()["state"] == "stopped"
+    assert main([*arguments, "--resume"]) == 0
+    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    assert main([*arguments, "--resume"]) == 0  # finished already
+
+
+def test_resuming_what_is_no_run_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run directory"):
+        distill(recipe, out=tmp_path / "nothing", resume=True)
