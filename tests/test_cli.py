@@ -309,3 +309,29 @@ def test_a_run_directory_holds_what_it_promises(tiny_recipe: Recipe, tmp_path: P
     assert main(["distill", str(run / "resolved.yaml"), "--out", str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "receipt.json").read_text())
     assert again["student"]["weights_sha256_end"] == receipt["student"]["weights_sha256_end"]
+
+
+def test_a_smoke_runs_exactly_its_steps_projects_the_run_and_writes_nothing(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(train="{steps: 40, rows_per_step: 2, lr: 1e-3, warmup: 5, device: cpu}")
+    before = {path for path in tmp_path.rglob("*")}
+    monkeypatch.chdir(tmp_path)
+    assert main(["distill", str(recipe), "--smoke", "3", "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert captured.err.count("\nstep ") == found["smoke/steps"] == 3
+    assert found["train/lr"] == pytest.approx(1e-3 * 3 / 5)  # of the whole run's schedule, not of three steps
+    # every: 2 of 40 steps is 19 evaluations in between, one at the start and one at the end
+    assert found["smoke/projected_s"] == pytest.approx(
+        40 * found["smoke/step_s"] + 21 * found["smoke/evaluation_s"]
+    )
+    assert {path for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "5"])
+def test_a_smoke_of_no_step_or_of_more_than_there_are_is_refused(
+    steps: str, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(["distill", str(tiny_recipe()), "--smoke", steps], capsys, tmp_path)
+    assert f"--smoke {steps}: must be from 1 to the recipe's 4 steps" in line

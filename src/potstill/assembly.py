@@ -56,9 +56,8 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     corpus, tokenizer = make_corpus(recipe)
     counts = corpus.manifest
     note(
-        f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; {len(corpus.train)} rows to"
-        f" train on and"
-        f" {len(corpus.heldout)} held out, of {recipe.corpus.tokens_per_row} tokens"
+        f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; rows of"
+        f" {recipe.corpus.tokens_per_row}: {len(corpus.train)} to train on, {len(corpus.heldout)} held out"
     )
     teacher = make_teacher(recipe, device)
     note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}")
@@ -81,17 +80,15 @@ def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
     """Rows, and the tokenizer that read them: `corpus.tokenizer`, else the teacher's, else the student's."""
     asked = recipe.corpus
     size = _teacher_vocab_size(recipe)
-    sources = (
-        [asked.tokenizer]
-        if asked.tokenizer
-        else [s for s in _checkpoints(recipe) if vocab.has_tokenizer(local_copy(s))]
-    )
-    tokenizer = vocab.load_tokenizer(local_copy(sources[0])) if sources else None
+    sources = [
+        local_copy(source) for source in ([asked.tokenizer] if asked.tokenizer else _checkpoints(recipe))
+    ]
+    with_tokenizer = [path for path in sources if asked.tokenizer or vocab.has_tokenizer(path)]
+    tokenizer = vocab.load_tokenizer(with_tokenizer[0]) if with_tokenizer else None
     if tokenizer is None and asked.name != "tokens":
         raise UserError(
             f"corpus.tokenizer: neither teacher {called(recipe.teacher)} nor the student brings a tokenizer"
-            f" to read"
-            f" {asked.path} with. Name a folder, hub id or GGUF file that has one."
+            f" to read {asked.path} with. Name a folder, hub id or GGUF file that has one."
         )
     vocabulary = Vocab(size=size) if tokenizer is None else vocab.vocab_of(tokenizer, size)
     documents = read_documents(asked, tokenizer, vocabulary)
@@ -170,13 +167,10 @@ def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
 def compare_vocabularies(
     recipe: Recipe, teacher: Teacher, model: CausalLM, origin: dict[str, Any]
 ) -> list[str]:
-    """Refuse a student that means other tokens than the teacher; return the differences that are only worth
-    a warning.
-    """
-    folder = Path(origin["model"]) if origin["name"] == "checkpoint" else None
+    """Refuse a student that means other tokens than the teacher; return what is only worth a warning."""
     own = Vocab(size=model.vocab_size)
-    if folder is not None and vocab.has_tokenizer(local_copy(folder)):
-        own = vocab.vocab_of(vocab.load_tokenizer(local_copy(folder)), model.vocab_size)
+    if origin["name"] == "checkpoint" and vocab.has_tokenizer(path := local_copy(origin["model"])):
+        own = vocab.vocab_of(vocab.load_tokenizer(path), model.vocab_size)
     vocab.require_same(teacher.vocab, own, called(recipe.teacher), model.name)
     return vocab.special_differences(teacher.vocab, own) if own.tokens is not None else []
 

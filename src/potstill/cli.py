@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.display import Display, aligned
+from potstill.display import Display, aligned, clock
 from potstill.errors import UserError
 
 
@@ -54,7 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (demo, dist):
         sub.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
         sub.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
-        sub.add_argument("--resume", action="store_true", help="go on with the run that was cut off there")
+        mode = sub.add_mutually_exclusive_group()
+        mode.add_argument("--resume", action="store_true", help="go on with the run that was cut off there")
+        mode.add_argument(
+            "--smoke", type=int, metavar="N", help="N steps, the projected time, nothing written"
+        )
 
     held = verb(
         "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"
@@ -80,9 +84,20 @@ def _distill(options: argparse.Namespace, display: Display) -> int:
 def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> int:
     from potstill.recipe import load
 
-    load(recipe, options.overrides)  # a typo is told before torch is imported
-    from potstill.line import distill
+    loaded = load(recipe, options.overrides)  # a typo is told before torch is imported
+    from potstill.line import distill, smoke
 
+    if options.smoke is not None:
+        found = smoke(loaded, options.smoke, display)
+        if options.json:
+            display.result(json.dumps(found, indent=2))
+        else:
+            display.result(
+                f"{options.smoke} steps ran, loss {found['train/loss']:.4f}, {found['smoke/step_s']:.3g} s"
+                f" a step;"
+                f" the full run of {loaded.train.steps} steps takes about {clock(found['smoke/projected_s'])}"
+            )
+        return 0
     run = distill(
         recipe, overrides=options.overrides, out=options.out, resume=options.resume, display=display
     )

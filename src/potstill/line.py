@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import resource
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -77,15 +78,55 @@ def distill(
         run.set_status("failed", "out of memory")
         rows = loaded.train.micro_batch_rows
         raise UserError(
-            f"out of memory with {rows} rows per micro-batch and chunk {loaded.objective.chunk}."
-            f" Try train.rows_per_micro_batch={max(rows // 2, 1)} or"
-            f" objective.chunk={max(loaded.objective.chunk // 2, 1)};"
-            " the result is the same."
+            f"out of memory with {rows} rows per micro-batch and chunk {loaded.objective.chunk}. Try"
+            f" train.rows_per_micro_batch={max(rows // 2, 1)} or"
+            f" objective.chunk={max(loaded.objective.chunk // 2, 1)}; the result is the same."
         ) from error
     except BaseException as error:
         run.set_status("failed", f"{type(error).__name__}: {error}")
         raise
     return run
+
+
+def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics:
+    """Exactly `steps` steps of the recipe's own run, and what they say of the whole; writes nothing.
+
+    Returns the metrics of the last step, the median seconds of a step and of an evaluation, and the projected
+    seconds of the full run.
+    """
+    if not 1 <= steps <= recipe.train.steps:
+        raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
+    display = display or Display(quiet=True)
+    cast = assemble(recipe, display.note)
+    lines: list[Metrics] = []
+    evaluations: list[float] = []
+
+    def evaluate_student(step: int) -> Metrics:
+        started = time.perf_counter()
+        found = heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+        evaluations.append(time.perf_counter() - started)
+        display.heldout_line(step, found)
+        return found
+
+    def on_step(step: int, metrics: Metrics) -> None:
+        lines.append(metrics)
+        left = statistics.median(line["speed/step_s"] for line in lines) * (steps - step)
+        display.step_line(step, steps, metrics, left)
+
+    hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(lines) == steps)
+    teacher = cast.teacher if recipe.objective.kd_weight else None
+    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(recipe.train.seed), recipe, hooks)
+    # The first step pays for allocations that no other does; a smoke of one step has no other.
+    step_s = statistics.median(line["speed/step_s"] for line in lines[1:] or lines)
+    num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
+    evaluation_s = statistics.median(evaluations)
+    projected_s = recipe.train.steps * step_s + num_evaluations * evaluation_s
+    return lines[-1] | {
+        "smoke/steps": len(lines),
+        "smoke/step_s": step_s,
+        "smoke/evaluation_s": evaluation_s,
+        "smoke/projected_s": projected_s,
+    }
 
 
 def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) -> Metrics:
@@ -258,7 +299,7 @@ class _Clock:
 
     def left(self, step: int, seconds: float) -> float:
         self.seen = [*self.seen[-100:], seconds]
-        return (self.steps - step) * sorted(self.seen)[len(self.seen) // 2]
+        return (self.steps - step) * statistics.median(self.seen)
 
 
 def _hashes(cast: Cast) -> dict[str, str]:

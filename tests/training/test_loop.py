@@ -184,6 +184,20 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_recipe: Reci
     assert cast.student.weights_sha256() == before
 
 
+@pytest.mark.parametrize("where", ["teacher", "student"])
+def test_logits_that_are_not_finite_stop_the_step_with_its_rows_and_touch_no_weight(
+    tiny_recipe: Recipe, where: str
+) -> None:
+    cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
+    broken = (cast.teacher.model if where == "teacher" else cast.student.model).hf
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    before = cast.student.weights_sha256()
+    with pytest.raises(UserError, match=r"step 1, rows \[\d+, \d+, \d+, \d+\]: objective: \w+ is nan over"):
+        run_loop(cast, cast.teacher)
+    assert cast.student.weights_sha256() == before
+
+
 def run_loop(cast: Any, teacher: Any) -> None:
     hooks = Hooks(lambda step: {"heldout/loss": 1.0}, lambda step, metrics: None, lambda step, metrics: None)
     train(cast.student, teacher, cast.corpus.train, cast.corpus.order(0), cast.recipe, hooks)

@@ -99,24 +99,22 @@ class CausalLM(nn.Module):
         if ours_BTV.shape != own_BTV.shape:
             raise UserError(
                 f"{self.name}: head(hidden) has shape {list(ours_BTV.shape)}, its own logits"
-                f" {list(own_BTV.shape)}."
-                " The model's head is not one matrix over the vocabulary; it cannot be used here."
+                f" {list(own_BTV.shape)}. The model's head is not one matrix over the vocabulary; it cannot"
+                " be used here."
             )
         gap = _relative_gap(ours_BTV, own_BTV)
         if not gap <= self._tolerance():
             raise UserError(
                 f"{self.name}: head(hidden) of {type(self.hf).__name__} differs from its own logits by"
-                f" {gap:.2g} of their"
-                " largest. The model transforms its logits in a way that is not known here; it cannot be"
-                " used."
+                f" {gap:.2g} of their largest. The model transforms its logits in a way that is not known"
+                " here; it cannot be used."
             )
 
     def _probe_packing(self) -> None:
         if "position_ids" not in inspect.signature(self.hf.base_model.forward).parameters:
             raise UserError(
                 f"{self.name}: {type(self.hf).__name__} takes no position_ids, so documents packed in a row"
-                f" would"
-                " see each other. Use another architecture."
+                " would see each other. Use another architecture."
             )
         first, second = 5, 7
         ids_BT = self._some_ids(2, first + second)
@@ -130,10 +128,9 @@ class CausalLM(nn.Module):
         # arrive.
         if not (leak <= min(self._tolerance(), 1e-6) and gap <= 10 * self._tolerance()):
             raise UserError(
-                f"{self.name}: in {type(self.hf).__name__} a packed document differs from the same one"
-                f" alone by"
-                f" {gap:.2g}, and by {leak:.2g} when its neighbour changes. Documents see each other;"
-                " the model cannot be used."
+                f"{self.name}: in {type(self.hf).__name__} a packed document differs from the same one alone"
+                f" by {gap:.2g}, and by {leak:.2g} when its neighbour changes. Documents see each other; the"
+                " model cannot be used."
             )
 
     def _some_ids(self, rows: int, length: int) -> Tensor:

@@ -60,7 +60,11 @@ def train(
 
         sums: dict[str, float] = {}
         for batch in (batch.to(device) for batch in batches):
-            terms = student(batch, None if teacher is None else ask(teacher, batch, step))
+            targets = None if teacher is None else ask(teacher, batch, step)
+            try:
+                terms = student(batch, targets)
+            except UserError as error:
+                raise UserError(f"step {step + 1}, rows {batch.rows_B.tolist()}: {error}") from error
             (terms["loss"] / positions).backward()  # the one division
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
