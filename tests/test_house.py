@@ -24,6 +24,7 @@ FLOORS = [
     {"teachers", "students", "runs"},
     {"training", "evals"},
     {"assembly", "line"},
+    {"proof"},
     {"cli", "__main__", "__init__"},
 ]
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}

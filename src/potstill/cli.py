@@ -1,7 +1,7 @@
 """The roof: the verbs. Torch is imported only inside a verb that needs it, so that --help and a typo answer
 at once.
 
-Exit codes: 0 done; 2 the user's mistake, one line each on stderr; 130
+Exit codes: 0 done; 2 the user's mistake, one line each on stderr, or a red check; 130
 interrupted before training; 143 stopped by a signal after a saved checkpoint; anything else is a bug
 and shows its traceback. Results go to stdout, progress to stderr, so that `--json` may be piped.
 """
@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
             "--smoke", type=int, metavar="N", help="N steps, the projected time, nothing written"
         )
 
+    check = verb("check", _check, "look for what would make the run worthless, before an hour is spent on it")
+    check.add_argument("recipe", type=Path, metavar="RECIPE")
+    check.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+
     held = verb(
         "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"
     )
@@ -104,6 +108,27 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
     if options.json:
         display.result(json.dumps({"run": str(run.path), **run.status(), **run.receipt()}, indent=2))
     return 143 if run.status()["state"] == "stopped" else 0
+
+
+def _check(options: argparse.Namespace, display: Display) -> int:
+    from potstill.recipe import load
+
+    recipe = load(options.recipe, options.overrides)
+    from potstill.assembly import assemble
+    from potstill.proof.preflight import preflight
+
+    findings = []
+    for finding in preflight(assemble(recipe, display.note)):
+        findings.append(finding)
+        verdict, advice = ("ok ", "") if finding.ok else ("RED", f". {finding.advice}")
+        if not options.json:
+            display.result(f"{verdict}  {finding.name}: {finding.figure}{advice}")
+    red = [finding.name for finding in findings if not finding.ok]
+    if options.json:
+        display.result(json.dumps([vars(finding) for finding in findings], indent=2))
+    else:
+        display.result(f"{len(findings) - len(red)} of {len(findings)} checks passed")
+    return 2 if red else 0
 
 
 def _eval(options: argparse.Namespace, display: Display) -> None:

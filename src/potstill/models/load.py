@@ -55,10 +55,9 @@ def local_copy(source: str | Path) -> Path:
         try:
             return Path(snapshot_download(source, allow_patterns=HUB_FILES))
         except Exception as error:  # a network fails in many ways; each means the same to the user
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{source}: no such folder here, and the hub did not give it: {reason} Check the name and"
-                f" the network."
+                f"{source}: no such folder here, and the hub did not give it: {_first_line(error)}"
+                " Check the name and the network."
             ) from error
     raise UserError(
         f"{source}: no such file or folder. A model is a Hugging Face folder, a hub id or a GGUF file."
@@ -83,7 +82,7 @@ def load_config(source: str | Path) -> Any:
             if path.suffix == ".gguf":
                 return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             return transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # Transformers raises what it likes over a damaged config
         raise UserError(
             f"{path}: not a model config: {_first_line(error)} Give a config.json that Transformers knows."
         ) from error
@@ -124,7 +123,7 @@ def load_causal_lm(
                 trust_remote_code=False,
                 **gguf,
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # and over a damaged checkpoint
         raise UserError(f"{path}: Transformers cannot load it: {_first_line(error)}") from error
     _require_whole(path, report)
     model = CausalLM(as_plain(hf).to(device), name=str(source)).eval()

@@ -70,7 +70,7 @@ def from_config(source: str | Path, device: torch.device) -> CausalLM:
     config = load_config(source)
     try:
         hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
         raise UserError(
             f"student.model: {source}: no causal LM can be made of this config: {error}"
         ) from error
