@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_corpus, make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
 
 from potstill.cli import main
 
@@ -106,6 +107,21 @@ def bad_line(folder: Path) -> dict[str, str]:
     return {"corpus": f"{{name: jsonl, path: {folder / 'c.jsonl'}}}"}
 
 
+def weights_of_nan(folder: Path) -> dict[str, str]:
+    model = make_model(folder / "nan")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return {"student": f"{{name: checkpoint, model: {model}}}"}
+
+
+def broken_config(folder: Path) -> dict[str, str]:
+    model = make_model(folder / "odd")
+    config = json.loads((model / "config.json").read_text()) | {"hidden_size": "wide"}
+    (model / "config.json").write_text(json.dumps(config))
+    return {"teacher": f"{{name: torch, model: {model}}}"}
+
+
 def section(**changes: str) -> Callable[[Path], dict[str, str]]:
     return lambda folder: changes
 
@@ -137,6 +153,13 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
         "different tokenizers: id .* is 'A' in the one and 'B' in the other",
     ),
     "another vocabulary size": (another_size, "258 ids and .* for 300"),
+    "a row longer than the model's context": (
+        section(corpus="{name: text, path: CORPUS, tokens_per_row: 513, heldout_rows: 1}"),
+        "corpus.tokens_per_row: 513 tokens, .* 512 at most",
+    ),
+    "an empty prompt": (section(eval='{sample_prompt: ""}'), "eval.sample_prompt: "),
+    "weights that are not finite": (weights_of_nan, "its logits are not finite"),
+    "a config with a wrong type": (broken_config, "not a model config: .*hidden_size"),
     "more layers than there are": (
         section(student="{name: cut, layers: 9}"),
         "9 layers cannot be kept of the teacher's 4",
@@ -156,12 +179,13 @@ if not torch.cuda.is_available():
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_input_is_one_line_and_leaves_nothing_behind(
-    kind: str, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tiny_recipe: Recipe, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import re
 
     make, message = WRONG[kind]
-    recipe = tiny_recipe(**make(tmp_path))
+    changes = {key: text.replace("CORPUS", str(corpus_folder)) for key, text in make(tmp_path).items()}
+    recipe = tiny_recipe(**changes)
     line = refusal(["distill", str(recipe), "--out", str(tmp_path / "run")], capsys, tmp_path)
     assert re.search(message, line), line
 
@@ -335,3 +359,31 @@ def test_a_smoke_of_no_step_or_of_more_than_there_are_is_refused(
 ) -> None:
     line = refusal(["distill", str(tiny_recipe()), "--smoke", steps], capsys, tmp_path)
     assert f"--smoke {steps}: must be from 1 to the recipe's 4 steps" in line
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_overrides_may_stand_before_and_behind_a_flag(
+    where: str, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, flag = str(tiny_recipe()), ["--out", str(tmp_path / "run")]
+    override = ["train.steps=1", "train.seed=3"]
+    assert (
+        main(["distill", recipe, *(override + flag if where == "before" else flag + override), "--json"]) == 0
+    )
+    receipt = json.loads(capsys.readouterr().out)
+    assert receipt["steps"] == 1 and receipt["seed"] == 3
+
+
+@pytest.mark.parametrize("wrong", [["--verbose"], ["--resum"], ["show", "a", "b=c"]])
+def test_a_flag_or_word_that_no_verb_knows_is_refused(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(wrong if wrong[0] == "show" else ["distill", "r.yaml", *wrong])
+    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m potstill schema | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "{\n" and done.stderr == ""

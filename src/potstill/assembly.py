@@ -21,7 +21,7 @@ from potstill.errors import UserError
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.files import check_model_files
-from potstill.models.load import choose_device, local_copy, vocab_size_of
+from potstill.models.load import choose_device, load_config, local_copy, vocab_size_of
 from potstill.recipe import Recipe
 from potstill.registry import entries
 from potstill.students.student import Student, from_checkpoint, from_config
@@ -51,7 +51,9 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     chosen = "" if recipe.train.device != "auto" else " (auto: CUDA where there is a device, else the CPU)"
     note(f"device: {device}{chosen}")
     for source in _checkpoints(recipe, saved_student):
-        check_model_files(local_copy(source))
+        check_model_files(path := local_copy(source))
+        if path.is_dir():  # reading the config of a GGUF file takes seconds, and loading it will do so anyway
+            load_config(path)
 
     corpus, tokenizer = make_corpus(recipe)
     counts = corpus.manifest
@@ -70,6 +72,8 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     model, origin = make_student(recipe, teacher, device, saved_student)
     for difference in compare_vocabularies(recipe, teacher, model, origin):
         note(f"warning: {difference}")
+    for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
+        require_length(model_of_run, recipe.corpus.tokens_per_row)
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
     student = Student(model, make_objective(recipe, precision), precision)
     note(f"student: {origin['name']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
@@ -173,6 +177,15 @@ def compare_vocabularies(
         own = vocab.vocab_of(vocab.load_tokenizer(path), model.vocab_size)
     vocab.require_same(teacher.vocab, own, called(recipe.teacher), model.name)
     return vocab.special_differences(teacher.vocab, own) if own.tokens is not None else []
+
+
+def require_length(model: CausalLM, tokens_per_row: int) -> None:
+    longest = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and tokens_per_row > longest:
+        raise UserError(
+            f"corpus.tokens_per_row: {tokens_per_row} tokens, {model.name} was made for {longest} at most."
+            f" Set it to {longest} or less."
+        )
 
 
 def called(teacher: Any) -> str:

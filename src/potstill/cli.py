@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -22,17 +23,31 @@ from potstill.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    display = Display()
+    options = _parse(arguments)
+    display, code = Display(), 0
     try:
-        code: int = options.verb(options, display) or 0
+        code = options.verb(options, display) or 0
     except UserError as error:
         display.error(error.mistakes)
         return 2
     except KeyboardInterrupt:
         display.error(("interrupted.",))
         return 130
+    except BrokenPipeError:  # the reader has seen enough: `potstill show RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does, but overrides may stand anywhere, also behind a flag."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

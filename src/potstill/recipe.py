@@ -248,7 +248,7 @@ class Train(Section):
 class Eval(Section):
     every: CountOrZero = 0
     """Steps between held-out evaluations; 0: only at the start and at the end."""
-    sample_prompt: str | None = None
+    sample_prompt: Annotated[str, MinLen(1)] | None = None
     """Text that the student continues before and after training; null: none."""
     sample_tokens: Count = 48
     """Longest continuation, in tokens."""

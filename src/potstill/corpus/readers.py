@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.quiet import quiet_transformers
 
 # A shard without document ends is cut in pieces of so many rows, so that some of them can be held out.
@@ -85,7 +85,7 @@ def chat(path: Path, tokenizer: Any, field: str = "messages") -> Reading:
     except ValueError as error:
         raise UserError(
             "corpus.name: chat needs a tokenizer with a chat template, and this one has none."
-            f" Set corpus.tokenizer to another. ({_first_line(error)})"
+            f" Set corpus.tokenizer to another. ({one_line(error)})"
         ) from error
     label = _by_template if GENERATION_BLOCK.search(template) else _by_prefix
     reading = Reading(iter(()))
@@ -100,7 +100,7 @@ def chat(path: Path, tokenizer: Any, field: str = "messages") -> Reading:
                 raise
             except Exception as error:  # templates raise what they like, jinja2's own errors among it
                 raise UserError(
-                    f"{where}: the chat template refuses this conversation: {_first_line(error)}"
+                    f"{where}: the chat template refuses this conversation: {one_line(error)}"
                 ) from error
             yield Document(where, np.array(ids, dtype=np.uint32), np.array(labels, dtype=np.bool_))
 
@@ -125,7 +125,7 @@ def parquet(path: Path, tokenizer: Any, column: str = "text") -> Reading:
                             yield f"{file}:{number}", _string(f"{file}:{number}", {column: value}, column)
                             number += 1
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{file}: not a readable Parquet file: {_first_line(error)}") from error
+                raise UserError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
 
     reading.documents = _tokenize(texts(), tokenizer)
     return reading
@@ -138,7 +138,7 @@ def hf(path: Path, tokenizer: Any, split: str | None = None, column: str = "text
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a dataset that save_to_disk wrote: {_first_line(error)}") from error
+        raise UserError(f"{path}: not a dataset that save_to_disk wrote: {one_line(error)}") from error
     if isinstance(data, datasets.DatasetDict):
         chosen = next(iter(data)) if split is None and len(data) == 1 else split
         if chosen not in data:
@@ -283,7 +283,7 @@ def _records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]
                 try:
                     record = json.loads(line.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: not a line of JSON: {_first_line(error)}") from error
+                    raise UserError(f"{where}: not a line of JSON: {one_line(error)}") from error
                 if not isinstance(record, dict):
                     raise UserError(f"{where}: {type(record).__name__}, not an object with named fields.")
                 yield where, record
@@ -380,8 +380,3 @@ def _extra(module: str) -> Any:
             f"corpus.name: this reader needs {module.split('.')[0]}, which is not installed."
             " Install it: pip install 'potstill[data]'."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0].rstrip('.')}."

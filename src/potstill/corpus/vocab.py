@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.quiet import quiet_transformers
 from potstill.types import Vocab
 
@@ -38,8 +38,7 @@ def load_tokenizer(path: Path) -> Any:
                 )
             return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: its tokenizer cannot be read: {lines[0].rstrip('.')}.") from error
+        raise UserError(f"{path}: its tokenizer cannot be read: {one_line(error)}") from error
 
 
 def vocab_of(tokenizer: Any, size: int) -> Vocab:

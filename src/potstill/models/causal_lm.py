@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.types import Head
 
 # Of the largest magnitude compared: what two orders of summation in the same precision may differ by.
@@ -85,9 +85,8 @@ class CausalLM(nn.Module):
                 self._probe_head()
                 self._probe_packing()
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
                 raise UserError(
-                    f"{self.name}: {type(self.hf).__name__} fails on a dozen tokens: {reason}."
+                    f"{self.name}: {type(self.hf).__name__} fails on a dozen tokens: {one_line(error)}"
                     " Its config does not describe a model that runs."
                 ) from error
         self.train(was_training)
@@ -101,6 +100,10 @@ class CausalLM(nn.Module):
                 f"{self.name}: head(hidden) has shape {list(ours_BTV.shape)}, its own logits"
                 f" {list(own_BTV.shape)}. The model's head is not one matrix over the vocabulary; it cannot"
                 " be used here."
+            )
+        if not bool(torch.isfinite(own_BTV).all()):
+            raise UserError(
+                f"{self.name}: its logits are not finite. Its weights are damaged; take another copy."
             )
         gap = _relative_gap(ours_BTV, own_BTV)
         if not gap <= self._tolerance():

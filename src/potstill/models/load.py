@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
 from potstill.models.files import check_model_files, tensor_shapes
 from potstill.quiet import quiet_transformers
@@ -56,7 +56,7 @@ def local_copy(source: str | Path) -> Path:
             return Path(snapshot_download(source, allow_patterns=HUB_FILES))
         except Exception as error:  # a network fails in many ways; each means the same to the user
             raise UserError(
-                f"{source}: no such folder here, and the hub did not give it: {_first_line(error)}"
+                f"{source}: no such folder here, and the hub did not give it: {one_line(error)}"
                 " Check the name and the network."
             ) from error
     raise UserError(
@@ -84,7 +84,7 @@ def load_config(source: str | Path) -> Any:
             return transformers.AutoConfig.from_pretrained(path)
     except Exception as error:  # Transformers raises what it likes over a damaged config
         raise UserError(
-            f"{path}: not a model config: {_first_line(error)} Give a config.json that Transformers knows."
+            f"{path}: not a model config: {one_line(error)} Give a config.json that Transformers knows."
         ) from error
 
 
@@ -124,7 +124,7 @@ def load_causal_lm(
                 **gguf,
             )
     except Exception as error:  # and over a damaged checkpoint
-        raise UserError(f"{path}: Transformers cannot load it: {_first_line(error)}") from error
+        raise UserError(f"{path}: Transformers cannot load it: {one_line(error)}") from error
     _require_whole(path, report)
     model = CausalLM(as_plain(hf).to(device), name=str(source)).eval()
     model.probe()
@@ -192,11 +192,6 @@ def _require_whole(path: Path, report: dict[str, Any]) -> None:
             f"{path}: {len(extra)} tensor(s) of the checkpoint are not in its config, first {extra[0]}."
             " The model would be partly loaded; take config and checkpoint from one model."
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
 
 
 def write_portable_config(folder: Path) -> None:
