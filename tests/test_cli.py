@@ -157,7 +157,7 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
         section(corpus="{name: text, path: CORPUS, tokens_per_row: 513, heldout_rows: 1}"),
         "corpus.tokens_per_row: 513 tokens, .* 512 at most",
     ),
-    "an empty prompt": (section(eval='{sample_prompt: ""}'), "eval.sample_prompt: "),
+    "an empty prompt": (section(eval='{sample_prompt: ""}'), "eval.sample_prompt: an empty text"),
     "weights that are not finite": (weights_of_nan, "its logits are not finite"),
     "a config with a wrong type": (broken_config, "not a model config: .*hidden_size"),
     "more layers than there are": (

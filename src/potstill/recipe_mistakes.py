@@ -62,6 +62,8 @@ def explain(finding: Mapping[str, Any], tree: dict[str, Any], schema: Schema) ->
         )
     if kind == "too_short":
         return path, f"a list of {context['actual_length']}, wanted {context['min_length']} or more entries."
+    if kind == "string_too_short":
+        return path, "an empty text. Write one, or null for none."
     if kind == "user_error":
         return path, context["said"]
     said = str(finding["msg"]).replace("Input should", "it must")
