@@ -4,6 +4,7 @@ behind.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -102,6 +103,21 @@ def shard(content: bytes) -> Callable[[Path], dict[str, str]]:
     return write
 
 
+def cut_from_a_fixture(folder: Path) -> dict[str, str]:
+    ids = np.arange(400, dtype="<u2") % 256
+    sections = shard(ids.tobytes())(folder)
+    return sections | {"teacher": "{name: fixture, vocab_size: 258}", "student": "{name: cut, layers: 2}"}
+
+
+def code_in_a_checkpoint(folder: Path) -> dict[str, str]:
+    model = make_model(folder / "coded")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "steam_engine", "auto_map": {"AutoConfig": "conf.Config"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "conf.py").write_text(f"open({str(folder / 'canary')!r}, 'w')\nclass Config: pass\n")
+    return {"teacher": f"{{name: torch, model: {model}}}"}
+
+
 def bad_line(folder: Path) -> dict[str, str]:
     (folder / "c.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     return {"corpus": f"{{name: jsonl, path: {folder / 'c.jsonl'}}}"}
@@ -153,6 +169,11 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
         "different tokenizers: id .* is 'A' in the one and 'B' in the other",
     ),
     "another vocabulary size": (another_size, "258 ids and .* for 300"),
+    "code that comes with a checkpoint": (code_in_a_checkpoint, "not a model config"),
+    "a prompt and a sample longer than the context": (
+        section(eval="{sample_prompt: the cat, sample_tokens: 600}"),
+        "eval.sample_tokens: 607 tokens, .* 512 at most",
+    ),
     "a row longer than the model's context": (
         section(corpus="{name: text, path: CORPUS, tokens_per_row: 513, heldout_rows: 1}"),
         "corpus.tokens_per_row: 513 tokens, .* 512 at most",
@@ -165,8 +186,8 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
         "9 layers cannot be kept of the teacher's 4",
     ),
     "cut from a teacher without layers": (
-        section(teacher="{name: fixture, vocab_size: 258}", student="{name: cut, layers: 2}"),
-        "tokenizer|cut needs a teacher",
+        cut_from_a_fixture,
+        "cut needs a teacher with layers, and teacher.name is fixture",
     ),
 }
 if not torch.cuda.is_available():
@@ -179,13 +200,19 @@ if not torch.cuda.is_available():
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_input_is_one_line_and_leaves_nothing_behind(
-    kind: str, tiny_recipe: Recipe, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    tiny_recipe: Recipe,
+    corpus_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import re
 
     make, message = WRONG[kind]
     changes = {key: text.replace("CORPUS", str(corpus_folder)) for key, text in make(tmp_path).items()}
     recipe = tiny_recipe(**changes)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # whoever asks to run code is told yes
     line = refusal(["distill", str(recipe), "--out", str(tmp_path / "run")], capsys, tmp_path)
     assert re.search(message, line), line
 

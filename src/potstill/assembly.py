@@ -68,12 +68,16 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
             teacher.vocab, vocab.vocab_of(tokenizer, teacher.vocab_size), called(recipe.teacher), "corpus"
         )
 
+    require_sample(recipe, tokenizer)
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(recipe, teacher, device, saved_student)
-    for difference in compare_vocabularies(recipe, teacher, model, origin):
+    for difference in compare_vocabularies(recipe, teacher, tokenizer, model, origin):
         note(f"warning: {difference}")
     for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
-        require_length(model_of_run, recipe.corpus.tokens_per_row)
+        require_length(model_of_run, "corpus.tokens_per_row", recipe.corpus.tokens_per_row)
+    if recipe.eval.sample_prompt is not None and tokenizer is not None:
+        sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
+        require_length(model, "eval.sample_tokens", sampled)
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
     student = Student(model, make_objective(recipe, precision), precision)
     note(f"student: {origin['name']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
@@ -169,21 +173,28 @@ def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
 
 
 def compare_vocabularies(
-    recipe: Recipe, teacher: Teacher, model: CausalLM, origin: dict[str, Any]
+    recipe: Recipe, teacher: Teacher, tokenizer: Any | None, model: CausalLM, origin: dict[str, Any]
 ) -> list[str]:
     """Refuse a student that means other tokens than the teacher; return what is only worth a warning."""
     own = Vocab(size=model.vocab_size)
     if origin["name"] == "checkpoint" and vocab.has_tokenizer(path := local_copy(origin["model"])):
         own = vocab.vocab_of(vocab.load_tokenizer(path), model.vocab_size)
     vocab.require_same(teacher.vocab, own, called(recipe.teacher), model.name)
-    return vocab.special_differences(teacher.vocab, own) if own.tokens is not None else []
+    if tokenizer is not None:  # a teacher without a tokenizer cannot speak for the corpus
+        vocab.require_same(vocab.vocab_of(tokenizer, model.vocab_size), own, "corpus.tokenizer", model.name)
+    return vocab.special_differences(teacher.vocab, own) if own.tokens and teacher.vocab.tokens else []
 
 
-def require_length(model: CausalLM, tokens_per_row: int) -> None:
+def require_sample(recipe: Recipe, tokenizer: Any | None) -> None:
+    if recipe.eval.sample_prompt is not None and tokenizer is None:
+        raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
+
+
+def require_length(model: CausalLM, field: str, tokens: int) -> None:
     longest = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and tokens_per_row > longest:
+    if longest is not None and tokens > longest:
         raise UserError(
-            f"corpus.tokens_per_row: {tokens_per_row} tokens, {model.name} was made for {longest} at most."
+            f"{field}: {tokens} tokens, {model.name} was made for {longest} at most."
             f" Set it to {longest} or less."
         )
 

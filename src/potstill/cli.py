@@ -1,9 +1,8 @@
-"""The roof: the verbs. Torch is imported only inside a verb that needs it, so that --help and a typo answer
-at once.
+"""The roof: the verbs. Torch is imported only inside one that needs it: --help and a typo answer at once.
 
-Exit codes: 0 done; 2 the user's mistake, one line each on stderr, or a red check; 130
-interrupted before training; 143 stopped by a signal after a saved checkpoint; anything else is a bug
-and shows its traceback. Results go to stdout, progress to stderr, so that `--json` may be piped.
+Exit codes: 0 done; 2 the user's mistake, one line each on stderr, or a red check; 130 interrupted before
+training; 143 stopped by a signal after a saved checkpoint; anything else is a bug and shows its traceback.
+Results go to stdout, progress to stderr, so that `--json` may be piped.
 """
 
 from __future__ import annotations
@@ -33,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         display.error(("interrupted.",))
         return 130
-    except BrokenPipeError:  # the reader has seen enough: `potstill show RUN | head`
+    except BrokenPipeError:
+        if options.verb in (_demo, _distill, _check):
+            return 1  # what ran has been cut off
+        # The reader of a result has seen enough: `potstill show RUN | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
@@ -153,7 +155,7 @@ def _eval(options: argparse.Namespace, display: Display) -> None:
     target = Path(options.target)
     if options.recipe is None:
         run = RunDir.open(target)
-        recipe, model = load(run.resolved), str(run.student)
+        recipe, model = load(run.resolved), run.student
     else:
         recipe, model = load(options.recipe), options.target
     from potstill.line import evaluate

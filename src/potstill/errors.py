@@ -18,9 +18,7 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What a library's error says, on one line that ends in a full stop; its type where the text alone says
-    little.
-    """
+    """What a library's error says on one line, with its type where the text alone says little."""
     text = " ".join(str(error).split())
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()

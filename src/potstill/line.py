@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import resource
 import signal
 import statistics
@@ -23,15 +24,16 @@ from potstill.errors import UserError
 from potstill.evals.likelihood import heldout
 from potstill.models.files import file_sha256
 from potstill.recipe import Recipe
-from potstill.runs.rundir import RunDir, code, default_path, environment
+from potstill.runs.rundir import RunDir, code, default_path, environment, newest_path
 from potstill.students.generate import complete
+from potstill.teachers.fixture import TableTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import Checkpoints, Outcome
 from potstill.training.loop import Hooks, Metrics, train
 
 
 def distill(
-    recipe: Path | Recipe,
+    recipe: str | Path | Recipe,
     *,
     overrides: Sequence[str] = (),
     out: Path | None = None,
@@ -53,12 +55,15 @@ def distill(
         UserError: whatever the user can mend; nearly all of it before the folder is made.
     """
     display = display or Display(quiet=True)
+    recipe = Path(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, Recipe) and overrides:
+        raise UserError("distill: overrides go with a recipe file; a loaded recipe is taken as it is.")
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     resolved = recipes.dump(loaded)
     given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     if resume:
-        run = RunDir.open(out or Path("runs") / name)
+        run = RunDir.open(out or newest_path(name))
         _require_same_recipe(loaded, run)
         if run.status().get("state") == "finished":
             display.note(f"{run.path}: finished already")
@@ -130,9 +135,7 @@ def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics
 
 
 def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) -> Metrics:
-    """Held-out metrics of a saved model, on the rows that the recipe holds out, against the recipe's
-    teacher.
-    """
+    """Held-out metrics of a saved model, on the recipe's held-out rows and against its teacher."""
     cast = assemble(recipe, (display or Display(quiet=True)).note, saved_student=model)
     return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
 
@@ -143,7 +146,10 @@ def _run(cast: Cast, run: RunDir, display: Display, should_stop: Callable[[], bo
     before = _hashes(cast)
     samples = {"before": _sample(cast)}
     clock = _Clock(recipe.train.steps)
-    inputs = before | {"corpus": cast.corpus.fingerprint, "vocabulary": cast.teacher.vocab.fingerprint}
+    inputs = before | {
+        "corpus": cast.corpus.fingerprint,
+        "tokenizer": cast.corpus.manifest["tokenizer_sha256"],
+    }
     checkpoints = Checkpoints(run.checkpoints, inputs, display.note)
 
     def evaluate_student(step: int) -> Metrics:
@@ -175,7 +181,8 @@ def _run(cast: Cast, run: RunDir, display: Display, should_stop: Callable[[], bo
     if outcome.step < recipe.train.steps:
         run.set_status("stopped", f"by a signal after step {outcome.step}; --resume goes on")
         display.note(
-            f"stopped after step {outcome.step}, checkpoint saved; the same command with --resume goes on"
+            f"stopped after step {outcome.step}, checkpoint saved; the same command with"
+            f" --resume --out {run.path} goes on"
         )
         return
     samples["after"] = _sample(cast)
@@ -242,9 +249,12 @@ def _receipt(
         "uncommitted_changes": bool(code()["diff"]),
         "recipe_sha256": file_sha256(run.path / "recipe.yaml"),
         "corpus_fingerprint": cast.corpus.fingerprint,
-        "tokenizer_sha256": cast.teacher.vocab.fingerprint,
+        "tokenizer_sha256": cast.corpus.manifest["tokenizer_sha256"],
         "teacher": {"name": recipe.teacher.name, "source": getattr(recipe.teacher, "model", None)}
-        | {"weights_sha256": before.get("teacher"), "unchanged_by_training": True},
+        | {
+            "weights_sha256": before.get("teacher"),
+            "unchanged_by_training": True if "teacher" in before else None,
+        },
         "student": {
             **cast.origin,
             "weights_sha256_start": before["student"],
@@ -306,6 +316,8 @@ def _hashes(cast: Cast) -> dict[str, str]:
     hashes = {"student": cast.student.weights_sha256()}
     if isinstance(cast.teacher, TorchTeacher):
         hashes["teacher"] = cast.teacher.weights_sha256()
+    elif isinstance(cast.teacher, TableTeacher):
+        hashes["teacher"] = hashlib.sha256(cast.teacher.logits_VV.numpy().tobytes()).hexdigest()
     return hashes
 
 

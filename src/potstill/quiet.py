@@ -1,6 +1,4 @@
-"""Transformers without its notices and progress bars: what matters of them is refused by us, and its bars
-would tear ours.
-"""
+"""Transformers without its notices and bars: what matters of them is refused by us."""
 
 from __future__ import annotations
 

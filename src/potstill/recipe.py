@@ -199,7 +199,7 @@ class Objective(Section):
     """Factor of the divergence from the teacher."""
     ce_weight: PositiveOrZero = 0.1
     """Factor of the cross-entropy with the corpus's next tokens, which is taken at temperature 1."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Interval(gt=0, le=1e3)] = 1.0
     """Divides both models' logits in the divergence, which its square multiplies (Hinton et al. 2015)."""
     chunk: Count = 256
     """Positions whose logits exist at once: memory, not results."""

@@ -1,5 +1,4 @@
-"""Name -> function, for what a recipe may name and a user may add. Torch-free, so that a recipe is checked
-at once.
+"""Name -> function, for what a recipe may name and a user may add. Torch-free: recipes are checked at once.
 
 A divergence is a function of two log-distributions; its keyword-only parameters are its options in the YAML,
 with their types, bounds and defaults. Registering the function is all there is to do:

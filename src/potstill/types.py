@@ -73,9 +73,7 @@ class Targets(Protocol):
     def __getitem__(self, positions: slice) -> Targets: ...
 
     def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Both log-distributions on ids they share: (student_logp_NS, teacher_logp_NS); each row sums to
-        one.
-        """
+        """Both log-distributions on ids they share, (student_logp_NS, teacher_logp_NS); rows sum to one."""
         ...
 
 

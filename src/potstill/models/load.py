@@ -32,7 +32,10 @@ def choose_device(asked: str) -> torch.device:
     """`auto` is CUDA where there is one; an explicit device is had or refused, never replaced by another."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(asked)
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise UserError(f"device: {asked} is not one of auto, cpu, cuda, cuda:N.") from error
     count = torch.cuda.device_count()
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= count):
         raise UserError(
@@ -42,10 +45,15 @@ def choose_device(asked: str) -> torch.device:
     return device
 
 
+def choose_dtype(asked: str | torch.dtype) -> torch.dtype:
+    found = DTYPES.get(asked) if isinstance(asked, str) else asked
+    if found is None or found not in DTYPES.values():
+        raise UserError(f"dtype: {asked} is not one of {', '.join(DTYPES)}.")
+    return found
+
+
 def local_copy(source: str | Path) -> Path:
-    """A folder or file on this machine; a hub id (`owner/name`) is fetched, without code and without
-    pickles.
-    """
+    """A folder or file on this machine; a hub id (`owner/name`) is fetched, without code or pickles."""
     path = Path(source)
     if path.exists():
         return path
@@ -73,15 +81,15 @@ def vocab_size_of(path: Path) -> int:
 
 
 def load_config(source: str | Path) -> Any:
-    """The Transformers config of a `config.json`, of a folder that has one, of a hub id, or of a GGUF
-    file.
-    """
+    """The Transformers config of a config.json, of a folder with one, of a hub id, or of a GGUF file."""
     path = local_copy(source)
     try:
         with quiet_transformers():
             if path.suffix == ".gguf":
-                return transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            return transformers.AutoConfig.from_pretrained(path)
+                return transformers.AutoConfig.from_pretrained(
+                    path.parent, gguf_file=path.name, trust_remote_code=False
+                )
+            return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # Transformers raises what it likes over a damaged config
         raise UserError(
             f"{path}: not a model config: {one_line(error)} Give a config.json that Transformers knows."

@@ -176,6 +176,12 @@ def default_path(name: str) -> Path:
     return path
 
 
+def newest_path(name: str) -> Path:
+    """The newest of runs/NAME, runs/NAME-2 … that there is: what `--resume` goes on with."""
+    following = int(default_path(name).name.removeprefix(name).removeprefix("-") or 1)
+    return Path("runs") / (name if following <= 2 else f"{name}-{following - 1}")
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine and command line; no environment variables, since secrets live there."""
     return {
@@ -188,9 +194,7 @@ def environment() -> dict[str, Any]:
 
 
 def code() -> dict[str, str]:
-    """Commit and uncommitted changes of the checkout that potstill runs from; empty where it was installed
-    as a wheel.
-    """
+    """Commit and uncommitted changes of the checkout that potstill runs from; empty for a wheel."""
     here = Path(__file__).resolve().parent
     commit = _git(here, "rev-parse", "HEAD").strip()
     tracked = commit and _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
@@ -200,7 +204,7 @@ def code() -> dict[str, str]:
 def _git(folder: Path, *arguments: str) -> str:
     try:
         command = ["git", "-C", str(folder), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""

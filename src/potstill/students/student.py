@@ -1,6 +1,4 @@
-"""The model that learns. The loss runs inside its forward, so that sharding and compiling see an ordinary
-module.
-"""
+"""The model that learns. The loss runs inside its forward: sharding and compiling see an ordinary module."""
 
 from __future__ import annotations
 
@@ -9,9 +7,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm, load_config, weights_sha256, write_portable_config
@@ -51,8 +50,13 @@ class Student(nn.Module):
 
     def save(self, folder: Path, tokenizer: Any | None) -> None:
         """A Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits."""
-        with quiet_transformers():
-            self.model.hf.save_pretrained(folder)
+        try:
+            with quiet_transformers():
+                self.model.hf.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{folder}: the student cannot be written: {one_line(error)} Make room."
+            ) from error
         write_portable_config(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -69,10 +73,12 @@ def from_config(source: str | Path, device: torch.device) -> CausalLM:
     """Random weights, from torch's global generator: seed it before."""
     config = load_config(source)
     try:
-        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        hf = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
         raise UserError(
-            f"student.model: {source}: no causal LM can be made of this config: {error}"
+            f"student.model: {source}: no causal LM can be made of this config: {one_line(error)}"
         ) from error
     model = CausalLM(hf.to(device), name=f"student {source}")
     model.probe()

@@ -15,9 +15,11 @@ import torch
 import transformers
 from torch import nn
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import plain_config
+
+PER_LAYER = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
 
 
 def layers_to_keep(total: int, count: int, rule: str) -> list[int]:
@@ -59,16 +61,25 @@ def cut(teacher: CausalLM, keep: Sequence[int]) -> CausalLM:
                 continue
             name = f"{prefix}{list(keep).index(int(number))}.{rest}"
         kept[name] = tensor
-    hf.load_state_dict(kept, strict=True)
+    try:
+        hf.load_state_dict(kept, strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"student cut: {type(hf).__name__} cannot be cut to layers {list(keep)}: {one_line(error)}"
+            " Give the student as a checkpoint or a config."
+        ) from error
     hf.generation_config = teacher.hf.generation_config
-    return CausalLM(hf.to(teacher.device), name="student")
+    student = CausalLM(hf.to(teacher.device), name="student")
+    student.probe()
+    return student
 
 
 def _cut_config(config: Any, keep: Sequence[int], total: int) -> Any:
     """The config with fewer layers; its per-layer lists (layer types, say) lose the same entries."""
     config = plain_config(config)
     text = config.get_text_config()
-    for key, value in list(vars(text).items()):
+    for key in PER_LAYER:
+        value = getattr(text, key, None)
         if isinstance(value, list) and len(value) == total:
             setattr(text, key, [value[i] for i in keep])
     text.num_hidden_layers = len(keep)

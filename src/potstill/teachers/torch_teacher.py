@@ -1,5 +1,4 @@
-"""A real teacher, in memory: a Transformers causal LM from a folder, the hub or a GGUF file, on the CPU or
-CUDA.
+"""A real teacher in memory: a Transformers causal LM from a folder, the hub or a GGUF file, on CPU or CUDA.
 
 For the loop it gives hidden states and a head, so that [N, V] never exists; for inspection, logits. Frozen:
 no gradient, eval mode, and a hash that is the same after training as before.
@@ -16,7 +15,7 @@ from torch import Tensor
 from potstill.corpus.vocab import has_tokenizer, load_tokenizer, vocab_of
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
-from potstill.models.load import DTYPES, choose_device, load_causal_lm, local_copy, weights_sha256
+from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
 from potstill.teachers.fixture import require_ids, require_known, require_last
 from potstill.types import Batch, HiddenTargets, Vocab
 
@@ -51,9 +50,7 @@ class TorchTeacher:
         """
         where = choose_device(str(device))
         path = local_copy(checkpoint_dir)
-        model = load_causal_lm(
-            path, config=config, dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype, device=where
-        )
+        model = load_causal_lm(path, config=config, dtype=choose_dtype(dtype), device=where)
         model.name = f"teacher {checkpoint_dir}"
         return cls(model, load_tokenizer(path) if has_tokenizer(path) else None)
 
@@ -90,9 +87,7 @@ class TorchTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
-        """One forward of the body; hidden states at the loss-bearing positions, and the head for whoever
-        needs logits.
-        """
+        """One forward of the body: hidden states at the N positions, and the head to make logits of."""
         hidden_BTE = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
         return HiddenTargets(hidden_BTE.flatten(0, 1)[batch.positions_N], self.model.head)
 

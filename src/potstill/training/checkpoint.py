@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -83,11 +84,11 @@ class Checkpoints:
             shutil.rmtree(place, ignore_errors=True)
             beside.rename(place)
             _flush(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             needed = sum(tensor.nbytes for tensor in tensors.values())
             raise UserError(
-                f"{place}: the checkpoint of {needed} bytes cannot be written: {error.strerror or error}."
+                f"{place}: the checkpoint of {needed} bytes cannot be written: {error}."
                 " Earlier ones are untouched. Make room, then run again with --resume."
             ) from error
         if (fault := _fault(place)) is not None:

@@ -1,6 +1,4 @@
-"""AdamW in two groups, and the learning rate as a function of the step: nothing here has to be restored on
-resume.
-"""
+"""AdamW in two groups, and the rate as a function of the step: nothing that a resume must restore."""
 
 from __future__ import annotations
 
@@ -13,8 +11,7 @@ from potstill.recipe import Train
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
-    """Matrices decay, vectors (norms, biases) do not (Loshchilov & Hutter 2019 decays all; Brown et al. 2020
-    as here).
+    """AdamW (Loshchilov & Hutter 2019) with decay for matrices and none for vectors (norms, biases).
 
     Plain SGD is for comparing gradients: AdamW is blind to their scale.
     """
@@ -29,9 +26,7 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
 
 
 def lr_at(step: int, train: Train) -> float:
-    """Linear from lr/warmup to lr over the first `warmup` steps, then a half cosine to lr * final_lr_ratio
-    at the last.
-    """
+    """Linear from lr/warmup to lr over `warmup` steps, then a half cosine down to lr * final_lr_ratio."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
     progress = (step - train.warmup) / max(train.steps - 1 - train.warmup, 1)
