@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"
     )
     held.add_argument("target", metavar="RUN|MODEL", help="run directory, or a model with --recipe")
+    held.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
     held.add_argument("--recipe", type=Path, help="whose held-out rows and teacher; default the run's own")
 
     show = verb("show", _show, "what a run was: receipt, and first, best and last of each metric")
@@ -155,9 +156,9 @@ def _eval(options: argparse.Namespace, display: Display) -> None:
     target = Path(options.target)
     if options.recipe is None:
         run = RunDir.open(target)
-        recipe, model = load(run.resolved), run.student
+        recipe, model = load(run.resolved, options.overrides), run.student
     else:
-        recipe, model = load(options.recipe), options.target
+        recipe, model = load(options.recipe, options.overrides), options.target
     from potstill.line import evaluate
 
     metrics = evaluate(recipe, model, display)

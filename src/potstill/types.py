@@ -1,8 +1,8 @@
 """The ground floor: the few types that every wing speaks in, and the legend of their shapes.
 
-    B sequences in a micro-batch     T tokens in a sequence        N loss-bearing positions of a micro-batch,
-    flat D student width                  E teacher width               V vocabulary ids both models share
-    K ids kept per position          S support a divergence sees:  V for a dense teacher
+    B sequences in a micro-batch     T tokens in a sequence     N loss-bearing positions, flat over B * T
+    D student width                  E teacher width            V vocabulary ids both models share
+    K ids kept per position          C positions of one chunk   S support a divergence sees: V if dense
 
 A tensor's name ends in its shape: `hidden_ND`, `labels_N`. Lists and scalars carry no suffix.
 """

@@ -106,13 +106,11 @@ def load_causal_lm(
     """Every tensor of the checkpoint, in the model that the config describes; probed.
 
     Args:
-        config: what the checkpoint must be: a Transformers config, its dictionary, or a path; default is its
-        own.
+        config: what the checkpoint must be: a config, its dictionary, or a path; default is its own.
 
     Raises:
         UserError: files missing, truncated or not a model; a tensor that only one of config and checkpoint
-        has, or
-            has in another shape.
+            has, or that has another shape in each.
     """
     path = local_copy(source)
     check_model_files(path)

@@ -89,8 +89,7 @@ class RunDir:
             file.write(line)
 
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again. Step 0 was logged before any"
-        " other."""
+        """Forget what was logged after `step`: a resumed run logs it again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         content = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self.path / "metrics.jsonl", content.encode())

@@ -22,8 +22,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens beside the mathematics. `evaluate` returns held-out metrics; the loop never sees the"
-    " rows."""
+    """What happens beside the mathematics. `evaluate` gives held-out metrics; the loop sees no rows."""
 
     evaluate: Callable[[int], Metrics]
     on_step: Callable[[int, Metrics], None]
