@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from conftest import make_corpus, make_model, make_tokenizer, tiny_config
 
@@ -61,6 +62,12 @@ SHOWN_BY = {
     "student.keep": "test_a_list_of_layers_is_kept_as_it_is_given",
     "objective.chunk": "test_fields_that_trade_memory_change_what_exists_at_once",
     "train.rows_per_micro_batch": "test_fields_that_trade_memory_change_what_exists_at_once",
+    "train.activation_checkpointing": "test_activation_checkpointing_changes_memory_and_no_result",
+    "guard.policy": "tests/training/test_guard.py",
+    "guard.loss_ceiling": "tests/training/test_guard.py",
+    "guard.first_step_s": "tests/training/test_guard.py",
+    "guard.stall_s": "tests/training/test_guard.py",
+    "allow_identical": "tests/proof/test_preflight.py",
     "train.save_every": "test_checkpoints_are_written_as_often_as_asked",
     "train.device": "CUDA asked for and absent, in test_cli.py",
     "eval.every": "test_held_out_rows_are_measured_at_the_start_at_intervals_and_at_the_end",
@@ -130,6 +137,24 @@ def test_fields_that_trade_memory_change_what_exists_at_once(
         distill(tiny_recipe(), overrides=overrides, out=tmp_path / f"{rows}")
         assert max(positions for positions, _ in seen) in range(32 * rows - 2 * rows, 32 * rows + 1)
         assert {largest for _, largest in seen} == {chunk}
+
+
+def test_activation_checkpointing_changes_memory_and_no_result(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    kept: list[int] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    runs, sums = [], []
+    for way in ("false", "true"):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            overrides = [f"train.activation_checkpointing={way}", "train.steps=1"]
+            runs.append(distill(tiny_recipe(), overrides=overrides, out=tmp_path / way))
+        sums.append(sum(kept))
+    assert weights(runs[0]) == weights(runs[1])
+    assert sums[1] < sums[0] / 2
 
 
 def test_checkpoints_are_written_as_often_as_asked(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ RECIPE = {
     "recipe_mistakes",
     "recipe_paths",
     "recipe_plugins",
+    "recipe_sections",
     "yaml_strict",
 }  # one wing without a folder
 

@@ -106,7 +106,7 @@ KINDS = {
         "table": "path: table.safetensors",
     },
     "student": {
-        "cut": "keep: [0, 2, 5], rule: even",
+        "cut": "layers: 3, rule: even",
         "checkpoint": "model: model",
         "config": "model: config.json",
     },
@@ -185,10 +185,13 @@ def test_the_defaults_are_those_of_the_documentation(
             "clip": 1.0,
             "precision": "float32",
             "device": "auto",
+            "activation_checkpointing": False,
             "save_every": 500,
             "seed": 0,
         },
         "eval": {"every": 0, "sample_prompt": None, "sample_tokens": 48},
+        "guard": {"policy": "stop", "loss_ceiling": None, "first_step_s": 1800.0, "stall_s": 1800.0},
+        "allow_identical": False,
         "plugins": [],
     }
 
@@ -222,6 +225,11 @@ CHANGES = {
     "train.device": "cuda:1",
     "train.seed": 2**63 - 1,
     "train.save_every": 3,
+    "train.activation_checkpointing": True,
+    "guard.policy": "rollback",
+    "guard.loss_ceiling": 9.5,
+    "guard.first_step_s": 60.0,
+    "guard.stall_s": 0.5,
     "eval.every": 2,
     "eval.sample_prompt": "def f(x):\n    ",
     "eval.sample_tokens": 9,
@@ -387,9 +395,12 @@ UNKNOWN = [
     ),
     (
         {"zzz": "{steps: 1}"},
-        "zzz: unknown key. Known: corpus, eval, objective, plugins, student, teacher, train.",
+        "zzz: unknown key. Known: allow_identical, corpus, eval, guard, objective, plugins, student, teacher, train.",
     ),
-    ({"on": "1"}, "on: unknown key. Known: corpus, eval, objective, plugins, student, teacher, train."),
+    (
+        {"on": "1"},
+        "on: unknown key. Known: allow_identical, corpus, eval, guard, objective, plugins, student, teacher, train.",
+    ),
     (
         {"objective": "{divergence: {name: jsd, zzz: 1}}"},
         "objective.divergence.zzz: unknown key for jsd. Known: beta, name.",
@@ -461,6 +472,14 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
             {"train": "{steps: 3, rows_per_step: 1, lr: 1, warmup: 4}"},
             "train.warmup: 4 steps of warm-up in a run of 3.",
         ),
+        (
+            {"student": "{name: cut, keep: [0, 1], rule: even}"},
+            "student.rule: the layers are listed in keep, so no rule chooses them.",
+        ),
+        (
+            {"train": "{steps: 3, rows_per_step: 1, lr: 1, optimizer: sgd, beta2: 0.5}"},
+            "train.beta2: sgd keeps no means.",
+        ),
     ],
 )
 def test_a_mistake_of_names_or_of_fields_together_is_told(
@@ -522,7 +541,7 @@ def test_an_override_keeps_an_equals_sign_of_its_value(load: Callable[..., recip
     [
         ("train.stepz=5", "unknown key. Did you mean train.steps?"),
         ("steps=5", "unknown key. Did you mean train.steps?"),
-        ("a.b.c=1", "a: unknown key. Known: corpus,"),
+        ("a.b.c=1", "a: unknown key. Known: allow_identical,"),
         ("train", "not of the form a.b=value. Write, say, train.steps=10."),
         ("=5", "not of the form a.b=value."),
         ("train.steps.x=4", "train.steps is 4 and has no fields."),

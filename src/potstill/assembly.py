@@ -78,6 +78,8 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     if recipe.eval.sample_prompt is not None and tokenizer is not None:
         sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
         require_length(model, "eval.sample_tokens", sampled)
+    if recipe.train.activation_checkpointing:
+        checkpoint_activations(model)
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
     student = Student(model, make_objective(recipe, precision), precision)
     note(f"student: {origin['name']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
@@ -183,6 +185,17 @@ def compare_vocabularies(
     if tokenizer is not None:  # a teacher without a tokenizer cannot speak for the corpus
         vocab.require_same(vocab.vocab_of(tokenizer, model.vocab_size), own, "corpus.tokenizer", model.name)
     return vocab.special_differences(teacher.vocab, own) if own.tokens and teacher.vocab.tokens else []
+
+
+def checkpoint_activations(model: CausalLM) -> None:
+    """Chen et al. 2016: each layer's inside is computed again in the backward pass instead of being kept."""
+    if not model.hf.supports_gradient_checkpointing:
+        raise UserError(
+            f"train.activation_checkpointing: {type(model.hf).__name__} cannot compute its layers again."
+            " Set it to false."
+        )
+    older = model.hf.gradient_checkpointing_enable  # its name before Transformers 5.2x
+    getattr(model.hf, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
 def require_sample(recipe: Recipe, tokenizer: Any | None) -> None:
