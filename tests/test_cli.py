@@ -283,6 +283,8 @@ def test_the_schema_is_json_with_every_section(capsys: pytest.CaptureFixture[str
         "objective",
         "train",
         "eval",
+        "guard",
+        "allow_identical",
         "plugins",
     }
 

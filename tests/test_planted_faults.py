@@ -112,9 +112,27 @@ FAULTS = {
     ),
     "best chosen by the last evaluation": Fault(
         "training/loop.py",
-        'if outcome.last["heldout/loss"] < outcome.best["heldout/loss"]:',
+        'if not outcome.best or found["heldout/loss"] < outcome.best["heldout/loss"]:',
         "if True:",
         "training/test_loop.py",
+    ),
+    "an evaluation that a signal cut short is forgotten": Fault(
+        "line.py",
+        "if outcome.evaluated < recipe.train.steps:",
+        "if outcome.step < recipe.train.steps:",
+        "training/test_guard.py",
+    ),
+    "the gradient of a refused step is kept": Fault(
+        "training/loop.py",
+        "        except Fault as fault:\n            optimizer.zero_grad(set_to_none=True)",
+        "        except Fault as fault:\n            pass",
+        "training/test_guard.py",
+    ),
+    "a NaN is below the ceiling": Fault(
+        "training/loop.py",
+        "if not torch.isfinite(grad_norm):",
+        "if grad_norm > 1e30:",
+        "training/test_guard.py",
     ),
     "teacher trained along": Fault(
         "teachers/torch_teacher.py",

@@ -18,7 +18,7 @@ from typing import Any
 
 from potstill import __version__
 from potstill.display import Display, aligned, clock
-from potstill.errors import UserError
+from potstill.errors import Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         display.error(error.mistakes)
         return 2
+    except Stopped:
+        return 143
     except KeyboardInterrupt:
         display.error(("interrupted.",))
         return 130

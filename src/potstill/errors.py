@@ -17,6 +17,14 @@ class UserError(Exception):
         self.mistakes = mistakes
 
 
+class Fault(UserError):
+    """Numbers that no update may be made of: not finite, or a loss above its ceiling."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end. No `except Exception` of a library can take it for its own."""
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What a library's error says on one line, with its type where the text alone says little."""
     text = " ".join(str(error).split())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
+import os
 import resource
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch.optim import Optimizer
 from potstill import recipe as recipes
 from potstill.assembly import Cast, assemble
 from potstill.display import Display
-from potstill.errors import UserError
+from potstill.errors import Stopped, UserError
 from potstill.evals.likelihood import heldout
 from potstill.models.files import file_sha256
 from potstill.recipe import Recipe
@@ -30,6 +28,7 @@ from potstill.teachers.fixture import TableTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import Checkpoints, Outcome
 from potstill.training.loop import Hooks, Metrics, train
+from potstill.training.watch import Watch
 
 
 def distill(
@@ -68,29 +67,47 @@ def distill(
         if run.status().get("state") == "finished":
             display.note(f"{run.path}: finished already")
             return run
-        cast = assemble(loaded, display.note)
-        run.set_status("running")
+        path = run.path
     else:
         path = out or default_path(name)
         RunDir.require_free(path)
+
+    def on_stall(what: str, stacks: str) -> None:
+        where = run.write_stacks(stacks)
+        run.set_status("failed", what)
+        display.error((f"{run.path}: {what}. Stacks of all threads: {where}. --resume goes on.",))
+        os._exit(2)  # whoever hangs cannot be asked to return
+
+    with Watch(loaded.guard, display.note, on_stall) as watch:
         cast = assemble(loaded, display.note)
-        run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
-    display.note(f"run: {run.path}")
+        if resume:
+            run.set_status("running")
+        else:
+            run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
+        display.note(f"run: {run.path}")
+        _guarded(cast, run, display, watch)
+    return run
+
+
+def _guarded(cast: Cast, run: RunDir, display: Display, watch: Watch) -> None:
+    """The run, and whatever ends it in its status."""
+    recipe = cast.recipe
     try:
-        with _stop_signals(display) as should_stop:
-            _run(cast, run, display, should_stop)
+        _run(cast, run, display, watch)
+    except Stopped:
+        run.set_status("stopped", "by a signal before the first step; --resume goes on")
     except torch.OutOfMemoryError as error:
         run.set_status("failed", "out of memory")
-        rows = loaded.train.micro_batch_rows
+        rows = recipe.train.micro_batch_rows
         raise UserError(
-            f"out of memory with {rows} rows per micro-batch and chunk {loaded.objective.chunk}. Try"
-            f" train.rows_per_micro_batch={max(rows // 2, 1)} or"
-            f" objective.chunk={max(loaded.objective.chunk // 2, 1)}; the result is the same."
+            f"out of memory with {rows} rows per micro-batch and chunk {recipe.objective.chunk}. Try"
+            f" train.rows_per_micro_batch={max(rows // 2, 1)},"
+            f" objective.chunk={max(recipe.objective.chunk // 2, 1)} or"
+            " train.activation_checkpointing=true; the result is the same."
         ) from error
     except BaseException as error:
         run.set_status("failed", f"{type(error).__name__}: {error}")
         raise
-    return run
 
 
 def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics:
@@ -140,7 +157,7 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
     return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
 
 
-def _run(cast: Cast, run: RunDir, display: Display, should_stop: Callable[[], bool]) -> None:
+def _run(cast: Cast, run: RunDir, display: Display, watch: Watch) -> None:
     recipe, student = cast.recipe, cast.student
     started = time.perf_counter()
     before = _hashes(cast)
@@ -153,12 +170,14 @@ def _run(cast: Cast, run: RunDir, display: Display, should_stop: Callable[[], bo
     checkpoints = Checkpoints(run.checkpoints, inputs, display.note)
 
     def evaluate_student(step: int) -> Metrics:
-        found = heldout(student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+        size = recipe.train.micro_batch_rows
+        found = heldout(student, cast.teacher, cast.corpus.heldout, size, watch.poll)
         run.log(step, found)
         display.heldout_line(step, found)
         return found
 
     def on_step(step: int, metrics: Metrics) -> None:
+        watch.stepped()
         run.log(step, metrics)
         display.step_line(step, recipe.train.steps, metrics, clock.left(step, metrics["speed/step_s"]))
 
@@ -168,17 +187,24 @@ def _run(cast: Cast, run: RunDir, display: Display, should_stop: Callable[[], bo
     def resume(optimizer: Optimizer) -> Outcome | None:
         outcome = checkpoints.load(student, optimizer)
         run.repair()
-        run.rewind(-1 if outcome is None else outcome.step)
+        run.rewind(*((-1, -1) if outcome is None else (outcome.step, outcome.evaluated)))
         return outcome
+
+    def on_fault(step: int, what: str) -> None:
+        run.log_fault(step, what)
+        display.warn(f"{what} guard.policy: {recipe.guard.policy}")
 
     def save(optimizer: Optimizer, outcome: Outcome) -> None:
         checkpoints.save(student, optimizer, outcome)
 
-    hooks = Hooks(evaluate_student, on_step, on_best, resume, save, should_stop)
+    hooks = Hooks(
+        evaluate_student, on_step, on_best, resume, save, lambda: watch.stopping, on_fault, watch.beat
+    )
     teacher = cast.teacher if recipe.objective.kd_weight else None  # no answer is asked that nobody reads
     order = cast.corpus.order(recipe.train.seed)
+    watch.begin()
     outcome = train(student, teacher, cast.corpus.train, order, recipe, hooks)
-    if outcome.step < recipe.train.steps:
+    if outcome.evaluated < recipe.train.steps:
         run.set_status("stopped", f"by a signal after step {outcome.step}; --resume goes on")
         display.note(
             f"stopped after step {outcome.step}, checkpoint saved; the same command with"
@@ -208,29 +234,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
-
-
-@contextlib.contextmanager
-def _stop_signals(display: Display) -> Iterator[Callable[[], bool]]:
-    """A question that the loop asks after each step; outside the main thread signals are not ours to take."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def on_signal(number: int, frame: object) -> None:
-        if asked:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        asked.append(number)
-        display.note(f"{signal.Signals(number).name}: stopping after this step; once more ends at once")
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _receipt(
@@ -267,6 +270,7 @@ def _receipt(
         "weights_dtype": str(head.dtype).removeprefix("torch."),
         "precision": recipe.train.precision,
         "steps": recipe.train.steps,
+        "steps_left_out": outcome.left_out,
         "positions": outcome.positions,
         "heldout_first": outcome.first,
         "heldout_last": outcome.last,

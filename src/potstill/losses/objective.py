@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from potstill.errors import UserError
+from potstill.errors import Fault, UserError
 from potstill.losses.divergences import forward_kl
 from potstill.types import Divergence, Head, Targets
 
@@ -205,7 +205,7 @@ def _require_finite(sums: dict[str, Tensor], positions: int) -> None:
     finite = torch.stack([value.detach() for value in sums.values()]).isfinite().tolist()  # one wait for all
     for (name, value), is_finite in zip(sums.items(), finite, strict=True):
         if not is_finite:
-            raise UserError(
+            raise Fault(
                 f"objective: {name} is {value.item()} over {positions} positions. Logits are not finite, or a"
                 " token that one side or the corpus has is impossible on the other."
             )

@@ -6,6 +6,8 @@
     environment.json  versions, machine, command line
     corpus.json       files with hashes, counts, fingerprint
     metrics.jsonl     one object a step or evaluation
+    faults.jsonl      steps whose update the guard refused, and why; only where there were any
+    stall.txt         where every thread was when a deadline of the guard passed
     receipt.json      what truly ran, written by the trainer
     status.json       running | finished | failed: why
     student/          the best student, a Hugging Face folder
@@ -88,9 +90,17 @@ class RunDir:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(line)
 
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
+    def log_fault(self, step: int, what: str) -> None:
+        with open(self.path / "faults.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "what": what}) + "\n")
+
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Forget steps after `step` and evaluations after `evaluated`: a resumed run logs them again."""
+        kept = [
+            line
+            for line in self.metrics()
+            if line["step"] <= (evaluated if any(name.startswith("heldout/") for name in line) else step)
+        ]
         content = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self.path / "metrics.jsonl", content.encode())
 
@@ -127,6 +137,10 @@ class RunDir:
 
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")
+
+    def write_stacks(self, stacks: str) -> Path:
+        write_whole(self.path / "stall.txt", stacks.encode())
+        return self.path / "stall.txt"
 
     def set_status(self, state: str, why: str = "") -> None:
         self._write_json("status.json", {"state": state, **({"why": why} if why else {})})

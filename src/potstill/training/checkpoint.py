@@ -45,6 +45,10 @@ class Outcome:
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     best_step: int = 0
     """Optimizer steps that the best student has seen; chosen by held-out loss alone."""
+    evaluated: int = -1
+    """Step of the last evaluation: one that a signal cut short is made up for on resume."""
+    left_out: list[int] = dataclasses.field(default_factory=list)
+    """Steps whose update the guard refused, counted from 1."""
     positions: int = 0
     """Supervised positions trained on."""
     seconds: float = 0.0

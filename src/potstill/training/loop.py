@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from potstill.errors import UserError
+from potstill.errors import Fault, Stopped, UserError
 from potstill.recipe import Recipe
 from potstill.students.student import Student
 from potstill.training.checkpoint import Outcome
@@ -18,6 +21,7 @@ from potstill.training.optim import lr_at, make_optimizer, set_lr
 from potstill.types import Batch, Order, Rows, Targets, Teacher
 
 Metrics = dict[str, float]
+MOST_LEFT_OUT = 3  # in a row: beyond, it is not a bad batch but a bad run
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,15 @@ class Hooks:
     """What happens beside the mathematics. `evaluate` gives held-out metrics; the loop sees no rows."""
 
     evaluate: Callable[[int], Metrics]
+    """It may raise Stopped: the step is then saved, and evaluated when the run goes on."""
     on_step: Callable[[int, Metrics], None]
     on_best: Callable[[int, Metrics], None]
     resume: Callable[[Optimizer], Outcome | None] = lambda optimizer: None
+    """Put the newest checkpoint into the student and the optimizer; None where there is none."""
     save: Callable[[Optimizer, Outcome], None] = lambda optimizer, outcome: None
     should_stop: Callable[[], bool] = lambda: False
+    on_fault: Callable[[int, str], None] = lambda step, what: None
+    beat: Callable[[], None] = lambda: None
 
 
 def train(
@@ -40,41 +48,67 @@ def train(
     `teacher` may be None only where `objective.kd_weight` is 0. The gradient of a step is that of the sum of
     the loss over all supervised positions of the step, divided once by their number: how rows are cut into
     micro-batches changes nothing.
+
+    Raises:
+        UserError: a loss or gradient that `guard.policy` does not let pass; the weights are those before it.
     """
     plan, device = recipe.train, student.model.device
+    ceiling = loss_ceiling(recipe, student.model.vocab_size)
     optimizer = make_optimizer(student, plan)
-    outcome = hooks.resume(optimizer)
-    if outcome is None:
-        first = hooks.evaluate(0)
-        outcome = Outcome(first=first, best=first)
-        hooks.on_best(0, first)
+    resumed = hooks.resume(optimizer)
+    outcome = resumed or Outcome()
+    saved = -1 if resumed is None else resumed.step
     student.train()
 
-    for step in range(outcome.step, plan.steps):
-        started = time.perf_counter()
+    while True:
+        is_last = outcome.step == plan.steps
+        stopping = hooks.should_stop() and not is_last
+        evaluating = outcome.step == 0 or is_last or due(outcome.step, recipe.eval.every)
+        try:
+            if evaluating and outcome.evaluated < outcome.step and not stopping:
+                found = hooks.evaluate(outcome.step)
+                outcome.first, outcome.last = outcome.first or found, found
+                if not outcome.best or found["heldout/loss"] < outcome.best["heldout/loss"]:
+                    outcome.best, outcome.best_step = found, outcome.step
+                    hooks.on_best(outcome.step, found)
+                outcome.evaluated = outcome.step
+        except Stopped:
+            stopping = True
+        if outcome.step > saved and (stopping or save_due(outcome.step, recipe)):
+            hooks.beat()
+            hooks.save(optimizer, outcome)
+            saved = outcome.step
+        if stopping or is_last:
+            return outcome
+        if outcome.step + 1 in outcome.left_out:
+            outcome.step += 1
+            continue
+
+        step, started = outcome.step, time.perf_counter()
         step_rows = order.rows(step, plan.rows_per_step)
         size = plan.micro_batch_rows
         batches = [rows.batch(step_rows[i : i + size]) for i in range(0, len(step_rows), size)]
         positions = sum(len(batch.positions_N) for batch in batches)  # of the whole step, before any backward
 
         sums: dict[str, float] = {}
-        for batch in (batch.to(device) for batch in batches):
-            targets = None if teacher is None else ask(teacher, batch, step)
-            try:
-                terms = student(batch, targets)
-            except UserError as error:
-                raise UserError(f"step {step + 1}, rows {batch.rows_B.tolist()}: {error}") from error
-            (terms["loss"] / positions).backward()  # the one division
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-
-        parameters = [p for p in student.parameters() if p.grad is not None]
-        grad_norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
-        if not torch.isfinite(grad_norm):
-            raise UserError(
-                f"step {step + 1}: the gradient norm is {float(grad_norm)}. The weights are those before"
-                f" the step."
-            )
+        try:
+            for batch in (batch.to(device) for batch in batches):
+                targets = None if teacher is None else ask(teacher, batch, step)
+                with named(step, batch.rows_B.tolist()):
+                    terms = student(batch, targets)
+                (terms["loss"] / positions).backward()  # the one division
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach())
+                hooks.beat()
+            parameters = [p for p in student.parameters() if p.grad is not None]
+            grad_norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
+            with named(step, step_rows):
+                require_sound(sums["loss"] / positions, ceiling, grad_norm, student)
+        except Fault as fault:
+            optimizer.zero_grad(set_to_none=True)
+            hooks.on_fault(step + 1, str(fault))
+            outcome = without_step(fault, outcome, recipe, lambda: hooks.resume(optimizer))
+            continue
         if plan.clip is not None:
             clip_grads_with_norm_(parameters, plan.clip, grad_norm)
         lr = set_lr(optimizer, lr_at(step, plan))
@@ -96,22 +130,14 @@ def train(
         }
         hooks.on_step(outcome.step, losses | figures)
 
-        is_last = outcome.step == plan.steps
-        if is_last or due(outcome.step, recipe.eval.every):
-            outcome.last = hooks.evaluate(outcome.step)
-            if outcome.last["heldout/loss"] < outcome.best["heldout/loss"]:
-                outcome.best, outcome.best_step = outcome.last, outcome.step
-                hooks.on_best(outcome.step, outcome.last)
-        stopping = hooks.should_stop() and not is_last
-        if stopping or due(outcome.step, plan.save_every):
-            hooks.save(optimizer, outcome)
-        if stopping:
-            break
-    return outcome
-
 
 def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    return step > 0 and every > 0 and step % every == 0
+
+
+def save_due(step: int, recipe: Recipe) -> bool:
+    """A run that may roll back has a checkpoint to roll back to from its first step on."""
+    return due(step, recipe.train.save_every) or (step == 0 and recipe.guard.policy == "rollback")
 
 
 def ask(teacher: Teacher, batch: Batch, step: int) -> Targets:
@@ -129,3 +155,51 @@ def ask(teacher: Teacher, batch: Batch, step: int) -> Targets:
             f" {len(batch.positions_N)} were asked."
         )
     return targets
+
+
+@contextlib.contextmanager
+def named(step: int, step_rows: list[int]) -> Iterator[None]:
+    """Say which step and which rows an error is about."""
+    try:
+        yield
+    except UserError as error:
+        shown = ", ".join(map(str, step_rows[:16])) + (
+            f", … {len(step_rows)} in all" if step_rows[16:] else ""
+        )
+        raise type(error)(f"step {step + 1}, rows [{shown}]: {error}") from error
+
+
+def loss_ceiling(recipe: Recipe, vocab_size: int) -> float:
+    """The recipe's, or five times what a uniform guess costs: ln V a label, and at most that in KL."""
+    objective = recipe.objective
+    weight = objective.ce_weight + objective.kd_weight * objective.temperature**2
+    return recipe.guard.loss_ceiling or 5 * weight * math.log(vocab_size)
+
+
+def require_sound(loss: float, ceiling: float, grad_norm: Tensor, student: Student) -> None:
+    """Refuse what no update may be made of; a NaN is below no ceiling."""
+    if not loss <= ceiling:
+        raise Fault(f"the loss is {loss:.6g} nats per position, above the ceiling of {ceiling:.6g}.")
+    if not torch.isfinite(grad_norm):
+        broken = (
+            n for n, p in student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+        )
+        raise Fault(f"the gradient norm is {float(grad_norm)}, first in {next(broken, 'the sum')}.")
+
+
+def without_step(
+    fault: Fault, outcome: Outcome, recipe: Recipe, resume: Callable[[], Outcome | None]
+) -> Outcome:
+    """Where to go on from after a step whose update was refused, or the end of the run."""
+    refused = outcome.step + 1
+    if recipe.guard.policy == "stop":
+        raise UserError(f"{fault} The weights are those before the step.") from fault
+    if all(refused - back in outcome.left_out for back in range(1, MOST_LEFT_OUT + 1)):
+        raise UserError(
+            f"{fault} {MOST_LEFT_OUT} steps before it were left out too; the run is not sound."
+        ) from fault
+    left_out = [*outcome.left_out, refused]
+    if recipe.guard.policy == "rollback" and (earlier := resume()) is not None:
+        outcome = earlier
+    outcome.left_out = left_out
+    return outcome

@@ -1,0 +1,270 @@
+"""Numbers that are not sound never reach the weights; a run that hangs says where; a signal never loses work."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from potstill import UserError, distill, load_recipe
+from potstill.assembly import Cast, assemble
+from potstill.cli import main
+from potstill.line import RunDir
+from potstill.students.student import Student
+from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.training.loop import Hooks, train
+from potstill.training.watch import Watch
+from potstill.types import HiddenTargets
+
+Recipe = Callable[..., Path]
+NAN = float("nan")
+FAULTY = 3  # the step, from 1, that goes wrong in the tests of a whole run
+
+
+def cast_of(recipe: Path) -> Cast:
+    return assemble(load_recipe(recipe), lambda text: None)
+
+
+def hooks(**others: Any) -> Hooks:
+    return Hooks(lambda step: {"heldout/loss": 1.0}, lambda *_: None, lambda *_: None, **others)
+
+
+def run_steps(cast: Cast) -> None:
+    train(cast.student, cast.teacher, cast.corpus.train, cast.corpus.order(0), cast.recipe, hooks())
+
+
+def plant(cast: Cast, where: str) -> None:
+    if where == "loss":
+        objective = cast.student.objective
+        nan = lambda student_NS, teacher_NS: objective.divergence(student_NS, teacher_NS) * NAN  # noqa: E731
+        cast.student.objective = type(objective)(nan, chunk=objective.chunk)
+    elif where == "gradient":
+        weight = cast.student.model.hf.model.layers[1].mlp.up_proj.weight
+        weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), NAN))
+    else:
+        assert isinstance(cast.teacher, TorchTeacher)
+        targets = cast.teacher.targets
+
+        def spoiled(batch: Any) -> HiddenTargets:
+            found = targets(batch)
+            if where == "a target row":
+                found.hidden_NE[5] = NAN
+                return found
+
+            def head(hidden_NE: torch.Tensor) -> torch.Tensor:
+                logits_NV = found.head(hidden_NE)
+                logits_NV[0, 7] = NAN
+                return logits_NV
+
+            return HiddenTargets(found.hidden_NE, head)
+
+        cast.teacher.targets = spoiled  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "a target row", "the teacher's logits"])
+def test_what_is_not_finite_is_noticed_in_its_step_and_no_weight_moves(
+    tiny_recipe: Recipe, where: str
+) -> None:
+    cast = cast_of(tiny_recipe())
+    plant(cast, where)
+    before = cast.student.weights_sha256()
+    said = r"up_proj\.weight" if where == "gradient" else "kd is nan"
+    with pytest.raises(UserError, match=rf"step 1, rows \[\d+, .*{said}.* The weights are those before"):
+        run_steps(cast)
+    assert cast.student.weights_sha256() == before
+
+
+def test_a_loss_above_its_ceiling_is_refused_and_one_below_is_not(tiny_recipe: Recipe) -> None:
+    run_steps(cast_of(tiny_recipe(guard="{loss_ceiling: 50}")))
+    cast = cast_of(tiny_recipe(guard="{loss_ceiling: 0.5}"))
+    before = cast.student.weights_sha256()
+    with pytest.raises(UserError, match=r"step 1, rows .* nats per position, above the ceiling of 0\.5"):
+        run_steps(cast)
+    assert cast.student.weights_sha256() == before
+
+
+def test_without_a_ceiling_an_exploded_loss_is_refused_all_the_same(tiny_recipe: Recipe) -> None:
+    cast = cast_of(tiny_recipe())
+    with torch.no_grad():
+        cast.student.model.hf.model.norm.weight.mul_(1000)
+    with pytest.raises(UserError, match="above the ceiling of 27"):  # 5 ln 258
+        run_steps(cast)
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make given steps of a whole run not finite, each time they are tried."""
+
+    def plant(*steps: int) -> None:
+        forward = Student.forward
+        from potstill.corpus.rows import Order
+
+        now: list[int] = []
+        rows = Order.rows
+
+        def noting(self: Order, step: int, rows_per_step: int) -> list[int]:
+            now[:] = [step + 1]
+            return rows(self, step, rows_per_step)
+
+        def spoiled(self: Student, batch: Any, targets: Any) -> dict[str, torch.Tensor]:
+            terms = forward(self, batch, targets)
+            return terms | {"loss": terms["loss"] * (NAN if now[0] in steps else 1.0)}
+
+        monkeypatch.setattr(Order, "rows", noting)
+        monkeypatch.setattr(Student, "forward", spoiled)
+
+    return plant
+
+
+TRAIN = "{steps: 8, rows_per_step: 4, lr: 1e-3, save_every: 2, device: cpu}"
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_bad_step_is_left_out_and_the_run_goes_on(
+    policy: str, tiny_recipe: Recipe, spoil: Callable[..., None], tmp_path: Path
+) -> None:
+    spoil(FAULTY)
+    run = distill(tiny_recipe(train=TRAIN, guard=f"{{policy: {policy}}}"), out=tmp_path / "run")
+    steps = [line["step"] for line in run.metrics() if "train/loss" in line]
+    assert steps == [1, 2, 4, 5, 6, 7, 8]
+    assert run.receipt()["steps_left_out"] == [FAULTY]
+    (fault,) = map(json.loads, (run.path / "faults.jsonl").read_text().splitlines())
+    assert fault["step"] == FAULTY and "nan" in fault["what"] and "rows [" in fault["what"]
+
+
+def test_skipping_and_rolling_back_give_the_same_weights(
+    tiny_recipe: Recipe, spoil: Callable[..., None], tmp_path: Path
+) -> None:
+    """The student of the tests has no dropout, and the bad step is right after a checkpoint or after the start."""
+    found = {}
+    for policy in ("skip", "rollback"):
+        with pytest.MonkeyPatch.context():
+            spoil(1)
+            path = tiny_recipe(train=TRAIN, guard=f"{{policy: {policy}}}")
+            found[policy] = distill(path, out=tmp_path / policy).receipt()["student"]["weights_sha256_end"]
+    assert found["skip"] == found["rollback"]
+
+
+def test_a_run_that_stops_on_a_fault_keeps_its_checkpoint_and_goes_on_once_mended(
+    tiny_recipe: Recipe, spoil: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(train=TRAIN)
+    whole = distill(recipe, out=tmp_path / "whole")
+    with monkeypatch.context():
+        forward = Student.forward
+        spoil(FAULTY)
+        with pytest.raises(UserError, match=f"step {FAULTY}, rows"):
+            distill(recipe, out=tmp_path / "cut")
+        monkeypatch.setattr(Student, "forward", forward)
+    assert "nan" in RunDir(tmp_path / "cut").status()["why"]
+    cut = distill(recipe, out=tmp_path / "cut", resume=True)
+    assert cut.receipt()["student"] == whole.receipt()["student"]
+
+
+def test_a_run_in_which_every_step_is_bad_ends(
+    tiny_recipe: Recipe, spoil: Callable[..., None], tmp_path: Path
+) -> None:
+    spoil(2, 3, 4, 5)
+    with pytest.raises(UserError, match=r"step 5, .* 3 steps before it were left out too"):
+        distill(tiny_recipe(train=TRAIN, guard="{policy: skip}"), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(("field", "step"), [("first_step_s", 1), ("stall_s", 3)])
+def test_a_run_that_hangs_writes_its_stacks_and_ends(
+    field: str,
+    step: int,
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("potstill.line.os._exit", codes.append)
+    forward = Student.forward
+    calls: list[int] = []
+
+    def hang_here(self: Student, batch: Any, targets: Any) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) == step:
+            deadline = time.monotonic() + 20
+            while not codes and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return forward(self, batch, targets)
+
+    monkeypatch.setattr(Student, "forward", hang_here)
+    recipe = tiny_recipe(guard=f"{{{field}: 1.0}}")
+    assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0  # os._exit is only noted here
+    assert codes == [2]
+    assert "hang_here" in (tmp_path / "run" / "stall.txt").read_text()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and f"guard.{field} is 1" in told[0] and "stall.txt" in told[0]
+
+
+def test_a_run_that_does_not_hang_is_left_alone(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    run = distill(tiny_recipe(guard="{first_step_s: 60, stall_s: 60}"), out=tmp_path / "run")
+    assert not (run.path / "stall.txt").exists() and not (run.path / "faults.jsonl").exists()
+
+
+@pytest.mark.parametrize("at_step", [0, 2, 4])
+def test_a_signal_during_an_evaluation_cuts_it_short_and_loses_nothing(
+    at_step: int, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, rows_per_micro_batch: 1, lr: 1e-3, device: cpu}")
+    distill(recipe, out=tmp_path / "whole")
+    arguments = ["distill", str(recipe), "--out", str(tmp_path / "cut")]
+    polled: list[int] = []
+    poll = Watch.poll
+
+    def signalling(self: Watch) -> None:
+        polled.append(1)
+        if len(polled) == 4 * at_step // 2 + 2:  # the second of an evaluation's four batches
+            signal.raise_signal(signal.SIGTERM)
+        poll(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "poll", signalling)
+        assert main(arguments) == 143
+    assert len(polled) == 4 * at_step // 2 + 2
+    assert RunDir(tmp_path / "cut").status()["state"] == "stopped"
+    assert main([*arguments, "--resume"]) == 0
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert not [p for p in (tmp_path / "cut").rglob("*") if p.name.endswith(".new")]
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in line.items() if not name.startswith("speed/")}
+        for line in RunDir(run).metrics()
+    ]
+
+
+def test_an_evaluation_made_up_for_is_not_logged_twice(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    run = distill(recipe, out=tmp_path / "run")
+    before = run.metrics()
+    run.rewind(2, evaluated=0)
+    kept = run.metrics()
+    assert [line["step"] for line in kept] == [0, 1, 2]
+    run.rewind(2, evaluated=2)
+    assert run.metrics() == kept and [line["step"] for line in before] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_a_signal_before_the_run_directory_exists_leaves_nothing(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from potstill.corpus import rows
+
+    def signalling(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(rows, "build", signalling)
+    recipe = tiny_recipe()
+    before = set(tmp_path.rglob("*"))
+    assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 143
+    assert set(tmp_path.rglob("*")) == before
