@@ -116,6 +116,15 @@ FAULTS = {
         "if True:",
         "training/test_loop.py",
     ),
+    "the padded end of a vocabulary not masked": Fault(
+        "models/causal_lm.py", "known=self.known,", "known=None,", "test_padding.py"
+    ),
+    "the padded end may be generated": Fault(
+        "models/causal_lm.py",
+        "generation.suppress_tokens = sorted(",
+        "generation.unused = sorted(",
+        "test_padding.py",
+    ),
     "an evaluation that a signal cut short is forgotten": Fault(
         "line.py",
         "if outcome.evaluated < recipe.train.steps:",

@@ -32,6 +32,18 @@ from potstill.types import Divergence, Teacher, Vocab
 
 
 @dataclass(frozen=True)
+class Shared:
+    """The ids that teacher, student and corpus mean the same by, 0 to `ids` - 1."""
+
+    ids: int
+    masked_in_teacher: int
+    """Ids after them that the teacher has logits for; their probability is 0."""
+    masked_in_student: int
+    differences: list[str]
+    """What the tokenizers differ in beside their lists."""
+
+
+@dataclass(frozen=True)
 class Cast:
     """Everyone who plays in a run."""
 
@@ -43,6 +55,7 @@ class Cast:
     student: Student
     origin: dict[str, Any]
     """Where the student's weights came from."""
+    shared: Shared
 
 
 def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | Path | None = None) -> Cast:
@@ -63,15 +76,15 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     )
     teacher = make_teacher(recipe, device)
     note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}")
-    if tokenizer is not None and teacher.vocab.tokens is not None:
-        vocab.require_same(
-            teacher.vocab, vocab.vocab_of(tokenizer, teacher.vocab_size), called(recipe.teacher), "corpus"
-        )
+    in_corpus = None if tokenizer is None else vocab.vocab_of(tokenizer, teacher.vocab_size)
+    if in_corpus is not None and teacher.vocab.tokens is not None:
+        vocab.require_same(teacher.vocab, in_corpus, called(recipe.teacher), "corpus")
 
     require_sample(recipe, tokenizer)
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(recipe, teacher, device, saved_student)
-    for difference in compare_vocabularies(recipe, teacher, tokenizer, model, origin):
+    shared = match_vocabularies(recipe, teacher, in_corpus, model, origin)
+    for difference in shared.differences:
         note(f"warning: {difference}")
     for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
         require_length(model_of_run, "corpus.tokens_per_row", recipe.corpus.tokens_per_row)
@@ -83,7 +96,7 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
     student = Student(model, make_objective(recipe, precision), precision)
     note(f"student: {origin['name']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    return Cast(recipe, device, corpus, tokenizer, teacher, student, origin)
+    return Cast(recipe, device, corpus, tokenizer, teacher, student, origin, shared)
 
 
 def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
@@ -101,6 +114,7 @@ def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
             f" to read {asked.path} with. Name a folder, hub id or GGUF file that has one."
         )
     vocabulary = Vocab(size=size) if tokenizer is None else vocab.vocab_of(tokenizer, size)
+    vocabulary = dataclasses.replace(vocabulary, size=vocabulary.known)
     documents = read_documents(asked, tokenizer, vocabulary)
     return rows.build(
         documents, tokens_per_row=asked.tokens_per_row, heldout_rows=asked.heldout_rows, vocab=vocabulary
@@ -174,17 +188,32 @@ def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
             return readers.tokens(path, asked.dtype, vocabulary.size, end, asked.tokens_per_row)
 
 
-def compare_vocabularies(
-    recipe: Recipe, teacher: Teacher, tokenizer: Any | None, model: CausalLM, origin: dict[str, Any]
-) -> list[str]:
-    """Refuse a student that means other tokens than the teacher; return what is only worth a warning."""
+def match_vocabularies(
+    recipe: Recipe, teacher: Teacher, corpus: Vocab | None, model: CausalLM, origin: dict[str, Any]
+) -> Shared:
+    """Mask what only one side has. Refused: a student that means other tokens than the teacher."""
     own = Vocab(size=model.vocab_size)
     if origin["name"] == "checkpoint" and vocab.has_tokenizer(path := local_copy(origin["model"])):
         own = vocab.vocab_of(vocab.load_tokenizer(path), model.vocab_size)
-    vocab.require_same(teacher.vocab, own, called(recipe.teacher), model.name)
-    if tokenizer is not None:  # a teacher without a tokenizer cannot speak for the corpus
-        vocab.require_same(vocab.vocab_of(tokenizer, model.vocab_size), own, "corpus.tokenizer", model.name)
-    return vocab.special_differences(teacher.vocab, own) if own.tokens and teacher.vocab.tokens else []
+    elif origin["name"] != "checkpoint":  # cut or made for this run: its ids mean what we say they mean
+        named = teacher.vocab if teacher.vocab.tokens is not None else corpus
+        own = dataclasses.replace(named, size=model.vocab_size) if named is not None else own
+    theirs = teacher.vocab
+    if (
+        theirs.tokens is None and corpus is not None
+    ):  # a teacher without a tokenizer reads what the corpus wrote
+        theirs = dataclasses.replace(corpus, size=theirs.size)
+    ids = vocab.require_same(theirs, own, called(recipe.teacher), model.name)
+    if corpus is not None:
+        in_corpus = dataclasses.replace(corpus, size=model.vocab_size)
+        ids = min(ids, vocab.require_same(in_corpus, own, "corpus.tokenizer", model.name))
+    if isinstance(teacher, TorchTeacher):
+        teacher.model.mask_from(ids)
+    else:
+        ids = teacher.vocab_size  # a fixture has no padded end
+    model.mask_from(ids)
+    differences = vocab.special_differences(theirs, own) if own.tokens and teacher.vocab.tokens else []
+    return Shared(ids, teacher.vocab_size - ids, model.vocab_size - ids, differences)
 
 
 def checkpoint_activations(model: CausalLM) -> None:

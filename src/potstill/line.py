@@ -263,6 +263,7 @@ def _receipt(
             "weights_sha256_start": before["student"],
             "weights_sha256_end": after["student"],
         },
+        "vocabulary": vars(cast.shared),
         "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
         f" {recipe.objective.divergence.name}, T = {recipe.objective.temperature}",
         "seed": recipe.train.seed,

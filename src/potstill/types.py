@@ -48,16 +48,23 @@ class Head:
     """Multiplies the logits: Cohere's logit_scale, Granite's 1 / logits_scaling."""
     softcap: float | None = None
     """softcap * tanh(logits / softcap), after the scale: Gemma 2."""
+    known: int | None = None
+    """Ids that mean something, where fewer than rows: the padded end of a vocabulary has no logits."""
+
+    @property
+    def num_ids(self) -> int:
+        """V."""
+        return len(self.weight_VD) if self.known is None else self.known
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """logits_NV in float32 (float64 stays float64)."""
-        return self.finish(hidden_ND @ self.weight_VD.T)
+        return self.finish(hidden_ND @ self.weight_VD[: self.num_ids].T)
 
     def finish(self, product_NV: Tensor) -> Tensor:
         """What comes after the matmul: bias, scale, softcap, in float32 whatever the matmul ran in."""
         logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
         if self.bias_V is not None:
-            logits_NV = logits_NV + self.bias_V
+            logits_NV = logits_NV + self.bias_V[: self.num_ids]
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
@@ -110,6 +117,13 @@ class Vocab:
     bos_id: int | None = None
     pad_id: int | None = None
     chat_template: str | None = None
+    added: frozenset[int] = frozenset()
+    """Ids that are cut out of a text before it is split: control tokens and others added to the list."""
+
+    @property
+    def known(self) -> int:
+        """Ids that mean something: those of the list, which logits may outnumber."""
+        return self.size if self.tokens is None else min(self.size, len(self.tokens))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from conftest import demo_gguf, make_tokenizer
@@ -38,6 +39,7 @@ def test_the_token_list_is_by_id_with_holes_empty() -> None:
 
     class WithHole:
         eos_token_id = bos_token_id = pad_token_id = chat_template = None
+        added_tokens_decoder: ClassVar[dict[int, str]] = {3: "c"}
 
         def get_vocab(self) -> dict[str, int]:
             return {"c": 3, "a": 0}
@@ -107,9 +109,34 @@ LIST = Vocab(3, ("a", "b", "c"), eos_id=0, bos_id=1, pad_id=2, chat_template="{{
 
 
 def test_one_list_passes_and_so_does_one_size_without_a_list() -> None:
-    require_same(LIST, dataclasses.replace(LIST), "T", "S")
-    require_same(LIST, Vocab(3), "T", "S")
-    require_same(Vocab(3), LIST, "T", "S")
+    assert require_same(LIST, dataclasses.replace(LIST), "T", "S") == 3
+    assert require_same(LIST, Vocab(3), "T", "S") == require_same(Vocab(3), LIST, "T", "S") == 3
+    assert require_same(Vocab(3), Vocab(3), "T", "S") == 3
+
+
+def test_a_padded_end_on_either_side_or_on_both_is_not_shared() -> None:
+    padded = dataclasses.replace(LIST, size=7)
+    for one, other in (
+        (LIST, padded),
+        (padded, LIST),
+        (padded, dataclasses.replace(LIST, size=9)),
+        (padded, padded),
+    ):
+        assert require_same(one, other, "T", "S") == 3
+
+
+def test_a_padded_end_that_is_written_into_the_list_is_no_token() -> None:
+    """As GGUF files do it."""
+
+    class Padded:
+        eos_token_id = bos_token_id = pad_token_id = chat_template = None
+        added_tokens_decoder: ClassVar[dict[int, str]] = {0: "a", 3: "[PAD3]"}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "[PAD1]": 1, "b": 2, "[PAD3]": 3, "[PAD4]": 4}
+
+    found = vocab_of(Padded(), 5)
+    assert found.tokens == ("a", "[PAD1]", "b") and found.added == {0} and found.known == 3
 
 
 @pytest.mark.parametrize(
@@ -127,8 +154,11 @@ def test_one_list_passes_and_so_does_one_size_without_a_list() -> None:
             Vocab(4, ("a", "b", "c", "d")),
             "T and S use different tokenizers: id 3 is no such id in the one and 'd'",
         ),
-        (Vocab(5, ("a", "b", "c")), "T has logits for 3 ids and S for 5"),
-        (Vocab(5), "T has logits for 3 ids and S for 5"),
+        (
+            Vocab(2, ("a", "b", "c")),
+            "S has logits for 2 of the 3 tokens, the other side for 3 ids; the first without is id 2, 'c'.",
+        ),
+        (Vocab(5), "T has logits for 3 ids and S for 5, and not both bring a tokenizer"),
     ],
 )
 def test_another_vocabulary_is_refused_at_its_first_difference(student: Vocab, said: str) -> None:
@@ -140,13 +170,20 @@ def test_another_vocabulary_is_refused_at_its_first_difference(student: Vocab, s
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"eos_id": 2}, "eos token: the teacher has id 0, the student 2: the student may not stop"),
-        ({"bos_id": None}, "bos token: the teacher has id 1, the student None"),
-        ({"pad_id": 0}, "pad token: the teacher has id 2, the student 0"),
+        (
+            {"eos_id": 2},
+            "EOS token: the teacher has id 0 ('a'), the student id 2 ('c'): documents are closed",
+        ),
+        ({"bos_id": None}, "BOS token: the teacher has id 1 ('b'), the student none: prompts start"),
+        ({"pad_id": 0}, "PAD token: the teacher has id 2 ('c'), the student id 0"),
         ({"chat_template": None}, "chat templates differ"),
+        (
+            {"added": frozenset({1})},
+            "1 tokens are added ones on one side alone, first id 1 ('b'): the student's",
+        ),
     ],
 )
-def test_each_special_difference_is_told(change: dict[str, int | str | None], said: str) -> None:
+def test_each_special_difference_is_told(change: dict[str, Any], said: str) -> None:
     assert special_differences(LIST, LIST) == []
     (line,) = special_differences(LIST, dataclasses.replace(LIST, **change))
-    assert line.startswith(said)
+    assert line.startswith(said) and "corpus.tokenizer" in line

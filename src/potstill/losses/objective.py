@@ -82,7 +82,7 @@ class Objective:
         """
         self._require_fitting(hidden_ND, head, labels_N, targets)
         matmul, exact = self._dtypes(hidden_ND, head)
-        weight_VD = head.weight_VD.to(matmul)
+        weight_VD = head.weight_VD[: head.num_ids].to(matmul)
         names = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
         sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in names}
         for part in self._parts(len(labels_N)):
@@ -128,7 +128,7 @@ class Objective:
     def _require_fitting(
         self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets | None
     ) -> None:
-        N, V = len(hidden_ND), len(head.weight_VD)
+        N, V = len(hidden_ND), head.num_ids
         if targets is None and self.kd_weight != 0:
             raise UserError(f"objective.kd_weight: is {self.kd_weight} and there is no teacher. Set it to 0.")
         for name, count in (("labels", len(labels_N)), ("targets", N if targets is None else len(targets))):
@@ -158,7 +158,8 @@ class _SumOverPositions(torch.autograd.Function):
         targets: Targets | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         matmul, exact = objective._dtypes(hidden_ND, head)
-        cast_VD = weight_VD.to(matmul)
+        V = head.num_ids  # rows of a padded end keep a gradient of zero
+        cast_VD = weight_VD[:V].to(matmul)
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.zeros_like(hidden_ND) if for_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
@@ -179,14 +180,14 @@ class _SumOverPositions(torch.autograd.Function):
                 continue
             (grad_CV,) = torch.autograd.grad(loss, product_CV)
             if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(0)  # the bias is what is added to the product
+                grad_bias_V[:V] += grad_CV.sum(0)  # the bias is what is added to the product
             grad_CV = grad_CV.to(matmul)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[part] = grad_CV @ cast_VD
             if grad_weight_VD is not None and matmul == exact:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
+                grad_weight_VD[:V].addmm_(grad_CV.T, hidden_CD)
             elif grad_weight_VD is not None:
-                grad_weight_VD += grad_CV.T @ hidden_CD  # rounded within a chunk, never across chunks
+                grad_weight_VD[:V] += grad_CV.T @ hidden_CD  # rounded within a chunk, never across chunks
 
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]

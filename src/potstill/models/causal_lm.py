@@ -10,11 +10,14 @@ made of this.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from potstill.errors import UserError, one_line
 from potstill.types import Head
@@ -30,6 +33,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.hf = hf
         self.name = name
+        self.known: int | None = None
+        """Ids that mean something, where the logits have more: see `Head.known`."""
 
     @property
     def device(self) -> torch.device:
@@ -38,8 +43,23 @@ class CausalLM(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Width of the logits."""
+        """Width of the logits, a padded end included."""
         return len(self.head.weight_VD)
+
+    def mask_from(self, known: int) -> None:
+        """Give ids from `known` on probability exactly 0: in loss, evaluation, logits and generation, and in
+        what Transformers generates from the saved model.
+        """
+        if known < self.vocab_size:
+            self.known = known
+            generation = self.hf.generation_config = copy.deepcopy(self.hf.generation_config)
+            padding = range(known, self.vocab_size)
+            generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *padding})
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """As wide as the model's own, float32; -inf where an id means nothing."""
+        logits_NV = self.head(hidden_ND)
+        return F.pad(logits_NV, (0, self.vocab_size - logits_NV.shape[-1]), value=-math.inf)
 
     def hidden(
         self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None, mask_BT: Tensor | None = None
@@ -70,6 +90,7 @@ class CausalLM(nn.Module):
             bias_V=getattr(out, "bias", None),
             scale=float(scale) / float(divisor),
             softcap=getattr(config, "final_logit_softcapping", None),
+            known=self.known,
         )
 
     def probe(self) -> None:

@@ -103,7 +103,8 @@ def cross_entropy_is_the_library_s(cast: Cast, batch: Batch) -> Finding:
     own_BTV = cast.student.model.hf(
         input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
     ).logits
-    theirs = float(F.cross_entropy(own_BTV.flatten(0, 1)[batch.positions_N].double(), batch.labels_N))
+    own_NV = own_BTV.flatten(0, 1)[batch.positions_N, : cast.student.model.head.num_ids]
+    theirs = float(F.cross_entropy(own_NV.double(), batch.labels_N))
     figure = f"cross-entropy {ours:.4f} nats, a reference forward gives {theirs:.4f}"
     return Finding(
         "cross-entropy",
@@ -115,7 +116,7 @@ def cross_entropy_is_the_library_s(cast: Cast, batch: Batch) -> Finding:
 
 def student_is_not_lost(cast: Cast, ce: float) -> Finding:
     """A cut student may start near chance; one far above it speaks another vocabulary than the corpus."""
-    chance = math.log(cast.student.model.vocab_size)
+    chance = math.log(cast.shared.ids)
     figure = f"held-out cross-entropy {ce:.3f} nats, chance is {chance:.3f}"
     return Finding(
         "chance", figure, ce < 2 * chance, "Is the student's vocabulary the corpus's? See corpus.tokenizer."
@@ -194,7 +195,7 @@ def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
 
 def _teacher_logp(cast: Cast, batch: Batch) -> torch.Tensor:
     targets = cast.teacher.targets(batch)[:16]
-    nothing_NV = torch.zeros(len(targets), cast.student.model.vocab_size, device=cast.device)
+    nothing_NV = torch.zeros(len(targets), cast.student.model.head.num_ids, device=cast.device)
     return targets.on_support(nothing_NV, 1.0)[1].clamp_min(-100)
 
 

@@ -69,13 +69,13 @@ class TorchTeacher:
             return self.model.head.weight_VD.new_zeros(0, self.vocab_size, dtype=torch.float32)
         hidden_BTE = self._hidden(ids_BT, mask_BT)
         if mask_BT is None:
-            return self.model.head(hidden_BTE[:, -1])
+            return self.model.logits(hidden_BTE[:, -1])
         if not bool(mask_BT.any(1).all()):
             raise UserError(
                 "teacher torch: a row is all padding; its last position does not exist. Drop the row."
             )
         last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
-        return self.model.head(hidden_BTE[torch.arange(len(ids_BT), device=last_B.device), last_B])
+        return self.model.logits(hidden_BTE[torch.arange(len(ids_BT), device=last_B.device), last_B])
 
     @torch.no_grad()
     def logits_per_position(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class TorchTeacher:
         ids_BT, mask_BT = self._require(input_ids_BT, attention_mask_BT)
         if ids_BT.numel() == 0:
             return self.model.head.weight_VD.new_zeros(*ids_BT.shape, self.vocab_size, dtype=torch.float32)
-        return self.model.head(self._hidden(ids_BT, mask_BT))
+        return self.model.logits(self._hidden(ids_BT, mask_BT))
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
