@@ -130,6 +130,7 @@ def test_fields_that_trade_memory_change_what_exists_at_once(
         seen.append((positions, max(part.stop - part.start for part in found)))
         return found
 
+    monkeypatch.setattr("potstill.line.cheap", lambda cast: iter(()))  # it looks at rows of its own
     monkeypatch.setattr(Objective, "_parts", watched)
     for rows, chunk in ((4, 16), (1, 8)):
         seen.clear()
@@ -139,7 +140,10 @@ def test_fields_that_trade_memory_change_what_exists_at_once(
         assert {largest for _, largest in seen} == {chunk}
 
 
-def test_activation_checkpointing_changes_memory_and_no_result(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_activation_checkpointing_changes_memory_and_no_result(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potstill.line.cheap", lambda cast: iter(()))  # it trains a little, too
     kept: list[int] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,6 +192,7 @@ def test_a_tokenizer_of_its_own_reads_the_corpus(tiny_recipe: Recipe, tmp_path: 
         corpus=f"{{name: text, path: {texts}, tokens_per_row: 32, tokenizer: {tmp_path / 'tokenizer'}}}",
         teacher=f"{{name: torch, model: {teacher}}}",
         student=f"{{name: config, model: {tmp_path / 'config'}}}",
+        train="{steps: 2, rows_per_step: 2, lr: 1e-3, device: cpu, seed: 1}",
     )
     run = distill(path, out=tmp_path / "run")
     saved = transformers.AutoTokenizer.from_pretrained(run.student)

@@ -21,6 +21,8 @@ from potstill.display import Display
 from potstill.errors import Stopped, UserError
 from potstill.evals.likelihood import heldout
 from potstill.models.files import file_sha256
+from potstill.proof.preflight import cheap, require_sound
+from potstill.proof.rehearsal import Finding
 from potstill.recipe import Recipe
 from potstill.runs.rundir import RunDir, code, default_path, environment, newest_path
 from potstill.students.generate import complete
@@ -80,20 +82,22 @@ def distill(
 
     with Watch(loaded.guard, display.note, on_stall) as watch:
         cast = assemble(loaded, display.note)
+        findings = list(cheap(cast))
+        require_sound(findings)
         if resume:
             run.set_status("running")
         else:
             run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
         display.note(f"run: {run.path}")
-        _guarded(cast, run, display, watch)
+        _guarded(cast, run, findings, display, watch)
     return run
 
 
-def _guarded(cast: Cast, run: RunDir, display: Display, watch: Watch) -> None:
+def _guarded(cast: Cast, run: RunDir, findings: list[Finding], display: Display, watch: Watch) -> None:
     """The run, and whatever ends it in its status."""
     recipe = cast.recipe
     try:
-        _run(cast, run, display, watch)
+        _run(cast, run, findings, display, watch)
     except Stopped:
         run.set_status("stopped", "by a signal before the first step; --resume goes on")
     except torch.OutOfMemoryError as error:
@@ -157,7 +161,7 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
     return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
 
 
-def _run(cast: Cast, run: RunDir, display: Display, watch: Watch) -> None:
+def _run(cast: Cast, run: RunDir, findings: list[Finding], display: Display, watch: Watch) -> None:
     recipe, student = cast.recipe, cast.student
     started = time.perf_counter()
     before = _hashes(cast)
@@ -212,7 +216,9 @@ def _run(cast: Cast, run: RunDir, display: Display, watch: Watch) -> None:
         )
         return
     samples["after"] = _sample(cast)
-    run.write_receipt(_receipt(cast, run, outcome, before, samples, time.perf_counter() - started))
+    receipt = _receipt(cast, run, outcome, before, samples, time.perf_counter() - started)
+    receipt["check"] = {finding.name: finding.figure for finding in findings}
+    run.write_receipt(receipt)
     run.set_status("finished")
     _tell(cast, run, outcome, samples, display)
 
@@ -263,6 +269,7 @@ def _receipt(
             "weights_sha256_start": before["student"],
             "weights_sha256_end": after["student"],
         },
+        "allow_identical": recipe.allow_identical,
         "vocabulary": vars(cast.shared),
         "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
         f" {recipe.objective.divergence.name}, T = {recipe.objective.temperature}",

@@ -98,7 +98,13 @@ def test_without_a_ceiling_an_exploded_loss_is_refused_all_the_same(tiny_recipe:
 
 
 @pytest.fixture
-def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is planted here goes wrong on the way; the checks before a run see none of it."""
+    monkeypatch.setattr("potstill.line.cheap", lambda cast: iter(()))
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Callable[..., None]:
     """Make given steps of a whole run not finite, each time they are tried."""
 
     def plant(*steps: int) -> None:
@@ -183,6 +189,7 @@ def test_a_run_that_hangs_writes_its_stacks_and_ends(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    unchecked: None,
 ) -> None:
     codes: list[int] = []
     monkeypatch.setattr("potstill.line.os._exit", codes.append)

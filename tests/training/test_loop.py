@@ -108,9 +108,11 @@ def test_an_untouched_student_that_nothing_beats_is_kept_and_said_to_be(
         student=f"{{name: checkpoint, model: {folder}}}",
         objective="{kd_weight: 1, ce_weight: 0}",
         train="{steps: 2, rows_per_step: 2, lr: 0.1, device: cpu}",
+        allow_identical="true",
     )
     run = distill(recipe, out=tmp_path / "run", display=Display())
     assert run.receipt()["student_is_of_step"] == 0
+    assert run.receipt()["allow_identical"] and "allowed by" in run.receipt()["check"]["weights"]
     assert run.receipt()["heldout_first"]["heldout/kl"] < 1e-6
     assert torch.equal(
         load_file(run.student / "model.safetensors")["model.norm.weight"],
@@ -260,8 +262,13 @@ def test_status_says_how_a_run_ended(
     def stall(*args: Any) -> Any:
         raise RuntimeError("the engine stalled")
 
-    monkeypatch.setattr("potstill.teachers.torch_teacher.TorchTeacher.targets", stall)
-    with pytest.raises((UserError, RuntimeError), match="the engine stalled"):
+    with monkeypatch.context() as patch:
+        patch.setattr("potstill.teachers.torch_teacher.TorchTeacher.targets", stall)
+        with pytest.raises(UserError, match=r"step 0: the teacher failed on rows .*the engine stalled"):
+            distill(tiny_recipe(), out=tmp_path / "not begun")
+    assert not (tmp_path / "not begun").exists()
+    monkeypatch.setattr("potstill.line.heldout", stall)
+    with pytest.raises(RuntimeError, match="the engine stalled"):
         distill(tiny_recipe(), out=tmp_path / "bad")
     status = json.loads((tmp_path / "bad" / "status.json").read_text())
     assert status["state"] == "failed" and "the engine stalled" in status["why"]

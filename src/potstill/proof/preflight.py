@@ -1,57 +1,132 @@
 """What would make a run worthless, looked for on the recipe's own models and rows before an hour is spent.
 
 Each finding has a figure and a verdict. The order is by price; what can be refused while the recipe is
-assembled (files, vocabularies, head, packing) has been refused before the first of them. The student that is
-trained here for a few steps is thrown away. `potstill check` prints them.
+assembled (a typo, a damaged file, another vocabulary, a head or a packing that is not the model's) has been
+refused before the first of them. `distill` runs the cheap ones by itself and puts them into the receipt;
+`potstill check` runs all. The student that is trained here for a few steps is thrown away.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.assembly import Cast
 from potstill.errors import UserError
-from potstill.evals.likelihood import heldout
-from potstill.students.student import from_checkpoint
-from potstill.training.loop import Hooks, train
-from potstill.training.optim import lr_at
-from potstill.types import Batch
+from potstill.losses.divergences import forward_kl
+from potstill.losses.objective import Objective
+from potstill.models.causal_lm import CausalLM
+from potstill.models.load import weights_sha256
+from potstill.proof.rehearsal import Finding, rehearsal
+from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.training.loop import ask
+from potstill.types import Batch, Targets
 
-STEPS = 10
 SAME = 1e-6  # nats: below it, two models say the same
-
-
-@dataclass(frozen=True)
-class Finding:
-    name: str
-    figure: str
-    ok: bool
-    advice: str
-    """What to do where it is red."""
+TOKENS = 64  # of each row, where gradients are looked at
+BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
 
 
 def preflight(cast: Cast) -> Iterator[Finding]:
-    """Every check, cheapest first, each as soon as it is known."""
-    cast.student.eval()
-    batch = cast.corpus.heldout.batch([0]).to(cast.device)
-    yield labels_are_next_tokens(cast)
-    yield parameters_are_on_the_device(cast)
-    yield teacher_reads_its_input(cast, batch)
-    yield student_reads_its_input(cast, batch)
-    yield cross_entropy_is_the_library_s(cast, batch)
-    first = heldout(cast.student, cast.teacher, cast.corpus.heldout, cast.recipe.train.micro_batch_rows)
-    yield student_is_not_lost(cast, first["heldout/ce"])
-    yield teacher_and_student_differ(first["heldout/kl"])
-    yield saved_is_what_was_trained(cast, batch)
-    yield from steps_do_what_the_recipe_says(cast, first)
+    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried."""
+    sound = True
+    for finding in cheap(cast):
+        sound = sound and finding.ok
+        yield finding
+    if sound:
+        yield from rehearsal(cast)
+
+
+def cheap(cast: Cast) -> Iterator[Finding]:
+    """What takes a few forward passes. Leaves the student's weights and the random state as they were."""
+    with torch.random.fork_rng(devices=[cast.device] if cast.device.type == "cuda" else []):
+        cast.student.eval()
+        batch = cast.corpus.heldout.batch([0]).to(cast.device)
+        yield recipe_is_read(cast)
+        yield files_are_whole(cast)
+        yield vocabulary_is_shared(cast)
+        yield weights_differ(cast)
+        yield labels_are_next_tokens(cast)
+        yield parameters_are_on_the_device(cast)
+        yield teacher_reads_its_input(cast, batch)
+        yield student_reads_its_input(cast, batch)
+        yield cross_entropy_is_the_library_s(cast, batch)
+        held = measure_a_little(cast)
+        yield student_is_not_lost(cast, held["ce"])
+        yield teacher_and_student_differ(cast, held["kl"])
+        two = window(cast.corpus.train.batch([0, min(1, len(cast.corpus.train) - 1)])).to(cast.device)
+        yield a_masked_position_moves_nothing(cast, two)
+        yield opposite_rows_cancel(cast, two)
+
+
+def require_sound(findings: Sequence[Finding]) -> None:
+    """Refuse to begin what would be worthless."""
+    if red := [f"check: {f.name}: {f.figure}. {f.advice}" for f in findings if not f.ok]:
+        raise UserError(*red)
+
+
+def recipe_is_read(cast: Cast) -> Finding:
+    plan = cast.recipe.train
+    rows = len(cast.corpus.train)
+    epochs = plan.steps * plan.rows_per_step / rows
+    figure = f"{plan.steps} steps of {plan.rows_per_step} rows: {epochs:.3g} times the {rows} rows"
+    return Finding("recipe", figure, True)
+
+
+def files_are_whole(cast: Cast) -> Finding:
+    """Checkpoints were verified and the corpus read to its end before this; each file read has its hash."""
+    files = cast.corpus.manifest["files"]
+    without = [file["path"] for file in files if not file.get("sha256")]
+    size = sum(file["bytes"] for file in files)
+    figure = f"{len(files)} of the corpus, {size / 2**20:.1f} MiB, read whole; checkpoints verified"
+    return Finding("files", figure, not without, f"Not read: {without[:1]}.")
+
+
+def vocabulary_is_shared(cast: Cast) -> Finding:
+    shared = cast.shared
+    masked = f"{shared.masked_in_teacher} masked in the teacher and {shared.masked_in_student} in the student"
+    figure = "; ".join([f"{shared.ids} ids shared, {masked}", *(d.rstrip(".") for d in shared.differences)])
+    highest = max(int(rows.ids.max()) for rows in (cast.corpus.train, cast.corpus.heldout))
+    return Finding("vocabulary", figure, highest < shared.ids, f"The corpus has id {highest}.")
+
+
+def weights_differ(cast: Cast) -> Finding:
+    """Names, files and formats do not make two models; the KD term tells what hashes cannot."""
+    ours = weights_sha256(cast.student.model)
+    if not isinstance(cast.teacher, TorchTeacher):
+        return Finding("weights", f"student {ours[:12]}; the teacher has none", True)
+    theirs = weights_sha256(cast.teacher.model)
+    figure = f"teacher {theirs[:12]}, student {ours[:12]}"
+    differ = not same_weights(cast.teacher.model, cast.student.model)
+    return Finding("weights", *_unless_allowed(cast, figure, differ), ADVICE_IDENTICAL)
+
+
+def same_weights(teacher: CausalLM, student: CausalLM) -> bool:
+    """Tensor by tensor, in the teacher's precision: a rounded copy is a copy."""
+    theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
+    return theirs.keys() == ours.keys() and all(
+        tensor.shape == ours[name].shape and torch.equal(tensor, ours[name].to(tensor.dtype))
+        for name, tensor in theirs.items()
+    )
+
+
+ADVICE_IDENTICAL = (
+    "Teacher and student are the same model: the KD term is 0 and nothing would be learned from it."
+    " Where that is meant, write allow_identical: true"
+)
+
+
+def _unless_allowed(cast: Cast, figure: str, ok: bool) -> tuple[str, bool]:
+    if not ok and cast.recipe.allow_identical:
+        return f"{figure}; allowed by allow_identical", True
+    if not ok and cast.recipe.objective.kd_weight == 0:
+        return f"{figure}; kd_weight is 0, nothing is asked of the teacher", True
+    return figure, ok
 
 
 def labels_are_next_tokens(cast: Cast) -> Finding:
@@ -98,7 +173,7 @@ def student_reads_its_input(cast: Cast, batch: Batch) -> Finding:
 @torch.no_grad()
 def cross_entropy_is_the_library_s(cast: Cast, batch: Batch) -> Finding:
     """Ours against Transformers' own forward and PyTorch's own cross-entropy, on the same positions."""
-    targets = cast.teacher.targets(batch)
+    targets = ask(cast.teacher, batch, BEFORE)
     ours = float(cast.student.measure(batch, targets)["ce"]) / len(batch.labels_N)
     own_BTV = cast.student.model.hf(
         input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
@@ -114,6 +189,14 @@ def cross_entropy_is_the_library_s(cast: Cast, batch: Batch) -> Finding:
     )
 
 
+@torch.no_grad()
+def measure_a_little(cast: Cast) -> dict[str, float]:
+    """CE and KL over up to two held-out rows, nats per position."""
+    batch = cast.corpus.heldout.batch(range(min(2, len(cast.corpus.heldout)))).to(cast.device)
+    sums = cast.student.measure(batch, ask(cast.teacher, batch, BEFORE))
+    return {name: float(value) / len(batch.labels_N) for name, value in sums.items()}
+
+
 def student_is_not_lost(cast: Cast, ce: float) -> Finding:
     """A cut student may start near chance; one far above it speaks another vocabulary than the corpus."""
     chance = math.log(cast.shared.ids)
@@ -123,65 +206,107 @@ def student_is_not_lost(cast: Cast, ce: float) -> Finding:
     )
 
 
-def teacher_and_student_differ(kl: float) -> Finding:
+def teacher_and_student_differ(cast: Cast, kl: float) -> Finding:
     """Equal under whatever name or format: nothing to distil."""
-    advice = "Teacher and student are the same model; the KD term is 0 and nothing would be learned."
-    return Finding("KD term", f"held-out KL to the teacher {kl:.4g} nats", kl > SAME, advice)
+    figure = f"KL to the teacher {kl:.4g} nats on held-out rows"
+    return Finding("KD term", *_unless_allowed(cast, figure, kl > SAME), ADVICE_IDENTICAL)
 
 
-@torch.no_grad()
-def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
-    advice = "The saved student is another model; do not train it."
-    with tempfile.TemporaryDirectory() as folder:
-        cast.student.save(Path(folder) / "student", cast.tokenizer)
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*"))
-        try:
-            again = from_checkpoint(Path(folder) / "student", cast.device)
-        except UserError as error:
-            return Finding("save and reload", f"cannot be loaded: {error}", False, advice)
-        before, after = (
-            model.head(model.hidden(batch.input_ids_BT)) for model in (cast.student.model, again)
-        )
-    gap = float((before - after).abs().max())
-    figure = f"{size / 2**20:.0f} MiB saved and loaded, logits differ by {gap:.2g}"
-    return Finding("save and reload", figure, gap <= 1e-5, advice)
+def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:
+    """Half of the labels are taken away: no gradient may arrive where they were, and one in every row."""
+    kept = replace(batch, positions_N=batch.positions_N[::2], labels_N=batch.labels_N[::2])
+    found: list[Tensor] = []
 
+    def keep(module: object, inputs: object, output: object) -> None:
+        hidden_BTD: Tensor = output.last_hidden_state  # type: ignore[attr-defined]
+        hidden_BTD.retain_grad()
+        found.append(hidden_BTD)
 
-def steps_do_what_the_recipe_says(cast: Cast, first: dict[str, float]) -> Iterator[Finding]:
-    """Real steps on real rows: what moves, at which rate, how fast."""
-    plan = cast.recipe.train
-    before = {name: p.detach().clone() for name, p in cast.student.named_parameters() if p.requires_grad}
-    still: list[str] = []
-    lines: list[dict[str, float]] = []
-
-    def on_step(step: int, metrics: dict[str, float]) -> None:
-        if step == 1:
-            parameters = dict(cast.student.named_parameters())
-            still.extend(name for name, old in before.items() if torch.equal(old, parameters[name]))
-        lines.append(metrics)
-
-    wanted = min(STEPS, plan.steps)
-    hooks = Hooks(lambda step: first, on_step, lambda *_: None, should_stop=lambda: len(lines) == wanted)
-    teacher = cast.teacher if cast.recipe.objective.kd_weight else None
-    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(plan.seed), cast.recipe, hooks)
-
-    moved = f"{len(before) - len(still)} of {len(before)} tensors moved in the first step"
-    yield Finding("weights move", moved, not still, f"{still[:1]} did not: is it used, and in the optimizer?")
-    rates = [(line["train/lr"], lr_at(step, plan)) for step, line in enumerate(lines)]
-    off = max(abs(set_to - wanted_lr) for set_to, wanted_lr in rates)
+    hook = cast.student.model.hf.base_model.register_forward_hook(keep)
+    try:
+        cast.student(kept, ask(cast.teacher, kept, BEFORE))["loss"].backward()
+    finally:
+        hook.remove()
+        cast.student.zero_grad(set_to_none=True)
+    grad_BTD = found[0].grad
+    assert grad_BTD is not None
+    reached = (grad_BTD != 0).any(-1)
+    supervised = torch.zeros_like(reached)
+    supervised.view(-1)[kept.positions_N] = True
+    stray = int((reached & ~supervised).sum())
+    rows, rows_reached = int(supervised.any(1).sum()), int((reached & supervised).any(1).sum())
     figure = (
-        f"{rates[0][0]:.3g} at step 1, {rates[-1][0]:.3g} at step {len(rates)}, read back from the optimizer"
+        f"gradient at {int((reached & supervised).sum())} of {int(supervised.sum())} supervised positions in"
+        f" {rows_reached} of {rows} rows, and at {stray} of {int((~supervised).sum())} others"
     )
-    yield Finding("learning rate", figure, off == 0, "The optimizer does not run at the schedule's rate.")
-    losses = [line["train/loss"] for line in lines]
-    yield Finding(
-        "ten steps", f"loss {losses[0]:.4f} -> {losses[-1]:.4f}", all(map(math.isfinite, losses)), ""
+    alive = rows_reached == rows or cast.recipe.allow_identical
+    return Finding("mask", figure, stray == 0 and alive, "The loss is not that of the supervised positions.")
+
+
+def opposite_rows_cancel(cast: Cast, batch: Batch) -> Finding:
+    """A row twice, with targets that pull it to opposite sides: each row must count, and count the same."""
+    of_row_0 = batch.positions_N < batch.input_ids_BT.shape[1]
+    positions_N, labels_N = batch.positions_N[of_row_0], batch.labels_N[of_row_0]
+    twice = Batch(
+        batch.rows_B,
+        batch.input_ids_BT[:1].repeat(2, 1),
+        batch.position_ids_BT[:1].repeat(2, 1),
+        torch.cat([positions_N, positions_N + batch.input_ids_BT.shape[1]]),
+        labels_N.repeat(2),
     )
-    step_s = statistics.median(line["speed/step_s"] for line in lines[1:] or lines)
-    figure = (
-        f"{plan.steps} steps of {step_s:.3g} s: {plan.steps * step_s / 3600:.3g} h, evaluations not counted"
+    asked = cast.student.objective
+    cast.student.objective = Objective(forward_kl, 1.0, 0.0, 1.0, asked.chunk, asked.matmul_dtype)
+    try:
+        sizes = []
+        for sign in (-1.0, 1.0):  # the second row pulled against the first, and with it
+            signs_N = torch.ones(len(twice.positions_N), device=cast.device)
+            signs_N[len(positions_N) :] = sign
+            cast.student(twice, _Pull(signs_N))["loss"].backward()
+            grads = [p.grad for p in cast.student.parameters() if p.grad is not None]
+            sizes.append(float(torch.nn.utils.get_total_norm(grads)))
+            cast.student.zero_grad(set_to_none=True)
+    finally:
+        cast.student.objective = asked
+    ratio = sizes[0] / max(sizes[1], 1e-30)
+    figure = f"the gradient of a row and its opposite is {ratio:.2g} of that of the row twice"
+    return Finding("rows", figure, ratio < 0.05, "Not every row trains alike; a bug of ours.")
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """Targets a little beside the student's own distribution, on the side that the sign says."""
+
+    signs_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.signs_N)
+
+    def __getitem__(self, positions: slice) -> Targets:
+        return _Pull(self.signs_N[positions])
+
+    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        own_NV = student_logp_NV.detach()
+        bump_V = torch.ones_like(own_NV[0])
+        bump_V[::2] = -1
+        beside_NV = (own_NV + (1 + 0.1 * bump_V).log()).log_softmax(-1)
+        opposite_NV = (2 * own_NV.exp() - beside_NV.exp()).log()
+        return student_logp_NV, torch.where(self.signs_N[:, None] > 0, beside_NV, opposite_NV)
+
+
+def window(batch: Batch) -> Batch:
+    """The batch's columns from its first supervised position on, few enough to be cheap in a long row."""
+    T = batch.input_ids_BT.shape[1]
+    first = min(int((batch.positions_N % T).min()), max(T - TOKENS, 0))
+    columns = torch.arange(first, min(first + TOKENS, T))
+    b_N, t_N = batch.positions_N // T, batch.positions_N % T
+    inside = (t_N >= first) & (t_N <= int(columns[-1]))
+    return Batch(
+        batch.rows_B,
+        batch.input_ids_BT[:, columns],
+        batch.position_ids_BT[:, columns],
+        (b_N * len(columns) + t_N - first)[inside],
+        batch.labels_N[inside],
     )
-    yield Finding("projected time", figure, True, "")
 
 
 def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
@@ -194,7 +319,7 @@ def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
 
 
 def _teacher_logp(cast: Cast, batch: Batch) -> torch.Tensor:
-    targets = cast.teacher.targets(batch)[:16]
+    targets = ask(cast.teacher, batch, BEFORE)[:16]
     nothing_NV = torch.zeros(len(targets), cast.student.model.head.num_ids, device=cast.device)
     return targets.on_support(nothing_NV, 1.0)[1].clamp_min(-100)
 
