@@ -382,6 +382,32 @@ def test_a_smoke_runs_exactly_its_steps_projects_the_run_and_writes_nothing(
     assert {path for path in tmp_path.rglob("*")} == before
 
 
+def test_a_smoke_and_a_folder_to_write_do_not_go_together(
+    tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = refusal(
+        ["distill", str(tiny_recipe()), "--smoke", "1", "--out", str(tmp_path / "x")], capsys, tmp_path
+    )
+    assert "--out: --smoke writes nothing" in line
+
+
+def test_running_out_of_memory_names_what_to_lower_and_fails_the_run(
+    tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("potstill.line.train", full)
+    assert main(["distill", str(tiny_recipe()), "--out", str(tmp_path / "run")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "4 rows per micro-batch and chunk 16" in line and "train.rows_per_micro_batch=2" in line
+    assert "train.activation_checkpointing=true" in line
+    assert json.loads((tmp_path / "run" / "status.json").read_text()) == {
+        "state": "failed",
+        "why": "out of memory",
+    }
+
+
 @pytest.mark.parametrize("steps", ["0", "-1", "5"])
 def test_a_smoke_of_no_step_or_of_more_than_there_are_is_refused(
     steps: str, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -112,6 +112,8 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
     from potstill.line import distill, smoke
 
     if options.smoke is not None:
+        if options.out is not None:
+            raise UserError("--out: --smoke writes nothing, and --out would have no effect. Leave one out.")
         found = smoke(loaded, options.smoke, display)
         if options.json:
             display.result(json.dumps(found, indent=2))

@@ -163,7 +163,10 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
 
 def _run(cast: Cast, run: RunDir, findings: list[Finding], display: Display, watch: Watch) -> None:
     recipe, student = cast.recipe, cast.student
-    started = time.perf_counter()
+    started, running = (
+        time.perf_counter(),
+        code(),
+    )  # what runs is what was loaded, whatever is edited meanwhile
     before = _hashes(cast)
     samples = {"before": _sample(cast)}
     clock = _Clock(recipe.train.steps)
@@ -217,6 +220,8 @@ def _run(cast: Cast, run: RunDir, findings: list[Finding], display: Display, wat
         return
     samples["after"] = _sample(cast)
     receipt = _receipt(cast, run, outcome, before, samples, time.perf_counter() - started)
+    receipt["commit"] = running["commit"] or "not a git checkout"
+    receipt["uncommitted_changes"] = bool(running["diff"])
     receipt["check"] = {finding.name: finding.figure for finding in findings}
     run.write_receipt(receipt)
     run.set_status("finished")
@@ -254,8 +259,6 @@ def _receipt(
     head = cast.student.model.head.weight_VD
     return {
         "potstill": environment()["libraries"]["potstill"],
-        "commit": code()["commit"] or "not a git checkout",
-        "uncommitted_changes": bool(code()["diff"]),
         "recipe_sha256": file_sha256(run.path / "recipe.yaml"),
         "corpus_fingerprint": cast.corpus.fingerprint,
         "tokenizer_sha256": cast.corpus.manifest["tokenizer_sha256"],

@@ -208,10 +208,14 @@ def environment() -> dict[str, Any]:
 
 def code() -> dict[str, str]:
     """Commit and uncommitted changes of the checkout that potstill runs from; empty for a wheel."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     commit = _git(here, "rev-parse", "HEAD").strip()
-    tracked = commit and _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
-    return {"commit": commit, "diff": _git(here, "diff", "HEAD")} if tracked else {"commit": "", "diff": ""}
+    tracked = commit and _git(here, "ls-files", "--error-unmatch", "__init__.py")
+    if not tracked:
+        return {"commit": "", "diff": ""}
+    untracked = _git(here, "ls-files", "--others", "--exclude-standard", ".").splitlines()
+    named = "".join(f"untracked, not in this diff: {name}\n" for name in untracked)
+    return {"commit": commit, "diff": named + _git(here, "diff", "HEAD")}
 
 
 def _git(folder: Path, *arguments: str) -> str:
