@@ -85,6 +85,7 @@ def distill(
         findings = list(cheap(cast))
         require_sound(findings)
         if resume:
+            _require_same_corpus(cast.corpus.manifest, run)
             run.set_status("running")
         else:
             run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
@@ -230,13 +231,27 @@ def _run(cast: Cast, run: RunDir, findings: list[Finding], display: Display, wat
 
 def _require_same_recipe(recipe: Recipe, run: RunDir) -> None:
     """A run goes on as it began: its schedule and its data are functions of the recipe."""
-    began = _flat(dataclasses.asdict(recipes.load(run.resolved)))
-    now = _flat(dataclasses.asdict(recipe))
+    began, now = dataclasses.asdict(recipes.load(run.resolved)), dataclasses.asdict(recipe)
+    _require_equal(_flat(began), _flat(now), "recipe", run)
+
+
+def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
+    """Before the first checkpoint, too: the run's record of its corpus was written at its start."""
+
+    def by_file(of: dict[str, Any]) -> dict[str, Any]:
+        return of | {file["path"]: file["sha256"][:12] for file in of["files"]} | {"files": len(of["files"])}
+
+    _require_equal(by_file(run.corpus()), by_file(manifest), "corpus", run)
+
+
+def _require_equal(began: dict[str, Any], now: dict[str, Any], what: str, run: RunDir) -> None:
     differing = sorted(name for name in began | now if began.get(name) != now.get(name))
     if differing:
-        shown = ", ".join(f"{name} ({began.get(name)!r} -> {now.get(name)!r})" for name in differing)
+        shown = [f"{name} ({began.get(name)!r} -> {now.get(name)!r})" for name in differing[:8]]
+        rest = [f"and {len(differing) - 8} more"] if differing[8:] else []
         raise UserError(
-            f"{run.path}: begun with another recipe: {shown}. Resume with the same, or start a new run."
+            f"{run.path}: begun with another {what}: {', '.join([*shown, *rest])}."
+            " Resume with the same, or start a new run."
         )
 
 

@@ -135,6 +135,9 @@ class RunDir:
     def write_receipt(self, receipt: dict[str, Any]) -> None:
         self._write_json("receipt.json", receipt)
 
+    def corpus(self) -> dict[str, Any]:
+        return self._read_json("corpus.json")
+
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")
 
