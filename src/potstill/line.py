@@ -84,6 +84,7 @@ def distill(
         cast = assemble(loaded, display.note)
         findings = list(cheap(cast))
         require_sound(findings)
+        display.note(f"check: {len(findings)} of {len(findings)} passed; `potstill check` has more")
         if resume:
             _require_same_corpus(cast.corpus.manifest, run)
             run.set_status("running")
@@ -164,10 +165,8 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
 
 def _run(cast: Cast, run: RunDir, findings: list[Finding], display: Display, watch: Watch) -> None:
     recipe, student = cast.recipe, cast.student
-    started, running = (
-        time.perf_counter(),
-        code(),
-    )  # what runs is what was loaded, whatever is edited meanwhile
+    started = time.perf_counter()
+    running = code()  # now, while it is what was loaded
     before = _hashes(cast)
     samples = {"before": _sample(cast)}
     clock = _Clock(recipe.train.steps)
