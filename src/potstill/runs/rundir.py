@@ -9,7 +9,7 @@
     faults.jsonl      steps whose update the guard refused, and why; only where there were any
     stall.txt         where every thread was when a deadline of the guard passed
     receipt.json      what truly ran, written by the trainer
-    status.json       running | finished | failed: why
+    status.json       beginning | running | stopped | finished | failed: why
     student/          the best student, a Hugging Face folder
     checkpoints/      the last two states of the training, for --resume
 
@@ -41,7 +41,11 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, *, recipe: bytes, resolved: str, corpus: dict[str, Any]) -> RunDir:
-        """A new folder with what is known before the first step."""
+        """A new folder with what is known before the first step.
+
+        `status.json` comes first and `resolved.yaml` last, so that a folder which a kill left half made is
+        neither a run nor taken: the same start makes it anew.
+        """
         cls.require_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -50,23 +54,28 @@ class RunDir:
                 f"{path}: the run directory cannot be made: {error.strerror}. Give --out another folder."
             ) from error
         run = cls(path)
+        run.set_status("beginning")
         write_whole(path / "recipe.yaml", recipe)
-        write_whole(path / "resolved.yaml", resolved.encode())
         write_whole(path / "code.diff", code()["diff"].encode())
         run._write_json("environment.json", environment())
         run._write_json("corpus.json", corpus)
+        write_whole(path / "resolved.yaml", resolved.encode())
         run.set_status("running")
         return run
 
     @staticmethod
     def require_free(path: Path) -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and (_is_empty(path) or _was_cut_off_at_its_begin(path))):
             raise UserError(
                 f"{path}: already there, and a run is never written over. Give --out another folder."
             )
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
+        if path.is_dir() and _was_cut_off_at_its_begin(path):
+            raise UserError(
+                f"{path}: cut off before it began: nothing to go on with. Start it again without --resume."
+            )
         if not (path / "resolved.yaml").is_file():
             raise UserError(
                 f"{path}: not a run directory: it has no resolved.yaml. Give the folder that distill printed."
@@ -152,7 +161,7 @@ class RunDir:
         return self._read_json("status.json")
 
     def _write_json(self, name: str, value: Any) -> None:
-        write_whole(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+        write_whole(self.path / name, _as_json(value))
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
@@ -182,6 +191,21 @@ def write_whole(path: Path, content: bytes) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_bytes(content)
     os.replace(beside, path)
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir())
+
+
+def _was_cut_off_at_its_begin(path: Path) -> bool:
+    """Whether a kill ended `RunDir.create` there, before there was a run."""
+    names, status = {file.name for file in path.iterdir()}, path / "status.json"
+    begun = status.is_file() and status.read_bytes() == _as_json({"state": "beginning"})
+    return "resolved.yaml" not in names and (begun or names == {"status.json.new"})
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def default_path(name: str) -> Path:

@@ -109,7 +109,7 @@ class Checkpoints:
         for leftover in self.folder.glob("*.new"):
             shutil.rmtree(leftover)
         found = self._found()
-        for place in found:
+        for number, place in enumerate(found):
             if (fault := _fault(place)) is not None:
                 self.tell(f"warning: {place}: damaged, the one before is taken: {fault}")
                 continue
@@ -119,6 +119,9 @@ class Checkpoints:
                     f"{place}: made with another {', '.join(differing)} than this run. Start a new run."
                 )
             _restore(load_file(place / FILES[0]), student, optimizer)
+            # Damaged ones would count among those kept; older ones are what a kill left half deleted.
+            for stale in (*found[:number], *found[number + KEPT :]):
+                shutil.rmtree(stale)
             self.tell(f"resumed from {place}")
             return Outcome(**state["outcome"])
         if found:
