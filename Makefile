@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench wheel env clean
+.PHONY: demo test check soak bench wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
@@ -17,6 +17,10 @@ check: $(READY)
 	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
+
+# Kills, signals, damage and full disks at full count, about half an hour; `make test` has a few of each.
+soak: $(READY)
+	SOAK=1 $(BIN)/python -m pytest -q tests/soak
 
 bench: $(READY)
 	$(BIN)/python bench/step.py

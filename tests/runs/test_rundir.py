@@ -27,6 +27,25 @@ def test_a_folder_with_anything_in_it_is_not_taken(tmp_path: Path) -> None:
             new(taken)
 
 
+def test_a_run_cut_off_at_its_begin_is_begun_anew_and_a_folder_like_it_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed() -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("potstill.runs.rundir.environment", killed)
+        new(tmp_path / "run")
+    with pytest.raises(UserError, match=r"cut off before it began.*Start it again without --resume"):
+        RunDir.open(tmp_path / "run")
+    assert new(tmp_path / "run").status() == {"state": "running"}
+    for status in ('{"state": "mine"}', "[]", ""):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "status.json").write_text(status)
+        with pytest.raises(UserError, match="already there"):
+            new(tmp_path / "mine")
+
+
 def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be made: Not a directory"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_corpus, make_model
+
 from soak.forkserver import ForkServer
 from soak.lab import Lab
 

@@ -12,7 +12,6 @@ import functools
 import importlib
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -122,7 +121,11 @@ class FileSystemCalls:
         elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
             # What is removed with a whole tree is named relative to an open folder.
             within = event in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None)
-            if within or self.is_ours(arguments[0]):
+            # Python makes parents, and folders that may be there, by trying.
+            is_vain = event == "os.mkdir" and (
+                os.path.exists(arguments[0]) or not os.path.exists(os.path.dirname(arguments[0]))
+            )
+            if within or (self.is_ours(arguments[0]) and not is_vain):
                 self.happens(event, os.fspath(arguments[0]), is_write=False)
 
     def is_ours(self, path: Any) -> bool:
@@ -267,13 +270,12 @@ def watch(pid: int, after_s: float | None, number: int) -> dict[str, float]:
 
 def serve() -> None:
     import torch
-    import transformers.models.gpt2.modeling_gpt2
-    import transformers.models.llama.modeling_llama
 
-    import potstill.line  # noqa: F401
+    for name in ("gpt2.modeling_gpt2", "llama.modeling_llama"):
+        importlib.import_module(f"transformers.models.{name}")
+    importlib.import_module("potstill.line")
 
     torch.set_num_threads(1)
-    random.seed()
     for line in sys.stdin:
         order = json.loads(line)
         print(json.dumps(watch(fork(order), order["after_s"], order["number"])), flush=True)

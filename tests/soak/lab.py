@@ -15,6 +15,14 @@ from soak.forkserver import End, ForkServer
 LONG = {"steps": 300 if "SOAK" in os.environ else 60, "save_every": 10, "every": 15, "rows_per_step": 4}
 SHORT = {"steps": 12, "save_every": 3, "every": 5, "rows_per_step": 4}
 KILLED = -signal.SIGKILL
+WHEN_AND_WHERE = (
+    "commit",
+    "uncommitted_changes",
+    "environment",
+    "training_seconds",
+    "total_seconds",
+    "peak_memory_gib",
+)
 
 
 def count(small: int, full: int) -> int:
@@ -46,6 +54,7 @@ class Lab:
 
     def start(self, recipe: Path, out: Path, **how: Any) -> End:
         """What whoever restarts a run does: `--resume` where there is one, a new start where there is none."""
+        out.parent.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if (out / "resolved.yaml").exists() else []
         return self.server.start(["distill", str(recipe), "--out", str(out), *resume], **how)
 
@@ -79,9 +88,22 @@ class Lab:
         """Its file-system calls, in order."""
         return list(json.loads(self.whole(student, plan).with_suffix(".calls").read_text()))
 
-    def assert_same(self, run: Path, student: str, plan: dict[str, int]) -> None:
-        """`run` is the uninterrupted one, bit for bit and file for file, and nothing lies beside it."""
-        found = differing(account(run), account(self.whole(student, plan)))
+    def assert_same(
+        self, run: Path, student: str, plan: dict[str, int], *, but_for_older_checkpoints: bool = False
+    ) -> None:
+        """`run` is the uninterrupted one, bit for bit and file for file, and nothing lies beside it.
+
+        A run that was stopped has saved the step it was stopped at; `but_for_older_checkpoints` allows that.
+        """
+        ours, theirs = account(run), account(self.whole(student, plan))
+        if but_for_older_checkpoints:
+            newest = f"checkpoints/{plan['steps']:08d}"
+            for told in (ours, theirs):
+                for name in [n for n in told["names"] if n.startswith("checkpoints/")]:
+                    if not name.startswith(newest):
+                        told["names"].remove(name)
+                        told.pop(name, None)
+        found = differing(ours, theirs)
         assert not found, f"not as in the uninterrupted run: {found}"
         beside = sorted(path.name for path in run.parent.iterdir())
         assert beside == [run.name], f"left beside the run: {beside}"
@@ -104,7 +126,7 @@ def account(run: Path) -> dict[str, Any]:
     for name, value in told.items():
         if name.endswith("state.json"):
             del value["outcome"]["seconds"]
-    for name in ("environment", "training_seconds", "total_seconds", "peak_memory_gib"):
+    for name in WHEN_AND_WHERE:
         del told["receipt.json"][name]
     told["metrics"] = [
         {name: value for name, value in line.items() if not name.startswith("speed/")}

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from soak.forkserver import PHASES
 from soak.lab import KILLED, LONG, SHORT, Lab, count
 
@@ -92,7 +93,8 @@ def test_every_file_system_call_can_be_the_last(lab: Lab, tmp_path: Path, part: 
     calls = lab.calls("gpt2", SHORT)
     numbers = range(part + 1, len(calls) + 1, 24)
     for number in random.Random(part).sample(numbers, count(1, len(numbers))):
-        for torn in (None, 0.5)[-count(1, 2) :]:
+        is_write = number > 1 and calls[number - 2].startswith(("open", "tensors"))
+        for torn in (None, 0.5)[: 1 + is_write][-count(1, 2) :]:
             recipe, out = lab.recipe("gpt2", SHORT), tmp_path / f"{number}-{torn}" / "cut"
             end = lab.start(recipe, out, watch=out, die_at=number, torn=torn)
             assert end.code == KILLED, f"{number} {calls[number - 1]}: {end.told}"
@@ -124,7 +126,9 @@ def test_processes_of_their_own_are_killed_alike(lab: Lab, tmp_path: Path) -> No
         resume = ["--resume"] if (out / "resolved.yaml").exists() else []
         size = metrics.stat().st_size if metrics.exists() else 0
         child = subprocess.Popen([*command, *resume], env=environment, stderr=subprocess.PIPE, text=True)
-        while kills < 3 and child.poll() is None and (metrics.stat().st_size if metrics.exists() else 0) == size:
+        while (
+            kills < 3 and child.poll() is None and (metrics.stat().st_size if metrics.exists() else 0) == size
+        ):
             time.sleep(0.005)
         if kills < 3:
             time.sleep(generator.random() * 0.15)

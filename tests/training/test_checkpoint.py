@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,37 +86,6 @@ def test_a_resumed_run_is_the_run_that_was_not_cut_off(
     assert RunDir(tmp_path / "cut").status() == {"state": "finished"}
 
 
-@pytest.mark.parametrize("times", [3])
-def test_kill_minus_nine_at_random_instants_changes_nothing(recipe: Path, tmp_path: Path, times: int) -> None:
-    distill(recipe, out=tmp_path / "whole")
-    command = [sys.executable, "-m", "potstill", "distill", str(recipe), "--out", str(tmp_path / "cut")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    generator = random.Random(0)
-    kills = 0
-    for _ in range(40):
-        resume = ["--resume"] if (tmp_path / "cut" / "resolved.yaml").exists() else []
-        child = subprocess.Popen([*command, *resume], env=environment, stderr=subprocess.PIPE, text=True)
-        if kills < times:
-            started = tmp_path / "cut" / "metrics.jsonl"
-            lines = len(started.read_bytes().splitlines()) if started.exists() else 0
-            while child.poll() is None and not (
-                started.exists() and len(started.read_bytes().splitlines()) != lines
-            ):
-                time.sleep(0.005)
-            time.sleep(generator.random() * 0.15)
-            child.kill()
-        _, told = child.communicate()
-        if child.returncode == -signal.SIGKILL:
-            kills += 1
-            continue
-        assert child.returncode == 0, told
-        break
-    else:
-        pytest.fail("40 starts and the run is not finished")
-    assert kills >= 1, "no kill met the run alive"
-    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("lost", ["random", "moments", "weights", "step", "best"])
 def test_a_checkpoint_that_lacks_something_does_not_resume_exactly(
     recipe: Path, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
@@ -164,52 +127,13 @@ def cut_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path / "cut"
 
 
-def damage(path: Path, how: str, generator: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "truncated":
-        del content[generator.randrange(len(content)) :]
-    elif how == "flipped":
-        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-    path.write_bytes(content) if how != "missing" else path.unlink()
-
-
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(
-    recipe: Path, cut_run: Path, how: str, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sorted(p.name for p in (cut_run / "checkpoints").iterdir()) == ["00000006", "00000009"]
-    damage(cut_run / "checkpoints" / "00000009" / name, how, random.Random(f"{how}{name}"))
-    assert main(["distill", str(recipe), "--out", str(cut_run), "--resume"]) == 0
-    told = capsys.readouterr().err
-    assert (
-        "00000009: damaged, the one before is taken" in told and "resumed from" in told and "00000006" in told
-    )
-
-
 def test_where_no_checkpoint_is_sound_nothing_is_trained(recipe: Path, cut_run: Path) -> None:
     for place in (cut_run / "checkpoints").iterdir():
-        damage(place / "state.json", "truncated", random.Random(1))
+        (place / "state.json").write_text("{")
     before = (cut_run / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="none of 2 checkpoints is sound"):
         distill(recipe, out=cut_run, resume=True)
     assert (cut_run / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize(("blocks", "what"), [(40, "the student"), (300, r"the checkpoint of \d+ bytes")])
-def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(
-    recipe: Path, cut_run: Path, blocks: int, what: str
-) -> None:
-    """No file may grow past a size, which is what a full disk is to the library that writes."""
-    if what == "the student":
-        shutil.rmtree(cut_run / "checkpoints")  # so that the run starts again, and saves its first student
-    command = f"ulimit -f {blocks}; {sys.executable} -m potstill distill {recipe} --out {cut_run} --resume"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.search(f"{what} cannot be written", errors[0])
-    left = sorted(path.name for path in (cut_run / "checkpoints").glob("*"))
-    assert left == ([] if what == "the student" else ["00000006", "00000009"])
 
 
 @pytest.mark.parametrize("change", ["recipe", "corpus", "teacher"])

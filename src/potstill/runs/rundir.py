@@ -18,6 +18,7 @@ Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -25,7 +26,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,10 @@ class RunDir:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         line = json.dumps({"step": step, **metrics}) + "\n"
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(line)
+        self._append("metrics.jsonl", line)
 
     def log_fault(self, step: int, what: str) -> None:
-        with open(self.path / "faults.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "what": what}) + "\n")
+        self._append("faults.jsonl", json.dumps({"step": step, "what": what}) + "\n")
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Forget steps after `step` and evaluations after `evaluated`: a resumed run logs them again."""
@@ -128,9 +127,10 @@ class RunDir:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        if self.student.exists():
-            self.student.rename(old)
-        fresh.rename(self.student)
+        with _writing(self.student):
+            if self.student.exists():
+                self.student.rename(old)
+            fresh.rename(self.student)
         shutil.rmtree(old, ignore_errors=True)
 
     def repair(self) -> None:
@@ -159,6 +159,10 @@ class RunDir:
 
     def status(self) -> dict[str, Any]:
         return self._read_json("status.json")
+
+    def _append(self, name: str, line: str) -> None:
+        with _writing(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(line)
 
     def _write_json(self, name: str, value: Any) -> None:
         write_whole(self.path / name, _as_json(value))
@@ -189,8 +193,20 @@ def summary(run: RunDir) -> dict[str, dict[str, float]]:
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside, then rename: a reader sees the old file or the new one."""
     beside = path.with_name(path.name + ".new")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    with _writing(path):
+        beside.write_bytes(content)
+        os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}. Make room, then start or resume the run again."
+        ) from error
 
 
 def _is_empty(path: Path) -> bool:

@@ -53,13 +53,16 @@ class Student(nn.Module):
         try:
             with quiet_transformers():
                 self.model.hf.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
+            write_portable_config(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        except Exception as error:
+            # The tokenizers library raises bare Exceptions where it cannot write.
+            if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
+                raise
             raise UserError(
                 f"{folder}: the student cannot be written: {one_line(error)} Make room."
             ) from error
-        write_portable_config(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
 
 
 def from_checkpoint(source: str | Path, device: torch.device) -> CausalLM:

@@ -1,0 +1,69 @@
+"""SIGTERM at any instant: the documented code within a step and a save, and a run that goes on bit for bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from potstill.runs.rundir import RunDir
+from soak.forkserver import PHASES, End
+from soak.lab import LONG, SHORT, Lab, count
+
+STUDENTS = ("gpt2", "llama")
+STOPPED = 143
+PROMPT_S = 2.0  # a step, a batch of an evaluation and a save take a twentieth of it on an idle core
+
+
+def assert_stopped(end: End, out: Path) -> None:
+    """What the signal found decides: nothing yet, a run, or one whose last number was already there."""
+    lines = end.told.splitlines()
+    asked = next((number for number, line in enumerate(lines) if line.startswith("SIGTERM: ")), None)
+    if asked is None:  # before the handler was there, or after it was gone
+        assert end.code == -signal.SIGTERM or end.code == 0, end.told
+        assert (end.code == 0) == (out / "receipt.json").exists()
+    elif "before the first step" in lines[asked]:
+        assert end.code == STOPPED and len(lines) == asked + 1, end.told
+        assert not (out / "metrics.jsonl").exists()
+    elif end.code == 0:
+        assert f"step {RunDir(out).metrics()[-1]['step']}/" in end.told and RunDir(out).status() == {
+            "state": "finished"
+        }
+    else:
+        assert end.code == STOPPED, end.told
+        assert len([line for line in lines[asked:] if line.startswith("step ")]) <= 1, end.told
+        assert len([line for line in lines[asked:] if line.startswith("held out")]) <= 1, end.told
+        assert RunDir(out).status()["state"] == "stopped"
+        assert list((out / "checkpoints").iterdir()) and not list(out.rglob("*.new"))
+    assert "Traceback" not in end.told
+
+
+@pytest.mark.parametrize("trial", range(count(4, 50)))
+def test_a_signal_at_a_random_instant_stops_within_a_step_and_a_save(
+    lab: Lab, tmp_path: Path, trial: int
+) -> None:
+    student = STUDENTS[trial % 2]
+    recipe, out = lab.recipe(student, LONG), tmp_path / "runs" / "cut"
+    after_s = random.Random(trial).random() * lab.wall(student, LONG)
+    end = lab.start(recipe, out, after_s=after_s, number=signal.SIGTERM)
+    assert_stopped(end, out)
+    assert end.lingered < PROMPT_S
+    lab.finish(recipe, out)
+    lab.assert_same(out, student, LONG, but_for_older_checkpoints=True)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_each_phase_stops_the_run_there(lab: Lab, tmp_path: Path, phase: str) -> None:
+    """Reading, loading, the teacher's pass, the student's, evaluations, saves: its first, its last, others."""
+    last = lab.counts("gpt2", SHORT)[phase]
+    inner = random.Random(phase).choices(range(1, last + 1), k=3)
+    for number in [1, last, *inner][: count(1, 5)]:
+        recipe, out = lab.recipe("gpt2", SHORT), tmp_path / f"{phase}-{number}" / "cut"
+        end = lab.start(recipe, out, aim=(phase, number, signal.SIGTERM))
+        assert_stopped(end, out)
+        if phase in ("corpus", "loading"):
+            assert end.code == STOPPED and not out.exists(), end.told
+        lab.finish(recipe, out)
+        lab.assert_same(out, "gpt2", SHORT, but_for_older_checkpoints=True)
