@@ -12,8 +12,9 @@ from typing import Any
 from potstill.runs.rundir import RunDir
 from soak.forkserver import End, ForkServer
 
-LONG = {"steps": 300 if "SOAK" in os.environ else 60, "save_every": 10, "every": 15, "rows_per_step": 4}
-SHORT = {"steps": 12, "save_every": 3, "every": 5, "rows_per_step": 4}
+LONG = {"steps": 300 if "SOAK" in os.environ else 40, "save_every": 10, "every": 15, "micro": 4}
+SHORT = {"steps": 12, "save_every": 3, "every": 5, "micro": 2}
+ROWS_PER_STEP = 4
 KILLED = -signal.SIGKILL
 WHEN_AND_WHERE = (
     "commit",
@@ -45,8 +46,8 @@ class Lab:
             "teacher": f"{{name: torch, model: {self.folder}/teacher}}",
             "student": f"{{name: checkpoint, model: {self.folder}/{student}}}",
             "objective": "{chunk: 64}",
-            "train": f"{{steps: {plan['steps']}, rows_per_step: {plan['rows_per_step']}, lr: 1e-2, warmup: 4,"
-            f" save_every: {plan['save_every']}, device: cpu}}",
+            "train": f"{{steps: {plan['steps']}, rows_per_step: {ROWS_PER_STEP}, lr: 1e-2, warmup: 4,"
+            f" rows_per_micro_batch: {plan['micro']}, save_every: {plan['save_every']}, device: cpu}}",
             "eval": f"{{every: {plan['every']}}}",
         }
         path.write_text("".join(f"{key}: {value}\n" for key, value in sections.items()))
@@ -93,7 +94,8 @@ class Lab:
     ) -> None:
         """`run` is the uninterrupted one, bit for bit and file for file, and nothing lies beside it.
 
-        A run that was stopped has saved the step it was stopped at; `but_for_older_checkpoints` allows that.
+        A run that was stopped has saved the step it was stopped at, maybe before an evaluation was made up
+        for; `but_for_older_checkpoints` allows that, and compares weights, moments and random state.
         """
         ours, theirs = account(run), account(self.whole(student, plan))
         if but_for_older_checkpoints:
@@ -102,6 +104,7 @@ class Lab:
                 for name in [n for n in told["names"] if n.startswith("checkpoints/")]:
                     if not name.startswith(newest):
                         told["names"].remove(name)
+                    if not name.startswith(newest) or name.endswith("state.json"):
                         told.pop(name, None)
         found = differing(ours, theirs)
         assert not found, f"not as in the uninterrupted run: {found}"
