@@ -18,7 +18,7 @@ from soak.forkserver import PHASES
 from soak.lab import KILLED, LONG, ROWS_PER_STEP, SHORT, Lab, count
 
 STUDENTS = ("gpt2", "llama")
-PARTS = count(5, 24)
+PARTS = count(4, 24)
 
 
 @pytest.mark.parametrize("trial", range(count(3, 200)))
