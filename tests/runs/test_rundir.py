@@ -82,6 +82,20 @@ def test_a_student_that_fails_to_save_leaves_the_one_before(tmp_path: Path) -> N
     assert {p.name for p in run.path.iterdir() if p.is_dir()} == {"student"}
 
 
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_a_student_is_there_after_a_kill_between_the_two_names(tmp_path: Path, renamed: int) -> None:
+    run = new(tmp_path / "run")
+    for folder, text in ((run.student, "old"), (run.path / "student.new", "new")):
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+    run.student.rename(run.path / "student.old")
+    if renamed == 2:
+        (run.path / "student.new").rename(run.student)
+    run.repair()
+    assert (run.student / "weights").read_text() == ("old" if renamed == 1 else "new")
+    assert {p.name for p in run.path.iterdir() if p.is_dir()} == {"student"}
+
+
 def test_default_paths_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert default_path("demo") == Path("runs/demo")
