@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -275,3 +277,20 @@ def test_a_signal_before_the_run_directory_exists_leaves_nothing(
     before = set(tmp_path.rglob("*"))
     assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 143
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_second_signal_ends_the_process_at_once(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, rows_per_micro_batch: 1, lr: 1e-3, device: cpu}")
+    program = (
+        "import signal, sys; from potstill.cli import main; from potstill.training.watch import Watch\n"
+        "beat = Watch.beat\n"
+        "def signalling(self):\n"
+        "    beat(self)\n"
+        "    if self._begun: signal.raise_signal(signal.SIGTERM)\n"
+        "Watch.beat = signalling\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = [sys.executable, "-c", program, "distill", str(recipe), "--out", str(tmp_path / "run")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM and "once more ends at once" in done.stderr
+    assert RunDir(tmp_path / "run").status()["state"] == "running"  # nothing more was written
