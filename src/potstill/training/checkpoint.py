@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.models.files import file_sha256
+from potstill.models.files import check_safetensors, file_sha256
+from potstill.plain_files import read_object
 from potstill.students.student import Student
 
 KEPT = 2
@@ -107,22 +109,32 @@ class Checkpoints:
             UserError: no checkpoint is sound, or the run is made of other things than the checkpoint.
         """
         for leftover in self.folder.glob("*.new"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         found = self._found()
+        faults = []
         for place in found:
-            if (fault := _fault(place)) is not None:
+            state, tensors = {}, {}
+            if (fault := _fault(place)) is None:
+                try:
+                    state, tensors = _read_state(place), _read_tensors(place, student, optimizer)
+                except UserError as error:
+                    fault = str(error)
+            if fault is not None:
+                fault = fault.removeprefix(f"{place}{os.sep}")
+                faults.append(f"{place.name}: {fault}")
                 self.tell(f"warning: {place}: damaged, the one before is taken: {fault}")
                 continue
-            state = json.loads((place / FILES[1]).read_text())
             if differing := [n for n, value in self.inputs.items() if state["inputs"].get(n) != value]:
                 raise UserError(
                     f"{place}: made with another {', '.join(differing)} than this run. Start a new run."
                 )
-            _restore(load_file(place / FILES[0]), student, optimizer)
+            _restore(tensors, student, optimizer)
             self.tell(f"resumed from {place}")
             return Outcome(**state["outcome"])
         if found:
-            raise UserError(f"{self.folder}: none of {len(found)} checkpoints is sound. Start a new run.")
+            raise UserError(
+                f"{self.folder}: none of {len(found)} checkpoints is sound: {faults[0]} Start a new run."
+            )
         return None
 
     def _found(self) -> list[Path]:
@@ -161,17 +173,85 @@ def _restore(tensors: dict[str, Tensor], student: Student, optimizer: torch.opti
 def _fault(place: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((place / "manifest.json").read_text())
+        manifest = read_object(place / "manifest.json", "It was written last.")
         for name in FILES:
-            said = manifest[name]
+            said = manifest.get(name)
+            if not isinstance(said, dict) or type(said.get("bytes")) is not int or "sha256" not in said:
+                return f"manifest.json: it does not give bytes and sha256 of {name}."
             size = (place / name).stat().st_size
             if size != said["bytes"]:
-                return f"{name} has {size} bytes, written were {said['bytes']}"
+                return f"{name}: it has {size} bytes, written were {said['bytes']}."
             if file_sha256(place / name) != said["sha256"]:
-                return f"{name} does not have the hash it was written with"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json or what it names cannot be read ({type(error).__name__})"
+                return f"{name}: it does not have the hash it was written with."
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{name}: cannot be read: {error.strerror}."
     return None
+
+
+def _read_state(place: Path) -> dict[str, Any]:
+    """`state.json`, when its fields are those of an outcome; UserError else. A hash does not say so."""
+
+    def refuse(field: str, value: Any, wanted: str) -> NoReturn:
+        raise UserError(f"{FILES[1]}: {field} is {value!r:.60}, not {wanted}.")
+
+    state = read_object(place / FILES[1], "It was damaged before it was written.")
+    outcome, inputs = state.get("outcome"), state.get("inputs")
+    if not isinstance(inputs, dict):
+        refuse("inputs", inputs, "a mapping of hashes")
+    if not isinstance(outcome, dict):
+        refuse("outcome", outcome, "a mapping")
+    wanted = {field.name: field.type for field in dataclasses.fields(Outcome)}
+    if odd := sorted(outcome.keys() ^ wanted.keys()):
+        refuse("outcome", sorted(outcome), f"of the fields {', '.join(wanted)}: {odd[0]} is one side's alone")
+    for name, kind in wanted.items():
+        value = outcome[name]
+        if kind == "int" and not (type(value) is int and value >= 0):
+            refuse(f"outcome.{name}", value, "a count")
+        if kind == "float" and not (_is_number(value) and value >= 0):
+            refuse(f"outcome.{name}", value, "a number from 0")
+        if kind == "dict[str, float]" and not (
+            isinstance(value, dict) and all(map(_is_number, value.values()))
+        ):
+            refuse(f"outcome.{name}", value, "a mapping of numbers")
+    if outcome["step"] != int(place.name):
+        refuse("outcome.step", outcome["step"], f"{int(place.name)}, as its folder says")
+    if outcome["best_step"] > outcome["step"]:
+        refuse("outcome.best_step", outcome["best_step"], f"{outcome['step']} or less")
+    for name in ("first", "best"):
+        if "heldout/loss" not in outcome[name]:
+            refuse(f"outcome.{name}", outcome[name], "the metrics of an evaluation")
+    return state
+
+
+def _read_tensors(place: Path, student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors, when they are what `_tensors` writes for this student and optimizer; UserError else."""
+    check_safetensors(place / FILES[0])
+    tensors = load_file(place / FILES[0])
+    weights = {f"weights/{name}": parameter for name, parameter in student.named_parameters()}
+    wanted: dict[str, Tensor] = {**weights, "random/cpu": torch.get_rng_state()}
+    numbers = {name.split("/")[1] for name in tensors if name.startswith("optimizer/")}
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if is_adamw and (str(number) in numbers or not numbers):
+            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter) | {"step": torch.zeros(())}
+            wanted |= {f"optimizer/{number}/{moment}": like for moment, like in moments.items()}
+    if odd := sorted((wanted.keys() ^ tensors.keys()) - {"random/cuda"}):
+        side = "missing" if odd[0] in wanted else "no tensor of this student or its optimizer"
+        raise UserError(f"{FILES[0]}: {odd[0]:.200}: {side}.")
+    for name, like in wanted.items():
+        found = tensors[name]
+        if (found.shape, found.dtype) != (like.shape, like.dtype):
+            found_is, like_is = (f"{t.dtype} {list(t.shape)}" for t in (found, like))
+            raise UserError(f"{FILES[0]}: {name}: {found_is}, and the run's own is {like_is}.")
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise UserError(f"{FILES[0]}: {name}: not all of it is finite.")
+    return tensors
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf  # of any size, and not NaN
 
 
 def _flush(path: Path) -> None:
