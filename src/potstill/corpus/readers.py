@@ -65,18 +65,19 @@ def text(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: S
                     " Split it, or write a document a line as JSONL."
                 )
             content = b"".join(_lines(file, reading, whole=True))
-            if b"\0" in content:
-                raise UserError(
-                    f"{file}: not a text: zero byte at {content.index(0)} of {len(content)}."
-                    " Leave it out with corpus.include or corpus.exclude."
-                )
             try:
-                yield str(file), content.decode("utf-8")
+                decoded = content.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{file}: not UTF-8 text at byte {error.start} of {len(content)}."
                     " Leave it out with corpus.include or corpus.exclude."
                 ) from error
+            if b"\0" in content:
+                raise UserError(
+                    f"{file}: not a text: zero byte at {content.index(0)} of {len(content)}."
+                    " Leave it out with corpus.include or corpus.exclude."
+                )
+            yield str(file), decoded
 
     reading.documents = _tokenize(texts(), tokenizer)
     return reading
@@ -364,7 +365,8 @@ def _lines(file: Path, reading: Reading, whole: bool = False) -> Iterator[bytes]
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 if len(line) > MAX_LINE_BYTES and not whole:
                     raise UserError(
-                        f"{file}:{number}: a line longer than {MAX_LINE_BYTES} bytes. Write one document a line."
+                        f"{file}:{number}: a line longer than {MAX_LINE_BYTES} bytes."
+                        " Write one document a line."
                     )
                 digest.update(line)
                 size += len(line)

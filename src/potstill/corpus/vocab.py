@@ -23,7 +23,7 @@ from potstill.types import Vocab
 # Read as JSON before a library reads them: of two equal keys it would take the last, unseen.
 SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SPARE_IDS = 1024
-"""Holes that a list may have beside as many as its tokens: more is a damaged id, and would fill the memory."""
+"""Holes that a list may have beside as many as its tokens: more is a damaged id, and fills the memory."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 

@@ -219,9 +219,11 @@ def _read_state(place: Path) -> dict[str, Any]:
         refuse("outcome.step", outcome["step"], f"{int(place.name)}, as its folder says")
     if outcome["best_step"] > outcome["step"]:
         refuse("outcome.best_step", outcome["best_step"], f"{outcome['step']} or less")
-    for name in ("first", "best"):
-        if "heldout/loss" not in outcome[name]:
-            refuse(f"outcome.{name}", outcome[name], "the metrics of an evaluation")
+    if "heldout/loss" not in outcome["first"]:
+        refuse("outcome.first", sorted(outcome["first"]), "the metrics of an evaluation")
+    for name in ("best", "last"):
+        if outcome[name].keys() != outcome["first"].keys() and (outcome[name] or name == "best"):
+            refuse(f"outcome.{name}", sorted(outcome[name]), "of the metrics that outcome.first has")
     return state
 
 
