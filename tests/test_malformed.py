@@ -197,6 +197,7 @@ def changed_json(name: str, change: Callable[[dict[str, Any]], Any], section: st
     return make
 
 
+# fmt: off
 # ---- the kinds
 
 
@@ -220,11 +221,7 @@ def recipes() -> Iterator[tuple[Any, ...]]:
     bomb = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(9))
     yield "a billion laughs", recipe_of(bomb), at + "line 1, column 5: anchors"
     yield "a merge key", recipe_of("<<: {a: 1}\n"), at + "line 1, column 1: merge keys"
-    yield (
-        "a tag that runs",
-        recipe_of("a: !!python/object/apply:os.system [x]\n"),
-        at + "line 1, column 4: tags",
-    )
+    yield "a tag that runs", recipe_of("a: !!python/object/apply:os.system [x]\n"), at + "line 1, column 4: tags"
     yield "10^5 brackets", recipe_of("a: " + "[" * 10**5), at + "line 1, column .*nested deeper than 32"
     yield "10^5 braces", recipe_of("a: " + "{b: " * 10**5), at + "line 1, column .*nested deeper than 32"
     deep = "".join(f"{' ' * i}a:\n" for i in range(1000))
@@ -241,52 +238,22 @@ def recipes() -> Iterator[tuple[Any, ...]]:
     yield "infinity", sections(train=train("1e999")), r"recipe\.yaml: train\.lr: inf is not a finite number"
     yield "a negative rate", sections(train=train("-1")), r"train\.lr: -1 must be greater than 0"
     yield "true for a number", sections(train=train("true")), r"train\.lr: true is not a number"
-    yield (
-        "no steps",
-        sections(train="{steps: 0, rows_per_step: 2, lr: 1}"),
-        r"train\.steps: 0 must be 1 or more",
-    )
+    yield "no steps", sections(train="{steps: 0, rows_per_step: 2, lr: 1}"), r"train\.steps: 0 must be 1 or more"
     yield "a section of null", sections(train="null"), r"train: null is not a mapping"
     yield "an unknown reader", sections(corpus="{name: excel, path: x}"), "no corpus called 'excel'"
-    yield (
-        "patterns of numbers",
-        sections(corpus="{name: text, path: ., include: [1]}"),
-        r"corpus\.include\.0: 1 is not text",
-    )
+    yield "patterns of numbers", sections(corpus="{name: text, path: ., include: [1]}"), r"corpus\.include\.0: 1 is not text"
     for kind, path in {"300": "x" * 300, "5000": "x/" * 2500}.items():
-        yield (
-            f"a path of {kind} characters",
-            sections(corpus=f"{{name: text, path: {path}}}"),
-            r"corpus\.path: no file",
-        )
-        yield (
-            f"a model of {kind} characters",
-            sections(teacher=f"{{name: torch, model: {path}}}"),
-            r"teacher\.model: no file",
-        )
+        yield f"a path of {kind} characters", sections(corpus=f"{{name: text, path: {path}}}"), r"corpus\.path: no file"
+        yield f"a model of {kind} characters", sections(teacher=f"{{name: torch, model: {path}}}"), r"teacher\.model: no file"
     hub = f"a/{'x' * 300}"
     yield "a hub id of 300 characters", sections(teacher=f"{{name: torch, model: {hub}}}"), "a/xxx"
-    yield (
-        "a path with a zero byte",
-        sections(corpus='{name: text, path: "a\\0b"}'),
-        r"corpus\.path: 'a\\x00b' is no path",
-    )
+    yield "a path with a zero byte", sections(corpus='{name: text, path: "a\\0b"}'), r"corpus\.path: 'a\\x00b' is no path"
     yield "a path of null", sections(corpus="{name: text, path: null}"), r"corpus\.path: null is not text"
-    yield (
-        "rows longer than the corpus",
-        sections(corpus="{name: text, path: TEXTS, tokens_per_row: 2000000000}"),
-        "rows? of 2000000000 tokens",
-    )
-    yield (
-        "more held-out rows than there are",
-        sections(corpus="{name: text, path: TEXTS, heldout_rows: 2000000000}"),
-        "2000000000 are needed",
-    )
+    yield "rows longer than the corpus", sections(corpus="{name: text, path: TEXTS, tokens_per_row: 2000000000}"), "rows? of 2000000000 tokens"
+    yield "more held-out rows than there are", sections(corpus="{name: text, path: TEXTS, heldout_rows: 2000000000}"), "2000000000 are needed"
     yield (
         "a step of two billion rows",
-        sections(
-            "--smoke", "1", train="{steps: 1, rows_per_step: 2000000000, rows_per_micro_batch: 1, lr: 1e-3}"
-        ),
+        sections("--smoke", "1", train="{steps: 1, rows_per_step: 2000000000, rows_per_micro_batch: 1, lr: 1e-3}"),
         r"train\.rows_per_step: 2000000000 .* \d+ training rows",
     )
     for override in ("train", "train.steps", "=1", "train.steps=[", "a.b.c.d=\x00", "plugins.0.1=2"):
@@ -297,8 +264,7 @@ def recipes() -> Iterator[tuple[Any, ...]]:
             return ["distill", str(special(make, folder / "recipe.yaml"))]
 
         yield f"{what}", as_recipe, r"recipe\.yaml: "
-    for length in (300, 5000):
-        yield f"a name of {length} characters", lambda g, f, n=length: ["distill", "x" * n], "xxx: "
+    yield "a name of 300 characters", lambda g, f: ["distill", "x" * 300], "xxx: "
 
 
 def plugins() -> Iterator[tuple[Any, ...]]:
@@ -377,11 +343,7 @@ def jsonl() -> Iterator[tuple[Any, ...]]:
     yield "zero bytes", line(bytes(5000)), at + "not a line of JSON"
     yield "10^5 brackets", line(b"[" * 10**5), at + "not a line of JSON: .*(recursion|nested)"
     yield "10^5 objects", line(b'{"text":' * 10**5), at + "not a line of JSON: .*(recursion|nested)"
-    yield (
-        "a number of 10^5 digits",
-        line(b'{"text": ' + b"9" * 10**5 + b"}"),
-        at + "not a line of JSON: .*digits",
-    )
+    yield "a number of 10^5 digits", line(b'{"text": ' + b"9" * 10**5 + b"}"), at + "not a line of JSON: .*digits"
     yield "CSV", corpus("c.jsonl", b"text\nthe cat\n"), r"c\.jsonl:1: not a line of JSON"
     yield "compressed", corpus("c.jsonl", gzip.compress(b"\n".join(good))), r"c\.jsonl:1: not a line of JSON"
     yield "a line of 10 GiB", corpus("c.jsonl", sparse(10 * GIB)), r"c\.jsonl:1: .*longer than"
@@ -405,21 +367,9 @@ def jsonl() -> Iterator[tuple[Any, ...]]:
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     yield "chat without messages", chat({"messages": []}), r"c\.chat:1: 'messages' is not a list"
     yield "chat of texts", chat({"messages": ["a"]}), r"c\.chat:1: a message must have"
-    yield (
-        "chat with a number",
-        chat({"messages": [user, answer | {"content": 5}]}),
-        r"c\.chat:1: a message must have",
-    )
-    yield (
-        "chat that begins with an answer",
-        chat({"messages": [answer]}),
-        r"c\.chat:1: message 0 is the assistant's",
-    )
-    yield (
-        "chat with half a pair",
-        chat({"messages": [user | {"content": "\ud800"}]}),
-        r"c\.chat:1: a message must have",
-    )
+    yield "chat with a number", chat({"messages": [user, answer | {"content": 5}]}), r"c\.chat:1: a message must have"
+    yield "chat that begins with an answer", chat({"messages": [answer]}), r"c\.chat:1: message 0 is the assistant's"
+    yield "chat with half a pair", chat({"messages": [user | {"content": "\ud800"}]}), r"c\.chat:1: a message must have"
 
 
 def parquet() -> Iterator[tuple[Any, ...]]:
@@ -443,12 +393,7 @@ def parquet() -> Iterator[tuple[Any, ...]]:
     at = r"d\.parquet"
     yield "empty", data(b""), at + ": not a readable Parquet file"
     yield "the magic alone", data(b"PAR1"), at + ": not a readable Parquet file"
-    for name, end in {
-        "header": 3,
-        "middle": len(good) // 2,
-        "footer": len(good) - 20,
-        "end": len(good) - 1,
-    }.items():
+    for name, end in {"header": 3, "middle": len(good) // 2, "footer": len(good) - 20, "end": len(good) - 1}.items():
         yield f"cut off in the {name}", data(good[:end]), at + ": not a readable Parquet file"
     yield "another magic", data(b"PAR2" + good[4:-4] + b"PAR2"), at + ": not a readable Parquet file"
     for size in (0, 2**31 - 1, 2**32 - 1):
@@ -467,11 +412,7 @@ def parquet() -> Iterator[tuple[Any, ...]]:
     )
     yield "a text that is not UTF-8", column(bad), at + ":1: .*utf-8"
     yield "no such column", column(["a"], "body"), at + ": no column 'text'; found body"
-    yield (
-        "a column inside another",
-        column([{"text": "a"}], "a", ", column: a.text"),
-        at + r": no column 'a\.text'",
-    )
+    yield "a column inside another", column([{"text": "a"}], "a", ", column: a.text"), at + r": no column 'a\.text'"
     yield "a pickle", data(pickled(4)), at + ": .*pickle"
     yield "a pickle in a zip", data(torch_zip()), at + ": .*pickle"
     yield "CSV", data(b"text\nthe cat\n"), at + ": not a readable Parquet file"
@@ -487,17 +428,9 @@ def shards() -> Iterator[tuple[Any, ...]]:
     at = r"ids\.bin: "
     yield "empty", corpus("ids.bin", b""), at + "an empty shard"
     yield "half an id", corpus("ids.bin", bytes(401)), at + "401 bytes are not a whole number of uint16"
-    yield (
-        "three quarters of an id",
-        corpus("ids.bin", bytes(403), ", dtype: uint32"),
-        at + "403 bytes are not",
-    )
+    yield "three quarters of an id", corpus("ids.bin", bytes(403), ", dtype: uint32"), at + "403 bytes are not"
     yield "an id beyond the vocabulary", ids(258), at + "id 258 at token 5 is outside the vocabulary of 258"
-    yield (
-        "the largest id",
-        ids(2**32 - 1, dtype="<u4", more=", dtype: uint32"),
-        at + "id 4294967295 at token 5",
-    )
+    yield "the largest id", ids(2**32 - 1, dtype="<u4", more=", dtype: uint32"), at + "id 4294967295 at token 5"
     yield "the other width", ids(7, more=", dtype: uint32"), at + "id 65536 at token 0"
     yield "the other byte order", ids(7, dtype=">u2"), at + "id 512 at token 2"
     yield "an end beyond the vocabulary", ids(7, more=", document_end: 258"), r"corpus\.document_end: id 258"
@@ -552,11 +485,7 @@ def safetensors() -> Iterator[tuple[Any, ...]]:
     yield "cut off in the header", cut(lambda n: 100), at + "ends early: .* the file has 100"
     yield "cut off in the middle", cut(lambda n: n // 2), at + "ends early"
     yield "cut off at the end", cut(lambda n: n - 1), at + "ends early"
-    yield (
-        "a header of 2^60 bytes",
-        header({}, size=2**60),
-        at + "not safetensors: a header of 1152921504606846976",
-    )
+    yield "a header of 2^60 bytes", header({}, size=2**60), at + "not safetensors: a header of 1152921504606846976"
     yield "a header of 2^64-1 bytes", header({}, size=2**64 - 1), at + "not safetensors: a header of"
     yield "a header longer than the file", header({}, size=10**6), at + "ends early"
     yield "an empty header", header(b""), at + "not safetensors: byte 8"
@@ -567,11 +496,7 @@ def safetensors() -> Iterator[tuple[Any, ...]]:
     yield "a header of 10^5 brackets", header(b'{"a":' + b"[" * 10**5), at + "not JSON: .*(recursion|nested)"
     twice = b'{"a":%s,"a":%s}' % ((json.dumps(tensor()).encode(),) * 2)
     yield "a tensor twice", header(twice), at + "a is there twice"
-    yield (
-        "an infinite offset",
-        header({"a": tensor(span=(0, float("inf")))}),
-        at + ".*(Infinity|data_offsets)",
-    )
+    yield "an infinite offset", header({"a": tensor(span=(0, float("inf")))}), at + ".*(Infinity|data_offsets)"
     yield "a tensor of null", header({"a": None}), at + "tensor a: dtype None is unknown"
     yield "an unknown dtype", header({"a": tensor(dtype="F128")}), at + "tensor a: dtype 'F128' is unknown"
     yield "a negative size", header({"a": tensor((-2,))}), at + r"tensor a: shape \[-2\] is not"
@@ -580,17 +505,9 @@ def safetensors() -> Iterator[tuple[Any, ...]]:
     yield "sizes that overflow", header({"a": tensor((2**62, 4))}), at + "tensor a: F32 .* takes .* bits"
     yield "negative offsets", header({"a": tensor(span=(-8, 0))}), at + "tensor a: data_offsets"
     yield "offsets backwards", header({"a": tensor(span=(8, 0))}), at + "tensor a: .*data_offsets"
-    yield (
-        "offsets of 2^60",
-        header({"a": tensor(span=(2**60, 2**60 + 8))}),
-        at + "tensor a starts at byte 1152921504606846976",
-    )
+    yield "offsets of 2^60", header({"a": tensor(span=(2**60, 2**60 + 8))}), at + "tensor a starts at byte 1152921504606846976"
     overlap = {"a": tensor(), "b": tensor(span=(4, 12))}
-    yield (
-        "tensors that overlap",
-        header(overlap, bytes(12)),
-        at + "tensor b starts at byte 4 of the data, not at 8",
-    )
+    yield "tensors that overlap", header(overlap, bytes(12)), at + "tensor b starts at byte 4 of the data, not at 8"
     gap = {"a": tensor(), "b": tensor(span=(16, 24))}
     yield "a gap", header(gap, bytes(24)), at + "tensor b starts at byte 16 of the data, not at 8"
     yield "bytes behind the end", header({"a": tensor()}, bytes(9)), at + "too long"
@@ -602,32 +519,16 @@ def safetensors() -> Iterator[tuple[Any, ...]]:
     yield "a pickle, protocol 5", weights(pickled(5)), at + ".*pickle"
     yield "a pickle in a zip", weights(torch_zip()), at + ".*pickle"
     yield "a web page", weights(b"<!doctype html><html>404</html>"), at + "not safetensors"
-    yield (
-        "a Git LFS pointer",
-        weights(b"version https://git-lfs.github.com/spec/v1\n"),
-        at + "not safetensors but a Git LFS",
-    )
+    yield "a Git LFS pointer", weights(b"version https://git-lfs.github.com/spec/v1\n"), at + "not safetensors but a Git LFS"
     yield "zero bytes", weights(bytes(5000)), at + "not safetensors"
     yield "10 GiB of nothing", weights(sparse(10 * GIB)), at + "not safetensors"
     for what in SPECIAL:
         yield what, weights(SPECIAL[what][0]), r"model\.safetensors"
-    yield (
-        "a tensor missing",
-        edited(lambda t: t.pop("model.norm.weight")),
-        r"1 tensor.* first model\.norm\.weight",
-    )
+    yield "a tensor missing", edited(lambda t: t.pop("model.norm.weight")), r"1 tensor.* first model\.norm\.weight"
     yield "a tensor too many", edited(lambda t: t.update(odd=torch.ones(2))), r"1 tensor.* first odd"
-    yield (
-        "another shape",
-        edited(lambda t: t.update({"model.norm.weight": torch.ones(9)})),
-        r"tensor model\.norm\.weight is \[9\]",
-    )
+    yield "another shape", edited(lambda t: t.update({"model.norm.weight": torch.ones(9)})), r"tensor model\.norm\.weight is \[9\]"
     yield "weights of NaN", edited(lambda t: t["model.norm.weight"].mul_(float("nan"))), "not finite"
-    yield (
-        "weights of whole numbers",
-        edited(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)})),
-        "model",
-    )
+    yield "weights of whole numbers", edited(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)})), "model"
 
     def only_a_pickle(good: Good, folder: Path) -> Words:
         model = copied(good, folder)
@@ -670,24 +571,12 @@ def indexes() -> Iterator[tuple[Any, ...]]:
     yield "10^5 brackets", index(b"[" * 10**5), at + "not JSON: .*(recursion|nested)"
     yield "no weight_map", index(b"{}"), at + "weight_map is not a table"
     yield "a weight_map of a list", index(lambda m: [1]), at + "weight_map is not a table"
-    yield (
-        "a shard that is not there",
-        index(lambda m: m.update({norm: "gone.safetensors"})),
-        "1 of 3 shards named by .*missing, first gone",
-    )
-    yield (
-        "a path upwards",
-        index(lambda m: m.update({norm: "../recipe.safetensors"})),
-        at + r".*'\.\./recipe\.safetensors', not the name",
-    )
+    yield "a shard that is not there", index(lambda m: m.update({norm: "gone.safetensors"})), "1 of 3 shards named by .*missing, first gone"
+    yield "a path upwards", index(lambda m: m.update({norm: "../recipe.safetensors"})), at + r".*'\.\./recipe\.safetensors', not the name"
     yield "an absolute path", index(lambda m: m.update({norm: "/etc/x.safetensors"})), at + ".*not the name"
     yield "a number for a shard", index(lambda m: m.update({norm: 5})), at + ".*said to be in 5, not the name"
     yield "a pickle for a shard", index(lambda m: m.update({norm: "x.bin"})), at + r".*'x\.bin', not the name"
-    yield (
-        "a tensor that is nowhere",
-        index(lambda m: m.update(odd=m[norm])),
-        r"1 of \d+ tensors that .*first odd",
-    )
+    yield "a tensor that is nowhere", index(lambda m: m.update(odd=m[norm])), r"1 of \d+ tensors that .*first odd"
 
 
 def tables() -> Iterator[tuple[Any, ...]]:
@@ -704,11 +593,7 @@ def tables() -> Iterator[tuple[Any, ...]]:
                 content(path)
             words = corpus("ids.bin", bytes(800))(good, folder)
             student = f"{{name: checkpoint, model: {good.teacher}}}"
-            said = (
-                (folder / "recipe.yaml")
-                .read_text()
-                .replace("student: {name: cut, layers: 2}", f"student: {student}")
-            )
+            said = (folder / "recipe.yaml").read_text().replace("student: {name: cut, layers: 2}", f"student: {student}")
             old = f"teacher: {{name: torch, model: {good.teacher}}}"
             (folder / "recipe.yaml").write_text(said.replace(old, f"teacher: {{name: table, path: {path}}}"))
             return words
@@ -761,12 +646,7 @@ def gguf_file(
     writer = gguf.GGUFWriter(path, values.pop("general.architecture", "llama"))
     for key, value in values.items():
         if key not in drop:
-            add = {
-                int: writer.add_uint32,
-                float: writer.add_float32,
-                str: writer.add_string,
-                list: writer.add_array,
-            }
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
             add[type(value)](key, value)
     for name, array in tensors.items():
         writer.add_tensor(name, array)
@@ -795,9 +675,7 @@ def gguf_tensors() -> dict[str, np.ndarray]:
                 "ffn_norm": (32,),
             }.items()
         }
-    return {
-        f"{name}.weight": generator.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()
-    }
+    return {f"{name}.weight": generator.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def ggufs() -> Iterator[tuple[Any, ...]]:
@@ -822,11 +700,7 @@ def ggufs() -> Iterator[tuple[Any, ...]]:
 
         def patch(content: bytes) -> bytes:
             start = (content.index(behind) + len(behind) if behind else 0) + place
-            return (
-                content[:start]
-                + struct.pack(f"<{code}", value)
-                + content[start + struct.calcsize(f"<{code}") :]
-            )
+            return content[:start] + struct.pack(f"<{code}", value) + content[start + struct.calcsize(f"<{code}") :]
 
         return patched(patch)
 
@@ -834,82 +708,36 @@ def ggufs() -> Iterator[tuple[Any, ...]]:
         keys = {key.replace("__", "."): value for key, value in changes.items()}
 
         def make(good: Good, folder: Path) -> Words:
-            arrays = {
-                name: array for name, array in (gguf_tensors() | (tensors or {})).items() if array is not None
-            }
+            arrays = {name: array for name, array in (gguf_tensors() | (tensors or {})).items() if array is not None}
             return as_teacher(good, folder, gguf_file(folder / "m.gguf", arrays, keys, drop))
 
         return make
 
     yield "empty", raw(b""), at + "not a model but a file that begins with b''"
     yield "the magic alone", raw(b"GGUF"), at + "ends early"
-    yield (
-        "another magic",
-        patched(lambda c: b"GGML" + c[4:]),
-        at + "not a model but a file that begins with b'GGML'",
-    )
+    yield "another magic", patched(lambda c: b"GGML" + c[4:]), at + "not a model but a file that begins with b'GGML'"
     for version in (0, 1, 4, 99):
         yield f"version {version}", over(4, "I", version), at + f"GGUF version {version};"
-    yield (
-        "a big-endian version",
-        over(4, ">I".replace(">", ""), 3 << 24),
-        at + "GGUF version 50331648 of a big-endian",
-    )
+    yield "a big-endian version", over(4, ">I".replace(">", ""), 3 << 24), at + "GGUF version 50331648 of a big-endian"
     yield "2^60 tensors", over(8, "Q", 2**60), at + "the number of tensors is 1152921504606846976"
     yield "2^64-1 keys", over(16, "Q", 2**64 - 1), at + "the number of key/values is 18446744073709551615"
     yield "a key of 2^60 bytes", over(24, "Q", 2**60), at + "ends early: key 0 needs"
-    yield (
-        "an unknown type of value",
-        over(0, "I", 99, b"general.architecture"),
-        at + "the value of general.architecture has type 99",
-    )
-    yield (
-        "a text of 2^60 bytes",
-        over(4, "Q", 2**60, b"general.architecture"),
-        at + "ends early: the value of general.architecture",
-    )
-    yield (
-        "a list of 2^60 texts",
-        over(8, "Q", 2**60, b"tokenizer.ggml.tokens"),
-        at + "the length of the value of tokenizer.ggml.tokens is",
-    )
+    yield "an unknown type of value", over(0, "I", 99, b"general.architecture"), at + "the value of general.architecture has type 99"
+    yield "a text of 2^60 bytes", over(4, "Q", 2**60, b"general.architecture"), at + "ends early: the value of general.architecture"
+    yield "a list of 2^60 texts", over(8, "Q", 2**60, b"tokenizer.ggml.tokens"), at + "the length of the value of tokenizer.ggml.tokens is"
     yield "a list of lists", over(4, "I", 9, b"tokenizer.ggml.tokens"), at + ".*array of arrays"
-    yield (
-        "a name that is not UTF-8",
-        patched(lambda c: c.replace(b"llama.block_count", b"llama.block\xffcount")),
-        at + "key .* is not UTF-8 at byte",
-    )
-    yield (
-        "a key twice",
-        patched(lambda c: c.replace(b"llama.rope.dimension_count", b"llama.attention.head_count")),
-        at,
-    )
-    yield (
-        "a tensor twice",
-        patched(lambda c: c.replace(b"blk.1.attn_k.weight", b"blk.1.attn_q.weight")),
-        at + "tensor blk.1.attn_q.weight is there twice",
-    )
+    yield "a name that is not UTF-8", patched(lambda c: c.replace(b"llama.block_count", b"llama.block\xffcount")), at + "key .* is not UTF-8 at byte"
+    yield "a key twice", patched(lambda c: c.replace(b"llama.rope.dimension_count", b"llama.attention.head_count")), at
+    yield "a tensor twice", patched(lambda c: c.replace(b"blk.1.attn_k.weight", b"blk.1.attn_q.weight")), at + "tensor blk.1.attn_q.weight is there twice"
     name = b"output_norm.weight"
     yield "65535 dimensions", over(0, "I", 65535, name), at + "tensor output_norm.weight has 65535 dimensions"
     yield "a size of 2^60", over(4, "Q", 2**60, name), at
     yield "a size of 2^63", over(4, "Q", 2**63, name), at
     yield "a size of 0", over(4, "Q", 0, name), at
-    yield (
-        "an unknown type of tensor",
-        over(12, "I", 4242, name),
-        at + "tensor output_norm.weight has ggml type 4242",
-    )
+    yield "an unknown type of tensor", over(12, "I", 4242, name), at + "tensor output_norm.weight has ggml type 4242"
     yield "a type of odd blocks", over(12, "I", 10, name), at
-    yield (
-        "an offset out of the file",
-        over(16, "Q", 2**40, name),
-        at + "tensor output_norm.weight starts at byte 1099511627776",
-    )
-    yield (
-        "an offset of 2^64-1",
-        over(16, "Q", 2**64 - 1, name),
-        at + "tensor output_norm.weight starts at byte",
-    )
+    yield "an offset out of the file", over(16, "Q", 2**40, name), at + "tensor output_norm.weight starts at byte 1099511627776"
+    yield "an offset of 2^64-1", over(16, "Q", 2**64 - 1, name), at + "tensor output_norm.weight starts at byte"
     yield "tensors that overlap", over(16, "Q", 0, name), at + "tensor output_norm.weight starts at byte 0"
     yield "cut off in the header", patched(lambda c: c[:300]), at
     yield "cut off in the weights", patched(lambda c: c[: len(c) // 2]), at + "ends early: its header needs"
@@ -967,31 +795,17 @@ def tokenizers() -> Iterator[tuple[Any, ...]]:
     yield "a truncated one", lambda g, f: content((g.teacher / name).read_bytes()[:900])(g, f), at + ".*line"
     yield "zero bytes", content(bytes(500)), at
     yield "UTF-16", lambda g, f: content((g.teacher / name).read_text().encode("utf-16"))(g, f), at
-    yield (
-        "a byte-order mark",
-        lambda g, f: content(b"\xef\xbb\xbf" + (g.teacher / name).read_bytes())(g, f),
-        at,
-    )
+    yield "a byte-order mark", lambda g, f: content(b"\xef\xbb\xbf" + (g.teacher / name).read_bytes())(g, f), at
     yield "10^5 brackets", content(b'{"a":' + b"[" * 10**5), at
-    yield (
-        "a key twice",
-        lambda g, f: content(
-            (g.teacher / name).read_bytes().replace(b'"model":', b'"model": {}, "model":', 1)
-        )(g, f),
-        at,
-    )
-    yield (
-        "half a surrogate pair",
-        lambda g, f: content((g.teacher / name).read_bytes().replace(b'"A"', b'"\\ud800"', 1))(g, f),
-        at,
-    )
+    yield "a key twice", lambda g, f: content((g.teacher / name).read_bytes().replace(b'"model":', b'"model": {}, "model":', 1))(g, f), at
+    yield "half a surrogate pair", lambda g, f: content((g.teacher / name).read_bytes().replace(b'"A"', b'"\\ud800"', 1))(g, f), at
     yield "a pickle, protocol 0", content(pickled(0)), at + ".*pickle"
     yield "a pickle, protocol 4", content(pickled(4)), at + ".*pickle"
     yield "a pickle in a zip", content(torch_zip()), at + ".*pickle"
     for what in SPECIAL:
         yield what, content(SPECIAL[what][0]), r"model|tokenizer\.json"
     yield "an unknown kind of model", change(lambda t: t["model"].update(type="Runes")), at
-    yield "no model", change(lambda t: t.pop("model") and None), at
+    yield "no model", change(lambda t: t.pop("model")and None), at
     yield "a model of null", change(lambda t: t.update(model=None)), at
     yield "no vocabulary", change(lambda t: t["model"].update(vocab={})), at
     yield "a vocabulary of a list", change(lambda t: t["model"].update(vocab=["a"])), at
@@ -1000,85 +814,26 @@ def tokenizers() -> Iterator[tuple[Any, ...]]:
     yield "an id of text", change(lambda t: t["model"]["vocab"].update(A="5")), at
     for number in (10**6, 2**31, 2**32 - 1, 2**32, 2**60):
         yield f"the id {number}", change(lambda t, n=number: t["model"]["vocab"].update(A=n)), at
-    yield (
-        "an id twice",
-        change(lambda t: t["model"]["vocab"].update(A=t["model"]["vocab"]["B"])),
-        at + ".*'[AB]'",
-    )
-    yield (
-        "merges of unknown tokens",
-        change(lambda t: t["model"].update(merges=[["qq", "zz"]])),
-        at + ".*(qq|merge)",
-    )
+    yield "an id twice", change(lambda t: t["model"]["vocab"].update(A=t["model"]["vocab"]["B"])), at + ".*'[AB]'"
+    yield "merges of unknown tokens", change(lambda t: t["model"].update(merges=[["qq", "zz"]])), at + ".*(qq|merge)"
     yield "merges of numbers", change(lambda t: t["model"].update(merges=[[1, 2]])), at
     yield "merges of one word", change(lambda t: t["model"].update(merges=["th"])), at
     yield "an unknown normalizer", change(lambda t: t.update(normalizer={"type": "Runes"})), at
-    yield (
-        "a damaged normalizer",
-        change(lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"})),
-        at,
-    )
-    yield (
-        "a regular expression unclosed",
-        change(
-            lambda t: t.update(
-                pre_tokenizer={
-                    "type": "Split",
-                    "pattern": {"Regex": "("},
-                    "behavior": "Isolated",
-                    "invert": False,
-                }
-            )
-        ),
-        at,
-    )
-    template = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
-        "pair": [],
-        "special_tokens": {},
-    }
+    yield "a damaged normalizer", change(lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"})), at
+    yield "a regular expression unclosed", change(lambda t: t.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False})), at
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}], "pair": [], "special_tokens": {}}
     yield "a template of unknown tokens", change(lambda t: t.update(post_processor=template)), at
     yield "an added token of a number", change(lambda t: t.update(added_tokens=[5])), at
-    token = {
-        "content": "<z>",
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    token = {"content": "<z>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     yield "an added token with a taken id", change(lambda t: t["added_tokens"].append(token | {"id": 5})), at
-    yield (
-        "an added token with a far id",
-        change(lambda t: t["added_tokens"].append(token | {"id": 2**31})),
-        at,
-    )
-    for config in (
-        b"",
-        b"[]",
-        b"{",
-        b"[" * 10**5,
-        b"\xff\xfe",
-        pickled(4),
-        b'{"eos_token": 5}',
-        b'{"eos_token": "<eos>", "eos_token": "A"}',
-    ):
-        yield (
-            f"the configuration {config[:24]!r}",
-            model_file("tokenizer_config.json", config),
-            r"model|tokenizer_config\.json",
-        )
+    yield "an added token with a far id", change(lambda t: t["added_tokens"].append(token | {"id": 2**31})), at
+    for config in (b"", b"[]", b"{", b"[" * 10**5, b"\xff\xfe", pickled(4), b'{"eos_token": 5}', b'{"eos_token": "<eos>", "eos_token": "A"}'):
+        yield f"the configuration {config[:24]!r}", model_file("tokenizer_config.json", config), r"model|tokenizer_config\.json"
     yield "a FIFO beside it", model_file("special_tokens_map.json", os.mkfifo), r"special_tokens_map\.json"
     yield "a device beside it", model_file("added_tokens.json", zeros), r"added_tokens\.json"
 
     def code(good: Good, folder: Path) -> Words:
-        words = changed_json(
-            "tokenizer_config.json",
-            lambda c: c.update(
-                tokenizer_class="Runes", auto_map={"AutoTokenizer": ["runes.Runes", "runes.Runes"]}
-            ),
-        )(good, folder)
+        words = changed_json("tokenizer_config.json", lambda c: c.update(tokenizer_class="Runes", auto_map={"AutoTokenizer": ["runes.Runes", "runes.Runes"]}))(good, folder)
         (folder / "model" / "runes.py").write_text("open('canary', 'w')\nclass Runes: pass\n")
         (folder / "model" / name).unlink()
         return words
@@ -1129,39 +884,18 @@ def configs() -> Iterator[tuple[Any, ...]]:
         yield f"{role}, an unknown activation", field(hidden_act="steam"), at
         yield f"{role}, an unknown dtype", field(dtype="float7"), at
         yield f"{role}, rotary settings of a text", field(rope_parameters="steam"), at
-        yield (
-            f"{role}, an unknown rotary kind",
-            field(rope_parameters={"rope_type": "steam", "rope_theta": 1e4}),
-            at,
-        )
+        yield f"{role}, an unknown rotary kind", field(rope_parameters={"rope_type": "steam", "rope_theta": 1e4}), at
 
         def code(good: Good, folder: Path, section: str = section) -> Words:
-            edit = {
-                "model_type": "steam",
-                "auto_map": {"AutoConfig": "steam.Config", "AutoModelForCausalLM": "steam.Model"},
-            }
+            edit = {"model_type": "steam", "auto_map": {"AutoConfig": "steam.Config", "AutoModelForCausalLM": "steam.Model"}}
             words = changed_json(name, lambda c: c.update(edit), section)(good, folder)
-            (folder / "model" / "steam.py").write_text(
-                "open('canary', 'w')\nclass Config: pass\nclass Model: pass\n"
-            )
+            (folder / "model" / "steam.py").write_text("open('canary', 'w')\nclass Config: pass\nclass Model: pass\n")
             return words
 
         yield f"{role}, code that comes with it", code, at
-    yield (
-        "generation settings cut off",
-        model_file("generation_config.json", b'{"eos_'),
-        r"generation_config\.json",
-    )
-    yield (
-        "generation settings of a pickle",
-        model_file("generation_config.json", pickled(4)),
-        r"generation_config\.json: .*pickle",
-    )
-    yield (
-        "generation settings of a FIFO",
-        model_file("generation_config.json", os.mkfifo),
-        r"generation_config\.json",
-    )
+    yield "generation settings cut off", model_file("generation_config.json", b'{"eos_'), r"generation_config\.json"
+    yield "generation settings of a pickle", model_file("generation_config.json", pickled(4)), r"generation_config\.json: .*pickle"
+    yield "generation settings of a FIFO", model_file("generation_config.json", os.mkfifo), r"generation_config\.json"
 
 
 # ---- what a run leaves behind
@@ -1200,11 +934,7 @@ def records() -> Iterator[tuple[Any, ...]]:
         "a pickle": pickled(0).replace(b"\n", b" "),
     }.items():
         yield f"metrics, line 2 {what}", record("metrics.jsonl", first + line + b"\n" + last), at
-    yield (
-        "metrics, UTF-16",
-        record("metrics.jsonl", first.decode().encode("utf-16") + b"\n"),
-        r"metrics\.jsonl:1: ",
-    )
+    yield "metrics, UTF-16", record("metrics.jsonl", first.decode().encode("utf-16") + b"\n"), r"metrics\.jsonl:1: "
     yield "metrics, a pickle", record("metrics.jsonl", pickled(4)), r"metrics\.jsonl: .*pickle"
     for name in ("status.json", "receipt.json"):
         at = name.replace(".", r"\.") + ": "
@@ -1226,32 +956,16 @@ def records() -> Iterator[tuple[Any, ...]]:
             yield f"{name}, {what}", record(name, SPECIAL[what][0]), name.replace(".", r"\.")
     yield "no resolved.yaml", record("resolved.yaml", lambda path: None), "run: not a run directory"
     yield "eval, resolved.yaml of a list", record("resolved.yaml", b"[]", "eval"), r"resolved\.yaml: "
-    yield (
-        "eval, no student",
-        lambda g, f: (shutil.rmtree(run_copy(g, f) / "student"), ["eval", str(f / "run")])[1],
-        "student",
-    )
-    yield (
-        "eval, weights cut off",
-        record("student/model.safetensors", bytes(100), "eval"),
-        r"student/model\.safetensors",
-    )
-    yield (
-        "eval, weights of a pickle",
-        record("student/model.safetensors", pickled(2), "eval"),
-        r"model\.safetensors: .*pickle",
-    )
+    yield "eval, no student", lambda g, f: (shutil.rmtree(run_copy(g, f) / "student"), ["eval", str(f / "run")])[1], "student"
+    yield "eval, weights cut off", record("student/model.safetensors", bytes(100), "eval"), r"student/model\.safetensors"
+    yield "eval, weights of a pickle", record("student/model.safetensors", pickled(2), "eval"), r"model\.safetensors: .*pickle"
     for verb in ("show", "eval"):
         yield f"{verb}, a name of 300 characters", lambda g, f, v=verb: [v, "x" * 300], "xxx: "
         yield f"{verb}, a name with a zero byte", lambda g, f, v=verb: [v, "a\0b"], "a.*b: "
         yield f"{verb}, a link to itself", lambda g, f, v=verb: [v, str(special(loop, f / "run"))], "run: "
         yield f"{verb}, a file", lambda g, f, v=verb: [v, str(special(Path.touch, f / "run"))], "run: "
     yield "--out of 300 characters", lambda g, f: [*recipe(g, f)[:2], "--out", "x" * 300], "xxx: "
-    yield (
-        "--resume of 300 characters",
-        lambda g, f: [*recipe(g, f)[:2], "--resume", "--out", "x" * 300],
-        "xxx: ",
-    )
+    yield "--resume of 300 characters", lambda g, f: [*recipe(g, f)[:2], "--resume", "--out", "x" * 300], "xxx: "
 
 
 def resumed(damage: Callable[[Path], Any], seal: bool = True) -> Damage:
@@ -1329,26 +1043,14 @@ def checkpoints() -> Iterator[tuple[Any, ...]]:
     yield "manifest, a file missing from it", manifest(lambda m: m.pop(weights) and None), at
     yield "manifest, an entry of a list", manifest(lambda m: m.update({weights: []})), at
     for size in (-1, "many", None, 1.5, True, 2**70):
-        yield (
-            f"manifest, {size!r} bytes",
-            manifest(lambda m, s=size: m[weights].update(bytes=s)),
-            place + r".*tensors\.safetensors",
-        )
+        yield f"manifest, {size!r} bytes", manifest(lambda m, s=size: m[weights].update(bytes=s)), place + r".*tensors\.safetensors"
     for digest in ("", "ab", "g" * 64, "a" * 63, 5, None):
-        yield (
-            f"manifest, the hash {digest!r:.9}",
-            manifest(lambda m, d=digest: m[weights].update(sha256=d)),
-            place + r".*tensors\.safetensors",
-        )
+        yield f"manifest, the hash {digest!r:.9}", manifest(lambda m, d=digest: m[weights].update(sha256=d)), place + r".*tensors\.safetensors"
     yield "manifest, missing", file("manifest.json", lambda path: None, seal=False), at
     for what in SPECIAL:
         yield f"manifest, {what}", file("manifest.json", SPECIAL[what][0], seal=False), at
         yield f"state, {what}", file(saved, SPECIAL[what][0], seal=False), place + r".*state\.json"
-        yield (
-            f"tensors, {what}",
-            file(weights, SPECIAL[what][0], seal=False),
-            place + r".*tensors\.safetensors",
-        )
+        yield f"tensors, {what}", file(weights, SPECIAL[what][0], seal=False), place + r".*tensors\.safetensors"
     yield "tensors, a flipped bit", file(weights, bytes(100), seal=False), place + r".*tensors\.safetensors"
 
     at = place + r".*state\.json"
@@ -1374,20 +1076,16 @@ def checkpoints() -> Iterator[tuple[Any, ...]]:
     yield "state, no best", state(lambda s: s["outcome"].pop("best") and None), at + ".*best"
     yield "state, a best of a number", state(lambda s: s["outcome"].update(best=1)), at + ".*best"
     yield "state, a best of nothing", state(lambda s: s["outcome"].update(best={})), at + ".*best"
-    yield (
-        "state, a best of text",
-        state(lambda s: s["outcome"]["best"].update({"heldout/loss": "low"})),
-        at + ".*best",
-    )
+    yield "state, a best of text", state(lambda s: s["outcome"]["best"].update({"heldout/loss": "low"})), at + ".*best"
     yield "state, a best step to come", state(lambda s: s["outcome"].update(best_step=99)), at + ".*best_step"
     yield "state, seconds of text", state(lambda s: s["outcome"].update(seconds="few")), at + ".*seconds"
     yield "state, seconds of NaN", state(lambda s: s["outcome"].update(seconds=float("nan"))), at
+    yield "state, an evaluation of text", state(lambda s: s["outcome"].update(evaluated="two")), at + ".*evaluated"
+    yield "state, steps left out of a text", state(lambda s: s["outcome"].update(left_out="ab")), at + ".*left_out"
+    yield "state, a step left out of a text", state(lambda s: s["outcome"].update(left_out=["a"])), at + ".*left_out"
+    yield "state, a last of other metrics", state(lambda s: s["outcome"].update(last={"heldout/loss": 1.0})), at + ".*last"
     yield "state, negative positions", state(lambda s: s["outcome"].update(positions=-5)), at + ".*positions"
-    yield (
-        "state, another corpus",
-        state(lambda s: s["inputs"].update(corpus="ab")),
-        "00000002: made with another corpus",
-    )
+    yield "state, another corpus", state(lambda s: s["inputs"].update(corpus="ab")), "00000002: made with another corpus"
 
     at = place + r".*tensors\.safetensors"
     norm = "weights/model.hf.model.norm.weight"
@@ -1397,61 +1095,21 @@ def checkpoints() -> Iterator[tuple[Any, ...]]:
     yield "tensors, none", file(weights, safetensors_bytes({})), at
     yield "tensors, one missing", tensors(lambda t: t.pop(norm)), at + ".*norm"
     yield "tensors, another shape", tensors(lambda t: t.update({norm: torch.ones(9)})), at + ".*norm"
-    yield (
-        "tensors, a shape that would broadcast",
-        tensors(lambda t: t.update({norm: torch.ones(1)})),
-        at + ".*norm",
-    )
-    yield (
-        "tensors, another dtype",
-        tensors(lambda t: t.update({norm: torch.ones(32, dtype=torch.float64)})),
-        at + ".*norm",
-    )
+    yield "tensors, a shape that would broadcast", tensors(lambda t: t.update({norm: torch.ones(1)})), at + ".*norm"
+    yield "tensors, another dtype", tensors(lambda t: t.update({norm: torch.ones(32, dtype=torch.float64)})), at + ".*norm"
     yield "tensors, one too many", tensors(lambda t: t.update({"weights/odd": torch.ones(9)})), at + ".*odd"
     yield "tensors, a strange kind", tensors(lambda t: t.update({"odd/odd": torch.ones(9)})), at + ".*odd"
-    yield (
-        "tensors, no optimizer",
-        tensors(lambda t: [t.pop(n) for n in list(t) if n.startswith("optimizer/")]),
-        at + ".*optimizer",
-    )
+    yield "tensors, no optimizer", tensors(lambda t: [t.pop(n) for n in list(t) if n.startswith("optimizer/")]), at + ".*optimizer"
     yield "tensors, a moment missing", tensors(lambda t: t.pop("optimizer/0/exp_avg")), at + ".*optimizer/0"
-    yield (
-        "tensors, a moment of another shape",
-        tensors(lambda t: t.update({"optimizer/0/exp_avg": torch.ones(3)})),
-        at + ".*optimizer/0",
-    )
-    yield (
-        "tensors, a moment of NaN",
-        tensors(lambda t: t["optimizer/0/exp_avg"].fill_(float("nan"))),
-        at + ".*optimizer/0",
-    )
+    yield "tensors, a moment of another shape", tensors(lambda t: t.update({"optimizer/0/exp_avg": torch.ones(3)})), at + ".*optimizer/0"
+    yield "tensors, a moment of NaN", tensors(lambda t: t["optimizer/0/exp_avg"].fill_(float("nan"))), at + ".*optimizer/0"
     yield "tensors, weights of NaN", tensors(lambda t: t[norm].fill_(float("nan"))), at + ".*norm"
-    yield (
-        "tensors, moments of no parameter",
-        tensors(lambda t: t.update({"optimizer/999/exp_avg": torch.ones(3)})),
-        at + ".*optimizer/999",
-    )
-    yield (
-        "tensors, moments of a word",
-        tensors(lambda t: t.update({"optimizer/x/exp_avg": torch.ones(3)})),
-        at + ".*optimizer/x",
-    )
-    yield (
-        "tensors, an unknown moment",
-        tensors(lambda t: t.update({"optimizer/0/odd": torch.ones(3)})),
-        at + ".*optimizer/0/odd",
-    )
+    yield "tensors, moments of no parameter", tensors(lambda t: t.update({"optimizer/999/exp_avg": torch.ones(3)})), at + ".*optimizer/999"
+    yield "tensors, moments of a word", tensors(lambda t: t.update({"optimizer/x/exp_avg": torch.ones(3)})), at + ".*optimizer/x"
+    yield "tensors, an unknown moment", tensors(lambda t: t.update({"optimizer/0/odd": torch.ones(3)})), at + ".*optimizer/0/odd"
     yield "tensors, no random state", tensors(lambda t: t.pop("random/cpu")), at + ".*random/cpu"
-    yield (
-        "tensors, a random state of three bytes",
-        tensors(lambda t: t.update({"random/cpu": torch.zeros(3, dtype=torch.uint8)})),
-        at + ".*random/cpu",
-    )
-    yield (
-        "tensors, a random state of floats",
-        tensors(lambda t: t.update({"random/cpu": torch.zeros(5056)})),
-        at + ".*random/cpu",
-    )
+    yield "tensors, a random state of three bytes", tensors(lambda t: t.update({"random/cpu": torch.zeros(3, dtype=torch.uint8)})), at + ".*random/cpu"
+    yield "tensors, a random state of floats", tensors(lambda t: t.update({"random/cpu": torch.zeros(5056)})), at + ".*random/cpu"
 
     def metrics(line: bytes) -> Damage:
         def damage(folder: Path) -> None:
@@ -1465,6 +1123,7 @@ def checkpoints() -> Iterator[tuple[Any, ...]]:
     yield "metrics, a line without a step", metrics(b"{}"), r"metrics\.jsonl:2: "
 
 
+# fmt: on
 KINDS = {
     "recipe": recipes,
     "plug-in": plugins,
@@ -1761,10 +1420,10 @@ def test_remote_code_is_never_trusted() -> None:
     calls = []
     for path in sorted(Path(potstill.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                if node.func.attr in ("from_pretrained", "from_config"):
-                    said = [ast.unparse(k.value) for k in node.keywords if k.arg == "trust_remote_code"]
-                    calls.append((path.name, node.lineno, said))
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if named and node.func.attr in ("from_pretrained", "from_config"):
+                said = [ast.unparse(k.value) for k in node.keywords if k.arg == "trust_remote_code"]
+                calls.append((path.name, node.lineno, said))
     assert len(calls) >= 6
     assert [call for call in calls if call[2] != ["False"]] == []
 

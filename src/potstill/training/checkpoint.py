@@ -98,7 +98,7 @@ class Checkpoints:
                 " Earlier ones are untouched. Make room, then run again with --resume."
             ) from error
         if (fault := _fault(place)) is not None:
-            raise UserError(f"{place}: read back, the checkpoint is damaged: {fault}. The disk is not sound.")
+            raise UserError(f"{place}: read back, the checkpoint is damaged: {fault} The disk is not sound.")
         for old in self._found()[KEPT:]:
             shutil.rmtree(old)
 
@@ -202,19 +202,23 @@ def _read_state(place: Path) -> dict[str, Any]:
         refuse("inputs", inputs, "a mapping of hashes")
     if not isinstance(outcome, dict):
         refuse("outcome", outcome, "a mapping")
-    wanted = {field.name: field.type for field in dataclasses.fields(Outcome)}
-    if odd := sorted(outcome.keys() ^ wanted.keys()):
-        refuse("outcome", sorted(outcome), f"of the fields {', '.join(wanted)}: {odd[0]} is one side's alone")
-    for name, kind in wanted.items():
+    fields = {field.name: field for field in dataclasses.fields(Outcome)}
+    if odd := sorted(outcome.keys() ^ fields.keys()):
+        refuse("outcome", sorted(outcome), f"of the fields {', '.join(fields)}: {odd[0]} is one side's alone")
+    for name, field in fields.items():
         value = outcome[name]
-        if kind == "int" and not (type(value) is int and value >= 0):
-            refuse(f"outcome.{name}", value, "a count")
-        if kind == "float" and not (_is_number(value) and value >= 0):
-            refuse(f"outcome.{name}", value, "a number from 0")
-        if kind == "dict[str, float]" and not (
-            isinstance(value, dict) and all(map(_is_number, value.values()))
-        ):
-            refuse(f"outcome.{name}", value, "a mapping of numbers")
+        least = min(0, getattr(Outcome, name)) if field.type == "int" else 0
+        fits, wanted = {
+            "int": (type(value) is int and value >= least, "a count"),
+            "float": (_is_number(value) and value >= 0, "a number from 0"),
+            "list[int]": (isinstance(value, list) and all(type(i) is int for i in value), "a list of steps"),
+            "dict[str, float]": (
+                isinstance(value, dict) and all(map(_is_number, value.values())),
+                "a mapping of numbers",
+            ),
+        }[str(field.type)]
+        if not fits:
+            refuse(f"outcome.{name}", value, wanted)
     if outcome["step"] != int(place.name):
         refuse("outcome.step", outcome["step"], f"{int(place.name)}, as its folder says")
     if outcome["best_step"] > outcome["step"]:
@@ -247,8 +251,8 @@ def _read_tensors(place: Path, student: Student, optimizer: torch.optim.Optimize
         if (found.shape, found.dtype) != (like.shape, like.dtype):
             found_is, like_is = (f"{t.dtype} {list(t.shape)}" for t in (found, like))
             raise UserError(f"{FILES[0]}: {name}: {found_is}, and the run's own is {like_is}.")
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise UserError(f"{FILES[0]}: {name}: not all of it is finite.")
+        if bool(found.isnan().any()):
+            raise UserError(f"{FILES[0]}: {name}: not all of it are numbers.")
     return tensors
 
 
