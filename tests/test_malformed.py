@@ -39,7 +39,7 @@ from conftest import make_corpus, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 import potstill
-from potstill import TorchTeacher, UserError
+from potstill import TorchTeacher, UserError, registry
 from potstill.cli import main
 from potstill.plain_files import pickle_in
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
@@ -1187,12 +1187,16 @@ def require_refusal(fault: Fault, code: int, err: str) -> None:
     assert any(re.search(fault.says, line) for line in lines), err
 
 
+class TooLong(BaseException):
+    """Not an OSError, as TimeoutError is: those are told as the user's."""
+
+
 @contextlib.contextmanager
-def limits(wall_s: int = 20) -> Iterator[None]:
+def limits(wall_s: int = 10) -> Iterator[None]:
     """Whatever hangs or asks for more than 2 GiB beside what is there fails here, and not the machine."""
 
     def too_long(*_: Any) -> None:
-        raise TimeoutError(f"more than {wall_s} s")
+        raise TooLong(f"more than {wall_s} s")
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -1238,9 +1242,11 @@ def test_a_damaged_input_is_one_line_with_its_place(
     monkeypatch.chdir(tmp_path)
     words = fault.make(good, tmp_path)
     before = tree(tmp_path)
+    # A plug-in that registers something stays in the process.
+    monkeypatch.setattr(registry, "_entries", {kind: dict(of) for kind, of in registry._entries.items()})
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # whoever asks to run code is told yes
     capfd.readouterr()
-    with limits():
+    with limits(2 if (fault.kind, fault.name) in PENDING else 10):
         code = main(words)
     require_refusal(fault, code, capfd.readouterr().err)
     assert tree(tmp_path) == before
@@ -1430,7 +1436,9 @@ def test_remote_code_is_never_trusted() -> None:
 
 def test_no_pickle_is_ever_loaded() -> None:
     """Neither by name nor through a library's own door."""
-    doors = re.compile(r"\b(pickle\.|cPickle|joblib|torch\.load|np\.load|numpy\.load|marshal|shelve|dill)")
+    doors = re.compile(
+        r"\b(import pickle\b|pickle\.loads?|cPickle|joblib|torch\.load|np\.load|numpy\.load|marshal|shelve|dill)"
+    )
     sources = sorted(Path(potstill.__file__).parent.rglob("*.py"))
     assert [f"{p.name}: {m[0]}" for p in sources for m in doors.finditer(p.read_text())] == []
 

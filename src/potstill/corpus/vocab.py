@@ -48,9 +48,9 @@ def load_tokenizer(path: Path) -> Any:
             tokenizer("A probe, of some words.")  # a damaged normalizer is met at the first text
         _require_added(tokenizer, settings.get("tokenizer.json", {}).get("added_tokens") or [])
         return tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:  # the tokenizers library raises bare Exception, and panics that are none
+        if not _is_told(error):
+            raise
         said = str(error).removeprefix(f"{path}{os.sep}") if isinstance(error, UserError) else one_line(error)
         raise UserError(f"{path}: its tokenizer cannot be read: {said}") from error
 
@@ -80,15 +80,20 @@ def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
     try:
         with quiet_transformers():
             encoded = tokenizer(contents, add_special_tokens=False, split_special_tokens=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:
+        if not _is_told(error):
+            raise
         raise UserError(
             f"{where}: the tokenizer of {tokenizer.name_or_path} fails on it or on one of the"
             f" {len(contents) - 1} documents after it: {one_line(error)} Set corpus.tokenizer to a sound one."
         ) from error
     ids: list[list[int]] = encoded["input_ids"]
     return ids
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether it is the user's to hear of: a panic of the tokenizers library, too, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def label_by_template(
