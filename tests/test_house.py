@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "potstill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
-    {"errors", "types", "registry", "display", "quiet"},
+    {"errors", "types", "registry", "display", "quiet", "plain_files"},
     {"losses", "corpus", "models", "recipe"},
     {"teachers", "students", "runs"},
     {"training", "evals"},

@@ -5,9 +5,27 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 from collections.abc import Iterator
 
 import transformers
+
+
+@contextlib.contextmanager
+def quiet_panics() -> Iterator[None]:
+    """The tokenizers library writes of a panic to the process's stderr itself, before it raises."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # there is no stderr to keep quiet
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 @contextlib.contextmanager

@@ -37,11 +37,11 @@ def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
     if os.path.exists(path):
         return path
     if not or_hub_id:
-        raise UserError(f"no file or folder {path}. A path is relative to the recipe.")
+        raise UserError(f"no file or folder {path:.500}. A path is relative to the recipe.")
     if HUB_ID.fullmatch(value) and not value.endswith(FILE_ENDINGS):
         return value
     raise UserError(
-        f"no file or folder {path}. Give a path relative to the recipe, or a hub id (owner/name)."
+        f"no file or folder {path:.500}. Give a path relative to the recipe, or a hub id (owner/name)."
     )
 
 

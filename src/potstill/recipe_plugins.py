@@ -71,7 +71,7 @@ def _options_type(name: str, function: Any) -> Any:
         kind.__pydantic_config__ = CONFIG  # type: ignore[attr-defined]
         kind.__doc__ = function.__doc__
         TypeAdapter(kind)
-    except (TypeError, ValueError, NameError, SyntaxError, PydanticUserError) as error:
+    except (TypeError, ValueError, NameError, AttributeError, SyntaxError, PydanticUserError) as error:
         is_type = isinstance(error, PydanticUserError)
         said = "an option has a type that no YAML value has" if is_type else str(error).rstrip(".")
         advice = "Annotate each keyword option with a plain type, such as float."

@@ -16,12 +16,13 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,17 +71,22 @@ def load_plugin(path: Path) -> None:
     """Import a user's Python file, which registers what it defines."""
     if not path.is_file():
         raise UserError(f"plugins: no file {path}. List Python files, relative to the recipe.")
+    if path.suffix != ".py":
+        raise UserError(f"plugins: {path}: not a Python file. Give one whose name ends in .py.")
     spec = importlib.util.spec_from_file_location(f"potstill_plugin_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a refusal leaves no file beside theirs
     try:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:  # whatever a user's file raises is told with its place, not hidden
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is told, with its place
         raise UserError(
-            f"plugins: {path}: {type(error).__name__}: {error}. The file must import cleanly."
+            f"plugins: {path}: {type(error).__name__}: {one_line(error)} The file must import cleanly."
         ) from error
+    finally:
+        sys.dont_write_bytecode = writes
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from potstill.errors import UserError
+from potstill.plain_files import NO_PICKLE, pickle_in
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32
@@ -40,6 +41,8 @@ def decode(data: bytes, where: str) -> str:
     """The text of a file's bytes; a byte-order mark of UTF-8 is dropped."""
     if len(data) > MAX_BYTES:
         raise UserError(f"{where}: larger than {MAX_BYTES} bytes. A recipe is a short YAML file.")
+    if kind := pickle_in(data, len(data)):
+        raise UserError(f"{where}: not YAML but {kind}: {NO_PICKLE}. A recipe is a YAML file in UTF-8.")
     if b"\0" in data:
         raise UserError(
             f"{where}: a binary file (zero byte at {data.index(0)}). A recipe is a YAML file in UTF-8."

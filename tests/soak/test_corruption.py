@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from potstill.training.checkpoint import _fault
+from potstill.errors import UserError
+from potstill.training.checkpoint import verify
 from soak.lab import KILLED, SHORT, Lab, count
 
 FILES = ("tensors.safetensors", "state.json", "manifest.json")
@@ -80,7 +81,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(lab: Lab, out: Pat
 def test_every_bit_of_the_small_files_is_checked(out: Path) -> None:
     """All single-bit flips of the manifest, and as many as are asked for of the state."""
     place = out / NEWEST
-    assert _fault(place) is None
+    verify(place)
     for name in FILES[1:]:
         whole = (place / name).read_bytes()
         flips = [(at, bit) for at in range(len(whole)) for bit in range(8)]
@@ -88,9 +89,11 @@ def test_every_bit_of_the_small_files_is_checked(out: Path) -> None:
             content = bytearray(whole)
             content[at] ^= 1 << bit
             (place / name).write_bytes(content)
-            assert _fault(place) is not None, f"{name}: bit {bit} of byte {at}"
+            with pytest.raises(UserError):
+                verify(place)
+                pytest.fail(f"{name}: bit {bit} of byte {at} flipped, and nobody noticed")
         (place / name).write_bytes(whole)
-    assert _fault(place) is None
+    verify(place)
 
 
 def checkpoints(out: Path) -> dict[str, bytes]:

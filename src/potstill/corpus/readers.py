@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.corpus.vocab import encode, label_by_prefix, label_by_template
 from potstill.errors import UserError, one_line
+from potstill.plain_files import opened, parse_json
 from potstill.quiet import quiet_transformers
 
 # A shard without document ends is cut in pieces of so many rows, so that some of them can be held out.
 ROWS_PER_PIECE = 16
 TEXTS_PER_CALL = 64
+# A document is in memory as a whole, with its tokens. A longer one is a file never written, or no text.
+MAX_TEXT_BYTES, MAX_LINE_BYTES = 2**28, 2**26
+ZEROS = 2**16
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -53,14 +59,25 @@ def text(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: S
 
     def texts() -> Iterator[tuple[str, str]]:
         for file in _files(path, include, exclude):
-            content = b"".join(_lines(file, reading))
+            if os.path.isfile(file) and (size := os.path.getsize(file)) > MAX_TEXT_BYTES:
+                raise UserError(
+                    f"{file}: a document of {size} bytes, at most {MAX_TEXT_BYTES} are read."
+                    " Split it, or write a document a line as JSONL."
+                )
+            content = b"".join(_lines(file, reading, whole=True))
             try:
-                yield str(file), content.decode("utf-8")
+                decoded = content.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{file}: not UTF-8 text at byte {error.start} of {len(content)}."
                     " Leave it out with corpus.include or corpus.exclude."
                 ) from error
+            if b"\0" in content:
+                raise UserError(
+                    f"{file}: not a text: zero byte at {content.index(0)} of {len(content)}."
+                    " Leave it out with corpus.include or corpus.exclude."
+                )
+            yield str(file), decoded
 
     reading.documents = _tokenize(texts(), tokenizer)
     return reading
@@ -87,7 +104,7 @@ def chat(path: Path, tokenizer: Any, field: str = "messages") -> Reading:
             "corpus.name: chat needs a tokenizer with a chat template, and this one has none."
             f" Set corpus.tokenizer to another. ({one_line(error)})"
         ) from error
-    label = _by_template if GENERATION_BLOCK.search(template) else _by_prefix
+    label = label_by_template if GENERATION_BLOCK.search(template) else label_by_prefix
     reading = Reading(iter(()))
 
     def conversations() -> Iterator[Document]:
@@ -110,22 +127,30 @@ def chat(path: Path, tokenizer: Any, field: str = "messages") -> Reading:
 
 def parquet(path: Path, tokenizer: Any, column: str = "text") -> Reading:
     """One document a record, the string in `column`."""
-    pa, pq = _extra("pyarrow"), _extra("pyarrow.parquet")
+    _extra("pyarrow")
+    pq = _extra("pyarrow.parquet")
     reading = Reading(iter(()))
 
     def texts() -> Iterator[tuple[str, str]]:
         for file in _files(path, ("*.parquet",)):
-            _record(file, reading)
+            where, number = str(file), 0
+            with opened(file, "Parquet", "Leave it out, or write it again."):
+                pass
             try:
-                with pq.ParquetFile(file) as table:
+                with pq.ParquetFile(file, page_checksum_verification=True) as table:
                     _require_column(file, column, table.schema_arrow.names)
-                    number = 0
                     for batch in table.iter_batches(columns=[column], batch_size=TEXTS_PER_CALL):
-                        for value in batch.column(0).to_pylist():
-                            yield f"{file}:{number}", _string(f"{file}:{number}", {column: value}, column)
+                        for value in batch.column(0):
+                            where = f"{file}:{number}"
+                            yield where, _string(where, {column: value.as_py()}, column)
                             number += 1
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{file}: not a readable Parquet file: {one_line(error)}") from error
+                    if number != table.metadata.num_rows:
+                        raise ValueError(f"{number} records, its footer says {table.metadata.num_rows}")
+            except UserError:
+                raise
+            except Exception as error:  # over damaged pages not Arrow's own errors alone
+                raise UserError(f"{where}: not a readable Parquet file: {one_line(error)}") from error
+            _record(file, reading)  # last: of gigabytes that are no Parquet not one is read
 
     reading.documents = _tokenize(texts(), tokenizer)
     return reading
@@ -152,8 +177,15 @@ def hf(path: Path, tokenizer: Any, split: str | None = None, column: str = "text
     def texts() -> Iterator[tuple[str, str]]:
         for file in data.cache_files:
             _record(Path(file["filename"]), reading)
-        for number, record in enumerate(data.select_columns([column])):
-            yield f"{path}:{number}", _string(f"{path}:{number}", record, column)
+        where = str(path)
+        try:
+            for number, record in enumerate(data.select_columns([column])):
+                where = f"{path}:{number}"
+                yield where, _string(where, record, column)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged table says so when it is read, in many ways
+            raise UserError(f"{where}: not a readable dataset: {one_line(error)}") from error
 
     reading.documents = _tokenize(texts(), tokenizer)
     return reading
@@ -173,8 +205,7 @@ def tokens(path: Path, dtype: str, vocab_size: int, document_end: int | None, to
 
     def documents() -> Iterator[Document]:
         for file in _files(path, ("*.bin",) if any(path.rglob("*.bin")) else ("*",)):
-            _record(file, reading)
-            size = reading.files[-1]["bytes"]
+            size = _size_of_shard(file)
             if size == 0:
                 raise UserError(f"{file}: an empty shard. Leave it out or write it again.")
             if size % width:
@@ -182,6 +213,7 @@ def tokens(path: Path, dtype: str, vocab_size: int, document_end: int | None, to
                     f"{file}: {size} bytes are not a whole number of {dtype} ids of {width} bytes."
                     " The shard is cut off, or the dtype is another."
                 )
+            _record(file, reading)
             ids = np.memmap(file, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
             ends = [] if document_end is None else (np.flatnonzero(ids == document_end) + 1).tolist()
             cuts = ends or range(ROWS_PER_PIECE * tokens_per_row, len(ids), ROWS_PER_PIECE * tokens_per_row)
@@ -205,57 +237,35 @@ def require_ids(where: str, ids: NDArray[np.uint32], vocab_size: int, offset: in
         )
 
 
+def _size_of_shard(file: Path) -> int:
+    """Its bytes, when it may hold ids: space that was set aside and never written is all zeros."""
+    with opened(file, "token ids", "Leave it out, or write it again.") as stream:
+        first = stream.read(ZEROS)
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - ZEROS, 0))
+        for part, where in ((first, "first"), (stream.read(ZEROS), "last")):
+            if len(part) == ZEROS and not any(part):
+                raise UserError(
+                    f"{file}: its {where} {ZEROS} bytes are zero: never written, or cut off. Write it again."
+                )
+    return size
+
+
 def _tokenize(texts: Iterable[tuple[str, str]], tokenizer: Any) -> Iterator[Document]:
     full = ((where, content) for where, content in texts if content)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    heard = False
     while chunk := list(islice(full, TEXTS_PER_CALL)):
-        with quiet_transformers():
-            encoded = tokenizer(
-                [content for _, content in chunk], add_special_tokens=False, split_special_tokens=True
+        contents = [content for _, content in chunk]
+        ids_of = encode(chunk[0][0], contents, tokenizer)
+        heard = heard or any(ids_of)
+        if not heard and any(content.strip() for content in contents):
+            raise UserError(
+                f"{tokenizer.name_or_path}: its tokenizer finds no token in {chunk[0][0]} and the"
+                f" {len(chunk) - 1} documents after it. Set corpus.tokenizer to one for this text."
             )
-        for (where, _), ids in zip(chunk, encoded["input_ids"], strict=True):
+        for (where, _), ids in zip(chunk, ids_of, strict=True):
             yield Document(where, np.array([*ids, *end], dtype=np.uint32))
-
-
-def _by_template(where: str, messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Ids, and labels where the template says the assistant speaks, with the end-of-turn token after it."""
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ids, spoken = encoded["input_ids"], [bool(said) for said in encoded["assistant_masks"]]
-    # Many templates close the block before the end of turn; a student that is never taught it never stops.
-    ends = [i > 0 and spoken[i - 1] and id_ == tokenizer.eos_token_id for i, id_ in enumerate(ids)]
-    return ids, [said or end for said, end in zip(spoken, ends, strict=True)]
-
-
-def _by_prefix(where: str, messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Ids, and labels on what each of the assistant's messages adds to the text.
-
-    Texts are compared and not ids: a tokenizer may merge the prompt's last character with the answer's first.
-    """
-
-    def render(upto: int, prompt: bool) -> str:
-        rendered: str = tokenizer.apply_chat_template(
-            messages[:upto], add_generation_prompt=prompt, tokenize=False
-        )
-        return rendered
-
-    whole = render(len(messages), False)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    begins = np.array([begin for begin, _ in encoded["offset_mapping"]], dtype=np.int64)
-    labels = np.zeros(len(begins), dtype=np.bool_)
-    if messages[0]["role"] == "assistant":
-        raise UserError(
-            f"{where}: message 0 is the assistant's, and answers nothing. Put a user's before it."
-        )
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(turn, True), render(turn + 1, False)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise UserError(
-                    f"{where}: the chat template rewrites earlier turns, so the assistant's tokens of message"
-                    f" {turn} cannot be told apart. Use a template with a {{% generation %}} block."
-                )
-            labels |= (begins >= len(before)) & (begins < len(after))
-    return encoded["input_ids"], labels.tolist()
 
 
 def _messages(where: str, record: dict[str, Any], field: str) -> list[dict[str, str]]:
@@ -281,8 +291,8 @@ def _records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]
             if line.strip():
                 where = f"{file}:{number}"
                 try:
-                    record = json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError) as error:
+                    record = parse_json(line)
+                except ValueError as error:
                     raise UserError(f"{where}: not a line of JSON: {one_line(error)}") from error
                 if not isinstance(record, dict):
                     raise UserError(f"{where}: {type(record).__name__}, not an object with named fields.")
@@ -325,9 +335,9 @@ def _require_column(where: Path, column: str, names: Sequence[str]) -> None:
 
 def _files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
     """In sorted order, so that a corpus is the same on every file system."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
+        return [path]  # also what is not plain: opening it says what it is
+    if not os.path.isdir(path):
         raise UserError(f"corpus.path: no file or folder {path}.")
 
     def matches(relative: Path, patterns: Sequence[str]) -> bool:
@@ -347,14 +357,20 @@ def _files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> l
     return found
 
 
-def _lines(file: Path, reading: Reading) -> Iterator[bytes]:
-    """The lines of a file, hashed as they pass: a large file is never held whole."""
-    digest, size = hashlib.sha256(), 0
+def _lines(file: Path, reading: Reading, whole: bool = False) -> Iterator[bytes]:
+    """The lines of a file, hashed as they pass: a large file is never held whole, unless it is one text."""
+    digest, size, number = hashlib.sha256(), 0, 1
     try:
-        with open(file, "rb") as stream:
-            for line in stream:
+        with opened(file, "text", "Leave it out, or write it again.") as stream:
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                if len(line) > MAX_LINE_BYTES and not whole:
+                    raise UserError(
+                        f"{file}:{number}: a line longer than {MAX_LINE_BYTES} bytes."
+                        " Write one document a line."
+                    )
                 digest.update(line)
                 size += len(line)
+                number += 1
                 yield line
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}.") from error
@@ -364,7 +380,7 @@ def _lines(file: Path, reading: Reading) -> Iterator[bytes]:
 def _record(file: Path, reading: Reading) -> None:
     """Hash a file that its own library opens; its lines, if it has any, may be as long as the file."""
     try:
-        with open(file, "rb") as stream:
+        with opened(file, "a corpus", "Leave it out, or write it again.") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             size = stream.tell()
     except OSError as error:

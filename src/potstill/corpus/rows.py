@@ -23,6 +23,7 @@ from potstill.corpus.readers import Document, Reading, require_ids
 from potstill.errors import UserError
 from potstill.types import Batch, Vocab
 
+MAX_EPOCHS_PER_STEP = 1000  # a step may see a row twice, but no one means this
 SPREAD = 8  # held-out rows are drawn from up to so many times their tokens, or a twentieth of the corpus
 
 
@@ -119,6 +120,11 @@ class Order:
     seed: int
 
     def rows(self, step: int, rows_per_step: int) -> list[int]:
+        if rows_per_step > MAX_EPOCHS_PER_STEP * self.num_rows:
+            raise UserError(
+                f"train.rows_per_step: {rows_per_step} rows in a step, of {self.num_rows} training rows: each"
+                f" more than {MAX_EPOCHS_PER_STEP} times over. Set it lower."
+            )
         first = step * rows_per_step
         return [self._row(position) for position in range(first, first + rows_per_step)]
 
@@ -162,6 +168,11 @@ def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vo
     for document in documents:
         require_ids(document.source, document.ids, vocab.size)
     total = sum(len(document.ids) for document in documents)
+    if tokens_per_row > total:
+        raise UserError(
+            f"corpus.tokens_per_row: rows of {tokens_per_row} tokens, and the {len(documents)} documents have"
+            f" {total} in all. Give more text, or set it lower."
+        )
     train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row)
     dropped = train.drop(heldout)
     if len(heldout) < heldout_rows or len(train) == 0:

@@ -7,16 +7,23 @@ lists that differ, with the first id that does. Called by the assembly and by te
 
 from __future__ import annotations
 
+import os
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 
 from potstill.errors import UserError, one_line
-from potstill.quiet import quiet_transformers
+from potstill.plain_files import opened, read_object, require_plain
+from potstill.quiet import quiet_panics, quiet_transformers
 from potstill.types import Vocab
 
+# Read as JSON before a library reads them: of two equal keys it would take the last, unseen.
+SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SPARE_IDS = 1024
+"""Holes that a list may have beside as many as its tokens: more is a damaged id, and fills the memory."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -31,14 +38,107 @@ def load_tokenizer(path: Path) -> Any:
             f"{path}: no tokenizer there. Name a folder with tokenizer.json, a hub id or a GGUF file."
         )
     try:
-        with quiet_transformers():
+        settings = _settings(path)
+        with quiet_transformers(), quiet_panics():
             if path.suffix == ".gguf":
                 return transformers.AutoTokenizer.from_pretrained(
                     path.parent, gguf_file=path.name, trust_remote_code=False
                 )
-            return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise UserError(f"{path}: its tokenizer cannot be read: {one_line(error)}") from error
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer("A probe, of some words.")  # a damaged normalizer is met at the first text
+        _require_added(tokenizer, settings.get("tokenizer.json", {}).get("added_tokens") or [])
+        return tokenizer
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics that are none
+        if not _is_told(error):
+            raise
+        said = str(error).removeprefix(f"{path}{os.sep}") if isinstance(error, UserError) else one_line(error)
+        raise UserError(f"{path}: its tokenizer cannot be read: {said}") from error
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if path.suffix == ".gguf":
+        with opened(path, "a GGUF file", "Fetch it again."):
+            return {}
+    require_plain(path, "Remove it.")
+    there = [name for name in SETTINGS if os.path.lexists(path / name)]
+    return {name: read_object(path / name, "Fetch it again.") for name in there}
+
+
+def _require_added(tokenizer: Any, added: list[Any]) -> None:
+    """The library numbers a token anew when its id is taken or out of line."""
+    known = tokenizer.get_vocab()
+    for entry in added:
+        if known.get(entry["content"]) != entry["id"]:
+            found = known.get(entry["content"])
+            raise UserError(
+                f"tokenizer.json: the added token {entry['content']!r:.60} has id {entry['id']}, and {found}"
+                " once it is loaded: that id is another token's or out of line. Fetch it again."
+            )
+
+
+def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
+    try:
+        with quiet_transformers():
+            encoded = tokenizer(contents, add_special_tokens=False, split_special_tokens=True)
+    except BaseException as error:
+        if not _is_told(error):
+            raise
+        raise UserError(
+            f"{where}: the tokenizer of {tokenizer.name_or_path} fails on it or on one of the"
+            f" {len(contents) - 1} documents after it: {one_line(error)} Set corpus.tokenizer to a sound one."
+        ) from error
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether it is the user's to hear of: a panic of the tokenizers library, too, which is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def label_by_template(
+    where: str, messages: list[dict[str, str]], tokenizer: Any
+) -> tuple[list[int], list[bool]]:
+    """Ids, and labels where the template says the assistant speaks, with the end-of-turn token after it."""
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids, spoken = encoded["input_ids"], [bool(said) for said in encoded["assistant_masks"]]
+    # Many templates close the block before the end of turn; a student that is never taught it never stops.
+    ends = [i > 0 and spoken[i - 1] and id_ == tokenizer.eos_token_id for i, id_ in enumerate(ids)]
+    return ids, [said or end for said, end in zip(spoken, ends, strict=True)]
+
+
+def label_by_prefix(
+    where: str, messages: list[dict[str, str]], tokenizer: Any
+) -> tuple[list[int], list[bool]]:
+    """Ids, and labels on what each of the assistant's messages adds to the text.
+
+    Texts are compared and not ids: a tokenizer may merge the prompt's last character with the answer's first.
+    """
+
+    def render(upto: int, prompt: bool) -> str:
+        rendered: str = tokenizer.apply_chat_template(
+            messages[:upto], add_generation_prompt=prompt, tokenize=False
+        )
+        return rendered
+
+    whole = render(len(messages), False)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    begins = np.array([begin for begin, _ in encoded["offset_mapping"]], dtype=np.int64)
+    labels = np.zeros(len(begins), dtype=np.bool_)
+    if messages[0]["role"] == "assistant":
+        raise UserError(
+            f"{where}: message 0 is the assistant's, and answers nothing. Put a user's before it."
+        )
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(turn, True), render(turn + 1, False)
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise UserError(
+                    f"{where}: the chat template rewrites earlier turns, so the assistant's tokens of message"
+                    f" {turn} cannot be told apart. Use a template with a {{% generation %}} block."
+                )
+            labels |= (begins >= len(before)) & (begins < len(after))
+    return encoded["input_ids"], labels.tolist()
 
 
 def vocab_of(tokenizer: Any, size: int) -> Vocab:
@@ -46,9 +146,21 @@ def vocab_of(tokenizer: Any, size: int) -> Vocab:
 
     A GGUF file writes the padded end of a vocabulary into its list, as [PAD151665]; here it is no token.
     """
-    ids = tokenizer.get_vocab()
-    tokens = [""] * (max(ids.values(), default=-1) + 1)
-    for token, i in ids.items():
+    known, name = tokenizer.get_vocab(), getattr(tokenizer, "name_or_path", "tokenizer")
+    furthest = max(known, key=known.__getitem__, default="")
+    if known and known[furthest] >= 2 * max(len(known), size) + SPARE_IDS:
+        raise UserError(
+            f"{name}: its tokenizer gives {furthest!r:.60} the id {known[furthest]}, in a list of"
+            f" {len(known)} tokens. Take the tokenizer that came with the model."
+        )
+    tokens = [""] * (max(known.values(), default=-1) + 1)
+    for token, i in known.items():
+        if tokens[i]:
+            both = " and ".join(sorted(f"{each!r:.60}" for each in (tokens[i], token)))
+            raise UserError(
+                f"{name}: its tokenizer gives {both} the same id {i}."
+                " Take the tokenizer that came with the model."
+            )
         tokens[i] = token
     while tokens and tokens[-1] in ("", f"[PAD{len(tokens) - 1}]"):
         tokens.pop()

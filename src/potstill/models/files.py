@@ -10,14 +10,12 @@ either format; only a hash shows it. Called by `load` before Transformers, and f
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 import os
 import reprlib
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -26,6 +24,8 @@ from typing import Any, NoReturn, TypeGuard
 from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
 from potstill.errors import UserError
+from potstill.plain_files import MAX_JSON_BYTES, object_of, opened, read_object, require_plain
+from potstill.plain_files import shown as _shown
 
 Shape = tuple[int, ...]
 Tensors = dict[str, tuple[str, Shape]]
@@ -36,9 +36,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_PICKLE = "a pickle can run code; convert to safetensors"
 AGAIN = "Fetch or export it again."
 MODEL_IS = "A model is a Hugging Face folder or a GGUF file."
-MAX_JSON_BYTES = 100_000_000
-"""The bound that the safetensors library sets for a header."""
 MAX_DIMS, GGML_MAX_DIMS = 64, 4
+# Beside config.json; Transformers takes a damaged one of some of them for a missing one.
+SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 SAFETENSORS_BITS = {
     **dict.fromkeys(("F4",), 4) | dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -47,6 +47,7 @@ SAFETENSORS_BITS = {
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16) | dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+WHOLE = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 # struct's code for each type in the enum's order; _ stands for strings and arrays, which have none.
 GGUF_CODES = dict(zip(GGUFValueType, "BbHhIif?__Qqd", strict=True))
 # The least that each takes in the file: a count that the remaining bytes cannot hold is a lie.
@@ -69,17 +70,24 @@ class GGUFInfo:
 def check_model_files(source: Path) -> None:
     """Nothing for a folder or GGUF file that holds a whole model; else a UserError that names the file."""
     if os.path.isdir(source):
+        require_plain(source, AGAIN)
         if "config.json" not in (names := _names(source)):
             needs = f"a Hugging Face folder needs config.json; found: {_listed(names)}"
             _refuse(source, f"not a model: {needs}", MODEL_IS)
-        config = _read_json(source / "config.json")
+        config = read_object(source / "config.json", AGAIN)
         if not (config.get("model_type") or config.get("architectures")):
             what = "neither model_type nor architectures is set"
             _refuse(source / "config.json", what, "Take the config that came with the model.")
+        for name in SETTINGS:
+            if os.path.lexists(source / name):
+                read_object(source / name, AGAIN)
+        _require_floats(source, config)
     if not tensor_shapes(source):
         _refuse(source, "its weight files hold 0 tensors")
-    if not os.path.isdir(source) and source.suffix != ".gguf":
-        _refuse(source, f"a GGUF file whose name ends in '{source.suffix}'", "Let it end in .gguf.")
+    if not os.path.isdir(source):
+        if source.suffix != ".gguf":
+            _refuse(source, f"a GGUF file whose name ends in '{source.suffix}'", "Let it end in .gguf.")
+        require_layers(source)
 
 
 def tensor_shapes(source: Path) -> dict[str, Shape]:
@@ -117,7 +125,7 @@ def folder_sha256(source: Path) -> str:
 
 def check_safetensors(path: Path) -> Tensors:
     """dtype and shape of every tensor, when header and file agree to the byte."""
-    with _reading(path) as file:
+    with _reading(path, "safetensors") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         start = file.read(9)
@@ -125,7 +133,7 @@ def check_safetensors(path: Path) -> Tensors:
         if start[8:] != b"{" or header_bytes > min(size - 8, MAX_JSON_BYTES):
             _refuse_safetensors(path, start, header_bytes, size)
         file.seek(8)
-        header = _json_object(path, file.read(header_bytes))
+        header = object_of(file.read(header_bytes), str(path), AGAIN)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(path, "__metadata__ is not a table of strings")
@@ -154,6 +162,29 @@ def check_gguf(path: Path) -> GGUFInfo:
             return _walk_gguf(_Cursor(path, data))
 
 
+def require_layers(path: Path) -> None:
+    """Transformers builds as many layers as the file says, before it looks for their tensors, and passes over
+    tensors of layers beyond.
+    """
+    info = check_gguf(path)
+    key = f"{info.architecture}.block_count"
+    count = info.metadata.get(key)
+    if type(count) is not int or not 1 <= count <= len(info.tensors):
+        _refuse(path, f"{key} is {reprlib.repr(count)}, with {len(info.tensors)} tensors in the file")
+    numbers = (name.split(".")[1] for name in info.tensors if name.startswith("blk."))
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    if last >= count:
+        _refuse(path, f"{key} is {count}, and there is a tensor of layer {last}, counted from 0")
+
+
+def _require_floats(folder: Path, config: dict[str, Any]) -> None:
+    """Whole numbers are weights only where the config says how they were quantised; else they are cast."""
+    for file in _weight_files(folder) if "quantization_config" not in config else ():
+        for name, (dtype, _) in check_safetensors(folder / file).items():
+            if name.endswith(".weight") and dtype in WHOLE:
+                _refuse(folder / file, f"tensor {_shown(name)} is of whole numbers ({dtype})")
+
+
 def _weight_files(folder: Path) -> dict[str, set[str]]:
     """File name -> tensors that the index promises there; a single file wins, as in Transformers."""
     names = _names(folder)
@@ -164,7 +195,7 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
         what = f"only {pickles[0]}: {NO_PICKLE}" if pickles else f"no weights; found: {_listed(names)}"
         _refuse(folder, what, f"Needed: {SINGLE}, or {INDEX} and its shards.")
     index = folder / INDEX
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index, AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _refuse(index, "weight_map is not a table of tensor name to file")
     shards: dict[str, set[str]] = {}
@@ -182,10 +213,7 @@ def _weight_files(folder: Path) -> dict[str, set[str]]:
 
 def _kind(start: bytes) -> str:
     """What a file is that pretends to be weights, by its first bytes; empty when they say nothing."""
-    if start[:1] == b"\x80" and start[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}:
-        return f"a pickle: {NO_PICKLE}"
-    packed = f"a zip, as pickles come in: {NO_PICKLE}"
-    known = {b"PK\x03\x04": packed, b"version ": "a Git LFS pointer", b"GGUF": "a GGUF file"}
+    known = {b"version ": "a Git LFS pointer", b"GGUF": "a GGUF file"}
     return next((kind for first, kind in known.items() if start.startswith(first)), "")
 
 
@@ -335,39 +363,8 @@ def _read_tensor_info(cursor: _Cursor, what: str) -> tuple[str, Shape, int, int]
     return ggml_type.name, shape, cursor.scalar("Q", what), math.prod(shape) // block * block_bytes
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[BufferedReader]:
-    if not os.path.isfile(path):
-        _refuse(path, "no such file", MODEL_IS)
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        _refuse(path, f"cannot be read: {error.strerror}", "Change its permissions or copy it.")
-    with file:
-        yield file
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with _reading(path) as file:
-        return _json_object(path, file.read(MAX_JSON_BYTES))
-
-
-def _json_object(path: Path, text: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in fields:
-                _refuse(path, f"{_shown(key)} is there twice, and only one would be read")
-            fields[key] = value
-        return fields
-
-    try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, f"not JSON: {error}")
-    if not isinstance(fields, dict):
-        _refuse(path, f"a JSON {type(fields).__name__}, not an object")
-    return fields
+def _reading(path: Path, wanted: str = "a model") -> AbstractContextManager[BufferedReader]:
+    return opened(path, wanted, AGAIN if os.path.lexists(path) else MODEL_IS)
 
 
 def _names(folder: Path) -> list[str]:
@@ -380,12 +377,6 @@ def _names(folder: Path) -> list[str]:
 def _listed(names: list[str]) -> str:
     more = [f"and {len(names) - 8} more"] if len(names) > 8 else []
     return ", ".join([*map(_shown, names[:8]), *more]) or "nothing"
-
-
-def _shown(name: str) -> str:
-    """A name from a file of unknown origin, fit for one line of a terminal."""
-    name = name if len(name) <= 80 else f"{name[:77]}..."
-    return name if name and name.isprintable() else ascii(name)
 
 
 def _require_size(path: Path, needed: int, size: int) -> None:

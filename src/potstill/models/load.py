@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,17 @@ from torch import nn
 
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
-from potstill.models.files import check_model_files, tensor_shapes
+from potstill.models.files import check_model_files, require_layers, tensor_shapes
+from potstill.plain_files import opened, read_object, require_plain
 from potstill.quiet import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "token_embd.weight", "lm_head.weight")
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+MAX_LAYERS = 1024
+"""Of a model made from a config alone; the deepest that are trained have fewer than 200."""
+DRIFT = 2
+"""How many times the checkpoint's numbers a config may ask for. Tied weights make it less than one."""
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -54,8 +62,10 @@ def choose_dtype(asked: str | torch.dtype) -> torch.dtype:
 
 def local_copy(source: str | Path) -> Path:
     """A folder or file on this machine; a hub id (`owner/name`) is fetched, without code or pickles."""
+    if not isinstance(source, str | Path):
+        raise UserError(f"model: {source!r:.60} is no path. Give a folder, a hub id or a GGUF file.")
     path = Path(source)
-    if path.exists():
+    if os.path.exists(path):
         return path
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
@@ -83,6 +93,7 @@ def vocab_size_of(path: Path) -> int:
 def load_config(source: str | Path) -> Any:
     """The Transformers config of a config.json, of a folder with one, of a hub id, or of a GGUF file."""
     path = local_copy(source)
+    _check_config(path)
     try:
         with quiet_transformers():
             if path.suffix == ".gguf":
@@ -94,6 +105,37 @@ def load_config(source: str | Path) -> Any:
         raise UserError(
             f"{path}: not a model config: {one_line(error)} Give a config.json that Transformers knows."
         ) from error
+
+
+def num_weights(config: Any) -> int:
+    """How many numbers a model of this config has. Nothing is allocated; what no model has is raised."""
+    with quiet_transformers(), torch.device("meta"):
+        hf = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in hf.parameters())
+
+
+def _check_config(path: Path) -> None:
+    """What Transformers would build lists, layers or NaN of, before it is told to."""
+    advice = "Give a config.json that Transformers knows."
+    if path.suffix == ".gguf":
+        require_layers(path)
+        return
+    if os.path.isdir(path):
+        require_plain(path, "Remove it.")
+        path = path / "config.json"
+    with opened(path, "a config", advice) as file:
+        if file.read(4) == b"GGUF":
+            raise UserError(f"{path}: a GGUF file. Let its name end in .gguf.")
+    config = read_object(path, advice)
+    for inside in (config, config.get("text_config")):
+        for name, value in inside.items() if isinstance(inside, dict) else ():
+            if name in LAYERS and value is not None and not (type(value) is int and 1 <= value <= MAX_LAYERS):
+                raise UserError(
+                    f"{path}: not a model config: {name} is {value!r:.60}, not from 1 to {MAX_LAYERS}."
+                    f" {advice}"
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{path}: not a model config: {name} is {value}, no number. {advice}")
 
 
 def load_causal_lm(
@@ -117,6 +159,7 @@ def load_causal_lm(
     own_config = load_config(path)
     config = own_config if config is None else _as_config(config, own_config)
     _require_same_vocabulary(path, config)
+    _require_same_size(path, config)
     try:
         with quiet_transformers():
             gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
@@ -167,9 +210,16 @@ def weights_sha256(model: nn.Module) -> str:
 def _as_config(config: Any, own: Any) -> Any:
     if isinstance(config, str | Path):
         return load_config(config)
-    if isinstance(config, dict):
+    if isinstance(config, transformers.PretrainedConfig):
+        return config
+    if not isinstance(config, dict):
+        raise UserError(f"config: {config!r:.60} is no config. Give one, its dictionary or a path.")
+    try:
         return type(own).from_dict(config)
-    return config
+    except Exception as error:  # Transformers raises what it likes over a damaged config
+        raise UserError(
+            f"config: not a model config: {one_line(error)} Give the checkpoint's own."
+        ) from error
 
 
 def _require_same_vocabulary(path: Path, config: Any) -> None:
@@ -180,6 +230,24 @@ def _require_same_vocabulary(path: Path, config: Any) -> None:
                 f"{path}: tensor {name} has {shape[0]} rows, its config says vocab_size {expected}."
                 " Config and checkpoint have drifted apart; take both from one model."
             )
+
+
+def _require_same_size(path: Path, config: Any) -> None:
+    """Transformers fills with random numbers what a checkpoint lacks, and only then can it be refused: a
+    damaged width would be allocated.
+    """
+    if getattr(config, "quantization_config", None) is not None and path.suffix != ".gguf":
+        return  # several numbers in one
+    there = sum(math.prod(shape) for shape in tensor_shapes(path).values())
+    try:
+        asked = num_weights(config)
+    except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
+        raise UserError(f"{path}: no causal LM can be made of its config: {one_line(error)}") from error
+    if asked > DRIFT * there:
+        raise UserError(
+            f"{path}: its config describes {asked} weights, its files hold {there}."
+            " Config and checkpoint have drifted apart; take both from one model."
+        )
 
 
 def _require_whole(path: Path, report: dict[str, Any]) -> None:

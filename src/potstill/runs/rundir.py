@@ -32,7 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from potstill.errors import UserError
+from potstill.plain_files import KeyTwice, opened, parse_json, read_object
 
+READABLE = "the run's other files are still readable."
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
 
 
@@ -66,18 +68,21 @@ class RunDir:
 
     @staticmethod
     def require_free(path: Path) -> None:
-        if path.exists() and not (path.is_dir() and (_is_empty(path) or _was_cut_off_at_its_begin(path))):
+        if why := _cannot_be(path):
+            raise UserError(f"{path}: the run directory cannot be made: {why}. Give --out another folder.")
+        taken = os.path.lexists(path)
+        if taken and not (path.is_dir() and (_is_empty(path) or _was_cut_off_at_its_begin(path))):
             raise UserError(
                 f"{path}: already there, and a run is never written over. Give --out another folder."
             )
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        if path.is_dir() and _was_cut_off_at_its_begin(path):
+        if os.path.isdir(path) and _was_cut_off_at_its_begin(path):
             raise UserError(
                 f"{path}: cut off before it began: nothing to go on with. Start it again without --resume."
             )
-        if not (path / "resolved.yaml").is_file():
+        if not os.path.isfile(path / "resolved.yaml"):
             raise UserError(
                 f"{path}: not a run directory: it has no resolved.yaml. Give the folder that distill printed."
             )
@@ -115,8 +120,11 @@ class RunDir:
     def metrics(self) -> list[dict[str, float]]:
         """Every whole line; a kill can cut off the last one."""
         path = self.path / "metrics.jsonl"
-        text = path.read_text() if path.is_file() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        if not os.path.lexists(path):
+            return []
+        with opened(path, "metrics", READABLE) as file:
+            lines = file.read().split(b"\n")[:-1]
+        return [_metrics_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
     def replace_student(self, save: Callable[[Path], None]) -> None:
         """`save` fills a folder beside the old student; only a whole one takes its place."""
@@ -169,13 +177,39 @@ class RunDir:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        if not path.is_file():
-            return {}
         try:
-            value: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: damaged: {error}. The run's other files are still readable.") from error
-        return value
+            return read_object(path, READABLE) if os.path.lexists(path) else {}
+        except UserError as error:
+            raise UserError(str(error).replace(f"{path}: ", f"{path}: damaged: ", 1)) from error
+
+
+def _metrics_of(line: bytes, where: str) -> dict[str, float]:
+    try:
+        found = parse_json(line)
+    except ValueError as error:
+        said = str(error) if isinstance(error, KeyTwice) else f"not a line of JSON: {error}"
+        raise UserError(f"{where}: damaged: {said}. Remove the line; {READABLE}") from error
+    numbers = found if isinstance(found, dict) else {"the line": found}
+    odd = next((name for name, value in numbers.items() if not _is_number(value)), None)
+    if odd is not None or type(numbers.get("step")) is not int:
+        what = "no whole `step`" if odd is None else f"{odd:.60} is no number"
+        raise UserError(f"{where}: damaged: {what}. Remove the line; {READABLE}")
+    return numbers
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _cannot_be(path: Path) -> str:
+    """Why the system has no such path, nor could have; empty where it has or could."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ""
 
 
 def summary(run: RunDir) -> dict[str, dict[str, float]]:
@@ -227,7 +261,7 @@ def _as_json(value: Any) -> bytes:
 def default_path(name: str) -> Path:
     """runs/NAME, or the first of runs/NAME-2, runs/NAME-3 … that is free."""
     path, number = Path("runs") / name, 2
-    while path.exists():
+    while os.path.lexists(path):
         path, number = Path("runs") / f"{name}-{number}", number + 1
     return path
 

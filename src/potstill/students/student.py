@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 from potstill.errors import UserError, one_line
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
-from potstill.models.load import load_causal_lm, load_config, weights_sha256, write_portable_config
+from potstill.models.load import (
+    load_causal_lm,
+    load_config,
+    num_weights,
+    weights_sha256,
+    write_portable_config,
+)
 from potstill.quiet import quiet_transformers
 from potstill.types import Batch, Targets
 
@@ -76,9 +83,12 @@ def from_config(source: str | Path, device: torch.device) -> CausalLM:
     """Random weights, from torch's global generator: seed it before."""
     config = load_config(source)
     try:
+        _require_memory(source, num_weights(config))
         hf = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
+    except UserError:
+        raise
     except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
         raise UserError(
             f"student.model: {source}: no causal LM can be made of this config: {one_line(error)}"
@@ -86,3 +96,13 @@ def from_config(source: str | Path, device: torch.device) -> CausalLM:
     model = CausalLM(hf.to(device), name=f"student {source}")
     model.probe()
     return model
+
+
+def _require_memory(source: str | Path, count: int) -> None:
+    """An allocation that the system grants and cannot keep ends the process without a word."""
+    needed, there = 4 * count, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"student.model: {source}: its config describes {count} weights of {needed / 2**30:.1f} GiB, this"
+            f" machine has {there / 2**30:.1f} GiB of memory. Give a config of a smaller model."
+        )

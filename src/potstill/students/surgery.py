@@ -51,7 +51,7 @@ def cut(teacher: CausalLM, keep: Sequence[int]) -> CausalLM:
             f" {total - 1}."
         )
     hf = transformers.AutoModelForCausalLM.from_config(
-        _cut_config(teacher.hf.config, keep, total), dtype=torch.float32
+        _cut_config(teacher.hf.config, keep, total), dtype=torch.float32, trust_remote_code=False
     )
     kept = {}
     for name, tensor in teacher.hf.state_dict().items():

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
+from potstill.models.files import check_safetensors
 from potstill.types import Batch, HiddenTargets, Vocab
 
 PEAK = 10.0  # the logit of the id that the fixture points at; every other id has 0
@@ -25,13 +25,24 @@ PEAK = 10.0  # the logit of the id that the fixture points at; every other id ha
 
 def require_ids(teacher: str, input_ids_BT: Tensor) -> Tensor:
     """input_ids_BT as int64, or a named refusal of another shape or type."""
-    ids_BT = torch.as_tensor(input_ids_BT)
+    ids_BT = as_tensor(teacher, "input_ids", input_ids_BT)
     if ids_BT.ndim != 2 or ids_BT.is_floating_point() or ids_BT.dtype == torch.bool:
         raise UserError(
             f"teacher {teacher}: input_ids have shape {list(ids_BT.shape)} and type {ids_BT.dtype}."
             " Give whole numbers of shape [rows, tokens]."
         )
     return ids_BT.to(torch.int64)
+
+
+def as_tensor(teacher: str, name: str, value: object) -> Tensor:
+    """The value as a tensor, or a named refusal: of rows of several lengths, say."""
+    try:
+        return torch.as_tensor(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise UserError(
+            f"teacher {teacher}: {name} cannot be a tensor: {one_line(error)}"
+            " Give whole numbers of shape [rows, tokens]; pad rows of several lengths, with a mask."
+        ) from error
 
 
 def require_last(teacher: str, ids_BT: Tensor) -> None:
@@ -103,17 +114,16 @@ class TableTeacher:
     @classmethod
     def load(cls, path: Path) -> TableTeacher:
         """From a safetensors file with one tensor, `logits`."""
-        try:
-            tensors = load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
+        names = check_safetensors(path)
+        if list(names) != ["logits"]:
             raise UserError(
-                f"{path}: not a safetensors file: {error}. Write one with a tensor `logits`."
-            ) from error
-        if list(tensors) != ["logits"]:
-            raise UserError(
-                f"{path}: holds {', '.join(tensors) or 'nothing'}, wanted one tensor `logits` [V, V]."
+                f"{path}: holds {', '.join(names) or 'nothing'}, wanted one tensor `logits` [V, V]."
             )
-        return cls(tensors["logits"].float())
+        logits_VV = load_file(path)["logits"]
+        try:
+            return cls(logits_VV.float() if logits_VV.is_floating_point() else logits_VV)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @property
     def vocab_size(self) -> int:

@@ -16,7 +16,7 @@ from potstill.corpus.vocab import has_tokenizer, load_tokenizer, vocab_of
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
-from potstill.teachers.fixture import require_ids, require_known, require_last
+from potstill.teachers.fixture import as_tensor, require_ids, require_known, require_last
 from potstill.types import Batch, HiddenTargets, Vocab
 
 
@@ -98,7 +98,7 @@ class TorchTeacher:
         ids_BT = require_ids("torch", input_ids_BT)
         require_known("torch", ids_BT, self.vocab_size)
         if mask_BT is not None:
-            mask_BT = torch.as_tensor(mask_BT).bool().to(self.model.device)
+            mask_BT = as_tensor("torch", "attention_mask", mask_BT).bool().to(self.model.device)
             if mask_BT.shape != ids_BT.shape:
                 raise UserError(
                     f"teacher torch: attention_mask has shape {list(mask_BT.shape)}, input_ids"

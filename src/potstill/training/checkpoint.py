@@ -18,41 +18,64 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+import pydantic
 import torch
+from annotated_types import Interval
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.models.files import file_sha256
+from potstill.models.files import check_safetensors, file_sha256
+from potstill.plain_files import read_object
 from potstill.students.student import Student
 
 KEPT = 2
 FILES = ("tensors.safetensors", "state.json")
 
 
+Natural = Annotated[int, Interval(ge=0)]
+Metrics = dict[str, float]
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
 @dataclass
 class Outcome:
     """What the loop knows beside weights; part of every checkpoint."""
 
-    step: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    step: Natural = 0
     """Optimizer steps taken."""
-    first: dict[str, float] = dataclasses.field(default_factory=dict)
+    first: Metrics = dataclasses.field(default_factory=dict)
     """Held-out metrics of the untouched student."""
-    last: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: dict[str, float] = dataclasses.field(default_factory=dict)
-    best_step: int = 0
+    last: Metrics = dataclasses.field(default_factory=dict)
+    best: Metrics = dataclasses.field(default_factory=dict)
+    best_step: Natural = 0
     """Optimizer steps that the best student has seen; chosen by held-out loss alone."""
     evaluated: int = -1
     """Step of the last evaluation: one that a signal cut short is made up for on resume."""
     left_out: list[int] = dataclasses.field(default_factory=list)
     """Steps whose update the guard refused, counted from 1."""
-    positions: int = 0
+    positions: Natural = 0
     """Supervised positions trained on."""
-    seconds: float = 0.0
+    seconds: Annotated[float, Interval(ge=0)] = 0.0
     """Wall time in steps, evaluations excluded."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What `state.json` holds."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    outcome: Outcome
+    inputs: dict[str, str]
+    """Hashes of what the run is made of."""
+
+
+_STATE = TypeAdapter(State)
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,7 @@ class Checkpoints:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             save_file(tensors, beside / FILES[0])
-            state = {"outcome": dataclasses.asdict(outcome), "inputs": self.inputs}
+            state = dataclasses.asdict(State(outcome, self.inputs))
             (beside / FILES[1]).write_text(json.dumps(state))
             manifest = {
                 name: {"bytes": (beside / name).stat().st_size, "sha256": file_sha256(beside / name)}
@@ -95,8 +118,12 @@ class Checkpoints:
                 f"{place}: the checkpoint of {needed} bytes cannot be written: {error}."
                 " Earlier ones are untouched. Make room, then run again with --resume."
             ) from error
-        if (fault := _fault(place)) is not None:
-            raise UserError(f"{place}: read back, the checkpoint is damaged: {fault}. The disk is not sound.")
+        try:
+            verify(place)
+        except UserError as error:
+            raise UserError(
+                f"{place}: read back, the checkpoint is damaged: {error} The disk is not sound."
+            ) from error
         for old in self._found()[KEPT:]:
             shutil.rmtree(old)
 
@@ -107,25 +134,33 @@ class Checkpoints:
             UserError: no checkpoint is sound, or the run is made of other things than the checkpoint.
         """
         for leftover in self.folder.glob("*.new"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         found = self._found()
+        faults = []
         for number, place in enumerate(found):
-            if (fault := _fault(place)) is not None:
+            try:
+                verify(place)
+                state = _read_state(place)
+                tensors = _read_tensors(place, state.outcome, student, optimizer)
+            except UserError as error:
+                fault = str(error).removeprefix(f"{place}{os.sep}")
+                faults.append(f"{place.name}: {fault}")
                 self.tell(f"warning: {place}: damaged, the one before is taken: {fault}")
                 continue
-            state = json.loads((place / FILES[1]).read_text())
-            if differing := [n for n, value in self.inputs.items() if state["inputs"].get(n) != value]:
+            if differing := [n for n, value in self.inputs.items() if state.inputs.get(n) != value]:
                 raise UserError(
                     f"{place}: made with another {', '.join(differing)} than this run. Start a new run."
                 )
-            _restore(load_file(place / FILES[0]), student, optimizer)
+            _restore(tensors, student, optimizer)
             # Damaged ones would count among those kept; older ones are what a kill left half deleted.
             for stale in (*found[:number], *found[number + KEPT :]):
                 shutil.rmtree(stale)
             self.tell(f"resumed from {place}")
-            return Outcome(**state["outcome"])
+            return state.outcome
         if found:
-            raise UserError(f"{self.folder}: none of {len(found)} checkpoints is sound. Start a new run.")
+            raise UserError(
+                f"{self.folder}: none of {len(found)} checkpoints is sound: {faults[0]} Start a new run."
+            )
         return None
 
     def _found(self) -> list[Path]:
@@ -161,20 +196,72 @@ def _restore(tensors: dict[str, Tensor], student: Student, optimizer: torch.opti
         torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
-def _fault(place: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def verify(place: Path) -> None:
+    """Each file has the bytes and the hash that the manifest says."""
+    manifest = read_object(place / "manifest.json", "It was written last.")
+    for name in FILES:
+        said = manifest.get(name)
+        if not isinstance(said, dict) or type(said.get("bytes")) is not int or "sha256" not in said:
+            raise UserError(f"manifest.json: it does not give bytes and sha256 of {name}.")
+        try:
+            size, digest = (place / name).stat().st_size, file_sha256(place / name)
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read: {error.strerror}.") from error
+        if size != said["bytes"]:
+            raise UserError(f"{name}: it has {size} bytes, written were {said['bytes']}.")
+        if digest != said["sha256"]:
+            raise UserError(f"{name}: it does not have the hash it was written with.")
+
+
+def _read_state(place: Path) -> State:
+    """`state.json`, when it is one: a hash says that it is as it was written, not that it was right."""
+    read = read_object(place / FILES[1], "It was damaged before it was written.")
     try:
-        manifest = json.loads((place / "manifest.json").read_text())
-        for name in FILES:
-            said = manifest[name]
-            size = (place / name).stat().st_size
-            if size != said["bytes"]:
-                return f"{name} has {size} bytes, written were {said['bytes']}"
-            if file_sha256(place / name) != said["sha256"]:
-                return f"{name} does not have the hash it was written with"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json or what it names cannot be read ({type(error).__name__})"
-    return None
+        state = _STATE.validate_json(json.dumps(read), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{FILES[1]}: {where}: {first['msg']}, found {first['input']!r:.60}.") from error
+    outcome = state.outcome
+    if outcome.step != int(place.name) or outcome.best_step > outcome.step:
+        raise UserError(
+            f"{FILES[1]}: outcome.step is {outcome.step}, outcome.best_step {outcome.best_step}, and the"
+            f" folder says {int(place.name)}."
+        )
+    wanted = set(outcome.first) if outcome.evaluated >= 0 else set()
+    for name in ("first", "last", "best"):
+        found = set(getattr(outcome, name))
+        if found != wanted or (outcome.evaluated >= 0 and "heldout/loss" not in found):
+            raise UserError(f"{FILES[1]}: outcome.{name}: not the metrics of an evaluation: {sorted(found)}.")
+    return state
+
+
+def _read_tensors(
+    place: Path, outcome: Outcome, student: Student, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The tensors, when they are what `_tensors` writes for this student and optimizer; UserError else."""
+    check_safetensors(place / FILES[0])
+    tensors = load_file(place / FILES[0])
+    weights = {f"weights/{name}": parameter for name, parameter in student.named_parameters()}
+    wanted: dict[str, Tensor] = {**weights, "random/cpu": torch.get_rng_state()}
+    numbers = {name.split("/")[1] for name in tensors if name.startswith("optimizer/")}
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    stepped = outcome.step > len(outcome.left_out)
+    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if is_adamw and (str(number) in numbers or (stepped and not numbers)):
+            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter) | {"step": torch.zeros(())}
+            wanted |= {f"optimizer/{number}/{moment}": like for moment, like in moments.items()}
+    if odd := sorted((wanted.keys() ^ tensors.keys()) - {"random/cuda"}):
+        side = "missing" if odd[0] in wanted else "no tensor of this student or its optimizer"
+        raise UserError(f"{FILES[0]}: {odd[0]:.200}: {side}.")
+    for name, like in wanted.items():
+        found = tensors[name]
+        if (found.shape, found.dtype) != (like.shape, like.dtype):
+            found_is, like_is = (f"{t.dtype} {list(t.shape)}" for t in (found, like))
+            raise UserError(f"{FILES[0]}: {name}: {found_is}, and the run's own is {like_is}.")
+        if bool(found.isnan().any()):
+            raise UserError(f"{FILES[0]}: {name}: not all of it are numbers.")
+    return tensors
 
 
 def _flush(path: Path) -> None:

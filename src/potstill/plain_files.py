@@ -1,0 +1,167 @@
+"""Files that others wrote: plain ones alone are opened, JSON has one meaning, pickles are told by content.
+
+A FIFO in a file's place would hold the process for ever, a device would fill its memory. A pickle can run
+code when it is loaded, whatever its name: none is ever loaded here, and what reads as one is refused as one.
+Every wing that reads what it did not write comes through here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickletools
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from potstill.errors import UserError
+
+NO_PICKLE = "a pickle can run code"
+WINDOW = 1 << 16
+"""Bytes of a file's start that its kind is told by."""
+MAX_JSON_BYTES = 100_000_000
+ZIP, OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
+SPECIAL = {
+    "a folder": stat.S_ISDIR,
+    "a FIFO": stat.S_ISFIFO,
+    "a device": stat.S_ISCHR,
+    "a block device": stat.S_ISBLK,
+    "a socket": stat.S_ISSOCK,
+}
+
+
+class KeyTwice(ValueError):
+    """A JSON object gives a key twice."""
+
+
+@contextmanager
+def opened(path: Path, wanted: str, todo: str) -> Iterator[BufferedReader]:
+    """A plain file at its first byte; UserError for anything else, and for a pickle. `wanted` is what the
+    file should be.
+    """
+    try:
+        if kind := _special(os.stat(path).st_mode):
+            _refuse(path, f"{kind}, not a file", todo)
+        file = cast(BufferedReader, path.open("rb", WINDOW))
+    except FileNotFoundError:
+        _refuse(path, "no such file", todo)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        _refuse(path, f"cannot be read: {_said(error)}", todo)
+    with file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            kind = pickle_in(file.peek(WINDOW)[:WINDOW], size)
+        except OSError as error:
+            _refuse(path, f"cannot be read: {_said(error)}", todo)
+        if kind:
+            _refuse(path, f"not {wanted} but {kind}: {NO_PICKLE}", todo)
+        yield file
+
+
+def read_object(path: Path, todo: str) -> dict[str, Any]:
+    """The object of a JSON file."""
+    with opened(path, "JSON", todo) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        _refuse(path, f"more than {MAX_JSON_BYTES} bytes of JSON", todo)
+    return object_of(text, str(path), todo)
+
+
+def object_of(text: bytes, where: str, todo: str) -> dict[str, Any]:
+    """The object that JSON text spells; UserError with `where` in front for anything else."""
+    try:
+        fields = parse_json(text)
+    except KeyTwice as error:
+        _refuse(where, str(error), todo)
+    except ValueError as error:
+        _refuse(where, f"not JSON: {error}", todo)
+    if not isinstance(fields, dict):
+        _refuse(where, f"a JSON {type(fields).__name__}, not an object", todo)
+    return fields
+
+
+def parse_json(text: bytes) -> Any:
+    """Python's JSON in UTF-8, but a key given twice is refused, of which it would read only the last.
+
+    Raises:
+        ValueError: with the place in the text, where there is one.
+    """
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        if "set_int_max_str_digits" in str(error):
+            raise ValueError("a number of more than 4300 digits") from None
+        raise
+
+
+def require_plain(folder: Path, todo: str) -> None:
+    """Refuse a folder with a FIFO, a socket or a device in it: a library that opens it would never return."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        _refuse(folder, f"cannot be read: {_said(error)}", todo)
+    for name in names:
+        try:
+            mode = os.stat(folder / name).st_mode
+        except OSError:
+            continue  # a link that leads nowhere is refused by whoever needs the file
+        if not stat.S_ISDIR(mode) and (kind := _special(mode)):
+            _refuse(folder / name, f"{kind}, not a file", todo)
+
+
+def pickle_in(start: bytes, size: int) -> str:
+    """What pickle a file of `size` bytes is that begins with `start`; empty where it is none.
+
+    Its opcodes are read and not obeyed. Two first bytes are not enough: token ids and lengths can have them.
+    """
+    if start.startswith(ZIP):
+        return "a zip, as pickles come in"
+    has_protocol = start[:1] == b"\x80" and start[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}
+    names: list[str] = []
+    end = 0
+    try:
+        for opcode, _, at in pickletools.genops(io.BytesIO(start)):
+            names.append(opcode.name)
+            end = (at or 0) + 1
+    except Exception as error:  # its argument readers raise many kinds
+        cut = len(start) < size and "unknown" not in str(error)
+        long = has_protocol and cut and (len(names) >= 16 or not CALLS.isdisjoint(names))
+        return "a pickle" if long or start.startswith(OLD_TORCH) else ""
+    rest = start[end:].strip(b"\0\n ")
+    if rest and not (has_protocol and rest.startswith(b"\x80")):
+        return ""
+    return "a pickle" if has_protocol or not CALLS.isdisjoint(names) else ""
+
+
+def shown(name: str) -> str:
+    """A name from a file of unknown origin, fit for one line of a terminal."""
+    name = name if len(name) <= 80 else f"{name[:77]}..."
+    return name if name and name.isprintable() else ascii(name)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise KeyTwice(f"{shown(key)} is there twice, and only one would be read")
+    return fields
+
+
+def _special(mode: int) -> str:
+    return next((kind for kind, is_kind in SPECIAL.items() if is_kind(mode)), "")
+
+
+def _said(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _refuse(where: object, what: str, todo: str) -> NoReturn:
+    raise UserError(f"{where}: {what}. {todo}")
