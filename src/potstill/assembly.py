@@ -7,7 +7,9 @@ loaded. Nothing is written here, so whatever is refused leaves nothing behind.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +31,8 @@ from potstill.students.surgery import cut, layers_to_keep
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Divergence, Teacher, Vocab
+
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Cast:
 
 def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | Path | None = None) -> Cast:
     """Make what the recipe names. `saved_student` takes the place of the recipe's student."""
+    return_freed_memory()
     device = choose_device(recipe.train.device)
     chosen = "" if recipe.train.device != "auto" else " (auto: CUDA where there is a device, else the CPU)"
     note(f"device: {device}{chosen}")
@@ -225,6 +230,17 @@ def checkpoint_activations(model: CausalLM) -> None:
         )
     older = model.hf.gradient_checkpointing_enable  # its name before Transformers 5.2x
     getattr(model.hf, "activation_checkpointing_enable", older)({"use_reentrant": False})
+
+
+def return_freed_memory() -> None:
+    """Have glibc give a freed tensor's memory back to the system, as it does before it has seen many.
+
+    From 128 KiB on a block is a mapping of its own, gone when it is freed; but each such free raises that
+    limit, up to 32 MiB, and what is smaller stays in a heap that fragments. Fixed at its first value, the
+    half-depth recipe peaks at 2.88 GiB instead of 3.61, in the same processor time (docs/log.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def require_sample(recipe: Recipe, tokenizer: Any | None) -> None:

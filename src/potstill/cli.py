@@ -1,13 +1,15 @@
 """The roof: the verbs. Torch is imported only inside one that needs it: --help and a typo answer at once.
 
-Exit codes: 0 done; 2 the user's mistake, one line each on stderr, or a red check; 130 interrupted before
-training; 143 stopped by a signal after a saved checkpoint; anything else is a bug and shows its traceback.
+Exit codes: 0 done; 2 the user's mistake, one line each on stderr, a red check, or a plan that does not fit;
+130 interrupted before training; 143 stopped by a signal after a saved checkpoint; anything else is a bug and
+shows its traceback.
 Results go to stdout, progress to stderr, so that `--json` may be piped.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -83,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("recipe", type=Path, metavar="RECIPE")
     check.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
 
+    plan = verb("plan", _plan, "peak memory by what it holds, disk and time, from the configs alone")
+    plan.add_argument("recipe", type=Path, metavar="RECIPE")
+    plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    plan.add_argument("--measure", action="store_true", help="also run three steps, and project the time")
+
     held = verb(
         "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"
     )
@@ -151,6 +158,49 @@ def _check(options: argparse.Namespace, display: Display) -> int:
     else:
         display.result(f"{len(findings) - len(red)} of {len(findings)} checks passed")
     return 2 if red else 0
+
+
+def _plan(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 0 where the run fits this machine, 2 where it does not."""
+    from potstill.recipe import load
+
+    recipe = load(options.recipe, options.overrides)
+    from potstill.proof.plan import advice, available, plan
+
+    found = plan(recipe)
+    memory, disk = available(recipe, Path("runs"))
+    fits = found.fits(memory, disk)
+    changes = [] if found.peak_bytes <= memory else advice(recipe, found)
+    if options.measure and fits:
+        from potstill.line import smoke
+
+        measured = smoke(recipe, min(3, recipe.train.steps), display)
+        found = dataclasses.replace(found, time_s=measured["smoke/projected_s"])
+    if options.json:
+        told = found.as_dict() | {"fits": fits}
+        told |= {"memory_available_bytes": memory, "disk_available_bytes": disk}
+        told["advice"] = [{"set": change.settings, "peak_bytes": change.peak_bytes} for change in changes]
+        display.result(json.dumps(told, indent=2))
+        return 0 if fits else 2
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.2f} GiB"
+
+    rows = [[name, gib(size), gib(found.largest.get(name, size))] for name, size in found.parts.items()]
+    display.result(aligned(["part", "at the peak", "at most"], [*rows, ["sum", gib(found.peak_bytes), ""]]))
+    display.result(f"the peak is in the {found.phase} on {found.device}; {gib(memory)} are available")
+    display.result(
+        f"disk: {gib(found.disk_peak_bytes)} in the run, {gib(found.disk_bytes)} after; {gib(disk)} are free"
+    )
+    unknown = "not measured; `potstill plan RECIPE --measure` runs three steps"
+    display.result(f"time: {unknown if found.time_s is None else clock(found.time_s)}")
+    display.result("it fits" if fits else "it does not fit")
+    for change in changes:
+        saved = gib(found.peak_bytes - change.peak_bytes)
+        display.result(f"  {' '.join(change.settings)}: {saved} less, {gib(change.peak_bytes)}")
+    if found.disk_peak_bytes > disk:
+        display.result("  make room on the disk, or give --out a folder on another")
+    return 0 if fits else 2
 
 
 def _eval(options: argparse.Namespace, display: Display) -> None:

@@ -58,7 +58,7 @@ def text(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: S
     reading = Reading(iter(()))
 
     def texts() -> Iterator[tuple[str, str]]:
-        for file in _files(path, include, exclude):
+        for file in files_of(path, include, exclude):
             if os.path.isfile(file) and (size := os.path.getsize(file)) > MAX_TEXT_BYTES:
                 raise UserError(
                     f"{file}: a document of {size} bytes, at most {MAX_TEXT_BYTES} are read."
@@ -132,7 +132,7 @@ def parquet(path: Path, tokenizer: Any, column: str = "text") -> Reading:
     reading = Reading(iter(()))
 
     def texts() -> Iterator[tuple[str, str]]:
-        for file in _files(path, ("*.parquet",)):
+        for file in files_of(path, ("*.parquet",)):
             where, number = str(file), 0
             with opened(file, "Parquet", "Leave it out, or write it again."):
                 pass
@@ -204,7 +204,7 @@ def tokens(path: Path, dtype: str, vocab_size: int, document_end: int | None, to
     reading = Reading(iter(()))
 
     def documents() -> Iterator[Document]:
-        for file in _files(path, ("*.bin",) if any(path.rglob("*.bin")) else ("*",)):
+        for file in files_of(path, ("*.bin",) if any(path.rglob("*.bin")) else ("*",)):
             size = _size_of_shard(file)
             if size == 0:
                 raise UserError(f"{file}: an empty shard. Leave it out or write it again.")
@@ -286,7 +286,7 @@ def _messages(where: str, record: dict[str, Any], field: str) -> list[dict[str, 
 
 def _records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line of each file as a mapping, with its place."""
-    for file in _files(path, ("*.jsonl",)):
+    for file in files_of(path, ("*.jsonl",)):
         for number, line in enumerate(_lines(file, reading), start=1):
             if line.strip():
                 where = f"{file}:{number}"
@@ -333,7 +333,7 @@ def _require_column(where: Path, column: str, names: Sequence[str]) -> None:
         raise UserError(f"{where}: no column {column!r}; found {', '.join(names)}. Set corpus.column.")
 
 
-def _files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
+def files_of(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
     """In sorted order, so that a corpus is the same on every file system."""
     if os.path.exists(path) and not os.path.isdir(path):
         return [path]  # also what is not plain: opening it says what it is
@@ -344,13 +344,15 @@ def _files(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> l
         return any(fnmatch(str(relative), p) or fnmatch(relative.name, p) for p in patterns)
 
     found = []
-    for file in sorted(path.rglob("*")):
+    for file in path.rglob("*"):
         relative = file.relative_to(path)
+        if not matches(relative, include) or matches(relative, exclude):
+            continue
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
         # A link that leads nowhere is kept: opening it names it, passed over, a file would be lost unseen.
-        readable = file.is_file() or (file.is_symlink() and not file.exists())
-        if readable and not hidden and matches(relative, include) and not matches(relative, exclude):
+        if not hidden and (file.is_file() or (file.is_symlink() and not file.exists())):
             found.append(file)
+    found.sort()
     if not found:
         left = f", {', '.join(exclude)} left out" if exclude else ""
         raise UserError(f"corpus.path: no file of {path} matches {', '.join(include)}{left}.")

@@ -51,7 +51,7 @@ def cut(teacher: CausalLM, keep: Sequence[int]) -> CausalLM:
             f" {total - 1}."
         )
     hf = transformers.AutoModelForCausalLM.from_config(
-        _cut_config(teacher.hf.config, keep, total), dtype=torch.float32, trust_remote_code=False
+        cut_config(teacher.hf.config, keep, total), dtype=torch.float32, trust_remote_code=False
     )
     kept = {}
     for name, tensor in teacher.hf.state_dict().items():
@@ -74,7 +74,7 @@ def cut(teacher: CausalLM, keep: Sequence[int]) -> CausalLM:
     return student
 
 
-def _cut_config(config: Any, keep: Sequence[int], total: int) -> Any:
+def cut_config(config: Any, keep: Sequence[int], total: int) -> Any:
     """The config with fewer layers; its per-layer lists (layer types, say) lose the same entries."""
     config = plain_config(config)
     text = config.get_text_config()

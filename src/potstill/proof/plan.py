@@ -1,0 +1,353 @@
+"""What a run will need of memory, disk and time, before it is started: `potstill plan`.
+
+The step is not estimated by formulas. The trainer's own loop runs on tensors without data (PyTorch's fake
+tensors), with models made of the real configs, and every storage that lives is counted. One step of two
+micro-batches sees all that can be alive at once, if the optimizer's moments are there before it: the second
+micro-batch has the first one's gradients. No weight is read and no random number is drawn.
+
+On the CPU what is compared is the peak of the process: the libraries (this process as it is now), the
+tokenizer and the rows come on top. On CUDA it is the peak of the device's allocator, and they do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
+
+from potstill.assembly import checkpoint_activations, make_objective
+from potstill.corpus.readers import files_of
+from potstill.errors import UserError, one_line
+from potstill.evals.likelihood import heldout
+from potstill.models.causal_lm import CausalLM
+from potstill.models.files import check_safetensors
+from potstill.models.load import choose_device, choose_dtype, load_config, plain_config
+from potstill.proof.ledger import Answers, FakeOrder, FakeRows, Ledger, WatchedObjective
+from potstill.quiet import quiet_transformers
+from potstill.recipe import Recipe
+from potstill.students.student import Student
+from potstill.students.surgery import cut_config, layers_to_keep
+from potstill.teachers.fixture import FixtureTeacher, TableTeacher
+from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.training.checkpoint import KEPT
+from potstill.training.loop import Hooks, train
+from potstill.types import Teacher
+
+BYTES_PER_TOKEN_OF_TEXT = 3.5  # SmolLM2's tokenizer on Python source; tokenizers of prose take more bytes
+ROW_BYTES_PER_TOKEN = 5  # uint32 id and bool label, see corpus/rows.py
+TOKENIZER_BYTES_PER_ID = 1300  # two loads of a tokenizer of 49,152 ids: 65 MiB resident
+TOKENIZER_FILE_BYTES_PER_ID = 72  # its tokenizer.json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes alive at the moment of the peak, by what they are; they sum to `peak_bytes`."""
+
+    device: str
+    phase: str
+    """What runs at the peak."""
+    teacher: int
+    student: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss_chunk: int
+    """Logits of a chunk, their gradients, and the head's gradient that is formed with them."""
+    store: int
+    """Targets read from disk; 0 with a teacher in memory."""
+    corpus: int
+    """Rows and tokenizer, estimated from the size of the files; 0 on CUDA."""
+    libraries: int
+    """This process, before anything is loaded; 0 on CUDA."""
+    largest: dict[str, int]
+    """The most that each part holds at any time: parts do not peak together."""
+    student_disk_bytes: int
+    checkpoint_disk_bytes: int
+    disk_bytes: int
+    """What the run leaves behind."""
+    disk_peak_bytes: int
+    """With the student and the checkpoint that are written before the older ones are deleted."""
+    time_s: float | None
+    """None where no step was measured."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {"peak_bytes": self.peak_bytes, **dataclasses.asdict(self)}
+
+    def fits(self, memory_bytes: int, disk_bytes: int) -> bool:
+        return self.peak_bytes <= memory_bytes and self.disk_peak_bytes <= disk_bytes
+
+
+TRACED = ("teacher", "student", "gradients", "optimizer", "activations", "loss_chunk", "store")
+PARTS = (*TRACED, "corpus", "libraries")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Fields to change, `a.b=value` each, and the peak that is planned with them."""
+
+    settings: tuple[str, ...]
+    peak_bytes: int
+
+
+def plan(
+    recipe: Recipe, *, teacher_config: Any = None, assembled: bool = False, step_s: float | None = None
+) -> Plan:
+    """Trace the recipe's step. The process as it is counts as libraries: call it before a run loads anything.
+
+    Args:
+        teacher_config: saves reading it where it is at hand; from a GGUF file that takes seconds.
+        assembled: or after all is loaded and before the first step; rows and tokenizer are then measured, not
+            estimated, and counted with the libraries.
+        step_s: measured seconds of a step.
+    """
+    found = _plan(recipe, _configs(recipe, teacher_config), step_s)
+    if not assembled or found.libraries == 0:
+        return found
+    return dataclasses.replace(
+        found, corpus=0, libraries=max(found.libraries - found.teacher - found.student, 0)
+    )
+
+
+def advice(recipe: Recipe, now: Plan) -> list[Advice]:
+    """Fields that lower the peak of the plan `now`, the most helpful first; then all of them together."""
+    configs = _configs(recipe, None)
+
+    def peak(changed: Recipe) -> int:
+        then = _plan(changed, configs, None)
+        return dataclasses.replace(then, libraries=now.libraries).peak_bytes
+
+    found = []
+    for setting, change in _changes(recipe).items():
+        if (lower := peak(change(recipe))) < now.peak_bytes:
+            found.append((lower, setting, change))
+    found.sort(key=lambda each: each[0])
+    told = [Advice((setting,), lower) for lower, setting, _ in found]
+    if len(found) > 1:
+        together = recipe
+        for _, _, change in found:
+            together = change(together)
+        told.append(Advice(tuple(setting for _, setting, _ in found), peak(together)))
+    return told
+
+
+def available(recipe: Recipe, folder: Path) -> tuple[int, int]:
+    """Bytes of memory that a run may take on its device, and bytes free on the disk of `folder`."""
+    device = choose_device(recipe.train.device)
+    where = folder.absolute()
+    while not where.exists():
+        where = where.parent
+    disk = os.statvfs(where)
+    free_disk = disk.f_bavail * disk.f_frsize
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]), free_disk
+    # And this process, which will be gone.
+    return min(_system_left(), _container_left()) + resident_bytes(), free_disk
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError as error:
+        raise UserError(
+            "plan: /proc cannot be read, so this process cannot be measured. Use Linux."
+        ) from error
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _system_left() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves; its file cache can be freed and does not count."""
+    try:
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # there is none, or it says `max`
+        return sys.maxsize
+    return max(limit - int(stat["anon"]), 0)
+
+
+def _changes(recipe: Recipe) -> dict[str, Callable[[Recipe], Recipe]]:
+    """What a user can change of a recipe that does not fit, and how."""
+
+    def with_(section: str, **fields: Any) -> Callable[[Recipe], Recipe]:
+        return lambda r: dataclasses.replace(
+            r, **{section: dataclasses.replace(getattr(r, section), **fields)}
+        )
+
+    train, found = recipe.train, {}
+    if (half := train.micro_batch_rows // 2) >= 1:
+        found[f"train.rows_per_micro_batch={half}"] = with_("train", rows_per_micro_batch=half)
+    if (half := recipe.objective.chunk // 2) >= 16:
+        found[f"objective.chunk={half}"] = with_("objective", chunk=half)
+    if not train.activation_checkpointing:
+        found["train.activation_checkpointing=true"] = with_("train", activation_checkpointing=True)
+    if train.precision == "float32":
+        found["train.precision=bfloat16"] = with_("train", precision="bfloat16")
+    if getattr(recipe.teacher, "dtype", None) == "float32":
+        found["teacher.dtype=bfloat16"] = with_("teacher", dtype="bfloat16")
+    return found
+
+
+_read_config = functools.lru_cache(maxsize=2)(load_config)
+
+
+@dataclass(frozen=True)
+class _Configs:
+    teacher: Any
+    student: Any
+    corpus_bytes: int
+
+
+def _configs(recipe: Recipe, teacher_config: Any) -> _Configs:
+    """The Transformers configs of both models; the teacher's is None for an exact double."""
+    asked = recipe.student
+    teacher = None
+    if recipe.teacher.name == "torch":
+        teacher = plain_config(teacher_config or _read_config(recipe.teacher.model))
+    if asked.name != "cut":
+        student = plain_config(_read_config(asked.model))
+        return _Configs(teacher, student, _corpus_bytes(recipe, student))
+    if teacher is None:
+        raise UserError(
+            f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
+        )
+    total = teacher.get_text_config().num_hidden_layers
+    keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
+    return _Configs(teacher, cut_config(teacher, keep, total), _corpus_bytes(recipe, teacher))
+
+
+def _plan(recipe: Recipe, configs: _Configs, step_s: float | None) -> Plan:
+    device = choose_device(recipe.train.device)
+    ledger = Ledger()
+    numel, tensors_of_student = _trace(recipe, configs, device, ledger)
+    vocab_size = configs.student.get_text_config().vocab_size
+    on_cpu = device.type == "cpu"
+    train = recipe.train
+    saved = 4 * numel + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
+    moments = 2 * 4 * numel + 4 * tensors_of_student if train.optimizer == "adamw" else 0
+    checkpoint = 4 * numel + moments
+    written = train.steps // train.save_every if train.save_every else 0
+    written += recipe.guard.policy == "rollback"  # the state before the first step
+    # A signal, too, saves one, whatever save_every says.
+    at_once = min(max(written, 1), KEPT + 1)
+    return Plan(
+        device=str(device),
+        phase=ledger.peak_phase,
+        **{part: ledger.at_peak[part] for part in TRACED},
+        corpus=configs.corpus_bytes if on_cpu else 0,
+        libraries=ledger.libraries if on_cpu else 0,
+        largest={part: ledger.largest[part] for part in TRACED},
+        student_disk_bytes=saved,
+        checkpoint_disk_bytes=checkpoint,
+        disk_bytes=saved + min(written, KEPT) * checkpoint,
+        disk_peak_bytes=max(2 * saved + min(at_once, KEPT) * checkpoint, saved + at_once * checkpoint),
+        time_s=None if step_s is None else step_s * train.steps,
+    )
+
+
+def _trace(recipe: Recipe, configs: _Configs, device: torch.device, ledger: Ledger) -> tuple[int, int]:
+    """Run the loop without data; returns the student's numbers and tensors."""
+    asked = recipe.train
+    rows = asked.micro_batch_rows
+    few = min(asked.rows_per_step, 2 * rows)
+    small = dataclasses.replace(asked, steps=1, warmup=0, rows_per_step=few, save_every=0)
+    recipe = dataclasses.replace(recipe, train=small)
+    precision = torch.bfloat16 if asked.precision == "bfloat16" else None
+    libraries = resident_bytes()
+    with quiet_transformers(), torch.random.fork_rng(devices=[]), FakeTensorMode(), ledger, Answers():
+        ledger.phase = "loading"
+        with ledger.part("teacher"):
+            teacher = _teacher(recipe, configs, device)
+        with ledger.part("student"):
+            model = _model(configs.student, torch.float32, device, "student")
+            if asked.activation_checkpointing:
+                checkpoint_activations(model)
+        ids = min(teacher.vocab_size, model.vocab_size)
+        for of in (model, teacher.model) if isinstance(teacher, TorchTeacher) else (model,):
+            of.mask_from(ids)  # one side may have a padded end
+        # Transformers imports a model's code when it first makes one, as the run will.
+        ledger.libraries = max(libraries, resident_bytes())
+        made = make_objective(recipe, precision)
+        options = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        student = Student(model, WatchedObjective(**options, part=ledger.part), precision)
+        for parameter in student.parameters():
+            parameter.register_post_accumulate_grad_hook(ledger.gradient)  # type: ignore[no-untyped-call]
+        fake_rows = FakeRows(recipe.corpus.tokens_per_row, min(recipe.corpus.heldout_rows, rows))
+
+        def evaluate(step: int) -> dict[str, float]:
+            # It needs less than a step does, unless it alone asks the teacher; most so beside the moments.
+            if step == 0 or recipe.objective.kd_weight:
+                return {"heldout/loss": 0.0}
+            ledger.phase = "held-out evaluation"
+            return heldout(student, teacher, fake_rows, rows)
+
+        def watch(optimizer: torch.optim.Optimizer) -> None:
+            optimizer.register_step_pre_hook(lambda *_: ledger.switch("optimizer"))
+            optimizer.register_step_post_hook(lambda *_: ledger.switch("activations"))
+            if asked.steps > 1:
+                for parameter in student.parameters():
+                    parameter.grad = torch.empty_like(parameter)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            ledger.phase = "training step"
+
+        hooks = Hooks(evaluate, lambda *_: None, lambda *_: None, resume=watch)
+        asked_teacher = teacher if recipe.objective.kd_weight else None
+        train(student, asked_teacher, fake_rows, FakeOrder(), recipe, hooks)
+        parameters = list(student.parameters())
+    return sum(p.numel() for p in parameters), len(parameters)
+
+
+def _teacher(recipe: Recipe, configs: _Configs, device: torch.device) -> Teacher:
+    asked = recipe.teacher
+    match asked.name:
+        case "torch":
+            return TorchTeacher(_model(configs.teacher, choose_dtype(asked.dtype), device, "teacher"), None)
+        case "table":
+            ((_, (size, _)),) = check_safetensors(Path(asked.path)).values()
+            return TableTeacher(torch.zeros(size, size, device=device))
+        case _:
+            return FixtureTeacher(asked.vocab_size)
+
+
+def _model(config: Any, dtype: torch.dtype, device: torch.device, name: str) -> CausalLM:
+    """The model of a config, its weights without data."""
+    try:
+        with no_init_weights(), device:
+            hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        hf.tie_weights()
+    except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
+        raise UserError(f"{name}: no causal LM can be made of its config: {one_line(error)}") from error
+    return CausalLM(hf, name)
+
+
+def _corpus_bytes(recipe: Recipe, config: Any) -> int:
+    asked = recipe.corpus
+    files = files_of(Path(asked.path), getattr(asked, "include", ("*",)), getattr(asked, "exclude", ()))
+    size = sum(file.stat().st_size for file in files if file.exists())
+    per_token = {"uint16": 2.0, "uint32": 4.0}.get(getattr(asked, "dtype", ""), BYTES_PER_TOKEN_OF_TEXT)
+    vocab_size: int = config.get_text_config().vocab_size
+    return int(size / per_token * ROW_BYTES_PER_TOKEN) + TOKENIZER_BYTES_PER_ID * vocab_size

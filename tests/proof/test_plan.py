@@ -1,0 +1,278 @@
+"""The plan against what is really made: sizes of weights and files, tensors that a real step saves, and faults
+that would make it wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from potstill import distill, load_recipe
+from potstill.assembly import Cast, assemble, return_freed_memory
+from potstill.cli import main
+from potstill.proof import plan as planning
+from potstill.proof.ledger import Ledger
+from potstill.proof.plan import Plan, advice, plan
+from potstill.recipe import Recipe
+
+Write = Callable[..., Path]
+SHAPE = {
+    "corpus": "{{name: text, path: {corpus}, tokens_per_row: 64, heldout_rows: 2}}",
+    "train": "{steps: 6, rows_per_step: 8, lr: 1e-3, device: cpu, save_every: 2}",
+}
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of 1.2 M parameters: large beside the files and tensors that are not counted to the byte."""
+    folder = tmp_path_factory.mktemp("wide") / "teacher"
+    return make_model(folder, hidden_size=128, intermediate_size=384, initializer_range=0.02)
+
+
+@pytest.fixture
+def wide(tiny_recipe: Write, wide_folder: Path, corpus_folder: Path) -> Callable[..., Path]:
+    def write(**sections: str) -> Path:
+        shape = {
+            name: text.format(corpus=corpus_folder) if "{{" in text else text for name, text in SHAPE.items()
+        }
+        return tiny_recipe(**{"teacher": f"{{name: torch, model: {wide_folder}}}", **shape, **sections})
+
+    return write
+
+
+def changed(recipe: Recipe, section: str, **fields: Any) -> Recipe:
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **fields)})
+
+
+def differing(found: Plan, cast: Cast) -> list[str]:
+    """Parts of a plan that are not the sizes of the models which the run made."""
+    size = {
+        name: sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+        for name, model in (("teacher", cast.teacher.model), ("student", cast.student.model))
+    }
+    weights = sum(p.nbytes for p in cast.student.parameters())
+    wanted = {**size, "optimizer": 2 * weights, "gradients": weights}
+    seen = {**found.parts, "gradients": found.largest["gradients"]}
+    return [name for name, bytes_ in wanted.items() if abs(seen[name] - bytes_) > 0.01 * bytes_]
+
+
+def test_weights_moments_and_gradients_are_those_of_the_real_models(wide: Write) -> None:
+    recipe = load_recipe(wide())
+    assert differing(plan(recipe), assemble(recipe, lambda text: None)) == []
+
+
+@pytest.mark.parametrize("part", ["teacher", "student", "optimizer"])
+def test_a_plan_that_forgets_a_part_is_seen(part: str, wide: Write) -> None:
+    recipe = load_recipe(wide())
+    forgetful = dataclasses.replace(plan(recipe), **{part: 0})
+    assert differing(forgetful, assemble(recipe, lambda text: None)) == [part]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations_are_what_a_real_forward_saves(checkpointing: bool, precision: str, wide: Write) -> None:
+    train = {"activation_checkpointing": checkpointing, "precision": precision}
+    recipe = changed(load_recipe(wide(objective="{chunk: 512}")), "train", **train)
+    cast = assemble(recipe, lambda text: None)
+    batch = cast.corpus.train.batch(range(8))
+    weights = {p.untyped_storage().data_ptr() for p in cast.student.parameters()}
+    saved: dict[int, tuple[int, Any]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes(), storage
+        return tensor
+
+    cast.student.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden_ND = cast.student._hidden_ND(batch)
+    counted = sum(size for size, _ in saved.values())
+    beside = 2 * hidden_ND.nbytes  # the student's and the teacher's at the supervised positions
+    beside += sum(getattr(batch, f.name).nbytes for f in dataclasses.fields(batch))
+    found = plan(recipe)
+    if checkpointing:  # layers' inputs are kept, and the peak may be in the way back
+        assert found.largest["activations"] >= counted
+        assert counted < 0.3 * plan(changed(recipe, "train", activation_checkpointing=False)).activations
+    else:
+        assert found.phase == "training step"
+        assert found.activations == pytest.approx(counted + beside, rel=0.08)
+
+
+class Counting(TorchDispatchMode):
+    """Shows a ledger the tensors of a real step, whose numbers and kernels are the real ones."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.ledger.see(leaf)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "mixtral"])
+def test_a_step_without_data_holds_what_the_same_step_with_data_holds(kind: str) -> None:
+    """Byte for byte, forwards and backwards, also where experts are routed."""
+    shape: dict[str, Any] = {"vocab_size": 200, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        config: Any = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **shape)
+    else:
+        shape |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        made = {"qwen2": transformers.Qwen2Config, "mixtral": transformers.MixtralConfig}[kind]
+        config = made(**shape, **({"num_local_experts": 4} if kind == "mixtral" else {}))
+
+    def step(counting: Any) -> None:
+        hf = transformers.AutoModelForCausalLM.from_config(config).base_model
+        ids_BT = torch.arange(128).reshape(2, 64) % 200
+        positions_BT = torch.arange(32).repeat(2).expand(2, 64).contiguous()
+        with counting:
+            hf(
+                input_ids=ids_BT, position_ids=positions_BT, use_cache=False
+            ).last_hidden_state.sum().backward()
+
+    real, fake = Ledger(), Ledger()
+    step(Counting(real))
+    with planning.FakeTensorMode():
+        step(fake)
+    assert fake.largest["activations"] == real.largest["activations"] > 0
+
+
+def test_smaller_chunks_and_micro_batches_need_less(wide: Write) -> None:
+    recipe = load_recipe(wide())
+    chunks = [plan(changed(recipe, "objective", chunk=chunk)).largest["loss_chunk"] for chunk in (64, 256)]
+    assert chunks == sorted(set(chunks))
+    rows = [plan(changed(recipe, "train", rows_per_micro_batch=rows)).activations for rows in (2, 4)]
+    assert rows == sorted(set(rows))
+
+
+def test_the_gradients_of_earlier_micro_batches_are_there(wide: Write) -> None:
+    recipe = load_recipe(wide())
+    alone = plan(recipe)
+    assert alone.gradients < 0.2 * alone.student  # they grow while activations go
+    several = plan(changed(recipe, "train", rows_per_micro_batch=4))
+    assert several.gradients == pytest.approx(several.student, rel=0.01)
+
+
+def test_advice_lowers_the_peak_and_is_what_a_plan_of_it_says(wide: Write) -> None:
+    path = wide(objective="{chunk: 512}")
+    now = plan(load_recipe(path))
+    told = advice(load_recipe(path), now)
+    fields = {setting.split("=")[0] for change in told for setting in change.settings}
+    assert {"train.rows_per_micro_batch", "objective.chunk", "train.activation_checkpointing"} <= fields
+    assert all(change.peak_bytes < now.peak_bytes for change in told)
+    assert told[-1].peak_bytes == min(change.peak_bytes for change in told)
+    again = dataclasses.replace(plan(load_recipe(path, told[0].settings)), libraries=now.libraries)
+    assert again.peak_bytes == told[0].peak_bytes
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_disk_is_what_a_run_leaves(optimizer: str, wide: Write, tmp_path: Path) -> None:
+    train = f"{{steps: 6, rows_per_step: 2, lr: 1e-3, device: cpu, save_every: 2, optimizer: {optimizer}}}"
+    path = wide(train=train)
+    run = distill(path, out=tmp_path / "run")
+    left = [f for of in (run.student, run.checkpoints) for f in of.rglob("*") if f.is_file()]
+    found = plan(load_recipe(path))
+    assert found.disk_bytes == pytest.approx(sum(f.stat().st_size for f in left), rel=0.03)
+    assert found.disk_peak_bytes >= found.disk_bytes + found.checkpoint_disk_bytes
+
+
+def test_no_weight_is_read_and_no_random_number_is_drawn(wide: Write, tmp_path: Path) -> None:
+    transformers.AutoConfig.for_model("llama").save_pretrained(tmp_path / "config")
+    make_model(tmp_path / "bare", with_tokenizer=False)
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    state = torch.get_rng_state()
+    found = plan(load_recipe(wide(teacher=f"{{name: torch, model: {tmp_path / 'bare'}}}")))
+    assert found.teacher > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_seven_billion_parameters_are_planned_on_a_small_machine(wide: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "7b"
+    transformers.Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+    ).save_pretrained(folder)  # fmt: skip
+    found = plan(load_recipe(wide(teacher=f"{{name: torch, model: {folder}, dtype: bfloat16}}")))
+    assert found.teacher == pytest.approx(2 * 7.616e9, rel=0.001)  # its card says 7.61 B
+    assert found.student > 0.4 * 2 * found.teacher / 28
+
+
+@pytest.mark.parametrize("name", ["fixture", "table"])
+def test_a_teacher_without_weights_of_a_config(
+    name: str, wide: Write, wide_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"logits": torch.zeros(258, 258)}, tmp_path / "table.safetensors")
+    teachers = {"fixture": "vocab_size: 258", "table": f"path: {tmp_path / 'table.safetensors'}"}
+    student = f"{{name: checkpoint, model: {wide_folder}}}"
+    found = plan(load_recipe(wide(teacher=f"{{name: {name}, {teachers[name]}}}", student=student)))
+    assert found.teacher == (258 * 258 * 4 if name == "table" else 0)
+
+
+def test_the_verb_prints_a_table_and_says_whether_it_fits(
+    wide: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = str(wide())
+    assert main(["plan", recipe]) == 0
+    told = capsys.readouterr().out
+    assert all(part in told for part in planning.PARTS) and "it fits" in told and "not measured" in told
+    monkeypatch.setattr(planning, "available", lambda recipe, folder: (2**20, 2**10))
+    done = ["train.activation_checkpointing=true", "train.precision=bfloat16", "teacher.dtype=bfloat16"]
+    assert main(["plan", recipe, *done]) == 2
+    told = capsys.readouterr().out
+    assert (
+        "does not fit" in told and "train.rows_per_micro_batch=4" in told and "make room on the disk" in told
+    )
+    assert main(["plan", recipe, *done, "objective.chunk=16", "--json"]) == 2
+    as_json = json.loads(capsys.readouterr().out)
+    assert not as_json["fits"] and as_json["advice"][0]["peak_bytes"] < as_json["peak_bytes"]
+
+
+def test_after_assembly_rows_and_tokenizer_are_measured(wide: Write) -> None:
+    recipe = load_recipe(wide())
+    cast = assemble(recipe, lambda text: None)
+    found = plan(recipe, teacher_config=cast.teacher.model.hf.config, assembled=True)
+    assert found.corpus == 0
+    assert found.libraries + found.teacher + found.student == pytest.approx(
+        planning.resident_bytes(), rel=0.05
+    )
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
+    (tmp_path / "memory.stat").write_text("anon 3000\nfile 5000\n")
+    assert planning._container_left(tmp_path) > 2**60
+    (tmp_path / "memory.max").write_text("max\n")
+    assert planning._container_left(tmp_path) > 2**60
+    (tmp_path / "memory.max").write_text("10000\n")
+    assert planning._container_left(tmp_path) == 7000
+
+
+def test_a_measured_plan_has_a_time(wide: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(wide()), "--measure", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["time_s"] > 0
+
+
+def test_freed_tensors_go_back_to_the_system() -> None:
+    """Once glibc has freed a large block it keeps smaller ones: the peak of a run would follow no plan."""
+    return_freed_memory()
+    del_me = [torch.ones(31 * 2**18)]
+    del_me.clear()
+    blocks = [torch.ones(2**18) for _ in range(128)]  # 1 MiB each
+    full = planning.resident_bytes()
+    del blocks[::2]
+    assert full - planning.resident_bytes() > 48 * 2**20
