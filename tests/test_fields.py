@@ -14,6 +14,7 @@ import transformers
 from conftest import make_corpus, make_model, make_tokenizer, tiny_config
 
 from potstill import distill, recipe
+from potstill.proof.preflight import Checked
 from potstill.runs.rundir import RunDir
 
 Recipe = Callable[..., Path]
@@ -130,7 +131,9 @@ def test_fields_that_trade_memory_change_what_exists_at_once(
         seen.append((positions, max(part.stop - part.start for part in found)))
         return found
 
-    monkeypatch.setattr("potstill.line.cheap", lambda cast: iter(()))  # it looks at rows of its own
+    monkeypatch.setattr(
+        "potstill.line.require_sound", lambda cast, place: Checked("not planned", [])
+    )  # it looks at rows of its own
     monkeypatch.setattr(Objective, "_parts", watched)
     for rows, chunk in ((4, 16), (1, 8)):
         seen.clear()
@@ -143,7 +146,9 @@ def test_fields_that_trade_memory_change_what_exists_at_once(
 def test_activation_checkpointing_changes_memory_and_no_result(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("potstill.line.cheap", lambda cast: iter(()))  # it trains a little, too
+    monkeypatch.setattr(
+        "potstill.line.require_sound", lambda cast, place: Checked("not planned", [])
+    )  # it trains a little, too
     kept: list[int] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

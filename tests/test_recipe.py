@@ -879,9 +879,9 @@ def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path: Path) -> None:
     with pytest.raises(UserError) as is_folder:
         recipe.load(tmp_path)
     assert absent.value.mistakes == (
-        f"{tmp_path / 'r.yaml'}: cannot be read: no such file or directory. Give the recipe's YAML file.",
+        f"{tmp_path / 'r.yaml'}: no such file. Give the recipe's YAML file.",
     )
-    assert is_folder.value.mistakes == (f"{tmp_path}: a folder. Give the recipe's YAML file.",)
+    assert is_folder.value.mistakes == (f"{tmp_path}: a folder, not a file. Give the recipe's YAML file.",)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(

@@ -145,9 +145,10 @@ def _check(options: argparse.Namespace, display: Display) -> int:
     recipe = load(options.recipe, options.overrides)
     from potstill.assembly import assemble
     from potstill.proof.preflight import preflight
+    from potstill.runs.rundir import default_path
 
     findings = []
-    for finding in preflight(assemble(recipe, display.note)):
+    for finding in preflight(assemble(recipe, display.note), default_path(options.recipe.stem)):
         findings.append(finding)
         verdict, advice = ("ok ", "") if finding.ok else ("RED", f". {finding.advice}")
         if not options.json:

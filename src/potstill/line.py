@@ -21,8 +21,8 @@ from potstill.display import Display
 from potstill.errors import Stopped, UserError
 from potstill.evals.likelihood import heldout
 from potstill.models.files import file_sha256
-from potstill.proof.preflight import cheap, require_sound
-from potstill.proof.rehearsal import Finding
+from potstill.proof.plan import Plan
+from potstill.proof.preflight import Checked, require_sound
 from potstill.recipe import Recipe
 from potstill.runs.rundir import RunDir, code, default_path, environment, newest_path
 from potstill.students.generate import complete
@@ -82,24 +82,23 @@ def distill(
 
     with Watch(loaded.guard, display.note, on_stall) as watch:
         cast = assemble(loaded, display.note)
-        findings = list(cheap(cast))
-        require_sound(findings)
-        display.note(f"check: {len(findings)} of {len(findings)} passed; `potstill check` has more")
+        checked = require_sound(cast, path)
+        display.note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
         if resume:
             _require_same_corpus(cast.corpus.manifest, run)
             run.set_status("running")
         else:
             run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
         display.note(f"run: {run.path}")
-        _guarded(cast, run, findings, display, watch)
+        _guarded(cast, run, checked, display, watch)
     return run
 
 
-def _guarded(cast: Cast, run: RunDir, findings: list[Finding], display: Display, watch: Watch) -> None:
+def _guarded(cast: Cast, run: RunDir, checked: Checked, display: Display, watch: Watch) -> None:
     """The run, and whatever ends it in its status."""
     recipe = cast.recipe
     try:
-        _run(cast, run, findings, display, watch)
+        _run(cast, run, checked, display, watch)
     except Stopped:
         run.set_status("stopped", "by a signal before the first step; --resume goes on")
     except torch.OutOfMemoryError as error:
@@ -163,7 +162,7 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
     return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
 
 
-def _run(cast: Cast, run: RunDir, findings: list[Finding], display: Display, watch: Watch) -> None:
+def _run(cast: Cast, run: RunDir, checked: Checked, display: Display, watch: Watch) -> None:
     recipe, student = cast.recipe, cast.student
     started = time.perf_counter()
     running = code()  # now, while it is what was loaded
@@ -222,7 +221,8 @@ def _run(cast: Cast, run: RunDir, findings: list[Finding], display: Display, wat
     receipt = _receipt(cast, run, outcome, before, samples, time.perf_counter() - started)
     receipt["commit"] = running["commit"] or "not a git checkout"
     receipt["uncommitted_changes"] = bool(running["diff"])
-    receipt["check"] = {finding.name: finding.figure for finding in findings}
+    receipt["plan"] = _compared(checked.planned, receipt["peak_memory_gib"])
+    receipt["check"] = {finding.name: finding.figure for finding in checked.findings}
     run.write_receipt(receipt)
     run.set_status("finished")
     _tell(cast, run, outcome, samples, display)
@@ -309,6 +309,19 @@ def _receipt(
         if recipe.eval.sample_prompt is not None
         else None,
         "environment": environment(),
+    }
+
+
+def _compared(planned: Plan | str, measured_gib: float) -> dict[str, Any]:
+    """The plan beside what was measured; a run that was resumed measures its last process alone."""
+    if isinstance(planned, str):
+        return {"predicted_peak_gib": planned, "measured_peak_gib": measured_gib}
+    predicted = planned.peak_bytes / 2**30
+    return {
+        "predicted_peak_gib": round(predicted, 3),
+        "measured_peak_gib": measured_gib,
+        "ratio": round(predicted / measured_gib, 3),
+        "parts_gib": {name: round(size / 2**30, 3) for name, size in planned.parts.items()},
     }
 
 

@@ -21,6 +21,7 @@ from pydantic import Field, TypeAdapter
 
 from potstill import yaml_strict
 from potstill.errors import UserError
+from potstill.plain_files import opened
 from potstill.recipe_mistakes import explain, shown
 from potstill.recipe_plugins import divergences, load_plugins
 from potstill.recipe_sections import (
@@ -78,14 +79,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: with every mistake of the file and of the overrides `a.b=value`.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(yaml_strict.MAX_BYTES + 1)
-    except IsADirectoryError as error:
-        raise UserError(f"{path}: a folder. Give the recipe's YAML file.") from error
-    except (OSError, ValueError) as error:
-        said = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{path}: cannot be read: {said}. Give the recipe's YAML file.") from error
+    with opened(path, "a recipe", "Give the recipe's YAML file.") as file:
+        data = file.read(yaml_strict.MAX_BYTES + 1)
     text = yaml_strict.decode(data, str(path))
     return parse(text, where=str(path), folder=Path(path).absolute().parent, overrides=overrides)
 

@@ -15,17 +15,18 @@ import transformers
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 
-from potstill import distill, load_recipe
+from potstill import UserError, distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
-from potstill.proof.preflight import cheap, preflight, window
+from potstill.proof.preflight import cheap, plan_of, preflight, window
 from potstill.types import Batch, HiddenTargets
 
 Recipe = Callable[..., Path]
+NOWHERE = Path("runs/not-there")
 
 
 def red(cast: Cast) -> list[str]:
-    return [finding.name for finding in preflight(cast) if not finding.ok]
+    return [finding.name for finding in preflight(cast, NOWHERE) if not finding.ok]
 
 
 def cast_of(recipe: Path) -> Cast:
@@ -35,7 +36,7 @@ def cast_of(recipe: Path) -> Cast:
 def test_a_sound_recipe_has_no_red_line(tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tiny_recipe())]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[-1] == "19 of 19 checks passed" and all(line.startswith("ok ") for line in told[:-1])
+    assert told[-1] == "21 of 21 checks passed" and all(line.startswith("ok ") for line in told[:-1])
 
 
 def test_check_leaves_nothing_behind_and_speaks_json(
@@ -150,6 +151,35 @@ def test_a_file_that_was_not_read_to_its_end_is_red(tiny_recipe: Recipe) -> None
     assert "files" in red(cast)
 
 
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_a_run_that_does_not_fit_is_red_and_not_begun(
+    what: str, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = (2**20, 2**40) if what == "memory" else (2**40, 2**10)
+    monkeypatch.setattr("potstill.proof.preflight.available", lambda recipe, folder: there)
+    assert red(cast_of(tiny_recipe())) == [what]
+    with pytest.raises(UserError, match=f"check: {what}: .* GiB planned"):
+        distill(tiny_recipe(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_planned_runs_and_says_so(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError("aten::nonzero without data")
+
+    monkeypatch.setattr("potstill.proof.preflight.plan", fails)
+    receipt = distill(tiny_recipe(), out=tmp_path / "run").receipt()
+    assert receipt["plan"]["predicted_peak_gib"] == "not planned: aten::nonzero without data."
+
+
+def test_the_plan_is_in_the_receipt_beside_what_was_measured(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    compared = distill(tiny_recipe(), out=tmp_path / "run").receipt()["plan"]
+    assert compared["measured_peak_gib"] > 0 and compared["ratio"] > 0
+    assert sum(compared["parts_gib"].values()) == pytest.approx(compared["predicted_peak_gib"], abs=0.01)
+
+
 def test_a_first_step_past_its_deadline_is_red(tiny_recipe: Recipe) -> None:
     assert red(cast_of(tiny_recipe(guard="{first_step_s: 1e-6}"))) == ["first step"]
 
@@ -157,7 +187,7 @@ def test_a_first_step_past_its_deadline_is_red(tiny_recipe: Recipe) -> None:
 def test_the_cheap_half_leaves_weights_and_random_state_as_they_were(tiny_recipe: Recipe) -> None:
     cast = cast_of(tiny_recipe())
     weights, state = cast.student.weights_sha256(), torch.get_rng_state()
-    assert all(finding.ok for finding in cheap(cast))
+    assert all(finding.ok for finding in cheap(cast, plan_of(cast), NOWHERE))
     assert cast.student.weights_sha256() == weights and torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in cast.student.parameters())
 

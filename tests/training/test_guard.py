@@ -18,6 +18,7 @@ from potstill import UserError, distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.line import RunDir
+from potstill.proof.preflight import Checked
 from potstill.students.student import Student
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.loop import Hooks, train
@@ -102,7 +103,7 @@ def test_without_a_ceiling_an_exploded_loss_is_refused_all_the_same(tiny_recipe:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planted here goes wrong on the way; the checks before a run see none of it."""
-    monkeypatch.setattr("potstill.line.cheap", lambda cast: iter(()))
+    monkeypatch.setattr("potstill.line.require_sound", lambda cast, place: Checked("not planned", []))
 
 
 @pytest.fixture

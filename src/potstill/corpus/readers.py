@@ -127,7 +127,6 @@ def chat(path: Path, tokenizer: Any, field: str = "messages") -> Reading:
 
 def parquet(path: Path, tokenizer: Any, column: str = "text") -> Reading:
     """One document a record, the string in `column`."""
-    _extra("pyarrow")
     pq = _extra("pyarrow.parquet")
     reading = Reading(iter(()))
 

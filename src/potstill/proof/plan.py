@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,18 +165,19 @@ def available(recipe: Recipe, folder: Path) -> tuple[int, int]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError as error:
-        raise UserError(
-            "plan: /proc cannot be read, so this process cannot be measured. Use Linux."
-        ) from error
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Memory of this process now; where there is no /proc, the most that it ever was."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _system_left() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = meminfo.read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 

@@ -9,19 +9,21 @@ refused before the first of them. `distill` runs the cheap ones by itself and pu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.assembly import Cast
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import weights_sha256
+from potstill.proof.plan import Plan, available, plan
 from potstill.proof.rehearsal import Finding, rehearsal
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.loop import ask
@@ -32,23 +34,36 @@ TOKENS = 64  # of each row, where gradients are looked at
 BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
 
 
-def preflight(cast: Cast) -> Iterator[Finding]:
+def preflight(cast: Cast, place: Path) -> Iterator[Finding]:
     """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried."""
     sound = True
-    for finding in cheap(cast):
+    for finding in cheap(cast, plan_of(cast), place):
         sound = sound and finding.ok
         yield finding
     if sound:
         yield from rehearsal(cast)
 
 
-def cheap(cast: Cast) -> Iterator[Finding]:
-    """What takes a few forward passes. Leaves the student's weights and the random state as they were."""
+def plan_of(cast: Cast) -> Plan | str:
+    """What the run will need, or why that is not known; to be asked before the first forward pass."""
+    config = cast.teacher.model.hf.config if isinstance(cast.teacher, TorchTeacher) else None
+    try:
+        return plan(cast.recipe, teacher_config=config, assembled=True)
+    except Exception as error:  # a model that cannot run without data, say; a run must not end over its plan
+        return f"not planned: {one_line(error)}"
+
+
+def cheap(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
+    """What takes a few forward passes. Leaves the student's weights and the random state as they were.
+
+    `place` is where the run directory is, or will be made.
+    """
     with torch.random.fork_rng(devices=[cast.device] if cast.device.type == "cuda" else []):
         cast.student.eval()
         batch = cast.corpus.heldout.batch([0]).to(cast.device)
         yield recipe_is_read(cast)
         yield files_are_whole(cast)
+        yield from the_machine_suffices(cast, planned, place)
         yield vocabulary_is_shared(cast)
         yield weights_differ(cast)
         yield labels_are_next_tokens(cast)
@@ -64,10 +79,21 @@ def cheap(cast: Cast) -> Iterator[Finding]:
         yield opposite_rows_cancel(cast, two)
 
 
-def require_sound(findings: Sequence[Finding]) -> None:
-    """Refuse to begin what would be worthless."""
+@dataclass(frozen=True)
+class Checked:
+    """What was found before a run; it goes into the receipt."""
+
+    planned: Plan | str
+    findings: list[Finding]
+
+
+def require_sound(cast: Cast, place: Path) -> Checked:
+    """The cheap half; UserError where the run would be worthless."""
+    planned = plan_of(cast)
+    findings = list(cheap(cast, planned, place))
     if red := [f"check: {f.name}: {f.figure}. {f.advice}" for f in findings if not f.ok]:
         raise UserError(*red)
+    return Checked(planned, findings)
 
 
 def recipe_is_read(cast: Cast) -> Finding:
@@ -85,6 +111,21 @@ def files_are_whole(cast: Cast) -> Finding:
     size = sum(file["bytes"] for file in files)
     figure = f"{len(files)} of the corpus, {size / 2**20:.1f} MiB, read whole; checkpoints verified"
     return Finding("files", figure, not without, f"Not read: {without[:1]}.")
+
+
+def the_machine_suffices(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
+    """What a run that goes on has written already is not needed again."""
+    if isinstance(planned, str):
+        yield Finding("memory", planned, True)
+        return
+    memory, disk = available(cast.recipe, place)
+    figure = f"{planned.peak_bytes / 2**30:.2f} GiB planned, {memory / 2**30:.2f} GiB available"
+    advice = "`potstill plan` lists what to change"
+    yield Finding("memory", figure, planned.peak_bytes <= memory, advice)
+    there = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    needed = max(planned.disk_peak_bytes - there, 0)
+    figure = f"{needed / 2**30:.2f} GiB planned, {disk / 2**30:.2f} GiB free"
+    yield Finding("disk", figure, needed <= disk, "Make room, or give --out a folder on another disk")
 
 
 def vocabulary_is_shared(cast: Cast) -> Finding:
