@@ -21,6 +21,7 @@ check: $(READY)
 # Kills, signals, damage and full disks at full count, about half an hour; `make test` has a few of each.
 soak: $(READY)
 	SOAK=1 $(BIN)/python -m pytest -q tests/soak -o tmp_path_retention_policy=failed
+	$(BIN)/python -m pytest -q -m soak tests/test_malformed.py
 
 bench: $(READY)
 	$(BIN)/python bench/step.py

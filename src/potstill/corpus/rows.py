@@ -168,20 +168,12 @@ def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vo
     for document in documents:
         require_ids(document.source, document.ids, vocab.size)
     total = sum(len(document.ids) for document in documents)
-    if tokens_per_row > total:
-        raise UserError(
-            f"corpus.tokens_per_row: rows of {tokens_per_row} tokens, and the {len(documents)} documents have"
-            f" {total} in all. Give more text, or set it lower."
-        )
+    if tokens_per_row > total:  # before a row of that length is allocated
+        raise _too_little(len(documents), total, 0, 0, heldout_rows, tokens_per_row)
     train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row)
     dropped = train.drop(heldout)
     if len(heldout) < heldout_rows or len(train) == 0:
-        raise UserError(
-            f"corpus: {len(documents)} documents of {total} tokens give {len(train)} training rows and"
-            f" {len(heldout)} held-out rows of {tokens_per_row} tokens; at least 1 and {heldout_rows} are"
-            " needed, in different documents. Give more text, or set corpus.tokens_per_row or"
-            " corpus.heldout_rows lower."
-        )
+        raise _too_little(len(documents), total, len(train), len(heldout), heldout_rows, tokens_per_row)
     manifest = {
         "documents": len(documents),
         "tokens": total,
@@ -201,6 +193,16 @@ def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vo
         "files": reading.files,
     }
     return Corpus(train, heldout, manifest)
+
+
+def _too_little(
+    documents: int, total: int, train: int, heldout: int, heldout_rows: int, tokens_per_row: int
+) -> UserError:
+    return UserError(
+        f"corpus: {documents} documents of {total} tokens give {train} training rows and {heldout} held-out"
+        f" rows of {tokens_per_row} tokens; at least 1 and {heldout_rows} are needed, in different documents."
+        " Give more text, or set corpus.tokens_per_row or corpus.heldout_rows lower."
+    )
 
 
 def split(

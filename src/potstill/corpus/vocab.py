@@ -45,7 +45,6 @@ def load_tokenizer(path: Path) -> Any:
                     path.parent, gguf_file=path.name, trust_remote_code=False
                 )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            tokenizer("A probe, of some words.")  # a damaged normalizer is met at the first text
         _require_added(tokenizer, settings.get("tokenizer.json", {}).get("added_tokens") or [])
         return tokenizer
     except BaseException as error:  # the tokenizers library raises bare Exception, and panics that are none
@@ -77,15 +76,17 @@ def _require_added(tokenizer: Any, added: list[Any]) -> None:
 
 
 def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
+    """The ids of each text, nothing added; `where` is the first text's place."""
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quiet_panics():
             encoded = tokenizer(contents, add_special_tokens=False, split_special_tokens=True)
     except BaseException as error:
         if not _is_told(error):
             raise
+        more = f" or a document of the {len(contents) - 1} after it" if len(contents) > 1 else ""
         raise UserError(
-            f"{where}: the tokenizer of {tokenizer.name_or_path} fails on it or on one of the"
-            f" {len(contents) - 1} documents after it: {one_line(error)} Set corpus.tokenizer to a sound one."
+            f"{tokenizer.name_or_path}: its tokenizer fails on {where}{more}: {one_line(error)}"
+            " Set corpus.tokenizer to a sound one."
         ) from error
     ids: list[list[int]] = encoded["input_ids"]
     return ids

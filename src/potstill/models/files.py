@@ -110,7 +110,7 @@ def tensor_shapes(source: Path) -> dict[str, Shape]:
 
 def file_sha256(path: Path) -> str:
     """sha256 of the file's bytes, read in pieces."""
-    with _reading(path) as file:
+    with _reading(path, "plain data") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
