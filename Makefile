@@ -18,9 +18,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 
-# Kills, signals, damage and full disks at full count, about half an hour; `make test` has a few of each.
+# Kills, signals, damage, full disks and damaged inputs at full count, about an hour; `make test` has a few of each.
 soak: $(READY)
 	SOAK=1 $(BIN)/python -m pytest -q tests/soak -o tmp_path_retention_policy=failed
+	$(BIN)/python -m pytest -q -m soak tests -o tmp_path_retention_policy=failed
 	$(BIN)/python -m pytest -q -m soak tests/test_malformed.py
 
 bench: $(READY)

@@ -1144,9 +1144,6 @@ KINDS = {
 }
 FAULTS = [Fault(kind, *fault) for kind, faults in KINDS.items() for fault in faults()]
 
-PENDING = {("recipe", "a FIFO"): "recipe.load opens it before it looks"}
-
-
 # ---- the tests
 
 
@@ -1213,17 +1210,8 @@ def limits(wall_s: int = 10) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def marked(faults: list[Fault]) -> list[Any]:
-    return [
-        pytest.param(
-            fault,
-            id=f"{fault.kind}: {fault.name}",
-            marks=[pytest.mark.xfail(reason=PENDING[fault.kind, fault.name], strict=True)]
-            if (fault.kind, fault.name) in PENDING
-            else [],
-        )
-        for fault in faults
-    ]
+def named(fault: Fault) -> str:
+    return f"{fault.kind}: {fault.name}"
 
 
 def test_there_are_faults_of_every_kind() -> None:
@@ -1233,7 +1221,7 @@ def test_there_are_faults_of_every_kind() -> None:
     assert kinds == KINDS.keys()
 
 
-@pytest.mark.parametrize("fault", marked(FAULTS))
+@pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_a_damaged_input_is_one_line_with_its_place(
     fault: Fault,
     good: Good,
@@ -1248,14 +1236,14 @@ def test_a_damaged_input_is_one_line_with_its_place(
     monkeypatch.setattr(registry, "_entries", {kind: dict(of) for kind, of in registry._entries.items()})
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # whoever asks to run code is told yes
     capfd.readouterr()
-    with limits(2 if (fault.kind, fault.name) in PENDING else 10):
+    with limits(60):
         code = main(words)
     require_refusal(fault, code, capfd.readouterr().err)
     assert tree(tmp_path) == before
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("fault", marked(FAULTS))
+@pytest.mark.parametrize("fault", FAULTS, ids=named)
 def test_a_damaged_input_costs_a_fresh_process_little(fault: Fault, good: Good, tmp_path: Path) -> None:
     """5 s of processor time, imports included, and 2 GiB.
 

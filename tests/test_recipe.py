@@ -878,9 +878,7 @@ def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path: Path) -> None:
         recipe.load(tmp_path / "r.yaml")
     with pytest.raises(UserError) as is_folder:
         recipe.load(tmp_path)
-    assert absent.value.mistakes == (
-        f"{tmp_path / 'r.yaml'}: no such file. Give the recipe's YAML file.",
-    )
+    assert absent.value.mistakes == (f"{tmp_path / 'r.yaml'}: no such file. Give the recipe's YAML file.",)
     assert is_folder.value.mistakes == (f"{tmp_path}: a folder, not a file. Give the recipe's YAML file.",)
 
 
