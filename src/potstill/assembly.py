@@ -64,7 +64,8 @@ class Cast:
 
 def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | Path | None = None) -> Cast:
     """Make what the recipe names. `saved_student` takes the place of the recipe's student."""
-    return_freed_memory()
+    if recipe.train.return_memory:
+        return_freed_memory()
     device = choose_device(recipe.train.device)
     chosen = "" if recipe.train.device != "auto" else " (auto: CUDA where there is a device, else the CPU)"
     note(f"device: {device}{chosen}")
@@ -237,7 +238,7 @@ def return_freed_memory() -> None:
 
     From 128 KiB on a block is a mapping of its own, gone when it is freed; but each such free raises that
     limit, up to 32 MiB, and what is smaller stays in a heap that fragments. Fixed at its first value, the
-    half-depth recipe peaks at 2.88 GiB instead of 3.61, in the same processor time (docs/log.md).
+    demo peaks at 3.51 GiB instead of 4.25, and its steps take a quarter longer (docs/log.md).
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)

@@ -227,6 +227,8 @@ class Train(Section):
     """Type of the student's matrix products; its weights stay float32."""
     activation_checkpointing: bool = False
     """Keep one hidden state a layer and compute the rest again on the way back: memory, not results."""
+    return_memory: bool = False
+    """Give freed memory back to the system at once: less memory and slower steps on the CPU, same results."""
     save_every: CountOrZero = 500
     """Steps between checkpoints, of which two are kept; 0: only when a signal stops the run."""
     device: Annotated[str, _check(_device), WithJsonSchema({"type": "string", "pattern": DEVICE})] = "auto"

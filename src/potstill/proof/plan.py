@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import platform
 import resource
 import sys
 from collections.abc import Callable
@@ -70,6 +71,8 @@ class Plan:
     """Rows and tokenizer, estimated from the size of the files; 0 on CUDA."""
     libraries: int
     """This process, before anything is loaded; 0 on CUDA."""
+    allocator: int
+    """Freed blocks that glibc keeps, see KEPT_BY_GLIBC; 0 with train.return_memory, and on CUDA."""
     largest: dict[str, int]
     """The most that each part holds at any time: parts do not peak together."""
     student_disk_bytes: int
@@ -98,7 +101,9 @@ class Plan:
 
 
 TRACED = ("teacher", "student", "gradients", "optimizer", "activations", "loss_chunk", "store")
-PARTS = (*TRACED, "corpus", "libraries")
+PARTS = (*TRACED, "corpus", "libraries", "allocator")
+# Of the tensors alive at the peak. Measured with bench/plan.py: from 0.22 to 0.46 in six cases (docs/log.md).
+KEPT_BY_GLIBC = 0.3
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,8 @@ def _changes(recipe: Recipe) -> dict[str, Callable[[Recipe], Recipe]]:
         found[f"objective.chunk={half}"] = with_("objective", chunk=half)
     if not train.activation_checkpointing:
         found["train.activation_checkpointing=true"] = with_("train", activation_checkpointing=True)
+    if not train.return_memory:
+        found["train.return_memory=true"] = with_("train", return_memory=True)
     if train.precision == "float32":
         found["train.precision=bfloat16"] = with_("train", precision="bfloat16")
     if getattr(recipe.teacher, "dtype", None) == "float32":
@@ -261,6 +268,7 @@ def _plan(recipe: Recipe, configs: _Configs, step_s: float | None) -> Plan:
         **{part: ledger.at_peak[part] for part in TRACED},
         corpus=configs.corpus_bytes if on_cpu else 0,
         libraries=ledger.libraries if on_cpu else 0,
+        allocator=_kept_by_allocator(ledger, recipe) if on_cpu else 0,
         largest={part: ledger.largest[part] for part in TRACED},
         student_disk_bytes=saved,
         checkpoint_disk_bytes=checkpoint,
@@ -268,6 +276,12 @@ def _plan(recipe: Recipe, configs: _Configs, step_s: float | None) -> Plan:
         disk_peak_bytes=max(2 * saved + min(at_once, KEPT) * checkpoint, saved + at_once * checkpoint),
         time_s=None if step_s is None else step_s * train.steps,
     )
+
+
+def _kept_by_allocator(ledger: Ledger, recipe: Recipe) -> int:
+    if recipe.train.return_memory or platform.libc_ver()[0] != "glibc":
+        return 0
+    return int(KEPT_BY_GLIBC * sum(ledger.at_peak[part] for part in TRACED))
 
 
 def _trace(recipe: Recipe, configs: _Configs, device: torch.device, ledger: Ledger) -> tuple[int, int]:
