@@ -22,7 +22,7 @@ from potstill.corpus import readers, rows, vocab
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
-from potstill.models.files import check_model_files
+from potstill.models.files import check_gguf, check_model_files
 from potstill.models.load import choose_device, load_config, local_copy, vocab_size_of
 from potstill.recipe import Recipe
 from potstill.registry import entries
@@ -75,6 +75,7 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
             load_config(path)
 
     corpus, tokenizer = make_corpus(recipe)
+    corpus.order(recipe.train.seed).rows(0, recipe.train.rows_per_step)  # refuses more than it can give
     counts = corpus.manifest
     note(
         f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; rows of"
@@ -113,6 +114,8 @@ def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
         local_copy(source) for source in ([asked.tokenizer] if asked.tokenizer else _checkpoints(recipe))
     ]
     with_tokenizer = [path for path in sources if asked.tokenizer or vocab.has_tokenizer(path)]
+    if with_tokenizer and with_tokenizer[0].suffix == ".gguf":
+        check_gguf(with_tokenizer[0])
     tokenizer = vocab.load_tokenizer(with_tokenizer[0]) if with_tokenizer else None
     if tokenizer is None and asked.name != "tokens":
         raise UserError(
