@@ -24,6 +24,8 @@ WHEN_AND_WHERE = (
     "training_seconds",
     "total_seconds",
     "peak_memory_gib",
+    "plan",
+    "check",
 )
 
 
