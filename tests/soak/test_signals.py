@@ -14,7 +14,6 @@ from soak.lab import LONG, SHORT, Lab, count
 
 STUDENTS = ("gpt2", "llama")
 STOPPED = 143
-PROMPT_S = 2.0  # a step, a batch of an evaluation and a save take a twentieth of it on an idle core
 
 
 def assert_stopped(end: End, out: Path) -> None:
@@ -49,7 +48,6 @@ def test_a_signal_at_a_random_instant_stops_within_a_step_and_a_save(
     after_s = random.Random(trial).random() * lab.wall(student, LONG)
     end = lab.start(recipe, out, after_s=after_s, number=signal.SIGTERM)
     assert_stopped(end, out)
-    assert end.lingered < PROMPT_S
     lab.finish(recipe, out)
     lab.assert_same(out, student, LONG, but_for_older_checkpoints=True)
 
