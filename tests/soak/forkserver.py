@@ -50,8 +50,6 @@ class End:
     code: int
     """Exit code, or minus the signal."""
     seconds: float
-    lingered: float
-    """Seconds between the signal from outside and the end."""
     told: str
     """All of stderr."""
 
@@ -252,17 +250,15 @@ def fork(order: dict[str, Any]) -> int:
 
 
 def watch(pid: int, after_s: float | None, number: int) -> dict[str, float]:
-    started, signalled = time.perf_counter(), None
+    started, signalled = time.perf_counter(), False
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         now = time.perf_counter()
         if ended:
-            lingered = 0.0 if signalled is None else now - signalled
-            code = os.waitstatus_to_exitcode(status)
-            return {"code": code, "seconds": now - started, "lingered": lingered}
-        if after_s is not None and signalled is None and now - started >= after_s:
+            return {"code": os.waitstatus_to_exitcode(status), "seconds": now - started}
+        if after_s is not None and not signalled and now - started >= after_s:
             os.kill(pid, number)
-            signalled = now
+            signalled = True
         if now - started > LIMIT_S:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.0005)
