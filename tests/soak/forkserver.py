@@ -23,9 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PHASES = {
+BEFORE = {
     "corpus": "potstill.corpus.rows:pack",
     "loading": "potstill.models.causal_lm:CausalLM.probe",
+    "check": "potstill.line:require_sound",
+}
+PHASES = BEFORE | {
     "order": "potstill.corpus.rows:Order.rows",
     "teacher": "potstill.teachers.torch_teacher:TorchTeacher.targets",
     "forward": "potstill.students.student:Student.forward",
@@ -38,8 +41,10 @@ PHASES = {
     "prune": "shutil:rmtree",
     "receipt": "potstill.runs.rundir:RunDir.write_receipt",
 }
-"""Where in a run a signal can be aimed at."""
+"""Where in a run a signal can be aimed at; all but those of BEFORE count from the loop's begin on."""
 
+begun: list[bool] = []
+"""Not empty in a child whose loop has begun."""
 LIMIT_S = 300  # no start takes this long; one that does is ended and fails its test
 
 
@@ -148,8 +153,22 @@ class FileSystemCalls:
             os.truncate(path, kept + int((size - kept) * torn))
 
 
+def note_begin() -> None:
+    from potstill import line
+
+    train = line.train
+
+    def noted(*arguments: Any) -> Any:
+        begun.append(True)
+        return train(*arguments)
+
+    line.train = noted
+
+
 def on_call(name: str, act: Any) -> None:
-    """Have `act(number of this call)` run each time the function is entered."""
+    """Have `act(number of this call)` run each time the function is entered: the check before a run uses some
+    of the same ones, and is not counted.
+    """
     module, _, path = PHASES[name].partition(":")
     *owners, attribute = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -158,8 +177,9 @@ def on_call(name: str, act: Any) -> None:
 
     @functools.wraps(function)
     def instrumented(*arguments: Any, **more: Any) -> Any:
-        calls[name] += 1
-        act(calls[name])
+        if name in BEFORE or begun:
+            calls[name] += 1
+            act(calls[name])
         return function(*arguments, **more)
 
     setattr(owner, attribute, instrumented)
@@ -177,7 +197,7 @@ def record_rows(path: str) -> None:
         return rows(self, step, rows_per_step)
 
     def recording_batch(self: Any, rows_B: Any) -> Any:
-        if len(self) == order.get("num_rows"):
+        if begun and len(self) == order.get("num_rows"):
             with open(path, "a") as file:
                 file.write(json.dumps([os.getpid(), order["step"], list(rows_B)]) + "\n")
         return batch(self, rows_B)
@@ -206,6 +226,7 @@ def child(order: dict[str, Any]) -> int:
     from potstill.cli import main
 
     play = order["play"]
+    note_begin()
     calls = FileSystemCalls(play) if "watch" in play else None
     counts = Counter[str]()
     for name in PHASES if "counts" in play else ():

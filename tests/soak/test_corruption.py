@@ -22,9 +22,9 @@ PARTS = count(2, 8)
 
 @pytest.fixture(scope="session")
 def cut_run(lab: Lab) -> Path:
-    """Killed in step 11: checkpoints of steps 6 and 9 are there."""
+    """Killed in step 11, of two micro-batches a step: checkpoints of steps 6 and 9 are there."""
     out = lab.folder / "cut-run"
-    assert lab.start(lab.recipe("gpt2", SHORT), out, aim=("order", 11, signal.SIGKILL)).code == KILLED
+    assert lab.start(lab.recipe("gpt2", SHORT), out, aim=("forward", 21, signal.SIGKILL)).code == KILLED
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["00000006", "00000009"]
     return out
 
@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(lab: Lab, out: Pat
     """One between two saves, where a signal had stopped the run."""
     damage(out / NEWEST / "state.json", "flipped", random.Random(0))
     (out / NEWEST).rename(out / "checkpoints" / "00000008")
-    end = lab.start(lab.recipe("gpt2", SHORT), out, aim=("order", 4, signal.SIGKILL))
+    end = lab.start(lab.recipe("gpt2", SHORT), out, aim=("forward", 7, signal.SIGKILL))
     assert end.code == KILLED and "00000008: damaged" in end.told
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["00000006", "00000009"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from potstill.runs.rundir import RunDir
-from soak.forkserver import PHASES, End
+from soak.forkserver import BEFORE, PHASES, End
 from soak.lab import LONG, SHORT, Lab, count
 
 STUDENTS = ("gpt2", "llama")
@@ -61,7 +61,7 @@ def test_a_signal_in_each_phase_stops_the_run_there(lab: Lab, tmp_path: Path, ph
         recipe, out = lab.recipe("gpt2", SHORT), tmp_path / f"{phase}-{number}" / "cut"
         end = lab.start(recipe, out, aim=(phase, number, signal.SIGTERM))
         assert_stopped(end, out)
-        if phase in ("corpus", "loading"):
+        if phase in BEFORE:
             assert end.code == STOPPED and not out.exists(), end.told
         lab.finish(recipe, out)
         lab.assert_same(out, "gpt2", SHORT, but_for_older_checkpoints=True)
