@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from potstill import UserError, distill, load_recipe
 from potstill.assembly import Cast, assemble
+from potstill.cli import main
 from potstill.evals.likelihood import heldout
 from potstill.students.generate import complete
 from potstill.teachers.torch_teacher import TorchTeacher
@@ -185,3 +186,14 @@ def test_a_token_shard_may_not_hold_an_id_of_the_padded_end(
     recipe = tiny_recipe(corpus=corpus, teacher=f"{{name: torch, model: {pair['padded teacher']}}}")
     with pytest.raises(UserError, match=f"{KNOWN + 3}.*{KNOWN}"):
         assemble(load_recipe(recipe), lambda text: None)
+
+
+@pytest.mark.parametrize(("teacher", "student"), COMBINATIONS)
+def test_the_check_of_a_padded_pair_is_sound(
+    tiny_recipe: Recipe, pair: dict[str, Path], teacher: str, student: str
+) -> None:
+    recipe = tiny_recipe(
+        teacher=f"{{name: torch, model: {pair[teacher]}}}",
+        student=f"{{name: checkpoint, model: {pair[student]}}}",
+    )
+    assert main(["check", str(recipe)]) == 0

@@ -220,6 +220,11 @@ def match_vocabularies(
         teacher.model.mask_from(ids)
     else:
         ids = teacher.vocab_size  # a fixture has no padded end
+        if model.vocab_size < ids:
+            raise UserError(
+                f"{model.name} has logits for {model.vocab_size} ids and teacher {called(recipe.teacher)} for"
+                f" {ids}. Token-level distillation needs one vocabulary; give the student as many."
+            )
     model.mask_from(ids)
     differences = vocab.special_differences(theirs, own) if own.tokens and teacher.vocab.tokens else []
     return Shared(ids, teacher.vocab_size - ids, model.vocab_size - ids, differences)

@@ -75,12 +75,14 @@ def distill(
         RunDir.require_free(path)
 
     def on_stall(what: str, stacks: str) -> None:
-        where = run.write_stacks(stacks)
-        run.set_status("failed", what)
-        display.error((f"{run.path}: {what}. Stacks of all threads: {where}. --resume goes on.",))
-        os._exit(2)  # whoever hangs cannot be asked to return
+        try:
+            where = run.write_stacks(stacks)
+            run.set_status("failed", what)
+            display.error((f"{run.path}: {what}. Stacks of all threads: {where}. --resume goes on.",))
+        finally:
+            os._exit(2)  # whoever hangs cannot be asked to return
 
-    with Watch(loaded.guard, display.note, on_stall) as watch:
+    with Watch(loaded.guard, on_stall) as watch:
         cast = assemble(loaded, display.note)
         checked = require_sound(cast, path)
         display.note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
@@ -210,6 +212,7 @@ def _run(cast: Cast, run: RunDir, checked: Checked, display: Display, watch: Wat
     order = cast.corpus.order(recipe.train.seed)
     watch.begin()
     outcome = train(student, teacher, cast.corpus.train, order, recipe, hooks)
+    watch.end()
     if outcome.evaluated < recipe.train.steps:
         run.set_status("stopped", f"by a signal after step {outcome.step}; --resume goes on")
         display.note(

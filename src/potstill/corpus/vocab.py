@@ -219,7 +219,9 @@ def special_differences(teacher: Vocab, student: Vocab) -> list[str]:
     """What differs beside the token list: what it will cause, and the line of the recipe that settles it."""
 
     def shown(vocab: Vocab, i: int | None) -> str:
-        return "none" if i is None else f"id {i} ({vocab.tokens[i]!r})" if vocab.tokens else f"id {i}"
+        if i is None:
+            return "none"
+        return f"id {i} ({vocab.tokens[i]!r})" if vocab.tokens and i < len(vocab.tokens) else f"id {i}"
 
     found = []
     for name, effect in (

@@ -5,6 +5,7 @@ What is trained here is thrown away. `preflight.py` runs it when nothing before 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ from potstill.training.optim import lr_at
 from potstill.types import Batch
 
 STEPS = 10
+TOKENS = 64  # of each row, where gradients are looked at
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,12 @@ class Finding:
 
 def rehearsal(cast: Cast) -> Iterator[Finding]:
     """Each finding as soon as it is known."""
-    yield saved_is_what_was_trained(cast, cast.corpus.heldout.batch([0]).to(cast.device))
-    yield from steps_do_what_the_recipe_says(cast)
+    cast.student.eval()
+    yield saved_is_what_was_trained(cast, window(cast.corpus.heldout.batch([0])).to(cast.device))
+    try:
+        yield from steps_do_what_the_recipe_says(cast)
+    except UserError as error:  # a loss that is not finite, say, told as the run would tell it
+        yield Finding("steps", str(error), False, "The run would end there")
 
 
 @torch.no_grad()
@@ -49,6 +55,7 @@ def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
             again = from_checkpoint(Path(folder) / "student", cast.device)
         except UserError as error:
             return Finding("save and reload", f"cannot be loaded: {error}", False, advice)
+        again.mask_from(cast.shared.ids)
         before, after = (
             model.head(model.hidden(batch.input_ids_BT)) for model in (cast.student.model, again)
         )
@@ -77,7 +84,8 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     never = {"heldout/loss": math.inf}
     hooks = Hooks(lambda step: never, on_step, lambda *_: None, should_stop=lambda: len(lines) == wanted)
     teacher = cast.teacher if cast.recipe.objective.kd_weight else None
-    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(plan.seed), cast.recipe, hooks)
+    recipe = dataclasses.replace(cast.recipe, guard=dataclasses.replace(cast.recipe.guard, policy="stop"))
+    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(plan.seed), recipe, hooks)
 
     moved = f"{len(before) - len(still)} of {len(before)} tensors moved in the first step"
     yield Finding("weights move", moved, not still, f"{still[:1]} did not: is it used, and in the optimizer?")
@@ -112,3 +120,19 @@ def _utilisation(device: torch.device) -> list[float]:
         return [float(torch.cuda.utilization(device))]
     except ModuleNotFoundError:  # its figures come from NVIDIA's own library, an extra
         return []
+
+
+def window(batch: Batch) -> Batch:
+    """The batch's columns from its first supervised position on, few enough to be cheap in a long row."""
+    T = batch.input_ids_BT.shape[1]
+    first = min(int((batch.positions_N % T).min()), max(T - TOKENS, 0))
+    columns = torch.arange(first, min(first + TOKENS, T))
+    b_N, t_N = batch.positions_N // T, batch.positions_N % T
+    inside = (t_N >= first) & (t_N <= int(columns[-1]))
+    return Batch(
+        batch.rows_B,
+        batch.input_ids_BT[:, columns],
+        batch.position_ids_BT[:, columns],
+        (b_N * len(columns) + t_N - first)[inside],
+        batch.labels_N[inside],
+    )

@@ -108,6 +108,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             hooks.on_fault(step + 1, str(fault))
             outcome = without_step(fault, outcome, recipe, lambda: hooks.resume(optimizer))
+            saved = min(saved, outcome.step)  # going back may have passed over a damaged checkpoint
             continue
         if plan.clip is not None:
             clip_grads_with_norm_(parameters, plan.clip, grad_norm)
@@ -144,6 +145,8 @@ def ask(teacher: Teacher, batch: Batch, step: int) -> Targets:
     """The teacher's targets, or the end of the run with a name: never a step without them."""
     try:
         targets = teacher.targets(batch)
+    except torch.OutOfMemoryError:
+        raise  # it has advice of its own
     except (RuntimeError, ValueError, IndexError, TypeError, OSError) as error:
         raise UserError(
             f"step {step + 1}: the teacher failed on rows {batch.rows_B.tolist()}: {type(error).__name__}:"
@@ -170,7 +173,7 @@ def named(step: int, step_rows: list[int]) -> Iterator[None]:
 
 
 def loss_ceiling(recipe: Recipe, vocab_size: int) -> float:
-    """The recipe's, or five times what a uniform guess costs: ln V a label, and at most that in KL."""
+    """The recipe's, or five times what a uniform guess costs a label, ln V, and the same for the KD term."""
     objective = recipe.objective
     weight = objective.ce_weight + objective.kd_weight * objective.temperature**2
     return recipe.guard.loss_ceiling or 5 * weight * math.log(vocab_size)
@@ -179,7 +182,10 @@ def loss_ceiling(recipe: Recipe, vocab_size: int) -> float:
 def require_sound(loss: float, ceiling: float, grad_norm: Tensor, student: Student) -> None:
     """Refuse what no update may be made of; a NaN is below no ceiling."""
     if not loss <= ceiling:
-        raise Fault(f"the loss is {loss:.6g} nats per position, above the ceiling of {ceiling:.6g}.")
+        raise Fault(
+            f"the loss is {loss:.6g} nats per position, above the ceiling of {ceiling:.6g}"
+            " (guard.loss_ceiling)."
+        )
     if not torch.isfinite(grad_norm):
         broken = (
             n for n, p in student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
@@ -193,7 +199,10 @@ def without_step(
     """Where to go on from after a step whose update was refused, or the end of the run."""
     refused = outcome.step + 1
     if recipe.guard.policy == "stop":
-        raise UserError(f"{fault} The weights are those before the step.") from fault
+        raise UserError(
+            f"{fault} The weights are those before the step. Look at these rows, lower train.lr, or set"
+            " guard.policy: skip."
+        ) from fault
     if all(refused - back in outcome.left_out for back in range(1, MOST_LEFT_OUT + 1)):
         raise UserError(
             f"{fault} {MOST_LEFT_OUT} steps before it were left out too; the run is not sound."

@@ -8,7 +8,9 @@ deadline, it hands the stacks of all threads to `on_stall`.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import os
 import signal
 import tempfile
 import threading
@@ -26,14 +28,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Watch:
     """A context: the process's handlers are ours inside it. `on_stall` gets a diagnosis and the stacks."""
 
-    def __init__(
-        self, guard: Guard, tell: Callable[[str], None], on_stall: Callable[[str, str], None]
-    ) -> None:
-        self.guard, self.tell, self.on_stall = guard, tell, on_stall
+    def __init__(self, guard: Guard, on_stall: Callable[[str, str], None]) -> None:
+        self.guard, self.on_stall = guard, on_stall
         self.stopping = False
         self._begun = False
         self._life = time.monotonic()
-        self._limit = guard.first_step_s
+        self._field = "first_step_s"
         self._done = threading.Event()
         self._before: dict[int, Any] = {}
 
@@ -59,8 +59,12 @@ class Watch:
 
     def stepped(self) -> None:
         """A step is done: the deadline of the first one is past."""
-        self._limit = self.guard.stall_s
         self.beat()
+        self._field = "stall_s"
+
+    def end(self) -> None:
+        """Nothing is waited for any more: the receipt takes what it takes."""
+        self._done.set()
 
     def poll(self) -> None:
         """A sign of life from a place where nothing would be lost by stopping."""
@@ -73,21 +77,32 @@ class Watch:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.stopping = True
-        name = signal.Signals(number).name
+        when = (
+            "after this step; once more ends at once"
+            if self._begun
+            else "before the first step; nothing is lost"
+        )
+        # Not through the display: it may be what the signal interrupted, and streams are not reentrant.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{signal.Signals(number).name}: stopping {when}\n".encode())
         if not self._begun:
-            self.tell(f"{name}: stopping before the first step; nothing is lost")
             raise Stopped
-        self.tell(f"{name}: stopping after this step; once more ends at once")
 
     def _wait(self) -> None:
-        while not self._done.wait(min(1.0, self._limit / 4)):
-            silent_s = time.monotonic() - self._life
-            if silent_s > self._limit:
-                field = "first_step_s" if self._limit == self.guard.first_step_s else "stall_s"
+        seen, silent_s = self._life, 0.0
+        while True:
+            limit = float(getattr(self.guard, self._field))
+            tick = min(1.0, limit / 4)
+            if self._done.wait(tick):
+                return
+            # Ticks are counted and not the clock: a process that was suspended was not silent meanwhile.
+            silent_s = silent_s + tick if self._life == seen else 0.0
+            seen = self._life
+            if silent_s > limit:
                 with tempfile.TemporaryFile("w+") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                     file.seek(0)
                     stacks = file.read()
                 what = f"no step and no batch of an evaluation for {silent_s:.3g} s"
-                self.on_stall(f"{what}; guard.{field} is {self._limit:g}", stacks)
+                self.on_stall(f"{what}; guard.{self._field} is {limit:g}", stacks)
                 return
