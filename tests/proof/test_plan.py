@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from potstill import distill, load_recipe
-from potstill.assembly import Cast, assemble, return_freed_memory
+from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.proof import plan as planning
 from potstill.proof.ledger import Ledger
@@ -268,11 +270,17 @@ def test_a_measured_plan_has_a_time(wide: Write, capsys: pytest.CaptureFixture[s
 
 
 def test_freed_tensors_go_back_to_the_system() -> None:
-    """Once glibc has freed a large block it keeps smaller ones: the peak of a run would follow no plan."""
-    return_freed_memory()
-    del_me = [torch.ones(31 * 2**18)]
-    del_me.clear()
-    blocks = [torch.ones(2**18) for _ in range(128)]  # 1 MiB each
-    full = planning.resident_bytes()
-    del blocks[::2]
-    assert full - planning.resident_bytes() > 48 * 2**20
+    """Once glibc has freed a large block it keeps smaller ones: the peak of a run would follow no plan. In a
+    process of its own, whose heap nobody has filled.
+    """
+    program = (
+        "import torch; from potstill.assembly import return_freed_memory; from potstill.proof import plan\n"
+        "return_freed_memory()\n"
+        "del_me = [torch.ones(31 * 2**18)]; del_me.clear()\n"
+        "blocks = [torch.ones(2**18) for _ in range(128)]  # 1 MiB each\n"
+        "full = plan.resident_bytes()\n"
+        "del blocks[::2]\n"
+        "print(full - plan.resident_bytes() > 48 * 2**20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -127,7 +127,7 @@ def chat(path: Path, tokenizer: Any, field: str = "messages") -> Reading:
 
 def parquet(path: Path, tokenizer: Any, column: str = "text") -> Reading:
     """One document a record, the string in `column`."""
-    pq = _extra("pyarrow.parquet")
+    _, pq = _extra("pyarrow"), _extra("pyarrow.parquet")
     reading = Reading(iter(()))
 
     def texts() -> Iterator[tuple[str, str]]:
