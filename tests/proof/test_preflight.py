@@ -325,7 +325,3 @@ def test_a_red_line_is_exit_code_two_with_its_advice(
 def test_steps_that_leave_the_numbers_are_red(tiny_recipe: Recipe) -> None:
     train = "{steps: 10, rows_per_step: 4, lr: 1e30, clip: null, device: cpu}"
     assert red(cast_of(tiny_recipe(train=train))) == ["steps"]
-
-
-def test_a_first_step_beyond_its_deadline_is_red(tiny_recipe: Recipe) -> None:
-    assert red(cast_of(tiny_recipe(guard="{first_step_s: 1e-6}"))) == ["first step"]
