@@ -1,36 +1,31 @@
 """One untrusted program, judged by a trusted test: `Sandbox().judge(...)` gives a verdict.
 
-The test runs in a process of ours (`sandbox_judge.py`); the program runs alone in another (`sandbox_inmate.py`),
-shut in by the kernel, and answers calls with plain literals over one pipe (`sandbox_wire.py`). An exit code is no
-verdict: only the trusted side says `passed`, after the last check. Two tiers, tried in this order:
+The test runs in a process of ours (`sandbox_judge.py`); the program runs alone in another
+(`sandbox_inmate.py`), shut in by the kernel, and answers calls with plain literals over one pipe
+(`sandbox_wire.py`). An exit code is no verdict: only the trusted side says `passed`, after the last check.
+Two tiers, tried in this order:
 
     bubblewrap   namespaces of its own (user, process, network, mount ...), then Landlock and seccomp inside
     landlock     Landlock and seccomp alone, where namespaces are refused
 
-In both the program reads a copy of Python's standard library and the C library, writes no file, opens no socket,
-starts no process and signals none; `docs/sandbox.md` says what is not contained. Standard library only, and
-nothing of potstill beside its own three files.
+In both the program reads a copy of Python's standard library and the C library, writes no file, opens no
+socket, starts no process and signals none; `docs/sandbox.md` says what is not contained. Standard library
+only, and nothing of potstill beside its own three files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import platform
 import random
-import resource
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,9 +35,11 @@ from potstill.evals.sandbox_inmate import ARCH
 
 TIERS = ("bubblewrap", "landlock")
 UIDS = (1_900_000_000, 2_000_000_000)
-"""Nobody's: each program run as root is another user, so that none can count or signal another's processes."""
-NOT_STAGED = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo",
-              "ensurepip", "pydoc_data", "config-*", "_test*.so")  # fmt: skip
+"""Nobody's: each program of root's is another user, none of whom can count or signal another's processes."""
+NOT_STAGED = [
+    *("site-packages", "dist-packages", "ensurepip", "test", "tests", "idlelib", "lib2to3", "tkinter"),
+    *("turtledemo", "pydoc_data", "config-*", "_test*.so"),
+]
 WALL_FLOOR_S = 10.0
 HERE = Path(__file__).parent
 
@@ -87,10 +84,10 @@ class Sandbox:
         SandboxRefused: no tier, or not the one asked for, works here.
     """
 
-    def __init__(self, tier: str | None = None, limits: Limits = Limits()) -> None:  # noqa: B008
+    def __init__(self, tier: str | None = None, limits: Limits | None = None) -> None:
         if tier is not None and tier not in TIERS:
             raise ValueError(f"tier: {tier} is not one of {', '.join(TIERS)}")
-        self.limits = limits
+        self.limits = limits or Limits()
         self._stage = Path(tempfile.mkdtemp(prefix="potstill-sandbox-"))
         try:
             self._python = _stage_python(self._stage)
@@ -140,7 +137,7 @@ class Sandbox:
         return Verdict(status, _printable(detail), used_s)
 
     def canaries(self) -> list[tuple[str, str, bool]]:
-        """Live probes of what must not be possible: name, what was found, and whether that is as it should be."""
+        """Live probes of what must not be possible: name, what was found, and whether it is shut."""
         return [self._probe(*canary) for canary in CANARIES]
 
     def _probe(self, name: str, body: str, wanted: str) -> tuple[str, str, bool]:
@@ -190,11 +187,13 @@ class Sandbox:
             return command
         # fmt: off
         return [
-            shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--new-session",
+            shutil.which("bwrap") or "bwrap",
+            "--unshare-all", "--unshare-user", "--disable-userns", "--new-session",
             "--die-with-parent", "--clearenv", "--cap-drop", "ALL", "--as-pid-1", "--hostname", "sandbox",
             "--ro-bind", str(self._stage), str(root),
             *(word for place in LIBRARIES for word in ("--ro-bind-try", place, place)),
-            "--chdir", "/", "--remount-ro", "/", *([] if info is None else ["--info-fd", str(info)]), "--", *command,
+            "--chdir", "/", "--remount-ro", "/", *([] if info is None else ["--info-fd", str(info)]),
+            "--", *command,
         ]
         # fmt: on
 
@@ -219,7 +218,9 @@ class Sandbox:
                 inmate = _Inmate(self._command, self._identity(), requests, answers)
                 requests.close()
                 answers.close()
-                said, in_time = _listen(judge, spec, wall_s, inmate)
+                said, in_time = judge.communicate(json.dumps(spec).encode(), timeout=wall_s)[0], True
+            except subprocess.TimeoutExpired:
+                said, in_time = b"", False
             finally:
                 judge.kill()
                 judge.communicate()
@@ -270,16 +271,6 @@ class _Inmate:
         return used.ru_utime + used.ru_stime
 
 
-def _listen(
-    judge: subprocess.Popen[bytes], spec: dict[str, Any], wall_s: float, inmate: _Inmate
-) -> tuple[bytes, bool]:
-    """The judge's words, and whether they came in time."""
-    try:
-        return judge.communicate(json.dumps(spec).encode(), timeout=wall_s)[0], True
-    except subprocess.TimeoutExpired:
-        return b"", False
-
-
 def _pipe(ends: contextlib.ExitStack) -> tuple[Any, Any]:
     reading, writing = os.pipe()
     return (
@@ -327,7 +318,8 @@ def _as_program(name: str) -> str:
     wire = (HERE / "sandbox_wire.py").read_text()
     return (
         "import sys, types\n"
-        "wire = sys.modules['potstill.evals.sandbox_wire'] = types.ModuleType('potstill.evals.sandbox_wire')\n"
+        "name = 'potstill.evals.sandbox_wire'\n"
+        "wire = sys.modules[name] = types.ModuleType(name)\n"
         f"exec(compile({wire!r}, 'sandbox_wire', 'exec'), wire.__dict__)\n"
         f"exec(compile({(HERE / name).read_text()!r}, {name!r}, 'exec'), {{'__name__': '__main__'}})\n"
     )
@@ -345,7 +337,11 @@ SOUND = {
 
 
 def _refused(action: str) -> str:
-    return f"try:\n    {action}\n    return 'done'\nexcept (OSError, MemoryError) as error:\n    return f'refused: {{error!r}}'"
+    return f"""try:
+    {action}
+    return 'done'
+except (OSError, MemoryError) as error:
+    return f'refused: {{error!r}}'"""
 
 
 OPEN_FILES = """import os
@@ -357,16 +353,20 @@ for number in range(64):
     except OSError:
         pass
 return f'{found}'"""
-CANARIES = (
+EQUAL_TO_ALL = """class Equal(int):
+    __eq__ = lambda *_: True
+return Equal()"""
+CANARIES = [
     ("network", "import socket\n" + _refused("socket.socket()"), "refused"),
     ("writing a file", _refused("open('/tmp/canary', 'w')"), "refused"),
     ("reading a file", _refused("open('/etc/passwd').read()"), "refused"),
     ("starting a process", "import os\n" + _refused("os.fork() or os._exit(0)"), "refused"),
     ("running a program", "import os\n" + _refused("os.execv('/bin/true', ['true'])"), "refused"),
-    ("signalling another", "import os, signal\n" + _refused("os.kill(os.getppid(), 0)"), "refused"),
+    ("signalling another", "import os\n" + _refused("os.kill(os.getppid(), 0)"), "refused"),
     ("memory", _refused("bytearray(8 << 30)"), "refused"),
-    ("environment", "import os\nreturn f'{sorted(os.environ.keys() - {\"LC_CTYPE\"})}'", "[]"),
+    ("environment", "import os\nreturn f'{sorted(os.environ)}'", "[]"),
     ("descriptors", OPEN_FILES, "[0, 1, 2, 3, 4]"),
-    ("exit", "import os\nos._exit(0)", "died"),
-    ("an answer that equals all", "class Equal(int):\n    __eq__ = lambda *_: True\nreturn Equal()", "no plain literal"),
-)  # fmt: skip
+    ("early exit", "import os\nos._exit(0)", "died"),
+    ("an answer that equals all", EQUAL_TO_ALL, "no plain literal"),
+]
+"""What is tried, as the body of a function, and a word of what must come of it."""

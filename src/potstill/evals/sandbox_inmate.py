@@ -1,9 +1,9 @@
 """Inside the sandbox: shut every door behind oneself, then run the untrusted program.
 
-Started by `sandbox.py` as `python -I -S -c`, with requests on descriptor 0 and answers on 1. The doors are the
-kernel's and cannot be opened again: resource limits, no new privileges, Landlock (no file is written, none read
-but Python's own), seccomp (a list of allowed system calls: no socket, no new process, no signal to another).
-What the program does to this interpreter is its own affair: nothing here is trusted by the other end.
+Started by `sandbox.py` as `python -I -S -c`, with requests on descriptor 0 and answers on 1. The doors are
+the kernel's and cannot be opened again: resource limits, no new privileges, Landlock (no file is written,
+none read but Python's own), seccomp (a list of allowed system calls: no socket, no new process, no signal to
+another). What the program does to this interpreter is its own affair: the other end trusts nothing here.
 """
 
 from __future__ import annotations
@@ -31,32 +31,31 @@ SIGNALS_BY_FCNTL = (
 )  # F_SETOWN, F_SETSIG, F_SETOWN_EX: a signal to another process by way of a pipe
 CLONE_THREAD = 0x10000
 ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-CALLS = {  # what an interpreter without files to write, children or network needs; numbers per machine
-    "x86_64": {
-        "clone": 56,
-        "clone3": 435,
-        "fcntl": 72,
-        "allowed": [
-            *range(0, 22),  # read write open close stat fstat lstat poll lseek mmap mprotect munmap brk signals ioctl pread pwrite readv writev access
-            22, 23, 24, 25, 28, 32, 33, 34, 35, 36, 37, 38, 39,  # pipe select yield mremap madvise dup pause timers getpid
-            60, 63, 77, 78, 79, 89, 95, 96, 97, 98, 99, 100,  # exit uname ftruncate getdents getcwd readlink umask times limits
-            102, 104, 107, 108, 110, 111, 127, 128, 131,  # ids, pending signals, the signal stack
-            158, 186, 201, 202, 203, 204, 217, 218, 219, 222, 223, 224, 225, 226, 228, 229, 230, 231, 232, 233,
-            257, 262, 267, 269, 270, 271, 273, 281, 289, 290, 291, 292, 293, 318, 324, 332, 334, 439, 441,
-        ],
-    },
-    "aarch64": {
-        "clone": 220,
-        "clone3": 435,
-        "fcntl": 25,
-        "allowed": [
-            17, 19, 20, 21, 22, 23, 24, 29, 46, 48, 56, 57, 59, 61, 62, 63, 64, 65, 66, 67, 68, 72, 73, 74, 78, 79, 80,
-            93, 94, 96, 98, 99, 101, 102, 103, 107, 108, 109, 110, 111, 112, 113, 114, 115, 122, 123, 124,
-            132, 133, 134, 135, 136, 137, 139, 153, 160, 163, 165, 166, 169, 172, 173, 174, 175, 176, 177, 178, 179,
-            214, 215, 216, 222, 226, 233, 278, 283, 291, 293, 439, 441,
-        ],
-    },
-}  # fmt: skip
+ALLOWED = """
+    read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62,
+    mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135,
+    rt_sigreturn 15 139, ioctl 16 29, pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, access
+    21 -, pipe 22 -, select 23 -, sched_yield 24 124, mremap 25 216, madvise 28 233, dup 32 23, dup2 33
+    -, pause 34 -, nanosleep 35 101, getitimer 36 102, alarm 37 -, setitimer 38 103, getpid 39 172, exit
+    60 93, uname 63 160, ftruncate 77 46, getdents 78 -, getcwd 79 17, readlink 89 -, umask 95 166,
+    gettimeofday 96 169, getrlimit 97 163, getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102
+    174, getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173, getpgrp 111 -, rt_sigpending
+    127 136, rt_sigtimedwait 128 137, sigaltstack 131 132, arch_prctl 158 -, gettid 186 178, time 201 -,
+    futex 202 98, sched_setaffinity 203 122, sched_getaffinity 204 123, getdents64 217 61,
+    set_tid_address 218 96, restart_syscall 219 128, timer_create 222 107, timer_settime 223 110,
+    timer_gettime 224 108, timer_getoverrun 225 109, timer_delete 226 111, clock_gettime 228 113,
+    clock_getres 229 114, clock_nanosleep 230 115, exit_group 231 94, epoll_wait 232 -, epoll_ctl 233
+    21, openat 257 56, newfstatat 262 79, readlinkat 267 78, faccessat 269 48, pselect6 270 72, ppoll
+    271 73, set_robust_list 273 99, epoll_pwait 281 22, signalfd4 289 74, eventfd2 290 19, epoll_create1
+    291 20, dup3 292 24, pipe2 293 59, getrandom 318 278, membarrier 324 283, statx 332 291, rseq 334
+    293, faccessat2 439 439, epoll_pwait2 441 441
+"""
+"""System calls of an interpreter without files to write, children or network: on x86_64, on aarch64."""
+SOMETIMES = {
+    "x86_64": {"clone": 56, "clone3": 435, "fcntl": 72},
+    "aarch64": {"clone": 220, "clone3": 435, "fcntl": 25},
+}
+"""Those whose arguments decide."""
 
 
 def lock_down(limits: dict[str, int], readable: list[str]) -> None:
@@ -100,14 +99,16 @@ def _landlock(libc: Any, readable: list[str]) -> None:
 def _seccomp(libc: Any) -> None:
     """Every system call that is not on the list gives EPERM; `clone` may only start a thread."""
     machine = platform.machine()
-    calls: Any = CALLS[machine]
+    calls = SOMETIMES[machine]
+    column = list(SOMETIMES).index(machine) + 1
+    allowed = [number for call in ALLOWED.split(",") if (number := call.split()[column]) != "-"]
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     masked, allow, refuse, kill = 0x54, 0x7FFF0000, 0x00050000 | EPERM, 0x80000000
     program = [(load, 0, 0, 4), (equal, 1, 0, ARCH[machine]), (answer, 0, 0, kill), (load, 0, 0, 0)]
     if machine == "x86_64":
         program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # the x32 numbering
-    for number in calls["allowed"]:
-        program += [(equal, 0, 1, number), (answer, 0, 0, allow)]
+    for number in allowed:
+        program += [(equal, 0, 1, int(number)), (answer, 0, 0, allow)]
     commands = [(equal, len(SIGNALS_BY_FCNTL) - i, 0, c) for i, c in enumerate(SIGNALS_BY_FCNTL)]
     program += [(equal, 0, len(commands) + 3, calls["fcntl"]), (load, 0, 0, 24), *commands]
     program += [(answer, 0, 0, allow), (answer, 0, 0, refuse)]

@@ -1,8 +1,8 @@
 """The trusted half of a verdict: it holds the helpers and the test, and sees of the candidate only values.
 
 Started by `sandbox.py` as `python -I -S -c`, with what to judge on descriptor 0, the verdict on 1, and the
-numbers of the two pipes to the inmate as arguments. It says `passed` after the test has returned, the inmate has said goodbye to a
-number it could not know before, and its pipe has ended without another byte.
+numbers of the two pipes to the inmate as arguments. It says `passed` after the test has returned, the inmate
+has said goodbye to a number it could not know before, and its pipe has ended without another byte.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import random
 import resource
 import secrets
 import sys
@@ -21,7 +22,7 @@ MEMORY_BYTES = 2 << 30
 
 
 class Ended(BaseException):
-    """The inmate is gone, or has answered what no inmate of ours does. No `except Exception` of a test hides it."""
+    """The inmate is gone, or has broken the protocol; no `except Exception` of a test hides it."""
 
     def __init__(self, status: str, detail: str) -> None:
         super().__init__(detail)
@@ -122,6 +123,7 @@ def main() -> None:
     spec = json.loads(sys.stdin.buffer.read())
     seconds = spec["cpu_s"]
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    random.seed(0)  # tests that draw their cases draw the same ones each time
     verdict = os.dup(1)
     os.dup2(2, 1)  # a test may print
     status, detail = judge(spec, Inmate(int(sys.argv[1]), int(sys.argv[2])))

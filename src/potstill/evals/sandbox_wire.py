@@ -1,8 +1,8 @@
 """Values between the trusted test and an untrusted program: a closed encoding of plain literals.
 
-Only None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset cross, by exact type, in
-bounded depth, number and size; a subclass is no literal. What arrives is built here from the tag and never by
-the sender's code. Both ends run this file's text; it imports nothing of potstill.
+Only None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset cross, by exact type,
+in bounded depth, number and size; a subclass is no literal. What arrives is built here from the tag and never
+by the sender's code. Both ends run this file's text; it imports nothing of potstill.
 """
 
 from __future__ import annotations
