@@ -1,0 +1,132 @@
+"""The report's parts that are evidence of their own: disagreement with the teacher, HumanEval, the arms."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from potstill.display import printable
+from potstill.plain_files import read_object
+from potstill.runs.curves import grouped
+
+BINS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
+"""Nats at which the colour of a token changes: k0 below the first, k6 from the last on."""
+WORST = 12
+
+
+def html(value: object) -> str:
+    """Text of unknown origin, safe between tags and in quoted attributes; hidden characters are written out."""
+    return escape(printable(str(value)), quote=True)
+
+
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: Sequence[int] = (),
+    wide: Sequence[int] = (),
+    sums: int = 0,
+    kind: str = "",
+) -> str:
+    """Cells are HTML. `numbers` are columns to the right, the last `sums` rows stand below a rule."""
+
+    def kind_of(column: int) -> str:
+        return ' class="n"' if column in numbers else ' class="wide"' if column in wide else ""
+
+    head = "".join(f'<th scope="col"{kind_of(i)}>{html(name)}</th>' for i, name in enumerate(columns))
+    body = []
+    for number, row in enumerate(rows):
+        row_kind = ' class="sum"' if sums and number == len(rows) - sums else ""
+        body.append(f"<tr{row_kind}>" + "".join(f"<td{kind_of(i)}>{c}</td>" for i, c in enumerate(row)) + "</tr>")
+    shape = f' class="{kind}"' if kind else ""
+    return f'<div class="scroll"><table{shape}><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def bin_of(kl: float) -> int:
+    return sum(kl >= limit for limit in BINS)
+
+
+def disagreement(found: Mapping[str, Any] | str, overall_kl: float | None) -> str:
+    """Held-out text, coloured by KL(teacher || student) at each token; `overall_kl` is that of all rows."""
+    if isinstance(found, str):
+        return f'<p class="none">{html(found[:1].upper() + found[1:])}.</p>'.replace("..", ".")
+    tokens = [token for row in found["rows"] for token in row]
+    valued = [token for token in tokens if "kl" in token]
+    if not valued:
+        return '<p class="none">Not run: no held-out token bears loss.</p>'
+    differ = sum(token["teacher"][0][0] != token["student"][0][0] for token in valued)
+    of_all = "" if overall_kl is None else f" (over all held-out rows at the end of training: {overall_kl:.3f})"
+    lead = (
+        f"<p>KL(teacher ‖ student) before each of {grouped(len(valued))} held-out tokens: mean"
+        f" {found['mean_kl']:.3f} nats{of_all}. The first choices differ at {differ} tokens"
+        f" ({100 * differ / len(valued):.1f} %). Point at a token, touch it, or use the arrow keys.</p>"
+    )
+    edges = ["0", *(f"{limit:g}" for limit in BINS)]
+    names = [*(f"{a}–{b}" for a, b in zip(edges, edges[1:], strict=False)), f"{edges[-1]} and more"]
+    legend = "".join(f'<li class="k{i}">{name}</li>' for i, name in enumerate(names))
+    texts, number = [], 0
+    for row in found["rows"]:
+        spans = []
+        for token in row:
+            visible = html(token["text"]).replace("\n", "<i>↵</i>\n")
+            if "kl" not in token:
+                spans.append(visible)
+            else:
+                spans.append(f'<span class="t k{bin_of(token["kl"])}" data-i="{number}" tabindex="{-1 if number else 0}">{visible}</span>')
+                number += 1
+        texts.append(f'<p class="text">{"".join(spans)}</p>')
+    island = json.dumps(valued, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    return (
+        f'{lead}<ul class="legend"><li class="word">KL, nats</li>{legend}</ul><div class="reader"><div>{"".join(texts)}</div>'
+        '<aside class="panel" aria-live="polite"><p class="soft">Without scripts, see the table below.</p></aside>'
+        f'<script type="application/json">{island}</script></div>{_worst(found["rows"])}'
+    )
+
+
+def _worst(rows: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """The tokens at which the models are furthest apart, in words: readable without pointing at anything."""
+    places = [(row, at) for row in rows for at, token in enumerate(row) if "kl" in token]
+    places.sort(key=lambda place: -float(place[0][place[1]]["kl"]))
+    cells = []
+    for row, at in places[:WORST]:
+        token, before = row[at], "".join(other["text"] for other in row[max(at - 8, 0) : at])[-28:]
+        choices = (f"{_token(text)} {100 * share:.0f} %" for text, share in (token["teacher"][0], token["student"][0]))
+        cells.append([f"{token['kl']:.2f}", f'<span class="before mono">{html(_marked(before))}</span>{_token(token["text"])}', *choices])
+    head = ["KL", "before · what came", "teacher's first choice", "student's first choice"]
+    return f"<h3>Furthest apart</h3>{table(head, cells, numbers=(0,), kind='worst')}"
+
+
+def _marked(text: str) -> str:
+    return text.replace("\n", "↵").replace("\t", "→")
+
+
+def _token(text: str) -> str:
+    shown = _marked(text)
+    shown = "␣" * (len(shown) - len(shown.lstrip(" "))) + shown.lstrip(" ") if not shown.strip() else shown
+    return f'<span class="tok">{html(shown)}</span>'
+
+
+def pass_at_1(folder: Path) -> tuple[str, str] | None:
+    """(value as HTML, interval) of a run's HumanEval; None where it was not run."""
+    return None
+
+
+def humaneval(folder: Path) -> str:
+    """Every problem with its verdict and its completion."""
+    if not os.path.isdir(folder):
+        return '<p class="none">Not run.</p>'
+    return '<p class="none">Not run.</p>'
+
+
+def read_comparison(folder: Path) -> dict[str, Any] | None:
+    path = folder / "comparison.json"
+    return read_object(path, "Give the folder that `potstill compare` made.") if os.path.isfile(path) else None
+
+
+def comparison(found: Mapping[str, Any]) -> str:
+    """The arms under one budget: table, plot with intervals, and the sentence that they allow."""
+    return ""
