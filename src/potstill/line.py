@@ -25,6 +25,7 @@ from potstill.proof.plan import Plan
 from potstill.proof.preflight import Checked, require_sound
 from potstill.recipe import Recipe
 from potstill.runs.rundir import RunDir, code, default_path, environment, newest_path
+from potstill.runs.sinks import require_sinks, telling
 from potstill.students.generate import complete
 from potstill.teachers.fixture import TableTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
@@ -60,6 +61,7 @@ def distill(
     if isinstance(recipe, Recipe) and overrides:
         raise UserError("distill: overrides go with a recipe file; a loaded recipe is taken as it is.")
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    require_sinks(loaded.sinks)
     resolved = recipes.dump(loaded)
     given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
@@ -100,7 +102,8 @@ def _guarded(cast: Cast, run: RunDir, checked: Checked, display: Display, watch:
     """The run, and whatever ends it in its status."""
     recipe = cast.recipe
     try:
-        _run(cast, run, checked, display, watch)
+        with telling(recipe.sinks, run, display.warn):
+            _run(cast, run, checked, display, watch)
     except Stopped:
         run.set_status("stopped", "by a signal before the first step; --resume goes on")
     except torch.OutOfMemoryError as error:

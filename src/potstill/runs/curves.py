@@ -1,7 +1,7 @@
 """Curves as inline SVG: axes with round ticks, several runs over one another, nothing that needs a script.
 
 A chart's numbers are in its own units, 420 by 220, and it scales with its column. Colours and fonts come from
-`report.css` by class: `s0`, `s1` … is the run. What is not finite is not drawn, and is counted in the
+`report.css` by class: `s0`, `s1` … . What is not finite is not drawn, and is counted in the
 chart's caption.
 """
 
@@ -28,14 +28,14 @@ class Series:
     """A metric of one run. `line` joins the points, `points` also marks them, `level` is a constant."""
 
     label: str
-    run: int
+    colour: int
     kind: Literal["line", "points", "level"]
     points: Sequence[Point]
 
 
 def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool = False) -> str:
     """A figure of its title, a key, and the curves over the steps; says so where nothing was logged."""
-    kept = [Series(s.label, s.run, s.kind, [p for p in s.points if math.isfinite(p[1])]) for s in series]
+    kept = [Series(s.label, s.colour, s.kind, [p for p in s.points if math.isfinite(p[1])]) for s in series]
     lost = sum(len(s.points) for s in series) - sum(len(s.points) for s in kept)
     kept = [s for s in kept if s.points]
     head = f"<b>{escape(title)}</b> <span>{escape(unit)}</span>"
@@ -141,7 +141,7 @@ class _Scale:
 
     def draw(self, series: Series) -> str:
         at = [(self.x(x), self.y(y)) for x, y in thinned(series.points)]
-        colour = f"s{series.run % COLOURS}"
+        colour = f"s{series.colour % COLOURS}"
         if series.kind == "level":
             y = round(at[-1][1], 1)
             return f'<line class="level {colour}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
@@ -158,8 +158,12 @@ class _Scale:
 
 
 def _key(series: Sequence[Series]) -> list[tuple[str, str]]:
-    """What each kind of line is, once; which run a colour is stands above the charts."""
-    return list(dict.fromkeys((f"k-{s.kind}", s.label) for s in series))
+    """What each kind of line is, once, and in its colour where it has one; runs are named above the charts."""
+    found = []
+    for kind, label in dict.fromkeys((s.kind, s.label) for s in series):
+        colours = {s.colour for s in series if s.kind == kind}
+        found.append((f"k-{kind} s{colours.pop() % COLOURS}" if len(colours) == 1 else f"k-{kind}", label))
+    return found
 
 
 def _ends(series: Sequence[Series]) -> str:

@@ -191,7 +191,7 @@ def _headline(told: Told) -> list[tuple[str, str, str]]:
     seconds = receipt.get("training_seconds")
     return [
         (*ce[:2], f"{ce[2]}; teacher {teacher:.3f}" if teacher is not None else ce[2]),
-        held("Held-out KL to the teacher", "heldout/kl", "nats", 3),
+        held("KL to the teacher", "heldout/kl", "nats", 3),
         held("Top-1 agreement", "heldout/agreement", "%", 1, 100),
         ("HumanEval pass@1", *(evidence.pass_at_1(told.run.evals / "humaneval") or (none, "not run"))),
         ("Steps", f"{grouped(steps)}", f"of {grouped(asked)}" if asked else "no receipt yet"),
@@ -208,14 +208,18 @@ def _curves(runs: Sequence[Told], names: Sequence[str]) -> str:
     head = f'<ul class="runs">{"".join(items)}</ul>' if len(runs) > 1 else ""
     figures = []
     for title, unit, train, heldout, level, may_be_log in CHARTS:
-        lines: list[Series] = []
-        for run, told in enumerate(runs):
-            kinds: list[tuple[str, Literal["line", "points", "level"], str]] = [
-                ("train" if heldout else "per step", "line", train),
-                ("held out", "points", heldout),
-                ("teacher, held out", "level", level),
-            ]
-            lines += [Series(label, run, kind, told.points(n)) for label, kind, n in kinds if n and told.points(n)]
+        kinds: list[tuple[str, Literal["line", "points", "level"], str, int]] = [
+            ("train" if heldout else "per step", "line", train, 0),
+            ("held out", "points", heldout, 1),
+            ("teacher, held out", "level", level, 5),
+        ]
+        lines = [
+            # A colour is a run; where there is one run alone, it is a kind of line.
+            Series(label, colour if len(runs) == 1 else run, kind, points)
+            for run, told in enumerate(runs)
+            for label, kind, name, colour in kinds
+            if (points := told.points(name))
+        ]
         figures.append(chart(title, unit, lines, may_be_log=may_be_log))
     return f'{head}<div class="charts">{"".join(figures)}</div>'
 

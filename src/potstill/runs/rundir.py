@@ -30,7 +30,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "
 @dataclass(frozen=True)
 class RunDir:
     path: Path
+    listeners: list[Callable[[int, dict[str, float]], None]] = field(
+        default_factory=list, compare=False, repr=False
+    )
+    """Told each line of `metrics.jsonl` once it is written."""
 
     @classmethod
     def create(cls, path: Path, *, recipe: bytes, resolved: str, corpus: dict[str, Any]) -> RunDir:
@@ -110,6 +114,8 @@ class RunDir:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         line = json.dumps({"step": step, **metrics}) + "\n"
         self._append("metrics.jsonl", line)
+        for listener in self.listeners:
+            listener(step, metrics)
 
     def log_fault(self, step: int, what: str) -> None:
         self._append("faults.jsonl", json.dumps({"step": step, "what": what}) + "\n")
