@@ -236,7 +236,6 @@ CHANGES = {
     "eval.every": 2,
     "eval.sample_prompt": "def f(x):\n    ",
     "eval.sample_tokens": 9,
-    "sinks": ["tensorboard", "wandb"],
 }
 
 

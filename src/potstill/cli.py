@@ -102,9 +102,15 @@ def _parser() -> argparse.ArgumentParser:
 
     report = verb("report", _report, "runs or a comparison as one HTML page that needs nothing else")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or a comparison's")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default RUN/report.html, of several ./report.html")
-    report.add_argument("--tokens", type=int, default=512, metavar="N", help="held-out tokens to look at; default 512")
-    report.add_argument("--no-models", action="store_true", help="load no model: no disagreement but a known one")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="default RUN/report.html, of several ./report.html"
+    )
+    report.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="held-out tokens to look at; default 512"
+    )
+    report.add_argument(
+        "--no-models", action="store_true", help="load no model: no disagreement but a known one"
+    )
 
     verb("schema", _schema, "the JSON schema of a recipe, for editors")
     return parser

@@ -8,16 +8,15 @@ from typing import Any
 
 from potstill.display import Display
 from potstill.errors import UserError
-from potstill.runs.report import Told, page, read_comparison
+from potstill.runs.evidence import read_comparison
+from potstill.runs.report import Told, page
 from potstill.runs.rundir import RunDir, write_whole
 
 FORMAT = 1
 """Of `disagreement.json`; raised when what is in it changes."""
 
 
-def report(
-    folders: list[Path], out: Path | None, tokens: int, with_models: bool, display: Display
-) -> Path:
+def report(folders: list[Path], out: Path | None, tokens: int, with_models: bool, display: Display) -> Path:
     """Write one page about all `folders`, runs or comparisons; returns where."""
     comparisons = {folder: found for folder in folders if (found := read_comparison(folder)) is not None}
     runs = [RunDir.open(folder) for folder in folders if folder not in comparisons]
@@ -70,7 +69,9 @@ def _measure(run: RunDir, tokens: int, display: Display) -> dict[str, Any]:
 
     cast = assemble(recipes.load(run.resolved), display.note, saved_student=run.student)
     if cast.corpus.fingerprint != run.corpus().get("fingerprint"):
-        raise UserError(f"{run.path}: the corpus is not the run's any more, so its held-out rows are not either.")
+        raise UserError(
+            f"{run.path}: the corpus is not the run's any more, so its held-out rows are not either."
+        )
     taught = run.receipt().get("teacher", {}).get("weights_sha256")
     weights = getattr(cast.teacher, "weights_sha256", None)
     if taught is not None and weights is not None and weights() != taught:

@@ -57,7 +57,10 @@ def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def with_sinks(recipe: Recipe, *names: str) -> Path:
-    return recipe(sinks=f"[{', '.join(names)}]", train="{steps: 4, rows_per_step: 2, lr: 1e-3, device: cpu, save_every: 2}")
+    return recipe(
+        sinks=f"[{', '.join(names)}]",
+        train="{steps: 4, rows_per_step: 2, lr: 1e-3, device: cpu, save_every: 2}",
+    )
 
 
 def test_a_tracker_hears_what_the_run_wrote(
@@ -91,7 +94,9 @@ def test_a_sink_that_is_not_installed_is_refused_before_anything_is_written(
 ) -> None:
     for module in (name, sinks.MODULES[name]):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"sinks: {name} cannot be imported: .*pip install 'potstill\[{name}\]'"):
+    with pytest.raises(
+        UserError, match=rf"sinks: {name} cannot be imported: .*pip install 'potstill\[{name}\]'"
+    ):
         distill(with_sinks(tiny_recipe, name), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -114,14 +119,18 @@ def resumed(recipe: Recipe, name: str, folder: Path, steps: list[int]) -> RunDir
     return distill(path, out=folder, resume=True)
 
 
-def test_a_resumed_run_is_one_run_for_its_tracker(tracker: FakeTracker, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_resumed_run_is_one_run_for_its_tracker(
+    tracker: FakeTracker, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     before: list[int] = []
     run = resumed(tiny_recipe, tracker.__name__, tmp_path / "run", before)
     assert before == [0, 1, 2, 2, 3]
     assert tracker.inits[0] == tracker.inits[1]
     assert tracker.inits[0]["resume"] == "allow"
     if tracker.__name__ == "trackio":
-        told, written = ([(line["step"], *line) for line in lines] for lines in (tracker.lines, run.metrics()))
+        told, written = (
+            [(line["step"], *line) for line in lines] for lines in (tracker.lines, run.metrics())
+        )
         assert told == written  # no line twice
     else:
         assert tracker.lines[len(before) :] == [line for line in run.metrics() if line["step"] > 2]
@@ -129,7 +138,8 @@ def test_a_resumed_run_is_one_run_for_its_tracker(tracker: FakeTracker, tiny_rec
 
 def test_tensorboard_has_each_value_of_a_resumed_run_once(tiny_recipe: Recipe, tmp_path: Path) -> None:
     events = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed; not run"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed; not run",
     )
     run = resumed(tiny_recipe, "tensorboard", tmp_path / "run", [])
     found = events.EventAccumulator(str(run.path / "tensorboard"))

@@ -6,7 +6,7 @@ when this token was to come, and what each would have said instead.
 kl               KL(teacher || student) at temperature 1, nats
 ce, teacher_ce   each model's cross-entropy with the token that did come, nats
 entropy, teacher_entropy   each model's own uncertainty, nats
-student, teacher           each model's first choices with their probabilities
+student, teacher           each model's first choices: id, text, probability
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def disagreement(
 ) -> list[list[Token]]:
     """At most `tokens` held-out tokens, in rows spread evenly over `rows`; each with its text and values.
 
-    A token that nobody predicts, as the first of a document, has its text alone. Logits exist for one chunk of
-    one row at a time.
+    A token that nobody predicts, as the first of a document, has its text alone. Logits exist for one chunk
+    of one row at a time.
     """
     was_training = student.training
     student.eval()
@@ -40,7 +40,9 @@ def disagreement(
         per_row = rows.batch([0]).input_ids_BT.shape[1]
         wanted = min(len(rows), -(-tokens // per_row))
         for number in range(wanted):
-            batch = _first(rows.batch([number * len(rows) // wanted]), min(per_row, tokens - number * per_row))
+            batch = _first(
+                rows.batch([number * len(rows) // wanted]), min(per_row, tokens - number * per_row)
+            )
             found.append(_row(student, teacher, batch.to(student.model.device), tokenizer))
     finally:
         student.train(was_training)
@@ -64,13 +66,13 @@ def _row(student: Student, teacher: Teacher, batch: Batch, tokenizer: Any | None
     places, labels = batch.positions_N.tolist(), batch.labels_N.tolist()
     if places and places[-1] == len(ids) - 1:  # its next token is the last one's label, in no row's input
         ids.append(labels[-1])
-    row: list[Token] = [{"text": _text(tokenizer, ids[:place], id)} for place, id in enumerate(ids)]
+    row: list[Token] = [{"id": id, "text": _text(tokenizer, ids[:place], id)} for place, id in enumerate(ids)]
     targets = teacher.targets(batch)
     for part, logits_CV in student.logits(batch):
         pair = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
         for place, values in zip(places[part], _values(*pair, batch.labels_N[part]), strict=True):
             for who in ("student", "teacher"):
-                values[who] = [[_text(tokenizer, ids[: place + 1], id), p] for id, p in values[who]]
+                values[who] = [[id, _text(tokenizer, ids[: place + 1], id), p] for id, p in values[who]]
             row[place + 1] |= values
     return row
 

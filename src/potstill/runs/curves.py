@@ -83,7 +83,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most twice MOST_POINTS points: of each column the lowest and the highest, so that no spike is lost."""
+    """At most twice MOST_POINTS points, the lowest and the highest of each column: no spike is lost."""
     if len(points) <= 2 * MOST_POINTS:
         return list(points)
     found: list[Point] = []
@@ -145,7 +145,8 @@ class _Scale:
         if series.kind == "level":
             y = round(at[-1][1], 1)
             return f'<line class="level {colour}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-        line = f'<polyline class="{series.kind} {colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}"/>'
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+        line = f'<polyline class="{series.kind} {colour}" points="{joined}"/>'
         if series.kind == "points":
             line += "".join(
                 f'<circle class="{colour}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.2">'
@@ -158,7 +159,7 @@ class _Scale:
 
 
 def _key(series: Sequence[Series]) -> list[tuple[str, str]]:
-    """What each kind of line is, once, and in its colour where it has one; runs are named above the charts."""
+    """What each kind of line is, once, in its colour where it has one; runs are named above the charts."""
     found = []
     for kind, label in dict.fromkeys((s.kind, s.label) for s in series):
         colours = {s.colour for s in series if s.kind == kind}

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ WORST = 12
 
 
 def html(value: object) -> str:
-    """Text of unknown origin, safe between tags and in quoted attributes; hidden characters are written out."""
+    """Text of unknown origin, safe between tags and in quoted attributes; hidden characters written out."""
     return escape(printable(str(value)), quote=True)
 
 
@@ -41,9 +42,12 @@ def table(
     body = []
     for number, row in enumerate(rows):
         row_kind = ' class="sum"' if sums and number == len(rows) - sums else ""
-        body.append(f"<tr{row_kind}>" + "".join(f"<td{kind_of(i)}>{c}</td>" for i, c in enumerate(row)) + "</tr>")
+        body.append(
+            f"<tr{row_kind}>" + "".join(f"<td{kind_of(i)}>{c}</td>" for i, c in enumerate(row)) + "</tr>"
+        )
     shape = f' class="{kind}"' if kind else ""
-    return f'<div class="scroll"><table{shape}><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll"><table{shape}>{inside}</table></div>'
 
 
 def bin_of(kl: float) -> int:
@@ -59,14 +63,14 @@ def disagreement(found: Mapping[str, Any] | str, overall_kl: float | None) -> st
     if not valued:
         return '<p class="none">Not run: no held-out token bears loss.</p>'
     differ = sum(token["teacher"][0][0] != token["student"][0][0] for token in valued)
-    of_all = "" if overall_kl is None else f" (over all held-out rows at the end of training: {overall_kl:.3f})"
+    of_all = "" if overall_kl is None else f" ({overall_kl:.3f} over all held-out rows)"
     lead = (
         f"<p>KL(teacher ‖ student) before each of {grouped(len(valued))} held-out tokens: mean"
         f" {found['mean_kl']:.3f} nats{of_all}. The first choices differ at {differ} tokens"
         f" ({100 * differ / len(valued):.1f} %). Point at a token, touch it, or use the arrow keys.</p>"
     )
     edges = ["0", *(f"{limit:g}" for limit in BINS)]
-    names = [*(f"{a}–{b}" for a, b in zip(edges, edges[1:], strict=False)), f"{edges[-1]} and more"]
+    names = [*(f"{a}–{b}" for a, b in pairwise(edges)), f"{edges[-1]} and more"]
     legend = "".join(f'<li class="k{i}">{name}</li>' for i, name in enumerate(names))
     texts, number = [], 0
     for row in found["rows"]:
@@ -76,13 +80,16 @@ def disagreement(found: Mapping[str, Any] | str, overall_kl: float | None) -> st
             if "kl" not in token:
                 spans.append(visible)
             else:
-                spans.append(f'<span class="t k{bin_of(token["kl"])}" data-i="{number}" tabindex="{-1 if number else 0}">{visible}</span>')
+                kinds = f"t k{bin_of(token['kl'])}{'' if token['text'].strip() else ' w'}"
+                first = 0 if number == 0 else -1  # one stop for the tab key; the arrows lead on from there
+                spans.append(f'<span class="{kinds}" data-i="{number}" tabindex="{first}">{visible}</span>')
                 number += 1
         texts.append(f'<p class="text">{"".join(spans)}</p>')
     island = json.dumps(valued, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        f'{lead}<ul class="legend"><li class="word">KL, nats</li>{legend}</ul><div class="reader"><div>{"".join(texts)}</div>'
-        '<aside class="panel" aria-live="polite"><p class="soft">Without scripts, see the table below.</p></aside>'
+        f'{lead}<ul class="legend"><li class="word">KL, nats</li>{legend}</ul>'
+        f'<div class="reader"><div>{"".join(texts)}</div><aside class="panel" aria-live="polite">'
+        '<p class="soft">Without scripts, see the table below.</p></aside>'
         f'<script type="application/json">{island}</script></div>{_worst(found["rows"])}'
     )
 
@@ -94,8 +101,17 @@ def _worst(rows: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     cells = []
     for row, at in places[:WORST]:
         token, before = row[at], "".join(other["text"] for other in row[max(at - 8, 0) : at])[-28:]
-        choices = (f"{_token(text)} {100 * share:.0f} %" for text, share in (token["teacher"][0], token["student"][0]))
-        cells.append([f"{token['kl']:.2f}", f'<span class="before mono">{html(_marked(before))}</span>{_token(token["text"])}', *choices])
+        choices = (
+            f"{_token(text)} {100 * share:.0f} %"
+            for _, text, share in (token["teacher"][0], token["student"][0])
+        )
+        cells.append(
+            [
+                f"{token['kl']:.2f}",
+                f'<span class="before mono">{html(_marked(before))}</span>{_token(token["text"])}',
+                *choices,
+            ]
+        )
     head = ["KL", "before · what came", "teacher's first choice", "student's first choice"]
     return f"<h3>Furthest apart</h3>{table(head, cells, numbers=(0,), kind='worst')}"
 
@@ -124,7 +140,9 @@ def humaneval(folder: Path) -> str:
 
 def read_comparison(folder: Path) -> dict[str, Any] | None:
     path = folder / "comparison.json"
-    return read_object(path, "Give the folder that `potstill compare` made.") if os.path.isfile(path) else None
+    return (
+        read_object(path, "Give the folder that `potstill compare` made.") if os.path.isfile(path) else None
+    )
 
 
 def comparison(found: Mapping[str, Any]) -> str:

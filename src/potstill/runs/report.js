@@ -12,8 +12,8 @@ function made(name, text, ...names) {
 function choices(title, list, actual) {
   const box = document.createElement("div"), ol = document.createElement("ol");
   box.append(made("h4", title));
-  for (const [text, share] of list) {
-    const li = made("li", "", text === actual ? "hit" : "");
+  for (const [id, text, share] of list) {
+    const li = made("li", "", id === actual ? "hit" : "");
     li.style.setProperty("--p", (100 * share).toFixed(1) + "%");
     li.append(made("span", shown(text)), made("span", (100 * share).toFixed(1) + " %"));
     ol.append(li);
@@ -33,8 +33,8 @@ for (const reader of document.querySelectorAll(".reader")) {
     span.tabIndex = 0;
     head.append(made("span", shown(t.text), "tok"), ` · KL ${t.kl.toFixed(3)} nats`);
     two.append(
-      choices(`teacher · CE ${t.teacher_ce.toFixed(2)} · entropy ${t.teacher_entropy.toFixed(2)}`, t.teacher, t.text),
-      choices(`student · CE ${t.ce.toFixed(2)} · entropy ${t.entropy.toFixed(2)}`, t.student, t.text));
+      choices(`teacher · CE ${t.teacher_ce.toFixed(2)} · entropy ${t.teacher_entropy.toFixed(2)}`, t.teacher, t.id),
+      choices(`student · CE ${t.ce.toFixed(2)} · entropy ${t.entropy.toFixed(2)}`, t.student, t.id));
     panel.replaceChildren(head, two);
   };
   const of = (event) => event.target.closest(".t");

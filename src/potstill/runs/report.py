@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +36,12 @@ CHARTS = [  # title, unit, trained, held out, constant, whether it may be logari
     ("Throughput", "tokens/s", "speed/tokens_per_s", "", "", False),
     ("Memory", "GiB", "memory/peak_gib", "", "", False),
 ]
-BETTER = {"finished": "finished", "stopped": "stopped", "failed": "failed", "running": "running"}
+STATES = ("beginning", "running", "stopped", "finished", "failed")
 
 
 @dataclass(frozen=True)
 class Told:
-    """A run and what was measured for its page: where it disagrees with its teacher, or why that is not known."""
+    """A run, and where its student disagrees with its teacher, or why that is not known."""
 
     run: RunDir
     disagreement: Mapping[str, Any] | str
@@ -79,22 +78,27 @@ def page(runs: Sequence[Told], comparisons: Mapping[Path, Mapping[str, Any]]) ->
     names = _names([told.run.path for told in runs])
     title = ", ".join([*names, *(path.name for path in comparisons)])
     arms = [(path.name, evidence.comparison(found)) for path, found in comparisons.items()]
-    sections = [("Arms", _arms(arms))] if not runs else [
-        ("Curves", _curves(runs, names)),
-        ("Where the student disagrees with the teacher", _each(runs, names, _disagreement)),
-        ("HumanEval", _each(runs, names, lambda told: evidence.humaneval(told.run.evals / "humaneval"))),
-        ("Arms", _arms(arms)),
-        ("Checks before the run", _each(runs, names, _checks)),
-        ("Memory, predicted and measured", _each(runs, names, _memory)),
-        ("Steps refused by the guard", _each(runs, names, _faults)),
-        ("Samples", _each(runs, names, _samples)),
-        ("Receipt", _each(runs, names, _receipt)),
+    sections = [  # anchor and name in the list of contents, heading, inner HTML
+        ("Curves", "Curves", _curves(runs, names)),
+        ("Disagreement", "Where the student disagrees with the teacher", _each(runs, names, _disagreement)),
+        ("HumanEval", "HumanEval", _each(runs, names, _humaneval)),
+        ("Arms", "Arms under one budget", _arms(arms)),
+        ("Checks", "Checks before the run", _each(runs, names, _checks)),
+        ("Memory", "Memory, predicted and measured", _each(runs, names, _memory)),
+        ("Guard", "Steps refused by the guard", _each(runs, names, _faults)),
+        ("Samples", "Samples", _each(runs, names, _samples)),
+        ("Receipt", "Receipt", _each(runs, names, _receipt)),
     ]
-    links = "".join(f'<a href="#{_anchor(name)}">{html(name)}</a>' for name, _ in sections)
+    if not runs:
+        sections = [section for section in sections if section[0] == "Arms"]
+    links = "".join(f'<a href="#{short.lower()}">{short}</a>' for short, _, _ in sections)
     body = (
         f'<header><p class="eyebrow">potstill report</p><h1>{html(title)}</h1>'
         f"{_states(runs, names)}<nav>{links}</nav></header><main>{_figures(runs, names)}"
-        + "".join(f'<section id="{_anchor(n)}"><h2>{html(n)}</h2>{inner}</section>' for n, inner in sections)
+        + "".join(
+            f'<section id="{short.lower()}"><h2>{name}</h2>{inner}</section>'
+            for short, name, inner in sections
+        )
         + "</main><footer>Read from the run directories by potstill. Losses are in nats.</footer>"
     )
     style, script, template = (_shipped(f"report.{kind}") for kind in ("css", "js", "html"))
@@ -122,10 +126,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [n if short.count(n) == 1 else str(path) for n, path in zip(short, paths, strict=True)]
 
 
-def _anchor(name: str) -> str:
-    return name.lower().replace(",", "").replace(" ", "-")
-
-
 def _swatch(number: int) -> str:
     return f'<i class="swatch s{number % COLOURS}"></i>'
 
@@ -144,7 +144,7 @@ def _states(runs: Sequence[Told], names: Sequence[str]) -> str:
     lines = []
     for told, name in zip(runs, names, strict=True):
         state = str(told.status.get("state", "unknown"))
-        kind = state if state in BETTER else "unknown"
+        kind = state if state in STATES else "unknown"
         objective = told.receipt.get("objective")
         said = [x for x in (told.status.get("why"), objective) if x]
         which = f"{html(name)} " if len(runs) > 1 else ""
@@ -168,7 +168,7 @@ def _figures(runs: Sequence[Told], names: Sequence[str]) -> str:
         [f"{_swatch(i)}{html(name)}", *(value for _, value, _ in of)]
         for i, (name, of) in enumerate(zip(names, found, strict=True))
     ]
-    return f"<h2>Figures</h2>{table(columns, rows)}"
+    return f"<section><h2>Figures</h2>{table(columns, rows, kind='tight')}</section>"
 
 
 def _headline(told: Told) -> list[tuple[str, str, str]]:
@@ -185,19 +185,30 @@ def _headline(told: Told) -> list[tuple[str, str, str]]:
 
     steps, asked = told.last_step, receipt.get("steps")
     speeds = [value for _, value in told.points("speed/tokens_per_s")]
-    peak, planned = receipt.get("peak_memory_gib"), receipt.get("plan", {}).get("predicted_peak_gib")
+    speed = grouped(statistics.median(speeds)) if speeds else ""
+    peak, plan = receipt.get("peak_memory_gib"), receipt.get("plan", {}).get("predicted_peak_gib")
+    planned = f"{plan:.2f} planned" if isinstance(plan, float) else "not planned"
     teacher = told.last("heldout/teacher_ce")
     ce = held("Held-out CE", "heldout/ce", "nats", 3)
     seconds = receipt.get("training_seconds")
     return [
-        (*ce[:2], f"{ce[2]}; teacher {teacher:.3f}" if teacher is not None else ce[2]),
+        (*ce[:2], ce[2] if teacher is None else f"{ce[2]}; teacher {teacher:.3f}"),
         held("KL to the teacher", "heldout/kl", "nats", 3),
         held("Top-1 agreement", "heldout/agreement", "%", 1, 100),
         ("HumanEval pass@1", *(evidence.pass_at_1(told.run.evals / "humaneval") or (none, "not run"))),
-        ("Steps", f"{grouped(steps)}", f"of {grouped(asked)}" if asked else "no receipt yet"),
-        ("Training time", clock(seconds) if seconds is not None else none, "h:mm:ss" if seconds and seconds >= 3600 else "min:s" if seconds else "no receipt yet"),
-        ("Throughput", f"{grouped(statistics.median(speeds))} <small>tokens/s</small>" if speeds else none, "median step" if speeds else "not logged"),
-        ("Peak memory", f"{peak:.2f} <small>GiB</small>" if peak is not None else none, f"{planned:.2f} planned" if isinstance(planned, float) else "no plan"),
+        ("Steps", grouped(steps), f"of {grouped(asked)}" if asked else "no receipt yet"),
+        (
+            "Training time",
+            *((none, "no receipt yet") if seconds is None else (clock(seconds), "of steps alone")),
+        ),
+        (
+            "Throughput",
+            *((f"{speed} <small>tokens/s</small>", "median step") if speeds else (none, "not logged")),
+        ),
+        (
+            "Peak memory",
+            *((none, "no receipt yet") if peak is None else (f"{peak:.2f} <small>GiB</small>", planned)),
+        ),
     ]
 
 
@@ -227,6 +238,10 @@ def _curves(runs: Sequence[Told], names: Sequence[str]) -> str:
 def _disagreement(told: Told) -> str:
     overall = told.receipt.get("heldout_best", {}).get("heldout/kl")
     return evidence.disagreement(told.disagreement, overall)
+
+
+def _humaneval(told: Told) -> str:
+    return evidence.humaneval(told.run.evals / "humaneval")
 
 
 def _arms(arms: Sequence[tuple[str, str]]) -> str:
@@ -260,10 +275,12 @@ def _memory(told: Told) -> str:
             f'<rect class="{kind}" width="{width}" height="4"/></svg>'
         )
 
-    rows = [[html(n.replace("_", " ")), f"{size:.2f}", bar(size)] for n, size in plan.get("parts_gib", {}).items()]
+    rows = [
+        [html(n.replace("_", " ")), f"{size:.2f}", bar(size)] for n, size in plan.get("parts_gib", {}).items()
+    ]
     rows += [["predicted peak", f"{predicted:.2f}", bar(predicted)]]
     rows += [["measured peak", f"{measured:.2f}", bar(measured, "measured")]] if measured else []
-    ratio = f'<p>Predicted / measured: {plan["ratio"]:.3f}.</p>' if "ratio" in plan else ""
+    ratio = f"<p>Predicted / measured: {plan['ratio']:.3f}.</p>" if "ratio" in plan else ""
     return table(["part", "GiB", ""], rows, numbers=(1,), sums=2 if measured else 1, kind="memory") + ratio
 
 
@@ -282,7 +299,8 @@ def _samples(told: Told) -> str:
         return f'<p class="none">{why}</p>'
     prompt = samples.get("prompt", "")
     return "".join(
-        f'<h3>{when} training</h3><pre><span class="soft">{html(prompt)}</span>{html(samples.get(when, ""))}</pre>'
+        f"<h3>{when.capitalize()} training</h3>"
+        f'<pre><span class="soft">{html(prompt)}</span>{html(samples.get(when, ""))}</pre>'
         for when in ("before", "after")
     )
 
@@ -297,21 +315,16 @@ def _receipt(told: Told) -> str:
 
 
 def _no_receipt(told: Told) -> str:
-    return f"Not there: a run writes its receipt when it is finished, and this one is {html(told.status.get('state', 'unknown'))}."
+    state = html(told.status.get("state", "unknown"))
+    return f"Not there: a run writes its receipt when it is finished, and this one is {state}."
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    words = {True: "yes", False: "no", None: "none"}
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         elif isinstance(value, list):
             yield f"{prefix}{name}", " ".join(map(str, value)) or "none"
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{prefix}{name}", str(value)
         else:
-            yield f"{prefix}{name}", {True: "yes", False: "no", None: "–"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
-
-
-def read_comparison(folder: Path) -> dict[str, Any] | None:
-    """What `potstill compare` found there; None where there is no comparison."""
-    return evidence.read_comparison(folder)
+            yield f"{prefix}{name}", words[value] if value is None or isinstance(value, bool) else str(value)

@@ -76,8 +76,8 @@ def require_sinks(names: Sequence[str]) -> None:
             importlib.import_module(MODULES[name])
         except Exception as error:  # a broken installation raises what it likes
             raise UserError(
-                f"sinks: {name} cannot be imported: {one_line(error)} pip install 'potstill[{name}]', or leave"
-                f" {name} out."
+                f"sinks: {name} cannot be imported: {one_line(error)} pip install 'potstill[{name}]', or"
+                f" leave {name} out."
             ) from error
 
 
@@ -99,7 +99,9 @@ class _Listener:
 
     def __init__(self, name: str, run: RunDir, warn: Callable[[str], None]) -> None:
         self.name, self.run, self.warn = name, run, warn
-        self.before = [(line["step"], {*line} - {"step"}) for line in run.metrics()] if name == "trackio" else []
+        self.before = (
+            [(line["step"], {*line} - {"step"}) for line in run.metrics()] if name == "trackio" else []
+        )
         self.sink: Sink | None = None
         self.works = True
 

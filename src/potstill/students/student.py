@@ -50,7 +50,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
-        """logits_CV at the batch's positions, a chunk of them at a time, as a held-out evaluation sees them."""
+        """logits_CV at the batch's positions, a chunk at a time, as a held-out evaluation sees them."""
         yield from self.objective.logits(self._hidden_ND(batch), self.model.head)
 
     def _hidden_ND(self, batch: Batch) -> Tensor:
