@@ -96,7 +96,7 @@ def test_every_section_is_there_with_what_the_run_measured(run: RunDir) -> None:
     assert receipt["student"]["weights_sha256_end"] in found.sections["receipt"]
     assert receipt["samples"]["prompt"] in found.sections["samples"]
     assert f"{run.metrics()[-1]['heldout/kl']:.3f} " in found.sections[""]
-    assert f"{len(run.metrics()) - 3} of 6".split(" of ")[1] in found.sections[""]
+    assert "Steps 6 of 6" in " ".join(found.sections[""].split())
     known = run.disagreement()
     assert known["positions"] > 40
     assert f"mean {known['mean_kl']:.3f} nats" in found.sections["disagreement"]
@@ -265,3 +265,81 @@ def test_a_long_curve_keeps_its_spike_and_a_value_that_is_not_finite_is_counted(
     assert len(drawn) < 20_000
     assert "1 values not finite" in drawn
     assert "none finite" in chart("Loss", "nats", [Series("train", 0, "line", points[5:6])])
+
+
+PROBE = """
+<body><script>
+const widths = [400, 1400], results = [];
+const look = (frame) => {
+  const page = frame.contentDocument, one = { width: frame.contentWindow.innerWidth };
+  one.scroll = page.documentElement.scrollWidth;
+  one.title = page.title;
+  one.panels = [...page.querySelectorAll(".reader")].map((reader) => {
+    const panel = reader.querySelector(".panel"), tokens = [...reader.querySelectorAll(".t")];
+    const send = (on, event) => { on.dispatchEvent(event); return panel.textContent; };
+    const said = { first: panel.textContent, stops: reader.querySelectorAll(".t[tabindex='0']").length };
+    const at = (number) => tokens[Math.min(number, tokens.length - 1)];
+    said.hover = send(at(3), new PointerEvent("pointerover", { bubbles: true }));
+    said.touch = send(at(5), new MouseEvent("click", { bubbles: true }));
+    at(5).focus();
+    said.key = send(at(5), new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true, cancelable: true }));
+    said.at = tokens.indexOf(page.activeElement);
+    return said;
+  });
+  one.curves = [...page.querySelectorAll("polyline")].every((line) => line.getBoundingClientRect().width > 0);
+  results.push(one);
+  if (results.length === widths.length) document.body.textContent = "RESULT" + JSON.stringify(results) + "END";
+};
+for (const width of widths) {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = `width:${width}px;height:3000px;border:0`;
+  frame.onload = () => look(frame);
+  frame.src = "page.html";
+  document.body.append(frame);
+}
+</script></body>
+"""
+
+
+def in_chromium(folder: Path, *options: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """What PROBE found in `page.html` at both widths, and all that the browser's console said."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("chromium is not installed; the page was not looked at in a browser: not run")
+    (folder / "probe.html").write_text(PROBE)
+    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'browser'}", *options]
+    command += ["--virtual-time-budget=5000", "--dump-dom", (folder / "probe.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search("RESULT(.*)END", html.unescape(done.stdout), re.DOTALL)
+    assert found, done.stdout[-500:]
+    return json.loads(found[1]), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser_nothing_overflows_and_every_way_to_a_token_fills_the_panel(scheme: str, run: RunDir) -> None:
+    page_of(run, with_models=True)
+    tokens = [token for row in run.disagreement()["rows"] for token in row if "kl" in token]
+    option = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+    found, console = in_chromium(run.path.parent, option)
+    assert console == []
+    worst = max(tokens, key=lambda token: float(token["kl"]))
+    for page_found, width in zip(sorted(found, key=lambda one: one["width"]), (400, 1400), strict=True):
+        assert page_found["width"] == width
+        assert page_found["scroll"] <= width
+        assert page_found["curves"]
+        (panel,) = page_found["panels"]
+        shown = {"first": worst, "hover": tokens[3], "touch": tokens[5], "key": tokens[6]}
+        for way, token in shown.items():
+            assert f"KL {token['kl']:.3f} nats" in panel[way], way
+            assert panel[way].count("%") == 6, way  # three choices of each model
+        assert panel["at"] == 6
+        assert panel["stops"] == 1
+
+
+def test_in_a_browser_planted_markup_does_nothing(run: RunDir) -> None:
+    (run.path.parent / "page.html").write_text(planted(run), errors="backslashreplace")
+    found, console = in_chromium(run.path.parent)
+    assert console == []
+    assert [one["title"] for one in found] == ["<<script>x"] * 2
+    assert all(one["scroll"] <= one["width"] for one in found)

@@ -24,10 +24,11 @@ function choices(title, list, actual) {
 for (const reader of document.querySelectorAll(".reader")) {
   const tokens = JSON.parse(reader.querySelector("script").textContent);
   const panel = reader.querySelector(".panel"), spans = [...reader.querySelectorAll(".t")];
-  let current = null;
+  let current = spans[0];
   const show = (span) => {
     const t = tokens[span.dataset.i], two = made("div", "", "two"), head = made("p", "next came ");
-    if (current) { current.classList.remove("on"); current.tabIndex = -1; }
+    current.classList.remove("on");
+    current.tabIndex = -1;
     current = span;
     span.classList.add("on");
     span.tabIndex = 0;
