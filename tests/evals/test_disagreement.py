@@ -55,7 +55,9 @@ def test_each_value_is_of_the_token_that_it_stands_at(cast: Cast) -> None:
         assert token["ce"] == pytest.approx(-float(student_TV[position, label]), abs=1e-4)
         p = student_TV[position].exp()
         assert token["entropy"] == pytest.approx(-float((p * p.log()).sum()), abs=1e-4)
-        assert [share for _, _, share in token["student"]] == pytest.approx(p.topk(CHOICES).values.tolist(), abs=1e-4)
+        assert [share for _, _, share in token["student"]] == pytest.approx(
+            p.topk(CHOICES).values.tolist(), abs=1e-4
+        )
         assert token["id"] == label
         assert token["text"] == cast.tokenizer.decode([label])
 
@@ -67,7 +69,9 @@ def test_no_more_tokens_than_asked_and_the_same_as_of_all(cast: Cast, tokens: in
     assert 0 < len(valued(some)) <= tokens
     for cut, row in zip(some, whole, strict=True):
         assert [token["text"] for token in cut] == [token["text"] for token in row[: len(cut)]]
-        assert [t.get("kl", 0) for t in cut] == pytest.approx([t.get("kl", 0) for t in row[: len(cut)]], abs=1e-5)
+        assert [t.get("kl", 0) for t in cut] == pytest.approx(
+            [t.get("kl", 0) for t in row[: len(cut)]], abs=1e-5
+        )
 
 
 def test_logits_exist_for_one_chunk_at_a_time(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:

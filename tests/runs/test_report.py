@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from potstill import UserError, distill
+from potstill import distill
 from potstill.cli import main
 from potstill.display import Display
 from potstill.reporting import report
@@ -100,7 +100,10 @@ def test_every_section_is_there_with_what_the_run_measured(run: RunDir) -> None:
     known = run.disagreement()
     assert known["positions"] > 40
     assert f"mean {known['mean_kl']:.3f} nats" in found.sections["disagreement"]
-    assert len([t for t in found.tags if t[1].get("class", "") and str(t[1]["class"]).startswith("t k")]) == known["positions"]
+    assert (
+        len([t for t in found.tags if t[1].get("class", "") and str(t[1]["class"]).startswith("t k")])
+        == known["positions"]
+    )
 
 
 def test_what_was_not_run_is_told_as_not_run(run: RunDir) -> None:
@@ -147,7 +150,15 @@ def test_refused_steps_are_listed(run: RunDir) -> None:
 
 def planted(run: RunDir) -> str:
     """The page of a run that has the plant wherever text of others can stand."""
-    token = {"id": 1, "text": PLANT, "kl": 3.0, "ce": 1.0, "teacher_ce": 1.0, "entropy": 1.0, "teacher_entropy": 1.0}
+    token = {
+        "id": 1,
+        "text": PLANT,
+        "kl": 3.0,
+        "ce": 1.0,
+        "teacher_ce": 1.0,
+        "entropy": 1.0,
+        "teacher_entropy": 1.0,
+    }
     choices = [[1, PLANT, 0.5], [2, "<!--", 0.3], [3, "\u202e", 0.1]]
     rows = [[{"id": 0, "text": PLANT}, token | {"student": choices, "teacher": choices}]]
     run.write_receipt(run.receipt() | {"check": {PLANT: PLANT}, "objective": PLANT, PLANT: PLANT})
@@ -175,7 +186,11 @@ def test_the_page_needs_nothing_but_itself_and_says_so(run: RunDir) -> None:
     for tag, attributes in found.tags:
         for name in ("src", "href", "data", "action", "srcset", "poster", "style"):
             value = attributes.get(name)
-            assert value is None or value.startswith("#") or (tag, value) == ("link", "data:,"), (tag, name, value)
+            assert value is None or value.startswith("#") or (tag, value) == ("link", "data:,"), (
+                tag,
+                name,
+                value,
+            )
     assert re.findall(r"https?:|@import|url\(", text) == []
     policy = next(a["content"] for t, a in found.tags if a.get("http-equiv") == "Content-Security-Policy")
     for kind, content in (found.raw[0], found.raw[-1]):
@@ -190,7 +205,13 @@ def test_several_runs_stand_in_one_page_by_name_and_colour(run: RunDir, tmp_path
     for name in ("run", "other"):
         assert len(re.findall(rf'<i class="swatch s\d"></i>{name}<', text)) >= 6
     assert {"line s0", "line s1"} <= {str(a.get("class")) for t, a in Elements(text).tags if t == "polyline"}
-    alike = page([Told(run, "not run"), Told(RunDir(Path(shutil.copytree(run.path, tmp_path / "x" / "run"))), "not run")], {})
+    alike = page(
+        [
+            Told(run, "not run"),
+            Told(RunDir(Path(shutil.copytree(run.path, tmp_path / "x" / "run"))), "not run"),
+        ],
+        {},
+    )
     assert f"{tmp_path}/x/run" in alike  # two folders of one name are told apart
 
 
@@ -234,7 +255,9 @@ def test_a_page_is_made_although_nothing_can_be_measured_any_more(gone: str, run
     assert run.disagreement() == {}
 
 
-def test_the_verb_prints_where_the_page_is(run: RunDir, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_verb_prints_where_the_page_is(
+    run: RunDir, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["report", str(run.path), "--no-models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(run.path / "report.html")}
     assert main(["report", str(run.path), "--no-models", "--out", str(tmp_path / "x.html")]) == 0
@@ -243,7 +266,9 @@ def test_the_verb_prints_where_the_page_is(run: RunDir, capsys: pytest.CaptureFi
     assert "not a run directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (2.37, 7.45), (-3, 2), (1e-9, 3e-9), (5, 5), (0, 0), (20.3, 139)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (2.37, 7.45), (-3, 2), (1e-9, 3e-9), (5, 5), (0, 0), (20.3, 139)]
+)
 def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
     found = ticks(low, high)
     assert found[0] <= low and high <= found[-1]
@@ -286,6 +311,11 @@ const look = (frame) => {
     said.at = tokens.indexOf(page.activeElement);
     return said;
   });
+  one.tips = [...page.querySelectorAll(".chart svg")].map((svg) => {
+    svg.focus();
+    svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true, cancelable: true }));
+    return svg.parentElement.querySelector(".tip").innerText;
+  });
   one.curves = [...page.querySelectorAll("polyline")].every((line) => line.getBoundingClientRect().width > 0);
   results.push(one);
   if (results.length === widths.length) document.body.textContent = "RESULT" + JSON.stringify(results) + "END";
@@ -317,7 +347,9 @@ def in_chromium(folder: Path, *options: str) -> tuple[list[dict[str, Any]], list
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser_nothing_overflows_and_every_way_to_a_token_fills_the_panel(scheme: str, run: RunDir) -> None:
+def test_in_a_browser_nothing_overflows_and_every_way_to_a_token_fills_the_panel(
+    scheme: str, run: RunDir
+) -> None:
     page_of(run, with_models=True)
     tokens = [token for row in run.disagreement()["rows"] for token in row if "kl" in token]
     option = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
@@ -328,6 +360,9 @@ def test_in_a_browser_nothing_overflows_and_every_way_to_a_token_fills_the_panel
         assert page_found["width"] == width
         assert page_found["scroll"] <= width
         assert page_found["curves"]
+        first = run.metrics()[0]
+        assert page_found["tips"][0].split("\n\n") == ["step 0", f"held out {first['heldout/loss']:.4g}"]
+        assert len(page_found["tips"]) == 8
         (panel,) = page_found["panels"]
         shown = {"first": worst, "hover": tokens[3], "touch": tokens[5], "key": tokens[6]}
         for way, token in shown.items():

@@ -55,7 +55,8 @@ def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool =
     return (
         f'<figure class="chart"><figcaption>{head}<ul class="key">{key}'
         + "".join(f"<li>{escape(note)}</li>" for note in notes)
-        + f'</ul></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        + '</ul></figcaption><svg role="img" tabindex="0" '
+        + f'viewBox="0 0 {WIDTH} {HEIGHT}" aria-label="{label}">'
         + "".join(parts)
         + "</svg></figure>"
     )
@@ -146,11 +147,14 @@ class _Scale:
             y = round(at[-1][1], 1)
             return f'<line class="level {colour}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        line = f'<polyline class="{series.kind} {colour}" points="{joined}"/>'
+        values = " ".join(f"{x:g}:{y:.4g}" for x, y in thinned(series.points))
+        label = escape(series.label)
+        told = f'points="{joined}" data-name="{label}" data-at="{values}"'
+        line = f'<polyline class="{series.kind} {colour}" {told}/>'
         if series.kind == "points":
             line += "".join(
                 f'<circle class="{colour}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.2">'
-                f"<title>{escape(series.label)}, step {x:g}: {y:.6g}</title></circle>"
+                f"<title>{label}, step {x:g}: {y:.6g}</title></circle>"
                 for x, y in thinned(series.points)
             )
         elif len(at) == 1:

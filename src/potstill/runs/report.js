@@ -52,6 +52,49 @@ for (const reader of document.querySelectorAll(".reader")) {
   const first = spans.reduce((a, b) => (tokens[b.dataset.i].kl > tokens[a.dataset.i].kl ? b : a), spans[0]);
   if (first) show(first);
 }
+// A chart tells its values at the nearest logged step: under the pointer, or by the arrow keys.
+for (const svg of document.querySelectorAll(".chart svg")) {
+  const lines = [...svg.querySelectorAll("polyline")].map((line) => ({
+    name: line.dataset.name,
+    colour: line.classList[1],
+    xs: line.getAttribute("points").split(" ").map((point) => parseFloat(point)),
+    at: line.dataset.at.split(" ").map((pair) => pair.split(":")),
+  }));
+  const stops = [...new Set(lines.flatMap((line) => line.xs))].sort((a, b) => a - b);
+  const cursor = svg.querySelector(".axis").cloneNode(), tip = made("div", "", "tip");
+  const nearest = (xs, x) => xs.reduce((best, other, i) => (Math.abs(other - x) < Math.abs(xs[best] - x) ? i : best), 0);
+  const width = svg.viewBox.baseVal.width;
+  let stop = -1;
+  const show = (number) => {
+    stop = Math.min(Math.max(number, 0), stops.length - 1);
+    const x = stops[stop], here = lines.map((line) => [line, nearest(line.xs, x)]).filter(([line, i]) => line.xs[i] === x);
+    cursor.setAttribute("class", "cursor");
+    for (const [name, value] of [["x1", x], ["x2", x], ["y1", 10]]) cursor.setAttribute(name, value);
+    tip.replaceChildren(made("p", `step ${here[0][0].at[here[0][1]][0]}`));
+    for (const [line, i] of here) {
+      const p = made("p", ""), value = line.at[i][1];
+      p.append(made("i", "", "swatch", line.colour), `${line.name} ${value}`);
+      tip.append(p);
+    }
+    tip.style.setProperty("--x", (100 * x) / width + "%");
+    tip.classList.toggle("left", x > width / 2);
+    svg.append(cursor);
+    svg.parentElement.append(tip);
+  };
+  const hide = () => { cursor.remove(); tip.remove(); };
+  const under = (event) => {
+    const box = svg.getBoundingClientRect();
+    show(nearest(stops, ((event.clientX - box.left) / box.width) * width));
+  };
+  svg.addEventListener("pointermove", under);
+  svg.addEventListener("pointerdown", under);
+  svg.addEventListener("pointerleave", hide);
+  svg.addEventListener("blur", hide);
+  svg.addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (by) { event.preventDefault(); show(stop + by); }
+  });
+}
 for (const filter of document.querySelectorAll(".filter")) {
   const word = filter.querySelector("input"), verdict = filter.querySelector("select"), count = filter.querySelector("output");
   const list = [...filter.parentElement.querySelectorAll("details[data-verdict]")];
