@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from potstill import distill
+from potstill import UserError, distill
 from potstill.cli import main
 from potstill.display import Display
 from potstill.reporting import report
@@ -253,6 +253,49 @@ def test_a_page_is_made_although_nothing_can_be_measured_any_more(gone: str, run
     }
     assert re.search(wanted[gone], said)
     assert run.disagreement() == {}
+
+
+def humaneval_of(run: RunDir) -> None:
+    """Three problems: one passed, one failed, one that the model did not answer."""
+    folder = run.evals / "humaneval"
+    folder.mkdir(parents=True)
+    result = {
+        "pass@1": 1 / 3,
+        "pass@1_interval": [0.061, 0.792],
+        "data_sha256": "ab" * 32,
+        PLANT: {PLANT: [PLANT]},
+    }
+    (folder / "base.json").write_text(json.dumps(result))
+    samples = [
+        {"task_id": "HumanEval/0", "verdict": "pass", "prompt": "def f():", "completion": " return 1"},
+        {"task_id": "HumanEval/1", "verdict": "fail", "why": PLANT, "prompt": PLANT, "completion": PLANT},
+        {"task_id": PLANT, "verdict": PLANT, "completion": "gone"},
+    ]
+    (folder / "base.samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def test_humaneval_is_there_problem_by_problem(run: RunDir) -> None:
+    humaneval_of(run)
+    text = page_of(run)
+    found = Elements(text)
+    said = " ".join(found.sections["humaneval"].split())
+    assert "pass@1 33.3 %, 95 % interval 6.1–79.2 %" in said
+    assert "33.3 % 95 % interval" in " ".join(found.sections[""].split())
+    assert "def f(): return 1" in said
+    assert said.count(PLANT) >= 8
+    assert "ab" * 32 in said
+    anchors = {a["id"] for t, a in found.tags if t == "details" and "id" in a}
+    assert {f"#{a}" for a in anchors} == {a["href"] for t, a in found.tags if t == "a" and "title" in a}
+    assert "img" not in {tag for tag, _ in found.tags}
+    assert [tag for tag, _ in found.raw] == ["style", "script"]
+
+
+def test_damaged_samples_are_told_with_their_line(run: RunDir) -> None:
+    humaneval_of(run)
+    with (run.evals / "humaneval" / "base.samples.jsonl").open("a") as file:
+        file.write("[1]\n")
+    with pytest.raises(UserError, match=r"base\.samples\.jsonl:4: a JSON list, not an object"):
+        page_of(run)
 
 
 def test_the_verb_prints_where_the_page_is(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from potstill.display import printable
 from potstill.plain_files import read_object
 from potstill.runs.curves import grouped
+from potstill.runs.rundir import READABLE, read_lines
 
 BINS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Nats at which the colour of a token changes: k0 below the first, k6 from the last on."""
@@ -127,15 +129,91 @@ def _token(text: str) -> str:
 
 
 def pass_at_1(folder: Path) -> tuple[str, str] | None:
-    """(value as HTML, interval) of a run's HumanEval; None where it was not run."""
+    """(value as HTML, interval) of a run's first HumanEval result; None where it was not run."""
+    for _, result, _ in _results(folder):
+        rate = _first(result, "pass@1", "pass_at_1")
+        if isinstance(rate, int | float):
+            return f"{100 * rate:.1f} <small>%</small>", _interval(result) or "no interval"
     return None
 
 
 def humaneval(folder: Path) -> str:
-    """Every problem with its verdict and its completion."""
-    if not os.path.isdir(folder):
+    """Every problem with its verdict and its completion, of each result there."""
+    found = _results(folder)
+    if not found:
         return '<p class="none">Not run.</p>'
-    return '<p class="none">Not run.</p>'
+    return "".join(_problems(name, result, samples) for name, result, samples in found)
+
+
+def _results(folder: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """(name, result, samples) of each NAME.json, with the lines of its NAME.samples.jsonl."""
+    found = []
+    for path in sorted(folder.glob("*.json")) if os.path.isdir(folder) else []:
+        lines = path.with_suffix(".samples.jsonl")
+        samples = read_lines(lines) if os.path.lexists(lines) else []
+        found.append((path.stem, read_object(path, READABLE), samples))
+    return found
+
+
+def _first(fields: Mapping[str, Any], *names: str) -> Any:
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def _interval(result: Mapping[str, Any]) -> str:
+    pair = _first(result, "pass@1_interval", "interval", "wilson")
+    if not (isinstance(pair, list) and len(pair) == 2):
+        return ""
+    return f"95 % interval {100 * pair[0]:.1f}–{100 * pair[1]:.1f} %"
+
+
+def _problems(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
+    """A grid of verdicts that leads to a list, which can be filtered, of what the model wrote."""
+    key = hashlib.sha256(json.dumps([name, result], sort_keys=True).encode()).hexdigest()[:8]
+    rate = _first(result, "pass@1", "pass_at_1")
+    lead = f"pass@1 {100 * rate:.1f} %, {_interval(result) or 'no interval'}; " if rate is not None else ""
+    verdicts = [_verdict(sample) for sample in samples]
+    lead += ", ".join(f"{html(v)} {verdicts.count(v)}" for v in sorted({*verdicts})) or "no samples kept"
+    cells, items = [], []
+    for number, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True)):
+        task, anchor = str(sample.get("task_id", number)), f"he-{key}-{number}"
+        kind = {"pass": ' class="pass"', "fail": ""}.get(verdict, ' class="other"')
+        label = f'title="{html(task)}: {html(verdict)}"'
+        cells.append(f'<li{kind}><a href="#{anchor}" {label}>{html(task.split("/")[-1])}</a></li>')
+        why, style = _first(sample, "why", "reason", "detail"), "ok" if verdict == "pass" else "red"
+        items.append(
+            f'<details id="{anchor}" data-verdict="{html(verdict)}"><summary>{html(task)}'
+            f' <span class="{style}">{html(verdict)}</span>'
+            f' <span class="soft">{html(why or "")}</span></summary>'
+            f'<pre><span class="soft">{html(sample.get("prompt", ""))}</span>'
+            f"{html(_first(sample, 'completion', 'raw') or '')}</pre></details>"
+        )
+    options = "".join(f'<option value="{html(v)}">{html(v)}</option>' for v in sorted({*verdicts}))
+    rows = [[html(n), f"<code>{html(value)}</code>"] for n, value in flat(result)]
+    return (
+        f'<div><h3>{html(name)}</h3><p>{lead}</p><ul class="cells">{"".join(cells)}</ul><p class="filter">'
+        '<label>Find <input type="search"></label><label>Verdict <select><option value="">all</option>'
+        f'{options}</select></label><output class="soft"></output></p>'
+        f'<div class="list">{"".join(items)}</div>'
+        f"<details><summary>Settings and hashes of {html(name)}</summary>"
+        f"{table(['entry', 'value'], rows, wide=(1,))}</details></div>"
+    )
+
+
+def _verdict(sample: Mapping[str, Any]) -> str:
+    verdict = sample.get("verdict")
+    return str(verdict) if verdict is not None else "pass" if sample.get("passed") is True else "fail"
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values of a JSON object, in words."""
+    words = {True: "yes", False: "no", None: "none"}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{name}", " ".join(map(str, value)) or "none"
+        else:
+            yield f"{prefix}{name}", words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def read_comparison(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from potstill.display import clock
 from potstill.runs import evidence
 from potstill.runs.curves import COLOURS, Series, chart, grouped
-from potstill.runs.evidence import html, table
+from potstill.runs.evidence import flat, html, table
 from potstill.runs.rundir import RunDir, summary
 
 NATS = "nats per token"
@@ -130,10 +130,10 @@ def _swatch(number: int) -> str:
     return f'<i class="swatch s{number % COLOURS}"></i>'
 
 
-def _each(runs: Sequence[Told], names: Sequence[str], section: Any) -> str:
+def _each(runs: Sequence[Told], names: Sequence[str], section: Callable[[Told], str]) -> str:
     """A section of one run as it is; of several, each under its name."""
     if len(runs) == 1:
-        return str(section(runs[0]))
+        return section(runs[0])
     return "".join(
         f"<h3>{_swatch(i)}{html(name)}</h3>{section(told)}"
         for i, (told, name) in enumerate(zip(runs, names, strict=True))
@@ -168,7 +168,8 @@ def _figures(runs: Sequence[Told], names: Sequence[str]) -> str:
         [f"{_swatch(i)}{html(name)}", *(value for _, value, _ in of)]
         for i, (name, of) in enumerate(zip(names, found, strict=True))
     ]
-    return f"<section><h2>Figures</h2>{table(columns, rows, kind='tight')}</section>"
+    grid = table(columns, rows, numbers=range(1, len(columns)), kind="tight")
+    return f"<section><h2>Figures</h2>{grid}</section>"
 
 
 def _headline(told: Told) -> list[tuple[str, str, str]]:
@@ -310,21 +311,10 @@ def _receipt(told: Told) -> str:
     left = {name: value for name, value in told.receipt.items() if name not in told_elsewhere}
     if not left:
         return f'<p class="none">{_no_receipt(told)}</p>'
-    rows = [[html(name), f"<code>{html(value)}</code>"] for name, value in _flat(left)]
+    rows = [[html(name), f"<code>{html(value)}</code>"] for name, value in flat(left)]
     return f'<div class="receipt">{table(["entry", "value"], rows)}</div>'
 
 
 def _no_receipt(told: Told) -> str:
     state = html(told.status.get("state", "unknown"))
     return f"Not there: a run writes its receipt when it is finished, and this one is {state}."
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    words = {True: "yes", False: "no", None: "none"}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            yield f"{prefix}{name}", " ".join(map(str, value)) or "none"
-        else:
-            yield f"{prefix}{name}", words[value] if value is None or isinstance(value, bool) else str(value)
