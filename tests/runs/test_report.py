@@ -298,6 +298,26 @@ def test_damaged_samples_are_told_with_their_line(run: RunDir) -> None:
         page_of(run)
 
 
+def test_a_comparison_has_its_sentence_its_table_and_its_intervals(tmp_path: Path) -> None:
+    arms = [
+        {"name": "untouched", "metrics": {"heldout/kl": 4.5, "pass@1": None}},
+        {"name": PLANT, "metrics": {"heldout/kl": {"mean": 1.25, "low": 1.125, "high": 1.5}}},
+    ]
+    found = {"sentence": f"KD is ahead {PLANT}", "budget": {"seconds": 600}, "arms": arms}
+    (tmp_path / "comparison.json").write_text(json.dumps(found))
+    text = report([tmp_path], None, 48, False, QUIET).read_text()
+    said = " ".join(Elements(text).sections["arms"].split())
+    assert f"KD is ahead {PLANT}" in said
+    assert "untouched 4.5 not run" in said
+    assert "1.25 [1.125, 1.5]" in said
+    assert "budget.seconds 600" in said
+    whiskers = [a for t, a in Elements(text).tags if a.get("class") == "whisker s1"]
+    assert re.search(r">4\.5 ▸<", text)  # an arm far off does not squeeze the others' intervals
+    assert float(str(whiskers[0]["x2"])) - float(str(whiskers[0]["x1"])) > 100
+    assert float(str(whiskers[0]["x1"])) < float(str(whiskers[0]["x2"]))
+    assert [t for t, _ in Elements(text).tags if t == "img"] == []
+
+
 def test_the_verb_prints_where_the_page_is(
     run: RunDir, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -359,6 +379,17 @@ const look = (frame) => {
     svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true, cancelable: true }));
     return svg.parentElement.querySelector(".tip").innerText;
   });
+  one.lists = [...page.querySelectorAll(".filter")].map((filter) => {
+    const shown = () => [...page.querySelectorAll("details[data-verdict]")].map((details) => Number(!details.hidden)).join("");
+    const input = filter.querySelector("input"), select = filter.querySelector("select"), seen = [shown()];
+    select.value = "fail";
+    select.dispatchEvent(new Event("change"));
+    seen.push(shown());
+    select.value = "";
+    input.value = "RETURN 1";
+    input.dispatchEvent(new Event("input"));
+    return [...seen, shown(), filter.querySelector("output").textContent];
+  });
   one.curves = [...page.querySelectorAll("polyline")].every((line) => line.getBoundingClientRect().width > 0);
   results.push(one);
   if (results.length === widths.length) document.body.textContent = "RESULT" + JSON.stringify(results) + "END";
@@ -393,6 +424,7 @@ def in_chromium(folder: Path, *options: str) -> tuple[list[dict[str, Any]], list
 def test_in_a_browser_nothing_overflows_and_every_way_to_a_token_fills_the_panel(
     scheme: str, run: RunDir
 ) -> None:
+    humaneval_of(run)
     page_of(run, with_models=True)
     tokens = [token for row in run.disagreement()["rows"] for token in row if "kl" in token]
     option = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
@@ -403,6 +435,7 @@ def test_in_a_browser_nothing_overflows_and_every_way_to_a_token_fills_the_panel
         assert page_found["width"] == width
         assert page_found["scroll"] <= width
         assert page_found["curves"]
+        assert page_found["lists"] == [["111", "010", "100", "1 of 3"]]
         first = run.metrics()[0]
         assert page_found["tips"][0].split("\n\n") == ["step 0", f"held out {first['heldout/loss']:.4g}"]
         assert len(page_found["tips"]) == 8

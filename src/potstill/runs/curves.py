@@ -62,6 +62,48 @@ def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool =
     )
 
 
+def intervals(title: str, arms: Sequence[tuple[str, tuple[float, float, float] | None]]) -> str:
+    """A figure with a row an arm: a dot at its mean, a line from the low to the high end of its interval."""
+    known = [value for _, value in arms if value is not None]
+    head = f"<figcaption><b>{escape(title)}</b></figcaption>"
+    if not known:
+        return f'<figure class="chart none">{head}<p>not run</p></figure>'
+    # An arm without an interval that is far from the others would squeeze theirs to a point: it is written.
+    wide = [value for value in known if value[1] < value[2]] or known
+    lowest, highest = min(low for _, low, _ in wide), max(high for _, _, high in wide)
+    reach = 2 * (highest - lowest)
+    near = [v for v in known if v in wide or lowest - reach <= v[0] <= highest + reach]
+    marks = ticks(min(low for _, low, _ in near), max(high for _, _, high in near), 4)
+    left, bottom = 120, 26 * len(arms) + 8
+    per_unit = (WIDTH - left - 24) / (marks[-1] - marks[0])
+    parts = []
+    for mark in marks:
+        x = round(left + (mark - marks[0]) * per_unit, 1)
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="4" y2="{bottom}"/>')
+        parts.append(f'<text class="x" x="{x}" y="{bottom + 15}">{number(mark)}</text>')
+    for row, (name, value) in enumerate(arms):
+        y, colour = 20 + 26 * row, f"s{row % COLOURS}"
+        short = name if len(name) <= 18 else f"{name[:17]}…"
+        parts.append(f'<text class="y" x="{left - 10}" y="{y + 4}">{escape(short)}</text>')
+        if value is None:
+            parts.append(f'<text x="{left + 4}" y="{y + 4}">not run</text>')
+            continue
+        if value not in near:
+            where = f"◂ {value[0]:.4g}" if value[0] < marks[0] else f"{value[0]:.4g} ▸"
+            x = left + 4 if value[0] < marks[0] else WIDTH - 24
+            kind = "near" if value[0] < marks[0] else "far"
+            parts.append(f'<text class="{kind}" x="{x}" y="{y + 4}">{where}</text>')
+            continue
+        mean, low, high = (round(left + (v - marks[0]) * per_unit, 1) for v in value)
+        parts.append(f'<line class="whisker {colour}" x1="{low}" x2="{high}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="dot {colour}" cx="{mean}" cy="{y}" r="4"/>')
+    told = "; ".join(f"{n} {v[0]:.4g} from {v[1]:.4g} to {v[2]:.4g}" for n, v in arms if v is not None)
+    return (
+        f'<figure class="arms">{head}<svg role="img" viewBox="0 0 {WIDTH} {bottom + 22}"'
+        f' aria-label="{escape(title)}: {escape(told)}">{"".join(parts)}</svg></figure>'
+    )
+
+
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that enclose `low` to `high`."""
     if high - low < 1e-12 * max(abs(high), abs(low), 1e-300):

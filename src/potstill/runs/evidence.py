@@ -13,7 +13,7 @@ from typing import Any
 
 from potstill.display import printable
 from potstill.plain_files import read_object
-from potstill.runs.curves import grouped
+from potstill.runs.curves import grouped, intervals
 from potstill.runs.rundir import READABLE, read_lines
 
 BINS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
@@ -224,5 +224,35 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
 
 
 def comparison(found: Mapping[str, Any]) -> str:
-    """The arms under one budget: table, plot with intervals, and the sentence that they allow."""
-    return ""
+    """The arms under one budget: the sentence that they allow, a table, and a plot with intervals."""
+    arms = [arm for arm in found.get("arms", []) if isinstance(arm, dict)]
+    names = [str(arm.get("name", "?")) for arm in arms]
+    metrics = list(dict.fromkeys(name for arm in arms for name in arm.get("metrics", {})))
+    rows, plots = [], []
+    for arm, name in zip(arms, names, strict=True):
+        values = [_estimate(arm.get("metrics", {}).get(metric)) for metric in metrics]
+        rows.append([html(name), *("not run" if v is None else _spread(*v) for v in values)])
+    for metric in metrics:
+        values = [_estimate(arm.get("metrics", {}).get(metric)) for arm in arms]
+        plots.append(intervals(metric.removeprefix("heldout/"), list(zip(names, values, strict=True))))
+    said = found.get("sentence", "")
+    left = {name: value for name, value in found.items() if name not in ("arms", "sentence")}
+    settings = [[html(n), f"<code>{html(value)}</code>"] for n, value in flat(left)]
+    return (
+        f"<p>{html(said)}</p>"
+        f"{table(['arm', *metrics], rows, numbers=range(1, len(metrics) + 1), kind='tight')}"
+        f'<div class="charts">{"".join(plots)}</div><details><summary>Budget, seeds and hashes</summary>'
+        f"{table(['entry', 'value'], settings, wide=(1,))}</details>"
+    )
+
+
+def _estimate(value: Any) -> tuple[float, float, float] | None:
+    """(mean, low, high) of a metric; a number alone is an interval of no width."""
+    if isinstance(value, dict) and "mean" in value:
+        mean = float(value["mean"])
+        return mean, float(value.get("low", mean)), float(value.get("high", mean))
+    return (float(value),) * 3 if isinstance(value, int | float) else None
+
+
+def _spread(mean: float, low: float, high: float) -> str:
+    return f"{mean:.4g}" if low == high else f"{mean:.4g} <small>[{low:.4g}, {high:.4g}]</small>"
