@@ -33,7 +33,10 @@ def measured(run: RunDir, tokens: int, with_models: bool, display: Display) -> d
     if not run.student.is_dir():
         return "not run: the run has no student yet"
     asked = _asked(run, tokens)
-    known = run.disagreement()
+    try:
+        known = run.disagreement()
+    except UserError:  # a cache that is damaged is none
+        known = {}
     if known.get("of") == asked:
         return known
     if not with_models:
@@ -86,9 +89,11 @@ def _measure(run: RunDir, tokens: int, display: Display) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Six decimals: a page shows two or three."""
+    """Six decimals, of which a page shows three; None for what is infinite, as JSON has no word for it."""
     if isinstance(value, dict):
         return {name: _rounded(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_rounded(inner) for inner in value]
-    return round(value, 6) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

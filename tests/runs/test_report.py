@@ -148,6 +148,24 @@ def test_refused_steps_are_listed(run: RunDir) -> None:
     assert "3 loss is nan <b>" in " ".join(Elements(page_of(run)).sections["guard"].split())
 
 
+def test_what_is_infinite_is_shown_as_such_and_is_json(run: RunDir) -> None:
+    choices = [[1, "a", 1.0]]
+    token = {
+        "id": 1,
+        "text": "a",
+        "kl": None,
+        "ce": None,
+        "teacher_ce": 0.1,
+        "entropy": 0.2,
+        "teacher_entropy": 0.3,
+    }
+    rows = [[token | {"student": choices, "teacher": choices}]]
+    text = page([Told(run, {"rows": rows, "mean_kl": float("inf")})], {})
+    assert json.loads(Elements(text).raw[1][1])[0]["kl"] is None
+    assert "mean inf nats" in text
+    assert 'class="t k6"' in text
+
+
 def planted(run: RunDir) -> str:
     """The page of a run that has the plant wherever text of others can stand."""
     token = {
@@ -227,6 +245,8 @@ def test_a_second_report_loads_no_model_and_another_student_is_measured(
     with monkeypatch.context() as patch:
         patch.setattr("potstill.assembly.assemble", loaded)
         assert page_of(run, with_models=True) == first == page_of(run, with_models=False)
+    (run.path / "disagreement.json").write_text("{")  # a cache that is damaged is none
+    assert page_of(run, with_models=True) == first
     changed = bytearray((run.student / "model.safetensors").read_bytes())
     changed[-2] ^= 1
     (run.student / "model.safetensors").write_bytes(changed)

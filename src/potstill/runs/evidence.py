@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -52,8 +53,13 @@ def table(
     return f'<div class="scroll"><table{shape}>{inside}</table></div>'
 
 
-def bin_of(kl: float) -> int:
-    return sum(kl >= limit for limit in BINS)
+def bin_of(kl: float | None) -> int:
+    """Number of its colour; None is infinite, where the student rules out what the teacher does not."""
+    return len(BINS) if kl is None else sum(kl >= limit for limit in BINS)
+
+
+def _nats(kl: float | None) -> float:
+    return math.inf if kl is None else kl
 
 
 def disagreement(found: Mapping[str, Any] | str, overall_kl: float | None) -> str:
@@ -99,7 +105,7 @@ def disagreement(found: Mapping[str, Any] | str, overall_kl: float | None) -> st
 def _worst(rows: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     """The tokens at which the models are furthest apart, in words: readable without pointing at anything."""
     places = [(row, at) for row in rows for at, token in enumerate(row) if "kl" in token]
-    places.sort(key=lambda place: -float(place[0][place[1]]["kl"]))
+    places.sort(key=lambda place: -_nats(place[0][place[1]]["kl"]))
     cells = []
     for row, at in places[:WORST]:
         token, before = row[at], "".join(other["text"] for other in row[max(at - 8, 0) : at])[-28:]
@@ -109,7 +115,7 @@ def _worst(rows: Sequence[Sequence[Mapping[str, Any]]]) -> str:
         )
         cells.append(
             [
-                f"{token['kl']:.2f}",
+                f"{_nats(token['kl']):.2f}",
                 f'<span class="before mono">{html(_marked(before))}</span>{_token(token["text"])}',
                 *choices,
             ]
@@ -170,7 +176,8 @@ def _problems(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[st
     """A grid of verdicts that leads to a list, which can be filtered, of what the model wrote."""
     key = hashlib.sha256(json.dumps([name, result], sort_keys=True).encode()).hexdigest()[:8]
     rate = _first(result, "pass@1", "pass_at_1")
-    lead = f"pass@1 {100 * rate:.1f} %, {_interval(result) or 'no interval'}; " if rate is not None else ""
+    is_rate = isinstance(rate, int | float)
+    lead = f"pass@1 {100 * rate:.1f} %, {_interval(result) or 'no interval'}; " if is_rate else ""
     verdicts = [_verdict(sample) for sample in samples]
     lead += ", ".join(f"{html(v)} {verdicts.count(v)}" for v in sorted({*verdicts})) or "no samples kept"
     cells, items = [], []

@@ -9,6 +9,9 @@ function made(name, text, ...names) {
   element.className = names.join(" ");
   return element;
 }
+function nats(value, digits) {
+  return value === null ? "∞" : value.toFixed(digits);
+}
 function choices(title, list, actual) {
   const box = document.createElement("div"), ol = document.createElement("ol");
   box.append(made("h4", title));
@@ -32,10 +35,10 @@ for (const reader of document.querySelectorAll(".reader")) {
     current = span;
     span.classList.add("on");
     span.tabIndex = 0;
-    head.append(made("span", shown(t.text), "tok"), ` · KL ${t.kl.toFixed(3)} nats`);
+    head.append(made("span", shown(t.text), "tok"), ` · KL ${nats(t.kl, 3)} nats`);
     two.append(
-      choices(`teacher · CE ${t.teacher_ce.toFixed(2)} · entropy ${t.teacher_entropy.toFixed(2)}`, t.teacher, t.id),
-      choices(`student · CE ${t.ce.toFixed(2)} · entropy ${t.entropy.toFixed(2)}`, t.student, t.id));
+      choices(`teacher · CE ${nats(t.teacher_ce, 2)} · entropy ${nats(t.teacher_entropy, 2)}`, t.teacher, t.id),
+      choices(`student · CE ${nats(t.ce, 2)} · entropy ${nats(t.entropy, 2)}`, t.student, t.id));
     panel.replaceChildren(head, two);
   };
   const of = (event) => event.target.closest(".t");
@@ -49,7 +52,7 @@ for (const reader of document.querySelectorAll(".reader")) {
     const at = spans.indexOf(of(event)) + by;
     spans[Math.min(Math.max(at, 0), spans.length - 1)].focus();
   });
-  const first = spans.reduce((a, b) => (tokens[b.dataset.i].kl > tokens[a.dataset.i].kl ? b : a), spans[0]);
+  const first = spans.reduce((a, b) => ((tokens[b.dataset.i].kl ?? Infinity) > (tokens[a.dataset.i].kl ?? Infinity) ? b : a), spans[0]);
   if (first) show(first);
 }
 // A chart tells its values at the nearest logged step: under the pointer, or by the arrow keys.

@@ -58,6 +58,11 @@ class Told:
     def status(self) -> dict[str, Any]:
         return self.run.status()
 
+    def part(self, name: str) -> dict[str, Any]:
+        """A section of the receipt; empty where there is none."""
+        found = self.receipt.get(name)
+        return found if isinstance(found, dict) else {}
+
     def points(self, name: str) -> list[tuple[float, float]]:
         return [(line["step"], line[name]) for line in self.metrics if name in line]
 
@@ -187,7 +192,7 @@ def _headline(told: Told) -> list[tuple[str, str, str]]:
     steps, asked = told.last_step, receipt.get("steps")
     speeds = [value for _, value in told.points("speed/tokens_per_s")]
     speed = grouped(statistics.median(speeds)) if speeds else ""
-    peak, plan = receipt.get("peak_memory_gib"), receipt.get("plan", {}).get("predicted_peak_gib")
+    peak, plan = receipt.get("peak_memory_gib"), told.part("plan").get("predicted_peak_gib")
     planned = f"{plan:.2f} planned" if isinstance(plan, float) else "not planned"
     teacher = told.last("heldout/teacher_ce")
     ce = held("Held-out CE", "heldout/ce", "nats", 3)
@@ -237,7 +242,7 @@ def _curves(runs: Sequence[Told], names: Sequence[str]) -> str:
 
 
 def _disagreement(told: Told) -> str:
-    overall = told.receipt.get("heldout_best", {}).get("heldout/kl")
+    overall = told.part("heldout_best").get("heldout/kl")
     return evidence.disagreement(told.disagreement, overall)
 
 
@@ -253,7 +258,7 @@ def _arms(arms: Sequence[tuple[str, str]]) -> str:
 
 def _checks(told: Told) -> str:
     """A run begins only where every check passed; the receipt has their figures."""
-    found = told.receipt.get("check")
+    found = told.part("check")
     if not found:
         return f'<p class="none">{_no_receipt(told)}</p>'
     rows = [['<span class="ok">ok</span>', html(name), html(figure)] for name, figure in found.items()]
@@ -261,7 +266,7 @@ def _checks(told: Told) -> str:
 
 
 def _memory(told: Told) -> str:
-    plan = told.receipt.get("plan")
+    plan = told.part("plan")
     if not plan:
         return f'<p class="none">{_no_receipt(told)}</p>'
     predicted, measured = plan.get("predicted_peak_gib"), plan.get("measured_peak_gib")
@@ -294,7 +299,7 @@ def _faults(told: Told) -> str:
 
 
 def _samples(told: Told) -> str:
-    samples = told.receipt.get("samples")
+    samples = told.part("samples")
     if not samples:
         why = "Not run: the recipe has no eval.sample_prompt." if told.receipt else _no_receipt(told)
         return f'<p class="none">{why}</p>'
