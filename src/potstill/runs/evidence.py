@@ -110,7 +110,7 @@ def _worst(rows: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     for row, at in places[:WORST]:
         token, before = row[at], "".join(other["text"] for other in row[max(at - 8, 0) : at])[-28:]
         choices = (
-            f"{_token(text)} {100 * share:.0f} %"
+            f"{_token(text)} {100 * share:.0f}\u00a0%"
             for _, text, share in (token["teacher"][0], token["student"][0])
         )
         cells.append(

@@ -303,12 +303,13 @@ def _samples(told: Told) -> str:
     if not samples:
         why = "Not run: the recipe has no eval.sample_prompt." if told.receipt else _no_receipt(told)
         return f'<p class="none">{why}</p>'
-    prompt = samples.get("prompt", "")
-    return "".join(
-        f"<h3>{when.capitalize()} training</h3>"
-        f'<pre><span class="soft">{html(prompt)}</span>{html(samples.get(when, ""))}</pre>'
+    prompt = html(samples.get("prompt", ""))
+    both = "".join(
+        f"<div><h3>{when.capitalize()} training</h3>"
+        f'<pre><span class="soft">{prompt}</span>{html(samples.get(when, ""))}</pre></div>'
         for when in ("before", "after")
     )
+    return f'<div class="pair">{both}</div>'
 
 
 def _receipt(told: Told) -> str:
@@ -317,7 +318,9 @@ def _receipt(told: Told) -> str:
     if not left:
         return f'<p class="none">{_no_receipt(told)}</p>'
     rows = [[html(name), f"<code>{html(value)}</code>"] for name, value in flat(left)]
-    return f'<div class="receipt">{table(["entry", "value"], rows)}</div>'
+    half = -(-len(rows) // 2)
+    tables = (table(["entry", "value"], part) for part in (rows[:half], rows[half:]))
+    return f'<div class="receipt">{"".join(tables)}</div>'
 
 
 def _no_receipt(told: Told) -> str:
