@@ -17,7 +17,16 @@ FORMAT = 1
 
 
 def report(folders: list[Path], out: Path | None, tokens: int, with_models: bool, display: Display) -> Path:
-    """Write one page about all `folders`, runs or comparisons; returns where."""
+    """Write one page about all `folders`, runs or comparisons; returns where.
+
+    Raises:
+        UserError: a folder is neither, a file in it is damaged, or the page cannot be written.
+    """
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: must be 1 or more. To look at none, give --no-models.")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        what = "a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise UserError(f"--out {out}: {what}. Give the name of an HTML file in a folder that is there.")
     comparisons = {folder: found for folder in folders if (found := read_comparison(folder)) is not None}
     runs = [RunDir.open(folder) for folder in folders if folder not in comparisons]
     told = [Told(run, measured(run, tokens, with_models, display)) for run in runs]

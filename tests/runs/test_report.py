@@ -345,8 +345,14 @@ def test_the_verb_prints_where_the_page_is(
     assert json.loads(capsys.readouterr().out) == {"report": str(run.path / "report.html")}
     assert main(["report", str(run.path), "--no-models", "--out", str(tmp_path / "x.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'x.html'}\n"
-    assert main(["report", str(tmp_path)]) == 2
-    assert "not a run directory" in capsys.readouterr().err
+    for options, said in {
+        (str(tmp_path),): "not a run directory",
+        (str(run.path), "--tokens", "0"): "--tokens 0: must be 1 or more",
+        (str(run.path), "--out", str(tmp_path)): f"--out {tmp_path}: a folder",
+        (str(run.path), "--out", str(tmp_path / "no" / "x.html")): f"there is no folder {tmp_path / 'no'}",
+    }.items():
+        assert main(["report", *options]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
