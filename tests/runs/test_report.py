@@ -279,16 +279,13 @@ def humaneval_of(run: RunDir) -> None:
     """Three problems: one passed, one failed, one that the model did not answer."""
     folder = run.evals / "humaneval"
     folder.mkdir(parents=True)
-    result = {
-        "pass@1": 1 / 3,
-        "pass@1_interval": [0.061, 0.792],
-        "data_sha256": "ab" * 32,
-        PLANT: {PLANT: [PLANT]},
-    }
+    score = {"value": 1 / 3, "low": 0.061, "high": 0.792, "interval": "Wilson"}
+    result = {"scores": {"pass@1": score}, "data_sha256": "ab" * 32, PLANT: {PLANT: [PLANT]}}
     (folder / "base.json").write_text(json.dumps(result))
     samples = [
-        {"task_id": "HumanEval/0", "verdict": "pass", "prompt": "def f():", "completion": " return 1"},
-        {"task_id": "HumanEval/1", "verdict": "fail", "why": PLANT, "prompt": PLANT, "completion": PLANT},
+        {"settings": {"prompt": "base"}},
+        {"task_id": "HumanEval/0", "verdict": "pass", "passed": True, "program": "def f(): return 1"},
+        {"task_id": "HumanEval/1", "verdict": "fail", "detail": PLANT, "program": PLANT, "completion": PLANT},
         {"task_id": PLANT, "verdict": PLANT, "completion": "gone"},
     ]
     (folder / "base.samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -310,11 +307,32 @@ def test_humaneval_is_there_problem_by_problem(run: RunDir) -> None:
     assert [tag for tag, _ in found.raw] == ["style", "script"]
 
 
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (
+            {"status": "inference_failed", "why": "out of <memory>"},
+            "no score: inference_failed: out of <memory>",
+        ),
+        (
+            {"status": "finished", "subset": {"problems": 5, "samples": 5, "samples_passed": 2}},
+            "2 of 5 samples pass, of a subset of 5 problems, which is no score of HumanEval",
+        ),
+    ],
+)
+def test_humaneval_without_a_score_has_no_number(result: dict[str, Any], said: str, run: RunDir) -> None:
+    humaneval_of(run)
+    (run.evals / "humaneval" / "base.json").write_text(json.dumps(result))
+    sections = Elements(page_of(run)).sections
+    assert said in " ".join(sections["humaneval"].split())
+    assert "HumanEval pass@1 – no score" in " ".join(sections[""].split())
+
+
 def test_damaged_samples_are_told_with_their_line(run: RunDir) -> None:
     humaneval_of(run)
     with (run.evals / "humaneval" / "base.samples.jsonl").open("a") as file:
         file.write("[1]\n")
-    with pytest.raises(UserError, match=r"base\.samples\.jsonl:4: a JSON list, not an object"):
+    with pytest.raises(UserError, match=r"base\.samples\.jsonl:5: a JSON list, not an object"):
         page_of(run)
 
 

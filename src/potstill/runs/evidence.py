@@ -135,12 +135,12 @@ def _token(text: str) -> str:
 
 
 def pass_at_1(folder: Path) -> tuple[str, str] | None:
-    """(value as HTML, interval) of a run's first HumanEval result; None where it was not run."""
-    for _, result, _ in _results(folder):
-        rate = _first(result, "pass@1", "pass_at_1")
-        if isinstance(rate, int | float):
-            return f"{100 * rate:.1f} <small>%</small>", _interval(result) or "no interval"
-    return None
+    """(value as HTML, interval) of a run's first HumanEval score; None where it was not run."""
+    results = _results(folder)
+    for _, result, _ in results:
+        if score := _score(result):
+            return f"{100 * score['value']:.1f} <small>%</small>", _interval(score)
+    return ('<span class="soft">–</span>', "no score") if results else None
 
 
 def humaneval(folder: Path) -> str:
@@ -157,45 +157,55 @@ def _results(folder: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any
     for path in sorted(folder.glob("*.json")) if os.path.isdir(folder) else []:
         lines = path.with_suffix(".samples.jsonl")
         samples = read_lines(lines) if os.path.lexists(lines) else []
+        samples = [line for line in samples if "task_id" in line]  # the first line has the settings
         found.append((path.stem, read_object(path, READABLE), samples))
     return found
 
 
-def _first(fields: Mapping[str, Any], *names: str) -> Any:
-    return next((fields[name] for name in names if fields.get(name) is not None), None)
+def _score(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    scores = result.get("scores")
+    found = scores.get("pass@1") if isinstance(scores, dict) else None
+    return found if isinstance(found, dict) else None
 
 
-def _interval(result: Mapping[str, Any]) -> str:
-    pair = _first(result, "pass@1_interval", "interval", "wilson")
-    if not (isinstance(pair, list) and len(pair) == 2):
-        return ""
-    return f"95 % interval {100 * pair[0]:.1f}–{100 * pair[1]:.1f} %"
+def _interval(score: Mapping[str, Any]) -> str:
+    return f"95 % interval {100 * score['low']:.1f}–{100 * score['high']:.1f} %"
+
+
+def _said(result: Mapping[str, Any]) -> str:
+    """The score in words, or why there is none."""
+    if score := _score(result):
+        return f"pass@1 {100 * score['value']:.1f} %, {_interval(score)}"
+    if subset := result.get("subset"):
+        return (
+            f"{subset['samples_passed']} of {subset['samples']} samples pass, of a subset of"
+            f" {subset['problems']} problems, which is no score of HumanEval"
+        )
+    return f"no score: {result.get('status', 'unknown')}: {result.get('why', 'it says no reason')}"
 
 
 def _problems(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
     """A grid of verdicts that leads to a list, which can be filtered, of what the model wrote."""
     key = hashlib.sha256(json.dumps([name, result], sort_keys=True).encode()).hexdigest()[:8]
-    rate = _first(result, "pass@1", "pass_at_1")
-    is_rate = isinstance(rate, int | float)
-    lead = f"pass@1 {100 * rate:.1f} %, {_interval(result) or 'no interval'}; " if is_rate else ""
-    verdicts = [_verdict(sample) for sample in samples]
-    lead += ", ".join(f"{html(v)} {verdicts.count(v)}" for v in sorted({*verdicts})) or "no samples kept"
+    verdicts = [str(sample.get("verdict", "none")) for sample in samples]
+    counts = ", ".join(f"{v} {verdicts.count(v)}" for v in sorted({*verdicts})) or "no samples kept"
+    lead = html(f"{_said(result)}; {counts}.")
     cells, items = [], []
     for number, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True)):
-        task, anchor = str(sample.get("task_id", number)), f"he-{key}-{number}"
-        kind = {"pass": ' class="pass"', "fail": ""}.get(verdict, ' class="other"')
+        task, anchor, passed = str(sample["task_id"]), f"he-{key}-{number}", sample.get("passed") is True
+        kind = ' class="pass"' if passed else ' class="other"' if verdict != "fail" else ""
         label = f'title="{html(task)}: {html(verdict)}"'
         cells.append(f'<li{kind}><a href="#{anchor}" {label}>{html(task.split("/")[-1])}</a></li>')
-        why, style = _first(sample, "why", "reason", "detail"), "ok" if verdict == "pass" else "red"
         items.append(
             f'<details id="{anchor}" data-verdict="{html(verdict)}"><summary>{html(task)}'
-            f' <span class="{style}">{html(verdict)}</span>'
-            f' <span class="soft">{html(why or "")}</span></summary>'
-            f'<pre><span class="soft">{html(sample.get("prompt", ""))}</span>'
-            f"{html(_first(sample, 'completion', 'raw') or '')}</pre></details>"
+            f' <span class="{"ok" if passed else "red"}">{html(verdict)}</span>'
+            f' <span class="soft">{html(sample.get("detail") or "")}</span></summary>'
+            f"<p>Completion</p><pre>{html(sample.get('completion', ''))}</pre>"
+            f"<p>Program that was judged</p><pre>{html(sample.get('program', ''))}</pre></details>"
         )
     options = "".join(f'<option value="{html(v)}">{html(v)}</option>' for v in sorted({*verdicts}))
-    rows = [[html(n), f"<code>{html(value)}</code>"] for n, value in flat(result)]
+    left = {n: value for n, value in result.items() if n != "passed_by_problem"}  # the grid has them
+    rows = [[html(n), f"<code>{html(value)}</code>"] for n, value in flat(left)]
     return (
         f'<div><h3>{html(name)}</h3><p>{lead}</p><ul class="cells">{"".join(cells)}</ul><p class="filter">'
         '<label>Find <input type="search"></label><label>Verdict <select><option value="">all</option>'
@@ -204,11 +214,6 @@ def _problems(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[st
         f"<details><summary>Settings and hashes of {html(name)}</summary>"
         f"{table(['entry', 'value'], rows, wide=(1,))}</details></div>"
     )
-
-
-def _verdict(sample: Mapping[str, Any]) -> str:
-    verdict = sample.get("verdict")
-    return str(verdict) if verdict is not None else "pass" if sample.get("passed") is True else "fail"
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
