@@ -341,12 +341,25 @@ def test_a_comparison_has_its_sentence_its_table_and_its_intervals(tmp_path: Pat
         {"name": "untouched", "metrics": {"heldout/kl": 4.5, "pass@1": None}},
         {"name": PLANT, "metrics": {"heldout/kl": {"mean": 1.25, "low": 1.125, "high": 1.5}}},
     ]
+    difference = {
+        "arm": "kd",
+        "against": PLANT,
+        "metric": "heldout/kl",
+        "mean": -0.5,
+        "low": -0.75,
+        "high": -0.25,
+    }
+    differences = [difference | {"shown": True, "ahead": PLANT}, difference | {"shown": False, "ahead": None}]
     found = {"sentence": f"KD is ahead {PLANT}", "budget": {"seconds": 600}, "arms": arms}
+    found |= {"warnings": [f"unequal {PLANT}"], "differences": differences}
     (tmp_path / "comparison.json").write_text(json.dumps(found))
     text = report([tmp_path], None, 48, False, QUIET).read_text()
     said = " ".join(Elements(text).sections["arms"].split())
     assert f"KD is ahead {PLANT}" in said
     assert "untouched 4.5 not run" in said
+    assert f"unequal {PLANT}" in said
+    assert f"heldout/kl -0.5 [-0.75, -0.25] {PLANT} ahead" in said
+    assert said.count("not shown") == 1
     assert "1.25 [1.125, 1.5]" in said
     assert "budget.seconds 600" in said
     whiskers = [a for t, a in Elements(text).tags if a.get("class") == "whisker s1"]

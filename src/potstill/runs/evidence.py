@@ -247,15 +247,32 @@ def comparison(found: Mapping[str, Any]) -> str:
     for metric in metrics:
         values = [_estimate(arm.get("metrics", {}).get(metric)) for arm in arms]
         plots.append(intervals(metric.removeprefix("heldout/"), list(zip(names, values, strict=True))))
+    told = ("arms", "sentence", "warnings", "differences")
     said = found.get("sentence", "")
-    left = {name: value for name, value in found.items() if name not in ("arms", "sentence")}
+    warnings = "".join(f'<p class="red">{html(warning)}</p>' for warning in found.get("warnings", []))
+    left = {name: value for name, value in found.items() if name not in told}
     settings = [[html(n), f"<code>{html(value)}</code>"] for n, value in flat(left)]
     return (
-        f"<p>{html(said)}</p>"
+        f"<p>{html(said)}</p>{warnings}"
         f"{table(['arm', *metrics], rows, numbers=range(1, len(metrics) + 1), kind='tight')}"
-        f'<div class="charts">{"".join(plots)}</div><details><summary>Budget, seeds and hashes</summary>'
+        f'<div class="charts">{"".join(plots)}</div>{_differences(found.get("differences", []))}<details><summary>Budget, seeds and hashes</summary>'
         f"{table(['entry', 'value'], settings, wide=(1,))}</details>"
     )
+
+
+def _differences(found: Sequence[Mapping[str, Any]]) -> str:
+    """Arm by arm: an interval that leaves 0 out shows who is ahead, any other shows nothing."""
+    rows = [
+        [
+            html(f"{one['arm']} − {one['against']}"),
+            html(one["metric"]),
+            f"{one['mean']:+.4g} <small>[{one['low']:+.4g}, {one['high']:+.4g}]</small>",
+            f'<span class="ok">{html(one["ahead"])} ahead</span>' if one.get("shown") else "not shown",
+        ]
+        for one in found
+    ]
+    head = ["difference", "metric", "mean and interval", "verdict"]
+    return f"<h3>Differences</h3>{table(head, rows, numbers=(2,), kind='tight')}" if rows else ""
 
 
 def _estimate(value: Any) -> tuple[float, float, float] | None:
