@@ -247,6 +247,7 @@ def comparison(found: Mapping[str, Any]) -> str:
     for metric in metrics:
         values = [_estimate(arm.get("metrics", {}).get(metric)) for arm in arms]
         plots.append(intervals(metric.removeprefix("heldout/"), list(zip(names, values, strict=True))))
+    differences = _differences(found.get("differences", []))
     told = ("arms", "sentence", "warnings", "differences")
     said = found.get("sentence", "")
     warnings = "".join(f'<p class="red">{html(warning)}</p>' for warning in found.get("warnings", []))
@@ -255,7 +256,8 @@ def comparison(found: Mapping[str, Any]) -> str:
     return (
         f"<p>{html(said)}</p>{warnings}"
         f"{table(['arm', *metrics], rows, numbers=range(1, len(metrics) + 1), kind='tight')}"
-        f'<div class="charts">{"".join(plots)}</div>{_differences(found.get("differences", []))}<details><summary>Budget, seeds and hashes</summary>'
+        f'<div class="charts">{"".join(plots)}</div>{differences}'
+        "<details><summary>Budget, seeds and hashes</summary>"
         f"{table(['entry', 'value'], settings, wide=(1,))}</details>"
     )
 
