@@ -286,6 +286,7 @@ def test_the_schema_is_json_with_every_section(capsys: pytest.CaptureFixture[str
         "guard",
         "allow_identical",
         "plugins",
+        "sinks",
     }
 
 

@@ -75,6 +75,7 @@ SHOWN_BY = {
     "eval.every": "test_held_out_rows_are_measured_at_the_start_at_intervals_and_at_the_end",
     "eval.sample_prompt": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
     "eval.sample_tokens": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
+    "sinks": "tests/runs/test_sinks.py",
     "plugins": "test_a_plug_in_divergence_trains",
 }
 

@@ -100,6 +100,18 @@ def _parser() -> argparse.ArgumentParser:
     show = verb("show", _show, "what a run was: receipt, and first, best and last of each metric")
     show.add_argument("run", type=Path, metavar="RUN")
 
+    report = verb("report", _report, "runs or a comparison as one HTML page that needs nothing else")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or a comparison's")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="default RUN/report.html, of several ./report.html"
+    )
+    report.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="held-out tokens to look at; default 512"
+    )
+    report.add_argument(
+        "--no-models", action="store_true", help="load no model: no disagreement but a known one"
+    )
+
     verb("schema", _schema, "the JSON schema of a recipe, for editors")
     return parser
 
@@ -244,6 +256,13 @@ def _show(options: argparse.Namespace, display: Display) -> None:
         display.result(f"  {key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
     rows = [[name, *(f"{of[when]:.6g}" for when in ("first", "best", "last"))] for name, of in found.items()]
     display.result(aligned(["metric", "first", "best", "last"], rows))
+
+
+def _report(options: argparse.Namespace, display: Display) -> None:
+    from potstill.reporting import report
+
+    place = report(options.runs, options.out, options.tokens, not options.no_models, display)
+    display.result(json.dumps({"report": str(place)}, indent=2) if options.json else str(place))
 
 
 def _schema(options: argparse.Namespace, display: Display) -> None:

@@ -23,6 +23,7 @@ from potstill.proof.preflight import Checked, require_sound
 from potstill.proof.receipt import hashes, receipt_of
 from potstill.recipe import Recipe
 from potstill.runs.rundir import RunDir, code, default_path, newest_path
+from potstill.runs.sinks import require_sinks, telling
 from potstill.students.generate import complete
 from potstill.training.checkpoint import Checkpoints, Outcome
 from potstill.training.loop import Hooks, Metrics, train
@@ -56,6 +57,7 @@ def distill(
     if isinstance(recipe, Recipe) and overrides:
         raise UserError("distill: overrides go with a recipe file; a loaded recipe is taken as it is.")
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    require_sinks(loaded.sinks)
     resolved = recipes.dump(loaded)
     given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
@@ -87,7 +89,7 @@ def distill(
         else:
             run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
         display.note(f"run: {run.path}")
-        with run.locked(), _recorded(run):
+        with run.locked(), _recorded(run), telling(loaded.sinks, run, display.warn):
             if resume:
                 run.set_status("running")
             _Running(cast, run, display, watch).to_its_receipt(checked)

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, TypeAdapter
@@ -69,6 +69,8 @@ class Recipe(Section):
     """What ends a run that has gone wrong."""
     allow_identical: bool = False
     """Distil although teacher and student have the same weights; the receipt says so."""
+    sinks: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+    """Where each step's metrics go beside metrics.jsonl, while the run runs; each is an extra of its name."""
     plugins: list[LocalPath] = field(default_factory=list)
     """Python files, relative to the recipe, that register divergences of your own."""
 

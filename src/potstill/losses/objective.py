@@ -18,6 +18,7 @@ calls it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +82,10 @@ class Objective:
         of positions where both rank the same id first, `teacher_ce` the teacher's own cross-entropy.
         """
         self._require_fitting(hidden_ND, head, labels_N, targets)
-        matmul, exact = self._dtypes(hidden_ND, head)
-        weight_VD = head.weight_VD[: head.num_ids].to(matmul)
+        _, exact = self._dtypes(hidden_ND, head)
         names = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
         sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in names}
-        for part in self._parts(len(labels_N)):
-            logits_CV = head.finish((hidden_ND[part].to(matmul) @ weight_VD.T).to(exact))
+        for part, logits_CV in self.logits(hidden_ND, head):
             values, compared = self._values(logits_CV, labels_N[part], targets[part])
             if compared is None or self.temperature != 1:
                 compared = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
@@ -98,6 +97,14 @@ class Objective:
                 sums[name] += value_C.sum()
         _require_finite(sums, len(labels_N))
         return sums
+
+    @torch.no_grad()
+    def logits(self, hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
+        """logits_CV of one chunk of positions after the other, in the types that a step computes them in."""
+        matmul, exact = self._dtypes(hidden_ND, head)
+        weight_VD = head.weight_VD[: head.num_ids].to(matmul)
+        for part in self._parts(len(hidden_ND)):
+            yield part, head.finish((hidden_ND[part].to(matmul) @ weight_VD.T).to(exact))
 
     def _values(
         self, logits_CV: Tensor, labels_C: Tensor, targets: Targets | None

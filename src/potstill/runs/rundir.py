@@ -7,6 +7,9 @@
     corpus.json       files with hashes, counts, fingerprint
     metrics.jsonl     one object a step or evaluation
     faults.jsonl      steps whose update the guard refused, and why; only where there were any
+    disagreement.json where student and teacher disagree, measured for the first report
+    report.html       the page of `potstill report`
+    evals/            what benchmarks found, with every completion
     stall.txt         where every thread was when a deadline of the guard passed
     receipt.json      what truly ran, written by the trainer
     status.json       beginning | running | stopped | finished | failed: why
@@ -28,12 +31,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import UserError
-from potstill.plain_files import KeyTwice, opened, parse_json, read_object
+from potstill.plain_files import KeyTwice, object_of, opened, parse_json, read_object
 
 READABLE = "the run's other files are still readable."
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
@@ -42,6 +45,10 @@ LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "
 @dataclass(frozen=True)
 class RunDir:
     path: Path
+    listeners: list[Callable[[int, dict[str, float]], None]] = field(
+        default_factory=list, compare=False, repr=False
+    )
+    """Told each line of `metrics.jsonl` once it is written."""
 
     @classmethod
     def create(cls, path: Path, *, recipe: bytes, resolved: str, corpus: dict[str, Any]) -> RunDir:
@@ -101,9 +108,15 @@ class RunDir:
     def resolved(self) -> Path:
         return self.path / "resolved.yaml"
 
+    @property
+    def evals(self) -> Path:
+        return self.path / "evals"
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         line = json.dumps({"step": step, **metrics}) + "\n"
         self._append("metrics.jsonl", line)
+        for listener in self.listeners:
+            listener(step, metrics)
 
     def log_fault(self, step: int, what: str) -> None:
         self._append("faults.jsonl", json.dumps({"step": step, "what": what}) + "\n")
@@ -160,6 +173,11 @@ class RunDir:
             lines = file.read().split(b"\n")[:-1]
         return [_metrics_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
+    def faults(self) -> list[dict[str, Any]]:
+        """Every whole line of the steps that the guard refused."""
+        path = self.path / "faults.jsonl"
+        return read_lines(path) if os.path.lexists(path) else []
+
     def replace_student(self, save: Callable[[Path], None]) -> None:
         """`save` fills a folder beside the old student; only a whole one takes its place."""
         fresh, old = self.path / "student.new", self.path / "student.old"
@@ -192,6 +210,12 @@ class RunDir:
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")
 
+    def disagreement(self) -> dict[str, Any]:
+        return self._read_json("disagreement.json")
+
+    def write_disagreement(self, found: dict[str, Any]) -> None:
+        self._write_json("disagreement.json", found)
+
     def write_stacks(self, stacks: str) -> Path:
         write_whole(self.path / "stall.txt", stacks.encode())
         return self.path / "stall.txt"
@@ -215,6 +239,13 @@ class RunDir:
             return read_object(path, READABLE) if os.path.lexists(path) else {}
         except UserError as error:
             raise UserError(str(error).replace(f"{path}: ", f"{path}: damaged: ", 1)) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a kill can cut off the last line."""
+    with opened(path, "JSON lines", READABLE) as file:
+        lines = file.read().split(b"\n")[:-1]
+    return [object_of(line, f"{path}:{number}", READABLE) for number, line in enumerate(lines, start=1)]
 
 
 def _metrics_of(line: bytes, where: str) -> dict[str, float]:

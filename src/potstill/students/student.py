@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class Student(nn.Module):
     def measure(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Sums over the batch's N positions for a held-out evaluation: loss, ce, kd, kl, agreement."""
         return self.objective.measure(self._hidden_ND(batch), self.model.head, batch.labels_N, targets)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
+        """logits_CV at the batch's positions, a chunk at a time, as a held-out evaluation sees them."""
+        yield from self.objective.logits(self._hidden_ND(batch), self.model.head)
 
     def _hidden_ND(self, batch: Batch) -> Tensor:
         with torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None):

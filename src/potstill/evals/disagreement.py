@@ -1,0 +1,103 @@
+"""Where a student disagrees with its teacher: held-out text, token by token, with both models' first choices.
+
+Every value is of the distribution *before* a token, given all before it: how far the two models were apart
+when this token was to come, and what each would have said instead.
+
+kl               KL(teacher || student) at temperature 1, nats
+ce, teacher_ce   each model's cross-entropy with the token that did come, nats
+entropy, teacher_entropy   each model's own uncertainty, nats
+student, teacher           each model's first choices: id, text, probability
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.losses.divergences import forward_kl
+from potstill.students.student import Student
+from potstill.types import Batch, Rows, Teacher
+
+Token = dict[str, Any]
+CHOICES = 3
+
+
+@torch.no_grad()
+def disagreement(
+    student: Student, teacher: Teacher, rows: Rows, tokens: int, tokenizer: Any | None = None
+) -> list[list[Token]]:
+    """At most `tokens` held-out tokens, in rows spread evenly over `rows`; each with its text and values.
+
+    A token that nobody predicts, as the first of a document, has its text alone. Logits exist for one chunk
+    of one row at a time.
+    """
+    was_training = student.training
+    student.eval()
+    try:
+        found: list[list[Token]] = []
+        per_row = rows.batch([0]).input_ids_BT.shape[1]
+        wanted = min(len(rows), -(-tokens // per_row))
+        for number in range(wanted):
+            batch = _first(
+                rows.batch([number * len(rows) // wanted]), min(per_row, tokens - number * per_row)
+            )
+            found.append(_row(student, teacher, batch.to(student.model.device), tokenizer))
+    finally:
+        student.train(was_training)
+    return found
+
+
+def _first(batch: Batch, tokens: int) -> Batch:
+    """The first tokens of a batch of one row: the models read from left to right, so nothing else changes."""
+    kept_N = batch.positions_N < tokens
+    return Batch(
+        batch.rows_B,
+        batch.input_ids_BT[:, :tokens],
+        batch.position_ids_BT[:, :tokens],
+        batch.positions_N[kept_N],
+        batch.labels_N[kept_N],
+    )
+
+
+def _row(student: Student, teacher: Teacher, batch: Batch, tokenizer: Any | None) -> list[Token]:
+    ids = batch.input_ids_BT[0].tolist()
+    places, labels = batch.positions_N.tolist(), batch.labels_N.tolist()
+    if places and places[-1] == len(ids) - 1:  # its next token is the last one's label, in no row's input
+        ids.append(labels[-1])
+    row: list[Token] = [{"id": id, "text": _text(tokenizer, ids[:place], id)} for place, id in enumerate(ids)]
+    targets = teacher.targets(batch)
+    for part, logits_CV in student.logits(batch):
+        pair = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
+        for place, values in zip(places[part], _values(*pair, batch.labels_N[part]), strict=True):
+            for who in ("student", "teacher"):
+                values[who] = [[id, _text(tokenizer, ids[: place + 1], id), p] for id, p in values[who]]
+            row[place + 1] |= values
+    return row
+
+
+def _values(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor) -> list[Token]:
+    """The values of each position of a chunk; choices are (id, probability)."""
+    columns: dict[str, list[Any]] = {"kl": forward_kl(student_CV, teacher_CV).tolist()}
+    for who, prefix, logp_CV in (("student", "", student_CV), ("teacher", "teacher_", teacher_CV)):
+        columns[f"{prefix}ce"] = (-logp_CV.gather(-1, labels_C[:, None]).squeeze(-1)).tolist()
+        columns[f"{prefix}entropy"] = torch.special.entr(logp_CV.exp()).sum(-1).tolist()
+        best = logp_CV.topk(min(CHOICES, logp_CV.shape[-1]))
+        columns[who] = [
+            list(zip(ids, p, strict=True))
+            for ids, p in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
+        ]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _text(tokenizer: Any | None, before: list[int], id: int) -> str:
+    """What the token adds to the text. Alone, a SentencePiece token would lose the space in front of it."""
+    if tokenizer is None:
+        return f"[{id}]"
+
+    def decoded(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    first, both = decoded(before[-1:]), decoded([*before[-1:], id])
+    return both.removeprefix(first) if both.startswith(first) else decoded([id])

@@ -1,0 +1,102 @@
+"""Per token what `heldout` has as a mean, and the text that it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from potstill import recipe
+from potstill.assembly import Cast, assemble
+from potstill.evals.disagreement import CHOICES, disagreement
+from potstill.evals.likelihood import heldout
+
+Recipe = Callable[..., Path]
+
+
+def cast_of(path: Path) -> Cast:
+    return assemble(recipe.load(path), lambda text: None)
+
+
+@pytest.fixture
+def cast(tiny_recipe: Recipe) -> Cast:
+    return cast_of(tiny_recipe(objective="{chunk: 7, temperature: 2.0}"))
+
+
+def valued(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [token for row in rows for token in row if "kl" in token]
+
+
+def test_its_means_are_those_of_the_held_out_evaluation(cast: Cast) -> None:
+    found = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 10**6, cast.tokenizer)
+    tokens, means = valued(found), heldout(cast.student, cast.teacher, cast.corpus.heldout, 4)
+    assert len(found) == 4
+    assert len(tokens) == cast.corpus.heldout.supervised
+    for mine, theirs in (("kl", "heldout/kl"), ("ce", "heldout/ce"), ("teacher_ce", "heldout/teacher_ce")):
+        assert sum(token[mine] for token in tokens) / len(tokens) == pytest.approx(means[theirs], rel=1e-5)
+    agree = sum(token["teacher"][0][0] == token["student"][0][0] for token in tokens) / len(tokens)
+    assert agree == pytest.approx(means["heldout/agreement"])
+
+
+def test_each_value_is_of_the_token_that_it_stands_at(cast: Cast) -> None:
+    """Against plain logits of one row, position by position."""
+    (row, *_) = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 32, cast.tokenizer)
+    batch = cast.corpus.heldout.batch([0])
+    with torch.no_grad():
+        hidden_BTD = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        student_TV = cast.student.model.logits(hidden_BTD)[0].log_softmax(-1)
+    labels = dict(zip(batch.positions_N.tolist(), batch.labels_N.tolist(), strict=True))
+    assert {at - 1 for at, token in enumerate(row) if "kl" in token} == {*labels}
+    for position, label in labels.items():
+        token = row[position + 1]
+        assert token["ce"] == pytest.approx(-float(student_TV[position, label]), abs=1e-4)
+        p = student_TV[position].exp()
+        assert token["entropy"] == pytest.approx(-float((p * p.log()).sum()), abs=1e-4)
+        assert [share for _, _, share in token["student"]] == pytest.approx(
+            p.topk(CHOICES).values.tolist(), abs=1e-4
+        )
+        assert token["id"] == label
+        assert token["text"] == cast.tokenizer.decode([label])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_no_more_tokens_than_asked_and_the_same_as_of_all(cast: Cast, tokens: int) -> None:
+    some = disagreement(cast.student, cast.teacher, cast.corpus.heldout, tokens, cast.tokenizer)
+    whole = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 32 * len(some), cast.tokenizer)
+    assert 0 < len(valued(some)) <= tokens
+    for cut, row in zip(some, whole, strict=True):
+        assert [token["text"] for token in cut] == [token["text"] for token in row[: len(cut)]]
+        assert [t.get("kl", 0) for t in cut] == pytest.approx(
+            [t.get("kl", 0) for t in row[: len(cut)]], abs=1e-5
+        )
+
+
+def test_logits_exist_for_one_chunk_at_a_time(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    softmax = torch.Tensor.log_softmax
+
+    def watched(self: torch.Tensor, dim: int) -> torch.Tensor:
+        seen.append(len(self))
+        return softmax(self, dim)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", watched)
+    disagreement(cast.student, cast.teacher, cast.corpus.heldout, 64, cast.tokenizer)
+    assert max(seen) == 7
+
+
+def test_without_a_tokenizer_tokens_are_their_ids() -> None:
+    here = Path(__file__).resolve().parents[2] / "recipes" / "tiny-fixture.yaml"
+    cast = cast_of(here)
+    (row,) = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 8)
+    ids = cast.corpus.heldout.batch([0]).input_ids_BT[0].tolist()
+    assert [token["text"] for token in row[:8]] == [f"[{id}]" for id in ids[:8]]
+
+
+def test_the_student_is_left_in_the_mode_it_was_in(cast: Cast) -> None:
+    for mode in (True, False):
+        cast.student.train(mode)
+        disagreement(cast.student, cast.teacher, cast.corpus.heldout, 8, cast.tokenizer)
+        assert cast.student.training is mode
