@@ -358,7 +358,7 @@ EQUAL_TO_ALL = """class Equal(int):
 return Equal()"""
 CANARIES = [
     ("network", "import socket\n" + _refused("socket.socket()"), "refused"),
-    ("writing a file", _refused("open('/tmp/canary', 'w')"), "refused"),
+    ("writing a file", _refused("open('/canary', 'w')"), "refused"),
     ("reading a file", _refused("open('/etc/passwd').read()"), "refused"),
     ("starting a process", "import os\n" + _refused("os.fork() or os._exit(0)"), "refused"),
     ("running a program", "import os\n" + _refused("os.execv('/bin/true', ['true'])"), "refused"),
