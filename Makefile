@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/potstill demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests bench

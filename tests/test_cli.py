@@ -404,7 +404,7 @@ def test_running_out_of_memory_names_what_to_lower_and_fails_the_run(
     assert "train.activation_checkpointing=true" in line
     assert json.loads((tmp_path / "run" / "status.json").read_text()) == {
         "state": "failed",
-        "why": "out of memory",
+        "why": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
     }
 
 

@@ -471,6 +471,13 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
             "objective.kd_weight: kd_weight and ce_weight are both 0",
         ),
         (
+            {
+                "train": "{steps: 3, rows_per_step: 1, lr: 1, save_every: 0}",
+                "guard": "{policy: rollback}",
+            },
+            "guard.policy: rollback goes back to the last checkpoint, and train.save_every is 0.",
+        ),
+        (
             {"train": "{steps: 3, rows_per_step: 1, lr: 1, warmup: 4}"},
             "train.warmup: 4 steps of warm-up in a run of 3.",
         ),

@@ -227,6 +227,8 @@ def match_vocabularies(
             )
     model.mask_from(ids)
     differences = vocab.special_differences(theirs, own) if own.tokens and teacher.vocab.tokens else []
+    if recipe.corpus.tokenizer and corpus is not None and teacher.vocab.tokens:
+        differences += vocab.special_differences(theirs, corpus, "corpus")
     return Shared(ids, teacher.vocab_size - ids, model.vocab_size - ids, differences)
 
 

@@ -116,7 +116,8 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
     from potstill.recipe import load
 
     loaded = load(recipe, options.overrides)  # a typo is told before torch is imported
-    from potstill.line import distill, smoke
+    from potstill.line import distill
+    from potstill.proof.rehearsal import smoke
 
     if options.smoke is not None:
         if options.out is not None:
@@ -144,11 +145,11 @@ def _check(options: argparse.Namespace, display: Display) -> int:
 
     recipe = load(options.recipe, options.overrides)
     from potstill.assembly import assemble
-    from potstill.proof.preflight import preflight
+    from potstill.proof.rehearsal import check
     from potstill.runs.rundir import default_path
 
     findings = []
-    for finding in preflight(assemble(recipe, display.note), default_path(options.recipe.stem)):
+    for finding in check(assemble(recipe, display.note), default_path(options.recipe.stem)):
         findings.append(finding)
         verdict, advice = ("ok ", "") if finding.ok else ("RED", f". {finding.advice}")
         if not options.json:
@@ -173,7 +174,7 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
     fits = found.fits(memory, disk)
     changes = [] if found.peak_bytes <= memory else advice(recipe, found)
     if options.measure and fits:
-        from potstill.line import smoke
+        from potstill.proof.rehearsal import smoke
 
         measured = smoke(recipe, min(3, recipe.train.steps), display)
         found = dataclasses.replace(found, time_s=measured["smoke/projected_s"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import os
-import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,11 @@ from potstill.assembly import Cast, assemble
 from potstill.display import Display
 from potstill.errors import Stopped, UserError
 from potstill.evals.likelihood import heldout
-from potstill.models.files import file_sha256
-from potstill.proof.plan import Plan
 from potstill.proof.preflight import Checked, require_sound
+from potstill.proof.receipt import hashes, receipt_of
 from potstill.recipe import Recipe
-from potstill.runs.rundir import RunDir, code, default_path, environment, newest_path
+from potstill.runs.rundir import RunDir, code, default_path, newest_path
 from potstill.students.generate import complete
-from potstill.teachers.fixture import TableTeacher
-from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import Checkpoints, Outcome
 from potstill.training.loop import Hooks, Metrics, train
 from potstill.training.watch import Watch
@@ -44,7 +40,7 @@ def distill(
     """Run a recipe from its first line to its receipt.
 
     SIGTERM or SIGINT ends the step in hand, saves a checkpoint and returns a run whose status is `stopped`; a
-    second one ends the process.
+    second one ends the process. A run that hangs beyond its guard's deadline ends the process with code 2.
 
     Args:
         recipe: a YAML file, or a recipe already loaded.
@@ -82,29 +78,28 @@ def distill(
         finally:
             os._exit(2)  # whoever hangs cannot be asked to return
 
-    with Watch(loaded.guard, on_stall) as watch:
+    with Watch(loaded.guard, on_stall) as watch, _advised(loaded):
         cast = assemble(loaded, display.note)
         checked = require_sound(cast, path)
         display.note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
         if resume:
             _require_same_corpus(cast.corpus.manifest, run)
-            run.set_status("running")
         else:
             run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
         display.note(f"run: {run.path}")
-        _guarded(cast, run, checked, display, watch)
+        with run.locked(), _recorded(run):
+            if resume:
+                run.set_status("running")
+            _Running(cast, run, display, watch).to_its_receipt(checked)
     return run
 
 
-def _guarded(cast: Cast, run: RunDir, checked: Checked, display: Display, watch: Watch) -> None:
-    """The run, and whatever ends it in its status."""
-    recipe = cast.recipe
+@contextlib.contextmanager
+def _advised(recipe: Recipe) -> Iterator[None]:
+    """What to do when a device has no more memory."""
     try:
-        _run(cast, run, checked, display, watch)
-    except Stopped:
-        run.set_status("stopped", "by a signal before the first step; --resume goes on")
+        yield
     except torch.OutOfMemoryError as error:
-        run.set_status("failed", "out of memory")
         rows = recipe.train.micro_batch_rows
         raise UserError(
             f"out of memory with {rows} rows per micro-batch and chunk {recipe.objective.chunk}. Try"
@@ -112,50 +107,19 @@ def _guarded(cast: Cast, run: RunDir, checked: Checked, display: Display, watch:
             f" objective.chunk={max(recipe.objective.chunk // 2, 1)} or"
             " train.activation_checkpointing=true; the result is the same."
         ) from error
+
+
+@contextlib.contextmanager
+def _recorded(run: RunDir) -> Iterator[None]:
+    """Whatever ends a run goes into its status, where the disk lets it."""
+    try:
+        yield
+    except Stopped:
+        run.set_status("stopped", "by a signal before the first step; --resume goes on")
     except BaseException as error:
-        run.set_status("failed", f"{type(error).__name__}: {error}")
+        with contextlib.suppress(UserError):
+            run.set_status("failed", f"{type(error).__name__}: {error}")
         raise
-
-
-def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics:
-    """Exactly `steps` steps of the recipe's own run, and what they say of the whole; writes nothing.
-
-    Returns the metrics of the last step, the median seconds of a step and of an evaluation, and the projected
-    seconds of the full run.
-    """
-    if not 1 <= steps <= recipe.train.steps:
-        raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
-    display = display or Display(quiet=True)
-    cast = assemble(recipe, display.note)
-    lines: list[Metrics] = []
-    evaluations: list[float] = []
-
-    def evaluate_student(step: int) -> Metrics:
-        started = time.perf_counter()
-        found = heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
-        evaluations.append(time.perf_counter() - started)
-        display.heldout_line(step, found)
-        return found
-
-    def on_step(step: int, metrics: Metrics) -> None:
-        lines.append(metrics)
-        left = statistics.median(line["speed/step_s"] for line in lines) * (steps - step)
-        display.step_line(step, steps, metrics, left)
-
-    hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(lines) == steps)
-    teacher = cast.teacher if recipe.objective.kd_weight else None
-    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(recipe.train.seed), recipe, hooks)
-    # The first step pays for allocations that no other does; a smoke of one step has no other.
-    step_s = statistics.median(line["speed/step_s"] for line in lines[1:] or lines)
-    num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
-    evaluation_s = statistics.median(evaluations)
-    projected_s = recipe.train.steps * step_s + num_evaluations * evaluation_s
-    return lines[-1] | {
-        "smoke/steps": len(lines),
-        "smoke/step_s": step_s,
-        "smoke/evaluation_s": evaluation_s,
-        "smoke/projected_s": projected_s,
-    }
 
 
 def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) -> Metrics:
@@ -164,71 +128,105 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
     return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
 
 
-def _run(cast: Cast, run: RunDir, checked: Checked, display: Display, watch: Watch) -> None:
-    recipe, student = cast.recipe, cast.student
-    started = time.perf_counter()
-    running = code()  # now, while it is what was loaded
-    before = _hashes(cast)
-    samples = {"before": _sample(cast)}
-    clock = _Clock(recipe.train.steps)
-    inputs = before | {
-        "corpus": cast.corpus.fingerprint,
-        "tokenizer": cast.corpus.manifest["tokenizer_sha256"],
-    }
-    checkpoints = Checkpoints(run.checkpoints, inputs, display.note)
+class _Running:
+    """A run from its first step to its receipt: what the loop calls beside the mathematics."""
 
-    def evaluate_student(step: int) -> Metrics:
-        size = recipe.train.micro_batch_rows
-        found = heldout(student, cast.teacher, cast.corpus.heldout, size, watch.poll)
-        run.log(step, found)
-        display.heldout_line(step, found)
-        return found
+    def __init__(self, cast: Cast, run: RunDir, display: Display, watch: Watch) -> None:
+        self.cast, self.run, self.display, self.watch = cast, run, display, watch
+        self.clock = _Clock(cast.recipe.train.steps)
+        self.before = hashes(cast)
+        inputs = {
+            "corpus": cast.corpus.fingerprint,
+            "tokenizer": cast.corpus.manifest["tokenizer_sha256"],
+        }
+        self.checkpoints = Checkpoints(run.checkpoints, self.before | inputs, display.note)
+        self.begun = False
 
-    def on_step(step: int, metrics: Metrics) -> None:
-        watch.stepped()
-        run.log(step, metrics)
-        display.step_line(step, recipe.train.steps, metrics, clock.left(step, metrics["speed/step_s"]))
+    def to_its_receipt(self, checked: Checked) -> None:
+        cast, run, recipe = self.cast, self.run, self.cast.recipe
+        started = time.perf_counter()
+        running = code()  # now, while it is what was loaded
+        samples = {"before": _sample(cast)}
+        outcome = self.train()
+        if outcome.evaluated < recipe.train.steps:
+            run.set_status("stopped", f"by a signal after step {outcome.step}; --resume goes on")
+            self.display.note(
+                f"stopped after step {outcome.step}, checkpoint saved; the same command with"
+                f" --resume --out {run.path} goes on"
+            )
+            return
+        samples["after"] = _sample(cast)
+        receipt = receipt_of(
+            cast,
+            run,
+            outcome,
+            checked=checked,
+            before=self.before,
+            running=running,
+            samples=samples,
+            seconds=time.perf_counter() - started,
+        )
+        run.write_receipt(receipt)
+        run.set_status("finished")
+        _tell(cast, run, outcome, samples, self.display)
 
-    def on_best(step: int, metrics: Metrics) -> None:
-        run.replace_student(lambda folder: student.save(folder, cast.tokenizer))
-
-    def resume(optimizer: Optimizer) -> Outcome | None:
-        outcome = checkpoints.load(student, optimizer)
-        run.repair()
-        run.rewind(*((-1, -1) if outcome is None else (outcome.step, outcome.evaluated)))
+    def train(self) -> Outcome:
+        cast, recipe = self.cast, self.cast.recipe
+        hooks = Hooks(
+            self.evaluate,
+            self.on_step,
+            self.on_best,
+            self.resume,
+            self.save,
+            should_stop=lambda: self.watch.stopping,
+            on_fault=self.on_fault,
+            beat=self.watch.beat,
+        )
+        teacher = cast.teacher if recipe.objective.kd_weight else None  # no answer is asked that nobody reads
+        self.watch.begin()
+        outcome = train(
+            cast.student, teacher, cast.corpus.train, cast.corpus.order(recipe.train.seed), recipe, hooks
+        )
+        self.watch.end()
         return outcome
 
-    def on_fault(step: int, what: str) -> None:
-        run.log_fault(step, what)
-        display.warn(f"{what} guard.policy: {recipe.guard.policy}")
+    def evaluate(self, step: int) -> Metrics:
+        cast, size = self.cast, self.cast.recipe.train.micro_batch_rows
+        try:
+            found = heldout(cast.student, cast.teacher, cast.corpus.heldout, size, self.watch.poll)
+        except UserError as error:
+            raise UserError(f"evaluation after step {step}: {error}") from error
+        self.run.log(step, found)
+        self.display.heldout_line(step, found)
+        return found
 
-    def save(optimizer: Optimizer, outcome: Outcome) -> None:
-        checkpoints.save(student, optimizer, outcome)
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        self.watch.stepped()
+        self.run.log(step, metrics)
+        left_s = self.clock.left(step, metrics["speed/step_s"])
+        self.display.step_line(step, self.cast.recipe.train.steps, metrics, left_s)
 
-    hooks = Hooks(
-        evaluate_student, on_step, on_best, resume, save, lambda: watch.stopping, on_fault, watch.beat
-    )
-    teacher = cast.teacher if recipe.objective.kd_weight else None  # no answer is asked that nobody reads
-    order = cast.corpus.order(recipe.train.seed)
-    watch.begin()
-    outcome = train(student, teacher, cast.corpus.train, order, recipe, hooks)
-    watch.end()
-    if outcome.evaluated < recipe.train.steps:
-        run.set_status("stopped", f"by a signal after step {outcome.step}; --resume goes on")
-        display.note(
-            f"stopped after step {outcome.step}, checkpoint saved; the same command with"
-            f" --resume --out {run.path} goes on"
-        )
-        return
-    samples["after"] = _sample(cast)
-    receipt = _receipt(cast, run, outcome, before, samples, time.perf_counter() - started)
-    receipt["commit"] = running["commit"] or "not a git checkout"
-    receipt["uncommitted_changes"] = bool(running["diff"])
-    receipt["plan"] = _compared(checked.planned, receipt["peak_memory_gib"])
-    receipt["check"] = {finding.name: finding.figure for finding in checked.findings}
-    run.write_receipt(receipt)
-    run.set_status("finished")
-    _tell(cast, run, outcome, samples, display)
+    def on_best(self, step: int, metrics: Metrics) -> None:
+        self.run.replace_student(lambda folder: self.cast.student.save(folder, self.cast.tokenizer))
+
+    def resume(self, optimizer: Optimizer) -> Outcome | None:
+        """At the begin, and when the guard goes back: the fault it goes back for is not forgotten."""
+        outcome = self.checkpoints.load(self.cast.student, optimizer)
+        at = outcome or Outcome(step=-1)
+        self.run.repair()
+        self.run.rewind(at.step, at.evaluated)
+        if not self.begun:
+            self.run.rewind_faults(at.step, at.left_out)
+        self.begun = True
+        return outcome
+
+    def save(self, optimizer: Optimizer, outcome: Outcome) -> None:
+        self.run.flush()
+        self.checkpoints.save(self.cast.student, optimizer, outcome)
+
+    def on_fault(self, step: int, what: str) -> None:
+        self.run.log_fault(step, what)
+        self.display.warn(f"{what} guard.policy: {self.cast.recipe.guard.policy}")
 
 
 def _require_same_recipe(recipe: Recipe, run: RunDir) -> None:
@@ -264,70 +262,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _receipt(
-    cast: Cast, run: RunDir, outcome: Outcome, before: dict[str, str], samples: dict[str, str], seconds: float
-) -> dict[str, Any]:
-    """What truly ran, read back from the objects that ran it."""
-    recipe, after = cast.recipe, _hashes(cast)
-    if after.get("teacher") != before.get("teacher"):
-        raise RuntimeError(
-            f"the teacher's weights changed during training: {before['teacher']} -> {after['teacher']}"
-        )
-    head = cast.student.model.head.weight_VD
-    return {
-        "potstill": environment()["libraries"]["potstill"],
-        "recipe_sha256": file_sha256(run.path / "recipe.yaml"),
-        "corpus_fingerprint": cast.corpus.fingerprint,
-        "tokenizer_sha256": cast.corpus.manifest["tokenizer_sha256"],
-        "teacher": {"name": recipe.teacher.name, "source": getattr(recipe.teacher, "model", None)}
-        | {
-            "weights_sha256": before.get("teacher"),
-            "unchanged_by_training": True if "teacher" in before else None,
-        },
-        "student": {
-            **cast.origin,
-            "weights_sha256_start": before["student"],
-            "weights_sha256_end": after["student"],
-        },
-        "allow_identical": recipe.allow_identical,
-        "vocabulary": vars(cast.shared),
-        "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
-        f" {recipe.objective.divergence.name}, T = {recipe.objective.temperature}",
-        "seed": recipe.train.seed,
-        "device": str(cast.device),
-        "weights_dtype": str(head.dtype).removeprefix("torch."),
-        "precision": recipe.train.precision,
-        "steps": recipe.train.steps,
-        "steps_left_out": outcome.left_out,
-        "positions": outcome.positions,
-        "heldout_first": outcome.first,
-        "heldout_last": outcome.last,
-        "heldout_best": outcome.best,
-        "student_is_of_step": outcome.best_step,
-        "training_seconds": round(outcome.seconds, 3),
-        "total_seconds": round(seconds, 3),
-        "peak_memory_gib": _peak_gib(cast.device),
-        "output": {p.name: file_sha256(p) for p in sorted(run.student.iterdir()) if p.is_file()},
-        "samples": {"prompt": recipe.eval.sample_prompt, **samples}
-        if recipe.eval.sample_prompt is not None
-        else None,
-        "environment": environment(),
-    }
-
-
-def _compared(planned: Plan | str, measured_gib: float) -> dict[str, Any]:
-    """The plan beside what was measured; a run that was resumed measures its last process alone."""
-    if isinstance(planned, str):
-        return {"predicted_peak_gib": planned, "measured_peak_gib": measured_gib}
-    predicted = planned.peak_bytes / 2**30
-    return {
-        "predicted_peak_gib": round(predicted, 3),
-        "measured_peak_gib": measured_gib,
-        "ratio": round(predicted / measured_gib, 3),
-        "parts_gib": {name: round(size / 2**30, 3) for name, size in planned.parts.items()},
-    }
-
-
 def _tell(cast: Cast, run: RunDir, outcome: Outcome, samples: dict[str, str], display: Display) -> None:
     """The end of a run, for a person."""
     names = sorted(outcome.first)
@@ -357,24 +291,8 @@ class _Clock:
         return (self.steps - step) * statistics.median(self.seen)
 
 
-def _hashes(cast: Cast) -> dict[str, str]:
-    hashes = {"student": cast.student.weights_sha256()}
-    if isinstance(cast.teacher, TorchTeacher):
-        hashes["teacher"] = cast.teacher.weights_sha256()
-    elif isinstance(cast.teacher, TableTeacher):
-        hashes["teacher"] = hashlib.sha256(cast.teacher.logits_VV.numpy().tobytes()).hexdigest()
-    return hashes
-
-
 def _sample(cast: Cast) -> str:
     plan = cast.recipe.eval
     if plan.sample_prompt is None or cast.tokenizer is None:
         return ""
     return complete(cast.student.model, cast.tokenizer, plan.sample_prompt, plan.sample_tokens)
-
-
-def _peak_gib(device: torch.device) -> float:
-    """Peak of the device's allocator on CUDA, of the process elsewhere (Linux counts KiB)."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

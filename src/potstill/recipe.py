@@ -170,8 +170,8 @@ def _name_first(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """What fields make wrong together. Read from the tree, so that a mistake elsewhere does not hide it."""
-    student, objective, train = (
-        tree[s] if isinstance(tree.get(s), dict) else {} for s in ("student", "objective", "train")
+    student, objective, train, guard = (
+        tree[s] if isinstance(tree.get(s), dict) else {} for s in ("student", "objective", "train", "guard")
     )
     if student.get("name") == "cut" and (student.get("layers") is None) == (student.get("keep") is None):
         both = "and keep are both given" if student.get("keep") is not None else "or keep must be given"
@@ -186,6 +186,11 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     for name, default in (("beta1", 0.9), ("beta2", 0.95)):
         if train.get("optimizer") == "sgd" and train.get(name, default) != default:
             yield ("train", name), "sgd keeps no means. Leave it out, or set train.optimizer: adamw."
+    if guard.get("policy") == "rollback" and train.get("save_every") == 0:
+        yield (
+            ("guard", "policy"),
+            "rollback goes back to the last checkpoint, and train.save_every is 0. Set it, or take skip.",
+        )
     steps, warmup = train.get("steps"), train.get("warmup")
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
         yield (

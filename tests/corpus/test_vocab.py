@@ -176,7 +176,7 @@ def test_another_vocabulary_is_refused_at_its_first_difference(student: Vocab, s
         ),
         ({"bos_id": None}, "BOS token: the teacher has id 1 ('b'), the student none: prompts start"),
         ({"pad_id": 0}, "PAD token: the teacher has id 2 ('c'), the student id 0"),
-        ({"chat_template": None}, "chat templates differ"),
+        ({"chat_template": None}, "chat templates of teacher and student differ"),
         (
             {"added": frozenset({1})},
             "1 tokens are added ones on one side alone, first id 1 ('b'): the student's",

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from potstill import UserError, distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
-from potstill.proof.preflight import cheap, plan_of, preflight, window
+from potstill.proof.preflight import cheap, parameters_are_on_the_device, plan_of, window
+from potstill.proof.rehearsal import check, rehearsal
 from potstill.types import Batch, HiddenTargets
 
 Recipe = Callable[..., Path]
@@ -26,7 +27,7 @@ NOWHERE = Path("runs/not-there")
 
 
 def red(cast: Cast) -> list[str]:
-    return [finding.name for finding in preflight(cast, NOWHERE) if not finding.ok]
+    return [finding.name for finding in check(cast, NOWHERE) if not finding.ok]
 
 
 def cast_of(recipe: Path) -> Cast:
@@ -238,6 +239,44 @@ def test_a_frozen_embedding_is_red(tiny_recipe: Recipe, monkeypatch: pytest.Monk
     assert red(cast_of(tiny_recipe())) == ["weights move"]
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_an_embedding_without_a_gradient_is_red_though_decay_moves_it(
+    weight_decay: float, tiny_recipe: Recipe
+) -> None:
+    train = f"{{steps: 4, rows_per_step: 4, lr: 1e-3, weight_decay: {weight_decay}, device: cpu}}"
+    cast = cast_of(tiny_recipe(train=train))
+    up_proj = cast.student.model.hf.model.layers[0].mlp.up_proj.weight
+    up_proj.register_hook(torch.zeros_like)
+    assert red(cast) == ["weights move"]
+
+
+def test_a_long_warm_up_starts_too_slowly_to_move_a_norm_and_is_not_red(tiny_recipe: Recipe) -> None:
+    train = "{steps: 100000, rows_per_step: 4, lr: 1e-4, warmup: 50000, device: cpu}"
+    cast = cast_of(tiny_recipe(train=train))
+    (moved,) = [finding for finding in check(cast, NOWHERE) if finding.name == "weights move"]
+    assert moved.ok and "the rate is too low for the others" in moved.figure
+
+
+def test_a_teacher_elsewhere_is_red(tiny_recipe: Recipe) -> None:
+    cast = cast_of(tiny_recipe())
+    cast.teacher.model.hf.to("meta")  # type: ignore[attr-defined]
+    assert not parameters_are_on_the_device(cast).ok
+
+
+def test_only_the_first_of_the_ten_steps_take_every_row(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    cast = cast_of(tiny_recipe(train="{steps: 12, rows_per_step: 4, lr: 1e-3, device: cpu}"))
+    real = cast.corpus.train.batch
+    monkeypatch.setattr(
+        type(cast.corpus.train), "batch", lambda self, rows: seen.append(len(rows)) or real(rows)
+    )
+    found = {finding.name: finding for finding in rehearsal(cast)}
+    assert seen[1:] == [4, 4, 4, *[1] * 7]  # after a held-out row
+    assert "10 real steps, the last 7 with a quarter of the rows" in found["steps"].figure
+
+
 def test_a_rate_that_is_not_the_schedule_s_is_red(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,3 +320,8 @@ def test_a_red_line_is_exit_code_two_with_its_advice(
     assert main(["check", str(recipe)]) == 2
     told = capsys.readouterr().out
     assert "RED  KD term: KL to the teacher" in told and "nothing would be learned" in told
+
+
+def test_steps_that_leave_the_numbers_are_red(tiny_recipe: Recipe) -> None:
+    train = "{steps: 10, rows_per_step: 4, lr: 1e30, clip: null, device: cpu}"
+    assert red(cast_of(tiny_recipe(train=train))) == ["steps"]

@@ -19,6 +19,7 @@ from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.line import RunDir
 from potstill.proof.preflight import Checked
+from potstill.proof.rehearsal import smoke
 from potstill.students.student import Student
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.loop import Hooks, train
@@ -145,6 +146,61 @@ def test_a_bad_step_is_left_out_and_the_run_goes_on(
     assert run.receipt()["steps_left_out"] == [FAULTY]
     (fault,) = map(json.loads, (run.path / "faults.jsonl").read_text().splitlines())
     assert fault["step"] == FAULTY and "nan" in fault["what"] and "rows [" in fault["what"]
+
+
+def test_a_fault_after_the_last_checkpoint_is_told_once_over_a_resume(
+    tiny_recipe: Recipe, spoil: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off at step 6, resumed from step 4: step 3 is left out for good, step 6 goes wrong again."""
+    recipe = tiny_recipe(train=TRAIN.replace("save_every: 2", "save_every: 4"), guard="{policy: skip}")
+    spoil(FAULTY, 6)
+    log = RunDir.log
+    with monkeypatch.context() as context:
+
+        def cut_off(self: RunDir, step: int, metrics: dict[str, float]) -> None:
+            if step == 7:
+                raise RuntimeError("cut off")
+            log(self, step, metrics)
+
+        context.setattr(RunDir, "log", cut_off)
+        with pytest.raises(RuntimeError, match="cut off"):
+            distill(recipe, out=tmp_path / "run")
+    run = distill(recipe, out=tmp_path / "run", resume=True)
+    faults = map(json.loads, (run.path / "faults.jsonl").read_text().splitlines())
+    assert [fault["step"] for fault in faults] == [FAULTY, 6] == run.receipt()["steps_left_out"]
+
+
+def test_an_evaluation_that_is_not_finite_names_its_step(
+    tiny_recipe: Recipe, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Student.measure
+    seen: list[int] = []
+
+    def spoiled(self: Student, batch: Any, targets: Any) -> dict[str, torch.Tensor]:
+        seen.append(1)
+        if len(seen) > 1:
+            raise UserError("ce is nan.")
+        return measure(self, batch, targets)
+
+    monkeypatch.setattr(Student, "measure", spoiled)
+    with pytest.raises(UserError, match="evaluation after step 2: ce is nan"):
+        distill(tiny_recipe(train=TRAIN), out=tmp_path / "run")
+
+
+def test_a_smoke_tells_a_fault_that_the_run_would_leave_out(
+    tiny_recipe: Recipe, spoil: Callable[..., None]
+) -> None:
+    spoil(1)
+    with pytest.raises(UserError, match="step 1, rows"):
+        smoke(load_recipe(tiny_recipe(train=TRAIN, guard="{policy: skip}")), 2)
+
+
+def test_two_processes_do_not_work_on_one_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    run = distill(tiny_recipe(), out=tmp_path / "run")
+    run.set_status("stopped")
+    with run.locked(), pytest.raises(UserError, match=r"run: another process is at work on this run\."):
+        distill(tiny_recipe(), out=tmp_path / "run", resume=True)
+    assert distill(tiny_recipe(), out=tmp_path / "run", resume=True).status()["state"] == "finished"
 
 
 def test_skipping_and_rolling_back_give_the_same_weights(

@@ -215,7 +215,7 @@ def require_same(one: Vocab, other: Vocab, one_name: str, other_name: str) -> in
     return len(tokens)
 
 
-def special_differences(teacher: Vocab, student: Vocab) -> list[str]:
+def special_differences(teacher: Vocab, other: Vocab, other_name: str = "student") -> list[str]:
     """What differs beside the token list: what it will cause, and the line of the recipe that settles it."""
 
     def shown(vocab: Vocab, i: int | None) -> str:
@@ -232,17 +232,21 @@ def special_differences(teacher: Vocab, student: Vocab) -> list[str]:
         ("bos_id", "prompts start differently"),
         ("pad_id", "batches of prompts are padded differently"),
     ):
-        theirs, ours = getattr(teacher, name), getattr(student, name)
+        theirs, ours = getattr(teacher, name), getattr(other, name)
         if theirs != ours:
             token = name.removesuffix("_id").upper()
             found.append(
-                f"{token} token: the teacher has {shown(teacher, theirs)}, the student"
-                f" {shown(student, ours)}: {effect}"
+                f"{token} token: the teacher has {shown(teacher, theirs)}, the {other_name}"
+                f" {shown(other, ours)}: {effect}"
             )
-    if teacher.chat_template != student.chat_template:
-        found.append("chat templates differ: conversations are written with the corpus's")
-    if differing := sorted(teacher.added ^ student.added):
-        has, has_not = ("teacher", "student") if differing[0] in teacher.added else ("student", "teacher")
+    if teacher.chat_template != other.chat_template:
+        found.append(
+            f"chat templates of teacher and {other_name} differ: conversations are written with the corpus's"
+        )
+    if differing := sorted(teacher.added ^ other.added):
+        has, has_not = "teacher", other_name
+        if differing[0] in other.added:
+            has, has_not = has_not, has
         found.append(
             f"{len(differing)} tokens are added ones on one side alone, first {shown(teacher, differing[0])}:"
             f" the {has}'s tokenizer takes it whole and the {has_not}'s in pieces"

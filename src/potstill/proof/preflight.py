@@ -2,8 +2,8 @@
 
 Each finding has a figure and a verdict. The order is by price; what can be refused while the recipe is
 assembled (a typo, a damaged file, another vocabulary, a head or a packing that is not the model's) has been
-refused before the first of them. `distill` runs the cheap ones by itself and puts them into the receipt;
-`potstill check` runs all. The student that is trained here for a few steps is thrown away.
+refused before the first of them. What is here takes a few forward passes, and `distill` runs it by itself
+and puts it into the receipt; `potstill check` goes on with `rehearsal.py`.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import weights_sha256
 from potstill.proof.plan import Plan, available, plan
-from potstill.proof.rehearsal import Finding, rehearsal, window
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.loop import ask
 from potstill.types import Batch, Targets
 
+TOKENS = 64  # of each row, where gradients are looked at
 SAME = 1e-6  # nats: below it, two models say the same
 BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
 
 
-def preflight(cast: Cast, place: Path) -> Iterator[Finding]:
-    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried."""
-    sound = True
-    for finding in cheap(cast, plan_of(cast), place):
-        sound = sound and finding.ok
-        yield finding
-    if sound:
-        yield from rehearsal(cast)
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    figure: str
+    ok: bool
+    advice: str = ""
+    """What to do where it is red."""
 
 
 def plan_of(cast: Cast) -> Plan | str:
@@ -186,8 +185,12 @@ def labels_are_next_tokens(cast: Cast) -> Finding:
 
 
 def parameters_are_on_the_device(cast: Cast) -> Finding:
-    away = [name for name, p in cast.student.named_parameters() if p.device.type != cast.device.type]
-    count = len(list(cast.student.parameters()))
+    """The student's, and those of a teacher that has any."""
+    models = [cast.student, *([cast.teacher.model] if isinstance(cast.teacher, TorchTeacher) else [])]
+    places = [(name, p.device) for model in models for name, p in model.named_parameters()]
+    at = torch.empty(0, device=cast.device).device  # cuda means the current one, say cuda:0
+    away = [name for name, device in places if device != at]
+    count = len(places)
     return Finding(
         "device", f"{count - len(away)} of {count} tensors on {cast.device}", not away, f"See {away[:1]}."
     )
@@ -357,3 +360,19 @@ def _teacher_logp(cast: Cast, batch: Batch) -> torch.Tensor:
 def _student_logits(cast: Cast, batch: Batch) -> torch.Tensor:
     hidden_BTD = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
     return cast.student.model.head(hidden_BTD.flatten(0, 1)[batch.positions_N[:16]])
+
+
+def window(batch: Batch) -> Batch:
+    """The batch's columns from its first supervised position on, few enough to be cheap in a long row."""
+    T = batch.input_ids_BT.shape[1]
+    first = min(int((batch.positions_N % T).min()), max(T - TOKENS, 0))
+    columns = torch.arange(first, min(first + TOKENS, T))
+    b_N, t_N = batch.positions_N // T, batch.positions_N % T
+    inside = (t_N >= first) & (t_N <= int(columns[-1]))
+    return Batch(
+        batch.rows_B,
+        batch.input_ids_BT[:, columns],
+        batch.position_ids_BT[:, columns],
+        (b_N * len(columns) + t_N - first)[inside],
+        batch.labels_N[inside],
+    )

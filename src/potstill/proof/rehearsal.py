@@ -1,6 +1,6 @@
-"""The costly half of the check: the student is saved and loaded, and trained for ten real steps, on trial.
+"""The recipe's own steps, on trial: `potstill check`, whose cheap half is `preflight.py`, and `--smoke`.
 
-What is trained here is thrown away. `preflight.py` runs it when nothing before it was red.
+What is trained here is thrown away.
 """
 
 from __future__ import annotations
@@ -9,34 +9,45 @@ import dataclasses
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from potstill.assembly import Cast
+from potstill.assembly import Cast, assemble
+from potstill.display import Display
 from potstill.errors import UserError
+from potstill.evals.likelihood import heldout
+from potstill.proof.preflight import Finding, cheap, plan_of, window
+from potstill.recipe import Recipe
 from potstill.students.student import from_checkpoint
-from potstill.training.loop import Hooks, train
+from potstill.training.loop import Hooks, Metrics, train
 from potstill.training.optim import lr_at
-from potstill.types import Batch
+from potstill.types import Batch, Order
 
 STEPS = 10
-TOKENS = 64  # of each row, where gradients are looked at
+FULL = 3
+"""Of them with all rows of a step, for the time; the others take a quarter."""
+LR_SEEN = 1e-6
+"""Below this rate, as in a long warm-up, float32 weights near 1 cannot move in one step."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    name: str
-    figure: str
-    ok: bool
-    advice: str = ""
-    """What to do where it is red."""
+def check(cast: Cast, place: Path) -> Iterator[Finding]:
+    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried."""
+    sound = True
+    for finding in cheap(cast, plan_of(cast), place):
+        sound = sound and finding.ok
+        yield finding
+    if sound:
+        yield from rehearsal(cast)
 
 
 def rehearsal(cast: Cast) -> Iterator[Finding]:
-    """Each finding as soon as it is known."""
+    """The costly half: the student is saved and loaded, and trained for ten real steps."""
     cast.student.eval()
     yield saved_is_what_was_trained(cast, window(cast.corpus.heldout.batch([0])).to(cast.device))
     try:
@@ -64,31 +75,66 @@ def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
     return Finding("save and reload", figure, gap <= 1e-5, advice)
 
 
+@dataclass(frozen=True)
+class _Thinned:
+    """The recipe's rows, after the first steps only a quarter of each step's."""
+
+    order: Order
+
+    def rows(self, step: int, rows_per_step: int) -> list[int]:
+        rows = self.order.rows(step, rows_per_step)
+        return rows if step < FULL else rows[: max(len(rows) // 4, 1)]
+
+    def epoch(self, step: int, rows_per_step: int) -> int:
+        return self.order.epoch(step, rows_per_step)
+
+
 def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     """Real steps on real rows: what moves, at which rate, how fast."""
     plan = cast.recipe.train
-    before = {name: p.detach().clone() for name, p in cast.student.named_parameters() if p.requires_grad}
+    parameters = dict(cast.student.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    reached: set[str] = set()  # by a gradient: decay alone moves weights, too
     still: list[str] = []
-    lines: list[dict[str, float]] = []
+    lines: list[Metrics] = []
     busy: list[float] = []
 
-    def on_step(step: int, metrics: dict[str, float]) -> None:
+    def note_gradient(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None and bool(parameter.grad.any()):
+            reached.add(name)
+
+    def on_step(step: int, metrics: Metrics) -> None:
         if step == 1:
-            parameters = dict(cast.student.named_parameters())
+            for hook in watched:
+                hook.remove()
             still.extend(name for name, old in before.items() if torch.equal(old, parameters[name]))
+            before.clear()
         lines.append(metrics)
         if cast.device.type == "cuda":
             busy.extend(_utilisation(cast.device))
 
+    watched = [
+        p.register_post_accumulate_grad_hook(partial(note_gradient, name))  # type: ignore[no-untyped-call]
+        for name, p in parameters.items()
+        if p.requires_grad
+    ]
     wanted = min(STEPS, plan.steps)
     never = {"heldout/loss": math.inf}
     hooks = Hooks(lambda step: never, on_step, lambda *_: None, should_stop=lambda: len(lines) == wanted)
     teacher = cast.teacher if cast.recipe.objective.kd_weight else None
-    recipe = dataclasses.replace(cast.recipe, guard=dataclasses.replace(cast.recipe.guard, policy="stop"))
-    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(plan.seed), recipe, hooks)
+    order = _Thinned(cast.corpus.order(plan.seed))
+    train(cast.student, teacher, cast.corpus.train, order, _strict(cast.recipe), hooks)
 
-    moved = f"{len(before) - len(still)} of {len(before)} tensors moved in the first step"
-    yield Finding("weights move", moved, not still, f"{still[:1]} did not: is it used, and in the optimizer?")
+    dead = [name for name in parameters if name not in reached]
+    slow = lines[0]["train/lr"] < LR_SEEN
+    moved = f"{len(parameters) - len(still)} of {len(parameters)} tensors moved in the first step"
+    figure = f"{moved}, {len(reached)} have a gradient" + (
+        ", the rate is too low for the others" if slow else ""
+    )
+    faulty = dead or ([] if slow else still)
+    yield Finding(
+        "weights move", figure, not faulty, f"{faulty[:1]} did not: is it used, trainable, in the optimizer?"
+    )
     rates = [(line["train/lr"], lr_at(step, plan)) for step, line in enumerate(lines)]
     off = max(abs(set_to - wanted_lr) for set_to, wanted_lr in rates)
     figure = (
@@ -96,7 +142,8 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     )
     yield Finding("learning rate", figure, off == 0, "The optimizer does not run at the schedule's rate.")
     losses = [line["train/loss"] for line in lines]
-    figure = f"{len(lines)} real steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    thinned = f", the last {len(lines) - FULL} with a quarter of the rows" if len(lines) > FULL else ""
+    figure = f"{len(lines)} real steps{thinned}; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     yield Finding("steps", figure, all(map(math.isfinite, losses)))
     first_s, deadline_s = lines[0]["speed/step_s"], cast.recipe.guard.first_step_s
     figure = f"{first_s:.3g} s, guard.first_step_s is {deadline_s:g}"
@@ -108,11 +155,62 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
             else "not measured: pip install nvidia-ml-py"
         )
         yield Finding("GPU utilisation", figure, True)
-    step_s = statistics.median(line["speed/step_s"] for line in lines[1:] or lines)
+    step_s = _settled_s(lines[:FULL])
     figure = (
         f"{plan.steps} steps of {step_s:.3g} s: {plan.steps * step_s / 3600:.3g} h, evaluations not counted"
     )
     yield Finding("projected time", figure, True)
+
+
+def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics:
+    """Exactly `steps` steps of the recipe's own run, and what they say of the whole; writes nothing.
+
+    Returns the metrics of the last step, the median seconds of a step and of an evaluation, and the projected
+    seconds of the full run.
+    """
+    if not 1 <= steps <= recipe.train.steps:
+        raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
+    display = display or Display(quiet=True)
+    cast = assemble(recipe, display.note)
+    lines: list[Metrics] = []
+    evaluations: list[float] = []
+
+    def evaluate_student(step: int) -> Metrics:
+        started = time.perf_counter()
+        found = heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+        evaluations.append(time.perf_counter() - started)
+        display.heldout_line(step, found)
+        return found
+
+    def on_step(step: int, metrics: Metrics) -> None:
+        lines.append(metrics)
+        left = statistics.median(line["speed/step_s"] for line in lines) * (steps - step)
+        display.step_line(step, steps, metrics, left)
+
+    hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(lines) == steps)
+    teacher = cast.teacher if recipe.objective.kd_weight else None
+    order = cast.corpus.order(recipe.train.seed)
+    train(cast.student, teacher, cast.corpus.train, order, _strict(recipe), hooks)
+    step_s = _settled_s(lines)
+    num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
+    evaluation_s = statistics.median(evaluations)
+    projected_s = recipe.train.steps * step_s + num_evaluations * evaluation_s
+    return lines[-1] | {
+        "smoke/steps": len(lines),
+        "smoke/step_s": step_s,
+        "smoke/evaluation_s": evaluation_s,
+        "smoke/projected_s": projected_s,
+    }
+
+
+def _strict(recipe: Recipe) -> Recipe:
+    """On trial a fault is told, whatever the run would do about it."""
+    return dataclasses.replace(recipe, guard=dataclasses.replace(recipe.guard, policy="stop"))
+
+
+def _settled_s(lines: list[Metrics]) -> float:
+    """Seconds of a step. The first one pays for allocations that no other does; it may be the only one."""
+    return statistics.median(line["speed/step_s"] for line in lines[1:] or lines)
 
 
 def _utilisation(device: torch.device) -> list[float]:
@@ -120,19 +218,3 @@ def _utilisation(device: torch.device) -> list[float]:
         return [float(torch.cuda.utilization(device))]
     except ModuleNotFoundError:  # its figures come from NVIDIA's own library, an extra
         return []
-
-
-def window(batch: Batch) -> Batch:
-    """The batch's columns from its first supervised position on, few enough to be cheap in a long row."""
-    T = batch.input_ids_BT.shape[1]
-    first = min(int((batch.positions_N % T).min()), max(T - TOKENS, 0))
-    columns = torch.arange(first, min(first + TOKENS, T))
-    b_N, t_N = batch.positions_N // T, batch.positions_N % T
-    inside = (t_N >= first) & (t_N <= int(columns[-1]))
-    return Batch(
-        batch.rows_B,
-        batch.input_ids_BT[:, columns],
-        batch.position_ids_BT[:, columns],
-        (b_N * len(columns) + t_N - first)[inside],
-        batch.labels_N[inside],
-    )

@@ -19,6 +19,7 @@ Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -106,6 +107,39 @@ class RunDir:
 
     def log_fault(self, step: int, what: str) -> None:
         self._append("faults.jsonl", json.dumps({"step": step, "what": what}) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time writes here; a killed one holds no lock."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UserError(
+                f"{self.path}: another process is at work on this run. Wait for it, or stop it."
+            ) from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def flush(self) -> None:
+        """The metrics so far onto the disk: a checkpoint is not to outlive the lines before it."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            with _writing(path), open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def rewind_faults(self, step: int, left_out: list[int]) -> None:
+        """Forget the faults that a resumed run will meet again."""
+        path = self.path / "faults.jsonl"
+        if not os.path.lexists(path):
+            return
+        with opened(path, "faults", READABLE) as file:
+            lines = file.read().split(b"\n")[:-1]
+        kept = [line for line in lines if _step_of(line, path) <= step or _step_of(line, path) in left_out]
+        write_whole(path, b"".join(line + b"\n" for line in kept))
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Forget steps after `step` and evaluations after `evaluated`: a resumed run logs them again."""
@@ -195,6 +229,19 @@ def _metrics_of(line: bytes, where: str) -> dict[str, float]:
         what = "no whole `step`" if odd is None else f"{odd:.60} is no number"
         raise UserError(f"{where}: damaged: {what}. Remove the line; {READABLE}")
     return numbers
+
+
+def _step_of(line: bytes, path: Path) -> int:
+    try:
+        found = parse_json(line)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: damaged: not a line of JSON: {error}. Remove the line; {READABLE}"
+        ) from error
+    step = found.get("step") if isinstance(found, dict) else None
+    if type(step) is not int:
+        raise UserError(f"{path}: damaged: a line has no whole `step`. Remove the line; {READABLE}")
+    return step
 
 
 def _is_number(value: object) -> bool:

@@ -103,7 +103,7 @@ def train(
             parameters = [p for p in student.parameters() if p.grad is not None]
             grad_norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
             with named(step, step_rows):
-                require_sound(sums["loss"] / positions, ceiling, grad_norm, student)
+                require_usable(sums["loss"] / positions, ceiling, grad_norm, student)
         except Fault as fault:
             optimizer.zero_grad(set_to_none=True)
             hooks.on_fault(step + 1, str(fault))
@@ -179,7 +179,7 @@ def loss_ceiling(recipe: Recipe, vocab_size: int) -> float:
     return recipe.guard.loss_ceiling or 5 * weight * math.log(vocab_size)
 
 
-def require_sound(loss: float, ceiling: float, grad_norm: Tensor, student: Student) -> None:
+def require_usable(loss: float, ceiling: float, grad_norm: Tensor, student: Student) -> None:
     """Refuse what no update may be made of; a NaN is below no ceiling."""
     if not loss <= ceiling:
         raise Fault(

@@ -1,0 +1,122 @@
+"""The receipt: what truly ran, read back from the objects that ran it."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+from typing import Any
+
+import torch
+
+from potstill.assembly import Cast
+from potstill.models.files import file_sha256
+from potstill.proof.plan import Plan
+from potstill.proof.preflight import Checked
+from potstill.runs.rundir import RunDir, environment
+from potstill.teachers.fixture import TableTeacher
+from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.training.checkpoint import Outcome
+
+
+def receipt_of(
+    cast: Cast,
+    run: RunDir,
+    outcome: Outcome,
+    *,
+    checked: Checked,
+    before: dict[str, str],
+    running: dict[str, str],
+    samples: dict[str, str],
+    seconds: float,
+) -> dict[str, Any]:
+    """Everything about a finished run, as `receipt.json` holds it.
+
+    Args:
+        before: `hashes` of teacher and student before the first step.
+        running: commit and diff of the code, read at the start.
+        samples: what the student wrote before and after training.
+        seconds: wall time of the whole run.
+
+    Raises:
+        RuntimeError: training changed the teacher.
+    """
+    recipe, after = cast.recipe, hashes(cast)
+    if after.get("teacher") != before.get("teacher"):
+        raise RuntimeError(
+            f"the teacher's weights changed during training: {before['teacher']} -> {after['teacher']}"
+        )
+    head = cast.student.model.head.weight_VD
+    peak_gib = _peak_gib(cast.device)
+    return {
+        "potstill": environment()["libraries"]["potstill"],
+        "commit": running["commit"] or "not a git checkout",
+        "uncommitted_changes": bool(running["diff"]),
+        "recipe_sha256": file_sha256(run.path / "recipe.yaml"),
+        "corpus_fingerprint": cast.corpus.fingerprint,
+        "tokenizer_sha256": cast.corpus.manifest["tokenizer_sha256"],
+        "teacher": {"name": recipe.teacher.name, "source": getattr(recipe.teacher, "model", None)}
+        | {
+            "weights_sha256": before.get("teacher"),
+            "unchanged_by_training": True if "teacher" in before else None,
+        },
+        "student": {
+            **cast.origin,
+            "weights_sha256_start": before["student"],
+            "weights_sha256_end": after["student"],
+        },
+        "allow_identical": recipe.allow_identical,
+        "vocabulary": vars(cast.shared),
+        "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
+        f" {recipe.objective.divergence.name}, T = {recipe.objective.temperature}",
+        "seed": recipe.train.seed,
+        "device": str(cast.device),
+        "weights_dtype": str(head.dtype).removeprefix("torch."),
+        "precision": recipe.train.precision,
+        "steps": recipe.train.steps,
+        "steps_left_out": outcome.left_out,
+        "positions": outcome.positions,
+        "heldout_first": outcome.first,
+        "heldout_last": outcome.last,
+        "heldout_best": outcome.best,
+        "student_is_of_step": outcome.best_step,
+        "training_seconds": round(outcome.seconds, 3),
+        "total_seconds": round(seconds, 3),
+        "peak_memory_gib": peak_gib,
+        "plan": _compared(checked.planned, peak_gib),
+        "check": {finding.name: finding.figure for finding in checked.findings},
+        "output": {p.name: file_sha256(p) for p in sorted(run.student.iterdir()) if p.is_file()},
+        "samples": {"prompt": recipe.eval.sample_prompt, **samples}
+        if recipe.eval.sample_prompt is not None
+        else None,
+        "environment": environment(),
+    }
+
+
+def _compared(planned: Plan | str, measured_gib: float) -> dict[str, Any]:
+    """The plan beside what was measured; a run that was resumed measures its last process alone."""
+    if isinstance(planned, str):
+        return {"predicted_peak_gib": planned, "measured_peak_gib": measured_gib}
+    predicted = planned.peak_bytes / 2**30
+    return {
+        "predicted_peak_gib": round(predicted, 3),
+        "measured_peak_gib": measured_gib,
+        "ratio": round(predicted / measured_gib, 3),
+        "parts_gib": {name: round(size / 2**30, 3) for name, size in planned.parts.items()},
+    }
+
+
+def hashes(cast: Cast) -> dict[str, str]:
+    """sha256 of the weights of the student, and of a teacher that has any."""
+    found = {"student": cast.student.weights_sha256()}
+    if isinstance(cast.teacher, TorchTeacher):
+        found["teacher"] = cast.teacher.weights_sha256()
+    elif isinstance(cast.teacher, TableTeacher):
+        found["teacher"] = hashlib.sha256(cast.teacher.logits_VV.numpy().tobytes()).hexdigest()
+    return found
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Peak of the device's allocator on CUDA, of the process elsewhere (Linux counts KiB)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
