@@ -113,6 +113,34 @@ def evaluate(source: str | Path, out: Path, options: Options, note: Note = lambd
         sandbox = Sandbox()
     except SandboxRefused as refused:
         raise UserError(f"humaneval: no sandbox here, so nothing was run: {one_line(refused)}") from refused
+    with sandbox:
+        answer = _load(source, options, note)
+        record = _record(every, problems, answer, sandbox.tier)
+        note(f"humaneval: {len(problems)} problems, {answer.kind} prompts, sandbox {sandbox.tier}")
+        samples = _Samples(out, record)
+        result = {
+            "model": str(source),
+            "settings": record,
+            "extra_tests": None if options.extra_tests is None else str(options.extra_tests),
+            "completions_found": len(samples.lines),
+        }
+        with ThreadPoolExecutor(options.workers) as pool:
+            judge = Judge(sandbox, pool, extra)
+            result["controls"] = controls = judge.controls(problems)
+            note(f"controls: published solutions {controls['canonical']}, empty {controls['empty']}")
+            try:
+                told = _answer_all(problems, answer, judge, samples)
+            except InferenceFailed as failed:
+                result |= {"status": "inference_failed", "why": str(failed)}
+            else:
+                result |= {"status": "finished", "generation": told}
+                result |= _scored(problems, samples, extra, whole=len(problems) == len(every))
+    result["environment"] = environment()
+    write_whole(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+    return result
+
+
+def _load(source: str | Path, options: Options, note: Note) -> _Answering:
     path = local_copy(source)
     tokenizer = load_tokenizer(path)
     device = choose_device(options.device)
@@ -132,48 +160,58 @@ def evaluate(source: str | Path, out: Path, options: Options, note: Note = lambd
         top_p=options.top_p,
         end_ids=end_of_turn(tokenizer) if kind == "chat" else (),
     )
-    record = {
+    return _Answering(model, tokenizer, settings, kind, options, note, vocab.fingerprint)
+
+
+def _record(
+    every: Sequence[Problem], problems: Sequence[Problem], answer: _Answering, tier: str
+) -> dict[str, Any]:
+    """All that a sample depends on: two files of samples with the same record may be joined."""
+    options = answer.options
+    return {
         "task": TASK_VERSION,
         "problems": len(problems),
         "data_sha256": digest(every),
         "extra_tests_sha256": None if options.extra_tests is None else file_sha256(options.extra_tests),
-        "weights_sha256": weights_sha256(model),
-        "tokenizer_sha256": vocab.fingerprint,
-        "prompt": kind,
+        "weights_sha256": weights_sha256(answer.model),
+        "tokenizer_sha256": answer.tokenizer_sha256,
+        "prompt": answer.kind,
         "samples": options.samples,
         "seed": options.seed,
-        "stops": list(STOPS) if kind == "base" else ["a closed fence around the function"],
+        "stops": list(STOPS) if answer.kind == "base" else ["a closed fence around the function"],
         "batch_rows": options.batch_rows,
-        "device": device.type,
-        "sandbox": sandbox.tier,
+        "device": answer.model.device.type,
+        "sandbox": tier,
         "torch": torch.__version__,
-        **generation.read_back(settings, model),
+        **generation.read_back(answer.settings, answer.model),
     }
-    note(f"humaneval: {len(problems)} problems, {kind} prompts, sandbox {sandbox.tier}, {device}")
-    samples = _Samples(out, record)
-    with ThreadPoolExecutor(options.workers) as pool:
-        judge = Judge(sandbox, pool, extra)
-        controls = judge.controls(problems)
-        note(f"controls: published solutions {controls['canonical']}, empty {controls['empty']}")
-        result = {
-            "model": str(source),
-            "settings": record,
-            "controls": controls,
-            "extra_tests": None if options.extra_tests is None else str(options.extra_tests),
-            "completions_found": len(samples.lines),
-        }
-        answer = _Answering(model, tokenizer, settings, kind, options, note)
-        try:
-            told = _answer_all(problems, answer, judge, samples)
-        except InferenceFailed as failed:
-            pool.shutdown(cancel_futures=True)
-            result |= {"status": "inference_failed", "why": str(failed)}
-        else:
-            result |= {"status": "finished", "generation": told}
-            result |= _scored(problems, samples, options, extra, whole=len(problems) == len(every))
-    result["environment"] = environment()
-    write_whole(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
-    return result
+
+
+def told(result: dict[str, Any]) -> list[list[str]]:
+    """A finished result as rows of a table."""
+
+    def shown(score: dict[str, Any]) -> str:
+        interval = f"{score['low']:.1%} to {score['high']:.1%}, {score['interval']}"
+        return f"{score['value']:.1%} ({interval})"
+
+    settings, extra = result["settings"], result.get("with_extra_tests", {})
+    rows = [[name, shown(score)] for name, score in result.get("scores", {}).items()]
+    if "subset" in result:
+        of = result["subset"]
+        rows.append(["subset, no score", f"{of['samples_passed']} of {of['samples']} samples passed"])
+    if extra:
+        rows.append(["extra tests passed, too", f"{extra['samples_passed']} on {extra['problems']} problems"])
+        rows += [
+            [f"{name} with extra tests", shown(score)] for name, score in extra.get("scores", {}).items()
+        ]
+    rows.append(["verdicts", ", ".join(f"{n} {v}" for v, n in sorted(result["verdicts"].items()))])
+    controls = result["controls"]
+    rows.append(["controls", f"published {controls['canonical']}, empty {controls['empty']}"])
+    sampling = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    how = sampling if settings["do_sample"] else "greedy"
+    rows.append(["settings", f"{settings['prompt']} prompts, {how}, {settings['samples']} per problem"])
+    rows += [["note", note] for note in result["notes"]]
+    return rows
 
 
 class _Samples:
@@ -201,11 +239,11 @@ class _Samples:
             lines = [parse_json(line) for line in raw]
             began = lines[0]["settings"] if lines else record
             found = {(line["task_id"], int(line["sample"])): line for line in lines[1:] if line["verdict"]}
-        except (ValueError, KeyError, TypeError) as error:
+            differing = [name for name in {**began, **record} if began.get(name) != record.get(name)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path}: damaged: {one_line(error)} Remove it, or give --out another."
             ) from error
-        differing = [name for name in {**began, **record} if began.get(name) != record.get(name)]
         if differing:
             shown = [f"{n} ({began.get(n)!r:.80} -> {record.get(n)!r:.80})" for n in differing[:6]]
             raise UserError(
@@ -241,6 +279,7 @@ class _Answering:
     kind: str
     options: Options
     note: Note
+    tokenizer_sha256: str
 
     def ask(self, problem: Problem, sample: int) -> Ask:
         text = chat_prompt(problem, self.tokenizer) if self.kind == "chat" else base_prompt(problem)
@@ -320,10 +359,11 @@ def _judge_line(judge: Judge, problem: Problem, line: dict[str, Any], samples: _
 
 
 def _scored(
-    problems: Sequence[Problem], samples: _Samples, options: Options, extra: dict[str, str], whole: bool
+    problems: Sequence[Problem], samples: _Samples, extra: dict[str, str], whole: bool
 ) -> dict[str, Any]:
     """Scores, counts and reservations. A subset has a share, and nothing that is called pass@1."""
     lines = list(samples.lines.values())
+    each = len(lines) // len(problems)
     passed = {p.task_id: 0 for p in problems}
     both = {p.task_id: 0 for p in problems if p.task_id in extra}
     for line in lines:
@@ -332,7 +372,7 @@ def _scored(
             both[line["task_id"]] += line["passed"] and line["extra_passed"]
 
     def table(counts: dict[str, int]) -> dict[str, Any]:
-        found = scores([*counts.values()], options.samples)
+        found = scores([*counts.values()], each)
         return {name: dataclasses.asdict(score) for name, score in found.items()}
 
     told: dict[str, Any] = {"passed_by_problem": passed}
