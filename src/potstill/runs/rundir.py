@@ -14,6 +14,7 @@
     receipt.json      what truly ran, written by the trainer
     status.json       beginning | running | stopped | finished | failed: why
     student/          the best student, a Hugging Face folder
+    evals/humaneval/  result and samples of `potstill eval RUN --humaneval`
     checkpoints/      the last two states of the training, for --resume
 
 Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
@@ -103,6 +104,10 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def humaneval(self) -> Path:
+        return self.path / "evals" / "humaneval"
 
     @property
     def resolved(self) -> Path:

