@@ -21,6 +21,7 @@ from potstill.cli import main
 from potstill.comparing import compare
 from potstill.display import Display
 from potstill.evals.arms import CE, CORRECTED, KD, UNTOUCHED
+from potstill.evals.sandbox import SandboxRefused
 from potstill.reporting import report
 from potstill.runs.rundir import RunDir
 
@@ -155,6 +156,53 @@ def test_the_rate_of_the_teacher_s_own_training_is_the_one_asked_for(
         ends |= {receipt["student"]["weights_sha256_end"] for receipt in receipts(folder, "teacher-*")}
         assert RunDir(folder / "teacher-0").metrics()[1]["train/lr"] == float(lr)
     assert len(ends) == 2
+
+
+def test_every_arm_s_student_is_put_to_humaneval(
+    tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the harness, whose own tests are elsewhere: here it passes the second problem for KD students alone."""
+    asked = []
+
+    def harness(source: Path, out: Path, options: Any, note: Any) -> dict[str, Any]:
+        asked.append(
+            (str(source.relative_to(tmp_path)), str(out.relative_to(tmp_path)), options.max_new_tokens)
+        )
+        passed = {f"HumanEval/{n}": int(n == 1 and source.parent.name.startswith("kd")) for n in range(164)}
+        return {"status": "finished", "passed_by_problem": passed}
+
+    monkeypatch.setattr("potstill.evals.humaneval.evaluate", harness)
+    monkeypatch.setattr(comparing, "_require_humaneval", lambda: None)
+    section = "{seeds: [0, 1], budget: steps, humaneval_tokens: 7}"
+    folder = compare(tiny_recipe(compare=section), out=tmp_path / "out")
+    assert folder is not None
+    names = ["untouched-0", "ce-0", "ce-1", "kd-0", "kd-1"]
+    assert asked == [(f"out/{name}/student", f"out/{name}/evals/humaneval", 7) for name in names]
+    found = result(folder)
+    scores = {name: arm["metrics"]["pass@1"] for name, arm in arms(found).items()}
+    assert scores[CE]["mean"] == 0 and scores[CE]["high"] == pytest.approx(
+        0.02289, abs=1e-5
+    )  # Wilson, 0 of 164
+    assert scores[KD]["mean"] == pytest.approx(1 / 164)
+    one = next(d for d in found["differences"] if d["metric"] == "pass@1" and d["against"] == CE)
+    assert one["shown"] is False  # one problem of 164 shows nothing
+    open_ = found["sentence"].split("no difference of KD and CE only is shown in")[1].split(".")[0]
+    assert "HumanEval pass@1" in open_
+
+
+def test_humaneval_that_cannot_run_is_told_before_the_first_arm(
+    tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise SandboxRefused("no namespaces, no Landlock")
+
+    monkeypatch.setattr("potstill.evals.humaneval_problems.read_problems", list)
+    monkeypatch.setattr("potstill.evals.sandbox.Sandbox", refuse)
+    path = tiny_recipe(compare="{humaneval_tokens: 7}")
+    assert main(["compare", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = "error: compare.humaneval_tokens: no sandbox here: no namespaces, no Landlock. Set it to 0.\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_random_student_is_random_by_the_seed(tiny_recipe: Write, tmp_path: Path) -> None:

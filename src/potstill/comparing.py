@@ -27,7 +27,7 @@ from potstill.assembly import Cast, assemble
 from potstill.display import Display
 from potstill.errors import UserError, one_line
 from potstill.evals import arms
-from potstill.evals.arms import CE, CORRECTED, KD, UNTOUCHED, Estimate, Measured, estimate
+from potstill.evals.arms import CE, CORRECTED, KD, UNTOUCHED, Estimate, Measured, Values, estimate
 from potstill.evals.likelihood import heldout_by_row
 from potstill.evals.passk import wilson
 from potstill.line import distill
@@ -240,34 +240,41 @@ class _Comparison:
 
     def measured(self, arm: str, cast: Cast) -> dict[str, Measured]:
         """Held-out rows, and HumanEval where it is asked for, of the students of all seeds."""
-        rows: dict[str, list[list[float]]] = {}
-        passed: list[list[float]] = []
-        positions: list[int] = []
-        for seed in self.asked.seeds:
-            folder = self.untouched(seed) if arm == UNTOUCHED else self.run_of(arm, seed).student
-            model = from_checkpoint(folder, cast.device)
-            self.require_one_start(arm, seed, weights_sha256(model))
-            model.mask_from(cast.shared.ids)
-            student = Student(model, cast.student.objective, cast.student.autocast)
-            positions, values = heldout_by_row(student, cast.teacher, cast.corpus.heldout)
-            for name in values.keys() & arms.METRICS.keys():
-                rows.setdefault(name, []).append(values[name])
-            if self.asked.humaneval_tokens:
-                passed.append(self.humaneval(folder))
-        weights_U = np.asarray(positions, np.float64)
-        found = {name: Measured(np.asarray(values), weights_U) for name, values in rows.items()}
-        if passed:
-            found["pass@1"] = Measured(np.asarray(passed), np.ones(len(passed[0])))
+        folders = [
+            self.untouched(seed) if arm == UNTOUCHED else self.run_of(arm, seed).student
+            for seed in self.asked.seeds
+        ]
+        seen = {folder: self.measured_student(folder, cast) for folder in dict.fromkeys(folders)}
+        if arm == UNTOUCHED:
+            for seed, folder in zip(self.asked.seeds, folders, strict=True):
+                self.require_one_start(seed, seen[folder][0])
+        _, weights_U, known = seen[folders[0]]
+        found = {
+            name: Measured(np.asarray([seen[folder][2][name] for folder in folders]), weights_U)
+            for name in known.keys() & arms.METRICS.keys()
+        }
+        if self.asked.humaneval_tokens:
+            passed = {folder: self.humaneval(folder) for folder in seen}
+            values_SU = np.asarray([passed[folder] for folder in folders])
+            found["pass@1"] = Measured(values_SU, np.ones(values_SU.shape[1]))
         return found
 
-    def require_one_start(self, arm: str, seed: int, sha256: str) -> None:
-        if arm == UNTOUCHED:
-            for other in self.arms:
-                begun = self.run_of(other, seed).receipt()["student"]["weights_sha256_start"]
-                if begun != sha256:
-                    raise RuntimeError(
-                        f"{other}, seed {seed}: began with {begun}, the untouched student is {sha256}"
-                    )
+    def measured_student(self, folder: Path, cast: Cast) -> tuple[str, Values, dict[str, list[float]]]:
+        """A saved student's hash, the positions of each held-out row, and each metric's mean over them."""
+        model = from_checkpoint(folder, cast.device)
+        sha256 = weights_sha256(model)
+        model.mask_from(cast.shared.ids)
+        student = Student(model, cast.student.objective, cast.student.autocast)
+        positions, values = heldout_by_row(student, cast.teacher, cast.corpus.heldout)
+        return sha256, np.asarray(positions, np.float64), values
+
+    def require_one_start(self, seed: int, sha256: str) -> None:
+        for arm in self.arms:
+            begun = self.run_of(arm, seed).receipt()["student"]["weights_sha256_start"]
+            if begun != sha256:
+                raise RuntimeError(
+                    f"{arm}, seed {seed}: began with {begun}, the untouched student is {sha256}"
+                )
 
     def humaneval(self, folder: Path) -> list[float]:
         """Of each problem, 1 where the greedy sample passed."""

@@ -49,8 +49,8 @@ def estimate(values_SU: Values, weights_U: Values) -> Estimate:
 
     Half the interval's width is the root of the sum of two squares: a standard error over seeds and one over
     units, each times Student's t of its own degrees of freedom, so that three seeds are trusted no more than
-    three seeds deserve. What belongs to both is counted twice, on the safe side. With one seed or one unit that
-    part of the chance is unknown, and in no interval: whoever shows it has to say so.
+    three seeds deserve. What belongs to both is counted twice, on the safe side. With one seed or one unit
+    that part of the chance is unknown, and in no interval: whoever shows it has to say so.
     """
     S, U = values_SU.shape
     share_U = weights_U / weights_U.sum()
