@@ -284,8 +284,8 @@ def humaneval_of(run: RunDir) -> None:
     (folder / "base.json").write_text(json.dumps(result))
     samples = [
         {"settings": {"prompt": "base"}},
-        {"task_id": "HumanEval/0", "verdict": "pass", "passed": True, "program": "def f(): return 1"},
-        {"task_id": "HumanEval/1", "verdict": "fail", "detail": PLANT, "program": PLANT, "completion": PLANT},
+        {"task_id": "HumanEval/0", "verdict": "passed", "passed": True, "program": "def f(): return 1"},
+        {"task_id": "HumanEval/1", "verdict": "failed", "detail": PLANT, "program": PLANT, "completion": PLANT},
         {"task_id": PLANT, "verdict": PLANT, "completion": "gone"},
     ]
     (folder / "base.samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -439,7 +439,7 @@ const look = (frame) => {
   one.lists = [...page.querySelectorAll(".filter")].map((filter) => {
     const shown = () => [...page.querySelectorAll("details[data-verdict]")].map((details) => Number(!details.hidden)).join("");
     const input = filter.querySelector("input"), select = filter.querySelector("select"), seen = [shown()];
-    select.value = "fail";
+    select.value = "failed";
     select.dispatchEvent(new Event("change"));
     seen.push(shown());
     select.value = "";

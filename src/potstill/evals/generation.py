@@ -152,6 +152,8 @@ def _run(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live: list
             use_cache=True,
         )
         cache = out.past_key_values
+        if cache is None:
+            raise InferenceFailed(f"{live[0].ask.name}: {type(model.hf).__name__} keeps no key-value cache")
         next_B = _choose(model, settings, warpers, out.last_hidden_state[:, -1], live)
         for row, token in zip(live, next_B.tolist(), strict=True):
             _take(row, token, tokenizer, ends)
