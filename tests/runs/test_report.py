@@ -285,7 +285,13 @@ def humaneval_of(run: RunDir) -> None:
     samples = [
         {"settings": {"prompt": "base"}},
         {"task_id": "HumanEval/0", "verdict": "passed", "passed": True, "program": "def f(): return 1"},
-        {"task_id": "HumanEval/1", "verdict": "failed", "detail": PLANT, "program": PLANT, "completion": PLANT},
+        {
+            "task_id": "HumanEval/1",
+            "verdict": "failed",
+            "detail": PLANT,
+            "program": PLANT,
+            "completion": PLANT,
+        },
         {"task_id": PLANT, "verdict": PLANT, "completion": "gone"},
     ]
     (folder / "base.samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))

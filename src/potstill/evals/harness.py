@@ -103,8 +103,10 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}. Give --out another folder.") from error
-    write_whole(out / RESULT, (json.dumps(result, indent=2, default=str) + "\n").encode())
-    return result
+    text = json.dumps(result, indent=2, default=str)  # a task's settings may hold functions
+    write_whole(out / RESULT, f"{text}\n".encode())
+    plain: dict[str, Any] = json.loads(text)
+    return plain
 
 
 def told(result: Mapping[str, Any]) -> list[list[str]]:
