@@ -419,3 +419,31 @@ def test_the_space_that_a_completion_begins_with_is_kept() -> None:
 
 def test_no_asks_have_no_completions(tiny: CausalLM) -> None:
     assert complete(tiny, TOKENIZER, settings_of(tiny), []) == []
+
+
+@pytest.mark.real
+@pytest.mark.soak
+def test_the_real_model_writes_what_transformers_writes(real_teacher: Any) -> None:
+    """Two problems' chat prompts of unequal lengths, 24 greedy tokens of each; about a minute."""
+    model, tokenizer = real_teacher.model, real_teacher.tokenizer
+    prompts = ["Write a Python function that adds two numbers.", "Name three colours, and say why. Be brief."]
+    ids = [
+        tokenizer(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            ),
+            add_special_tokens=False,
+        )["input_ids"]
+        for prompt in prompts
+    ]
+    found = complete(
+        model,
+        tokenizer,
+        settings_of(model, tokens=24, tokenizer=tokenizer),
+        [Ask(str(number), one, never) for number, one in enumerate(ids)],
+    )
+    for one, completion in zip(ids, found, strict=True):
+        row = torch.tensor([one])
+        new = model.hf.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=24)
+        wanted = tokenizer.decode(new[0, len(one) :], skip_special_tokens=True)
+        assert completion.text == wanted and len(wanted) > 20

@@ -113,7 +113,7 @@ def test_a_task_of_ones_own_gives_the_number_made_by_hand(
     assert result["versions"] == {"cats": 3.0}
     assert result["configs"]["cats"]["doc_to_text"] == "query"
     assert (result["whole"], result["n-samples"]["cats"]["effective"]) == (True, 5)
-    assert (result["config"]["batch_size"], result["config"]["random_seed"]) == (3, 5)
+    assert (result["batch_rows"], result["config"]["random_seed"]) == (3, 5)
     assert len(result["weights_sha256"]) == 64 and result["lm_eval"]
     assert main(["eval", str(model), *flags]) == 0
     assert f"cats acc {sum(right) / 5:.4f} ±" in " ".join(capsys.readouterr().out.split())

@@ -307,6 +307,13 @@ def test_humaneval_is_there_problem_by_problem(run: RunDir) -> None:
     assert "def f(): return 1" in said
     assert said.count(PLANT) >= 8
     assert "ab" * 32 in said
+    kinds = text[text.index('<ul class="cells">') :].split("<li")[1:4]
+    assert [kind.startswith(' class="pass"') for kind in kinds] == [True, False, False]
+    assert [kind.startswith(' class="other"') for kind in kinds] == [
+        False,
+        False,
+        True,
+    ]  # neither right nor wrong
     anchors = {a["id"] for t, a in found.tags if t == "details" and "id" in a}
     assert {f"#{a}" for a in anchors} == {a["href"] for t, a in found.tags if t == "a" and "title" in a}
     assert "img" not in {tag for tag, _ in found.tags}

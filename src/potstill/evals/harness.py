@@ -77,8 +77,9 @@ def evaluate(
     _mask_padding(model, vocab_of(tokenizer, model.vocab_size).known)
     note(f"lm-eval {lm_eval.__version__}: {', '.join(tasks)}")
     try:
+        lm = HFLM(pretrained=model.hf, tokenizer=tokenizer, batch_size=batch_rows)
         told = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model.hf, tokenizer=tokenizer, batch_size=batch_rows),
+            model=lm,
             tasks=[*tasks],
             limit=limit,
             log_samples=False,
@@ -95,6 +96,7 @@ def evaluate(
         "model": str(source),
         "weights_sha256": weights_sha256(model),
         "lm_eval": lm_eval.__version__,
+        "batch_rows": lm.batch_size,
         "whole": limit is None,
         **{name: told[name] for name in KEPT if name in told},
         "environment": environment(),
