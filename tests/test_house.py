@@ -25,7 +25,7 @@ FLOORS = [
     {"training", "evals"},
     {"assembly"},
     {"proof"},
-    {"line", "reporting"},
+    {"line", "reporting", "benchmarks"},
     {"comparing"},
     {"cli", "__main__", "__init__"},
 ]

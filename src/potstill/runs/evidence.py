@@ -193,7 +193,7 @@ def _problems(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[st
     cells, items = [], []
     for number, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True)):
         task, anchor, passed = str(sample["task_id"]), f"he-{key}-{number}", sample.get("passed") is True
-        kind = ' class="pass"' if passed else ' class="other"' if verdict != "fail" else ""
+        kind = ' class="pass"' if passed else ' class="other"' if verdict != "failed" else ""
         label = f'title="{html(task)}: {html(verdict)}"'
         cells.append(f'<li{kind}><a href="#{anchor}" {label}>{html(task.split("/")[-1])}</a></li>')
         items.append(
