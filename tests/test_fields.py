@@ -78,6 +78,11 @@ SHOWN_BY = {
     "eval.every": "test_held_out_rows_are_measured_at_the_start_at_intervals_and_at_the_end",
     "eval.sample_prompt": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
     "eval.sample_tokens": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
+    "compare.budget": "tests/test_comparing.py",
+    "compare.seeds": "tests/test_comparing.py",
+    "compare.corrected_steps": "tests/test_comparing.py",
+    "compare.corrected_lr": "test_the_rate_of_the_teacher_s_own_training_is_the_one_asked_for",
+    "compare.humaneval_tokens": "test_every_arm_s_student_is_put_to_humaneval",
     "sinks": "tests/runs/test_sinks.py",
     "plugins": "test_a_plug_in_divergence_trains",
 }

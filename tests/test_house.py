@@ -25,7 +25,8 @@ FLOORS = [
     {"training", "evals"},
     {"assembly"},
     {"proof"},
-    {"line", "reporting"},
+    {"line", "reporting", "benchmarks"},
+    {"comparing"},
     {"cli", "__main__", "__init__"},
 ]
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}

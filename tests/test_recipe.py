@@ -193,6 +193,7 @@ def test_the_defaults_are_those_of_the_documentation(
         },
         "eval": {"every": 0, "sample_prompt": None, "sample_tokens": 48},
         "guard": {"policy": "stop", "loss_ceiling": None, "first_step_s": 1800.0, "stall_s": 1800.0},
+        "compare": None,
         "allow_identical": False,
         "sinks": [],
         "plugins": [],
@@ -400,11 +401,11 @@ UNKNOWN = [
     ),
     (
         {"zzz": "{steps: 1}"},
-        "zzz: unknown key. Known: allow_identical, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
+        "zzz: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
     ),
     (
         {"on": "1"},
-        "on: unknown key. Known: allow_identical, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
+        "on: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
     ),
     (
         {"objective": "{divergence: {name: jsd, zzz: 1}}"},

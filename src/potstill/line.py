@@ -57,6 +57,10 @@ def distill(
     if isinstance(recipe, Recipe) and overrides:
         raise UserError("distill: overrides go with a recipe file; a loaded recipe is taken as it is.")
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    if loaded.compare is not None:
+        raise UserError(
+            "distill: the recipe has a section `compare`; compare() runs its arms. Or leave it out."
+        )
     require_sinks(loaded.sinks)
     resolved = recipes.dump(loaded)
     given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()

@@ -57,6 +57,7 @@ Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
 CountOrZero = Annotated[int, Interval(ge=0, le=MAX_INT32)]
 Positive = Annotated[float, Interval(gt=0)]
 PositiveOrZero = Annotated[float, Interval(ge=0)]
+Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 
@@ -247,7 +248,7 @@ class Train(Section):
     """Steps between checkpoints, of which two are kept; 0: only when a signal stops the run."""
     device: Annotated[str, _check(_device), WithJsonSchema({"type": "string", "pattern": DEVICE})] = "auto"
     """auto, cpu, cuda or cuda:N; auto: CUDA where there is a device, else the CPU."""
-    seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
+    seed: Seed = 0
     """Seed of the order of the rows and of random weights."""
 
     @property
@@ -277,3 +278,24 @@ class Guard(Section):
     """Longest wait for the first step, in seconds; then stacks are written and the run ends."""
     stall_s: Positive = 1800.0
     """The same for every later step, evaluation batch and checkpoint."""
+
+
+def _seeds(value: list[int], folder: Path) -> list[int]:
+    if len(set(value)) < len(value):
+        raise UserError(f"{value} has a seed twice. List each once.")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Section):
+    budget: Literal["time", "steps"] = "time"
+    """What the arms have alike: training time, by steps set from the seconds of trial steps; or steps."""
+    seeds: Annotated[list[Seed], MinLen(1), _check(_seeds)] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds that every arm is run with; each takes the place of train.seed."""
+    corrected_steps: CountOrZero = 0
+    """Steps of plain training of the teacher before it teaches an arm of its own, whose budget pays for them;
+    0: no such arm."""
+    corrected_lr: Positive = 2e-5
+    """Learning rate of those steps."""
+    humaneval_tokens: CountOrZero = 0
+    """Longest completion in tokens of a greedy HumanEval of every arm's student; 0: not run."""

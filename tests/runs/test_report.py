@@ -284,8 +284,14 @@ def humaneval_of(run: RunDir) -> None:
     (folder / "base.json").write_text(json.dumps(result))
     samples = [
         {"settings": {"prompt": "base"}},
-        {"task_id": "HumanEval/0", "verdict": "pass", "passed": True, "program": "def f(): return 1"},
-        {"task_id": "HumanEval/1", "verdict": "fail", "detail": PLANT, "program": PLANT, "completion": PLANT},
+        {"task_id": "HumanEval/0", "verdict": "passed", "passed": True, "program": "def f(): return 1"},
+        {
+            "task_id": "HumanEval/1",
+            "verdict": "failed",
+            "detail": PLANT,
+            "program": PLANT,
+            "completion": PLANT,
+        },
         {"task_id": PLANT, "verdict": PLANT, "completion": "gone"},
     ]
     (folder / "base.samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
@@ -301,6 +307,13 @@ def test_humaneval_is_there_problem_by_problem(run: RunDir) -> None:
     assert "def f(): return 1" in said
     assert said.count(PLANT) >= 8
     assert "ab" * 32 in said
+    kinds = text[text.index('<ul class="cells">') :].split("<li")[1:4]
+    assert [kind.startswith(' class="pass"') for kind in kinds] == [True, False, False]
+    assert [kind.startswith(' class="other"') for kind in kinds] == [
+        False,
+        False,
+        True,
+    ]  # neither right nor wrong
     anchors = {a["id"] for t, a in found.tags if t == "details" and "id" in a}
     assert {f"#{a}" for a in anchors} == {a["href"] for t, a in found.tags if t == "a" and "title" in a}
     assert "img" not in {tag for tag, _ in found.tags}
@@ -356,7 +369,7 @@ def test_a_comparison_has_its_sentence_its_table_and_its_intervals(tmp_path: Pat
     text = report([tmp_path], None, 48, False, QUIET).read_text()
     said = " ".join(Elements(text).sections["arms"].split())
     assert f"KD is ahead {PLANT}" in said
-    assert "untouched 4.5 not run" in said
+    assert "untouched – – 4.5 not run" in said
     assert f"unequal {PLANT}" in said
     assert f"heldout/kl -0.5 [-0.75, -0.25] {PLANT} ahead" in said
     assert said.count("not shown") == 1
@@ -439,7 +452,7 @@ const look = (frame) => {
   one.lists = [...page.querySelectorAll(".filter")].map((filter) => {
     const shown = () => [...page.querySelectorAll("details[data-verdict]")].map((details) => Number(!details.hidden)).join("");
     const input = filter.querySelector("input"), select = filter.querySelector("select"), seen = [shown()];
-    select.value = "fail";
+    select.value = "failed";
     select.dispatchEvent(new Event("change"));
     seen.push(shown());
     select.value = "";

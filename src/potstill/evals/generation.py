@@ -9,6 +9,7 @@ that the result is written from.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,16 +143,21 @@ def _run(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live: list
         return
     ids_BT, mask_BT = _left_padded([row.ask.prompt_ids for row in live], settings.pad_token_id, model.device)
     warpers, ends, cache = _warpers(settings), set(_ids(settings.eos_token_id)), None
+    # Transformers calls it `cache` from 5.24 on, and warns of the old name.
+    known = inspect.signature(model.hf.base_model.forward).parameters
+    cache_name = "cache" if "cache" in known else "past_key_values"
     while live:
         positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
         out = model.hf.base_model(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             position_ids=positions_BT,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name: cache},
         )
-        cache = out.past_key_values
+        cache = getattr(out, cache_name, None)
+        if cache is None:
+            raise InferenceFailed(f"{live[0].ask.name}: {type(model.hf).__name__} keeps no key-value cache")
         next_B = _choose(model, settings, warpers, out.last_hidden_state[:, -1], live)
         for row, token in zip(live, next_B.tolist(), strict=True):
             _take(row, token, tokenizer, ends)

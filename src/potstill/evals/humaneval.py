@@ -9,14 +9,13 @@ all fail; without that there is no score. An evaluation that was killed goes on 
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import json
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +37,18 @@ from potstill.evals.humaneval_problems import (
     digest,
     end_of_turn,
     is_whole,
+    parsed,
     program_of,
     read_problems,
     read_tests,
 )
-from potstill.evals.passk import RESULT, scores
+from potstill.evals.passk import RESULT, scored
 from potstill.evals.sandbox import Sandbox, SandboxRefused
 from potstill.models.causal_lm import CausalLM
 from potstill.models.files import file_sha256
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
 from potstill.plain_files import opened, parse_json
-from potstill.runs.rundir import environment, write_whole
+from potstill.runs.rundir import RunDir, environment, write_whole
 
 TASK_VERSION = "potstill-humaneval-1"
 """Changes with whatever changes a score: prompts, stops, extraction, judging."""
@@ -113,30 +113,32 @@ def evaluate(source: str | Path, out: Path, options: Options, note: Note = lambd
         sandbox = Sandbox()
     except SandboxRefused as refused:
         raise UserError(f"humaneval: no sandbox here, so nothing was run: {one_line(refused)}") from refused
-    with sandbox:
+    with sandbox, ThreadPoolExecutor(options.workers) as pool:
         answer = _load(source, options, note)
         record = _record(every, problems, answer, sandbox.tier)
-        note(f"humaneval: {len(problems)} problems, {answer.kind} prompts, sandbox {sandbox.tier}")
         samples = _Samples(out, record)
-        result = {
-            "model": str(source),
-            "settings": record,
-            "extra_tests": None if options.extra_tests is None else str(options.extra_tests),
-            "completions_found": len(samples.lines),
-        }
-        with ThreadPoolExecutor(options.workers) as pool:
-            judge = Judge(sandbox, pool, extra)
-            result["controls"] = controls = judge.controls(problems)
-            note(f"controls: published solutions {controls['canonical']}, empty {controls['empty']}")
+        note(f"humaneval: {len(problems)} problems, {answer.kind} prompts, sandbox {sandbox.tier}")
+        judge = Judge(sandbox, pool, extra)
+        controls = judge.controls(problems)
+        note(f"controls: published solutions {controls['canonical']}, empty {controls['empty']}")
+        with samples.begun():
+            result: dict[str, Any] = {
+                "model": str(source),
+                "settings": record,
+                "extra_tests": None if options.extra_tests is None else str(options.extra_tests),
+                "completions_found": len(samples.lines),
+                "controls": controls,
+            }
             try:
                 told = _answer_all(problems, answer, judge, samples)
             except InferenceFailed as failed:
                 result |= {"status": "inference_failed", "why": str(failed)}
             else:
                 result |= {"status": "finished", "generation": told}
-                result |= _scored(problems, samples, extra, whole=len(problems) == len(every))
-    result["environment"] = environment()
-    write_whole(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+                tasks, lines = [problem.task_id for problem in problems], [*samples.lines.values()]
+                result |= scored(tasks, lines, [*extra], whole=len(problems) == len(every))
+            result["environment"] = environment()
+            write_whole(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
@@ -187,52 +189,40 @@ def _record(
     }
 
 
-def told(result: dict[str, Any]) -> list[list[str]]:
-    """A finished result as rows of a table."""
-
-    def shown(score: dict[str, Any]) -> str:
-        interval = f"{score['low']:.1%} to {score['high']:.1%}, {score['interval']}"
-        return f"{score['value']:.1%} ({interval})"
-
-    settings, extra = result["settings"], result.get("with_extra_tests", {})
-    rows = [[name, shown(score)] for name, score in result.get("scores", {}).items()]
-    if "subset" in result:
-        of = result["subset"]
-        rows.append(["subset, no score", f"{of['samples_passed']} of {of['samples']} samples passed"])
-    if extra:
-        rows.append(["extra tests passed, too", f"{extra['samples_passed']} on {extra['problems']} problems"])
-        rows += [
-            [f"{name} with extra tests", shown(score)] for name, score in extra.get("scores", {}).items()
-        ]
-    rows.append(["verdicts", ", ".join(f"{n} {v}" for v, n in sorted(result["verdicts"].items()))])
-    controls = result["controls"]
-    rows.append(["controls", f"published {controls['canonical']}, empty {controls['empty']}"])
-    sampling = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
-    how = sampling if settings["do_sample"] else "greedy"
-    rows.append(["settings", f"{settings['prompt']} prompts, {how}, {settings['samples']} per problem"])
-    rows += [["note", note] for note in result["notes"]]
-    return rows
-
-
 class _Samples:
     """The lines of `humaneval.samples.jsonl`, of which a kill can cut off the last."""
 
     def __init__(self, out: Path, record: dict[str, Any]) -> None:
-        self.path, self._lock = out / SAMPLES, threading.Lock()
+        """Reads what is there, and writes nothing yet.
+
+        Raises:
+            UserError: it is damaged, or was begun with other settings.
+        """
+        self._out, self.path, self._lock = out, out / SAMPLES, threading.Lock()
+        self._record = record
         self.lines: dict[tuple[str, int], dict[str, Any]] = {}
-        self.header = {"settings": record, "settings_sha256": _sha256(record)}
+        self._read()
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Meanwhile no other process writes here."""
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / RESULT).unlink(missing_ok=True)  # a score stands only beside what it was made of
+            self._out.mkdir(parents=True, exist_ok=True)
+            lock = RunDir(self._out).locked()
         except OSError as error:
             raise UserError(
-                f"{out}: cannot be written: {error.strerror}. Give --out another folder."
+                f"{self._out}: cannot be written: {error.strerror}. Give --out another folder."
             ) from error
-        if os.path.lexists(self.path):
-            self._read(record)
-        self.write_whole()
+        with lock:
+            self._read()
+            self.write_whole()
+            (self._out / RESULT).unlink(missing_ok=True)  # a score stands only beside what it was made of
+            yield
 
-    def _read(self, record: dict[str, Any]) -> None:
+    def _read(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        record = self._record
         with opened(self.path, "samples", "Give --out another folder.") as file:
             raw = file.read().split(b"\n")[:-1]
         try:
@@ -265,7 +255,8 @@ class _Samples:
     def write_whole(self) -> None:
         """In the order of problems, so that two files of the same run may be compared."""
         ordered = sorted(self.lines, key=lambda key: (int(key[0].rpartition("/")[2]), key[1]))
-        content = [self.header, *(self.lines[key] for key in ordered)]
+        header = {"settings": self._record, "settings_sha256": _sha256(self._record)}
+        content = [header, *(self.lines[key] for key in ordered)]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in content).encode())
 
 
@@ -283,8 +274,10 @@ class _Answering:
 
     def ask(self, problem: Problem, sample: int) -> Ask:
         text = chat_prompt(problem, self.tokenizer) if self.kind == "chat" else base_prompt(problem)
-        # A template writes its own special tokens.
+        # A template writes its own special tokens. A tokenizer may also close what it reads.
         ids = self.tokenizer(text, add_special_tokens=self.kind == "base")["input_ids"]
+        while self.kind == "base" and len(ids) > 1 and ids[-1] in self.settings.eos_token_id:
+            ids.pop()
         return Ask(f"{problem.task_id} sample {sample}", ids, is_whole(problem, self.kind))
 
     def complete(self, asks: Sequence[Ask]) -> list[Completion]:
@@ -331,7 +324,7 @@ def _answer_all(
     if not any(line["completion"].strip() for line in samples.lines.values()):
         raise InferenceFailed("every completion is empty")
     return {
-        "tokens": tokens,
+        "tokens": sum(line["tokens"] for line in samples.lines.values()),
         "seconds": round(seconds, 3),
         "tokens_per_s": round(tokens / seconds, 2) if seconds else None,
         "threads": torch.get_num_threads(),
@@ -339,6 +332,7 @@ def _answer_all(
 
 
 def _line(problem: Problem, sample: int, kind: str, completion: Completion) -> dict[str, Any]:
+    program = program_of(problem, kind, completion.text)
     return {
         "task_id": problem.task_id,
         "sample": sample,
@@ -346,7 +340,8 @@ def _line(problem: Problem, sample: int, kind: str, completion: Completion) -> d
         "completion": completion.text,
         "tokens": completion.tokens,
         "finish": completion.finish,
-        "program": program_of(problem, kind, completion.text),
+        "program": program,
+        "parses": parsed(program) is not None,
     }
 
 
@@ -356,43 +351,6 @@ def _judge_line(judge: Judge, problem: Problem, line: dict[str, Any], samples: _
         line |= {f"{prefix}verdict": verdict.status, f"{prefix}passed": verdict.passed}
         line |= {f"{prefix}detail": verdict.detail, f"{prefix}cpu_s": round(verdict.cpu_s, 3)}
     samples.add(line)
-
-
-def _scored(
-    problems: Sequence[Problem], samples: _Samples, extra: dict[str, str], whole: bool
-) -> dict[str, Any]:
-    """Scores, counts and reservations. A subset has a share, and nothing that is called pass@1."""
-    lines = list(samples.lines.values())
-    each = len(lines) // len(problems)
-    passed = {p.task_id: 0 for p in problems}
-    both = {p.task_id: 0 for p in problems if p.task_id in extra}
-    for line in lines:
-        passed[line["task_id"]] += line["passed"]
-        if line["task_id"] in both:
-            both[line["task_id"]] += line["passed"] and line["extra_passed"]
-
-    def table(counts: dict[str, int]) -> dict[str, Any]:
-        found = scores([*counts.values()], each)
-        return {name: dataclasses.asdict(score) for name, score in found.items()}
-
-    told: dict[str, Any] = {"passed_by_problem": passed}
-    if whole:
-        told["scores"] = table(passed)
-    else:
-        told["subset"] = {
-            "problems": len(passed),
-            "samples": len(lines),
-            "samples_passed": sum(passed.values()),
-        }
-    if both:
-        told["with_extra_tests"] = {"problems": len(both), "samples_passed": sum(both.values())}
-        if whole and len(both) == len(passed):
-            told["with_extra_tests"]["scores"] = table(both)
-    cut = sorted(line["task_id"] for line in lines if line["finish"] == "context")
-    told["verdicts"] = dict(Counter(line["verdict"] for line in lines))
-    told["finishes"] = dict(Counter(line["finish"] for line in lines))
-    told["notes"] = [f"the model's context ended the completion of {task}" for task in cut]
-    return told
 
 
 def _sha256(value: Any) -> str:

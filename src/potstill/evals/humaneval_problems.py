@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,14 @@ INSTRUCTION = (
     "Complete this Python function. Answer with the whole function and the imports it needs, in one"
     " ```python code block.\n\n```python\n{prompt}\n```"
 )
-FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(
+    r"^(?P<indent>[ \t]*)(?P<fence>```+)[^\n`]*\n(?P<code>.*?)"
+    r"(?P<end>^(?:(?P=indent))?[ ]{0,3}(?P=fence)|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+"""A block ends at a fence as long as its own that stands no deeper: one in a docstring is of the code."""
+LEFTOVER = re.compile(r"<\|\w+\|>|</s>|<(?:eos|end_of_turn)>")
+"""An end of text or turn that a tokenizer does not hold for special, and so leaves in the text."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,12 @@ def base_prompt(problem: Problem) -> str:
 def chat_prompt(problem: Problem, tokenizer: Any) -> str:
     """One turn of a user, and the beginning of the assistant's, by the tokenizer's own template."""
     turn = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt.strip())}
+    return _by_template(tokenizer, [turn], prompt=True)
+
+
+def _by_template(tokenizer: Any, turns: list[dict[str, str]], prompt: bool) -> str:
     try:
-        text: str = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template is a program that came with the model
         raise UserError(
             f"humaneval: the model's chat template fails: {one_line(error)} Use --prompt base."
@@ -132,7 +144,7 @@ def end_of_turn(tokenizer: Any) -> list[int]:
     """The token that the template writes after an assistant's words, if it is one of the added ones."""
     said = "Kx7Q"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
+    after = _by_template(tokenizer, turns, prompt=False).rpartition(said)[2]
     first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after.strip() else []
     return [i for i in first if i in tokenizer.added_tokens_decoder]
 
@@ -140,11 +152,13 @@ def end_of_turn(tokenizer: Any) -> list[int]:
 def is_whole(problem: Problem, kind: str) -> Callable[[str], bool]:
     """Whether what a model has written so far contains all that will be judged."""
     if kind == "base":
-        return lambda text: any(stop in text for stop in STOPS)
+        return lambda text: any(stop in text for stop in STOPS) or LEFTOVER.search(text) is not None
 
     def closed(text: str) -> bool:
-        blocks = FENCED.finditer(text) if "```" in text else ()
-        return any(block[2] and _defines(block[1], problem.entry_point) for block in blocks)
+        blocks = FENCED.finditer(text) if text.count("```") > 1 else ()
+        if any(block["end"] and _defines(_code_in(block), problem.entry_point) for block in blocks):
+            return True
+        return LEFTOVER.search(text) is not None
 
     return closed
 
@@ -156,14 +170,24 @@ def program_of(problem: Problem, kind: str, completion: str) -> str:
     function, closed or not; else the first block, or the text itself. What does not define the function is
     taken for its body. Imports and functions that the prompt gave stand before a function written anew.
     """
+    text = LEFTOVER.split(completion, maxsplit=1)[0]
     if kind == "base":
-        ends = [at for stop in STOPS if (at := completion.find(stop)) >= 0]
-        return f"{base_prompt(problem)}{completion[: min(ends, default=None)]}\n"
-    blocks = [block[1] for block in FENCED.finditer(completion)]
-    code = next((b for b in blocks if _defines(b, problem.entry_point)), next(iter(blocks), completion))
+        ends = [at for stop in STOPS if (at := text.find(stop)) >= 0]
+        return f"{base_prompt(problem)}{text[: min(ends, default=None)]}\n"
+    blocks = [_code_in(block) for block in FENCED.finditer(text)]
+    code = next((b for b in blocks if _defines(b, problem.entry_point)), next(iter(blocks), text))
     if _defines(code, problem.entry_point):
         return f"{problem.preamble}\n{code}\n"
     return f"{base_prompt(problem)}\n{code}\n"
+
+
+def parsed(code: str) -> ast.Module | None:
+    """The syntax tree, or None where the code has none. Nothing is compiled or run."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # a model's odd escapes are its own affair
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 class Judge:
@@ -222,11 +246,15 @@ def _refuse(problem: Problem, what: str, verdict: Verdict) -> NoReturn:
     )
 
 
+def _code_in(block: re.Match[str]) -> str:
+    """Its lines without the indentation of the fence, which a list puts before every line."""
+    return re.sub(rf"^{block['indent']}", "", block["code"], flags=re.MULTILINE)
+
+
 def _defines(code: str, name: str) -> bool:
     """Whether a function of this name is defined at the top; by its looks where the code does not parse."""
-    try:
-        tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    tree = parsed(code)
+    if tree is None:
         return re.search(rf"^(async )?def {re.escape(name)}\b", code, re.MULTILINE) is not None
     return any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body)
 

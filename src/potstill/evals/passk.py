@@ -6,15 +6,17 @@ because sampling is random: a greedy run repeats exactly and still has one.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.plain_files import read_object
 
 Z_95 = 1.959963984540054
@@ -22,6 +24,11 @@ Z_95 = 1.959963984540054
 RESAMPLES = 10_000
 RESULT = "humaneval.json"
 KS = (1, 5, 10, 100)
+ALIKE = (
+    *("task", "data_sha256", "problems", "prompt"),
+    *("temperature", "top_p", "max_new_tokens"),
+)
+"""Settings that two results must share to be compared."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,11 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
     return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
 
-def wilson(passed: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): it stays inside 0 and 1, and is not empty at 0 of n."""
+def wilson(passed: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): it stays inside 0 and 1, and is not empty at 0 of n.
+
+    `passed` may be a mean over several runs.
+    """
     if not (n > 0 and 0 <= passed <= n):
         raise ValueError(f"{passed} of {n} is no share")
     share, z2 = passed / n, Z_95**2
@@ -74,17 +84,91 @@ def scores(passed: Sequence[int], n: int) -> dict[str, Score]:
     """pass@k for the usual k up to n, over problems each with n samples of which `passed` passed.
 
     With one sample a problem is passed or not, and the interval is Wilson's; with more, problems are
-    resampled.
+    resampled, unless all or none passed.
     """
     found = {}
     for k in (k for k in KS if k <= n):
         each = [pass_at_k(n, count, k) for count in passed]
         value = sum(each) / len(each)
-        if n == 1:
-            found[f"pass@{k}"] = Score(value, *wilson(sum(passed), len(passed)), "Wilson, 95 %")
+        if n == 1 or value in (0.0, 1.0):  # what is all alike stays so however it is resampled
+            found[f"pass@{k}"] = Score(value, *wilson(round(sum(each)), len(each)), "Wilson, 95 %")
         else:
             found[f"pass@{k}"] = Score(value, *_bootstrap(each), "bootstrap over problems, 95 %")
     return found
+
+
+def scored(
+    tasks: Sequence[str], lines: Sequence[Mapping[str, Any]], extra: Sequence[str], whole: bool
+) -> dict[str, Any]:
+    """Scores, counts and reservations. A subset has a share, and nothing that is called pass@1.
+
+    Args:
+        tasks: ids of the problems.
+        lines: one for each sample, as many for each task.
+        extra: those of the tasks that have extra tests.
+        whole: all of HumanEval.
+    """
+    each = len(lines) // len(tasks)
+    passed = dict.fromkeys(tasks, 0)
+    both = {task: 0 for task in tasks if task in extra}
+    for line in lines:
+        passed[line["task_id"]] += line["passed"]
+        if line["task_id"] in both:
+            both[line["task_id"]] += line["passed"] and line["extra_passed"]
+
+    def table(counts: dict[str, int]) -> dict[str, Any]:
+        found = scores([*counts.values()], each)
+        return {name: dataclasses.asdict(score) for name, score in found.items()}
+
+    told: dict[str, Any] = {"passed_by_problem": passed}
+    if whole:
+        told["scores"] = table(passed)
+    else:
+        told["subset"] = {
+            "problems": len(passed),
+            "samples": len(lines),
+            "samples_passed": sum(passed.values()),
+        }
+    if both:
+        told["with_extra_tests"] = {"problems": len(both), "samples_passed": sum(both.values())}
+        if whole and len(both) == len(passed):
+            told["with_extra_tests"]["scores"] = table(both)
+    cut = sorted(line["task_id"] for line in lines if line["finish"] == "context")
+    told["programs_that_parse"] = sum(line["parses"] for line in lines) / len(lines)
+    told["verdicts"] = dict(Counter(line["verdict"] for line in lines))
+    told["finishes"] = dict(Counter(line["finish"] for line in lines))
+    told["notes"] = [f"the model's context ended the completion of {task}" for task in cut]
+    return told
+
+
+def told(result: Mapping[str, Any]) -> list[list[str]]:
+    """A finished result as rows of a table."""
+
+    def shown(score: dict[str, Any]) -> str:
+        interval = f"{score['low']:.1%} to {score['high']:.1%}, {score['interval']}"
+        return f"{score['value']:.1%} ({interval})"
+
+    settings, extra = result["settings"], result.get("with_extra_tests", {})
+    rows = [[name, shown(score)] for name, score in result.get("scores", {}).items()]
+    if "subset" in result:
+        of = result["subset"]
+        rows.append(["subset, no score", f"{of['samples_passed']} of {of['samples']} samples passed"])
+    if extra:
+        rows.append(["extra tests passed, too", f"{extra['samples_passed']} on {extra['problems']} problems"])
+        rows += [
+            [f"{name} with extra tests", shown(score)] for name, score in extra.get("scores", {}).items()
+        ]
+    rows.append(["verdicts", ", ".join(f"{n} {v}" for v, n in sorted(result["verdicts"].items()))])
+    rows.append(
+        ["programs that parse", f"{result['programs_that_parse']:.1%} of {sum(result['verdicts'].values())}"]
+    )
+    controls = result["controls"]
+    rows.append(["controls", f"published {controls['canonical']}, empty {controls['empty']}"])
+    sampling = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    how = sampling if settings["do_sample"] else "greedy"
+    rows.append(["settings", f"{settings['prompt']} prompts, {how}, {settings['samples']} per problem"])
+    rows += [["note", note] for note in result["notes"]]
+    return rows
 
 
 def compared(first: Sequence[float], second: Sequence[float]) -> Comparison:
@@ -130,9 +214,12 @@ def _shares(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
     found = read_object(file, f"Give a {RESULT}.")
     if found.get("status") != "finished":
         raise UserError(f"{file}: {found.get('status', 'no result of HumanEval')!s:.60}. Nothing to compare.")
-    settings, passed = found["settings"], found["passed_by_problem"]
-    shares = {task: count / settings["samples"] for task, count in passed.items()}
-    return shares, {name: settings[name] for name in ("task", "data_sha256", "problems", "prompt")}
+    try:
+        settings, passed = found["settings"], found["passed_by_problem"]
+        shares = {task: count / settings["samples"] for task, count in passed.items()}
+        return shares, {name: settings[name] for name in ALIKE}
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: damaged: {one_line(error)} Give a {RESULT}.") from error
 
 
 def _bootstrap(values: Sequence[float]) -> tuple[float, float]:

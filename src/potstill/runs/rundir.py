@@ -15,6 +15,7 @@
     status.json       beginning | running | stopped | finished | failed: why
     student/          the best student, a Hugging Face folder
     evals/humaneval/  result and samples of `potstill eval RUN --humaneval`
+    evals/lm-eval/    result of `potstill eval RUN --lm-eval`
     checkpoints/      the last two states of the training, for --resume
 
 Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
@@ -108,6 +109,10 @@ class RunDir:
     @property
     def humaneval(self) -> Path:
         return self.path / "evals" / "humaneval"
+
+    @property
+    def lm_eval(self) -> Path:
+        return self.path / "evals" / "lm-eval"
 
     @property
     def resolved(self) -> Path:
