@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from potstill.comparing import compare as compare
     from potstill.errors import UserError as UserError
     from potstill.line import distill as distill
     from potstill.line import evaluate as evaluate
@@ -29,6 +30,7 @@ _HOMES = {
     "TableTeacher": "potstill.teachers.fixture",
     "TorchTeacher": "potstill.teachers.torch_teacher",
     "UserError": "potstill.errors",
+    "compare": "potstill.comparing",
     "distill": "potstill.line",
     "evaluate": "potstill.line",
     "load_recipe": "potstill.recipe",
@@ -40,6 +42,7 @@ __all__ = [
     "TableTeacher",
     "TorchTeacher",
     "UserError",
+    "compare",
     "distill",
     "evaluate",
     "load_recipe",
