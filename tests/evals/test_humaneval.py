@@ -780,7 +780,7 @@ def test_only_empty_completions_are_a_failure_and_one_that_is_not_is_a_zero(
     assert (code, result["subset"]["samples_passed"]) == (0, 0)
 
 
-def test_a_failure_takes_the_score_that_lay_there_away(
+def test_a_failure_or_a_break_takes_the_score_that_lay_there_away(
     trusting: Any,
     problems: list[Problem],
     model: str,
@@ -791,6 +791,13 @@ def test_a_failure_takes_the_score_that_lay_there_away(
     answers(monkeypatch, problems, canonical)
     run([model, "--limit", "3", "--out", str(tmp_path)], capsys)
     (tmp_path / "humaneval.samples.jsonl").unlink()
+
+    def interrupted(problem: Problem, sample: int) -> str:
+        raise KeyboardInterrupt
+
+    answers(monkeypatch, problems, interrupted)
+    assert main(["eval", model, "--humaneval", "--limit", "3", "--out", str(tmp_path)]) == 130
+    assert not (tmp_path / "humaneval.json").exists()
     answers(monkeypatch, problems, lambda p, _: "")
     code, _ = run([model, "--limit", "3", "--out", str(tmp_path)], capsys)
     assert code == 2
