@@ -26,6 +26,7 @@ FLOORS = [
     {"assembly"},
     {"proof"},
     {"line", "reporting", "benchmarks"},
+    {"comparing"},
     {"cli", "__main__", "__init__"},
 ]
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}

@@ -159,6 +159,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "tokens_per_row": 256,
             "heldout_rows": 16,
             "tokenizer": None,
+            "decontaminate": None,
             "include": ["*"],
             "exclude": [],
         },
@@ -192,6 +193,7 @@ def test_the_defaults_are_those_of_the_documentation(
         },
         "eval": {"every": 0, "sample_prompt": None, "sample_tokens": 48},
         "guard": {"policy": "stop", "loss_ceiling": None, "first_step_s": 1800.0, "stall_s": 1800.0},
+        "compare": None,
         "allow_identical": False,
         "sinks": [],
         "plugins": [],
@@ -202,6 +204,7 @@ CHANGES = {
     "corpus.tokens_per_row": 32,
     "corpus.heldout_rows": 3,
     "corpus.tokenizer": "owner/name",
+    "corpus.decontaminate": {"against": [dataclasses.__file__], "action": "list", "ngram": 13},
     "corpus.include": ["*.py"],
     "corpus.exclude": ["a", "b"],
     "teacher.vocab_size": 9,
@@ -398,11 +401,11 @@ UNKNOWN = [
     ),
     (
         {"zzz": "{steps: 1}"},
-        "zzz: unknown key. Known: allow_identical, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
+        "zzz: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
     ),
     (
         {"on": "1"},
-        "on: unknown key. Known: allow_identical, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
+        "on: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
     ),
     (
         {"objective": "{divergence: {name: jsd, zzz: 1}}"},

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from potstill.corpus import readers, rows, vocab
+from potstill.corpus.decontamination import Decontamination, EvaluationTexts, told
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
@@ -81,6 +82,8 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
         f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; rows of"
         f" {recipe.corpus.tokens_per_row}: {len(corpus.train)} to train on, {len(corpus.heldout)} held out"
     )
+    if counts["decontamination"] is not None:
+        note(f"decontamination: {told(counts['decontamination'])}")
     teacher = make_teacher(recipe, device)
     note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}")
     in_corpus = None if tokenizer is None else vocab.vocab_of(tokenizer, teacher.vocab_size)
@@ -124,10 +127,28 @@ def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
         )
     vocabulary = Vocab(size=size) if tokenizer is None else vocab.vocab_of(tokenizer, size)
     vocabulary = dataclasses.replace(vocabulary, size=vocabulary.known)
+    compared = make_decontamination(recipe, tokenizer)
     documents = read_documents(asked, tokenizer, vocabulary)
-    return rows.build(
-        documents, tokens_per_row=asked.tokens_per_row, heldout_rows=asked.heldout_rows, vocab=vocabulary
-    ), tokenizer
+    corpus = rows.build(
+        documents if compared is None else compared.of(documents, tokenizer),
+        tokens_per_row=asked.tokens_per_row,
+        heldout_rows=asked.heldout_rows,
+        vocab=vocabulary,
+    )
+    found = {"decontamination": None if compared is None else compared.manifest()}
+    return dataclasses.replace(corpus, manifest=corpus.manifest | found), tokenizer
+
+
+def make_decontamination(recipe: Recipe, tokenizer: Any | None) -> Decontamination | None:
+    asked = recipe.corpus.decontaminate
+    if asked is None:
+        return None
+    if tokenizer is None:
+        raise UserError(
+            f"corpus.decontaminate: texts are compared, and neither teacher {called(recipe.teacher)} nor the"
+            f" student brings a tokenizer that tells what {recipe.corpus.path} says. Set corpus.tokenizer."
+        )
+    return Decontamination(EvaluationTexts([Path(path) for path in asked.against], asked.ngram), asked.action)
 
 
 def make_teacher(recipe: Recipe, device: torch.device) -> Teacher:

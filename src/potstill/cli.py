@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         display.error(("interrupted.",))
         return 130
     except BrokenPipeError:
-        if options.verb in (_demo, _distill, _check):
+        if options.verb in (_demo, _distill, _compare, _check):
             return 1  # what ran has been cut off
         # The reader of a result has seen enough: `potstill show RUN | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,11 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb("demo", _demo, "distil the 135M demo teacher on the Python standard library")
     dist = verb("distill", _distill, "run a recipe, from corpus to receipt")
     dist.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see `potstill schema`")
-    for sub in (demo, dist):
+    comp = verb(
+        "compare", _compare, "run the untouched student, plain training and KD under one budget, and compare"
+    )
+    comp.add_argument("recipe", type=Path, metavar="RECIPE", help="its section `compare` says how")
+    for sub in (demo, dist, comp):
         sub.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
         sub.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
         mode = sub.add_mutually_exclusive_group()
-        mode.add_argument("--resume", action="store_true", help="go on with the run that was cut off there")
+        mode.add_argument("--resume", action="store_true", help="go on with what was cut off there")
+        if sub is comp:
+            continue
         mode.add_argument(
             "--smoke", type=int, metavar="N", help="N steps, the projected time, nothing written"
         )
@@ -145,12 +151,31 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
                 f" the full run of {loaded.train.steps} steps takes about {clock(found['smoke/projected_s'])}"
             )
         return 0
+    if loaded.compare is not None:
+        return _compare(options, display, recipe)
     run = distill(
         recipe, overrides=options.overrides, out=options.out, resume=options.resume, display=display
     )
     if options.json:
         display.result(json.dumps({"run": str(run.path), **run.status(), **run.receipt()}, indent=2))
     return 143 if run.status()["state"] == "stopped" else 0
+
+
+def _compare(options: argparse.Namespace, display: Display, recipe: Path | None = None) -> int:
+    from potstill.recipe import load
+
+    recipe = recipe or options.recipe
+    load(recipe, options.overrides)
+    from potstill.comparing import RESULT, compare
+
+    folder = compare(
+        recipe, overrides=options.overrides, out=options.out, resume=options.resume, display=display
+    )
+    if folder is None:
+        return 143
+    if options.json:
+        display.result((folder / RESULT).read_text().rstrip())
+    return 0
 
 
 def _check(options: argparse.Namespace, display: Display) -> int:

@@ -57,6 +57,10 @@ def distill(
     if isinstance(recipe, Recipe) and overrides:
         raise UserError("distill: overrides go with a recipe file; a loaded recipe is taken as it is.")
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
+    if loaded.compare is not None:
+        raise UserError(
+            "distill: the recipe has a section `compare`; compare() runs its arms. Or leave it out."
+        )
     require_sinks(loaded.sinks)
     resolved = recipes.dump(loaded)
     given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
@@ -241,7 +245,14 @@ def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
     """Before the first checkpoint, too: the run's record of its corpus was written at its start."""
 
     def by_file(of: dict[str, Any]) -> dict[str, Any]:
-        return of | {file["path"]: file["sha256"][:12] for file in of["files"]} | {"files": len(of["files"])}
+        compared = of.get("decontamination") or {}
+        files = [*of["files"], *compared.get("against", [])]
+        counts = {name: value for name, value in compared.items() if not isinstance(value, list)}
+        return (
+            _flat(of | {"decontamination": counts})
+            | {file["path"]: file["sha256"][:12] for file in files}
+            | {"files": len(of["files"])}
+        )
 
     _require_equal(by_file(run.corpus()), by_file(manifest), "corpus", run)
 

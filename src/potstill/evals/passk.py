@@ -67,8 +67,11 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
     return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
 
-def wilson(passed: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): it stays inside 0 and 1, and is not empty at 0 of n."""
+def wilson(passed: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): it stays inside 0 and 1, and is not empty at 0 of n.
+
+    `passed` may be a mean over several runs.
+    """
     if not (n > 0 and 0 <= passed <= n):
         raise ValueError(f"{passed} of {n} is no share")
     share, z2 = passed / n, Z_95**2

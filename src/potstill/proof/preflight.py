@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.assembly import Cast
+from potstill.corpus.decontamination import told
 from potstill.errors import UserError, one_line
 from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
@@ -61,6 +62,7 @@ def cheap(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
         batch = cast.corpus.heldout.batch([0]).to(cast.device)
         yield recipe_is_read(cast)
         yield files_are_whole(cast)
+        yield corpus_is_compared(cast)
         yield from the_machine_suffices(cast, planned, place)
         yield vocabulary_is_shared(cast)
         yield weights_differ(cast)
@@ -109,6 +111,11 @@ def files_are_whole(cast: Cast) -> Finding:
     size = sum(file["bytes"] for file in files)
     figure = f"{len(files)} of the corpus, {size / 2**20:.1f} MiB, read whole; checkpoints verified"
     return Finding("files", figure, not without, f"Not read: {without[:1]}.")
+
+
+def corpus_is_compared(cast: Cast) -> Finding:
+    """Never red: the recipe says what is done about an overlap, and what it refuses does not come here."""
+    return Finding("decontamination", told(cast.corpus.manifest["decontamination"]), True)
 
 
 def the_machine_suffices(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:

@@ -53,6 +53,7 @@ def receipt_of(
         "uncommitted_changes": bool(running["diff"]),
         "recipe_sha256": file_sha256(run.path / "recipe.yaml"),
         "corpus_fingerprint": cast.corpus.fingerprint,
+        "decontamination": _without_list(cast.corpus.manifest["decontamination"]),
         "tokenizer_sha256": cast.corpus.manifest["tokenizer_sha256"],
         "teacher": {"name": recipe.teacher.name, "source": getattr(recipe.teacher, "model", None)}
         | {
@@ -90,6 +91,11 @@ def receipt_of(
         else None,
         "environment": environment(),
     }
+
+
+def _without_list(found: dict[str, Any] | None) -> dict[str, Any] | str:
+    """What was compared and counted; the hits themselves are in `corpus.json`."""
+    return "not run" if found is None else {k: v for k, v in found.items() if k != "first_hits"}
 
 
 def _compared(planned: Plan | str, measured_gib: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from potstill.assembly import Cast, assemble
+from potstill.assembly import Cast, assemble, make_objective
 from potstill.display import Display
 from potstill.errors import UserError
 from potstill.evals.likelihood import heldout
@@ -32,6 +32,8 @@ from potstill.types import Batch, Order
 STEPS = 10
 FULL = 3
 """Of them with all rows of a step, for the time; the others take a quarter."""
+TURNS = 3
+"""Of each recipe whose steps are timed beside another's."""
 LR_SEEN = 1e-6
 """Below this rate, as in a long warm-up, float32 weights near 1 cannot move in one step."""
 
@@ -201,6 +203,34 @@ def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics
         "smoke/evaluation_s": evaluation_s,
         "smoke/projected_s": projected_s,
     }
+
+
+def step_seconds(cast: Cast, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    """Median seconds of a step of each recipe, which differ in nothing but their weights of the loss.
+
+    They take turns, so that a machine that slows down slows all of them. The student is not what it was.
+    """
+    seen: dict[str, list[float]] = {name: [] for name in recipes}
+    for _ in range(TURNS):
+        for name, recipe in recipes.items():
+            cast.student.objective = make_objective(recipe, cast.student.objective.matmul_dtype)
+            lines = _first_steps(cast, recipe)
+            seen[name] += [line["speed/step_s"] for line in lines[1:] or lines]  # the first one allocates
+    return {name: statistics.median(seconds) for name, seconds in seen.items()}
+
+
+def _first_steps(cast: Cast, recipe: Recipe) -> list[Metrics]:
+    lines: list[Metrics] = []
+    hooks = Hooks(
+        lambda step: {"heldout/loss": math.inf},
+        lambda step, metrics: lines.append(metrics),
+        lambda *_: None,
+        should_stop=lambda: len(lines) == FULL,
+    )
+    teacher = cast.teacher if recipe.objective.kd_weight else None
+    order = cast.corpus.order(recipe.train.seed)
+    train(cast.student, teacher, cast.corpus.train, order, _strict(recipe), hooks)
+    return lines
 
 
 def _strict(recipe: Recipe) -> Recipe:

@@ -240,10 +240,11 @@ def comparison(found: Mapping[str, Any]) -> str:
     arms = [arm for arm in found.get("arms", []) if isinstance(arm, dict)]
     names = [str(arm.get("name", "?")) for arm in arms]
     metrics = list(dict.fromkeys(name for arm in arms for name in arm.get("metrics", {})))
-    rows, plots = [], []
+    columns, rows, plots = ["arm", "steps", "seconds", *metrics], [], []
     for arm, name in zip(arms, names, strict=True):
         values = [_estimate(arm.get("metrics", {}).get(metric)) for metric in metrics]
-        rows.append([html(name), *("not run" if v is None else _spread(*v) for v in values)])
+        spent = [html(arm.get("steps", "–")), html(arm.get("training_seconds", "–"))]
+        rows.append([html(name), *spent, *("not run" if v is None else _spread(*v) for v in values)])
     for metric in metrics:
         values = [_estimate(arm.get("metrics", {}).get(metric)) for arm in arms]
         plots.append(intervals(metric.removeprefix("heldout/"), list(zip(names, values, strict=True))))
@@ -255,7 +256,7 @@ def comparison(found: Mapping[str, Any]) -> str:
     settings = [[html(n), f"<code>{html(value)}</code>"] for n, value in flat(left)]
     return (
         f"<p>{html(said)}</p>{warnings}"
-        f"{table(['arm', *metrics], rows, numbers=range(1, len(metrics) + 1), kind='tight')}"
+        f"{table(columns, rows, numbers=range(1, len(columns)), kind='tight')}"
         f'<div class="charts">{"".join(plots)}</div>{differences}'
         "<details><summary>Budget, seeds and hashes</summary>"
         f"{table(['entry', 'value'], settings, wide=(1,))}</details>"
