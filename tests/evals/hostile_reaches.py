@@ -71,6 +71,20 @@ def none_of(calls):
 """
 
 
+STACK = """
+import ctypes
+def environment():
+    count, words = ctypes.c_int(), ctypes.POINTER(ctypes.c_void_p)()
+    ctypes.pythonapi.Py_GetArgcArgv(ctypes.byref(count), ctypes.byref(words))
+    at = words[count.value - 1]
+    found = [ctypes.string_at(at)]
+    while found[-1]:  # the kernel puts the environment behind the arguments
+        at += len(found[-1]) + 1
+        found.append(ctypes.string_at(at))
+    return [w for w in found[1:-1] if b'=' in w and w not in (b'PYTHONHASHSEED=0', b'PWD=/')] or None.x
+"""
+
+
 def numbered(name: str, *calls: tuple[object, ...]) -> Hostile:
     """System calls of x86_64 by number: each must give EPERM."""
     source = f"import os, sys\n{CTYPES}\ndef f(x):\n    return none_of({list(calls)!r})\n"
@@ -96,7 +110,9 @@ FILES = [
     tries("descriptors of others", "glob.glob('/proc/[0-9]*/fd/*') or None.x", "import glob"),
     tries("every process", "[open(p, 'rb').read(99) for p in ('/proc/%d/environ' % n for n in (1, os.getppid(), @PID@))]"),
     tries("descriptors it has", "[n for n in range(64) if n not in (0, 1, 2, 3, 4) and os.fstat(n)]"),
-    tries("the environment", "os.environ['HOSTILE_SECRET']\n".replace("os.environ['HOSTILE_SECRET']", "[w for w in map(str, os.environ.items())] or None.x")),
+    tries("the environment", "[*map(str, os.environ.items())] or None.x"),
+    tries("the environment on the stack", "environment()", STACK),
+    tries("to be root", "'root' if os.getuid() == 0 or os.geteuid() == 0 or os.getgid() == 0 else None.x"),
     tries("the environment of the C library", "libc_environ()", "import ctypes\ndef libc_environ():\n    e = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), 'environ')\n    found, n = [], 0\n    while e and e[n]:\n        found += [e[n]] if not e[n].startswith((b'PYTHONHASHSEED=', b'LC_CTYPE=', b'PWD=')) else []\n        n += 1\n    return found or None.x"),
     *(writes(f"writes to {folder}", folder) for folder in ("@CWD@", "/tmp", "/dev/shm", "/var/tmp", "@HOME@", "@TMP@", "/", "/proc/self", "/run")),
     tries("writes to the staged interpreter", f"""
