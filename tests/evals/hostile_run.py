@@ -68,7 +68,16 @@ def main() -> None:
         alive = sandbox.judge(**SOUND, cpu_s=5.0).status
     marks = [
         str(path)
-        for folder in ("/", "/tmp", "/dev/shm", "/var/tmp", "/run", places["CWD"], places["HOME"], places["TMP"])
+        for folder in (
+            "/",
+            "/tmp",
+            "/dev/shm",
+            "/var/tmp",
+            "/run",
+            places["CWD"],
+            places["HOME"],
+            places["TMP"],
+        )
         for path in Path(folder).glob(f"*{MARK}*")
     ]
     told = {

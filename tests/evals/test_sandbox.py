@@ -217,6 +217,18 @@ def test_a_right_answer_is_not_enough(box: Sandbox) -> None:
     assert len(found) > 9 and "passed" not in found
 
 
+def test_a_test_that_exits_has_passed_nobody(box: Sandbox) -> None:
+    found = judged(box, "def f(x): return 0", "def check(candidate):\n    raise SystemExit(candidate(1))\n")
+    assert found.status == "error"
+
+
+def test_an_environment_reaches_nobody(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOSTILE_SECRET", SECRET)
+    for name in ("reach: the environment on the stack", "reach: the environment of the C library"):
+        found = judged(box, TABLE[name].source, TOLD)
+        assert found.detail == "ValueError: []"
+
+
 def test_the_right_answer_passes(box: Sandbox) -> None:
     assert judged(box, "def f(x):\n    print('noise')\n    return 2 * x\n").passed
 

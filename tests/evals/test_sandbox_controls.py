@@ -118,10 +118,7 @@ def test_published_solutions_pass_and_empty_functions_do_not(box: Sandbox) -> No
     assert "passed" not in verdicts(box, [p.empty for p in PROBLEMS])
 
 
-NO_LITERAL = {
-    f"HumanEval/{number}"
-    for number in ()
-}
+NO_LITERAL = {f"HumanEval/{number}" for number in ()}
 """Their mutants return a generator or the like: `error` in the sandbox, and something else in a plain run."""
 
 

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -41,10 +42,12 @@ PLAIN = ["-s", "-P", "-S", "-B", "-X", "utf8"]
 """`-I`, which would ignore the seed."""
 NOT_STAGED = [
     *("site-packages", "dist-packages", "ensurepip", "test", "tests", "idlelib", "lib2to3", "tkinter"),
-    *("turtledemo", "pydoc_data", "config-*", "_test*.so"),
+    *("turtledemo", "pydoc_data", "config-*", "_test*.so", "*.opt-?.pyc"),
 ]
 BARE = {"PYTHONHASHSEED": "0"}
 """The whole environment: a program that lists a set of strings gives one verdict each time."""
+LEAVE_S = 0.5
+"""For a program whose pipes have ended."""
 HERE = Path(__file__).parent
 
 
@@ -205,7 +208,7 @@ class Sandbox:
         return [
             shutil.which("bwrap") or "bwrap",
             "--unshare-all", "--unshare-user", "--disable-userns", "--new-session",
-            "--die-with-parent", "--clearenv", "--cap-drop", "ALL", "--hostname", "sandbox",
+            "--die-with-parent", "--clearenv", "--cap-drop", "ALL", "--as-pid-1", "--hostname", "sandbox",
             *(word for name in BARE for word in ("--setenv", name, BARE[name])),
             "--ro-bind", str(self._stage), str(root),
             *(word for place in LIBRARIES for word in ("--ro-bind-try", place, place)),
@@ -296,6 +299,8 @@ class _Inmate:
     def end(self) -> float:
         """Kill what is left and wait for it; processor seconds of all of it."""
         if self.first >= 0:
+            # Killed, it forgets what its children have used.
+            select.select([self.first], [], [], LEAVE_S)
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.first, signal.SIGKILL)
             os.close(self.first)

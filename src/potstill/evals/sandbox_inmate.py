@@ -131,6 +131,10 @@ def main() -> None:
     requests, answers = os.dup2(far[0], 3), os.dup2(far[1], 4)
     for number in {*given, *far} - {3, 4}:
         os.close(number)
+    if os.getpid() == 1 and (child := os.fork()):  # signals that end others do not end a namespace's first
+        os.closerange(3, 5)
+        os.waitpid(child, 0)
+        os._exit(0)
 
     def read(size: int) -> bytes:
         return os.read(requests, min(size, 1 << 16))

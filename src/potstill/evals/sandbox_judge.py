@@ -1,6 +1,6 @@
 """The trusted half of a verdict: it holds the helpers and the test, and sees of the candidate only values.
 
-Started by `sandbox.py` as `python -I -S -c`, with what to judge on descriptor 0, the verdict on 1, and the
+Started by `sandbox.py` as `python -c`, with what to judge on descriptor 0, the verdict on 1, and the
 numbers of the two pipes to the inmate as arguments. It says `passed` after the test has returned, the inmate
 has said goodbye to a number it could not know before, and its pipe has ended without another byte.
 """
