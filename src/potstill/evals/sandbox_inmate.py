@@ -1,6 +1,6 @@
 """Inside the sandbox: shut every door behind oneself, then run the untrusted program.
 
-Started by `sandbox.py` as `python -c`, with the descriptors of requests and answers as arguments. The doors are
+Started by `sandbox.py` as `python -c`, the descriptors of requests and answers as arguments. The doors are
 the kernel's and cannot be opened again: resource limits, no new privileges, Landlock (no file is written,
 none read but Python's own), seccomp (a list of allowed system calls: no socket, no new process, no signal to
 another). What the program does to this interpreter is its own affair: the other end trusts nothing here.
