@@ -28,6 +28,7 @@ class Fault:
 
 
 STEP = "test_invariance.py::test_a_step_is_plain_autograd_s"
+SANDBOX = "evals/test_sandbox.py::test_"
 FAULTS = {
     "reversed KL": Fault(
         "losses/divergences.py",
@@ -149,6 +150,81 @@ FAULTS = {
         "model.train()",
         "teachers/test_torch_teacher.py::test_it_is_a_teacher_frozen_and_in_eval_mode",
     ),
+    "no filter of system calls": Fault(
+        "evals/sandbox_inmate.py", "    _seccomp(libc)\n", "", f"{SANDBOX}the_right_answer_passes[landlock]"
+    ),
+    "no Landlock": Fault(
+        "evals/sandbox_inmate.py",
+        "    _landlock(libc, readable)\n",
+        "",
+        f"{SANDBOX}the_right_answer_passes[landlock]",
+    ),
+    "no limit": Fault(
+        "evals/sandbox_inmate.py",
+        "resource.setrlimit(getattr(resource, name), (value, value))",
+        "pass",
+        f"{SANDBOX}the_right_answer_passes[landlock]",
+    ),
+    "an early exit is a pass": Fault(
+        "evals/sandbox_judge.py",
+        'raise self.over("died", GONE) from error\n        return said',
+        'raise self.over("passed", GONE) from error\n        return said',
+        f"{SANDBOX}the_right_answer_passes[landlock]",
+    ),
+    "a subclass is a literal": Fault(
+        "evals/sandbox_wire.py",
+        "kind = type(value)\n",
+        "kind = ([k for k in type(value).__mro__ if k in (int, str, list, dict)] or [type(value)])[0]\n",
+        f"{SANDBOX}the_right_answer_passes[landlock]",
+    ),
+    "the exit code of the judge is a verdict": Fault(
+        "evals/sandbox.py",
+        'return "error", "the test itself ran out of time or memory", used_s',
+        'return ("error" if judge.returncode else "passed"), "", used_s',
+        f"{SANDBOX}a_test_that_exits_has_passed_nobody[landlock]",
+    ),
+    "no goodbye": Fault(
+        "evals/sandbox_judge.py",
+        "        inmate.end()\n",
+        "",
+        f"{SANDBOX}a_right_answer_is_not_enough[landlock]",
+    ),
+    "more after the goodbye": Fault(
+        "evals/sandbox_judge.py",
+        " or os.read(self.answers, 1):",
+        ":",
+        f"{SANDBOX}a_right_answer_is_not_enough[landlock]",
+    ),
+    "the environment goes along": Fault(
+        "evals/sandbox.py",
+        'env=BARE,\n                cwd="/",\n                start_new_session',
+        'cwd="/",\n                start_new_session',
+        f"{SANDBOX}an_environment_reaches_nobody[landlock]",
+    ),
+    "the number of a question is not looked at": Fault(
+        "evals/sandbox_judge.py",
+        'if said.pop("id", None) != number:',
+        'if said.pop("id", None) is None:',
+        f"{SANDBOX}a_right_answer_is_not_enough[landlock]",
+    ),
+    "what a test catches is forgotten": Fault(
+        "evals/sandbox_judge.py",
+        "        if self.ended is not None:  # a test",
+        "        if False:  # a test",
+        f"{SANDBOX}a_test_that_asks_what_cannot_be_sent_is_an_error_whatever_it_catches[landlock]",
+    ),
+    "strings hash anew each time": Fault(
+        "evals/sandbox.py",
+        'BARE = {"PYTHONHASHSEED": "0"}',
+        'BARE = {"PYTHONHASHSEED": "random"}',
+        f"{SANDBOX}sets_of_strings_are_listed_in_one_order[landlock]",
+    ),
+    "a program outlives its harness": Fault(
+        "evals/sandbox_inmate.py",
+        "if libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0):",
+        "if False:",
+        f"{SANDBOX}a_harness_that_is_killed_takes_its_program_with_it[landlock]",
+    ),
 }
 
 
@@ -175,5 +251,7 @@ def test_a_planted_fault_turns_its_test_red(name: str, tmp_path: Path) -> None:
     ]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "src")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if fault.test.startswith(SANDBOX) and "1 skipped" in done.stdout:
+        pytest.skip("no Landlock on this machine; not run")
     assert done.returncode == 1, f"no test went red:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert "1 failed" in done.stdout, done.stdout[-2000:]
+    assert "1 failed" in done.stdout or "1 error" in done.stdout, done.stdout[-2000:]

@@ -88,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     check = verb("check", _check, "look for what would make the run worthless, before an hour is spent on it")
-    check.add_argument("recipe", type=Path, metavar="RECIPE")
+    check.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE")
     check.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    check.add_argument("--sandbox", action="store_true", help="instead: does this machine shut a program in?")
 
     plan = verb("plan", _plan, "peak memory by what it holds, disk and time, from the configs alone")
     plan.add_argument("recipe", type=Path, metavar="RECIPE")
@@ -179,6 +180,13 @@ def _compare(options: argparse.Namespace, display: Display, recipe: Path | None 
 
 
 def _check(options: argparse.Namespace, display: Display) -> int:
+    if options.sandbox == (options.recipe is not None):
+        given = (
+            f"both {options.recipe} and --sandbox" if options.sandbox else "neither a recipe nor --sandbox"
+        )
+        raise UserError(f"check: {given} given. Give one of them.")
+    if options.sandbox:
+        return _check_sandbox(options, display)
     from potstill.recipe import load
 
     recipe = load(options.recipe, options.overrides)
@@ -198,6 +206,23 @@ def _check(options: argparse.Namespace, display: Display) -> int:
     else:
         display.result(f"{len(findings) - len(red)} of {len(findings)} checks passed")
     return 2 if red else 0
+
+
+def _check_sandbox(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 0 where a tier holds, 2 where none does."""
+    from potstill.evals.sandbox import survey
+
+    tiers = survey()
+    used = next((tier["tier"] for tier in tiers if tier["holds"]), None)
+    if options.json:
+        display.result(json.dumps({"used": used, "tiers": tiers}, indent=2))
+        return 0 if used else 2
+    for tier in tiers:
+        display.result(f"{tier['tier']}: {'holds' if tier['holds'] else 'not here: ' + tier['why']}")
+        for canary in tier["canaries"]:
+            display.result(f"  {'ok ' if canary['shut'] else 'RED'}  {canary['name']}: {canary['found']}")
+    display.result(f"used: {used or 'none; no program is run on this machine. See docs/sandbox.md'}")
+    return 0 if used else 2
 
 
 def _plan(options: argparse.Namespace, display: Display) -> int:

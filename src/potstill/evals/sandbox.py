@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -31,21 +32,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from potstill.evals.sandbox_canaries import CANARIES
 from potstill.evals.sandbox_inmate import ARCH
 
 TIERS = ("bubblewrap", "landlock")
 UIDS = (1_900_000_000, 2_000_000_000)
 """Nobody's: each program of root's is another user, none of whom can count or signal another's processes."""
+PLAIN = ["-s", "-P", "-S", "-B", "-X", "utf8"]
+"""`-I`, which would ignore the seed."""
 NOT_STAGED = [
     *("site-packages", "dist-packages", "ensurepip", "test", "tests", "idlelib", "lib2to3", "tkinter"),
-    *("turtledemo", "pydoc_data", "config-*", "_test*.so"),
+    *("turtledemo", "pydoc_data", "config-*", "_test*.so", "*.opt-?.pyc"),
 ]
-WALL_FLOOR_S = 10.0
+BARE = {"PYTHONHASHSEED": "0"}
+"""The whole environment: a program that lists a set of strings gives one verdict each time."""
+LEAVE_S = 0.5
+"""For a program whose pipes have ended."""
 HERE = Path(__file__).parent
 
 
 class SandboxRefused(Exception):
-    """No tier shuts a program in on this machine: nothing was run."""
+    """No tier shuts a program in on this machine: nothing was run but `canaries`, those of the last tier."""
+
+    def __init__(self, why: str, canaries: list[tuple[str, str, bool]]) -> None:
+        super().__init__(f"sandbox: {why}. Nothing was run. See docs/sandbox.md.")
+        self.why, self.canaries = why, canaries
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,11 @@ class Limits:
     memory_bytes: int = 1 << 30
     """Address space, the interpreter's own 30 MiB included."""
     processes: int = 32
-    """Threads, that is: no process can be started at all."""
+    """Threads, that is: no process can be started at all. Where the user's own are counted too (Landlock,
+    not root): beside those."""
     files: int = 64
+    wall_floor_s: float = 10.0
+    """No verdict after this and four times `cpu_s`: `timeout`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,8 @@ class Verdict:
 class Sandbox:
     """A context, or closed by `close`. `judge` may be called from several threads.
 
+    `canaries` are the live probes by which the tier was chosen: name, what was found, whether it is shut.
+
     Args:
         tier: one of TIERS; None takes the first that a live probe finds shut.
 
@@ -88,7 +104,7 @@ class Sandbox:
         if tier is not None and tier not in TIERS:
             raise ValueError(f"tier: {tier} is not one of {', '.join(TIERS)}")
         self.limits = limits or Limits()
-        self._stage = Path(tempfile.mkdtemp(prefix="potstill-sandbox-"))
+        self._stage = Path(tempfile.mkdtemp(prefix="potstill-sandbox-")).resolve()
         try:
             self._python = _stage_python(self._stage)
             self.tier, self._start_s = self._first_that_holds(TIERS if tier is None else (tier,))
@@ -119,10 +135,11 @@ class Sandbox:
             "RLIMIT_CPU": int(cpu_s + self._start_s) + 1,
             "RLIMIT_FSIZE": 0,
             "RLIMIT_NOFILE": self.limits.files,
+            "RLIMIT_NPROC": self.limits.processes,
             "RLIMIT_CORE": 0,
         }
-        if os.getuid() == 0 or self.tier == "bubblewrap":  # else the user's own processes would count
-            limits["RLIMIT_NPROC"] = self.limits.processes
+        if os.getuid() != 0 and self.tier == "landlock":
+            limits["RLIMIT_NPROC"] += _threads_of(os.getuid())
         inmate = {
             "limits": limits,
             "readable": ["/"] if self.tier == "bubblewrap" else self._readable(),
@@ -130,21 +147,17 @@ class Sandbox:
             "entry_point": entry_point,
         }
         spec = {"helpers": helpers, "test": test, "inmate": inmate, "cpu_s": int(cpu_s) + 30}
-        status, detail, used_s = self._run(spec, WALL_FLOOR_S + 4 * cpu_s)
+        status, detail, used_s = self._run(spec, self.limits.wall_floor_s + 4 * cpu_s)
         used_s = max(used_s - self._start_s, 0.0)
         if used_s > cpu_s:
             status, detail = "timeout", f"{used_s:.1f} s of processor time, {cpu_s:.1f} s were allowed"
         return Verdict(status, _printable(detail), used_s)
 
-    def canaries(self) -> list[tuple[str, str, bool]]:
-        """Live probes of what must not be possible: name, what was found, and whether it is shut."""
-        return [self._probe(*canary) for canary in CANARIES]
-
     def _probe(self, name: str, body: str, wanted: str) -> tuple[str, str, bool]:
         source = "def probe():\n" + "".join(f"    {line}\n" for line in body.splitlines())
         test = "def check(candidate):\n    found = candidate()\n    raise ValueError(found)\n"
         found = self.judge(source=source, entry_point="probe", helpers="", test=test, cpu_s=3.0)
-        said = f"{found.status}: {found.detail}"
+        said = f"{found.status}: {found.detail}".removeprefix("error: ValueError: ")
         return name, said, wanted in said
 
     def _first_that_holds(self, tiers: tuple[str, ...]) -> tuple[str, float]:
@@ -152,37 +165,43 @@ class Sandbox:
         why = []
         for self.tier in tiers:
             self._start_s = 0.0
+            self.canaries: list[tuple[str, str, bool]] = []
             if missing := _missing(self.tier):
                 why.append(f"{self.tier}: {missing}")
                 continue
-            sound = [self.judge(**SOUND, cpu_s=5.0) for _ in range(3)]
+            try:
+                sound = [self.judge(**SOUND, cpu_s=5.0) for _ in range(3)]
+            except OSError as error:  # another user cannot be become, or the kernel is too old
+                why.append(f"{self.tier}: {error}")
+                continue
             if bad := [verdict for verdict in sound if not verdict.passed]:
                 why.append(f"{self.tier}: {self._complaint() or bad[0].detail}")
                 continue
             self._start_s = min(verdict.cpu_s for verdict in sound)
-            if doors := [f"{name}: {found}" for name, found, shut in self.canaries() if not shut]:
+            self.canaries = [self._probe(*canary) for canary in CANARIES]
+            if doors := [f"{name}: {found}" for name, found, shut in self.canaries if not shut]:
                 why.append(f"{self.tier}: {doors[0]}")
                 continue
             return self.tier, self._start_s
-        raise SandboxRefused(f"sandbox: {'; '.join(why)}. Nothing was run. See docs/sandbox.md.")
+        raise SandboxRefused("; ".join(why), self.canaries)
 
     def _complaint(self) -> str:
         """What the tier's own program says when it cannot start."""
         command = self._command(["-c", ""], None)
-        done = subprocess.run(command, capture_output=True, text=True, env={}, **self._identity())
+        done = subprocess.run(command, capture_output=True, text=True, env=BARE, **self._identity())
         return " ".join(done.stderr.split())[-200:]
 
     def _identity(self) -> dict[str, Any]:
         if os.getuid() != 0:
             return {}
-        uid = random.SystemRandom().randrange(*UIDS)
+        uid = random.SystemRandom().choice(_unused_ids())
         return {"user": uid, "group": uid, "extra_groups": []}
 
     def _command(self, python: list[str], info: int | None) -> list[str]:
         root = Path("/python") if self.tier == "bubblewrap" else self._stage
         interpreter = root / "bin" / "python3"
-        plain = [_loader(), "--library-path", str(root / "lib"), str(interpreter), "-I", "-S", "-B"]
-        command = [*plain, "-X", "utf8", *python]
+        plain = [_loader(), "--library-path", str(root / "lib"), str(interpreter), *PLAIN]
+        command = [*plain, *python]
         if self.tier == "landlock":
             return command
         # fmt: off
@@ -190,6 +209,7 @@ class Sandbox:
             shutil.which("bwrap") or "bwrap",
             "--unshare-all", "--unshare-user", "--disable-userns", "--new-session",
             "--die-with-parent", "--clearenv", "--cap-drop", "ALL", "--as-pid-1", "--hostname", "sandbox",
+            *(word for name in BARE for word in ("--setenv", name, BARE[name])),
             "--ro-bind", str(self._stage), str(root),
             *(word for place in LIBRARIES for word in ("--ro-bind-try", place, place)),
             "--chdir", "/", "--remount-ro", "/", *([] if info is None else ["--info-fd", str(info)]),
@@ -202,14 +222,15 @@ class Sandbox:
         with contextlib.ExitStack() as ends:
             requests, request_end = _pipe(ends)
             answer_end, answers = _pipe(ends)
-            command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", JUDGE, str(request_end.fileno())]
+            command = [sys.executable, *PLAIN, "-c", JUDGE, str(request_end.fileno())]
             judge = subprocess.Popen(
                 [*command, str(answer_end.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(request_end.fileno(), answer_end.fileno()),
-                env={},
+                env=BARE,
+                cwd="/",
             )
             request_end.close()
             answer_end.close()
@@ -236,19 +257,36 @@ class Sandbox:
         return [str(self._stage), *LIBRARIES]
 
 
+def survey() -> list[dict[str, Any]]:
+    """Every tier, in the order in which they are tried: whether it holds here, why not, and its canaries."""
+    found = []
+    for tier in TIERS:
+        try:
+            with Sandbox(tier) as sandbox:
+                why, canaries = "", sandbox.canaries
+        except SandboxRefused as refused:
+            why, canaries = refused.why.removeprefix(f"{tier}: "), refused.canaries
+        probes = [dict(zip(("name", "found", "shut"), canary, strict=True)) for canary in canaries]
+        found.append({"tier": tier, "holds": not why, "why": why, "canaries": probes})
+    return found
+
+
 class _Inmate:
     """The process of the untrusted program, with everything it is wrapped in."""
 
     def __init__(self, command: Any, identity: dict[str, Any], requests: Any, answers: Any) -> None:
+        wrapped = command([], 0)[0] != _loader()
         with contextlib.ExitStack() as ends:
             told, info = _pipe(ends)
+            pipes = (requests.fileno(), answers.fileno())  # above 2: bubblewrap's own processes close them
             self.process = subprocess.Popen(
-                command(["-c", INMATE], info.fileno()),
-                stdin=requests,
-                stdout=answers,
+                command(["-c", INMATE, *map(str, pipes)], info.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(info.fileno(),) if command([], 0)[0] != _loader() else (),
-                env={},
+                pass_fds=(*pipes, info.fileno()) if wrapped else pipes,
+                env=BARE,
+                cwd="/",
                 start_new_session=True,
                 **identity,
             )
@@ -261,6 +299,8 @@ class _Inmate:
     def end(self) -> float:
         """Kill what is left and wait for it; processor seconds of all of it."""
         if self.first >= 0:
+            # Killed, it forgets what its children have used.
+            select.select([self.first], [], [], LEAVE_S)
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.first, signal.SIGKILL)
             os.close(self.first)
@@ -277,6 +317,25 @@ def _pipe(ends: contextlib.ExitStack) -> tuple[Any, Any]:
         ends.enter_context(os.fdopen(reading, "rb", buffering=0)),
         ends.enter_context(os.fdopen(writing, "wb", buffering=0)),
     )
+
+
+def _unused_ids() -> range:
+    """User and group ids that nobody has, of those that exist here: a container may know 65,536."""
+    maps = [Path(f"/proc/self/{kind}_map").read_text().split() for kind in ("uid", "gid")]
+    end = min(
+        max(int(first) + int(count) for first, count in zip(m[::3], m[2::3], strict=True)) for m in maps
+    )
+    if end < 2000:
+        raise OSError(f"root of a user namespace without other users: {end} of them")
+    return range(*UIDS) if end >= UIDS[1] else range(end - 1000, end)
+
+
+def _threads_of(uid: int) -> int:
+    found = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            found += len(os.listdir(process / "task")) if process.stat().st_uid == uid else 0
+    return found
 
 
 def _missing(tier: str) -> str:
@@ -305,7 +364,8 @@ def _stage_python(stage: Path) -> Path:
     library = Path(sysconfig.get_config_var("LIBDIR") or "") / (sysconfig.get_config_var("INSTSONAME") or "")
     if library.is_file() and library.name:
         shutil.copy2(library, stage / "lib")
-    os.chmod(stage, 0o755)
+    for folder in (stage, stage / "bin", stage / "lib"):
+        folder.chmod(0o755)  # whatever the umask
     return stage / "bin" / "python3"
 
 
@@ -334,39 +394,3 @@ SOUND = {
     "helpers": "",
     "test": "def check(candidate):\n    assert candidate(21) == 42\n",
 }
-
-
-def _refused(action: str) -> str:
-    return f"""try:
-    {action}
-    return 'done'
-except (OSError, MemoryError) as error:
-    return f'refused: {{error!r}}'"""
-
-
-OPEN_FILES = """import os
-found = []
-for number in range(64):
-    try:
-        os.fstat(number)
-        found.append(number)
-    except OSError:
-        pass
-return f'{found}'"""
-EQUAL_TO_ALL = """class Equal(int):
-    __eq__ = lambda *_: True
-return Equal()"""
-CANARIES = [
-    ("network", "import socket\n" + _refused("socket.socket()"), "refused"),
-    ("writing a file", _refused("open('/canary', 'w')"), "refused"),
-    ("reading a file", _refused("open('/etc/passwd').read()"), "refused"),
-    ("starting a process", "import os\n" + _refused("os.fork() or os._exit(0)"), "refused"),
-    ("running a program", "import os\n" + _refused("os.execv('/bin/true', ['true'])"), "refused"),
-    ("signalling another", "import os\n" + _refused("os.kill(os.getppid(), 0)"), "refused"),
-    ("memory", _refused("bytearray(8 << 30)"), "refused"),
-    ("environment", "import os\nreturn f'{sorted(os.environ)}'", "[]"),
-    ("descriptors", OPEN_FILES, "[0, 1, 2, 3, 4]"),
-    ("early exit", "import os\nos._exit(0)", "died"),
-    ("an answer that equals all", EQUAL_TO_ALL, "no plain literal"),
-]
-"""What is tried, as the body of a function, and a word of what must come of it."""

@@ -1,6 +1,6 @@
 """The trusted half of a verdict: it holds the helpers and the test, and sees of the candidate only values.
 
-Started by `sandbox.py` as `python -I -S -c`, with what to judge on descriptor 0, the verdict on 1, and the
+Started by `sandbox.py` as `python -c`, with what to judge on descriptor 0, the verdict on 1, and the
 numbers of the two pipes to the inmate as arguments. It says `passed` after the test has returned, the inmate
 has said goodbye to a number it could not know before, and its pipe has ended without another byte.
 """
@@ -12,13 +12,13 @@ import json
 import os
 import random
 import resource
-import secrets
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from potstill.evals.sandbox_wire import Odd, pack, receive, send, unpack
 
 MEMORY_BYTES = 2 << 30
+GONE = "it ended before it had answered"
 
 
 class Ended(BaseException):
@@ -41,42 +41,51 @@ class Inmate:
         self.ended: Ended | None = None
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        if self.ended is not None:
+        if self.ended is not None:  # a test with a bare `except:` goes on all the same
             raise self.ended
-        number = secrets.token_hex(8)
+        number = os.urandom(8).hex()
         try:
             send(lambda data: os.write(self.requests, data), {"id": number, **request})
+        except Odd as error:
+            raise self.over("error", f"the test asked: {error}") from error
+        except BrokenPipeError as error:
+            raise self.over("died", GONE) from error
+        try:
             said = receive(lambda size: os.read(self.answers, min(size, 1 << 16)))
             if said.pop("id", None) != number:
                 raise Odd("an answer to no question")
-            return said
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            self.ended = Ended("died", "it ended before it had answered")
         except Odd as error:
-            self.ended = Ended("died", f"broken protocol: {error}")
-        raise self.ended
+            raise self.over("died", f"broken protocol: {error}") from error
+        except EOFError as error:
+            raise self.over("died", GONE) from error
+        return said
+
+    def over(self, status: str, detail: str) -> Ended:
+        self.ended = self.ended or Ended(status, detail)
+        return self.ended
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What the candidate is to the test."""
-        said = self.ask(call=pack((args, kwargs)))
-        if "value" in said:
-            try:
-                return unpack(said["value"])
-            except Odd as error:
-                self.ended = Ended("error", str(error))
-                raise self.ended from error
-        self.raise_what(said)
+        try:
+            packed = pack((args, kwargs))
+        except Odd as error:  # the test's own fault: its `except` must not make a verdict of it
+            raise self.over("error", f"the test asked: {error}") from error
+        said = self.ask(call=packed)
+        if "value" not in said:
+            self.raise_what(said)
+        try:
+            return unpack(said["value"])
+        except Odd as error:
+            raise self.over("error", str(error)) from error
 
-    def raise_what(self, said: dict[str, Any]) -> None:
+    def raise_what(self, said: dict[str, Any]) -> NoReturn:
         if "odd" in said:
-            self.ended = Ended("error", f"it answered: {said['odd']}")
-            raise self.ended
-        kind = getattr(builtins, str(said.get("raised")), None)
-        text = str(said.get("text", ""))[:500]
+            raise self.over("error", f"it answered: {said['odd']}")
+        name, text = str(said.get("raised"))[:60], str(said.get("text", ""))[:500]
+        kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, Exception):
             raise _made(kind, text)
-        self.ended = Ended("error", f"it raised {str(said.get('raised'))[:60]}: {text}")
-        raise self.ended
+        raise self.over("error", f"it raised {name}: {text}")
 
     def end(self) -> None:
         """Raises Ended unless the inmate takes its leave, and nothing comes after it."""
@@ -105,8 +114,6 @@ def judge(spec: dict[str, Any], inmate: Inmate) -> tuple[str, str]:
             inmate.raise_what(begun)
         namespace[spec["inmate"]["entry_point"]] = inmate.call
         namespace["check"](inmate.call)
-        if inmate.ended is not None:  # a test with a bare `except:` goes on all the same
-            raise inmate.ended
         inmate.end()
     except Ended as ended:
         return ended.status, ended.detail
