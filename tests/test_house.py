@@ -151,8 +151,8 @@ def test_only_display_imports_rich() -> None:
 
 def test_the_budget_of_files_and_lines_is_kept() -> None:
     with_code = [path for path in MODULES if len(ast.parse(path.read_text()).body) > 1]
-    assert len(with_code) <= 60
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 13_000
+    assert len(with_code) <= 66
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 15_000
     assert {p.name: n for p in MODULES if (n := len(p.read_text().splitlines())) >= 400} == {}
 
 

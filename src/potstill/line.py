@@ -20,7 +20,7 @@ from potstill.display import Display
 from potstill.errors import Stopped, UserError
 from potstill.evals.likelihood import heldout
 from potstill.proof.preflight import Checked, require_sound
-from potstill.proof.receipt import hashes, receipt_of
+from potstill.proof.receipt import hashes, peak_gib, receipt_of
 from potstill.recipe import Recipe
 from potstill.runs.rundir import RunDir, code, default_path, newest_path
 from potstill.runs.sinks import require_sinks, telling
@@ -208,7 +208,7 @@ class _Running:
 
     def on_step(self, step: int, metrics: Metrics) -> None:
         self.watch.stepped()
-        self.run.log(step, metrics)
+        self.run.log(step, metrics | {"memory/peak_gib": peak_gib(self.cast.device)})
         left_s = self.clock.left(step, metrics["speed/step_s"])
         self.display.step_line(step, self.cast.recipe.train.steps, metrics, left_s)
 

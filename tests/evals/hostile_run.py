@@ -53,7 +53,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     programs = [p for p in [*PROGRAMS, *REACHES] if not only or p.name in only]
     try:
-        sandbox = Sandbox(tier, Limits(wall_floor_s=1.0))
+        sandbox = Sandbox(tier, Limits(wall_floor_s=0.4))
     except SandboxRefused as refused:
         print(json.dumps({"refused": str(refused)}))
         return

@@ -130,25 +130,6 @@ def test_published_solutions_pass_and_empty_functions_do_not(box: Sandbox) -> No
     assert "passed" not in verdicts(box, [p.empty for p in PROBLEMS])
 
 
-NO_LITERAL = {f"HumanEval/{number}" for number in ()}
-"""Their mutants return a generator or the like: `error` in the sandbox, and something else in a plain run."""
-
-
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak)])  # fmt: skip
-def test_a_changed_solution_gets_the_verdict_of_a_plain_run(box: Sandbox, seed: int) -> None:
-    mutants = [mutant(p, seed) for p in PROBLEMS]
-    with ThreadPoolExecutor(2) as pool:
-        wanted = list(pool.map(plain, PROBLEMS, mutants))
-    found = verdicts(box, mutants)
-    differ = {
-        p.task_id: (there, here)
-        for p, there, here in zip(PROBLEMS, wanted, found, strict=True)
-        if here != there and p.task_id not in NO_LITERAL
-    }
-    assert differ == {}
-    assert wanted.count("failed") > 80 and wanted.count("passed") < 60
-
-
 @contextmanager
 def load() -> Iterator[None]:
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]  # fmt: skip
@@ -160,11 +141,23 @@ def load() -> Iterator[None]:
             each.wait()
 
 
-def test_verdicts_are_the_same_under_load(box: Sandbox) -> None:
-    mutants = [mutant(p, 0) for p in PROBLEMS]
-    idle = verdicts(box, mutants)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak)])  # fmt: skip
+def test_a_changed_solution_gets_the_verdict_of_a_plain_run_idle_and_under_load(
+    box: Sandbox, seed: int
+) -> None:
+    mutants = [mutant(p, seed) for p in PROBLEMS]
+    with ThreadPoolExecutor(2) as pool:
+        wanted = list(pool.map(plain, PROBLEMS, mutants))
+    found = verdicts(box, mutants)
+    differ = {
+        p.task_id: (there, here)
+        for p, there, here in zip(PROBLEMS, wanted, found, strict=True)
+        if here != there
+    }
+    assert differ == {}
     with load():
-        assert verdicts(box, mutants) == idle
+        assert verdicts(box, mutants) == found
+    assert wanted.count("failed") > 80 and wanted.count("passed") < 60
 
 
 @pytest.mark.soak

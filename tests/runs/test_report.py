@@ -115,7 +115,7 @@ def test_what_was_not_run_is_told_as_not_run(run: RunDir) -> None:
     (run.path / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # the last is being written
     sections = Elements(page_of(run)).sections
     assert "running" in sections[""]
-    assert "Memory GiB not logged" in " ".join(sections["curves"].split())
+    assert "Memory GiB per step" in " ".join(sections["curves"].split())
     for name, said in {
         "disagreement": "Not run: the run has no student yet.",
         "humaneval": "Not run.",
@@ -508,7 +508,7 @@ def test_in_a_browser_nothing_overflows_and_every_way_to_a_token_fills_the_panel
         assert page_found["lists"] == [["111", "010", "100", "1 of 3"]]
         first = run.metrics()[0]
         assert page_found["tips"][0].split("\n\n") == ["step 0", f"held out {first['heldout/loss']:.4g}"]
-        assert len(page_found["tips"]) == 8
+        assert len(page_found["tips"]) == 9
         (panel,) = page_found["panels"]
         shown = {"first": worst, "hover": tokens[3], "touch": tokens[5], "key": tokens[6]}
         for way, token in shown.items():

@@ -135,7 +135,7 @@ def account(run: Path) -> dict[str, Any]:
     for name in WHEN_AND_WHERE:
         del told["receipt.json"][name]
     told["metrics"] = [
-        {name: value for name, value in line.items() if not name.startswith("speed/")}
+        {name: value for name, value in line.items() if not name.startswith(("speed/", "memory/"))}
         for line in RunDir(run).metrics()
     ]
     return told

@@ -46,7 +46,7 @@ def receipt_of(
             f"the teacher's weights changed during training: {before['teacher']} -> {after['teacher']}"
         )
     head = cast.student.model.head.weight_VD
-    peak_gib = _peak_gib(cast.device)
+    peak = peak_gib(cast.device)
     return {
         "potstill": environment()["libraries"]["potstill"],
         "commit": running["commit"] or "not a git checkout",
@@ -82,8 +82,8 @@ def receipt_of(
         "student_is_of_step": outcome.best_step,
         "training_seconds": round(outcome.seconds, 3),
         "total_seconds": round(seconds, 3),
-        "peak_memory_gib": peak_gib,
-        "plan": _compared(checked.planned, peak_gib),
+        "peak_memory_gib": peak,
+        "plan": _compared(checked.planned, peak),
         "check": {finding.name: finding.figure for finding in checked.findings},
         "output": {p.name: file_sha256(p) for p in sorted(run.student.iterdir()) if p.is_file()},
         "samples": {"prompt": recipe.eval.sample_prompt, **samples}
@@ -121,7 +121,7 @@ def hashes(cast: Cast) -> dict[str, str]:
     return found
 
 
-def _peak_gib(device: torch.device) -> float:
+def peak_gib(device: torch.device) -> float:
     """Peak of the device's allocator on CUDA, of the process elsewhere (Linux counts KiB)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)

@@ -94,8 +94,9 @@ def page(runs: Sequence[Told], comparisons: Mapping[Path, Mapping[str, Any]]) ->
         ("Samples", "Samples", _each(runs, names, _samples)),
         ("Receipt", "Receipt", _each(runs, names, _receipt)),
     ]
-    if not runs:
-        sections = [section for section in sections if section[0] == "Arms"]
+    if comparisons:  # what the page was asked for
+        sections.sort(key=lambda section: section[0] != "Arms")
+        sections = sections if runs else sections[:1]
     links = "".join(f'<a href="#{short.lower()}">{short}</a>' for short, _, _ in sections)
     body = (
         f'<header><p class="eyebrow">potstill report</p><h1>{html(title)}</h1>'
