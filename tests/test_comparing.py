@@ -194,7 +194,7 @@ def test_humaneval_that_cannot_run_is_told_before_the_first_arm(
     tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> None:
-        raise SandboxRefused("no namespaces, no Landlock")
+        raise SandboxRefused("no namespaces, no Landlock", [])
 
     monkeypatch.setattr("potstill.evals.humaneval_problems.read_problems", list)
     monkeypatch.setattr("potstill.evals.sandbox.Sandbox", refuse)

@@ -25,7 +25,7 @@ import numpy as np
 from potstill import recipe as recipes
 from potstill.assembly import Cast, assemble
 from potstill.display import Display
-from potstill.errors import UserError, one_line
+from potstill.errors import UserError
 from potstill.evals import arms
 from potstill.evals.arms import CE, CORRECTED, KD, UNTOUCHED, Estimate, Measured, Values, estimate
 from potstill.evals.likelihood import heldout_by_row
@@ -95,7 +95,7 @@ def _require_humaneval() -> None:
         Sandbox().close()
     except SandboxRefused as refused:
         raise UserError(
-            f"compare.humaneval_tokens: no sandbox here: {one_line(refused)} Set it to 0."
+            f"compare.humaneval_tokens: no sandbox here: {refused.why}. Set it to 0."
         ) from refused
 
 

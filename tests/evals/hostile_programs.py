@@ -150,6 +150,7 @@ PROTOCOL = [
     Hostile("a byte after the answer", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    os.write(4, b' ')\n    os._exit(0)", GONE, DOUBLE),
     Hostile("leaves after the right answer", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    os._exit(0)", GONE, DOUBLE),
     Hostile("answers, and a goodbye with the old id", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    send_raw('\"end\": true')\n    os._exit(0)", "died", DOUBLE),
+    Hostile("answers, and a goodbye with the old id once it is asked for", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    send_raw('\"end\": true')\n    os.read(3, 1)\n    os._exit(0)", "died", DOUBLE),
     Hostile("a byte after the goodbye", f"{RAW}leave = os._exit\ndef more(code):\n    os.write(4, b'x')\n    leave(0)\nos._exit = more\ndef f(x): return 42", "died: it said more than it was asked", DOUBLE),
     Hostile("a frame after the goodbye", f"{RAW}leave = os._exit\ndef more(code):\n    write_all(framed(b'{{}}'))\n    leave(0)\nos._exit = more\ndef f(x): return 42", "died: it said more than it was asked", DOUBLE),
     Hostile("stays after the goodbye", f"{RAW}os._exit = lambda code: time.sleep(99)\ndef f(x): return 42", "timeout", DOUBLE, 0.05),

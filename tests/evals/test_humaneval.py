@@ -687,12 +687,12 @@ def test_without_a_sandbox_nothing_is_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refused() -> None:
-        raise SandboxRefused("sandbox: bubblewrap: not permitted. Nothing was run.")
+        raise SandboxRefused("bubblewrap: not permitted", [])
 
     monkeypatch.setattr(humaneval, "Sandbox", refused)
     assert main(["eval", model, "--humaneval", "--out", str(tmp_path / "out")]) == 2
     assert (
-        "error: humaneval: no sandbox here, so nothing was run: sandbox: bubblewrap"
+        "error: humaneval: no sandbox here, so nothing was run: bubblewrap: not permitted. See docs/sandbox.md."
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()

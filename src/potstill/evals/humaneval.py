@@ -112,7 +112,9 @@ def evaluate(source: str | Path, out: Path, options: Options, note: Note = lambd
     try:
         sandbox = Sandbox()
     except SandboxRefused as refused:
-        raise UserError(f"humaneval: no sandbox here, so nothing was run: {one_line(refused)}") from refused
+        raise UserError(
+            f"humaneval: no sandbox here, so nothing was run: {refused.why}. See docs/sandbox.md."
+        ) from refused
     with sandbox, ThreadPoolExecutor(options.workers) as pool:
         answer = _load(source, options, note)
         record = _record(every, problems, answer, sandbox.tier)
