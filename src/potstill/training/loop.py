@@ -226,8 +226,8 @@ def offending(
                 found.append({"row": row, "loss": _as_json(value)})
                 continue
             norm = get_total_norm(p.grad for p in student.parameters() if p.grad is not None)
-            if not float(loss) <= ceiling:
-                found.append({"row": row, "loss": _as_json(float(loss))})
+            if not (value := float(loss.detach())) <= ceiling:
+                found.append({"row": row, "loss": _as_json(value)})
             elif not torch.isfinite(norm):
                 found.append({"row": row, "grad_norm": _as_json(float(norm))})
     return found
