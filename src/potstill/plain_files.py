@@ -40,7 +40,7 @@ SPECIAL = {
 }
 
 
-NO_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
+NO_FILE = {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 """Where there cannot be a file to read, whoever asks."""
 
 

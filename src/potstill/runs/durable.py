@@ -89,7 +89,7 @@ def replace_folder(place: Path, save: Callable[[Path], None]) -> None:
     try:
         save(fresh)
         with writing(place):
-            files = sorted(path for path in fresh.iterdir() if path.is_file())
+            files = sorted(path for path in fresh.iterdir() if path.is_file() and path.name != SUMS)
             sums = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
             (fresh / SUMS).write_text(sums)
             for path in (*files, fresh / SUMS, fresh):

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from potstill.errors import Unreadable, UserError
 from potstill.models.files import check_safetensors, file_sha256
-from potstill.plain_files import read_object, unreadable
+from potstill.plain_files import NO_FILE, read_object, unreadable
 from potstill.runs.durable import flush, listed, remove
 from potstill.students.student import Student
 
@@ -217,9 +217,9 @@ def verify(place: Path) -> None:
             raise UserError(f"manifest.json: it does not give bytes and sha256 of {name}.")
         try:
             size, digest = (place / name).stat().st_size, file_sha256(place / name)
-        except FileNotFoundError as error:
-            raise UserError(f"{name}: missing.") from error
         except OSError as error:
+            if error.errno in NO_FILE:
+                raise UserError(f"{name}: cannot be read: {error.strerror}.") from error
             raise unreadable(place / name, error, "") from error
         if size != said["bytes"]:
             raise UserError(f"{name}: it has {size} bytes, written were {said['bytes']}.")
