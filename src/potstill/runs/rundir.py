@@ -7,14 +7,14 @@
     corpus.json       files with hashes, counts, fingerprint
     inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
     metrics.jsonl     one object a step or evaluation
-    faults.jsonl      steps whose update the guard refused, and why; only where there were any
+    faults.jsonl      steps whose update the guard refused, why, and which rows; only where there were any
     disagreement.json where student and teacher disagree, measured for the first report
     report.html       the page of `potstill report`
     evals/            what benchmarks found, with every completion
     stall.txt         where every thread was when a deadline of the guard passed
     receipt.json      what truly ran, written by the trainer
     status.json       beginning | running | stopped | finished | failed: why
-    student/          the best student, a Hugging Face folder
+    student/          the best student, a Hugging Face folder with the sums of its files
     evals/humaneval/  result and samples of `potstill eval RUN --humaneval`
     evals/lm-eval/    result of `potstill eval RUN --lm-eval`
     checkpoints/      the last two states of the training, for --resume
