@@ -351,6 +351,7 @@ def test_a_run_directory_holds_what_it_promises(tiny_recipe: Recipe, tmp_path: P
         "code.diff",
         "environment.json",
         "corpus.json",
+        "inputs.json",
         "metrics.jsonl",
         "receipt.json",
         "status.json",

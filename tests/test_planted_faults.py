@@ -134,8 +134,8 @@ FAULTS = {
     ),
     "the gradient of a refused step is kept": Fault(
         "training/loop.py",
-        "        except Fault as fault:\n            optimizer.zero_grad(set_to_none=True)",
-        "        except Fault as fault:\n            pass",
+        "            optimizer.zero_grad(set_to_none=True)\n            refused",
+        "            refused",
         "training/test_guard.py",
     ),
     "a NaN is below the ceiling": Fault(
@@ -143,6 +143,36 @@ FAULTS = {
         "if not torch.isfinite(grad_norm):",
         "if grad_norm > 1e30:",
         "training/test_guard.py",
+    ),
+    "a file of a checkpoint is not on the disk when it takes its name": Fault(
+        "training/checkpoint.py",
+        "            for path in (*beside.iterdir(), beside):\n                flush(path)\n",
+        "",
+        "runs/test_durable.py::test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after",
+    ),
+    "a file of the student is not on the disk when it takes its name": Fault(
+        "runs/durable.py",
+        "            for path in (*files, fresh / SUMS, fresh):\n                flush(path)\n",
+        "",
+        "runs/test_durable.py::test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after",
+    ),
+    "older checkpoints go before the new one is read back": Fault(
+        "training/checkpoint.py",
+        "        try:\n            verify(place)\n",
+        "        for old in self._found()[KEPT:]:\n            remove(old)\n        try:\n            verify(place)\n",
+        "runs/test_durable.py::test_no_older_checkpoint_goes_before_the_new_one_is_read_back",
+    ),
+    "what may not be read is damaged": Fault(
+        "training/checkpoint.py",
+        "                raise Unreadable(error.what, READABLE) from error\n",
+        "                continue\n",
+        "runs/test_durable.py::test_what_cannot_be_read_is_neither_none_nor_deleted",
+    ),
+    "a plug-in is no input": Fault(
+        "runs/inputs.py",
+        "enumerate(recipe.plugins)",
+        "enumerate([])",
+        "runs/test_inputs.py::test_a_run_does_not_go_on_with_another_file",
     ),
     "teacher trained along": Fault(
         "teachers/torch_teacher.py",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,8 +63,15 @@ class Cast:
     shared: Shared
 
 
-def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | Path | None = None) -> Cast:
-    """Make what the recipe names. `saved_student` takes the place of the recipe's student."""
+def assemble(
+    recipe: Recipe,
+    note: Callable[[str], None],
+    saved_student: str | Path | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> Cast:
+    """Make what the recipe names. `saved_student` takes the place of the recipe's student; `beat` is called
+    with each document, for whoever waits for signs of life.
+    """
     if recipe.train.return_memory:
         return_freed_memory()
     device = choose_device(recipe.train.device)
@@ -75,7 +82,7 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
         if path.is_dir():  # reading the config of a GGUF file takes seconds, and loading it will do so anyway
             load_config(path)
 
-    corpus, tokenizer = make_corpus(recipe)
+    corpus, tokenizer = make_corpus(recipe, beat)
     corpus.order(recipe.train.seed).rows(0, recipe.train.rows_per_step)  # refuses more than it can give
     counts = corpus.manifest
     note(
@@ -109,7 +116,7 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     return Cast(recipe, device, corpus, tokenizer, teacher, student, origin, shared)
 
 
-def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
+def make_corpus(recipe: Recipe, beat: Callable[[], None] = lambda: None) -> tuple[rows.Corpus, Any | None]:
     """Rows, and the tokenizer that read them: `corpus.tokenizer`, else the teacher's, else the student's."""
     asked = recipe.corpus
     size = _teacher_vocab_size(recipe)
@@ -128,7 +135,8 @@ def make_corpus(recipe: Recipe) -> tuple[rows.Corpus, Any | None]:
     vocabulary = Vocab(size=size) if tokenizer is None else vocab.vocab_of(tokenizer, size)
     vocabulary = dataclasses.replace(vocabulary, size=vocabulary.known)
     compared = make_decontamination(recipe, tokenizer)
-    documents = read_documents(asked, tokenizer, vocabulary)
+    reading = read_documents(asked, tokenizer, vocabulary)
+    documents = dataclasses.replace(reading, documents=_alive(reading.documents, beat))
     corpus = rows.build(
         documents if compared is None else compared.of(documents, tokenizer),
         tokens_per_row=asked.tokens_per_row,
@@ -216,6 +224,12 @@ def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
         case _:
             end = vocabulary.eos_id if asked.document_end is None else asked.document_end
             return readers.tokens(path, asked.dtype, vocabulary.size, end, asked.tokens_per_row)
+
+
+def _alive(documents: Iterator[readers.Document], beat: Callable[[], None]) -> Iterator[readers.Document]:
+    for document in documents:
+        beat()
+        yield document
 
 
 def match_vocabularies(

@@ -19,11 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__, benchmarks
-from potstill.display import Display, aligned, clock
+from potstill.display import Display, aligned, clock, hold_streams, let_go_of_streams
 from potstill.errors import Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    code = None
+    hold_streams()
+    try:
+        code = _run_verb(arguments)
+        return code
+    finally:
+        lost = let_go_of_streams()
+        if lost and code != 2:  # not told yet
+            Display().error((lost,))
+            raise SystemExit(2)
+
+
+def _run_verb(arguments: Sequence[str] | None) -> int:
     options = _parse(arguments)
     display, code = Display(), 0
     try:
@@ -193,13 +206,15 @@ def _check(options: argparse.Namespace, display: Display) -> int:
     from potstill.assembly import assemble
     from potstill.proof.rehearsal import check
     from potstill.runs.rundir import default_path
+    from potstill.training.watch import cleaning
 
     findings = []
-    for finding in check(assemble(recipe, display.note), default_path(options.recipe.stem)):
-        findings.append(finding)
-        verdict, advice = ("ok ", "") if finding.ok else ("RED", f". {finding.advice}")
-        if not options.json:
-            display.result(f"{verdict}  {finding.name}: {finding.figure}{advice}")
+    with cleaning():
+        for finding in check(assemble(recipe, display.note), default_path(options.recipe.stem)):
+            findings.append(finding)
+            verdict, advice = ("ok ", "") if finding.ok else ("RED", f". {finding.advice}")
+            if not options.json:
+                display.result(f"{verdict}  {finding.name}: {finding.figure}{advice}")
     red = [finding.name for finding in findings if not finding.ok]
     if options.json:
         display.result(json.dumps([vars(finding) for finding in findings], indent=2))
@@ -277,7 +292,7 @@ def _eval(options: argparse.Namespace, display: Display) -> int:
     target = Path(options.target)
     if options.recipe is None:
         run = RunDir.open(target)
-        recipe, model = load(run.resolved, options.overrides), run.student
+        recipe, model = load(run.resolved, options.overrides), run.whole_student()
     else:
         recipe, model = load(options.recipe, options.overrides), options.target
     from potstill.line import evaluate

@@ -8,12 +8,16 @@ terminal: markup is not read, control characters are escaped. Called by the comm
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
 import math
 import os
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
+
+from potstill.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,9 +39,9 @@ class Display:
 
     def __init__(self, quiet: bool = False, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.quiet = quiet
-        self._out = out or sys.stdout
-        self._err = err or sys.stderr
-        self._is_terminal = self._err.isatty() and os.environ.get("TERM") != "dumb"
+        self._out: TextIO | None = out or sys.stdout  # None where the process was started without
+        self._err: TextIO | None = err or sys.stderr
+        self._is_terminal = self._err is not None and self._err.isatty() and os.environ.get("TERM") != "dumb"
         self._console: Console | None = None
         self._bar: tuple[Progress, TaskID] | None = None
 
@@ -71,13 +75,21 @@ class Display:
         """One line each, whatever a mistake quotes."""
         self.close()
         for mistake in mistakes:
-            _write(self._err, f"error: {printable(mistake, keep='')}")
+            with contextlib.suppress(OSError):  # the exit code still says it
+                _write(self._err, f"error: {printable(mistake, keep='')}")
 
     def result(self, text: str) -> None:
         """What was asked for, on stdout."""
         if not self.quiet:
             self.close()
-            _write(self._out, printable(text))
+            try:
+                if self._out is None:
+                    raise OSError(errno.EBADF, "it is closed")
+                _write(self._out, printable(text))
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise UserError(_lost(error)) from error
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """The first column to the left, the others, which are numbers, to the right."""
@@ -99,7 +111,12 @@ class Display:
 
     def _say(self, text: str) -> None:
         if self._bar is None:
-            _write(self._err, text)
+            try:
+                _write(self._err, text)
+            except BrokenPipeError:
+                raise
+            except OSError:  # a full disk of a log: the run goes on, its own record has all of this
+                pass
         else:  # above the bar, which stays
             self._bar[0].console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
@@ -168,8 +185,42 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return "".join(c if c in keep or unicodedata.category(c) not in hidden else repr(c)[1:-1] for c in text)
 
 
-def _write(stream: TextIO, text: str) -> None:
+def hold_streams() -> None:
+    """Without it the first file that is opened would be stdout or stderr, where the process was started with
+    that one closed, and be written into.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
+def let_go_of_streams() -> str:
+    """Flush; what cannot be written is dropped, so that the interpreter's own end does not stumble over it.
+    Returns the mistake where results were lost, empty where none were.
+    """
+    lost = ""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                lost = _lost(error)
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return lost
+
+
+def _lost(error: OSError) -> str:
+    return f"stdout: the result cannot be written: {error.strerror}. Give it a place that takes it."
+
+
+def _write(stream: TextIO | None, text: str) -> None:
     """A line, in whatever encoding the stream has."""
+    if stream is None:
+        return
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     stream.flush()

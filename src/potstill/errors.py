@@ -17,8 +17,21 @@ class UserError(Exception):
         self.mistakes = mistakes
 
 
+class Unreadable(UserError):
+    """The system does not let a file be read: what it holds is not known, so it is not taken for damaged."""
+
+    def __init__(self, what: str, todo: str = "") -> None:
+        super().__init__(f"{what} {todo}".rstrip())
+        self.what = what
+
+
 class Fault(UserError):
     """Numbers that no update may be made of: not finite, or a loss above its ceiling."""
+
+    def __init__(self, *mistakes: str, value: float | None = None) -> None:
+        super().__init__(*mistakes)
+        self.value = value
+        """The number itself, where one is at fault."""
 
 
 class Stopped(KeyboardInterrupt):

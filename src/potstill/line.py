@@ -22,6 +22,7 @@ from potstill.evals.likelihood import heldout
 from potstill.proof.preflight import Checked, require_sound
 from potstill.proof.receipt import hashes, peak_gib, receipt_of
 from potstill.recipe import Recipe
+from potstill.runs.inputs import file_hashes
 from potstill.runs.rundir import RunDir, code, default_path, newest_path
 from potstill.runs.sinks import require_sinks, telling
 from potstill.students.generate import complete
@@ -69,6 +70,7 @@ def distill(
         run = RunDir.open(out or newest_path(name))
         _require_same_recipe(loaded, run)
         if run.status().get("state") == "finished":
+            run.whole_student()
             display.note(f"{run.path}: finished already")
             return run
         path = run.path
@@ -76,27 +78,44 @@ def distill(
         path = out or default_path(name)
         RunDir.require_free(path)
 
+    locked: list[RunDir] = []
+
     def on_stall(what: str, stacks: str) -> None:
         try:
-            where = run.write_stacks(stacks)
-            run.set_status("failed", what)
-            display.error((f"{run.path}: {what}. Stacks of all threads: {where}. --resume goes on.",))
+            if locked:
+                where = f"{run.write_stacks(stacks)}. --resume goes on"
+                run.set_status("failed", what)
+            else:  # there is no folder yet, or it may be another process's
+                os.write(2, stacks.encode())
+                where = "above"
+            display.error((f"{path}: {what}. Stacks of all threads: {where}.",))
         finally:
             os._exit(2)  # whoever hangs cannot be asked to return
 
     with Watch(loaded.guard, on_stall) as watch, _advised(loaded):
-        cast = assemble(loaded, display.note)
+
+        def note(text: str) -> None:
+            watch.beat()
+            display.note(text)
+
+        cast = assemble(loaded, note, beat=watch.beat)
         checked = require_sound(cast, path)
-        display.note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
+        note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
         if resume:
             _require_same_corpus(cast.corpus.manifest, run)
+        inputs = hashes(cast) | file_hashes(loaded)
+        if resume:
+            _require_equal(run.inputs(), inputs, "input", run)
         else:
-            run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
-        display.note(f"run: {run.path}")
+            run = RunDir.create(
+                path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest, inputs=inputs
+            )
+        note(f"run: {run.path}")
         with run.locked(), _recorded(run), telling(loaded.sinks, run, display.warn):
+            locked.append(run)
             if resume:
                 run.set_status("running")
-            _Running(cast, run, display, watch).to_its_receipt(checked)
+            _Running(cast, run, display, watch, inputs, is_resumed=resume).to_its_receipt(checked)
     return run
 
 
@@ -137,15 +156,24 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
 class _Running:
     """A run from its first step to its receipt: what the loop calls beside the mathematics."""
 
-    def __init__(self, cast: Cast, run: RunDir, display: Display, watch: Watch) -> None:
+    def __init__(
+        self,
+        cast: Cast,
+        run: RunDir,
+        display: Display,
+        watch: Watch,
+        inputs: dict[str, str],
+        *,
+        is_resumed: bool,
+    ) -> None:
         self.cast, self.run, self.display, self.watch = cast, run, display, watch
         self.clock = _Clock(cast.recipe.train.steps)
-        self.before = hashes(cast)
-        inputs = {
+        self.inputs, self.is_resumed = inputs, is_resumed
+        of_corpus = {
             "corpus": cast.corpus.fingerprint,
             "tokenizer": cast.corpus.manifest["tokenizer_sha256"],
         }
-        self.checkpoints = Checkpoints(run.checkpoints, self.before | inputs, display.note)
+        self.checkpoints = Checkpoints(run.checkpoints, inputs | of_corpus, display.note)
         self.begun = False
 
     def to_its_receipt(self, checked: Checked) -> None:
@@ -162,12 +190,13 @@ class _Running:
             )
             return
         samples["after"] = _sample(cast)
+        run.whole_student()
         receipt = receipt_of(
             cast,
             run,
             outcome,
             checked=checked,
-            before=self.before,
+            inputs=self.inputs,
             running=running,
             samples=samples,
             seconds=time.perf_counter() - started,
@@ -220,6 +249,11 @@ class _Running:
         outcome = self.checkpoints.load(self.cast.student, optimizer)
         at = outcome or Outcome(step=-1)
         self.run.repair()
+        if self.is_resumed and not self.begun:
+            if outcome is None:
+                self.display.note("no checkpoint: from step 0")
+            elif outcome.best:
+                self.run.whole_student()
         self.run.rewind(at.step, at.evaluated)
         if not self.begun:
             self.run.rewind_faults(at.step, at.left_out)
@@ -230,8 +264,8 @@ class _Running:
         self.run.flush()
         self.checkpoints.save(self.cast.student, optimizer, outcome)
 
-    def on_fault(self, step: int, what: str) -> None:
-        self.run.log_fault(step, what)
+    def on_fault(self, step: int, what: str, rows: list[dict[str, Any]]) -> None:
+        self.run.log_fault(step, what, rows)
         self.display.warn(f"{what} guard.policy: {self.cast.recipe.guard.policy}")
 
 

@@ -7,6 +7,7 @@ Every wing that reads what it did not write comes through here.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -20,7 +21,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from potstill.errors import UserError, one_line
+from potstill.errors import Unreadable, UserError, one_line
 
 NO_PICKLE = "a pickle can run code"
 WINDOW = 1 << 16
@@ -39,6 +40,10 @@ SPECIAL = {
 }
 
 
+NO_FILE = {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
+"""Where there cannot be a file to read, whoever asks."""
+
+
 class KeyTwice(ValueError):
     """A JSON object gives a key twice."""
 
@@ -46,7 +51,7 @@ class KeyTwice(ValueError):
 @contextmanager
 def opened(path: Path, wanted: str, todo: str) -> Iterator[BufferedReader]:
     """A plain file at its first byte; UserError for anything else, and for a pickle. `wanted` is what the
-    file should be.
+    file should be. Where the system refuses to read it, the error is Unreadable.
     """
     try:
         if kind := _special(os.stat(path).st_mode):
@@ -55,22 +60,31 @@ def opened(path: Path, wanted: str, todo: str) -> Iterator[BufferedReader]:
     except FileNotFoundError:
         _refuse(path, "no such file", todo)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, OSError) and error.errno not in NO_FILE:
+            raise unreadable(path, error, todo) from error
         _refuse(path, f"cannot be read: {_said(error)}", todo)
     with file:
         try:
             size = os.fstat(file.fileno()).st_size
             kind = pickle_in(file.peek(WINDOW)[:WINDOW], size)
         except OSError as error:
-            _refuse(path, f"cannot be read: {_said(error)}", todo)
+            raise unreadable(path, error, todo) from error
         if kind:
             _refuse(path, f"not {wanted} but {kind}: {NO_PICKLE}", todo)
         yield file
 
 
+def unreadable(path: Path, error: OSError, todo: str) -> Unreadable:
+    return Unreadable(f"{path}: cannot be read: {_said(error)}.", todo)
+
+
 def read_object(path: Path, todo: str) -> dict[str, Any]:
     """The object of a JSON file."""
     with opened(path, "JSON", todo) as file:
-        text = file.read(MAX_JSON_BYTES + 1)
+        try:
+            text = file.read(MAX_JSON_BYTES + 1)
+        except OSError as error:
+            raise unreadable(path, error, todo) from error
     if len(text) > MAX_JSON_BYTES:
         _refuse(path, f"more than {MAX_JSON_BYTES} bytes of JSON", todo)
     return object_of(text, str(path), todo)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import operator
 import typing
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from potstill import registry
 from potstill.errors import UserError
 from potstill.recipe_paths import locate
 
+_loaded: dict[Path, str] = {}
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -44,6 +46,12 @@ def load_plugins(tree: dict[str, Any], folder: Path) -> Iterator[tuple[tuple[str
 def _load(path: Path, content: bytes) -> None:
     """Once for each content of a file: a second load makes other functions, and recipes that differ."""
     registry.load_plugin(path)
+    _loaded[path] = hashlib.sha256(content).hexdigest()
+
+
+def plugin_sha256(path: Path) -> str:
+    """sha256 of a plug-in's file as it was when it was imported last: that code runs, whatever is there."""
+    return _loaded.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def divergences() -> tuple[Any, ...]:

@@ -88,7 +88,8 @@ def _measure(run: RunDir, tokens: int, display: Display) -> dict[str, Any]:
     from potstill.assembly import assemble
     from potstill.evals.disagreement import disagreement
 
-    cast = assemble(recipes.load(run.resolved), display.note, saved_student=run.student)
+    student = run.whole_student()
+    cast = assemble(recipes.load(run.resolved), display.note, saved_student=student)
     if cast.corpus.fingerprint != run.corpus().get("fingerprint"):
         raise UserError(
             f"{run.path}: the corpus is not the run's any more, so its held-out rows are not either."

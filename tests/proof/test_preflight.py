@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.proof.preflight import cheap, parameters_are_on_the_device, plan_of, window
 from potstill.proof.rehearsal import check, rehearsal
+from potstill.students.student import Student
 from potstill.types import Batch, HiddenTargets
 
 Recipe = Callable[..., Path]
@@ -49,6 +52,30 @@ def test_check_leaves_nothing_behind_and_speaks_json(
     assert main(["check", str(recipe), "--json"]) == 0
     assert {path for path in tmp_path.rglob("*")} == before
     assert all(finding["ok"] and finding["figure"] for finding in json.loads(capsys.readouterr().out))
+
+
+def test_a_check_that_is_stopped_removes_its_copy_of_the_student(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    save = Student.save
+    saved: list[Path] = []
+
+    def stopped(self: Student, folder: Path, tokenizer: Any) -> None:
+        save(self, folder, tokenizer)
+        saved.extend(folder.iterdir())
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Student, "save", stopped)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody took the signal"))
+    try:
+        assert main(["check", str(recipe)]) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert saved and (tmp_path / "temporary") in saved[0].parents
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.mark.parametrize(

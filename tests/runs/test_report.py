@@ -251,6 +251,10 @@ def test_a_second_report_loads_no_model_and_another_student_is_measured(
     changed[-2] ^= 1
     (run.student / "model.safetensors").write_bytes(changed)
     assert "Not run: --no-models." in Elements(page_of(run)).sections["disagreement"]
+    said = Elements(page_of(run, with_models=True)).sections["disagreement"]
+    assert "model.safetensors: damaged" in " ".join(said.split()) and run.disagreement() == known
+    run.write_receipt({**run.receipt(), "output": None})
+    run.replace_student(lambda folder: shutil.copytree(run.student, folder) and None)
     page_of(run, with_models=True)
     assert run.disagreement()["of"]["student"] != known["of"]["student"]
 

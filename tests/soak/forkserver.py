@@ -37,7 +37,7 @@ PHASES = BEFORE | {
     "log": "potstill.runs.rundir:RunDir.log",
     "student": "potstill.runs.rundir:RunDir.replace_student",
     "tensors": "safetensors.torch:serialize_file",
-    "flush": "potstill.training.checkpoint:_flush",
+    "flush": "potstill.training.checkpoint:flush",
     "prune": "shutil:rmtree",
     "receipt": "potstill.runs.rundir:RunDir.write_receipt",
 }

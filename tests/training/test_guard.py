@@ -17,12 +17,13 @@ import torch
 from potstill import UserError, distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
+from potstill.corpus.rows import Order
 from potstill.line import RunDir
 from potstill.proof.preflight import Checked
 from potstill.proof.rehearsal import smoke
 from potstill.students.student import Student
 from potstill.teachers.torch_teacher import TorchTeacher
-from potstill.training.loop import Hooks, train
+from potstill.training.loop import Hooks, offending, train
 from potstill.training.watch import Watch
 from potstill.types import HiddenTargets
 
@@ -113,8 +114,6 @@ def spoil(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> Callable[..., Non
 
     def plant(*steps: int) -> None:
         forward = Student.forward
-        from potstill.corpus.rows import Order
-
         now: list[int] = []
         rows = Order.rows
 
@@ -146,6 +145,84 @@ def test_a_bad_step_is_left_out_and_the_run_goes_on(
     assert run.receipt()["steps_left_out"] == [FAULTY]
     (fault,) = map(json.loads, (run.path / "faults.jsonl").read_text().splitlines())
     assert fault["step"] == FAULTY and "nan" in fault["what"] and "rows [" in fault["what"]
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_every_row_that_goes_wrong_is_in_the_record_with_its_value(
+    policy: str, tiny_recipe: Recipe, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step of 24 rows the two last and the fourth, in three micro-batches: one NaN, one inf, one huge."""
+    planted: dict[int, float] = {}
+    order, forward = Order.rows, Student.forward
+
+    def noting(self: Order, step: int, rows_per_step: int) -> list[int]:
+        rows = order(self, step, rows_per_step)
+        if step == 0:
+            planted.update({rows[3]: 1e6, rows[22]: NAN, rows[23]: float("inf")})
+        else:
+            planted.clear()
+        return rows
+
+    def spoiled(self: Student, batch: Any, targets: Any) -> dict[str, torch.Tensor]:
+        terms = forward(self, batch, targets)
+        for row in batch.rows_B.tolist():
+            terms["loss"] = terms["loss"] + planted.get(row, 0.0) * len(batch.positions_N)
+        return terms
+
+    monkeypatch.setattr(Order, "rows", noting)
+    monkeypatch.setattr(Student, "forward", spoiled)
+    train = "{steps: 2, rows_per_step: 24, rows_per_micro_batch: 8, lr: 1e-3, device: cpu}"
+    recipe = tiny_recipe(train=train, guard=f"{{policy: {policy}}}")
+    expected: list[tuple[int, Any]] = []
+    on_fault = RunDir.log_fault
+
+    def keeping(self: RunDir, step: int, what: str, rows: Any) -> None:
+        expected.extend(planted.items())
+        on_fault(self, step, what, rows)
+
+    monkeypatch.setattr(RunDir, "log_fault", keeping)
+    if policy == "stop":
+        with pytest.raises(UserError, match=r"these go wrong by themselves: \[\d+, \d+, \d+\]\. The weights"):
+            distill(recipe, out=tmp_path / "run")
+    else:
+        distill(recipe, out=tmp_path / "run")
+    (fault,) = RunDir(tmp_path / "run").faults()
+    found = [(entry["row"], entry["loss"]) for entry in fault["rows"]]
+    (huge, near), *others = found
+    assert (huge, expected[0][0]) == (expected[0][0], huge) and near == pytest.approx(1e6, rel=1e-3)
+    assert others == [(expected[1][0], "nan"), (expected[2][0], "inf")]
+
+
+def test_a_gradient_that_is_not_finite_names_its_rows(tiny_recipe: Recipe) -> None:
+    cast = cast_of(tiny_recipe())
+    plant(cast, "gradient")
+    told: list[Any] = []
+    with pytest.raises(UserError):
+        train(
+            cast.student,
+            cast.teacher,
+            cast.corpus.train,
+            cast.corpus.order(0),
+            cast.recipe,
+            hooks(on_fault=lambda *what: told.append(what)),
+        )
+    ((step, _, rows),) = told
+    assert step == 1 and rows == [{"row": r, "grad_norm": "nan"} for r in cast.corpus.order(0).rows(0, 4)]
+
+
+def test_looking_for_the_rows_leaves_the_random_state_as_it_was(tiny_recipe: Recipe) -> None:
+    cast = cast_of(tiny_recipe())
+    before = torch.get_rng_state()
+    forward = cast.student.forward
+
+    def drawing(*arguments: Any) -> dict[str, torch.Tensor]:
+        torch.rand(1)
+        return forward(*arguments)
+
+    cast.student.forward = drawing  # type: ignore[method-assign]
+    rows = cast.corpus.order(0).rows(0, 4)
+    assert offending(cast.student, cast.teacher, cast.corpus.train, rows, 1e9, lambda: None) == []
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_fault_after_the_last_checkpoint_is_told_once_over_a_resume(
@@ -264,12 +341,48 @@ def test_a_run_that_hangs_writes_its_stacks_and_ends(
         return forward(self, batch, targets)
 
     monkeypatch.setattr(Student, "forward", hang_here)
-    recipe = tiny_recipe(guard=f"{{{field}: 1.0}}")
+    recipe = tiny_recipe(guard=f"{{{field}: 3.0}}")  # what is before the loop takes less
     assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0  # os._exit is only noted here
     assert codes == [2]
     assert "hang_here" in (tmp_path / "run" / "stall.txt").read_text()
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1 and f"guard.{field} is 1" in told[0] and "stall.txt" in told[0]
+    assert len(told) == 1 and f"guard.{field} is 3" in told[0] and "stall.txt" in told[0]
+
+
+@pytest.mark.parametrize("where", ["potstill.corpus.rows.build", "potstill.assembly.make_teacher"])
+def test_a_hang_before_the_run_has_a_folder_shows_its_stacks_and_ends(
+    where: str,
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    codes: list[int] = []
+    monkeypatch.setattr("potstill.line.os._exit", codes.append)
+
+    def hang_here(*arguments: Any, **more: Any) -> None:
+        deadline = time.monotonic() + 30
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+        raise Ended
+
+    monkeypatch.setattr(where, hang_here)
+    recipe = tiny_recipe(guard="{first_step_s: 1.0}")
+    with pytest.raises(Ended):
+        main(["distill", str(recipe), "--out", str(tmp_path / "run")])
+    told = capfd.readouterr().err
+    assert codes == [2] and "hang_here" in told and not (tmp_path / "run").exists()
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "run: no sign of life at the start for" in line and "guard.first_step_s is 1" in line
+
+
+def test_a_document_is_a_sign_of_life(tiny_recipe: Recipe) -> None:
+    beats: list[int] = []
+    assemble(load_recipe(tiny_recipe()), lambda text: None, beat=lambda: beats.append(1))
+    assert len(beats) == 40
 
 
 def test_a_run_that_does_not_hang_is_left_alone(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -215,5 +215,6 @@ def _require_finite(sums: dict[str, Tensor], positions: int) -> None:
         if not is_finite:
             raise Fault(
                 f"objective: {name} is {value.item()} over {positions} positions. Logits are not finite, or a"
-                " token that one side or the corpus has is impossible on the other."
+                " token that one side or the corpus has is impossible on the other.",
+                value=value.item(),
             )

@@ -24,7 +24,7 @@ def receipt_of(
     outcome: Outcome,
     *,
     checked: Checked,
-    before: dict[str, str],
+    inputs: dict[str, str],
     running: dict[str, str],
     samples: dict[str, str],
     seconds: float,
@@ -32,7 +32,7 @@ def receipt_of(
     """Everything about a finished run, as `receipt.json` holds it.
 
     Args:
-        before: `hashes` of teacher and student before the first step.
+        inputs: `hashes` of teacher and student before the first step, and those of the files beside them.
         running: commit and diff of the code, read at the start.
         samples: what the student wrote before and after training.
         seconds: wall time of the whole run.
@@ -41,9 +41,9 @@ def receipt_of(
         RuntimeError: training changed the teacher.
     """
     recipe, after = cast.recipe, hashes(cast)
-    if after.get("teacher") != before.get("teacher"):
+    if after.get("teacher") != inputs.get("teacher"):
         raise RuntimeError(
-            f"the teacher's weights changed during training: {before['teacher']} -> {after['teacher']}"
+            f"the teacher's weights changed during training: {inputs['teacher']} -> {after['teacher']}"
         )
     head = cast.student.model.head.weight_VD
     peak = peak_gib(cast.device)
@@ -57,14 +57,15 @@ def receipt_of(
         "tokenizer_sha256": cast.corpus.manifest["tokenizer_sha256"],
         "teacher": {"name": recipe.teacher.name, "source": getattr(recipe.teacher, "model", None)}
         | {
-            "weights_sha256": before.get("teacher"),
-            "unchanged_by_training": True if "teacher" in before else None,
+            "weights_sha256": inputs.get("teacher"),
+            "unchanged_by_training": True if "teacher" in inputs else None,
         },
         "student": {
             **cast.origin,
-            "weights_sha256_start": before["student"],
+            "weights_sha256_start": inputs["student"],
             "weights_sha256_end": after["student"],
         },
+        "inputs": inputs,
         "allow_identical": recipe.allow_identical,
         "vocabulary": vars(cast.shared),
         "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"

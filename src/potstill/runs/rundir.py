@@ -5,15 +5,16 @@
     code.diff         uncommitted changes of the code that ran
     environment.json  versions, machine, command line
     corpus.json       files with hashes, counts, fingerprint
+    inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
     metrics.jsonl     one object a step or evaluation
-    faults.jsonl      steps whose update the guard refused, and why; only where there were any
+    faults.jsonl      steps whose update the guard refused, why, and which rows; only where there were any
     disagreement.json where student and teacher disagree, measured for the first report
     report.html       the page of `potstill report`
     evals/            what benchmarks found, with every completion
     stall.txt         where every thread was when a deadline of the guard passed
     receipt.json      what truly ran, written by the trainer
     status.json       beginning | running | stopped | finished | failed: why
-    student/          the best student, a Hugging Face folder
+    student/          the best student, a Hugging Face folder with the sums of its files
     evals/humaneval/  result and samples of `potstill eval RUN --humaneval`
     evals/lm-eval/    result of `potstill eval RUN --lm-eval`
     checkpoints/      the last two states of the training, for --resume
@@ -29,16 +30,17 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import UserError
 from potstill.plain_files import KeyTwice, object_of, opened, parse_json, read_object
+from potstill.runs.durable import flush, listed, repair_folder, replace_folder, require_whole, writing
+from potstill.runs.durable import write_whole as write_whole
 
 READABLE = "the run's other files are still readable."
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
@@ -53,7 +55,15 @@ class RunDir:
     """Told each line of `metrics.jsonl` once it is written."""
 
     @classmethod
-    def create(cls, path: Path, *, recipe: bytes, resolved: str, corpus: dict[str, Any]) -> RunDir:
+    def create(
+        cls,
+        path: Path,
+        *,
+        recipe: bytes,
+        resolved: str,
+        corpus: dict[str, Any],
+        inputs: dict[str, str] | None = None,
+    ) -> RunDir:
         """A new folder with what is known before the first step.
 
         `status.json` comes first and `resolved.yaml` last, so that a folder which a kill left half made is
@@ -72,6 +82,7 @@ class RunDir:
         write_whole(path / "code.diff", code()["diff"].encode())
         run._write_json("environment.json", environment())
         run._write_json("corpus.json", corpus)
+        run._write_json("inputs.json", inputs or {})
         write_whole(path / "resolved.yaml", resolved.encode())
         run.set_status("running")
         return run
@@ -81,7 +92,7 @@ class RunDir:
         if why := _cannot_be(path):
             raise UserError(f"{path}: the run directory cannot be made: {why}. Give --out another folder.")
         taken = os.path.lexists(path)
-        if taken and not (path.is_dir() and (_is_empty(path) or _was_cut_off_at_its_begin(path))):
+        if taken and not (path.is_dir() and (not listed(path) or _was_cut_off_at_its_begin(path))):
             raise UserError(
                 f"{path}: already there, and a run is never written over. Give --out another folder."
             )
@@ -128,13 +139,15 @@ class RunDir:
         for listener in self.listeners:
             listener(step, metrics)
 
-    def log_fault(self, step: int, what: str) -> None:
-        self._append("faults.jsonl", json.dumps({"step": step, "what": what}) + "\n")
+    def log_fault(self, step: int, what: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """`rows` are all that are not usable by themselves: each a row's number and its figures."""
+        self._append("faults.jsonl", json.dumps({"step": step, "what": what, "rows": [*rows]}) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time writes here; a killed one holds no lock."""
-        descriptor = os.open(self.path, os.O_RDONLY)
+        with writing(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -151,8 +164,8 @@ class RunDir:
         """The metrics so far onto the disk: a checkpoint is not to outlive the lines before it."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            with _writing(path), open(path, "rb") as file:
-                os.fsync(file.fileno())
+            with writing(path):
+                flush(path)
 
     def rewind_faults(self, step: int, left_out: list[int]) -> None:
         """Forget the faults that a resumed run will meet again."""
@@ -190,32 +203,26 @@ class RunDir:
 
     def replace_student(self, save: Callable[[Path], None]) -> None:
         """`save` fills a folder beside the old student; only a whole one takes its place."""
-        fresh, old = self.path / "student.new", self.path / "student.old"
-        self.repair()
-        try:
-            save(fresh)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        with _writing(self.student):
-            if self.student.exists():
-                self.student.rename(old)
-            fresh.rename(self.student)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(self.student, save)
 
     def repair(self) -> None:
         """Undo what a kill left half done in `replace_student`."""
-        fresh, old = self.path / "student.new", self.path / "student.old"
-        shutil.rmtree(fresh, ignore_errors=True)
-        if old.exists() and not self.student.exists():
-            old.rename(self.student)
-        shutil.rmtree(old, ignore_errors=True)
+        repair_folder(self.student)
+
+    def whole_student(self, todo: str = "Put it back from a copy, or start a new run.") -> Path:
+        """The student's folder, each file as it was saved; UserError where one is missing or damaged."""
+        is_finished = self.status().get("state") == "finished"
+        require_whole(self.student, self.receipt().get("output") if is_finished else None, todo)
+        return self.student
 
     def write_receipt(self, receipt: dict[str, Any]) -> None:
         self._write_json("receipt.json", receipt)
 
     def corpus(self) -> dict[str, Any]:
         return self._read_json("corpus.json")
+
+    def inputs(self) -> dict[str, Any]:
+        return self._read_json("inputs.json")
 
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")
@@ -237,7 +244,7 @@ class RunDir:
         return self._read_json("status.json")
 
     def _append(self, name: str, line: str) -> None:
-        with _writing(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
+        with writing(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
             file.write(line)
 
     def _write_json(self, name: str, value: Any) -> None:
@@ -292,6 +299,10 @@ def _is_number(value: object) -> bool:
 def _cannot_be(path: Path) -> str:
     """Why the system has no such path, nor could have; empty where it has or could."""
     try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8, and not every library writes there"
+    try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return ""
@@ -312,34 +323,13 @@ def summary(run: RunDir) -> dict[str, dict[str, float]]:
     return found
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one."""
-    beside = path.with_name(path.name + ".new")
-    with _writing(path):
-        beside.write_bytes(content)
-        os.replace(beside, path)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """A full disk is the user's to mend."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}. Make room, then start or resume the run again."
-        ) from error
-
-
-def _is_empty(path: Path) -> bool:
-    return not any(path.iterdir())
-
-
 def _was_cut_off_at_its_begin(path: Path) -> bool:
     """Whether a kill ended `RunDir.create` there, before there was a run."""
-    names, status = {file.name for file in path.iterdir()}, path / "status.json"
-    begun = status.is_file() and status.read_bytes() == _as_json({"state": "beginning"})
-    return "resolved.yaml" not in names and (begun or names == {"status.json.new"})
+    names = {entry.name for entry in listed(path)}
+    if "resolved.yaml" in names or "status.json" not in names:
+        return names == {"status.json.new"}
+    with opened(path / "status.json", "JSON", READABLE) as file:
+        return file.read(100) == _as_json({"state": "beginning"})
 
 
 def _as_json(value: Any) -> bytes:

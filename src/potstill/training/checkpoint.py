@@ -6,7 +6,8 @@
 
 A checkpoint is written beside its place, flushed to the disk, renamed and read back; only then is an older
 one deleted. Loading takes the newest that verifies, and says so when that is not the newest. Nothing in it
-can run code. The schedule and the order of rows are functions of the step, so they need no saving.
+can run code. The schedule and the order of rows are functions of the step, so they need no saving. What the
+system does not let be read may be sound: it ends the resume, and is never deleted.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from potstill.errors import UserError
+from potstill.errors import Unreadable, UserError
 from potstill.models.files import check_safetensors, file_sha256
-from potstill.plain_files import read_object
+from potstill.plain_files import NO_FILE, read_object, unreadable
+from potstill.runs.durable import flush, listed, remove
 from potstill.students.student import Student
 
 KEPT = 2
+READABLE = "Make it readable, or move its checkpoint away to go on from the one before."
 FILES = ("tensors.safetensors", "state.json")
 
 
@@ -96,8 +99,11 @@ class Checkpoints:
         place = self.folder / f"{outcome.step:08d}"
         beside = self.folder / f"{outcome.step:08d}.new"
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+            if not self.folder.exists():
+                self.folder.mkdir()
+                flush(self.folder.parent)
+            remove(beside)
+            beside.mkdir()
             save_file(tensors, beside / FILES[0])
             state = dataclasses.asdict(State(outcome, self.inputs))
             (beside / FILES[1]).write_text(json.dumps(state))
@@ -107,10 +113,10 @@ class Checkpoints:
             }
             (beside / "manifest.json").write_text(json.dumps(manifest))
             for path in (*beside.iterdir(), beside):
-                _flush(path)
-            shutil.rmtree(place, ignore_errors=True)
+                flush(path)
+            remove(place)
             beside.rename(place)
-            _flush(self.folder)
+            flush(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -125,16 +131,18 @@ class Checkpoints:
                 f"{place}: read back, the checkpoint is damaged: {error} The disk is not sound."
             ) from error
         for old in self._found()[KEPT:]:
-            shutil.rmtree(old)
+            remove(old)
 
     def load(self, student: Student, optimizer: torch.optim.Optimizer) -> Outcome | None:
         """Put the newest sound checkpoint into `student` and `optimizer`; None where there is none.
 
         Raises:
-            UserError: no checkpoint is sound, or the run is made of other things than the checkpoint.
+            UserError: no checkpoint is sound, one cannot be read, or the run is made of other things than the
+                checkpoint.
         """
-        for leftover in self.folder.glob("*.new"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in listed(self.folder):
+            if leftover.name.endswith(".new"):
+                remove(Path(leftover.path))
         found = self._found()
         faults = []
         for number, place in enumerate(found):
@@ -142,19 +150,22 @@ class Checkpoints:
                 verify(place)
                 state = _read_state(place)
                 tensors = _read_tensors(place, state.outcome, student, optimizer)
+            except Unreadable as error:
+                raise Unreadable(error.what, READABLE) from error
             except UserError as error:
                 fault = str(error).removeprefix(f"{place}{os.sep}")
                 faults.append(f"{place.name}: {fault}")
                 self.tell(f"warning: {place}: damaged, the one before is taken: {fault}")
                 continue
-            if differing := [n for n, value in self.inputs.items() if state.inputs.get(n) != value]:
+            names = sorted(self.inputs | state.inputs)
+            if differing := [n for n in names if state.inputs.get(n) != self.inputs.get(n)]:
                 raise UserError(
                     f"{place}: made with another {', '.join(differing)} than this run. Start a new run."
                 )
             _restore(tensors, student, optimizer)
             # Damaged ones would count among those kept; older ones are what a kill left half deleted.
             for stale in (*found[:number], *found[number + KEPT :]):
-                shutil.rmtree(stale)
+                remove(stale)
             self.tell(f"resumed from {place}")
             return state.outcome
         if found:
@@ -165,7 +176,8 @@ class Checkpoints:
 
     def _found(self) -> list[Path]:
         """Checkpoints, newest first."""
-        return sorted((p for p in self.folder.glob("*") if p.is_dir() and p.name.isdecimal()), reverse=True)
+        entries = [entry for entry in listed(self.folder) if entry.name.isdecimal() and entry.is_dir()]
+        return [Path(entry.path) for entry in sorted(entries, key=lambda e: int(e.name), reverse=True)]
 
 
 def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -206,7 +218,9 @@ def verify(place: Path) -> None:
         try:
             size, digest = (place / name).stat().st_size, file_sha256(place / name)
         except OSError as error:
-            raise UserError(f"{name}: cannot be read: {error.strerror}.") from error
+            if error.errno in NO_FILE:
+                raise UserError(f"{name}: cannot be read: {error.strerror}.") from error
+            raise unreadable(place / name, error, "") from error
         if size != said["bytes"]:
             raise UserError(f"{name}: it has {size} bytes, written were {said['bytes']}.")
         if digest != said["sha256"]:
@@ -241,7 +255,10 @@ def _read_tensors(
 ) -> dict[str, Tensor]:
     """The tensors, when they are what `_tensors` writes for this student and optimizer; UserError else."""
     check_safetensors(place / FILES[0])
-    tensors = load_file(place / FILES[0])
+    try:
+        tensors = load_file(place / FILES[0])
+    except OSError as error:
+        raise unreadable(place / FILES[0], error, "") from error
     weights = {f"weights/{name}": parameter for name, parameter in student.named_parameters()}
     wanted: dict[str, Tensor] = {**weights, "random/cpu": torch.get_rng_state()}
     numbers = {name.split("/")[1] for name in tensors if name.startswith("optimizer/")}
@@ -262,12 +279,3 @@ def _read_tensors(
         if bool(found.isnan().any()):
             raise UserError(f"{FILES[0]}: {name}: not all of it are numbers.")
     return tensors
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk, a folder's entries too: a rename is only safe after what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

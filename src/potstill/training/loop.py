@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class Hooks:
     """Put the newest checkpoint into the student and the optimizer; None where there is none."""
     save: Callable[[Optimizer, Outcome], None] = lambda optimizer, outcome: None
     should_stop: Callable[[], bool] = lambda: False
-    on_fault: Callable[[int, str], None] = lambda step, what: None
+    on_fault: Callable[[int, str, list[dict[str, Any]]], None] = lambda step, what, rows: None
+    """Told the rows, too, that are not usable by themselves: what `offending` gives."""
     beat: Callable[[], None] = lambda: None
 
 
@@ -105,9 +107,11 @@ def train(
             with named(step, step_rows):
                 require_usable(sums["loss"] / positions, ceiling, grad_norm, student)
         except Fault as fault:
+            alone = offending(student, teacher, rows, step_rows, ceiling, hooks.beat)
             optimizer.zero_grad(set_to_none=True)
-            hooks.on_fault(step + 1, str(fault))
-            outcome = without_step(fault, outcome, recipe, lambda: hooks.resume(optimizer))
+            refused = Fault(f"{fault} {blamed(alone, len(step_rows))}")
+            hooks.on_fault(step + 1, str(refused), alone)
+            outcome = without_step(refused, outcome, recipe, lambda: hooks.resume(optimizer))
             saved = min(saved, outcome.step)  # going back may have passed over a damaged checkpoint
             continue
         if plan.clip is not None:
@@ -166,10 +170,12 @@ def named(step: int, step_rows: list[int]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        shown = ", ".join(map(str, step_rows[:16])) + (
-            f", … {len(step_rows)} in all" if step_rows[16:] else ""
-        )
-        raise type(error)(f"step {step + 1}, rows [{shown}]: {error}") from error
+        raise type(error)(f"step {step + 1}, rows [{shown(step_rows)}]: {error}") from error
+
+
+def shown(numbers: list[int]) -> str:
+    """At most 16 of them."""
+    return ", ".join(map(str, numbers[:16])) + (f", … {len(numbers)} in all" if numbers[16:] else "")
 
 
 def loss_ceiling(recipe: Recipe, vocab_size: int) -> float:
@@ -191,6 +197,53 @@ def require_usable(loss: float, ceiling: float, grad_norm: Tensor, student: Stud
             n for n, p in student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         )
         raise Fault(f"the gradient norm is {float(grad_norm)}, first in {next(broken, 'the sum')}.")
+
+
+def offending(
+    student: Student,
+    teacher: Teacher | None,
+    rows: Rows,
+    step_rows: list[int],
+    ceiling: float,
+    beat: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Every row of a refused step that is not usable by itself: {"row", and "loss" in nats per position or
+    "grad_norm"}, numbers where they are finite and text where not. Leaves the random state as it was.
+    """
+    device = student.model.device
+    found: list[dict[str, Any]] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for row in dict.fromkeys(step_rows):
+            beat()
+            student.zero_grad(set_to_none=True)
+            batch = rows.batch([row]).to(device)
+            positions = len(batch.positions_N)
+            try:
+                loss = student(batch, None if teacher is None else teacher.targets(batch))["loss"] / positions
+                loss.backward()
+            except Fault as fault:
+                value = math.nan if fault.value is None else fault.value / positions
+                found.append({"row": row, "loss": _as_json(value)})
+                continue
+            norm = get_total_norm(p.grad for p in student.parameters() if p.grad is not None)
+            if not (value := float(loss.detach())) <= ceiling:
+                found.append({"row": row, "loss": _as_json(value)})
+            elif not torch.isfinite(norm):
+                found.append({"row": row, "grad_norm": _as_json(float(norm))})
+    return found
+
+
+def blamed(alone: list[dict[str, Any]], rows: int) -> str:
+    """What `offending` found, in a sentence."""
+    if not alone:
+        return f"None of the step's {rows} rows goes wrong by itself."
+    at_fault = shown([entry["row"] for entry in alone])
+    return f"Of the step's {rows} rows these go wrong by themselves: [{at_fault}]."
+
+
+def _as_json(value: float) -> float | str:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else str(value)
 
 
 def without_step(

@@ -2,7 +2,7 @@
 
 Until `begin` there is nothing to save, and SIGTERM or SIGINT ends whatever is being done. After it they are
 noted, and every long loop asks: `stopping` after a step, `poll` inside an evaluation. A second signal ends
-the process at once. From `begin` on a thread waits for signs of life; where none comes within the recipe's
+the process at once. From the start on a thread waits for signs of life; where none comes within the recipe's
 deadline, it hands the stacks of all threads to `on_stall`.
 """
 
@@ -15,7 +15,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -23,6 +23,24 @@ from potstill.errors import Stopped
 from potstill.recipe_sections import Guard
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def cleaning() -> Iterator[None]:
+    """SIGTERM raises Stopped inside, so that what is temporary is removed; a second one ends at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Watch:
@@ -40,6 +58,8 @@ class Watch:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours to take
             self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self.beat()
+        threading.Thread(target=self._wait, name="potstill-watch", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -48,10 +68,9 @@ class Watch:
             signal.signal(number, handler)
 
     def begin(self) -> None:
-        """From here on there is something to save, and something to wait for."""
+        """From here on there is something to save."""
         self._begun = True
-        self._life = time.monotonic()
-        threading.Thread(target=self._wait, name="potstill-watch", daemon=True).start()
+        self.beat()
 
     def beat(self) -> None:
         """A sign of life."""
@@ -103,6 +122,10 @@ class Watch:
                     faulthandler.dump_traceback(file, all_threads=True)
                     file.seek(0)
                     stacks = file.read()
-                what = f"no step and no batch of an evaluation for {silent_s:.3g} s"
-                self.on_stall(f"{what}; guard.{self._field} is {limit:g}", stacks)
+                waited_for = (
+                    "step and no batch of an evaluation" if self._begun else "sign of life at the start"
+                )
+                self.on_stall(
+                    f"no {waited_for} for {silent_s:.3g} s; guard.{self._field} is {limit:g}", stacks
+                )
                 return

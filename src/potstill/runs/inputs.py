@@ -1,0 +1,49 @@
+"""What a run is made of beside its recipe and its corpus: sha256 of every file that can change it unseen.
+
+Weights are hashed as they were loaded. What no weight tells is hashed as a file: the config of a model, its
+tokenizer and generation settings, a whole GGUF file, and the plug-ins of the recipe as they were imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from potstill.corpus import vocab
+from potstill.models import files
+from potstill.models.load import local_copy
+from potstill.recipe import Recipe
+from potstill.recipe_plugins import plugin_sha256
+
+SETTINGS = {
+    *("config.json", "chat_template.jinja", "chat_template.json", "merges.txt"),
+    *files.SETTINGS,
+    *vocab.SETTINGS,
+    *vocab.TOKENIZER_FILES,
+}
+
+
+def file_hashes(recipe: Recipe) -> dict[str, str]:
+    """`ROLE/FILE` -> sha256, a role being teacher, student, tokenizer or plugins with their number.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    roles = {
+        "teacher": recipe.teacher.model if recipe.teacher.name == "torch" else None,
+        "student": recipe.student.model if recipe.student.name in ("checkpoint", "config") else None,
+        "tokenizer": recipe.corpus.tokenizer,
+    }
+    found = {}
+    for role, source in roles.items():
+        for path in _settings(local_copy(source)) if source is not None else ():
+            found[f"{role}/{path.name}"] = files.file_sha256(path)
+    for number, plugin in enumerate(recipe.plugins):
+        found[f"plugins/{number}/{Path(plugin).name}"] = plugin_sha256(Path(plugin))
+    return found
+
+
+def _settings(source: Path) -> list[Path]:
+    if not os.path.isdir(source):
+        return [source]
+    return [source / name for name in sorted(SETTINGS) if os.path.lexists(source / name)]
