@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import make_model
 from safetensors.torch import load_file, save_file
+from test_malformed import gguf_file, gguf_tensors
 
 from potstill import UserError, distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
-from potstill.proof.preflight import cheap, parameters_are_on_the_device, plan_of, window
+from potstill.proof.identity import SAME, rounding_kl
+from potstill.proof.preflight import cheap, parameters_are_on_the_device, plan_of, weights_differ, window
 from potstill.proof.rehearsal import check, rehearsal
 from potstill.types import Batch, HiddenTargets
 
@@ -86,6 +90,77 @@ def test_a_teacher_that_is_its_student_is_red_under_any_name(
     assert told[0].startswith("error: check: weights: ") and "allow_identical: true" in told[0]
     allowed = distill(recipe, overrides=["allow_identical=true"], out=tmp_path / "run").receipt()
     assert allowed["allow_identical"] is True and "allowed by allow_identical" in allowed["check"]["weights"]
+
+
+@pytest.mark.parametrize("teacher_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("copy", ["float16", "bfloat16", "a head of its own", "float16 in GGUF"])
+def test_a_student_that_is_a_rounded_copy_of_its_teacher_is_refused(
+    copy: str,
+    teacher_dtype: str,
+    tiny_recipe: Recipe,
+    teacher_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher, student = teacher_folder, tmp_path / "copy"
+    if copy == "float16 in GGUF":
+        tensors = gguf_tensors()
+        half = {n: t.astype(np.float16) if t.ndim > 1 else t for n, t in tensors.items()}
+        teacher = gguf_file(tmp_path / "t.gguf", tensors, {})
+        student = gguf_file(tmp_path / "s.gguf", half, {})
+    else:
+        hf = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder)
+        if copy == "a head of its own":
+            hf.lm_head.weight = torch.nn.Parameter(hf.model.embed_tokens.weight.detach().clone())
+            hf.config.tie_word_embeddings = False
+        else:
+            hf.to(getattr(torch, copy))
+        hf.save_pretrained(student)
+    recipe = tiny_recipe(
+        teacher=f"{{name: torch, model: {teacher}, dtype: {teacher_dtype}}}",
+        student=f"{{name: checkpoint, model: {student}}}",
+    )
+    assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert told[0].startswith("error: check: weights: ") and "allow_identical: true" in told[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("by", [2.0**-7, 2.0**-10])
+def test_a_student_one_number_or_one_step_beside_its_teacher_is_another_model(
+    by: float, tiny_recipe: Recipe, teacher_folder: Path, tmp_path: Path
+) -> None:
+    """A tensor that rounding cannot have made; and an optimizer's step, which is small but not relative."""
+    hf = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder)
+    with torch.no_grad():
+        if by == 2.0**-7:
+            hf.model.layers[0].mlp.up_proj.weight[0, 0] *= 1 + by
+        else:
+            for parameter in hf.parameters():
+                parameter += by * torch.randn_like(parameter).sign()
+    hf.save_pretrained(tmp_path / "beside")
+    cast = cast_of(tiny_recipe(student=f"{{name: checkpoint, model: {tmp_path / 'beside'}}}"))
+    assert weights_differ(cast).ok
+
+
+def test_what_weights_cannot_tell_the_first_kl_does(tiny_recipe: Recipe, teacher_folder: Path) -> None:
+    """A model that is its teacher under other names: what is red is the KL, at the level of rounding."""
+    cast = cast_of(tiny_recipe(student=f"{{name: checkpoint, model: {teacher_folder}}}"))
+    with torch.no_grad():  # more than rounding can do to one number
+        cast.student.model.hf.model.layers[0].mlp.up_proj.weight[0, 0] *= 1.1
+    found = {finding.name: finding for finding in cheap(cast, plan_of(cast), NOWHERE)}
+    assert found["weights"].ok and not found["KD term"].ok
+    assert "rounding alone makes" in found["KD term"].figure
+    with torch.no_grad():
+        cast.student.model.hf.model.layers[0].mlp.up_proj.weight *= 1.3
+    assert {finding.name: finding for finding in cheap(cast, plan_of(cast), NOWHERE)}["KD term"].ok
+
+
+def test_the_kl_of_rounding_is_the_squared_error_times_the_variance() -> None:
+    """Of two tokens with p and 1 - p the variance of the logit is p (1 - p) log(p / (1 - p))^2."""
+    wanted = 2.0**-16 * 0.9 * 0.1 * math.log(9) ** 2
+    assert rounding_kl(torch.tensor([[0.9, 0.1]]).log()) == pytest.approx(wanted, rel=1e-5)
+    assert rounding_kl(torch.zeros(2, 8).log_softmax(-1)) == SAME
 
 
 def test_an_identical_pair_is_no_fault_where_nothing_is_asked_of_the_teacher(

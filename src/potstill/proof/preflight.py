@@ -22,15 +22,14 @@ from potstill.corpus.decontamination import told
 from potstill.errors import UserError, one_line
 from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
-from potstill.models.causal_lm import CausalLM
 from potstill.models.load import weights_sha256
+from potstill.proof.identity import ADVICE_IDENTICAL, SAME, rounding_kl, same_weights
 from potstill.proof.plan import Plan, available, plan
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.loop import ask
 from potstill.types import Batch, Targets
 
 TOKENS = 64  # of each row, where gradients are looked at
-SAME = 1e-6  # nats: below it, two models say the same
 BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
 
 
@@ -152,21 +151,6 @@ def weights_differ(cast: Cast) -> Finding:
     return Finding("weights", *_unless_allowed(cast, figure, differ), ADVICE_IDENTICAL)
 
 
-def same_weights(teacher: CausalLM, student: CausalLM) -> bool:
-    """Tensor by tensor, both rounded to bfloat16: a rounded copy is a copy."""
-    theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
-    return theirs.keys() == ours.keys() and all(
-        tensor.shape == ours[name].shape and torch.equal(tensor.bfloat16(), ours[name].bfloat16())
-        for name, tensor in theirs.items()
-    )
-
-
-ADVICE_IDENTICAL = (
-    "Teacher and student are the same model: the KD term is 0 and nothing would be learned from it."
-    " Where that is meant, write allow_identical: true"
-)
-
-
 def _unless_allowed(cast: Cast, figure: str, ok: bool) -> tuple[str, bool]:
     if not ok and cast.recipe.allow_identical:
         return f"{figure}; allowed by allow_identical", True
@@ -262,8 +246,9 @@ def student_is_not_lost(cast: Cast, ce: float) -> Finding:
 
 def teacher_and_student_differ(cast: Cast, kl: float) -> Finding:
     """Equal under whatever name or format: nothing to distil."""
-    figure = f"KL to the teacher {kl:.4g} nats on held-out rows"
-    return Finding("KD term", *_unless_allowed(cast, figure, kl > SAME), ADVICE_IDENTICAL)
+    least = rounding_kl(_teacher_logp(cast, cast.corpus.heldout.batch([0]).to(cast.device)))
+    figure = f"KL to the teacher {kl:.4g} nats on held-out rows, rounding alone makes {least:.1g}"
+    return Finding("KD term", *_unless_allowed(cast, figure, kl > least), ADVICE_IDENTICAL)
 
 
 def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:
