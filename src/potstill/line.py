@@ -86,11 +86,11 @@ def distill(
 
     with Watch(loaded.guard, on_stall) as watch, _advised(loaded):
         cast = assemble(loaded, display.note)
-        checked = require_sound(cast, path)
-        display.note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
         if resume:
             _require_same_corpus(cast.corpus.manifest, run)
-        else:
+        checked = require_sound(cast, path)
+        display.note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
+        if not resume:
             run = RunDir.create(path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest)
         display.note(f"run: {run.path}")
         with run.locked(), _recorded(run), telling(loaded.sinks, run, display.warn):

@@ -24,6 +24,7 @@ from potstill.cli import main
 from potstill.proof.identity import SAME, rounding_kl
 from potstill.proof.preflight import cheap, parameters_are_on_the_device, plan_of, weights_differ, window
 from potstill.proof.rehearsal import check, rehearsal
+from potstill.training.optim import rates, set_lr
 from potstill.types import Batch, HiddenTargets
 
 Recipe = Callable[..., Path]
@@ -357,6 +358,32 @@ def test_a_rate_that_is_not_the_schedule_s_is_red(
 ) -> None:
     monkeypatch.setattr("potstill.training.loop.lr_at", lambda step, plan: plan.lr)
     assert red(cast_of(tiny_recipe())) == ["learning rate"]
+
+
+def test_a_rate_that_reaches_only_the_first_group_is_red_and_not_logged(
+    tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second group has the norms: a run that leaves it at the first rate looks as it should."""
+
+    def first_alone(optimizer: torch.optim.Optimizer, lr: float) -> float:
+        optimizer.param_groups[0]["lr"] = lr
+        return lr
+
+    monkeypatch.setattr("potstill.training.loop.set_lr", first_alone)
+    assert main(["check", str(tiny_recipe())]) == 2
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("RED")]
+    assert len(told) == 1 and "learning rate: 0.001 in group 1 at step 2, the schedule says 0.0" in told[0]
+
+
+def test_the_logged_rate_is_of_the_group_that_is_furthest_off() -> None:
+    class Deaf(dict[str, Any]):
+        def __setitem__(self, key: str, value: Any) -> None:
+            pass
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    assert set_lr(optimizer, 0.25) == 0.25
+    optimizer.param_groups.append(Deaf(optimizer.param_groups[0], lr=0.5))
+    assert set_lr(optimizer, 0.125) == 0.5 and rates(optimizer) == [0.125, 0.5]
 
 
 def test_a_head_that_changed_after_it_was_probed_is_red(tiny_recipe: Recipe) -> None:

@@ -26,7 +26,7 @@ from potstill.proof.preflight import Finding, cheap, plan_of, window
 from potstill.recipe import Recipe
 from potstill.students.student import from_checkpoint
 from potstill.training.loop import Hooks, Metrics, train
-from potstill.training.optim import lr_at
+from potstill.training.optim import lr_at, rates
 from potstill.types import Batch, Order
 
 STEPS = 10
@@ -100,6 +100,8 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     still: list[str] = []
     lines: list[Metrics] = []
     busy: list[float] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    seen: list[list[float]] = []  # of each step, the rate of each group
 
     def note_gradient(name: str, parameter: Tensor) -> None:
         if parameter.grad is not None and bool(parameter.grad.any()):
@@ -112,6 +114,7 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
             still.extend(name for name, old in before.items() if torch.equal(old, parameters[name]))
             before.clear()
         lines.append(metrics)
+        seen.append([*rates(optimizers[0]), metrics["train/lr"]])
         if cast.device.type == "cuda":
             busy.extend(_utilisation(cast.device))
 
@@ -122,7 +125,13 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     ]
     wanted = min(STEPS, plan.steps)
     never = {"heldout/loss": math.inf}
-    hooks = Hooks(lambda step: never, on_step, lambda *_: None, should_stop=lambda: len(lines) == wanted)
+    hooks = Hooks(
+        lambda step: never,
+        on_step,
+        lambda *_: None,
+        resume=optimizers.append,
+        should_stop=lambda: len(lines) == wanted,
+    )
     teacher = cast.teacher if cast.recipe.objective.kd_weight else None
     order = _Thinned(cast.corpus.order(plan.seed))
     train(cast.student, teacher, cast.corpus.train, order, _strict(cast.recipe), hooks)
@@ -137,12 +146,7 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     yield Finding(
         "weights move", figure, not faulty, f"{faulty[:1]} did not: is it used, trainable, in the optimizer?"
     )
-    rates = [(line["train/lr"], lr_at(step, plan)) for step, line in enumerate(lines)]
-    off = max(abs(set_to - wanted_lr) for set_to, wanted_lr in rates)
-    figure = (
-        f"{rates[0][0]:.3g} at step 1, {rates[-1][0]:.3g} at step {len(rates)}, read back from the optimizer"
-    )
-    yield Finding("learning rate", figure, off == 0, "The optimizer does not run at the schedule's rate.")
+    yield rate_is_the_schedule_s(seen, [lr_at(step, plan) for step in range(len(seen))])
     losses = [line["train/loss"] for line in lines]
     thinned = f", the last {len(lines) - FULL} with a quarter of the rows" if len(lines) > FULL else ""
     figure = f"{len(lines)} real steps{thinned}; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
@@ -162,6 +166,24 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
         f"{plan.steps} steps of {step_s:.3g} s: {plan.steps * step_s / 3600:.3g} h, evaluations not counted"
     )
     yield Finding("projected time", figure, True)
+
+
+def rate_is_the_schedule_s(seen: list[list[float]], wanted: list[float]) -> Finding:
+    """`seen` has the rates of each step: those of the optimizer's groups, and the one that was logged."""
+    groups = len(seen[0]) - 1
+    figure = (
+        f"{seen[0][-1]:.3g} at step 1, {seen[-1][-1]:.3g} at step {len(seen)}, read back from"
+        f" {'each of ' if groups > 1 else ''}{groups} group{'s' if groups > 1 else ''} of the optimizer"
+    )
+    for step, (rates_of_step, rate) in enumerate(zip(seen, wanted, strict=True), start=1):
+        for group, found in enumerate(rates_of_step):
+            if found != rate:
+                where = "in the log" if group == groups else f"in group {group}"
+                figure = f"{found:.3g} {where} at step {step}, the schedule says {rate:.3g}"
+                return Finding(
+                    "learning rate", figure, False, "The optimizer does not run at the schedule's rate."
+                )
+    return Finding("learning rate", figure, True)
 
 
 def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics:

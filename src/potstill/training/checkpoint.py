@@ -141,15 +141,18 @@ class Checkpoints:
             try:
                 verify(place)
                 state = _read_state(place)
-                tensors = _read_tensors(place, state.outcome, student, optimizer)
+                differing = self._differing(state)
+                # Of another student the shapes differ, and nothing is damaged.
+                tensors = {} if differing else _read_tensors(place, state.outcome, student, optimizer)
             except UserError as error:
                 fault = str(error).removeprefix(f"{place}{os.sep}")
                 faults.append(f"{place.name}: {fault}")
                 self.tell(f"warning: {place}: damaged, the one before is taken: {fault}")
                 continue
-            if differing := [n for n, value in self.inputs.items() if state.inputs.get(n) != value]:
+            if differing:
                 raise UserError(
-                    f"{place}: made with another {', '.join(differing)} than this run. Start a new run."
+                    f"{place}: made with another {', '.join(differing)} than this run. Resume with the same,"
+                    " or start a new run."
                 )
             _restore(tensors, student, optimizer)
             # Damaged ones would count among those kept; older ones are what a kill left half deleted.
@@ -162,6 +165,14 @@ class Checkpoints:
                 f"{self.folder}: none of {len(found)} checkpoints is sound: {faults[0]} Start a new run."
             )
         return None
+
+    def _differing(self, state: State) -> list[str]:
+        """What the run is made of now and was not then, with both hashes."""
+        return [
+            f"{name} ({str(state.inputs.get(name))[:12]} -> {value[:12]})"
+            for name, value in self.inputs.items()
+            if state.inputs.get(name) != value
+        ]
 
     def _found(self) -> list[Path]:
         """Checkpoints, newest first."""
