@@ -142,7 +142,7 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
     if options.smoke is not None:
         if options.out is not None:
             raise UserError("--out: --smoke writes nothing, and --out would have no effect. Leave one out.")
-        found = smoke(loaded, options.smoke, display)
+        found = smoke(loaded, options.smoke, display, recipe.stem)
         if options.json:
             display.result(json.dumps(found, indent=2))
         else:
@@ -239,7 +239,7 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
     if options.measure and fits:
         from potstill.proof.rehearsal import smoke
 
-        measured = smoke(recipe, min(3, recipe.train.steps), display)
+        measured = smoke(recipe, min(3, recipe.train.steps), display, options.recipe.stem)
         found = dataclasses.replace(found, time_s=measured["smoke/projected_s"])
     if options.json:
         told = found.as_dict() | {"fits": fits}

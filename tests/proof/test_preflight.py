@@ -424,6 +424,26 @@ def test_a_red_line_is_exit_code_two_with_its_advice(
     assert "RED  KD term: KL to the teacher" in told and "nothing would be learned" in told
 
 
+@pytest.mark.parametrize(
+    ("verb", "flags"), [("distill", ["--smoke", "2"]), ("plan", ["--measure"]), ("demo", ["--smoke", "1"])]
+)
+def test_no_step_is_tried_past_a_red_line(
+    verb: str,
+    flags: list[str],
+    tiny_recipe: Recipe,
+    teacher_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tiny_recipe(student=f"{{name: checkpoint, model: {teacher_folder}}}")
+    if verb == "demo":
+        monkeypatch.setattr("potstill.cli.resources.files", lambda package: recipe.parent)
+        recipe.rename(recipe.with_name("demo.yaml"))
+    assert main([verb, *([] if verb == "demo" else [str(recipe)]), *flags]) == 2
+    told = capsys.readouterr()
+    assert "error: check: weights: " in told.err and "step 1/" not in told.err and not told.out
+
+
 def test_steps_that_leave_the_numbers_are_red(tiny_recipe: Recipe) -> None:
     train = "{steps: 10, rows_per_step: 4, lr: 1e30, clip: null, device: cpu}"
     assert red(cast_of(tiny_recipe(train=train))) == ["steps"]

@@ -22,8 +22,9 @@ from potstill.assembly import Cast, assemble, make_objective
 from potstill.display import Display
 from potstill.errors import UserError
 from potstill.evals.likelihood import heldout
-from potstill.proof.preflight import Finding, cheap, plan_of, window
+from potstill.proof.preflight import Finding, cheap, plan_of, require_sound, window
 from potstill.recipe import Recipe
+from potstill.runs.rundir import default_path
 from potstill.students.student import from_checkpoint
 from potstill.training.loop import Hooks, Metrics, train
 from potstill.training.optim import lr_at, rates
@@ -186,16 +187,21 @@ def rate_is_the_schedule_s(seen: list[list[float]], wanted: list[float]) -> Find
     return Finding("learning rate", figure, True)
 
 
-def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics:
+def smoke(recipe: Recipe, steps: int, display: Display | None = None, name: str = "run") -> Metrics:
     """Exactly `steps` steps of the recipe's own run, and what they say of the whole; writes nothing.
 
     Returns the metrics of the last step, the median seconds of a step and of an evaluation, and the projected
-    seconds of the full run.
+    seconds of the full run, which would be called `name`.
+
+    Raises:
+        UserError: whatever `distill` would not begin for, a red line of the cheap checks too.
     """
     if not 1 <= steps <= recipe.train.steps:
         raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
     display = display or Display(quiet=True)
     cast = assemble(recipe, display.note)
+    checked = require_sound(cast, default_path(name))
+    display.note(f"check: all {len(checked.findings)} cheap ones passed")
     lines: list[Metrics] = []
     evaluations: list[float] = []
 
