@@ -97,10 +97,11 @@ def assemble(recipe: Recipe, note: Callable[[str], None], saved_student: str | P
     for difference in shared.differences:
         note(f"warning: {difference}")
     for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
-        require_length(model_of_run, "corpus.tokens_per_row", recipe.corpus.tokens_per_row)
+        field, tokens = "corpus.tokens_per_row", recipe.corpus.tokens_per_row
+        require_length(model_of_run.hf.config, model_of_run.name, field, tokens)
     if recipe.eval.sample_prompt is not None and tokenizer is not None:
         sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
-        require_length(model, "eval.sample_tokens", sampled)
+        require_length(model.hf.config, model.name, "eval.sample_tokens", sampled)
     if recipe.train.activation_checkpointing:
         checkpoint_activations(model)
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
@@ -304,12 +305,11 @@ def require_sample(recipe: Recipe, tokenizer: Any | None) -> None:
         raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
 
 
-def require_length(model: CausalLM, field: str, tokens: int) -> None:
-    longest = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+def require_length(config: Any, name: str, field: str, tokens: int) -> None:
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UserError(
-            f"{field}: {tokens} tokens, {model.name} was made for {longest} at most."
-            f" Set it to {longest} or less."
+            f"{field}: {tokens} tokens, {name} was made for {longest} at most. Set it to {longest} or less."
         )
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from potstill.assembly import Cast
 from potstill.corpus.decontamination import told
+from potstill.display import size
 from potstill.errors import UserError, one_line
 from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
@@ -107,8 +108,8 @@ def files_are_whole(cast: Cast) -> Finding:
     """Checkpoints were verified and the corpus read to its end before this; each file read has its hash."""
     files = cast.corpus.manifest["files"]
     without = [file["path"] for file in files if not file.get("sha256")]
-    size = sum(file["bytes"] for file in files)
-    figure = f"{len(files)} of the corpus, {size / 2**20:.1f} MiB, read whole; checkpoints verified"
+    read = size(sum(file["bytes"] for file in files))
+    figure = f"{len(files)} of the corpus, {read}, read whole; checkpoints verified"
     return Finding("files", figure, not without, f"Not read: {without[:1]}.")
 
 
@@ -123,12 +124,16 @@ def the_machine_suffices(cast: Cast, planned: Plan | str, place: Path) -> Iterat
         yield Finding("memory", planned, True)
         return
     memory, disk = available(cast.recipe, place)
-    figure = f"{planned.peak_bytes / 2**30:.2f} GiB planned, {memory / 2**30:.2f} GiB available"
+    figure = f"{size(planned.peak_bytes)} planned, {size(memory)} available"
     advice = "`potstill plan` lists what to change"
     yield Finding("memory", figure, planned.peak_bytes <= memory, advice)
     there = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     needed = max(planned.disk_peak_bytes - there, 0)
-    figure = f"{needed / 2**30:.2f} GiB planned, {disk / 2**30:.2f} GiB free"
+    parts = (
+        f"a student of {size(planned.student_disk_bytes)}, its last one written beside the one before,"
+        f" and checkpoints of {size(planned.checkpoint_disk_bytes)} each"
+    )
+    figure = f"{size(needed)} needed ({parts}), {size(disk)} free"
     yield Finding("disk", figure, needed <= disk, "Make room, or give --out a folder on another disk")
 
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from potstill.assembly import Cast, assemble, make_objective
-from potstill.display import Display
+from potstill.display import Display, clock, size
 from potstill.errors import UserError
 from potstill.evals.likelihood import heldout
+from potstill.proof.plan import Plan, available
 from potstill.proof.preflight import Finding, cheap, plan_of, require_sound, window
+from potstill.proof.receipt import peak_gib
 from potstill.recipe import Recipe
 from potstill.runs.rundir import default_path
 from potstill.students.student import from_checkpoint
@@ -40,13 +42,35 @@ LR_SEEN = 1e-6
 
 
 def check(cast: Cast, place: Path) -> Iterator[Finding]:
-    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried."""
-    sound = True
-    for finding in cheap(cast, plan_of(cast), place):
+    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried.
+
+    The last three are what the run will take of time, memory and disk.
+    """
+    sound, planned, time = True, plan_of(cast), "not measured, after a red line no step is tried"
+    for finding in cheap(cast, planned, place):
         sound = sound and finding.ok
         yield finding
-    if sound:
-        yield from rehearsal(cast)
+    for finding in rehearsal(cast) if sound else ():
+        if finding.name == "projected time":
+            time = finding.figure
+        else:
+            yield finding
+    yield Finding("projected time", time, True)
+    yield from projected(cast, planned, place)
+
+
+def projected(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
+    """Peak memory and bytes on the disk, beside what there is; never red, the cheap checks have judged."""
+    memory, disk = available(cast.recipe, place)
+    measured = f"{size(peak_gib(cast.device) * 2**30)} measured so far"
+    if isinstance(planned, str):
+        yield Finding("projected memory", f"{planned} {measured}, {size(memory)} available", True)
+        yield Finding("projected disk", f"{planned} {size(disk)} free", True)
+        return
+    figure = f"{size(planned.peak_bytes)} at the peak, {measured}, {size(memory)} available"
+    yield Finding("projected memory", figure, True)
+    figure = f"{size(planned.disk_peak_bytes)} at the most, {size(planned.disk_bytes)} after it"
+    yield Finding("projected disk", f"{figure}, {size(disk)} free", True)
 
 
 def rehearsal(cast: Cast) -> Iterator[Finding]:
@@ -64,7 +88,7 @@ def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
     advice = "The saved student is another model; do not train it."
     with tempfile.TemporaryDirectory() as folder:
         cast.student.save(Path(folder) / "student", cast.tokenizer)
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*"))
+        saved = sum(path.stat().st_size for path in Path(folder).rglob("*"))
         try:
             again = from_checkpoint(Path(folder) / "student", cast.device)
         except UserError as error:
@@ -74,7 +98,7 @@ def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
             model.head(model.hidden(batch.input_ids_BT)) for model in (cast.student.model, again)
         )
     gap = float((before - after).abs().max())
-    figure = f"{size / 2**20:.0f} MiB saved and loaded, logits differ by {gap:.2g}"
+    figure = f"{size(saved)} saved and loaded, logits differ by {gap:.2g}"
     return Finding("save and reload", figure, gap <= 1e-5, advice)
 
 
@@ -163,9 +187,8 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
         )
         yield Finding("GPU utilisation", figure, True)
     step_s = _settled_s(lines[:FULL])
-    figure = (
-        f"{plan.steps} steps of {step_s:.3g} s: {plan.steps * step_s / 3600:.3g} h, evaluations not counted"
-    )
+    whole = clock(plan.steps * step_s)
+    figure = f"{whole} for {plan.steps} steps of {step_s:.3g} s, evaluations not counted"
     yield Finding("projected time", figure, True)
 
 
