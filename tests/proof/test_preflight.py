@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,14 @@ from potstill import UserError, distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.proof.identity import SAME, rounding_kl
-from potstill.proof.preflight import cheap, parameters_are_on_the_device, plan_of, weights_differ, window
+from potstill.proof.preflight import (
+    cheap,
+    parameters_are_on_the_device,
+    plan_of,
+    the_machine_suffices,
+    weights_differ,
+    window,
+)
 from potstill.proof.rehearsal import check, rehearsal
 from potstill.training.optim import rates, set_lr
 from potstill.types import Batch, HiddenTargets
@@ -43,6 +51,46 @@ def test_a_sound_recipe_has_no_red_line(tiny_recipe: Recipe, capsys: pytest.Capt
     assert main(["check", str(tiny_recipe())]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == "24 of 24 checks passed" and all(line.startswith("ok ") for line in told[:-1])
+
+
+def test_check_ends_with_what_the_run_will_take(
+    tiny_recipe: Recipe, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In units that show them, and after a red line, too."""
+    number = r"\d+(\.\d+)? [KMG]iB"
+    assert main(["check", str(tiny_recipe())]) == 0
+    time, memory, disk, _ = capsys.readouterr().out.splitlines()[-4:]
+    assert re.fullmatch(r"ok   projected time: \d+:\d\d for 4 steps of .* s, evaluations not counted", time)
+    wanted = f"ok   projected memory: {number} at the peak, {number} measured so far, {number} available"
+    assert re.fullmatch(wanted, memory)
+    wanted = f"ok   projected disk: {number} at the most, {number} after it, {number} free"
+    assert re.fullmatch(wanted, disk)
+    identical = tiny_recipe(student=f"{{name: checkpoint, model: {teacher_folder}}}")
+    assert main(["check", str(identical)]) == 2
+    time, memory, disk, _ = capsys.readouterr().out.splitlines()[-4:]
+    assert "projected time: not measured, after a red line" in time
+    assert "projected memory" in memory and "projected disk" in disk
+
+
+def test_the_disk_check_counts_the_last_student_beside_the_one_before_and_each_checkpoint(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the files of a run that was planned: two students and a third checkpoint are there for a moment."""
+    recipe = tiny_recipe(train="{steps: 6, rows_per_step: 2, lr: 1e-3, device: cpu, save_every: 2}")
+    run = distill(recipe, out=tmp_path / "run")
+    student, state = (
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in (run.student, run.checkpoints / "00000006")
+    )
+    cast = cast_of(recipe)
+    planned = plan_of(cast)
+    needed = max(2 * student + 2 * state, student + 3 * state)
+    for free, enough in ((needed * 0.8, False), (needed * 1.2, True)):
+        monkeypatch.setattr("potstill.proof.preflight.available", lambda recipe, folder, f=free: (2**40, f))
+        _, disk = the_machine_suffices(cast, planned, NOWHERE)
+        assert disk.ok == enough
+        parts = r"a student of [\d.]+ KiB, .* checkpoints of [\d.]+ KiB each"
+        assert re.fullmatch(rf"1\.\d+ MiB needed \({parts}\), [\d.]+ [KM]iB free", disk.figure)
 
 
 def test_check_leaves_nothing_behind_and_speaks_json(

@@ -29,10 +29,6 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **
     return a.new_empty(*(a.shape[:1] if a.ndim == b.ndim else ()), rows, b.shape[-1])
 
 
-SHOWN = 32
-"""Rows that are named in a message: of a step of a billion rows no list is made."""
-
-
 class Answers(TorchFunctionMode):
     """A tensor without data has no list of numbers; the loop asks for some, to name rows and find NaN."""
 
@@ -43,7 +39,7 @@ class Answers(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return [1] * min(args[0].numel(), SHOWN) if func is Tensor.tolist else func(*args, **kwargs or {})
+        return [1] * args[0].numel() if func is Tensor.tolist else func(*args, **kwargs or {})
 
 
 class Ledger(TorchDispatchMode):
@@ -138,6 +134,9 @@ class WatchedObjective(Objective):
         return [slice(start, start + self.chunk) for start in starts]
 
 
+NAMED = 32
+
+
 @dataclass(frozen=True)
 class FakeRows:
     """Rows of which every position bears loss, the most that a corpus can ask for."""
@@ -150,11 +149,10 @@ class FakeRows:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         B, T = len(rows), self.tokens_per_row
+        rows_B = torch.zeros(min(B, NAMED), dtype=torch.int64)  # the loop names them, one by one
         ids_BT = torch.zeros(B, T, dtype=torch.int64)
         positions_N = torch.zeros(B * T, dtype=torch.int64)
-        return Batch(
-            torch.zeros(B, dtype=torch.int64), ids_BT, ids_BT.clone(), positions_N, positions_N.clone()
-        )
+        return Batch(rows_B, ids_BT, ids_BT.clone(), positions_N, positions_N.clone())
 
 
 class FakeOrder:

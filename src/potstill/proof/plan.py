@@ -103,8 +103,8 @@ TRACED = ("teacher", "student", "gradients", "optimizer", "activations", "loss_c
 PARTS = (*TRACED, "corpus", "libraries", "allocator")
 # Of the tensors alive at the peak. Measured with bench/plan.py: from 0.22 to 0.46 in six cases (docs/log.md).
 KEPT_BY_GLIBC = 0.3
-MOST_POSITIONS = 2**40
-"""Of a micro-batch, or of one row's attention: with more, sizes in bytes leave the numbers of 64 bits."""
+MOST_POSITIONS, LONGEST_ROW = 2**36, 2**22
+"""Of a micro-batch: with more, sizes in bytes leave the numbers of 64 bits."""
 
 
 def plan(
@@ -232,7 +232,7 @@ def require_countable(recipe: Recipe, configs: Configs) -> None:
     for name, config in (("teacher", configs.teacher), ("student", configs.student)):
         if config is not None:
             require_length(config, name, "corpus.tokens_per_row", tokens)
-    if rows * tokens > MOST_POSITIONS or tokens * tokens > MOST_POSITIONS:
+    if rows * tokens > MOST_POSITIONS or tokens > LONGEST_ROW:
         raise UserError(
             f"train.rows_per_micro_batch: {rows} rows of {tokens} tokens at once are {rows * tokens}"
             " positions, more than any memory holds. Set it to 1, and corpus.tokens_per_row to what the"
