@@ -383,10 +383,18 @@ def test_a_long_warm_up_starts_too_slowly_to_move_a_norm_and_is_not_red(tiny_rec
     assert moved.ok and "the rate is too low for the others" in moved.figure
 
 
-def test_a_teacher_elsewhere_is_red(tiny_recipe: Recipe) -> None:
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_a_tensor_elsewhere_is_red_and_named(who: str, tiny_recipe: Recipe) -> None:
+    """One is enough, of either model."""
     cast = cast_of(tiny_recipe())
-    cast.teacher.model.hf.to("meta")  # type: ignore[attr-defined]
-    assert not parameters_are_on_the_device(cast).ok
+    assert parameters_are_on_the_device(cast).ok
+    model: Any = cast.teacher if who == "teacher" else cast.student
+    layer = model.model.hf.model.layers[1].mlp
+    layer.up_proj.to("meta")
+    found = parameters_are_on_the_device(cast)
+    assert not found.ok and "up_proj.weight" in found.advice
+    total = sum(1 for of in (cast.teacher, cast.student) for _ in of.model.named_parameters())  # type: ignore[attr-defined]
+    assert found.figure == f"{total - 1} of {total} tensors on cpu"
 
 
 def test_only_the_first_of_the_ten_steps_take_every_row(
@@ -440,6 +448,20 @@ def test_a_head_that_changed_after_it_was_probed_is_red(tiny_recipe: Recipe) -> 
     cast = cast_of(tiny_recipe())
     cast.student.model.hf.config.logit_scale = 3.0  # config drifted: our head scales, the model does not
     assert "cross-entropy" in red(cast)
+
+
+def test_opposite_rows_that_do_not_cancel_are_red(tiny_recipe: Recipe) -> None:
+    """A gradient of which the second row's counts one and a half times."""
+    cast = cast_of(tiny_recipe())
+
+    def lopsided(batch: Any) -> torch.Tensor:
+        hidden_BTD = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]
+        more_N = 0.5 * (batch.positions_N >= hidden_BTD.shape[1])[:, None]
+        return hidden_ND + more_N * (hidden_ND - hidden_ND.detach())
+
+    cast.student._hidden_ND = lopsided  # type: ignore[method-assign]
+    assert red(cast) == ["rows"]
 
 
 def test_a_student_far_above_chance_is_red(tiny_recipe: Recipe, tmp_path: Path) -> None:

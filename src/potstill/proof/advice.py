@@ -58,7 +58,8 @@ def advice(recipe: Recipe, now: Plan, memory_bytes: int = 0) -> list[Advice]:
     alone = sorted((told for _, told, _ in found), key=lambda each: (not each.fits, each.peak_bytes))
     if len(found) < 2 or alone[0].fits:
         return alone
-    together, settings, lowest = recipe, (), now.peak_bytes
+    together, lowest = recipe, now.peak_bytes
+    settings: tuple[str, ...] = ()
     for lever, _, value in found:
         tried = lever.set(together, value)
         if (lower := peak(tried)) >= lowest:

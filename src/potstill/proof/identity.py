@@ -44,8 +44,10 @@ def same_weights(teacher: CausalLM, student: CausalLM) -> bool:
 
 @torch.no_grad()
 def _is_rounded(one: Tensor, other: Tensor) -> bool:
-    for a, b in zip(one.flatten().split(AT_ONCE), other.flatten().split(AT_ONCE), strict=True):
-        a, b = a.to(other.device, torch.float32), b.float()
+    flat, other_flat = one.flatten(), other.flatten()
+    for start in range(0, len(flat), AT_ONCE):
+        a = flat[start : start + AT_ONCE].to(other.device, torch.float32)
+        b = other_flat[start : start + AT_ONCE].float()
         allowed = (BF16 + F16) * torch.maximum(a.abs(), b.abs()) + F16_SMALLEST
         if not bool(((a - b).abs() <= allowed).all()):
             return False
