@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from potstill.display import Display, clock, printable
+from potstill.display import Display, clock, printable, size
 
 METRICS = {
     "train/loss": 3.2149,
@@ -203,3 +203,8 @@ raise RuntimeError("a bug")
     assert done.stdout == "False\n"
     assert done.returncode == 1
     assert done.stderr.rindex("\x1b[?25h") > done.stderr.index("\x1b[?25l")
+
+
+def test_a_size_is_told_in_the_unit_that_shows_it() -> None:
+    told = {0: "0.0 KiB", 512: "0.5 KiB", 2**20: "1.00 MiB", 3 * 2**28: "768.00 MiB", 5 * 2**28: "1.25 GiB"}
+    assert {number: size(number) for number in told} == told

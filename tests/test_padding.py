@@ -17,6 +17,7 @@ from potstill import UserError, distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.evals.likelihood import heldout
+from potstill.proof.preflight import vocabulary_is_shared
 from potstill.students.generate import complete
 from potstill.teachers.torch_teacher import TorchTeacher
 
@@ -197,3 +198,62 @@ def test_the_check_of_a_padded_pair_is_sound(
         student=f"{{name: checkpoint, model: {pair[student]}}}",
     )
     assert main(["check", str(recipe)]) == 0
+
+
+def told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The warnings of a try of one step, and the same in the line of the check."""
+    assert main(["distill", str(recipe), "--smoke", "1"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    return [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+
+
+def test_what_the_tokenizers_differ_in_is_told_with_its_effect_and_the_line_that_settles_it(
+    tiny_recipe: Recipe, teacher_folder: Path, pair: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = pair["student"]
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "a", "bos_token": "b", "pad_token": "c"})
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(student)
+    sections = {"student": f"{{name: checkpoint, model: {student}}}"}
+    found = told(tiny_recipe(**sections), capsys)
+    wanted = {
+        "EOS token: the teacher has id 0 ('<eos>'), the student id": "may not stop",
+        "BOS token: the teacher has none, the student id": "prompts start differently",
+        "PAD token: the teacher has id 1 ('<pad>'), the student id": "padded differently",
+        "chat templates of teacher and student differ": "conversations are written with",
+        "3 tokens are added ones on one side alone": "takes it whole",
+    }
+    for line, (begin, effect) in zip(found, wanted.items(), strict=True):
+        assert line.startswith(begin) and effect in line
+        assert line.endswith(f"corpus.tokenizer: {student} takes the student's.")
+    corpus = tiny_recipe(**sections).read_text().splitlines()[0].removeprefix("corpus: ")
+    sections["corpus"] = corpus.replace("}", f", tokenizer: {teacher_folder}}}")
+    settled = f"settled by corpus.tokenizer: {teacher_folder}, which reads the corpus"
+    assert all(settled in line for line in told(tiny_recipe(**sections), capsys))
+
+
+@pytest.mark.parametrize("bare", ["student", "teacher", "both"])
+def test_lists_that_were_not_compared_are_no_lists_that_agree(
+    bare: str, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same number of ids says nothing of what they mean."""
+    models = {
+        who: make_model(tmp_path / who, seed=seed, with_tokenizer=bare not in (who, "both"))
+        for seed, who in enumerate(("teacher", "student"))
+    }
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    recipe = tiny_recipe(
+        teacher=f"{{name: torch, model: {models['teacher']}}}",
+        student=f"{{name: checkpoint, model: {models['student']}}}",
+    )
+    corpus = recipe.read_text().replace(
+        "tokens_per_row", f"tokenizer: {tmp_path / 'tokenizer'}, tokens_per_row"
+    )
+    recipe.write_text(corpus)
+    found = told(recipe, capsys)
+    for who, line in zip(["teacher", "student"] if bare == "both" else [bare], found, strict=True):
+        assert line.startswith(f"token lists not compared: the {who} brings none")
+        assert "trained to nonsense" in line and line.endswith(f"files in {who}.model settles it.")
+    cast = assemble(load_recipe(recipe), lambda text: None)
+    assert "token lists not compared" in vocabulary_is_shared(cast).figure

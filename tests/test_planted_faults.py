@@ -180,6 +180,24 @@ FAULTS = {
         "model.train()",
         "teachers/test_torch_teacher.py::test_it_is_a_teacher_frozen_and_in_eval_mode",
     ),
+    "a copy in half precision is another model": Fault(
+        "proof/identity.py",
+        "allowed = (BF16 + F16) * torch.maximum(a.abs(), b.abs()) + F16_SMALLEST",
+        "allowed = torch.zeros_like(a)",
+        "proof/test_preflight.py::test_a_student_that_is_a_rounded_copy_of_its_teacher_is_refused",
+    ),
+    "the rate of the first group alone is read back": Fault(
+        "proof/rehearsal.py",
+        'seen.append([*rates(optimizers[0]), metrics["train/lr"]])',
+        'seen.append([rates(optimizers[0])[0], metrics["train/lr"]])',
+        "proof/test_preflight.py::test_a_rate_that_reaches_only_the_first_group_is_red_and_not_logged",
+    ),
+    "shapes are compared before what the run is made of": Fault(
+        "training/checkpoint.py",
+        "tensors = {} if differing else _read_tensors(",
+        "tensors = _read_tensors(",
+        "training/test_checkpoint.py::test_a_model_of_another_shape_is_named_and_no_checkpoint_is_called_damaged",
+    ),
     "no filter of system calls": Fault(
         "evals/sandbox_inmate.py", "    _seccomp(libc)\n", "", f"{SANDBOX}the_right_answer_passes[landlock]"
     ),

@@ -104,10 +104,11 @@ def assemble(
     for difference in shared.differences:
         note(f"warning: {difference}")
     for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
-        require_length(model_of_run, "corpus.tokens_per_row", recipe.corpus.tokens_per_row)
+        field, tokens = "corpus.tokens_per_row", recipe.corpus.tokens_per_row
+        require_length(model_of_run.hf.config, model_of_run.name, field, tokens)
     if recipe.eval.sample_prompt is not None and tokenizer is not None:
         sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
-        require_length(model, "eval.sample_tokens", sampled)
+        require_length(model.hf.config, model.name, "eval.sample_tokens", sampled)
     if recipe.train.activation_checkpointing:
         checkpoint_activations(model)
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
@@ -261,10 +262,34 @@ def match_vocabularies(
                 f" {ids}. Token-level distillation needs one vocabulary; give the student as many."
             )
     model.mask_from(ids)
-    differences = vocab.special_differences(theirs, own) if own.tokens and teacher.vocab.tokens else []
-    if recipe.corpus.tokenizer and corpus is not None and teacher.vocab.tokens:
-        differences += vocab.special_differences(theirs, corpus, "corpus")
+    differences = differences_beside_ids(recipe, teacher.vocab, corpus, own, origin)
     return Shared(ids, teacher.vocab_size - ids, model.vocab_size - ids, differences)
+
+
+def differences_beside_ids(
+    recipe: Recipe, teacher: Vocab, corpus: Vocab | None, student: Vocab, origin: dict[str, Any]
+) -> list[str]:
+    """What a list that is the same does not say, and that there was no list to compare."""
+    found, asked = [], recipe.corpus.tokenizer
+    taken = "reads the corpus and is saved with the student"
+    if student.tokens and teacher.tokens:
+        settled = (
+            f"as it is, the teacher's {taken}; corpus.tokenizer: {origin.get('model')} takes the student's"
+        )
+        settled = f"settled by corpus.tokenizer: {asked}, which {taken}" if asked else settled
+        found += vocab.special_differences(teacher, student, settled)
+    if asked and corpus is not None and teacher.tokens:
+        settled = f"corpus.tokenizer: {asked} {taken}; without this line the teacher's does"
+        found += vocab.special_differences(teacher, corpus, settled, "corpus")
+    missing = {}
+    if not teacher.tokens:
+        files = "a folder with its tokenizer's files in teacher.model"
+        missing["teacher"] = files if recipe.teacher.name == "torch" else "a teacher of teacher.name: torch"
+    if not student.tokens and origin["name"] == "checkpoint":
+        missing["student"] = "a folder with its tokenizer's files in student.model"
+    if corpus is None:
+        missing["corpus"] = "its tokenizer in corpus.tokenizer"
+    return found + vocab.not_compared(missing)
 
 
 def checkpoint_activations(model: CausalLM) -> None:
@@ -294,12 +319,11 @@ def require_sample(recipe: Recipe, tokenizer: Any | None) -> None:
         raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
 
 
-def require_length(model: CausalLM, field: str, tokens: int) -> None:
-    longest = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+def require_length(config: Any, name: str, field: str, tokens: int) -> None:
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UserError(
-            f"{field}: {tokens} tokens, {model.name} was made for {longest} at most."
-            f" Set it to {longest} or less."
+            f"{field}: {tokens} tokens, {name} was made for {longest} at most. Set it to {longest} or less."
         )
 
 

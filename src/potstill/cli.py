@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__, benchmarks
-from potstill.display import Display, aligned, clock, hold_streams, let_go_of_streams
+from potstill.display import Display, aligned, clock, hold_streams, let_go_of_streams, size
 from potstill.errors import Stopped, UserError
 
 
@@ -155,7 +155,7 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
     if options.smoke is not None:
         if options.out is not None:
             raise UserError("--out: --smoke writes nothing, and --out would have no effect. Leave one out.")
-        found = smoke(loaded, options.smoke, display)
+        found = smoke(loaded, options.smoke, display, recipe.stem)
         if options.json:
             display.result(json.dumps(found, indent=2))
         else:
@@ -245,41 +245,47 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
     from potstill.recipe import load
 
     recipe = load(options.recipe, options.overrides)
-    from potstill.proof.plan import advice, available, plan
+    from potstill.proof.advice import advice
+    from potstill.proof.plan import available, plan
 
     found = plan(recipe)
     memory, disk = available(recipe, Path("runs"))
     fits = found.fits(memory, disk)
-    changes = [] if found.peak_bytes <= memory else advice(recipe, found)
+    changes = [] if found.peak_bytes <= memory else advice(recipe, found, memory)
     if options.measure and fits:
         from potstill.proof.rehearsal import smoke
 
-        measured = smoke(recipe, min(3, recipe.train.steps), display)
+        measured = smoke(recipe, min(3, recipe.train.steps), display, options.recipe.stem)
         found = dataclasses.replace(found, time_s=measured["smoke/projected_s"])
     if options.json:
         told = found.as_dict() | {"fits": fits}
         told |= {"memory_available_bytes": memory, "disk_available_bytes": disk}
-        told["advice"] = [{"set": change.settings, "peak_bytes": change.peak_bytes} for change in changes]
+        told["advice"] = [
+            {"set": change.settings, "peak_bytes": change.peak_bytes, "fits": change.fits}
+            for change in changes
+        ]
         display.result(json.dumps(told, indent=2))
         return 0 if fits else 2
 
-    def gib(size: int) -> str:
-        return f"{size / 2**30:.2f} GiB"
-
-    rows = [[name, gib(size), gib(found.largest.get(name, size))] for name, size in found.parts.items()]
-    display.result(aligned(["part", "at the peak", "at most"], [*rows, ["sum", gib(found.peak_bytes), ""]]))
-    display.result(f"the peak is in the {found.phase} on {found.device}; {gib(memory)} are available")
+    rows = [[name, size(part), size(found.largest.get(name, part))] for name, part in found.parts.items()]
+    display.result(aligned(["part", "at the peak", "at most"], [*rows, ["sum", size(found.peak_bytes), ""]]))
+    display.result(f"the peak is in the {found.phase} on {found.device}; {size(memory)} are available")
     display.result(
-        f"disk: {gib(found.disk_peak_bytes)} in the run, {gib(found.disk_bytes)} after; {gib(disk)} are free"
+        f"disk: {size(found.disk_peak_bytes)} in the run, {size(found.disk_bytes)} after; {size(disk)} free"
     )
     unknown = "not measured; `potstill plan RECIPE --measure` runs three steps"
     display.result(f"time: {unknown if found.time_s is None else clock(found.time_s)}")
     display.result("it fits" if fits else "it does not fit")
     for change in changes:
-        saved = gib(found.peak_bytes - change.peak_bytes)
-        display.result(f"  {' '.join(change.settings)}: {saved} less, {gib(change.peak_bytes)}")
+        less, verdict = size(found.peak_bytes - change.peak_bytes), "fits" if change.fits else "does not fit"
+        display.result(f"  {' '.join(change.settings)}: {less} less, {size(change.peak_bytes)}, {verdict}")
+    if found.peak_bytes > memory and not any(change.fits for change in changes):
+        display.result(
+            f"  no such change fits {size(memory)}: take smaller models, or a machine with more memory"
+        )
     if found.disk_peak_bytes > disk:
-        display.result("  make room on the disk, or give --out a folder on another")
+        lacking = size(found.disk_peak_bytes - disk)
+        display.result(f"  {lacking} too few on the disk: make room, or give --out a folder on another")
     return 0 if fits else 2
 
 

@@ -179,6 +179,14 @@ def clock(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
+def size(num_bytes: float) -> str:
+    """1.25 GiB; in MiB or KiB where that would be less than one."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB")):
+        if num_bytes >= 2**exponent:
+            return f"{num_bytes / 2**exponent:.2f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB"
+
+
 def printable(text: str, keep: str = "\n\t") -> str:
     """The text with controls, directional marks, line separators and lone surrogates written as escapes."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")

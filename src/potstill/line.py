@@ -99,14 +99,13 @@ def distill(
             display.note(text)
 
         cast = assemble(loaded, note, beat=watch.beat)
-        checked = require_sound(cast, path)
-        note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
-        if resume:
-            _require_same_corpus(cast.corpus.manifest, run)
         inputs = hashes(cast) | file_hashes(loaded)
         if resume:
+            _require_same_corpus(cast.corpus.manifest, run)
             _require_equal(run.inputs(), inputs, "input", run)
-        else:
+        checked = require_sound(cast, path)
+        note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
+        if not resume:
             run = RunDir.create(
                 path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest, inputs=inputs
             )

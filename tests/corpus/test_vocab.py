@@ -184,6 +184,6 @@ def test_another_vocabulary_is_refused_at_its_first_difference(student: Vocab, s
     ],
 )
 def test_each_special_difference_is_told(change: dict[str, Any], said: str) -> None:
-    assert special_differences(LIST, LIST) == []
-    (line,) = special_differences(LIST, dataclasses.replace(LIST, **change))
-    assert line.startswith(said) and "corpus.tokenizer" in line
+    assert special_differences(LIST, LIST, "x") == []
+    (line,) = special_differences(LIST, dataclasses.replace(LIST, **change), "corpus.tokenizer: S takes it")
+    assert line.startswith(said) and line.endswith("; corpus.tokenizer: S takes it.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from potstill import distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.proof import plan as planning
+from potstill.proof.advice import advice
 from potstill.proof.ledger import Ledger
-from potstill.proof.plan import Plan, advice, plan
+from potstill.proof.plan import Plan, plan
 from potstill.recipe import Recipe
 
 Write = Callable[..., Path]
@@ -181,6 +183,61 @@ def test_advice_lowers_the_peak_and_is_what_a_plan_of_it_says(wide: Write) -> No
     assert again.peak_bytes == told[0].peak_bytes
 
 
+def test_advice_turns_a_field_as_little_as_makes_the_run_fit(wide: Write) -> None:
+    recipe = load_recipe(wide(objective="{chunk: 512}"))
+    now = plan(recipe)
+
+    def peak(rows: int) -> int:
+        then = plan(changed(recipe, "train", rows_per_micro_batch=rows))
+        return dataclasses.replace(then, libraries=now.libraries).peak_bytes
+
+    first, *others = advice(recipe, now, peak(2))
+    assert first.fits and all(len(change.settings) == 1 for change in (first, *others))
+    told = {change.settings[0]: change for change in (first, *others)}
+    assert told["train.rows_per_micro_batch=2"].fits and peak(4) > peak(2)
+    assert told["train.rows_per_micro_batch=2"].peak_bytes == peak(2)
+
+
+def test_advice_puts_changes_together_where_none_alone_suffices(wide: Write, wide_folder: Path) -> None:
+    path = wide(objective="{chunk: 512}", teacher=f"{{name: torch, model: {wide_folder}, dtype: bfloat16}}")
+    path.write_text(path.read_text().replace("save_every: 2", "precision: bfloat16, return_memory: true"))
+    recipe = load_recipe(path)
+    now = plan(recipe)
+    *alone, every = advice(recipe, now)
+    memory = every.peak_bytes + 2**16
+    assert memory < min(change.peak_bytes for change in alone)
+    *alone, together = advice(recipe, now, memory)
+    assert together.fits and not any(change.fits for change in alone) and len(together.settings) > 1
+    again = dataclasses.replace(plan(load_recipe(path, together.settings)), libraries=now.libraries)
+    assert again.peak_bytes == together.peak_bytes <= memory
+
+
+@pytest.mark.parametrize(
+    ("huge", "said"),
+    [
+        (["train.rows_per_step=100000000"], "train.rows_per_micro_batch="),
+        (["train.rows_per_step=2147483647", "corpus.tokens_per_row=512"], "Set it to 1, and corpus.tokens"),
+        (["corpus.tokens_per_row=2147483647"], "student was made for 512 at most. Set it to 512 or less"),
+    ],
+)
+def test_sizes_that_no_machine_has_are_told_in_numbers(
+    huge: list[str],
+    said: str,
+    wide: Write,
+    wide_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a list of a billion rows, and without a number that has left its 64 bits."""
+    teacher, student = "{name: fixture, vocab_size: 258}", f"{{name: checkpoint, model: {wide_folder}}}"
+    done = ["train.precision=bfloat16", "train.return_memory=true", "train.activation_checkpointing=true"]
+    path = wide(teacher=teacher, student=student, objective="{chunk: 16}")
+    assert main(["plan", str(path), *done, *huge]) == 2
+    told = capsys.readouterr()
+    assert said in told.out + told.err and "Traceback" not in told.err
+    assert not re.search(r" -\d", told.out)
+    assert ("does not fit" in told.out) == (len(huge) == 1 and "rows_per_step" in huge[0])
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_disk_is_what_a_run_leaves(optimizer: str, wide: Write, tmp_path: Path) -> None:
     train = f"{{steps: 6, rows_per_step: 2, lr: 1e-3, device: cpu, save_every: 2, optimizer: {optimizer}}}"
@@ -237,9 +294,7 @@ def test_the_verb_prints_a_table_and_says_whether_it_fits(
     done = ["train.activation_checkpointing=true", "train.precision=bfloat16", "teacher.dtype=bfloat16"]
     assert main(["plan", recipe, *done]) == 2
     told = capsys.readouterr().out
-    assert (
-        "does not fit" in told and "train.rows_per_micro_batch=4" in told and "make room on the disk" in told
-    )
+    assert "does not fit" in told and "train.rows_per_micro_batch=1" in told and "too few on the disk" in told
     assert main(["plan", recipe, *done, "objective.chunk=16", "--json"]) == 2
     as_json = json.loads(capsys.readouterr().out)
     assert not as_json["fits"] and as_json["advice"][0]["peak_bytes"] < as_json["peak_bytes"]

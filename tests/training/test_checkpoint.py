@@ -164,6 +164,37 @@ def test_a_run_does_not_go_on_as_another(
             shutil.copytree(tmp_path / "kept", teacher_folder)
 
 
+@pytest.mark.parametrize("change", ["student", "teacher"])
+def test_a_model_of_another_shape_is_named_and_no_checkpoint_is_called_damaged(
+    recipe: Path,
+    tmp_path: Path,
+    change: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Under the names of the recipe: neither it nor the corpus differs, and no tensor fits."""
+    teacher = make_model(tmp_path / "teacher")
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("teacher: ")]
+    if change == "teacher":
+        lines = [line for line in lines if not line.startswith("student: ")]
+        lines += ["student: {name: cut, layers: 2}"]  # of another teacher it is another one, too
+    recipe.write_text("\n".join([*lines, f"teacher: {{name: torch, model: {teacher}}}"]))
+    cut_off(recipe, tmp_path / "cut", 10, monkeypatch)
+    kept = sorted((tmp_path / "cut" / "checkpoints").rglob("*"))
+    if change == "teacher":
+        make_model(teacher, hidden_size=64)
+    else:
+        config = transformers.GPT2Config.from_pretrained(tmp_path / "student", n_embd=16)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "student")
+    capsys.readouterr()
+    assert main(["distill", str(recipe), "--out", str(tmp_path / "cut"), "--resume"]) == 2
+    told = capsys.readouterr().err
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "00000009: made with another student (" in line and ("teacher (" in line) == (change == "teacher")
+    assert "damaged" not in told
+    assert sorted((tmp_path / "cut" / "checkpoints").rglob("*")) == kept
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_ends_with_its_code_and_resumes_exactly(
     recipe: Path, tmp_path: Path, number: int

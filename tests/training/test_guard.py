@@ -105,7 +105,10 @@ def test_without_a_ceiling_an_exploded_loss_is_refused_all_the_same(tiny_recipe:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planted here goes wrong on the way; the checks before a run see none of it."""
-    monkeypatch.setattr("potstill.line.require_sound", lambda cast, place: Checked("not planned", []))
+    for module in ("line", "proof.rehearsal"):
+        monkeypatch.setattr(
+            f"potstill.{module}.require_sound", lambda cast, place: Checked("not planned", [])
+        )
 
 
 @pytest.fixture
@@ -265,7 +268,7 @@ def test_an_evaluation_that_is_not_finite_names_its_step(
 
 
 def test_a_smoke_tells_a_fault_that_the_run_would_leave_out(
-    tiny_recipe: Recipe, spoil: Callable[..., None]
+    tiny_recipe: Recipe, spoil: Callable[..., None], unchecked: None
 ) -> None:
     spoil(1)
     with pytest.raises(UserError, match="step 1, rows"):

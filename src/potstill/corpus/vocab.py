@@ -215,8 +215,20 @@ def require_same(one: Vocab, other: Vocab, one_name: str, other_name: str) -> in
     return len(tokens)
 
 
-def special_differences(teacher: Vocab, other: Vocab, other_name: str = "student") -> list[str]:
-    """What differs beside the token list: what it will cause, and the line of the recipe that settles it."""
+def not_compared(missing: dict[str, str]) -> list[str]:
+    """That token lists were not compared; `missing` has who brings none, and the line that would give one."""
+    return [
+        f"token lists not compared: the {who} brings none, and sizes are all that is known; where its ids"
+        f" mean other tokens, it is trained to nonsense while the loss falls; {line} settles it."
+        for who, line in missing.items()
+    ]
+
+
+def special_differences(teacher: Vocab, other: Vocab, settled: str, other_name: str = "student") -> list[str]:
+    """What differs beside the token list: what it will cause, and what settles it.
+
+    `settled` is the line of the recipe that does, or would, and what it does.
+    """
 
     def shown(vocab: Vocab, i: int | None) -> str:
         if i is None:
@@ -251,5 +263,4 @@ def special_differences(teacher: Vocab, other: Vocab, other_name: str = "student
             f"{len(differing)} tokens are added ones on one side alone, first {shown(teacher, differing[0])}:"
             f" the {has}'s tokenizer takes it whole and the {has_not}'s in pieces"
         )
-    settled = "corpus.tokenizer names whose tokenizer reads the corpus and is saved with the student"
     return [f"{what}; {settled}." for what in found]

@@ -17,7 +17,6 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from potstill.assembly import checkpoint_activations, make_objective
+from potstill.assembly import checkpoint_activations, make_objective, require_length
 from potstill.corpus.readers import files_of
 from potstill.errors import UserError, one_line
 from potstill.evals.likelihood import heldout
@@ -104,14 +103,8 @@ TRACED = ("teacher", "student", "gradients", "optimizer", "activations", "loss_c
 PARTS = (*TRACED, "corpus", "libraries", "allocator")
 # Of the tensors alive at the peak. Measured with bench/plan.py: from 0.22 to 0.46 in six cases (docs/log.md).
 KEPT_BY_GLIBC = 0.3
-
-
-@dataclass(frozen=True)
-class Advice:
-    """Fields to change, `a.b=value` each, and the peak that is planned with them."""
-
-    settings: tuple[str, ...]
-    peak_bytes: int
+MOST_POSITIONS, LONGEST_ROW = 2**36, 2**22
+"""Of a micro-batch: with more, sizes in bytes leave the numbers of 64 bits."""
 
 
 def plan(
@@ -125,34 +118,12 @@ def plan(
             estimated, and counted with the libraries.
         step_s: measured seconds of a step.
     """
-    found = _plan(recipe, _configs(recipe, teacher_config), step_s)
+    found = plan_with(recipe, configs_of(recipe, teacher_config), step_s)
     if not assembled or found.libraries == 0:
         return found
     return dataclasses.replace(
         found, corpus=0, libraries=max(found.libraries - found.teacher - found.student, 0)
     )
-
-
-def advice(recipe: Recipe, now: Plan) -> list[Advice]:
-    """Fields that lower the peak of the plan `now`, the most helpful first; then all of them together."""
-    configs = _configs(recipe, None)
-
-    def peak(changed: Recipe) -> int:
-        then = _plan(changed, configs, None)
-        return dataclasses.replace(then, libraries=now.libraries).peak_bytes
-
-    found = []
-    for setting, change in _changes(recipe).items():
-        if (lower := peak(change(recipe))) < now.peak_bytes:
-            found.append((lower, setting, change))
-    found.sort(key=lambda each: each[0])
-    told = [Advice((setting,), lower) for lower, setting, _ in found]
-    if len(found) > 1:
-        together = recipe
-        for _, _, change in found:
-            together = change(together)
-        told.append(Advice(tuple(setting for _, setting, _ in found), peak(together)))
-    return told
 
 
 def available(recipe: Recipe, folder: Path) -> tuple[int, int]:
@@ -196,41 +167,17 @@ def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(limit - int(stat["anon"]), 0)
 
 
-def _changes(recipe: Recipe) -> dict[str, Callable[[Recipe], Recipe]]:
-    """What a user can change of a recipe that does not fit, and how."""
-
-    def with_(section: str, **fields: Any) -> Callable[[Recipe], Recipe]:
-        return lambda r: dataclasses.replace(
-            r, **{section: dataclasses.replace(getattr(r, section), **fields)}
-        )
-
-    train, found = recipe.train, {}
-    if (half := train.micro_batch_rows // 2) >= 1:
-        found[f"train.rows_per_micro_batch={half}"] = with_("train", rows_per_micro_batch=half)
-    if (half := recipe.objective.chunk // 2) >= 16:
-        found[f"objective.chunk={half}"] = with_("objective", chunk=half)
-    if not train.activation_checkpointing:
-        found["train.activation_checkpointing=true"] = with_("train", activation_checkpointing=True)
-    if not train.return_memory:
-        found["train.return_memory=true"] = with_("train", return_memory=True)
-    if train.precision == "float32":
-        found["train.precision=bfloat16"] = with_("train", precision="bfloat16")
-    if getattr(recipe.teacher, "dtype", None) == "float32":
-        found["teacher.dtype=bfloat16"] = with_("teacher", dtype="bfloat16")
-    return found
-
-
 _read_config = functools.lru_cache(maxsize=2)(load_config)
 
 
 @dataclass(frozen=True)
-class _Configs:
+class Configs:
     teacher: Any
     student: Any
     corpus_bytes: int
 
 
-def _configs(recipe: Recipe, teacher_config: Any) -> _Configs:
+def configs_of(recipe: Recipe, teacher_config: Any) -> Configs:
     """The Transformers configs of both models; the teacher's is None for an exact double."""
     asked = recipe.student
     teacher = None
@@ -238,18 +185,19 @@ def _configs(recipe: Recipe, teacher_config: Any) -> _Configs:
         teacher = plain_config(teacher_config or _read_config(recipe.teacher.model))
     if asked.name != "cut":
         student = plain_config(_read_config(asked.model))
-        return _Configs(teacher, student, _corpus_bytes(recipe, student))
+        return Configs(teacher, student, _corpus_bytes(recipe, student))
     if teacher is None:
         raise UserError(
             f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
         )
     total = teacher.get_text_config().num_hidden_layers
     keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
-    return _Configs(teacher, cut_config(teacher, keep, total), _corpus_bytes(recipe, teacher))
+    return Configs(teacher, cut_config(teacher, keep, total), _corpus_bytes(recipe, teacher))
 
 
-def _plan(recipe: Recipe, configs: _Configs, step_s: float | None) -> Plan:
+def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
     device = choose_device(recipe.train.device)
+    require_countable(recipe, configs)
     ledger = Ledger()
     numel, tensors_of_student = _trace(recipe, configs, device, ledger)
     vocab_size = configs.student.get_text_config().vocab_size
@@ -278,13 +226,27 @@ def _plan(recipe: Recipe, configs: _Configs, step_s: float | None) -> Plan:
     )
 
 
+def require_countable(recipe: Recipe, configs: Configs) -> None:
+    """UserError for rows that a model was not made for, and for sizes that no machine could address."""
+    rows, tokens = recipe.train.micro_batch_rows, recipe.corpus.tokens_per_row
+    for name, config in (("teacher", configs.teacher), ("student", configs.student)):
+        if config is not None:
+            require_length(config, name, "corpus.tokens_per_row", tokens)
+    if rows * tokens > MOST_POSITIONS or tokens > LONGEST_ROW:
+        raise UserError(
+            f"train.rows_per_micro_batch: {rows} rows of {tokens} tokens at once are {rows * tokens}"
+            " positions, more than any memory holds. Set it to 1, and corpus.tokens_per_row to what the"
+            " models were made for."
+        )
+
+
 def _kept_by_allocator(ledger: Ledger, recipe: Recipe) -> int:
     if recipe.train.return_memory or platform.libc_ver()[0] != "glibc":
         return 0
     return int(KEPT_BY_GLIBC * sum(ledger.at_peak[part] for part in TRACED))
 
 
-def _trace(recipe: Recipe, configs: _Configs, device: torch.device, ledger: Ledger) -> tuple[int, int]:
+def _trace(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledger) -> tuple[int, int]:
     """Run the loop without data; returns the student's numbers and tensors."""
     asked = recipe.train
     rows = asked.micro_batch_rows
@@ -337,7 +299,7 @@ def _trace(recipe: Recipe, configs: _Configs, device: torch.device, ledger: Ledg
     return sum(p.numel() for p in parameters), len(parameters)
 
 
-def _teacher(recipe: Recipe, configs: _Configs, device: torch.device) -> Teacher:
+def _teacher(recipe: Recipe, configs: Configs, device: torch.device) -> Teacher:
     asked = recipe.teacher
     match asked.name:
         case "torch":

@@ -19,18 +19,18 @@ from torch.nn import functional as F
 
 from potstill.assembly import Cast
 from potstill.corpus.decontamination import told
+from potstill.display import size
 from potstill.errors import UserError, one_line
 from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
-from potstill.models.causal_lm import CausalLM
 from potstill.models.load import weights_sha256
+from potstill.proof.identity import ADVICE_IDENTICAL, SAME, rounding_kl, same_weights
 from potstill.proof.plan import Plan, available, plan
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.loop import ask
 from potstill.types import Batch, Targets
 
 TOKENS = 64  # of each row, where gradients are looked at
-SAME = 1e-6  # nats: below it, two models say the same
 BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
 
 
@@ -108,8 +108,8 @@ def files_are_whole(cast: Cast) -> Finding:
     """Checkpoints were verified and the corpus read to its end before this; each file read has its hash."""
     files = cast.corpus.manifest["files"]
     without = [file["path"] for file in files if not file.get("sha256")]
-    size = sum(file["bytes"] for file in files)
-    figure = f"{len(files)} of the corpus, {size / 2**20:.1f} MiB, read whole; checkpoints verified"
+    read = size(sum(file["bytes"] for file in files))
+    figure = f"{len(files)} of the corpus, {read}, read whole; checkpoints verified"
     return Finding("files", figure, not without, f"Not read: {without[:1]}.")
 
 
@@ -124,12 +124,16 @@ def the_machine_suffices(cast: Cast, planned: Plan | str, place: Path) -> Iterat
         yield Finding("memory", planned, True)
         return
     memory, disk = available(cast.recipe, place)
-    figure = f"{planned.peak_bytes / 2**30:.2f} GiB planned, {memory / 2**30:.2f} GiB available"
+    figure = f"{size(planned.peak_bytes)} planned, {size(memory)} available"
     advice = "`potstill plan` lists what to change"
     yield Finding("memory", figure, planned.peak_bytes <= memory, advice)
     there = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     needed = max(planned.disk_peak_bytes - there, 0)
-    figure = f"{needed / 2**30:.2f} GiB planned, {disk / 2**30:.2f} GiB free"
+    parts = (
+        f"a student of {size(planned.student_disk_bytes)}, its last one written beside the one before,"
+        f" and checkpoints of {size(planned.checkpoint_disk_bytes)} each"
+    )
+    figure = f"{size(needed)} needed ({parts}), {size(disk)} free"
     yield Finding("disk", figure, needed <= disk, "Make room, or give --out a folder on another disk")
 
 
@@ -150,21 +154,6 @@ def weights_differ(cast: Cast) -> Finding:
     figure = f"teacher {theirs[:12]}, student {ours[:12]}"
     differ = not same_weights(cast.teacher.model, cast.student.model)
     return Finding("weights", *_unless_allowed(cast, figure, differ), ADVICE_IDENTICAL)
-
-
-def same_weights(teacher: CausalLM, student: CausalLM) -> bool:
-    """Tensor by tensor, both rounded to bfloat16: a rounded copy is a copy."""
-    theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
-    return theirs.keys() == ours.keys() and all(
-        tensor.shape == ours[name].shape and torch.equal(tensor.bfloat16(), ours[name].bfloat16())
-        for name, tensor in theirs.items()
-    )
-
-
-ADVICE_IDENTICAL = (
-    "Teacher and student are the same model: the KD term is 0 and nothing would be learned from it."
-    " Where that is meant, write allow_identical: true"
-)
 
 
 def _unless_allowed(cast: Cast, figure: str, ok: bool) -> tuple[str, bool]:
@@ -262,8 +251,9 @@ def student_is_not_lost(cast: Cast, ce: float) -> Finding:
 
 def teacher_and_student_differ(cast: Cast, kl: float) -> Finding:
     """Equal under whatever name or format: nothing to distil."""
-    figure = f"KL to the teacher {kl:.4g} nats on held-out rows"
-    return Finding("KD term", *_unless_allowed(cast, figure, kl > SAME), ADVICE_IDENTICAL)
+    least = rounding_kl(_teacher_logp(cast, cast.corpus.heldout.batch([0]).to(cast.device)))
+    figure = f"KL to the teacher {kl:.4g} nats on held-out rows, rounding alone makes {least:.1g}"
+    return Finding("KD term", *_unless_allowed(cast, figure, kl > least), ADVICE_IDENTICAL)
 
 
 def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:

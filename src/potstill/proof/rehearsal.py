@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from potstill.assembly import Cast, assemble, make_objective
-from potstill.display import Display
+from potstill.display import Display, clock, size
 from potstill.errors import UserError
 from potstill.evals.likelihood import heldout
-from potstill.proof.preflight import Finding, cheap, plan_of, window
+from potstill.proof.plan import Plan, available
+from potstill.proof.preflight import Finding, cheap, plan_of, require_sound, window
+from potstill.proof.receipt import peak_gib
 from potstill.recipe import Recipe
+from potstill.runs.rundir import default_path
 from potstill.students.student import from_checkpoint
 from potstill.training.loop import Hooks, Metrics, train
-from potstill.training.optim import lr_at
+from potstill.training.optim import lr_at, rates
 from potstill.types import Batch, Order
 
 STEPS = 10
@@ -39,13 +42,35 @@ LR_SEEN = 1e-6
 
 
 def check(cast: Cast, place: Path) -> Iterator[Finding]:
-    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried."""
-    sound = True
-    for finding in cheap(cast, plan_of(cast), place):
+    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried.
+
+    The last three are what the run will take of time, memory and disk.
+    """
+    sound, planned, time = True, plan_of(cast), "not measured, after a red line no step is tried"
+    for finding in cheap(cast, planned, place):
         sound = sound and finding.ok
         yield finding
-    if sound:
-        yield from rehearsal(cast)
+    for finding in rehearsal(cast) if sound else ():
+        if finding.name == "projected time":
+            time = finding.figure
+        else:
+            yield finding
+    yield Finding("projected time", time, True)
+    yield from projected(cast, planned, place)
+
+
+def projected(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
+    """Peak memory and bytes on the disk, beside what there is; never red, the cheap checks have judged."""
+    memory, disk = available(cast.recipe, place)
+    measured = f"{size(peak_gib(cast.device) * 2**30)} measured so far"
+    if isinstance(planned, str):
+        yield Finding("projected memory", f"{planned} {measured}, {size(memory)} available", True)
+        yield Finding("projected disk", f"{planned} {size(disk)} free", True)
+        return
+    figure = f"{size(planned.peak_bytes)} at the peak, {measured}, {size(memory)} available"
+    yield Finding("projected memory", figure, True)
+    figure = f"{size(planned.disk_peak_bytes)} at the most, {size(planned.disk_bytes)} after it"
+    yield Finding("projected disk", f"{figure}, {size(disk)} free", True)
 
 
 def rehearsal(cast: Cast) -> Iterator[Finding]:
@@ -63,7 +88,7 @@ def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
     advice = "The saved student is another model; do not train it."
     with tempfile.TemporaryDirectory() as folder:
         cast.student.save(Path(folder) / "student", cast.tokenizer)
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*"))
+        saved = sum(path.stat().st_size for path in Path(folder).rglob("*"))
         try:
             again = from_checkpoint(Path(folder) / "student", cast.device)
         except UserError as error:
@@ -73,7 +98,7 @@ def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
             model.head(model.hidden(batch.input_ids_BT)) for model in (cast.student.model, again)
         )
     gap = float((before - after).abs().max())
-    figure = f"{size / 2**20:.0f} MiB saved and loaded, logits differ by {gap:.2g}"
+    figure = f"{size(saved)} saved and loaded, logits differ by {gap:.2g}"
     return Finding("save and reload", figure, gap <= 1e-5, advice)
 
 
@@ -100,6 +125,8 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     still: list[str] = []
     lines: list[Metrics] = []
     busy: list[float] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    seen: list[list[float]] = []  # of each step, the rate of each group
 
     def note_gradient(name: str, parameter: Tensor) -> None:
         if parameter.grad is not None and bool(parameter.grad.any()):
@@ -112,6 +139,7 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
             still.extend(name for name, old in before.items() if torch.equal(old, parameters[name]))
             before.clear()
         lines.append(metrics)
+        seen.append([*rates(optimizers[0]), metrics["train/lr"]])
         if cast.device.type == "cuda":
             busy.extend(_utilisation(cast.device))
 
@@ -122,7 +150,13 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     ]
     wanted = min(STEPS, plan.steps)
     never = {"heldout/loss": math.inf}
-    hooks = Hooks(lambda step: never, on_step, lambda *_: None, should_stop=lambda: len(lines) == wanted)
+    hooks = Hooks(
+        lambda step: never,
+        on_step,
+        lambda *_: None,
+        resume=optimizers.append,
+        should_stop=lambda: len(lines) == wanted,
+    )
     teacher = cast.teacher if cast.recipe.objective.kd_weight else None
     order = _Thinned(cast.corpus.order(plan.seed))
     train(cast.student, teacher, cast.corpus.train, order, _strict(cast.recipe), hooks)
@@ -137,12 +171,7 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     yield Finding(
         "weights move", figure, not faulty, f"{faulty[:1]} did not: is it used, trainable, in the optimizer?"
     )
-    rates = [(line["train/lr"], lr_at(step, plan)) for step, line in enumerate(lines)]
-    off = max(abs(set_to - wanted_lr) for set_to, wanted_lr in rates)
-    figure = (
-        f"{rates[0][0]:.3g} at step 1, {rates[-1][0]:.3g} at step {len(rates)}, read back from the optimizer"
-    )
-    yield Finding("learning rate", figure, off == 0, "The optimizer does not run at the schedule's rate.")
+    yield rate_is_the_schedule_s(seen, [lr_at(step, plan) for step in range(len(seen))])
     losses = [line["train/loss"] for line in lines]
     thinned = f", the last {len(lines) - FULL} with a quarter of the rows" if len(lines) > FULL else ""
     figure = f"{len(lines)} real steps{thinned}; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
@@ -158,22 +187,44 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
         )
         yield Finding("GPU utilisation", figure, True)
     step_s = _settled_s(lines[:FULL])
-    figure = (
-        f"{plan.steps} steps of {step_s:.3g} s: {plan.steps * step_s / 3600:.3g} h, evaluations not counted"
-    )
+    whole = clock(plan.steps * step_s)
+    figure = f"{whole} for {plan.steps} steps of {step_s:.3g} s, evaluations not counted"
     yield Finding("projected time", figure, True)
 
 
-def smoke(recipe: Recipe, steps: int, display: Display | None = None) -> Metrics:
+def rate_is_the_schedule_s(seen: list[list[float]], wanted: list[float]) -> Finding:
+    """`seen` has the rates of each step: those of the optimizer's groups, and the one that was logged."""
+    groups = len(seen[0]) - 1
+    figure = (
+        f"{seen[0][-1]:.3g} at step 1, {seen[-1][-1]:.3g} at step {len(seen)}, read back from"
+        f" {'each of ' if groups > 1 else ''}{groups} group{'s' if groups > 1 else ''} of the optimizer"
+    )
+    for step, (rates_of_step, rate) in enumerate(zip(seen, wanted, strict=True), start=1):
+        for group, found in enumerate(rates_of_step):
+            if found != rate:
+                where = "in the log" if group == groups else f"in group {group}"
+                figure = f"{found:.3g} {where} at step {step}, the schedule says {rate:.3g}"
+                return Finding(
+                    "learning rate", figure, False, "The optimizer does not run at the schedule's rate."
+                )
+    return Finding("learning rate", figure, True)
+
+
+def smoke(recipe: Recipe, steps: int, display: Display | None = None, name: str = "run") -> Metrics:
     """Exactly `steps` steps of the recipe's own run, and what they say of the whole; writes nothing.
 
     Returns the metrics of the last step, the median seconds of a step and of an evaluation, and the projected
-    seconds of the full run.
+    seconds of the full run, which would be called `name`.
+
+    Raises:
+        UserError: whatever `distill` would not begin for, a red line of the cheap checks too.
     """
     if not 1 <= steps <= recipe.train.steps:
         raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
     display = display or Display(quiet=True)
     cast = assemble(recipe, display.note)
+    checked = require_sound(cast, default_path(name))
+    display.note(f"check: all {len(checked.findings)} cheap ones passed")
     lines: list[Metrics] = []
     evaluations: list[float] = []
 

@@ -149,7 +149,9 @@ class Checkpoints:
             try:
                 verify(place)
                 state = _read_state(place)
-                tensors = _read_tensors(place, state.outcome, student, optimizer)
+                differing = self._differing(state)
+                # Of another student the shapes differ, and nothing is damaged.
+                tensors = {} if differing else _read_tensors(place, state.outcome, student, optimizer)
             except Unreadable as error:
                 raise Unreadable(error.what, READABLE) from error
             except UserError as error:
@@ -157,10 +159,10 @@ class Checkpoints:
                 faults.append(f"{place.name}: {fault}")
                 self.tell(f"warning: {place}: damaged, the one before is taken: {fault}")
                 continue
-            names = sorted(self.inputs | state.inputs)
-            if differing := [n for n in names if state.inputs.get(n) != self.inputs.get(n)]:
+            if differing:
                 raise UserError(
-                    f"{place}: made with another {', '.join(differing)} than this run. Start a new run."
+                    f"{place}: made with another {', '.join(differing)} than this run. Resume with the same,"
+                    " or start a new run."
                 )
             _restore(tensors, student, optimizer)
             # Damaged ones would count among those kept; older ones are what a kill left half deleted.
@@ -173,6 +175,14 @@ class Checkpoints:
                 f"{self.folder}: none of {len(found)} checkpoints is sound: {faults[0]} Start a new run."
             )
         return None
+
+    def _differing(self, state: State) -> list[str]:
+        """What the run is made of now and was not then, with both hashes."""
+        return [
+            f"{name} ({str(state.inputs.get(name))[:12]} -> {str(self.inputs.get(name))[:12]})"
+            for name in sorted(self.inputs | state.inputs)
+            if state.inputs.get(name) != self.inputs.get(name)
+        ]
 
     def _found(self) -> list[Path]:
         """Checkpoints, newest first."""

@@ -35,7 +35,15 @@ def lr_at(step: int, train: Train) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Set the rate of every group, and return what the optimizer now says it is: that number is logged."""
+    """Set the rate of every group, and return what the optimizer now says it is: that number is logged.
+
+    Of groups that say different ones, the one that is furthest off.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return float(optimizer.param_groups[0]["lr"])
+    return max(rates(optimizer), key=lambda found: abs(found - lr))
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The rate of each group of parameters."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
