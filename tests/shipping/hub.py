@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         if wrong:
             return 400, {"errors": [{"message": f'"{wrong[0]}" is required'}], "warnings": []}, {}
-        return 200, {"errors": [], "warnings": []}, {}
+        return 200, {"errors": [], "warnings": [{"message": "a remark of the hub"}]}, {}
 
     def _info(self, name: str, repo: Repo, request: Request, revision: str = "main") -> Any:
         repo.tree(revision)

@@ -259,7 +259,7 @@ def _worth(known: Known) -> Iterator[str]:
     yield (
         f"n = {corpus['heldout_positions']:,} positions in {corpus['heldout_rows']} rows of"
         f" {corpus['heldout_documents']} documents that share nothing with the training rows; seed"
-        f" {receipt['seed']}. 95 % interval: {'below' if known.comparison else NOT_RUN + ': one run has none'}."
+        f" {receipt['seed']}. 95 % interval: {'below' if known.comparison else 'not run: one run has none'}."
     )
     yield from _benchmarks(known)
     yield from _arms(known)

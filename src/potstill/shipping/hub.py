@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,8 +142,8 @@ def upload(repo: str, plan: Sequence[Item], *, private: bool, folder: Path, note
         )
     disable_progress_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    with _told_without(token, repo):
-        return _Upload(HfApi(library_name="potstill"), repo, plan, folder, note).run(private)
+    with _told_without(token, repo), _warnings_noted(token, note):
+        return _Upload(HfApi(token=token, library_name="potstill"), repo, plan, folder, note).run(private)
 
 
 @contextlib.contextmanager
@@ -156,6 +157,17 @@ def _told_without(token: str, repo: str) -> Iterator[None]:
         said = _redacted(one_line(_cause(error)), token)
         again = "Run the same command again: what is uploaded is not sent twice."
         raise UserError(f"publish {repo}: the Hub did not take it: {said} {again}") from None
+
+
+@contextlib.contextmanager
+def _warnings_noted(token: str, note: Note) -> Iterator[None]:
+    """What the Hub remarks on the card is for the publisher; what the library deprecates is not."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+    for said in seen:
+        if said.category is UserWarning:
+            note(_redacted(" ".join(str(said.message).split()), token))
 
 
 def _redacted(text: str, token: str) -> str:
