@@ -68,7 +68,8 @@ class Hub:
     faults: dict[int, str] = field(default_factory=dict)
     met: list[str] = field(default_factory=list)
     """Faults that a request came to."""
-    before: Callable[[int, Request], None] = lambda number, request: None
+    before: Callable[[int, Request], str | None] = lambda number, request: None
+    """Called with each request; a fault that it names is done to that request."""
     echoes_token: bool = False
     corrupts: str | None = None
     """A path that comes back with a byte changed."""
@@ -125,10 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.lock:
             number = len(hub.requests)
             hub.requests.append(request)
-            fault = hub.faults.get(number, "")
-            if fault:
-                hub.met.append(fault)
-        hub.before(number, request)
+        if fault := hub.before(number, request) or hub.faults.get(number, ""):
+            hub.met.append(fault)
         if fault == "reset":
             return self._reset()
         if fault == "silence":

@@ -31,6 +31,7 @@ def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     constants = huggingface_hub.constants
     for name, value in {
         "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_ETAG_TIMEOUT": 0.5,

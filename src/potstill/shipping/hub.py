@@ -183,7 +183,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _cause(error: BaseException) -> BaseException:
     """The one that says why: the library wraps what an upload's thread met."""
-    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    wraps = type(error).__name__ in ("RuntimeError", "LocalEntryNotFoundError")
+    return error.__cause__ if wraps and error.__cause__ else error
 
 
 def _is_transient(error: BaseException) -> bool:
