@@ -126,16 +126,19 @@ def _parser() -> argparse.ArgumentParser:
     pub.add_argument("--repo", required=True, metavar="OWNER/NAME")
     pub.add_argument("--dry-run", action="store_true", help="write the card and the plan, upload nothing")
     pub.add_argument("--private", action="store_true", help="into a private repository")
-    pub.add_argument(
-        "--allow-regression", action="store_true", help="though it is behind the untouched student"
-    )
+    pub.add_argument("--allow-regression", action="store_true", help="also behind the untouched student")
 
     verb("schema", _schema, "the JSON schema of a recipe, for editors")
     return parser
 
 
 def _demo(options: argparse.Namespace, display: Display) -> int:
-    return _run_recipe(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
+    code = _run_recipe(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
+    if code == 0 and "run" in options:
+        from potstill.shipping.publish import note_card
+
+        note_card(options.run, display)
+    return code
 
 
 def _distill(options: argparse.Namespace, display: Display) -> int:
@@ -169,6 +172,7 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
     )
     if options.json:
         display.result(json.dumps({"run": str(run.path), **run.status(), **run.receipt()}, indent=2))
+    options.run = run.path
     return 143 if run.status()["state"] == "stopped" else 0
 
 
@@ -332,14 +336,11 @@ def _report(options: argparse.Namespace, display: Display) -> None:
 def _publish(options: argparse.Namespace, display: Display) -> None:
     from potstill.shipping.publish import prepare, publish
 
-    how = {"overrides": options.overrides, "allow_regression": options.allow_regression}
-    commit = None
+    commit, asked = None, (options.run, options.repo, options.overrides, options.allow_regression)
     if options.dry_run:
-        prepared = prepare(options.run, options.repo, **how)
+        prepared = prepare(*asked)
     else:
-        prepared, commit = publish(
-            options.run, options.repo, private=options.private, note=display.note, **how
-        )
+        prepared, commit = publish(*asked, private=options.private, note=display.note)
     if options.json:
         display.result(json.dumps(prepared.told() | {"commit": commit}, indent=2))
         return

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from potstill.display import Display
 from potstill.errors import UserError
 from potstill.models.files import check_gguf, check_safetensors, file_sha256, folder_sha256, tensor_shapes
 from potstill.plain_files import read_object
@@ -63,9 +64,7 @@ class Prepared:
         return {"repo": self.repo, "files": [_told(item, self.run.path) for item in self.plan]}
 
 
-def prepare(
-    path: Path, repo: str, overrides: Sequence[str] = (), *, allow_regression: bool = False
-) -> Prepared:
+def prepare(path: Path, repo: str, overrides: Sequence[str] = (), allow_regression: bool = False) -> Prepared:
     """Look at everything, write RUN/publish/ and touch no network.
 
     Args:
@@ -84,9 +83,9 @@ def publish(
     path: Path,
     repo: str,
     overrides: Sequence[str] = (),
+    allow_regression: bool = False,
     *,
     private: bool = False,
-    allow_regression: bool = False,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[Prepared, str]:
     """Prepare, upload, fetch back; returns the plan and the commit that holds it.
@@ -99,6 +98,16 @@ def publish(
         prepared = _prepared(run, repo, overrides, allow_regression)
         folder = prepared.card.parent
         return prepared, hub.upload(repo, prepared.plan, private=private, folder=folder, note=note)
+
+
+def note_card(path: Path, display: Display) -> None:
+    """The end of a demo: what `potstill publish RUN --repo you/demo --dry-run` does."""
+    try:
+        prepared = prepare(path, "you/demo")
+    except UserError as error:  # overrides can make a demo that is nothing to show; it ran all the same
+        display.warn(f"not to be published: {error.mistakes[0]}")
+    else:
+        display.note(f"model card, as `potstill publish {path} --dry-run` writes it: {prepared.card}")
 
 
 def _opened(path: Path, repo: str) -> RunDir:
