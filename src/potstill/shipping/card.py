@@ -13,7 +13,7 @@ from typing import Any
 
 from potstill.recipe_sections import Publish
 from potstill.shipping.licences import Parent, Settled
-from potstill.shipping.markdown import block, code, indented, quoted, short, short_hash, table, text
+from potstill.shipping.markdown import block, code, quoted, short, short_hash, table, text
 
 HELDOUT = {
     "heldout/kl": "KL to the teacher, nats per position",
@@ -21,6 +21,7 @@ HELDOUT = {
     "heldout/agreement": "top-1 agreement with the teacher",
 }
 NOT_RUN = "not run"
+INTERVAL = {True: "below, of the arms.", False: "not run; one run has none, and `potstill compare` has."}
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
 
 
@@ -229,10 +230,10 @@ def _training(known: Known) -> Iterator[str]:
         ["supervised positions", f"{receipt['positions']:,}"],
         [
             "optimizer",
-            f"{train['optimizer']}, learning rate {train['lr']:g} after {train['warmup']} warm-up steps,"
+            f"{train['optimizer']}, learning rate {train['lr']:g} (warm-up steps: {train['warmup']}),"
             f" cosine to {train['lr'] * train['final_lr_ratio']:g}, weight decay {train['weight_decay']:g}",
         ],
-        ["precision", f"{receipt['precision']}, weights {receipt['weights_dtype']}"],
+        ["precision", f"matrix products in {receipt['precision']}, weights in {receipt['weights_dtype']}"],
         ["seed", str(receipt["seed"])],
         ["saved student", f"of step {receipt['student_is_of_step']}, the best by held-out loss"],
         ["time", f"{receipt['training_seconds']:,.0f} s of training"],
@@ -241,7 +242,7 @@ def _training(known: Known) -> Iterator[str]:
             f"{machine}, peak memory {receipt['peak_memory_gib']:.2f} GiB",
         ],
     ]
-    yield table(["", ""], rows)
+    yield table(["setting", "value"], rows)
 
 
 def _worth(known: Known) -> Iterator[str]:
@@ -259,10 +260,13 @@ def _worth(known: Known) -> Iterator[str]:
     yield (
         f"n = {corpus['heldout_positions']:,} positions in {corpus['heldout_rows']} rows of"
         f" {corpus['heldout_documents']} documents that share nothing with the training rows; seed"
-        f" {receipt['seed']}. 95 % interval: {'below' if known.comparison else 'not run: one run has none'}."
+        f" {receipt['seed']}. 95 % interval: {INTERVAL[known.comparison is not None]}"
     )
     yield from _benchmarks(known)
     yield from _arms(known)
+    if samples := receipt.get("samples"):
+        yield "What the student wrote, greedily, at the end of its training:"
+        yield block(f"{samples['prompt']}{samples.get('after', '')}")
 
 
 def _benchmarks(known: Known) -> Iterator[str]:
@@ -375,11 +379,6 @@ def _limits(known: Known) -> Iterator[str]:
     if receipt.get("uncommitted_changes"):
         yield "The code that ran had changes that no commit has; how to repeat it is known but for them."
     yield "What the licence says is what the files and the publisher say; it is no legal advice."
-    samples = receipt.get("samples")
-    if samples:
-        yield "It writes what its few steps taught it:\n\n" + indented(
-            block(f"{samples['prompt']}{samples.get('after', '')}")
-        )
 
 
 def _again(known: Known) -> Iterator[str]:

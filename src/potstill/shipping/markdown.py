@@ -37,10 +37,6 @@ def _all_numbers(rows: Sequence[Sequence[str]], column: int) -> bool:
     return all(re.match(r"[-+–\d]|not run", row[column]) for row in rows)
 
 
-def indented(content: str) -> str:
-    return "\n".join(f"  {line}" if line else line for line in content.split("\n"))
-
-
 def quoted(word: str) -> str:
     return word if re.fullmatch(r"[\w.=:/@%+,-]+", word) else "'" + word.replace("'", "'\\''") + "'"
 
