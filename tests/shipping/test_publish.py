@@ -104,6 +104,13 @@ def token_in_the_recipe(run: Path) -> None:
     (run / "recipe.yaml").write_text("# hf_" + "abcdefghij" * 3 + "\n")
 
 
+def humaneval_of_another(run: Path) -> None:
+    place = run / "evals" / "humaneval"
+    place.mkdir(parents=True)
+    settings = {"dtype": "float32", "weights_sha256": "0" * 64}
+    (place / "humaneval.json").write_text(json.dumps({"status": "finished", "settings": settings}))
+
+
 def untouched_is_ahead(run: Path) -> None:
     lost = {"against": "untouched", "arm": "KD", "ahead": "untouched", "metric": "pass@1"}
     (run.parent / "comparison.json").write_text(json.dumps({"runs": [run.name], "differences": [lost]}))
@@ -121,6 +128,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "behind the untouched": (worse, "heldout/kl is 2.3"),
     "nothing learned": (in_receipt(student_is_of_step=0), "no evaluation was better"),
     "behind in the comparison": (untouched_is_ahead, "ahead of KD in pass@1"),
+    "another's score": (humaneval_of_another, "the evaluation of another student"),
     "failed path": (failed_path, "fails when llama.cpp loads it: top-1 equal on 3 of 4"),
     "stale export": (stale_export, "was made of another student"),
     "changed export": (changed_export, "gone, or not the file that was exported"),
@@ -332,3 +340,17 @@ def test_the_arms_of_a_comparison_are_on_the_card_of_its_run(run: Path) -> None:
     card = (run / "publish" / "README.md").read_text()
     assert "1.5 [1.4, 1.6]" in card and "over seeds 0, 1, 2 and 4 held-out rows" in card
     assert "| not run |" in card
+
+
+def test_the_demo_ends_with_its_card(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = (finished / "recipe.yaml").read_text()
+    lines = "publish: {teacher_license: apache-2.0, data_license: cc0-1.0}\n"
+    (tmp_path / "demo.yaml").write_text(recipe + lines)
+    monkeypatch.setattr("potstill.cli.resources.files", lambda package: tmp_path)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    assert f"{tmp_path / 'demo' / 'publish' / 'README.md'}\n" in capsys.readouterr().err
+    (tmp_path / "demo.yaml").write_text(recipe)
+    assert main(["demo", "--out", str(tmp_path / "other")]) == 0  # the run is done all the same
+    assert "not to be published: licence of the teacher" in capsys.readouterr().err

@@ -152,7 +152,7 @@ def _prepared(run: RunDir, repo: str, overrides: Sequence[str], allow_regression
         parameters=sum(int(np.prod(shape)) for shape in tensor_shapes(run.student).values()),
         command=read_object(run.path / "environment.json", READABLE).get("command", []),
         faults=len(run.faults()),
-        humaneval=_result(run.evals / "humaneval" / "humaneval.json"),
+        humaneval=_humaneval(run.evals / "humaneval" / "humaneval.json", receipt),
         lm_eval=_result(run.evals / "lm-eval" / "result.json"),
         comparison=comparison,
         gguf=gguf,
@@ -269,6 +269,16 @@ def _parents(tree: Mapping[str, Any], publish: Publish, receipt: Mapping[str, An
         if said is not None:
             read = {"license": said, "read_from": "the publisher's word"}
         found.append(Parent(role, name, read["license"], read["read_from"]))
+    return found
+
+
+def _humaneval(path: Path, receipt: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Its result; refused where it is seen to be another student's."""
+    found = _result(path)
+    of = (found or {}).get("settings", {})
+    known = receipt["student_is_of_step"] == receipt["steps"] and of.get("dtype") == receipt["weights_dtype"]
+    if known and of.get("weights_sha256") != receipt["student"]["weights_sha256_end"]:
+        raise UserError(f"{path}: the evaluation of another student. Evaluate this run again, or remove it.")
     return found
 
 
