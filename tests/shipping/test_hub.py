@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from potstill.shipping import hub as client
 from shipping.hub import Hub, Request
 from shipping.lab import (
     COMMIT,
@@ -183,6 +184,24 @@ def test_private_makes_a_private_repository_and_will_not_take_a_public_one(
     hub.repos[REPO].private = False
     assert publish(run, "--private") == 2
     assert "is there already and is public" in capsys.readouterr().err
+
+
+def test_a_token_that_is_refused_is_told_as_that(
+    run: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.token = "another"
+    assert publish(run) == 2
+    told = capsys.readouterr().err
+    assert told.count("error:") == 1 and "Look at the token and what it may write." in told
+
+
+def test_a_card_that_the_hub_refuses_is_told_before_anything_is_sent(
+    run: Path, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "metadata", lambda known: "tags: [potstill]")
+    assert publish(run) == 2
+    assert '"license" is required' in capsys.readouterr().err
+    assert hub.objects == {} and hub.repos[REPO].messages == ["initial commit"]
 
 
 def test_without_a_token_nothing_is_asked_of_the_hub(

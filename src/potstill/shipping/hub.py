@@ -155,8 +155,10 @@ def _told_without(token: str, repo: str) -> Iterator[None]:
         raise UserError(*(_redacted(mistake, token) for mistake in error.mistakes)) from None
     except Exception as error:
         said = _redacted(one_line(_cause(error)), token)
-        again = "Run the same command again: what is uploaded is not sent twice."
-        raise UserError(f"publish {repo}: the Hub did not take it: {said} {again}") from None
+        todo = "Run the same command again: what is uploaded is not sent twice."
+        if any(_status(one) in (401, 403) for one in _chain(error)):
+            todo = "Look at the token and what it may write."
+        raise UserError(f"publish {repo}: the Hub did not take it: {said} {todo}") from None
 
 
 @contextlib.contextmanager
@@ -187,10 +189,13 @@ def _cause(error: BaseException) -> BaseException:
     return error.__cause__ if wraps and error.__cause__ else error
 
 
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def _is_transient(error: BaseException) -> bool:
     for one in _chain(error):
-        status = getattr(getattr(one, "response", None), "status_code", None)
-        if status is not None:
+        if (status := _status(one)) is not None:
             return status in TRANSIENT
         if TRANSPORT & {kind.__name__ for kind in type(one).__mro__}:
             return True
