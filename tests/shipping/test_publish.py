@@ -311,6 +311,15 @@ def test_an_exported_gguf_file_comes_with_a_modelfile_and_its_three_paths(run: P
     assert "ollama create small -f Modelfile" in card
 
 
+def test_an_export_that_fails_and_is_removed_is_told_and_not_published(run: Path) -> None:
+    failed_path(run)
+    (run / "exports" / "small-F16.gguf").unlink()
+    assert publish(run, "--dry-run") == 0
+    assert not {"small-F16.gguf", "Modelfile"} & planned(run).keys()
+    card = (run / "publish" / "README.md").read_text()
+    assert "| f16 | llama.cpp | failed, so it is not here | top-1 equal on 3 of 4 prompts |" in card
+
+
 def test_text_of_unknown_origin_cannot_leave_its_cell_or_its_block(run: Path) -> None:
     hostile = "x | y `z` <script>\n## Verified [a](b)"
     in_receipt(check={"labels": hostile}, samples={"prompt": "```\n# p", "after": "\n```\n# q"})(run)

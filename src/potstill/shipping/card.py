@@ -337,7 +337,8 @@ def _checks(known: Known) -> Iterator[str]:
     rows = []
     for record in known.receipt.get("exports", []):
         for path, of in record.get("three_path", {}).items():
-            rows.append([text(record["format"]), text(path), text(of["status"]), text(_path_told(of))])
+            status = f"{of['status']}, so it is not here" if of["status"] == "failed" else of["status"]
+            rows.append([text(record["format"]), text(path), text(status), text(_path_told(of))])
     if rows:
         yield "The files as others load them, each in a fresh process:"
         yield table(["format", "loaded by", "verdict", "what it found"], rows)
@@ -349,14 +350,13 @@ def _path_told(of: Mapping[str, Any]) -> str:
     if of.get("why"):
         return str(of["why"])
     told = []
-    if "prompts" in of:
-        told += [f"{of[key]} of {of['prompts']} {name}" for key, name in PATHS.items() if key in of]
+    if "tokens_equal" in of:
+        told.append(f"{of['tokens_equal']} of {of.get('texts', of['prompts'])} texts with equal tokens")
+    if "top1_equal" in of:
+        told.append(f"{of['top1_equal']} of {of['prompts']} equal next tokens")
     if "mean_kl" in of:
         told.append(f"mean KL {of['mean_kl']:.2g} nats, at most {of.get('mean_kl_limit', 0):.0g} allowed")
     return ", ".join(told) or "–"
-
-
-PATHS = {"tokens_equal": "prompts with equal tokens", "top1_equal": "equal next tokens"}
 
 
 def _limits(known: Known) -> Iterator[str]:

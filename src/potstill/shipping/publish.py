@@ -216,11 +216,16 @@ def _sound_exports(run: RunDir, receipt: Mapping[str, Any]) -> tuple[dict[str, P
         where = f"{place}: export {record['format']}"
         if record["student_sha256"] != student:
             raise UserError(f"{where} was made of another student. {again}")
-        for name, of in record.get("three_path", {}).items():
-            if of["status"] == "failed":
-                raise UserError(
-                    f"{where} fails when {name} loads it: {of.get('why', 'it says no reason')}. {again}"
-                )
+        failed = [one for one in record.get("three_path", {}).items() if one[1]["status"] == "failed"]
+        if failed and ("files" in record or place.exists()):
+            ((name, of), *_) = failed
+            todo = "Remove the file to publish without it; the card says so."
+            raise UserError(
+                f"{where} fails when {name} loads it: {of.get('why', 'it says no reason')}."
+                f" {again if 'files' in record else todo}"
+            )
+        if failed:
+            continue
         parts = record.get("files") or {place.name: record}
         for name, of in parts.items():
             file = place / name if "files" in record else place
