@@ -285,6 +285,7 @@ def test_the_schema_is_json_with_every_section(capsys: pytest.CaptureFixture[str
         "eval",
         "guard",
         "compare",
+        "publish",
         "allow_identical",
         "plugins",
         "sinks",

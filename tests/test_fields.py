@@ -83,6 +83,13 @@ SHOWN_BY = {
     "compare.corrected_steps": "tests/test_comparing.py",
     "compare.corrected_lr": "test_the_rate_of_the_teacher_s_own_training_is_the_one_asked_for",
     "compare.humaneval_tokens": "test_every_arm_s_student_is_put_to_humaneval",
+    "publish.teacher": "tests/shipping/test_publish.py",
+    "publish.student": "tests/shipping/test_publish.py",
+    "publish.data": "tests/shipping/test_hub.py",
+    "publish.teacher_license": "tests/shipping/test_publish.py",
+    "publish.student_license": "tests/shipping/test_publish.py",
+    "publish.data_license": "tests/shipping/test_publish.py",
+    "publish.license": "tests/shipping/test_publish.py",
     "sinks": "tests/runs/test_sinks.py",
     "plugins": "test_a_plug_in_divergence_trains",
 }

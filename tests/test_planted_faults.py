@@ -29,6 +29,7 @@ class Fault:
 
 STEP = "test_invariance.py::test_a_step_is_plain_autograd_s"
 SANDBOX = "evals/test_sandbox.py::test_"
+REFUSAL = "shipping/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
 FAULTS = {
     "reversed KL": Fault(
         "losses/divergences.py",
@@ -266,6 +267,45 @@ FAULTS = {
         'BARE = {"PYTHONHASHSEED": "0"}',
         'BARE = {"PYTHONHASHSEED": "random"}',
         f"{SANDBOX}sets_of_strings_are_listed_in_one_order[landlock]",
+    ),
+    "an unknown licence is taken for a free one": Fault(
+        "shipping/licences.py",
+        "        if one.license is None or NO_DERIVATIVES in one.license\n",
+        "        if NO_DERIVATIVES in (one.license or '')\n",
+        "shipping/test_publish.py::test_a_licence_that_does_not_follow_is_refused",
+    ),
+    "a regression is published": Fault(
+        "shipping/publish.py",
+        "    if worse and not allow_regression:\n",
+        "    if False:\n",
+        f"{REFUSAL}[behind the untouched]",
+    ),
+    "another file than the receipt's is published": Fault(
+        "shipping/publish.py",
+        "        elif file_sha256(there[name]) != told[name]:\n",
+        "        elif False:\n",
+        f"{REFUSAL}[another file]",
+    ),
+    "weights that are no numbers are published": Fault(
+        "shipping/publish.py", "((bits & mask) == mask).any()", "False", f"{REFUSAL}[weights not finite]"
+    ),
+    "a commit is made twice": Fault(
+        "shipping/hub.py",
+        "        if not missing and not stale and head:\n",
+        "        missing = missing or list(self.plan)\n        if False:\n",
+        "shipping/test_hub.py::test_a_second_publish_makes_no_commit_and_sends_no_file",
+    ),
+    "the token is told": Fault(
+        "shipping/hub.py",
+        'return text.replace(token, "[token]")',
+        "return text",
+        "shipping/test_hub.py::test_the_token_is_in_the_authorization_header_and_nowhere_else",
+    ),
+    "what comes back is not looked at": Fault(
+        "shipping/hub.py",
+        "            if sha256 != item.sha256:\n",
+        "            if False:\n",
+        "shipping/test_hub.py::test_a_file_that_comes_back_changed_is_told",
     ),
     "a program outlives its harness": Fault(
         "evals/sandbox_inmate.py",

@@ -194,6 +194,15 @@ def test_the_defaults_are_those_of_the_documentation(
         "eval": {"every": 0, "sample_prompt": None, "sample_tokens": 48},
         "guard": {"policy": "stop", "loss_ceiling": None, "first_step_s": 1800.0, "stall_s": 1800.0},
         "compare": None,
+        "publish": {
+            "teacher": None,
+            "student": None,
+            "data": None,
+            "teacher_license": None,
+            "student_license": None,
+            "data_license": None,
+            "license": None,
+        },
         "allow_identical": False,
         "sinks": [],
         "plugins": [],
@@ -201,6 +210,13 @@ def test_the_defaults_are_those_of_the_documentation(
 
 
 CHANGES = {
+    "publish.teacher": "them/large",
+    "publish.student": "them/small",
+    "publish.data": "the letters of a bakery",
+    "publish.teacher_license": "apache-2.0",
+    "publish.student_license": "mit",
+    "publish.data_license": "cc0-1.0",
+    "publish.license": "mit",
     "corpus.tokens_per_row": 32,
     "corpus.heldout_rows": 3,
     "corpus.tokenizer": "owner/name",
@@ -401,11 +417,11 @@ UNKNOWN = [
     ),
     (
         {"zzz": "{steps: 1}"},
-        "zzz: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
+        "zzz: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, publish, sinks, student, teacher, train.",
     ),
     (
         {"on": "1"},
-        "on: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, sinks, student, teacher, train.",
+        "on: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, publish, sinks, student, teacher, train.",
     ),
     (
         {"objective": "{divergence: {name: jsd, zzz: 1}}"},

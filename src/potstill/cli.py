@@ -133,12 +133,25 @@ def _parser() -> argparse.ArgumentParser:
         "--no-models", action="store_true", help="load no model: no disagreement but a known one"
     )
 
+    pub = verb("publish", _publish, "a finished run to the Hub: model card, licence, hashes; or why not")
+    pub.add_argument("run", type=Path, metavar="RUN")
+    pub.add_argument("overrides", nargs="*", metavar="publish.b=value", help="what the recipe says of it")
+    pub.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    pub.add_argument("--dry-run", action="store_true", help="write the card and the plan, upload nothing")
+    pub.add_argument("--private", action="store_true", help="into a private repository")
+    pub.add_argument("--allow-regression", action="store_true", help="also behind the untouched student")
+
     verb("schema", _schema, "the JSON schema of a recipe, for editors")
     return parser
 
 
 def _demo(options: argparse.Namespace, display: Display) -> int:
-    return _run_recipe(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
+    code = _run_recipe(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
+    if code == 0 and "run" in options:
+        from potstill.shipping.publish import note_card
+
+        note_card(options.run, display)
+    return code
 
 
 def _distill(options: argparse.Namespace, display: Display) -> int:
@@ -172,6 +185,7 @@ def _run_recipe(recipe: Path, options: argparse.Namespace, display: Display) -> 
     )
     if options.json:
         display.result(json.dumps({"run": str(run.path), **run.status(), **run.receipt()}, indent=2))
+    options.run = run.path
     return 143 if run.status()["state"] == "stopped" else 0
 
 
@@ -338,6 +352,22 @@ def _report(options: argparse.Namespace, display: Display) -> None:
 
     place = report(options.runs, options.out, options.tokens, not options.no_models, display)
     display.result(json.dumps({"report": str(place)}, indent=2) if options.json else str(place))
+
+
+def _publish(options: argparse.Namespace, display: Display) -> None:
+    from potstill.shipping.publish import prepare, publish
+
+    commit, asked = None, (options.run, options.repo, options.overrides, options.allow_regression)
+    if options.dry_run:
+        prepared = prepare(*asked)
+    else:
+        prepared, commit = publish(*asked, private=options.private, note=display.note)
+    if options.json:
+        display.result(json.dumps(prepared.told() | {"commit": commit}, indent=2))
+        return
+    rows = [[item.path, f"{item.bytes:,}", item.sha256] for item in prepared.plan]
+    display.result(aligned(["file", "bytes", "sha256"], rows))
+    display.result(f"published: {prepared.repo}, commit {commit}" if commit else f"card: {prepared.card}")
 
 
 def _schema(options: argparse.Namespace, display: Display) -> None:

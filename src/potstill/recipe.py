@@ -40,6 +40,7 @@ from potstill.recipe_sections import (
     LocalPath,
     Objective,
     ParquetCorpus,
+    Publish,
     Section,
     TableTeacher,
     TextCorpus,
@@ -71,6 +72,8 @@ class Recipe(Section):
     """What ends a run that has gone wrong."""
     compare: Compare | None = None
     """Run the untouched student and plain training beside KD, under one budget; null: KD alone."""
+    publish: Publish = field(default_factory=Publish)
+    """What the model card says that the run cannot know."""
     allow_identical: bool = False
     """Distil although teacher and student have the same weights; the receipt says so."""
     sinks: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
@@ -135,6 +138,31 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
     return recipe
 
 
+def publish_section(text: str, where: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Publish]:
+    """A run's recipe as a tree, and what is to be said of it when it is published.
+
+    Its paths are not looked at: a run is published from its own folder, and what it was made of may be gone.
+
+    Raises:
+        UserError: the text is damaged, or an override sets what the run has been.
+    """
+    tree, mistakes = yaml_strict.read(text, where)
+    if mistakes or not isinstance(tree, dict):
+        raise UserError(*(mistakes or [f"{where}: damaged: no mapping at the top."]))
+    for override in overrides:
+        if not override.startswith("publish."):
+            raise UserError(
+                f"override {override:.200}: a finished run is what it was. Only publish.… may be set."
+            )
+        yaml_strict.override(tree, override)
+    try:
+        given = json.dumps(tree.get("publish") or {})
+        return tree, TypeAdapter(Publish).validate_json(given, strict=True, context=Path())
+    except pydantic.ValidationError as error:
+        told = [explain(finding, tree.get("publish") or {}, SCHEMA) for finding in error.errors()]
+        raise UserError(*(f"publish.{'.'.join(at)}: {what}" for at, what in told)) from error
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe with every default filled in and absolute paths, as YAML that loads as an equal recipe."""
     return yaml_strict.write(dataclasses.asdict(recipe, dict_factory=_name_first))
@@ -163,6 +191,7 @@ SCHEMA: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("eval",): (Eval,),
     ("guard",): (Guard,),
     ("compare",): (Compare,),
+    ("publish",): (Publish,),
 }
 
 

@@ -13,6 +13,7 @@ from potstill.models.files import file_sha256
 from potstill.proof.plan import Plan
 from potstill.proof.preflight import Checked
 from potstill.runs.rundir import RunDir, environment
+from potstill.shipping.licences import licence_of
 from potstill.teachers.fixture import TableTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import Outcome
@@ -66,6 +67,7 @@ def receipt_of(
             "weights_sha256_end": after["student"],
         },
         "inputs": inputs,
+        "licences": _licences(cast),
         "allow_identical": recipe.allow_identical,
         "vocabulary": vars(cast.shared),
         "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
@@ -86,12 +88,23 @@ def receipt_of(
         "peak_memory_gib": peak,
         "plan": _compared(checked.planned, peak),
         "check": {finding.name: finding.figure for finding in checked.findings},
+        "check_red": [finding.name for finding in checked.findings if not finding.ok],
         "output": {p.name: file_sha256(p) for p in sorted(run.student.iterdir()) if p.is_file()},
         "samples": {"prompt": recipe.eval.sample_prompt, **samples}
         if recipe.eval.sample_prompt is not None
         else None,
         "environment": environment(),
     }
+
+
+def _licences(cast: Cast) -> dict[str, dict[str, str | None]]:
+    """What the files of teacher, student and corpus say now; they may be gone when the run is published."""
+    sources = {
+        "teacher": getattr(cast.recipe.teacher, "model", None),
+        "student": cast.recipe.student.model if cast.recipe.student.name == "checkpoint" else None,
+        "data": cast.recipe.corpus.path,
+    }
+    return {role: licence_of(source) for role, source in sources.items() if source is not None}
 
 
 def _without_list(found: dict[str, Any] | None) -> dict[str, Any] | str:
