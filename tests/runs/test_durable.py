@@ -22,9 +22,9 @@ TRAIN = "{steps: 6, rows_per_step: 4, lr: 1e-3, device: cpu, save_every: 2}"
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str]]:
-    """Every fsync and rename under the run's folder, in order, by name."""
+    """Every fsync, rename and new folder under the run's folder, in order, by name."""
     seen: list[tuple[str, str]] = []
-    fsync, rename, replace = os.fsync, os.rename, os.replace
+    fsync, rename, replace, mkdir = os.fsync, os.rename, os.replace, os.mkdir
     run = str(tmp_path / "run")
 
     def note(what: str, path: Any) -> None:
@@ -43,6 +43,11 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
         note("rename", target)
         replace(source, target, **more)
 
+    def noting_mkdir(path: Any, *mode: Any, **more: Any) -> None:
+        note("mkdir", path)
+        mkdir(path, *mode, **more)
+
+    monkeypatch.setattr(os, "mkdir", noting_mkdir)
     monkeypatch.setattr(os, "fsync", noting_fsync)
     monkeypatch.setattr(os, "rename", noting_rename)
     monkeypatch.setattr(os, "replace", noting_replace)
@@ -68,10 +73,7 @@ def test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after(
         assert {f"{place}.new", *(f"{place}.new/{file}" for file in files)} <= before
         after = [name for what, name in calls[at + 1 :] if what == "fsync"]
         assert after[0] == os.path.dirname(place)
-    at = calls.index(("fsync", "checkpoints/00000002.new/state.json"))
-    assert ("fsync", "") in calls[at - 6 : at], (
-        "the new folder of checkpoints is an entry of the run's folder"
-    )
+    assert calls[calls.index(("mkdir", "checkpoints")) + 1] == ("fsync", "")
     for name in ("status.json", "receipt.json", "inputs.json"):
         at = calls.index(("rename", name))
         assert calls[at - 1] == ("fsync", f"{name}.new") and calls[at + 1] == ("fsync", "")
