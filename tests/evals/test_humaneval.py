@@ -36,6 +36,7 @@ from potstill.evals.humaneval_problems import (
 )
 from potstill.evals.passk import compare, wilson
 from potstill.evals.sandbox import Sandbox, SandboxRefused, Verdict
+from potstill.runs.rundir import RunDir
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe terse.<|im_end|>\n{% endif %}"
@@ -1314,7 +1315,10 @@ def test_a_runs_student_is_evaluated_and_the_result_is_the_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = tmp_path / "run"
-    make_model(made / "student", seed=2, max_position_embeddings=4096, num_hidden_layers=1)
+    made.mkdir()
+    RunDir(made).replace_student(
+        lambda place: make_model(place, seed=2, max_position_embeddings=4096, num_hidden_layers=1)
+    )
     (made / "resolved.yaml").write_text("{}\n")
     answers(monkeypatch, problems, canonical)
     code, result = run([str(made), "--limit", "2"], capsys)

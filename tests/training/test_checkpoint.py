@@ -186,13 +186,17 @@ def test_a_model_of_another_shape_is_named_and_no_checkpoint_is_called_damaged(
     else:
         config = transformers.GPT2Config.from_pretrained(tmp_path / "student", n_embd=16)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "student")
-    capsys.readouterr()
-    assert main(["distill", str(recipe), "--out", str(tmp_path / "cut"), "--resume"]) == 2
-    told = capsys.readouterr().err
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert "00000009: made with another student (" in line and ("teacher (" in line) == (change == "teacher")
-    assert "damaged" not in told
-    assert sorted((tmp_path / "cut" / "checkpoints").rglob("*")) == kept
+    for told_by in ("begun with another input: ", "00000009: made with another "):
+        capsys.readouterr()
+        assert main(["distill", str(recipe), "--out", str(tmp_path / "cut"), "--resume"]) == 2
+        told = capsys.readouterr().err
+        (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+        assert told_by in line and "student (" in line and ("teacher (" in line) == (change == "teacher")
+        assert "damaged" not in told
+        assert sorted((tmp_path / "cut" / "checkpoints").rglob("*")) == kept
+        monkeypatch.setattr(
+            "potstill.line._require_equal", lambda *_: None
+        )  # the checkpoint knows it alone, too
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
