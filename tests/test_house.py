@@ -22,7 +22,7 @@ FLOORS = [
     {"errors", "types", "registry", "display", "quiet", "plain_files"},
     {"losses", "corpus", "models", "recipe"},
     {"teachers", "students", "runs"},
-    {"training", "evals"},
+    {"training", "evals", "shipping"},
     {"assembly"},
     {"proof"},
     {"line", "reporting", "benchmarks"},
@@ -151,7 +151,7 @@ def test_only_display_imports_rich() -> None:
 
 def test_the_budget_of_files_and_lines_is_kept() -> None:
     with_code = [path for path in MODULES if len(ast.parse(path.read_text()).body) > 1]
-    assert len(with_code) <= 66
+    assert len(with_code) <= 71
     assert sum(len(path.read_text().splitlines()) for path in MODULES) < 15_000
     assert {p.name: n for p in MODULES if (n := len(p.read_text().splitlines())) >= 400} == {}
 

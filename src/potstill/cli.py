@@ -105,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     held.add_argument("--recipe", type=Path, help="whose held-out rows and teacher; default the run's own")
     benchmarks.add_flags(held)
 
+    export = verb("export", _export, "a run's student as others run it: a folder and GGUF files, read back")
+    export.add_argument("run", type=Path, metavar="RUN")
+    export.add_argument("--format", choices=("hf", "gguf"), help="one of the two alone; default both")
+    export.add_argument(
+        "--quantize",
+        metavar="TYPE,…",
+        help="of the GGUF files: f32,f16,bf16,q8_0,q4_0,q4_k,q6_k; default f16",
+    )
+    export.add_argument("--out", type=Path, metavar="FOLDER", help="default RUN/exports")
+
     show = verb("show", _show, "what a run was: receipt, and first, best and last of each metric")
     show.add_argument("run", type=Path, metavar="RUN")
 
@@ -291,6 +301,31 @@ def _eval(options: argparse.Namespace, display: Display) -> int:
             aligned(["metric", "value"], [[name, f"{value:.6f}"] for name, value in metrics.items()])
         )
     return 0
+
+
+def _export(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 2 where a path failed: the file is there, and the record says what is wrong with it."""
+    if options.format == "hf" and options.quantize is not None:
+        raise UserError("--quantize: says nothing to --format hf. Leave one out.")
+    from potstill.shipping.export import export_run, verdict
+
+    quantize = [word.strip() for word in (options.quantize or "f16").split(",")]
+    formats = [*(["hf"] if options.format != "gguf" else []), *(quantize if options.format != "hf" else [])]
+    found = export_run(options.run, options.out, formats, note=display.note)
+    if options.json:
+        display.result(json.dumps(found.records, indent=2))
+    else:
+        rows = [
+            [each["file"], *(path["status"] for path in each["three_path"].values())]
+            for each in found.records
+        ]
+        display.result(aligned(["file", *found.records[0]["three_path"]], rows))
+    failed = [each for each in found.records if verdict(each) == "failed"]
+    for each in failed:
+        for name, path in each["three_path"].items():
+            if path["status"] == "failed":
+                display.error((f"{each['file']}: {name}: {path['why']}",))
+    return 2 if failed else 0
 
 
 def _show(options: argparse.Namespace, display: Display) -> None:
