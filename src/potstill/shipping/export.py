@@ -109,7 +109,10 @@ def _export(
         record = _write(run, out, form, model, tokens, receipt) | {"student_sha256": student}
         place = out / Path(record["file"]).name
         note(f"{form}: {place}, {record['bytes'] / 2**20:.1f} MiB")
-        found = check_paths(form, place, reference) if reference else not_run("--no-check")
+        if reference is None:
+            found = not_run("was not asked for")
+        else:
+            found = check_paths(form, place, reference.of_written(model, place, form))
         records.append(record | {"three_path": found})
         others = [each for each in receipt.get("exports", []) if each["format"] != form]
         receipt["exports"] = [*others, records[-1]]

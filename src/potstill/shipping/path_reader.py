@@ -114,8 +114,8 @@ class LlamaCppReader:
     def logits(self, ids: list[int]) -> Any:
         """Log-probabilities: logits up to a number that they all share.
 
-        They are the model's own, whatever is drawn after them. The server tells none with a token that ends the
-        text or is half a character, so that an `a` is made to be drawn.
+        They are the model's own, whatever is drawn after them. The server tells none with a token that ends
+        the text or is half a character, so that an `a` is made to be drawn.
         """
         first = self._complete(ids, 1, n_probs=self.width, logit_bias=[[self.drawn, 1e9]])
         found = np.full(self.width, -np.inf, dtype=np.float32)

@@ -8,13 +8,16 @@ not there is recorded as not run, with the reason; it never counts as passed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,23 +28,36 @@ from torch.nn import functional as F
 
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
+from potstill.shipping.gguf_model import as_written
 from potstill.shipping.gguf_tokenizer import probe_texts, special_tokens
 
 PATHS = ("potstill", "transformers", "llama.cpp")
-MEAN_KL = {
-    "hf": 1e-6,
-    "f32": 1e-6,
-    "f16": 1e-4,
-    "bf16": 1e-3,
-    "q8_0": 1e-3,
-    "q6_k": 1e-2,
-    "q4_k": 5e-2,
-    "q4_0": 1e-1,
-}
-"""Nats: how far each form may be from the student's own next-token distribution, mean over the prompts."""
+MEAN_KL = {"hf": 1e-6, "f32": 1e-6, "f16": 1e-4, "bf16": 1e-3}
+"""Nats: how far a path may be from the student's own next-token distribution, mean over the prompts."""
+OF_WRITTEN = 2e-2
+"""Nats, for forms that round more: from the student with the file's own numbers. What llama.cpp adds is the
+rounding of activations, up to 0.004 on the demo's student; a tensor in the wrong order adds whole nats."""
 EQUAL_TOP1 = ("hf", "f32")
 """Forms whose likeliest token is always the student's."""
-PROMPTS, TEXTS, SEED = 16, 200, 0
+TEXTS = 200
+PROMPTS = (
+    "The quick brown fox jumps over the",
+    "In 1969, two astronauts walked on the surface of",
+    "Water boils at 100 degrees Celsius, which is",
+    "She opened the letter, read it twice, and then",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The three laws of thermodynamics are:\n1.",
+    "Q: What is the capital of France?\nA:",
+    "Le chat est assis sur",
+    "Die Würde des Menschen ist",
+    "Быстрая лиса прыгает через",
+    "def fibonacci(n):\n    if n < 2:\n        return",
+    "import os\nimport sys\n\n\ndef main() -> None:\n    ",
+    "for (int i = 0; i < n; i++) {\n\tsum +=",
+    "SELECT name, count(*) FROM users WHERE",
+    "# Installation\n\n```\npip install",
+    '{"name": "potstill", "version": "',
+)
 MAX_IDS = 64
 PROMPT = "The quick brown fox"
 DEADLINE_S = 1800
@@ -57,22 +73,29 @@ class Reference:
     tokens: list[list[int]]
     ids: list[list[int]]
     logp_PV: torch.Tensor
-    remarks: list[str]
+    written_PV: torch.Tensor | None = None
+    """What the numbers of a quantised file give, without any rounding of activations."""
 
     @classmethod
     def of(
-        cls, model: CausalLM, tokenizer: Any, *, texts: int = TEXTS, prompts: int = PROMPTS, seed: int = SEED
+        cls, model: CausalLM, tokenizer: Any, *, texts: int = TEXTS, prompts: Sequence[str] = PROMPTS
     ) -> Reference:
         """Float32 and one prompt at a time, as each path will do it."""
-        asked = probe_texts(texts, special_tokens(tokenizer), seed)
+        asked = probe_texts(texts, special_tokens(tokenizer))
+        ids = [tokenizer(text)["input_ids"][:MAX_IDS] for text in prompts]
         tokens = [tokenizer(text)["input_ids"] for text in asked]
-        size = model.vocab_size
-        # Nothing can be asked after no token, nor after one without an embedding.
-        usable = [ids[:MAX_IDS] for ids in tokens if len(ids) > 1 and max(ids) < size]
-        ids = usable[:prompts]
-        with torch.no_grad():
-            rows = [model.hf(input_ids=torch.tensor([each]), use_cache=False).logits[0, -1] for each in ids]
-        return cls(asked, tokens, ids, F.log_softmax(torch.stack(rows).double(), dim=-1), [])
+        return cls(asked, tokens, ids, _logp(model.hf, ids))
+
+    def of_written(self, model: CausalLM, file: Path, form: str) -> Reference:
+        if form in MEAN_KL:
+            return self
+        return dataclasses.replace(self, written_PV=_logp(as_written(model, file, form), self.ids))
+
+
+def _logp(hf: Any, prompts: list[list[int]]) -> torch.Tensor:
+    with torch.no_grad():
+        rows = [hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in prompts]
+    return F.log_softmax(torch.stack(rows).double(), dim=-1)
 
 
 def check_paths(form: str, file: Path, reference: Reference) -> dict[str, dict[str, Any]]:
@@ -152,18 +175,24 @@ def ask(
 def compare(form: str, logits_PV: torch.Tensor, told: dict[str, Any], reference: Reference) -> dict[str, Any]:
     """The path's record. It passed if every text has the student's ids and KL(student‖path) is in bounds."""
     logp_PV = F.log_softmax(logits_PV.double(), dim=-1)
-    kl_P = (reference.logp_PV.exp() * (reference.logp_PV - logp_PV)).sum(-1)
+    kl_P = _kl(reference.logp_PV, logp_PV)
+    own, limit = kl_P, MEAN_KL.get(form, OF_WRITTEN)
+    if form not in MEAN_KL:
+        if reference.written_PV is None:
+            raise ValueError(f"{form}: a reference of the file as it was written is needed")
+        own = _kl(reference.written_PV, logp_PV)
     same_top = int((logp_PV.argmax(-1) == reference.logp_PV.argmax(-1)).sum())
     pairs = list(zip(told["tokens"], reference.tokens, strict=True))
     odd = next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), None)
-    mean, prompts = float(kl_P.mean()), len(reference.ids)
+    judged, prompts = float(own.mean()), len(reference.ids)
     faults = []
     if odd is not None:
         faults.append(
             f"other tokens for {reference.texts[odd]!r:.60}: {pairs[odd][0]} and not {pairs[odd][1]}"
         )
-    if not mean <= MEAN_KL[form]:
-        faults.append(f"mean KL to the student {mean:.3g} nats, above {MEAN_KL[form]:.0e}")
+    if not judged <= limit:
+        of = "the student" if form in MEAN_KL else "the file's own numbers"
+        faults.append(f"mean KL to {of} {judged:.3g} nats, above {limit:.0e}")
     if form in EQUAL_TOP1 and same_top < prompts:
         faults.append(f"another likeliest token after {prompts - same_top} of {prompts} prompts")
     return {
@@ -174,12 +203,23 @@ def compare(form: str, logits_PV: torch.Tensor, told: dict[str, Any], reference:
         "tokens_equal": sum(theirs == ours for theirs, ours in pairs),
         "prompts": prompts,
         "top1_equal": same_top,
-        "mean_kl": mean,
-        "max_kl": float(kl_P.max()),
-        "mean_kl_limit": MEAN_KL[form],
+        "mean_kl": _finite(float(kl_P.mean())),
+        "max_kl": _finite(float(kl_P.max())),
+        "judged_kl": _finite(judged),
+        "judged_kl_limit": limit,
         "prompt": PROMPT,
         "generated": told["generated"],
     }
+
+
+def _kl(logp_PV: torch.Tensor, other_PV: torch.Tensor) -> torch.Tensor:
+    """KL(first‖second) of each prompt in nats; infinite where the second leaves out what the first has."""
+    return F.kl_div(other_PV, logp_PV, reduction="none", log_target=True).sum(-1)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for what is not."""
+    return value if math.isfinite(value) else None
 
 
 def _link(file: Path, to: Path) -> None:
