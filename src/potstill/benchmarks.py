@@ -107,7 +107,7 @@ def _places(target: str, benchmark: str) -> tuple[str, Path]:
 
     if (Path(target) / "resolved.yaml").is_file():
         run = RunDir.open(Path(target))
-        return str(run.whole_student()), run.humaneval if benchmark == "humaneval" else run.lm_eval
+        return str(run.whole_student()), run.evals / benchmark
     source = locate(target, Path()) if target.startswith("package:") else target
     name = Path(source).name.removesuffix(".gguf")
     return source, Path("evals") / name / benchmark

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from potstill import __version__, benchmarks
+from potstill import __version__, benchmarks, delivery
 from potstill.display import Display, aligned, clock, hold_streams, let_go_of_streams, size
 from potstill.errors import Stopped, UserError
 
@@ -118,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     held.add_argument("--recipe", type=Path, help="whose held-out rows and teacher; default the run's own")
     benchmarks.add_flags(held)
 
+    delivery.add_export_flags(
+        verb("export", delivery.export, "a run's student as others run it: a folder and GGUF files")
+    )
+    delivery.add_publish_flags(
+        verb("publish", delivery.publish, "a finished run to the Hub: card, licence, hashes; or why not")
+    )
+
     show = verb("show", _show, "what a run was: receipt, and first, best and last of each metric")
     show.add_argument("run", type=Path, metavar="RUN")
 
@@ -132,14 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--no-models", action="store_true", help="load no model: no disagreement but a known one"
     )
-
-    pub = verb("publish", _publish, "a finished run to the Hub: model card, licence, hashes; or why not")
-    pub.add_argument("run", type=Path, metavar="RUN")
-    pub.add_argument("overrides", nargs="*", metavar="publish.b=value", help="what the recipe says of it")
-    pub.add_argument("--repo", required=True, metavar="OWNER/NAME")
-    pub.add_argument("--dry-run", action="store_true", help="write the card and the plan, upload nothing")
-    pub.add_argument("--private", action="store_true", help="into a private repository")
-    pub.add_argument("--allow-regression", action="store_true", help="also behind the untouched student")
 
     verb("schema", _schema, "the JSON schema of a recipe, for editors")
     return parser
@@ -352,22 +351,6 @@ def _report(options: argparse.Namespace, display: Display) -> None:
 
     place = report(options.runs, options.out, options.tokens, not options.no_models, display)
     display.result(json.dumps({"report": str(place)}, indent=2) if options.json else str(place))
-
-
-def _publish(options: argparse.Namespace, display: Display) -> None:
-    from potstill.shipping.publish import prepare, publish
-
-    commit, asked = None, (options.run, options.repo, options.overrides, options.allow_regression)
-    if options.dry_run:
-        prepared = prepare(*asked)
-    else:
-        prepared, commit = publish(*asked, private=options.private, note=display.note)
-    if options.json:
-        display.result(json.dumps(prepared.told() | {"commit": commit}, indent=2))
-        return
-    rows = [[item.path, f"{item.bytes:,}", item.sha256] for item in prepared.plan]
-    display.result(aligned(["file", "bytes", "sha256"], rows))
-    display.result(f"published: {prepared.repo}, commit {commit}" if commit else f"card: {prepared.card}")
 
 
 def _schema(options: argparse.Namespace, display: Display) -> None:

@@ -280,7 +280,7 @@ class _Comparison:
         """Of each problem, 1 where the greedy sample passed."""
         from potstill.evals.humaneval import Options, evaluate
 
-        out = RunDir(folder.parent).humaneval
+        out = RunDir(folder.parent).evals / "humaneval"
         options = Options(max_new_tokens=self.asked.humaneval_tokens, device=self.recipe.train.device)
         found = evaluate(folder, out, options, self.display.note)
         if found["status"] != "finished":

@@ -10,11 +10,11 @@
     faults.jsonl      steps whose update the guard refused, why, and which rows; only where there were any
     disagreement.json where student and teacher disagree, measured for the first report
     report.html       the page of `potstill report`
-    evals/            what benchmarks found, with every completion
     stall.txt         where every thread was when a deadline of the guard passed
     receipt.json      what truly ran, written by the trainer
     status.json       beginning | running | stopped | finished | failed: why
     student/          the best student, a Hugging Face folder with the sums of its files
+    exports/          the student as others run it: a folder, GGUF files; recorded in the receipt
     evals/humaneval/  result and samples of `potstill eval RUN --humaneval`
     evals/lm-eval/    result of `potstill eval RUN --lm-eval`
     checkpoints/      the last two states of the training, for --resume
@@ -118,12 +118,8 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
-    def humaneval(self) -> Path:
-        return self.path / "evals" / "humaneval"
-
-    @property
-    def lm_eval(self) -> Path:
-        return self.path / "evals" / "lm-eval"
+    def exports(self) -> Path:
+        return self.path / "exports"
 
     @property
     def resolved(self) -> Path:

@@ -1,0 +1,245 @@
+"""A tokenizer as a GGUF file holds it: tokens with their kinds, merges, the name of a pre-tokenizer, ends.
+
+llama.cpp knows a pre-tokenizer by its name alone and would take a wrong one without a word. The name is found
+by what the tokenizer does: its pieces of many texts against those of each pre-tokenizer that is known here.
+One that behaves like none of them is refused, and so is all that llama.cpp would do otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from gguf import GGUFWriter, TokenType
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+
+from potstill.errors import UserError
+
+REFUSED = "It cannot be written as GGUF; the folder (--format hf) can."
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(digits: str) -> PreTokenizer:
+    bytes_ = ByteLevel(add_prefix_space=False, use_regex=False)
+    return Sequence([Split(Regex(WORDS.format(digits)), "isolated"), bytes_])
+
+
+_GPT2 = ByteLevel(add_prefix_space=False, use_regex=True)
+PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, bool]] = {
+    "gpt-2": (_GPT2, False),
+    "smollm": (Sequence([Digits(individual_digits=True), _GPT2]), False),
+    "llama-bpe": (_split(r"\p{N}{1,3}"), True),
+    "qwen2": (_split(r"\p{N}"), False),
+}
+"""llama.cpp's name -> what it does, and whether a piece that is a token is taken without its merges."""
+
+SNIPPETS = (
+    "The quick brown fox doesn't jump; we'll see, they'VE said, it's 3.14159 or 1,234,567.",
+    "def read(path: str) -> list[int]:\n    return [int(x) for x in open(path)]  # 100%\n",
+    "\tif (a[i] != b[j++]) {\r\n\t\treturn 0xDEADBEEF & ~mask;\r\n\t}\r\n",
+    "x =  12 +   345   \n\n\n   y= 6789012345",
+    "Ελληνικά, кириллица, العربية, עברית, हिन्दी, ไทย, 日本語テキスト, 한국어, ქართული",
+    "naïve café — “quoted” … ½ ² Ⅷ ٣٤٥ 一二三 ㊷",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 ✨🚀\U0001f9d1\u200d\U0001f4bb",
+    "  leading, trailing  \u00a0\u2003\u3000 and\ttabs\t\t",
+    "https://example.org/a?b=c&d=%20#e user@example.org C:\\dir\\file.txt $HOME",
+    "<html><body class='x'>&amp;</body></html> {{template}} ```python\n```",
+    "don't DON'T I'd I'D we're 'tis o'clock 'S'",
+    "",
+    " ",
+    "\n",
+)
+ALPHABETS = (
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ    ",
+    "0123456789 .,-",
+    " \n\t\r\u00a0\u2028\u3000",
+    "()[]{}<>=+-*/%&|^~!?.,;:'\"`@#$_\\",
+    "éüßñçøåæœđłşžčğİıαβγδежзийאבגदकसあいうえお漢字火水木한국말",
+    "😀😃🚀✨🔥🐍👍🏽❤️🇫🇷",
+)
+
+
+@dataclass(slots=True)
+class TokenList:
+    """What a GGUF file says of a tokenizer. `ends` has EOS first."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    ends: list[int]
+    bos: int | None
+    pad: int | None
+    unk: int | None
+    adds_bos: bool
+    adds_eos: bool
+    template: str | list[dict[str, str]] | None
+    remarks: list[str] = field(default_factory=list)
+
+    def write(self, writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        writer.add_token_merges(self.merges)
+        writer.add_eos_token_id(self.ends[0])
+        # Without one llama.cpp would take id 11 for it.
+        writer.add_bos_token_id(self.ends[0] if self.bos is None else self.bos)
+        for add, number in zip(
+            (writer.add_eot_token_id, writer.add_eom_token_id), self.ends[1:], strict=False
+        ):
+            add(number)
+        if self.pad is not None:
+            writer.add_pad_token_id(self.pad)
+        if self.unk is not None:
+            writer.add_unk_token_id(self.unk)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(self.adds_eos)
+        writer.add_add_space_prefix(False)
+        if self.template is not None:
+            writer.add_chat_template(self.template)
+
+
+def probe_texts(count: int, special: list[str], seed: int = 0) -> list[str]:
+    """Texts on which tokenizers differ: prose, code, whitespace, digits, scripts, emoji, special tokens.
+
+    The first of them are whole snippets, the rest are drawn: a function of the three arguments alone.
+    """
+    draw = random.Random(seed)
+    texts = [*SNIPPETS, *(f"one{token}two {token} {token}{token}\n" for token in special[:4])]
+    while len(texts) < count:
+        parts = []
+        for _ in range(draw.randint(1, 6)):
+            kind = draw.random()
+            if kind < 0.25:
+                snippet = draw.choice(SNIPPETS)
+                begin = draw.randint(0, len(snippet))
+                parts.append(snippet[begin : begin + draw.randint(1, 24)])
+            elif kind < 0.35 and special:
+                parts.append(draw.choice(special))
+            else:
+                parts.append("".join(draw.choices(draw.choice(ALPHABETS), k=draw.randint(1, 12))))
+        texts.append("".join(parts))
+    return texts[:count]
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    return [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+
+
+def token_list(where: str, tokenizer: Any, size: int, configs: list[Any]) -> TokenList:
+    """Everything that `where`'s tokenizer needs in a file whose embedding has `size` rows.
+
+    Args:
+        configs: the model's config and generation config, either of which may name ends.
+
+    Raises:
+        UserError: what it does has no name in llama.cpp, or not one that is known here.
+    """
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        _refuse(where, f"{type(tokenizer).__name__} is no fast tokenizer")
+    model = json.loads(inner.to_str())["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or model.get("dropout"):
+        _refuse(where, f"a {model['type']} tokenizer, not a byte-level BPE")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        _refuse(where, "its BPE marks the inside or the end of words, which llama.cpp does not")
+    if not model["merges"]:
+        _refuse(where, "its BPE has no merges")
+    pre = name_pre_tokenizer(where, tokenizer)
+    remarks = []
+    if any(
+        inner.normalizer and inner.normalizer.normalize_str(text) != text for text in ("e\u0301", "\u2126")
+    ):
+        remarks.append("normalizer NFC: llama.cpp has none, so that text which is not NFC gives other tokens")
+    known, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    if len(known) and max(known.values()) >= size:
+        _refuse(where, f"id {max(known.values())} is a token and the embedding has {size} rows")
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [int(TokenType.UNUSED)] * size
+    for token, i in known.items():
+        tokens[i], types[i] = token, int(TokenType.NORMAL)
+    for i, entry in added.items():
+        if entry.lstrip or entry.rstrip or entry.single_word:
+            _refuse(where, f"the added token {entry.content!r:.60} takes spaces or whole words with it")
+        tokens[i] = entry.content
+        types[i] = int(TokenType.CONTROL if entry.special else TokenType.USER_DEFINED)
+    ends = _ends(where, tokenizer, configs)
+    if len(ends) > 3:
+        remarks.append(f"{len(ends)} ends, of which GGUF names three: {ends[3:]} are left out")
+    adds_bos, adds_eos = _additions(where, tokenizer)
+    template = tokenizer.chat_template
+    return TokenList(
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        ends=ends,
+        bos=_first([tokenizer.bos_token_id, *(getattr(each, "bos_token_id", None) for each in configs)]),
+        pad=tokenizer.pad_token_id,
+        unk=tokenizer.unk_token_id,
+        adds_bos=adds_bos,
+        adds_eos=adds_eos,
+        template=[{"name": name, "template": text} for name, text in template.items()]
+        if isinstance(template, dict)
+        else template,
+        remarks=remarks,
+    )
+
+
+def name_pre_tokenizer(where: str, tokenizer: Any) -> str:
+    """llama.cpp's name of the one known pre-tokenizer that cuts every probe as this tokenizer does."""
+    inner = tokenizer.backend_tokenizer
+    whole_first = bool(json.loads(inner.to_str())["model"].get("ignore_merges"))
+    texts = probe_texts(400, [])
+    normal = [inner.normalizer.normalize_str(text) if inner.normalizer else text for text in texts]
+    if any(
+        now not in (text, unicodedata.normalize("NFC", text)) for now, text in zip(normal, texts, strict=True)
+    ):
+        _refuse(where, "its normalizer changes more than NFC does, which llama.cpp cannot")
+    if inner.pre_tokenizer is None:
+        _refuse(where, "it has no pre-tokenizer")
+    pieces = [inner.pre_tokenizer.pre_tokenize_str(text) for text in texts]
+    for name, (known, ignores_merges) in PRE_TOKENIZERS.items():
+        if whole_first == ignores_merges and pieces == [known.pre_tokenize_str(text) for text in texts]:
+            return name
+    _refuse(
+        where,
+        f"its pre-tokenizer behaves like none of {', '.join(PRE_TOKENIZERS)}"
+        f" (ignore_merges: {str(whole_first).lower()}), and llama.cpp would split text otherwise",
+    )
+
+
+def _ends(where: str, tokenizer: Any, configs: list[Any]) -> list[int]:
+    """EOS as the tokenizer has it, then what else ends a text by the model's configs."""
+    found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for config in configs:
+        named = getattr(config, "eos_token_id", None)
+        found += named if isinstance(named, list) else [] if named is None else [named]
+    if not found:
+        _refuse(where, "neither tokenizer nor config has an EOS")
+    return list(dict.fromkeys(found))
+
+
+def _additions(where: str, tokenizer: Any) -> tuple[bool, bool]:
+    """Whether a text is given BOS in front and EOS behind."""
+    plain, full = (tokenizer("a b", add_special_tokens=which)["input_ids"] for which in (False, True))
+    for bos in ([], [tokenizer.bos_token_id]):
+        for eos in ([], [tokenizer.eos_token_id]):
+            if full == bos + plain + eos:
+                return bool(bos), bool(eos)
+    _refuse(where, f"it puts {full} for {plain}: more than BOS in front and EOS behind")
+
+
+def _first(ids: list[int | None]) -> int | None:
+    return next((i for i in ids if isinstance(i, int)), None)
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise UserError(f"{where}: tokenizer: {what}. {REFUSED}")
