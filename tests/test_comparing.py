@@ -233,6 +233,7 @@ def test_arms_that_begin_with_other_weights_are_not_compared(
         compare(tiny_recipe(compare=SMALL), out=tmp_path / "out")
 
 
+@pytest.mark.soak
 def test_a_comparison_goes_on_where_a_kill_or_a_signal_cut_it_off(
     tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,9 +142,7 @@ def load() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak)])  # fmt: skip
-def test_a_changed_solution_gets_the_verdict_of_a_plain_run_idle_and_under_load(
-    box: Sandbox, seed: int
-) -> None:
+def test_a_changed_solution_gets_the_verdict_of_a_plain_run(box: Sandbox, seed: int) -> None:
     mutants = [mutant(p, seed) for p in PROBLEMS]
     with ThreadPoolExecutor(2) as pool:
         wanted = list(pool.map(plain, PROBLEMS, mutants))
@@ -155,8 +153,9 @@ def test_a_changed_solution_gets_the_verdict_of_a_plain_run_idle_and_under_load(
         if here != there
     }
     assert differ == {}
-    with load():
-        assert verdicts(box, mutants) == found
+    if seed:  # in the soak
+        with load():
+            assert verdicts(box, mutants) == found
     assert wanted.count("failed") > 80 and wanted.count("passed") < 60
 
 

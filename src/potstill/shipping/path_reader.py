@@ -3,8 +3,8 @@
     python -P path_reader.py potstill|transformers|llama.cpp MODEL REQUEST ANSWER
 
 REQUEST is JSON: texts to tokenise, ids whose next token is asked for, a prompt to go on from, and the width
-of the distributions. ANSWER is a numpy archive of what was found. It imports numpy and the one library whose
-path it is, and potstill on potstill's own path alone, so that any version of a library can be asked.
+of the distributions. ANSWER is a safetensors file of what was found. It imports numpy, safetensors and the
+one library whose path it is, and potstill on potstill's own path alone, so that any version can be asked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from safetensors.numpy import save_file
 
 GENERATED = 16
 """Greedy tokens that each path writes after the prompt."""
@@ -35,8 +36,8 @@ class TransformersReader:
         import transformers
 
         self.version = f"transformers {transformers.__version__}"
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        self.hf = transformers.AutoModelForCausalLM.from_pretrained(model)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        self.hf = transformers.AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
         self.hf.eval()
 
     def tokenise(self, text: str) -> list[int]:
@@ -144,7 +145,7 @@ def main(path: str, model: Path, request: Path, answer: Path) -> None:
         "generated": reader.generate(asked["prompt"]),
     }
     logits_PV = np.stack([reader.logits(ids) for ids in asked["ids"]])
-    np.savez(answer, logits=logits_PV, told=np.array(json.dumps(told)))
+    save_file({"logits": logits_PV}, answer, metadata={"told": json.dumps(told)})
 
 
 if __name__ == "__main__":

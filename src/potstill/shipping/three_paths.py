@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 
 from potstill.errors import UserError, one_line
@@ -143,7 +143,7 @@ def ask(
                 _link(each, clean / each.name)
         else:
             _link(file, clean)
-        request, answer = Path(folder) / "request.json", Path(folder) / "answer.npz"
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.safetensors"
         asked = {
             "texts": reference.texts,
             "ids": reference.ids,
@@ -168,8 +168,8 @@ def ask(
         if done.returncode or not answer.exists():
             last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
             raise UserError(f"{path}: ended with code {done.returncode}: {one_line(RuntimeError(last))}")
-        with np.load(answer, allow_pickle=False) as found:
-            return torch.from_numpy(found["logits"]), json.loads(str(found["told"]))
+        with safe_open(answer, framework="pt") as found:
+            return found.get_tensor("logits"), json.loads(found.metadata()["told"])
 
 
 def compare(form: str, logits_PV: torch.Tensor, told: dict[str, Any], reference: Reference) -> dict[str, Any]:
