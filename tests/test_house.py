@@ -21,11 +21,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "types", "registry", "display", "quiet", "plain_files"},
     {"losses", "corpus", "models", "recipe"},
-    {"teachers", "students", "runs"},
+    {"runs"},
+    {"targets"},
+    {"teachers", "students"},
     {"training", "evals", "shipping"},
     {"assembly"},
     {"proof"},
-    {"line", "reporting", "benchmarks", "delivery"},
+    {"capturing"},
+    {"line", "reporting", "benchmarks", "delivery", "storing"},
     {"comparing"},
     {"cli", "__main__", "__init__"},
 ]
@@ -151,8 +154,8 @@ def test_only_display_imports_rich() -> None:
 
 def test_the_budget_of_files_and_lines_is_kept() -> None:
     with_code = [path for path in MODULES if len(ast.parse(path.read_text()).body) > 1]
-    assert len(with_code) <= 77
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 15_500
+    assert len(with_code) <= 87
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 17_600
     assert {p.name: n for p in MODULES if (n := len(p.read_text().splitlines())) >= 400} == {}
 
 

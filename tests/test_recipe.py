@@ -104,6 +104,12 @@ KINDS = {
         "torch": "model: model.gguf, dtype: bfloat16",
         "fixture": "vocab_size: 100",
         "table": "path: table.safetensors",
+        "store": "path: text, model: model.gguf",
+    },
+    "capture": {
+        "sampled": "threshold: 0.03, seed: 1",
+        "topk": "k: 50, dtype: float32",
+        "hidden": "dtype: int8, rows: steps",
     },
     "student": {
         "cut": "layers: 3, rule: even",
@@ -141,7 +147,7 @@ def test_every_name_loads_with_its_options_and_comes_back_from_its_own_dump(
 def test_the_names_tested_are_all_the_names_there_are() -> None:
     known = {
         s: [k.name for k in typing.get_args(getattr(recipe, s.title()))]
-        for s in ("corpus", "teacher", "student")
+        for s in ("corpus", "teacher", "capture", "student")
     }
     known["objective.divergence"] = list(registry.entries("divergence"))
     assert {s: sorted(kinds) for s, kinds in KINDS.items()} == {
@@ -171,6 +177,15 @@ def test_the_defaults_are_those_of_the_documentation(
             "ce_weight": 0.1,
             "temperature": 1.0,
             "chunk": 256,
+        },
+        "capture": {
+            "name": "sampled",
+            "bytes_per_position": None,
+            "threshold": None,
+            "rows": "all",
+            "rows_per_batch": 8,
+            "rows_per_shard": 64,
+            "seed": 0,
         },
         "train": {
             "steps": 4,
@@ -226,6 +241,12 @@ CHANGES = {
     "teacher.vocab_size": 9,
     "student.layers": 3,
     "student.rule": "even",
+    "capture.rows": "steps",
+    "capture.rows_per_batch": 2,
+    "capture.rows_per_shard": 7,
+    "capture.bytes_per_position": 24.0,
+    "capture.threshold": 0.05,
+    "capture.seed": 3,
     "objective.divergence": {"name": "jsd", "beta": 0.25},
     "objective.kd_weight": 0.5,
     "objective.ce_weight": 0.5,
@@ -417,11 +438,11 @@ UNKNOWN = [
     ),
     (
         {"zzz": "{steps: 1}"},
-        "zzz: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, publish, sinks, student, teacher, train.",
+        "zzz: unknown key. Known: allow_identical, capture, compare, corpus, eval, guard, objective, plugins, publish, sinks, student, teacher, train.",
     ),
     (
         {"on": "1"},
-        "on: unknown key. Known: allow_identical, compare, corpus, eval, guard, objective, plugins, publish, sinks, student, teacher, train.",
+        "on: unknown key. Known: allow_identical, capture, compare, corpus, eval, guard, objective, plugins, publish, sinks, student, teacher, train.",
     ),
     (
         {"objective": "{divergence: {name: jsd, zzz: 1}}"},
@@ -447,7 +468,7 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
     [
         (
             {"teacher": "{name: vllm}"},
-            "teacher.name: no teacher called 'vllm'. Known: fixture, table, torch.",
+            "teacher.name: no teacher called 'vllm'. Known: fixture, store, table, torch.",
         ),
         ({"teacher": "{name: troch}"}, "teacher.name: no teacher called 'troch'. Did you mean torch?"),
         (
@@ -685,7 +706,9 @@ def test_a_path_to_nothing_is_refused(
 
 def test_a_path_of_an_unknown_kind_is_not_looked_for(refused: Callable[..., list[str]]) -> None:
     (mistake,) = refused(teacher="{name: fixture, vocab_size: 8, path: nope}")
-    assert mistake.startswith("recipe.yaml: teacher.path: unknown key for fixture; it is one of table.")
+    assert mistake.startswith(
+        "recipe.yaml: teacher.path: unknown key for fixture; it is one of store and table."
+    )
 
 
 # --- plug-ins

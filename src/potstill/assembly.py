@@ -29,7 +29,9 @@ from potstill.recipe import Recipe
 from potstill.registry import entries
 from potstill.students.student import Student, from_checkpoint, from_config
 from potstill.students.surgery import cut, layers_to_keep
+from potstill.targets.store import Store, read_manifest
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
+from potstill.teachers.stored import StoredTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Divergence, Teacher, Vocab
 
@@ -101,6 +103,10 @@ def assemble(
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(recipe, teacher, device, saved_student)
     shared = match_vocabularies(recipe, teacher, in_corpus, model, origin)
+    if isinstance(teacher, StoredTeacher):
+        order, plan = corpus.order(recipe.train.seed), recipe.train
+        asked = (row for step in range(plan.steps) for row in order.rows(step, plan.rows_per_step))
+        teacher.require_fits(counts, recipe.objective, shared.ids, asked)
     for difference in shared.differences:
         note(f"warning: {difference}")
     for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
@@ -122,7 +128,7 @@ def make_corpus(recipe: Recipe, beat: Callable[[], None] = lambda: None) -> tupl
     asked = recipe.corpus
     size = _teacher_vocab_size(recipe)
     sources = [
-        local_copy(source) for source in ([asked.tokenizer] if asked.tokenizer else _checkpoints(recipe))
+        local_copy(source) for source in ([asked.tokenizer] if asked.tokenizer else readers_of(recipe))
     ]
     with_tokenizer = [path for path in sources if asked.tokenizer or vocab.has_tokenizer(path)]
     if with_tokenizer and with_tokenizer[0].suffix == ".gguf":
@@ -148,6 +154,14 @@ def make_corpus(recipe: Recipe, beat: Callable[[], None] = lambda: None) -> tupl
     return dataclasses.replace(corpus, manifest=corpus.manifest | found), tokenizer
 
 
+def readers_of(recipe: Recipe) -> list[str | Path]:
+    """Whose tokenizers may read the corpus: the teacher's, the one kept in a store, then the student's."""
+    if recipe.teacher.name != "store":
+        return _checkpoints(recipe)
+    kept = Store(Path(recipe.teacher.path)).tokenizer_folder
+    return [*([] if kept is None else [kept]), *_checkpoints(recipe)]
+
+
 def make_decontamination(recipe: Recipe, tokenizer: Any | None) -> Decontamination | None:
     asked = recipe.corpus.decontaminate
     if asked is None:
@@ -167,6 +181,8 @@ def make_teacher(recipe: Recipe, device: torch.device) -> Teacher:
             return TorchTeacher.for_inference(asked.model, device=device, dtype=asked.dtype)
         case "table":
             return TableTeacher.load(Path(asked.path))
+        case "store":
+            return StoredTeacher.open(asked.path, device)
         case _:
             return FixtureTeacher(asked.vocab_size)
 
@@ -186,7 +202,11 @@ def make_student(
             "model": asked.model,
             "seed": recipe.train.seed,
         }
-    if not (isinstance(teacher, TorchTeacher) and recipe.teacher.name == "torch"):
+    if isinstance(teacher, StoredTeacher):
+        teacher, source = captured_model(recipe, teacher, device)
+    elif isinstance(teacher, TorchTeacher):
+        source = str(recipe.teacher.model)  # type: ignore[union-attr]
+    else:
         raise UserError(
             f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
         )
@@ -194,10 +214,24 @@ def make_student(
     keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
     return cut(teacher.model, keep), {
         "name": "cut",
-        "from": recipe.teacher.model,
+        "from": source,
         "layers_kept": list(keep),
         "of": total,
     }
+
+
+def captured_model(recipe: Recipe, teacher: StoredTeacher, device: torch.device) -> tuple[TorchTeacher, str]:
+    """The model that a store's targets are of, and where it lies; UserError where it is another."""
+    kept = teacher.store.manifest["teacher"]
+    source = captured_source(recipe.teacher, kept)
+    model = TorchTeacher.for_inference(source, device=device, dtype=kept["dtype"])
+    teacher.require_teacher(source, model.weights_sha256())
+    return model, source
+
+
+def captured_source(asked: Any, kept: dict[str, Any]) -> str:
+    """Where the model of a store lies: where the recipe says, else where the capture found it."""
+    return str(asked.model or kept["source"])
 
 
 def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objective:
@@ -254,7 +288,7 @@ def match_vocabularies(
         ids = min(ids, vocab.require_same(in_corpus, own, "corpus.tokenizer", model.name))
     if isinstance(teacher, TorchTeacher):
         teacher.model.mask_from(ids)
-    else:
+    elif not isinstance(teacher, StoredTeacher):
         ids = teacher.vocab_size  # a fixture has no padded end
         if model.vocab_size < ids:
             raise UserError(
@@ -329,7 +363,13 @@ def require_length(config: Any, name: str, field: str, tokens: int) -> None:
 
 def called(teacher: Any) -> str:
     """What a person would call the teacher: its folder or file, or its kind."""
-    return Path(teacher.model).name if teacher.name == "torch" else str(teacher.name)
+    match teacher.name:
+        case "torch":
+            return Path(teacher.model).name
+        case "store":
+            return f"store {Path(teacher.path).name}"
+        case _:
+            return str(teacher.name)
 
 
 def _checkpoints(recipe: Recipe, saved_student: str | Path | None = None) -> list[str | Path]:
@@ -346,5 +386,7 @@ def _teacher_vocab_size(recipe: Recipe) -> int:
             return vocab_size_of(local_copy(asked.model))
         case "table":
             return TableTeacher.load(Path(asked.path)).vocab_size
+        case "store":
+            return int(read_manifest(Path(asked.path))["vocabulary"]["size"])
         case _:
             return int(asked.vocab_size)

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from potstill import __version__, benchmarks, delivery
+from potstill import __version__, benchmarks, delivery, storing
 from potstill.display import Display, aligned, clock, hold_streams, let_go_of_streams, size
 from potstill.errors import Stopped, UserError
 
@@ -109,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("recipe", type=Path, metavar="RECIPE")
     plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
     plan.add_argument("--measure", action="store_true", help="also run three steps, and project the time")
+
+    storing.add_flags(
+        verb("capture", storing.run_capture, "a recipe's teacher asked once: its targets into a folder"),
+        verb("store", storing.run_store, "verify, show or merge folders of captured targets"),
+    )
 
     held = verb(
         "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"

@@ -25,6 +25,7 @@ from potstill.plain_files import opened
 from potstill.recipe_mistakes import explain, shown
 from potstill.recipe_plugins import divergences, load_plugins
 from potstill.recipe_sections import (
+    AnyCapture,
     AnyCorpus,
     ChatCorpus,
     CheckpointStudent,
@@ -36,21 +37,26 @@ from potstill.recipe_sections import (
     FixtureTeacher,
     Guard,
     HfCorpus,
+    HiddenCapture,
     JsonlCorpus,
     LocalPath,
     Objective,
     ParquetCorpus,
     Publish,
+    SampledCapture,
     Section,
+    StoreTeacher,
     TableTeacher,
     TextCorpus,
     TokensCorpus,
+    TopkCapture,
     TorchTeacher,
     Train,
 )
 
 Corpus = TextCorpus | JsonlCorpus | ChatCorpus | ParquetCorpus | HfCorpus | TokensCorpus
-Teacher = TorchTeacher | FixtureTeacher | TableTeacher
+Teacher = TorchTeacher | StoreTeacher | FixtureTeacher | TableTeacher
+Capture = SampledCapture | TopkCapture | HiddenCapture
 Student = CutStudent | CheckpointStudent | ConfigStudent
 
 
@@ -70,6 +76,8 @@ class Recipe(Section):
     """What is measured on the way."""
     guard: Guard = field(default_factory=Guard)
     """What ends a run that has gone wrong."""
+    capture: Annotated[Capture, Field(discriminator="name")] = field(default_factory=SampledCapture)
+    """How `potstill capture` keeps the teacher's targets."""
     compare: Compare | None = None
     """Run the untouched student and plain training beside KD, under one budget; null: KD alone."""
     publish: Publish = field(default_factory=Publish)
@@ -121,6 +129,8 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
                 else f"override {by:.200}: {dotted}: {what}"
             )
 
+    if isinstance(tree.get("capture"), dict):
+        tree["capture"].setdefault("name", SampledCapture.name)
     for path, what in (*load_plugins(tree, folder), *_across_fields(tree)):
         tell(path, what)
     try:
@@ -171,11 +181,10 @@ def dump(recipe: Recipe) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors; divergences of plug-ins that are loaded are in it."""
     schema = _adapter(divergences()).json_schema()
-    inherited = TypeAdapter(AnyCorpus).json_schema()[
-        "properties"
-    ]  # pydantic reads no docstrings of a base class
-    for kind in typing.get_args(Corpus):
-        schema["$defs"][kind.__name__]["properties"] |= inherited
+    for base, kinds in ((AnyCorpus, Corpus), (AnyCapture, Capture)):
+        inherited = TypeAdapter(base).json_schema()["properties"]  # pydantic reads no docstrings of a base
+        for kind in typing.get_args(kinds):
+            schema["$defs"][kind.__name__]["properties"] |= inherited
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "potstill recipe"}
 
 
@@ -190,6 +199,7 @@ SCHEMA: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("train",): (Train,),
     ("eval",): (Eval,),
     ("guard",): (Guard,),
+    ("capture",): typing.get_args(Capture),
     ("compare",): (Compare,),
     ("publish",): (Publish,),
 }
@@ -223,6 +233,7 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     for name, default in (("beta1", 0.9), ("beta2", 0.95)):
         if train.get("optimizer") == "sgd" and train.get(name, default) != default:
             yield ("train", name), "sgd keeps no means. Leave it out, or set train.optimizer: adamw."
+    yield from _across_capture(tree["capture"] if isinstance(tree.get("capture"), dict) else {})
     if guard.get("policy") == "rollback" and train.get("save_every") == 0:
         yield (
             ("guard", "policy"),
@@ -239,6 +250,15 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
         )
 
 
+def _across_capture(capture: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    finer = {"sampled": "threshold", "topk": "k"}.get(capture.get("name", ""))
+    given = [name for name in (finer, "bytes_per_position") if name and capture.get(name) is not None]
+    if len(given) == 2:
+        yield ("capture", given[0]), f"{given[0]} and bytes_per_position are both given. Leave one out."
+    if finer == "k" and not given:
+        yield ("capture", "k"), "neither k nor bytes_per_position is given. Give one of them."
+
+
 def _across_arms(compare: dict[str, Any], tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     teacher, objective, train = (
         tree[s] if isinstance(tree.get(s), dict) else {} for s in ("teacher", "objective", "train")
@@ -249,7 +269,7 @@ def _across_arms(compare: dict[str, Any], tree: dict[str, Any]) -> Iterator[tupl
             "objective.kd_weight is 0: there is no KD arm to compare. Raise it, or leave compare out.",
         )
     corrected, steps = compare.get("corrected_steps", 0), train.get("steps")
-    if corrected and (kind := teacher.get("name")) in ("fixture", "table"):
+    if corrected and (kind := teacher.get("name")) in ("fixture", "table", "store"):
         yield ("compare", "corrected_steps"), f"teacher {kind} has no weights to train. Set it to 0."
     is_whole = isinstance(corrected, int) and isinstance(steps, int)
     if is_whole and compare.get("budget") == "steps" and corrected >= steps:

@@ -171,6 +171,59 @@ class TableTeacher(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreTeacher(Section):
+    name: Literal["store"] = "store"
+    """A teacher that was asked before: the targets that `potstill capture` wrote."""
+    path: LocalPath
+    """The store's folder, relative to the recipe."""
+    model: ModelSource | None = None
+    """The model that was captured, whose weights must be the store's: what a cut student is cut from. null:
+    where the capture found it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyCapture(Section):
+    rows: Literal["all", "steps"] = "all"
+    """Training rows that are captured: all, or only those that the steps of this recipe read."""
+    rows_per_batch: Count = 8
+    """Rows that go through the teacher at once: memory, and the last bits of the numbers."""
+    rows_per_shard: Count = 64
+    """Rows of one file: what a kill may cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledCapture(AnyCapture):
+    name: Literal["sampled"] = "sampled"
+    """An unbiased sample of each distribution, for forward KL at the recipe's temperature."""
+    bytes_per_position: Positive | None = None
+    """Bytes of a position's targets on average, which a threshold is found for; null: 32, or by threshold."""
+    threshold: Annotated[float, Interval(ge=1e-5, le=1)] | None = None
+    """Probability above which an id is kept at its own; smaller is finer. null: by bytes_per_position."""
+    seed: Seed = 0
+    """Seed of the draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopkCapture(AnyCapture):
+    name: Literal["topk"] = "topk"
+    """The largest probabilities and the sum of the rest, at the recipe's temperature."""
+    k: Count | None = None
+    """Number of ids that are kept; null: as many as bytes_per_position hold."""
+    bytes_per_position: Positive | None = None
+    """Bytes of a position's targets; null: what k needs."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type of the log-probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenCapture(AnyCapture):
+    name: Literal["hidden"] = "hidden"
+    """The teacher's final hidden states, for every divergence and temperature."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    """Type of the hidden states; int8 with a scale for each 64 of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CutStudent(Section):
     name: Literal["cut"] = "cut"
     """Some of the teacher's layers: either how many (layers), or which (keep)."""

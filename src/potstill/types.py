@@ -80,7 +80,13 @@ class Targets(Protocol):
     def __getitem__(self, positions: slice) -> Targets: ...
 
     def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Both log-distributions on ids they share, (student_logp_NS, teacher_logp_NS); rows sum to one."""
+        """Both log-distributions on ids they share, (student_logp_NS, teacher_logp_NS); rows sum to one, or
+        the teacher's estimates one that does and the student's is its own there.
+        """
+        ...
+
+    def beyond_support(self) -> Tensor | None:
+        """What a divergence on such ids lacks of the full one, nats_N, no gradient; None where nothing."""
         ...
 
 
@@ -104,6 +110,9 @@ class HiddenTargets:
             logits_NV = self.head(self.hidden_NE)
             teacher_logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
         return student_logp_NV, teacher_logp_NV
+
+    def beyond_support(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)

@@ -427,6 +427,9 @@ class CountedTargets:
         self.asked.append((len(student_logp_NV), temperature))
         return self.inner.on_support(student_logp_NV, temperature)
 
+    def beyond_support(self) -> Tensor | None:
+        return self.inner.beyond_support()
+
 
 def test_the_teacher_is_asked_once_a_chunk() -> None:
     case, targets = Case(), CountedTargets(Case().targets)

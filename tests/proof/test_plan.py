@@ -99,7 +99,7 @@ def test_activations_are_what_a_real_forward_saves(checkpointing: bool, precisio
 
     cast.student.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden_ND = cast.student._hidden_ND(batch)
+        hidden_ND = cast.student.hidden_ND(batch)
     counted = sum(size for size, _ in saved.values())
     beside = 2 * hidden_ND.nbytes  # the student's and the teacher's at the supervised positions
     beside += sum(getattr(batch, f.name).nbytes for f in dataclasses.fields(batch))

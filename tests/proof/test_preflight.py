@@ -274,7 +274,7 @@ def test_a_loss_that_reads_masked_positions_is_red(tiny_recipe: Recipe) -> None:
         hidden_ND = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)
         return hidden_ND[batch.positions_N] + 1e-3 * hidden_ND.mean(0)
 
-    cast.student._hidden_ND = leaking  # type: ignore[method-assign]
+    cast.student.hidden_ND = leaking  # type: ignore[method-assign]
     assert "mask" in red(cast)
 
 
@@ -288,7 +288,7 @@ def test_a_row_that_does_not_train_is_red(tiny_recipe: Recipe, blind_to: int) ->
         of_row_N = batch.positions_N // hidden_BTD.shape[1]
         return torch.where((of_row_N == blind_to)[:, None], hidden_ND.detach(), hidden_ND)
 
-    cast.student._hidden_ND = one_row  # type: ignore[method-assign]
+    cast.student.hidden_ND = one_row  # type: ignore[method-assign]
     assert {"mask", "rows"} <= set(red(cast))
 
 
@@ -487,7 +487,7 @@ def test_opposite_rows_that_do_not_cancel_are_red(tiny_recipe: Recipe) -> None:
         more_N = 0.5 * (batch.positions_N >= hidden_BTD.shape[1])[:, None]
         return hidden_ND + more_N * (hidden_ND - hidden_ND.detach())
 
-    cast.student._hidden_ND = lopsided  # type: ignore[method-assign]
+    cast.student.hidden_ND = lopsided  # type: ignore[method-assign]
     assert red(cast) == ["rows"]
 
 

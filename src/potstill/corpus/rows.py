@@ -44,6 +44,8 @@ class PackedRows:
         tokens_per_row: int,
     ) -> None:
         self.ids, self.starts, self.bears, self.tokens_per_row = ids, starts, bears, tokens_per_row
+        self.first_row = 0
+        """What row 0 is called in a batch: a store of targets has one number for each row of both splits."""
         # A label counts for the position before it, hence [1:]; a lone last token is no such position.
         firsts = np.arange(0, len(ids) - 1, tokens_per_row)
         self.supervised_per_row = (
@@ -77,7 +79,7 @@ class PackedRows:
         labels = torch.from_numpy(labels_BT.reshape(-1))
         positions_N = torch.nonzero(labels >= 0)[:, 0]
         return Batch(
-            rows_B=torch.tensor(list(rows), dtype=torch.int64),
+            rows_B=torch.tensor(list(rows), dtype=torch.int64) + self.first_row,
             input_ids_BT=torch.from_numpy(ids_BT),
             position_ids_BT=torch.from_numpy(positions_BT),
             positions_N=positions_N,
@@ -172,6 +174,7 @@ def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vo
         raise _too_little(len(documents), total, 0, 0, heldout_rows, tokens_per_row)
     train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row)
     dropped = train.drop(heldout)
+    heldout.first_row = len(train)
     if len(heldout) < heldout_rows or len(train) == 0:
         raise _too_little(len(documents), total, len(train), len(heldout), heldout_rows, tokens_per_row)
     manifest = {

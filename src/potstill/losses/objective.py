@@ -120,7 +120,10 @@ class Objective:
         if student_CS.shape != teacher_CS.shape:
             ids = f"the student has {student_CS.shape[-1]} ids and the teacher {teacher_CS.shape[-1]}"
             raise UserError(f"objective: {ids}. Both must speak one vocabulary.")
-        kd_C = T**2 * self.divergence(student_CS, teacher_CS)
+        kd_C = self.divergence(student_CS, teacher_CS)
+        if (beyond_C := targets.beyond_support()) is not None:
+            kd_C = kd_C + beyond_C
+        kd_C = T**2 * kd_C
         loss_C = self.ce_weight * ce_C + self.kd_weight * kd_C
         return {"ce": ce_C, "kd": kd_C, "loss": loss_C}, (student_CS, teacher_CS)
 

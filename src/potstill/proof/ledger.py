@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from potstill.losses.objective import Objective
-from potstill.types import Batch, Head, Targets
+from potstill.targets.sparse import SparseTargets
+from potstill.teachers.fixture import FixtureTeacher
+from potstill.types import Batch, Head, HiddenTargets, Targets
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -153,6 +155,34 @@ class FakeRows:
         ids_BT = torch.zeros(B, T, dtype=torch.int64)
         positions_N = torch.zeros(B * T, dtype=torch.int64)
         return Batch(rows_B, ids_BT, ids_BT.clone(), positions_N, positions_N.clone())
+
+
+@dataclass(frozen=True)
+class FakeStore(FixtureTeacher):
+    """What a stored teacher holds: its head, and a batch's targets while a step has them."""
+
+    head: Head
+    num_kept: int
+    """Ids of a position at most; 0 for hidden states."""
+    temperature: float
+    part: Callable[[str], AbstractContextManager[None]]
+
+    @classmethod
+    def of(cls, kept: dict[str, Any], device: torch.device, part: Any) -> FakeStore:
+        """`kept` is the store's manifest."""
+        size, kind = kept["vocabulary"]["size"], kept["kind"]
+        dtype = getattr(torch, kept["teacher"]["dtype"])
+        head = Head(torch.zeros(size, kept["head"]["width"], dtype=dtype, device=device))
+        most = {"hidden": 0, "topk": kind.get("k")}.get(kind["name"], int(2 / kind.get("threshold", 1)))
+        return cls(size, head, most, kept["temperature"] or 1.0, part)
+
+    def targets(self, batch: Batch) -> HiddenTargets | SparseTargets:  # type: ignore[override]
+        N, weight_VE = len(batch.positions_N), self.head.weight_VD
+        with self.part("store"):
+            if not self.num_kept:
+                return HiddenTargets(weight_VE.new_zeros(N, weight_VE.shape[1]), self.head)
+            ids_NK = torch.zeros(N, self.num_kept, dtype=torch.int64, device=weight_VE.device)
+            return SparseTargets(ids_NK, ids_NK.float(), self.temperature, has_bucket=False)
 
 
 class FakeOrder:

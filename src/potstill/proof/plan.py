@@ -26,18 +26,19 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from potstill.assembly import checkpoint_activations, make_objective, require_length
+from potstill.assembly import captured_source, checkpoint_activations, make_objective, require_length
 from potstill.corpus.readers import files_of
 from potstill.errors import UserError, one_line
 from potstill.evals.likelihood import heldout
 from potstill.models.causal_lm import CausalLM
 from potstill.models.files import check_safetensors
 from potstill.models.load import choose_device, choose_dtype, load_config, plain_config
-from potstill.proof.ledger import Answers, FakeOrder, FakeRows, Ledger, WatchedObjective
+from potstill.proof.ledger import Answers, FakeOrder, FakeRows, FakeStore, Ledger, WatchedObjective
 from potstill.quiet import quiet_transformers
 from potstill.recipe import Recipe
 from potstill.students.student import Student
 from potstill.students.surgery import cut_config, layers_to_keep
+from potstill.targets.store import read_manifest
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import KEPT
@@ -183,6 +184,9 @@ def configs_of(recipe: Recipe, teacher_config: Any) -> Configs:
     teacher = None
     if recipe.teacher.name == "torch":
         teacher = plain_config(teacher_config or _read_config(recipe.teacher.model))
+    elif recipe.teacher.name == "store" and asked.name == "cut":
+        kept = read_manifest(Path(recipe.teacher.path))["teacher"]
+        teacher = plain_config(_read_config(captured_source(recipe.teacher, kept)))
     if asked.name != "cut":
         student = plain_config(_read_config(asked.model))
         return Configs(teacher, student, _corpus_bytes(recipe, student))
@@ -257,8 +261,8 @@ def _trace(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledge
     libraries = resident_bytes()
     with quiet_transformers(), torch.random.fork_rng(devices=[]), FakeTensorMode(), ledger, Answers():
         ledger.phase = "loading"
-        with ledger.part("teacher"):
-            teacher = _teacher(recipe, configs, device)
+        with ledger.part("store" if recipe.teacher.name == "store" else "teacher"):
+            teacher = _teacher(recipe, configs, device, ledger)
         with ledger.part("student"):
             model = _model(configs.student, torch.float32, device, "student")
             if asked.activation_checkpointing:
@@ -299,7 +303,7 @@ def _trace(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledge
     return sum(p.numel() for p in parameters), len(parameters)
 
 
-def _teacher(recipe: Recipe, configs: Configs, device: torch.device) -> Teacher:
+def _teacher(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledger) -> Teacher:
     asked = recipe.teacher
     match asked.name:
         case "torch":
@@ -307,6 +311,8 @@ def _teacher(recipe: Recipe, configs: Configs, device: torch.device) -> Teacher:
         case "table":
             ((_, (size, _)),) = check_safetensors(Path(asked.path)).values()
             return TableTeacher(torch.zeros(size, size, device=device))
+        case "store":
+            return FakeStore.of(read_manifest(Path(asked.path)), device, ledger.part)
         case _:
             return FixtureTeacher(asked.vocab_size)
 

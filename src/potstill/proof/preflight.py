@@ -26,6 +26,7 @@ from potstill.losses.objective import Objective
 from potstill.models.load import weights_sha256
 from potstill.proof.identity import ADVICE_IDENTICAL, SAME, rounding_kl, same_weights
 from potstill.proof.plan import Plan, available, plan
+from potstill.teachers.stored import StoredTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.loop import ask
 from potstill.types import Batch, Targets
@@ -148,6 +149,10 @@ def vocabulary_is_shared(cast: Cast) -> Finding:
 def weights_differ(cast: Cast) -> Finding:
     """Names, files and formats do not make two models; the KD term tells what hashes cannot."""
     ours = weights_sha256(cast.student.model)
+    if isinstance(cast.teacher, StoredTeacher):
+        theirs = cast.teacher.store.manifest["teacher"]["weights_sha256"]
+        figure = f"captured from {theirs[:12]}, student {ours[:12]}"
+        return Finding("weights", *_unless_allowed(cast, figure, ours != theirs), ADVICE_IDENTICAL)
     if not isinstance(cast.teacher, TorchTeacher):
         return Finding("weights", f"student {ours[:12]}; the teacher has none", True)
     theirs = weights_sha256(cast.teacher.model)
@@ -194,6 +199,11 @@ def parameters_are_on_the_device(cast: Cast) -> Finding:
 
 def teacher_reads_its_input(cast: Cast, batch: Batch) -> Finding:
     """Other tokens must give other answers: logits that were never computed from the input do not."""
+    if isinstance(cast.teacher, StoredTeacher):
+        logp_NV = _teacher_logp(cast, batch)
+        gap = float((logp_NV - logp_NV[:1]).abs().max())
+        figure = f"its stored log-probabilities differ by {gap:.2g} nats from place to place"
+        return Finding("teacher", figure, gap > SAME, "The store says the same everywhere. Capture it again")
     gap = _gap(lambda b: _teacher_logp(cast, b), batch)
     advice = "The teacher answers the same whatever it reads. Look at its checkpoint."
     return Finding(
@@ -212,7 +222,7 @@ def student_reads_its_input(cast: Cast, batch: Batch) -> Finding:
 @torch.no_grad()
 def cross_entropy_is_the_library_s(cast: Cast, batch: Batch) -> Finding:
     """Ours against Transformers' own forward and PyTorch's own cross-entropy, on the same positions."""
-    targets = ask(cast.teacher, batch, BEFORE)
+    targets = _targets(cast, batch)
     ours = float(cast.student.measure(batch, targets)["ce"]) / len(batch.labels_N)
     own_BTV = cast.student.model.hf(
         input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
@@ -268,7 +278,7 @@ def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:
 
     hook = cast.student.model.hf.base_model.register_forward_hook(keep)
     try:
-        cast.student(kept, ask(cast.teacher, kept, BEFORE))["loss"].backward()
+        cast.student(kept, _targets(cast, kept))["loss"].backward()
     finally:
         hook.remove()
         cast.student.zero_grad(set_to_none=True)
@@ -337,6 +347,16 @@ class _Pull:
         beside_NV = (own_NV + (1 + 0.1 * bump_V).log()).log_softmax(-1)
         opposite_NV = (2 * own_NV.exp() - beside_NV.exp()).log()
         return student_logp_NV, torch.where(self.signs_N[:, None] > 0, beside_NV, opposite_NV)
+
+    def beyond_support(self) -> None:
+        return None
+
+
+def _targets(cast: Cast, batch: Batch) -> Targets:
+    """The teacher's at a window's positions; a store knows whole rows alone, and something else must do."""
+    if isinstance(cast.teacher, StoredTeacher):
+        return _Pull(torch.ones(len(batch.positions_N), device=cast.device))
+    return ask(cast.teacher, batch, BEFORE)
 
 
 def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from potstill.assembly import Cast
+from potstill.assembly import Cast, captured_source
 from potstill.models.files import file_sha256
 from potstill.proof.plan import Plan
 from potstill.proof.preflight import Checked
 from potstill.runs.rundir import RunDir, environment
 from potstill.shipping.licences import licence_of
 from potstill.teachers.fixture import TableTeacher
+from potstill.teachers.stored import StoredTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import Outcome
 
@@ -56,11 +57,7 @@ def receipt_of(
         "corpus_fingerprint": cast.corpus.fingerprint,
         "decontamination": _without_list(cast.corpus.manifest["decontamination"]),
         "tokenizer_sha256": cast.corpus.manifest["tokenizer_sha256"],
-        "teacher": {"name": recipe.teacher.name, "source": getattr(recipe.teacher, "model", None)}
-        | {
-            "weights_sha256": inputs.get("teacher"),
-            "unchanged_by_training": True if "teacher" in inputs else None,
-        },
+        "teacher": _teacher(cast, inputs),
         "student": {
             **cast.origin,
             "weights_sha256_start": inputs["student"],
@@ -97,10 +94,27 @@ def receipt_of(
     }
 
 
+def _teacher(cast: Cast, inputs: dict[str, str]) -> dict[str, Any]:
+    """What taught: a model, or what a model had said before; in both cases, it is the same after training."""
+    found: dict[str, Any] = {"name": cast.recipe.teacher.name, "source": _source_of_teacher(cast)}
+    unchanged = {"unchanged_by_training": True if "teacher" in inputs else None}
+    if not isinstance(cast.teacher, StoredTeacher):
+        return found | {"weights_sha256": inputs.get("teacher")} | unchanged
+    kept = cast.teacher.store.manifest
+    of_store = {name: kept[name] for name in ("kind", "temperature", "bytes_per_position", "certificate")}
+    return found | {"weights_sha256": kept["teacher"]["weights_sha256"]} | unchanged | {"store": of_store}
+
+
+def _source_of_teacher(cast: Cast) -> str | None:
+    if isinstance(cast.teacher, StoredTeacher):
+        return captured_source(cast.recipe.teacher, cast.teacher.store.manifest["teacher"])
+    return getattr(cast.recipe.teacher, "model", None)
+
+
 def _licences(cast: Cast) -> dict[str, dict[str, str | None]]:
     """What the files of teacher, student and corpus say now; they may be gone when the run is published."""
     sources = {
-        "teacher": getattr(cast.recipe.teacher, "model", None),
+        "teacher": _source_of_teacher(cast),
         "student": cast.recipe.student.model if cast.recipe.student.name == "checkpoint" else None,
         "data": cast.recipe.corpus.path,
     }
@@ -126,10 +140,12 @@ def _compared(planned: Plan | str, measured_gib: float) -> dict[str, Any]:
 
 
 def hashes(cast: Cast) -> dict[str, str]:
-    """sha256 of the weights of the student, and of a teacher that has any."""
+    """sha256 of the weights of the student, and of a teacher that has any; of a store, its manifest's."""
     found = {"student": cast.student.weights_sha256()}
     if isinstance(cast.teacher, TorchTeacher):
         found["teacher"] = cast.teacher.weights_sha256()
+    elif isinstance(cast.teacher, StoredTeacher):
+        found["teacher"] = str(cast.teacher.store.manifest["seal"])
     elif isinstance(cast.teacher, TableTeacher):
         found["teacher"] = hashlib.sha256(cast.teacher.logits_VV.numpy().tobytes()).hexdigest()
     return found

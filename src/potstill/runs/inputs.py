@@ -29,8 +29,9 @@ def file_hashes(recipe: Recipe) -> dict[str, str]:
     Raises:
         UserError: a file that cannot be read.
     """
+    teacher = recipe.teacher
     roles = {
-        "teacher": recipe.teacher.model if recipe.teacher.name == "torch" else None,
+        "teacher": teacher.model if teacher.name in ("torch", "store") else None,
         "student": recipe.student.model if recipe.student.name in ("checkpoint", "config") else None,
         "tokenizer": recipe.corpus.tokenizer,
     }
@@ -38,6 +39,8 @@ def file_hashes(recipe: Recipe) -> dict[str, str]:
     for role, source in roles.items():
         for path in _settings(local_copy(source)) if source is not None else ():
             found[f"{role}/{path.name}"] = files.file_sha256(path)
+    if teacher.name == "store":
+        found["teacher/manifest.json"] = files.file_sha256(Path(teacher.path) / "manifest.json")
     for number, plugin in enumerate(recipe.plugins):
         found[f"plugins/{number}/{Path(plugin).name}"] = plugin_sha256(Path(plugin))
     return found

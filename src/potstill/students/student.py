@@ -41,19 +41,20 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch, targets: Targets | None) -> dict[str, Tensor]:
         """Sums over the batch's N positions, in nats; `loss` carries the gradient."""
-        return self.objective(self._hidden_ND(batch), self.model.head, batch.labels_N, targets)
+        return self.objective(self.hidden_ND(batch), self.model.head, batch.labels_N, targets)
 
     @torch.no_grad()
     def measure(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Sums over the batch's N positions for a held-out evaluation: loss, ce, kd, kl, agreement."""
-        return self.objective.measure(self._hidden_ND(batch), self.model.head, batch.labels_N, targets)
+        return self.objective.measure(self.hidden_ND(batch), self.model.head, batch.labels_N, targets)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         """logits_CV at the batch's positions, a chunk at a time, as a held-out evaluation sees them."""
-        yield from self.objective.logits(self._hidden_ND(batch), self.model.head)
+        yield from self.objective.logits(self.hidden_ND(batch), self.model.head)
 
-    def _hidden_ND(self, batch: Batch) -> Tensor:
+    def hidden_ND(self, batch: Batch) -> Tensor:
+        """Final hidden states at the batch's positions, what the head makes logits of."""
         with torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             hidden_BTD = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
         return hidden_BTD.flatten(0, 1)[batch.positions_N]

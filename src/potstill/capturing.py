@@ -1,0 +1,214 @@
+"""`potstill capture`: a recipe's teacher asked once, for every run that learns from it.
+
+What it will take is told before anything is written, what it is worth is measured before it is called done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from potstill import recipe as recipes
+from potstill import recipe_sections
+from potstill.assembly import Cast, assemble
+from potstill.display import Display, clock, size
+from potstill.errors import UserError
+from potstill.proof.certificate import certificate
+from potstill.proof.plan import available
+from potstill.recipe import Recipe
+from potstill.targets.kinds import DEFAULT_BYTES, k_of, planned_bytes, threshold_of
+from potstill.targets.store import (
+    CAPTURE,
+    CERTIFICATE,
+    HELDOUT,
+    HELDOUT_KIND,
+    SCHEMA,
+    StoreWriter,
+    kind_of,
+    read_manifest,
+    write_json,
+)
+from potstill.teachers.capture import Captured, capture_shard
+from potstill.teachers.stored import OF_CORPUS
+from potstill.teachers.torch_teacher import TorchTeacher
+
+LOOKED_AT = 2048  # held-out positions that a threshold is found on
+Json = dict[str, Any]
+
+
+def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, display: Display) -> Json | None:
+    """Write the recipe's targets into `out`, or go on with it; the manifest where all is there now.
+
+    Args:
+        part: `I/N`, the I-th of N ranges of shards; None: all.
+
+    Raises:
+        UserError: nothing is written unless the recipe is sound and the disk has room.
+    """
+    loaded = recipes.load(recipe, overrides)
+    number, parts = _part(part)
+    if loaded.teacher.name != "torch":
+        raise UserError(
+            f"{recipe}: teacher.name: {loaded.teacher.name} has no targets to capture. Give a teacher of name"
+            " torch."
+        )
+    require_kind(loaded, recipe)
+    cast = assemble(loaded, display.note)
+    teacher, held = cast.teacher, cast.corpus.heldout
+    assert isinstance(teacher, TorchTeacher)
+    settings = settings_of(cast, _begun(out))
+    shards = settings["shards"]
+    mine = range((number - 1) * shards // parts, number * shards // parts)
+    _tell(settings, cast, out, display)
+    writer = StoreWriter.open(out, settings)
+    writer.lock(mine)
+    if number == 1:
+        writer.write_head(teacher.model.head)
+        writer.write_tokenizer(cast.tokenizer)
+        writer.write(
+            out / HELDOUT,
+            lambda file: capture_shard(
+                file, teacher, held, range(len(held)), HELDOUT_KIND, 0, loaded.capture.rows_per_batch
+            ),
+        )
+    _capture_shards(cast, settings, writer, mine, display)
+    if number == 1 and not (out / CERTIFICATE).exists():
+        display.note("certificate: on the held-out rows")
+        found = certificate(
+            cast.student,
+            teacher,
+            held,
+            kind_of(settings),
+            settings["kind"].get("seed", 0),
+        )
+        write_json(out / CERTIFICATE, found)
+    return read_manifest(out) if writer.finish() else None
+
+
+def require_kind(recipe: Recipe, where: Path) -> None:
+    """What a training from such targets would refuse, refused before they are captured."""
+    if recipe.capture.name == "sampled" and recipe.objective.divergence.name != "forward_kl":
+        raise UserError(
+            f"{where}: capture.name: sampled targets are unbiased for forward_kl alone, and"
+            f" objective.divergence is {recipe.objective.divergence.name}. Set capture.name: hidden."
+        )
+
+
+def settings_of(cast: Cast, begun: Json | None) -> Json:
+    """All that the targets depend on, and how they are kept. `begun` is that of a capture that goes on."""
+    asked, teacher, ids = cast.recipe.capture, cast.teacher, cast.shared.ids
+    assert isinstance(teacher, TorchTeacher) and isinstance(cast.recipe.teacher, recipe_sections.TorchTeacher)
+    numbers = _row_numbers(cast)
+    kind = {name: value for name, value in dataclasses.asdict(asked).items() if not name.startswith("rows")}
+    temperature = None if asked.name == "hidden" else cast.recipe.objective.temperature
+    if asked.name == "topk":
+        kind["k"] = min(asked.k or k_of(asked.bytes_per_position or 0, ids, asked.dtype), ids)
+    if asked.name == "sampled" and asked.threshold is None:
+        known = (begun or {}).get("kind", {})
+        wanted = asked.bytes_per_position or DEFAULT_BYTES
+        same = "threshold" in known and known.get("bytes_per_position") == asked.bytes_per_position
+        kind["threshold"] = known["threshold"] if same else _found_threshold(cast, wanted)
+    rows = cast.corpus.train
+    positions = sum(int(rows.supervised_per_row[rows.kept[number]]) for number in numbers)
+    model, head = teacher.model, teacher.model.head
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "temperature": temperature,
+        "teacher": {
+            "source": cast.recipe.teacher.model,
+            "weights_sha256": teacher.weights_sha256(),
+            "dtype": cast.recipe.teacher.dtype,
+            "architecture": type(model.hf).__name__,
+        },
+        "vocabulary": {"size": teacher.vocab_size, "ids": ids},
+        "head": {"scale": head.scale, "softcap": head.softcap, "width": head.weight_VD.shape[1]},
+        "corpus": {name: cast.corpus.manifest[name] for name in (*OF_CORPUS, "fingerprint", "train_rows")},
+        "rows": len(numbers),
+        "rows_per_batch": asked.rows_per_batch,
+        "rows_per_shard": asked.rows_per_shard,
+        "shards": -(-len(numbers) // asked.rows_per_shard),
+        "positions": positions,
+    }
+
+
+def _tell(settings: Json, cast: Cast, out: Path, display: Display) -> None:
+    """What will be written, and where; UserError where the disk has no room for it."""
+    ids, width = settings["vocabulary"]["ids"], settings["head"]["width"]
+    each = planned_bytes(settings["kind"], ids, width)
+    held = 4 * width * cast.corpus.manifest["heldout_positions"]
+    head = cast.teacher.model.head.weight_VD.nbytes if isinstance(cast.teacher, TorchTeacher) else 0
+    whole = int(each * settings["positions"]) + held + head
+    _, free = available(cast.recipe, out)
+    there = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    kind = ", ".join(f"{name} {value}" for name, value in settings["kind"].items() if value is not None)
+    display.note(
+        f"targets: {kind}; {settings['positions']} positions of {settings['rows']} rows, about {each:.3g}"
+        f" bytes each; with held-out rows and head {size(whole)} into {out}, {size(free)} free"
+    )
+    if whole - there > free:
+        raise UserError(
+            f"{out}: {size(whole - there)} are needed and {size(free)} free. Make room, or capture fewer."
+        )
+
+
+def _row_numbers(cast: Cast) -> list[int]:
+    plan, order = cast.recipe.train, cast.corpus.order(cast.recipe.train.seed)
+    if cast.recipe.capture.rows == "all":
+        return list(range(len(cast.corpus.train)))
+    return sorted({row for step in range(plan.steps) for row in order.rows(step, plan.rows_per_step)})
+
+
+def _capture_shards(cast: Cast, settings: Json, writer: StoreWriter, mine: range, display: Display) -> None:
+    teacher, numbers, kind = cast.teacher, _row_numbers(cast), kind_of(settings)
+    assert isinstance(teacher, TorchTeacher)
+    each, seed = settings["rows_per_shard"], settings["kind"].get("seed", 0)
+    todo = set(writer.missing(mine))
+    left = sum(len(numbers[n * each : (n + 1) * each]) for n in todo)
+    started, done = time.perf_counter(), 0
+
+    def on_row(one: Captured) -> None:
+        nonlocal done
+        done += 1
+        if done % 16 == 0 or done == left:
+            seconds = time.perf_counter() - started
+            rate = done * cast.recipe.corpus.tokens_per_row / seconds
+            display.note(
+                f"{done}/{left} rows, {rate:.0f} tokens/s, {clock(seconds / done * (left - done))} left"
+            )
+
+    for shard in mine:
+        rows = numbers[shard * each : (shard + 1) * each]
+        writer.write(
+            writer.files.shard(shard),
+            lambda file, rows=rows: capture_shard(  # type: ignore[misc]
+                file, teacher, cast.corpus.train, rows, kind, seed, settings["rows_per_batch"], on_row
+            ),
+        )
+
+
+def _found_threshold(cast: Cast, wanted: float) -> float:
+    """On the first held-out rows: nothing of it depends on what is captured already."""
+    held, tokens = cast.corpus.heldout, cast.recipe.corpus.tokens_per_row
+    batch = held.batch(range(min(len(held), max(LOOKED_AT // tokens, 1)))).to(cast.device)
+    assert isinstance(cast.teacher, TorchTeacher)
+    targets = cast.teacher.targets(batch)
+    head, T = cast.teacher.model.head, cast.recipe.objective.temperature
+    return threshold_of(wanted, targets.hidden_NE, head, T)
+
+
+def _begun(out: Path) -> Json | None:
+    place = out / CAPTURE
+    return json.loads(place.read_bytes()) if place.exists() else None
+
+
+def _part(part: str | None) -> tuple[int, int]:
+    words = (part or "1/1").split("/")
+    if len(words) == 2 and all(word.isdecimal() for word in words):
+        number, parts = map(int, words)
+        if 1 <= number <= parts:
+            return number, parts
+    raise UserError(f"--part: {part!r} is not I/N with I from 1 to N, such as 2/4.")

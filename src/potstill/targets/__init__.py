@@ -1,0 +1,1 @@
+"""Teacher targets kept on disk: sampled, packed, written, verified and read."""

@@ -1,0 +1,76 @@
+"""Numbers in as few bits as they need: ids by the width of the vocabulary, probabilities by a byte."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+GROUP = 64  # hidden states that share a scale
+LEVELS = 255
+
+
+def id_bits(num_ids: int) -> int:
+    """Bits of an id from 0 to num_ids - 1."""
+    return max((num_ids - 1).bit_length(), 1)
+
+
+def pack_ids(ids: NDArray[np.int64], bits: int) -> NDArray[np.uint8]:
+    """Little-endian, one after the other, filled up to a whole byte at the end.
+
+    Raises:
+        ValueError: an id that does not fit.
+    """
+    if len(ids) and (ids.min() < 0 or int(ids.max()) >> bits):
+        raise ValueError(f"ids from {ids.min()} to {ids.max()} in {bits} bits")
+    if bits in (8, 16, 32):
+        return ids.astype(f"<u{bits // 8}").view(np.uint8)
+    spread = (ids[:, None] >> np.arange(bits)) & 1
+    return np.packbits(spread.astype(np.uint8).reshape(-1), bitorder="little")
+
+
+def unpack_ids(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.int64]:
+    if bits in (8, 16, 32):
+        return np.frombuffer(packed.tobytes(), f"<u{bits // 8}").astype(np.int64)
+    spread = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    return spread.astype(np.int64) @ (np.int64(1) << np.arange(bits))
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    return -(-count * bits // 8)
+
+
+def level(code: Tensor, smallest: float) -> Tensor:
+    """The probability that a code stands for, float64: from `smallest` to 1 by equal factors."""
+    return torch.exp(math.log(smallest) * (1 - code.double() / LEVELS))
+
+
+def to_levels(p: Tensor, smallest: float, uniforms: Tensor) -> Tensor:
+    """uint8 codes of probabilities from `smallest` to 1, rounded up or down each right on average."""
+    below = ((1 - p.double().log() / math.log(smallest)) * LEVELS).floor().clamp(0, LEVELS - 1)
+    low, high = level(below, smallest), level(below + 1, smallest)
+    return (below + (uniforms < (p.double() - low) / (high - low))).to(torch.uint8)
+
+
+def to_int8(hidden_NE: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 of hidden_NE in groups of GROUP neighbours, and a float16 scale for each group."""
+    N, E = hidden_NE.shape
+    groups_NGW = torch.nn.functional.pad(hidden_NE.float(), (0, -E % GROUP)).view(N, -1, GROUP)
+    largest_NG = groups_NGW.abs().amax(-1)
+    # Rounded up to float16: the largest of a group must not fall beyond 127.
+    scale_NG = (largest_NG / 127).half()
+    scale_NG = torch.where(scale_NG.float() * 127 < largest_NG, _next_half(scale_NG), scale_NG)
+    quantised = (groups_NGW / scale_NG.float().clamp_min(1e-30)[..., None]).round().clamp(-127, 127)
+    return quantised.view(N, -1)[:, :E].to(torch.int8), scale_NG
+
+
+def from_int8(quantised_NE: Tensor, scale_NG: Tensor) -> Tensor:
+    """hidden_NE, float32."""
+    return quantised_NE.float() * scale_NG.float().repeat_interleave(GROUP, -1)[:, : quantised_NE.shape[1]]
+
+
+def _next_half(value: Tensor) -> Tensor:
+    return (value.view(torch.int16) + 1).view(torch.float16)

@@ -1,0 +1,82 @@
+"""A teacher's distributions on few ids, as the objective reads them: from a store, or from an API.
+
+Two forms, by what is known of the other ids:
+
+bucket   the ids' own probabilities and, in one last class, all the rest, on both sides: every divergence
+         stays a divergence, and a lower bound of the full one.
+sampled  an unbiased estimate of the full distribution, whose rows sum to one on these ids; the student's side
+         is its own log-probability there, not renormalised. Forward KL alone is linear in the teacher, so
+         for it alone the gradient is unbiased. `entropy_N` makes its value unbiased, too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from potstill.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTargets:
+    """An id of -1 fills up a position that has fewer."""
+
+    ids_NK: Tensor
+    """int64."""
+    logp_NK: Tensor
+    """float32; -inf where the id is -1."""
+    temperature: float
+    """Of the softmax that the probabilities come from."""
+    has_bucket: bool
+    """Whether what the probabilities lack to one is a class of its own."""
+    entropy_N: Tensor | None = None
+    """The full distribution's own, in nats."""
+
+    def __len__(self) -> int:
+        return len(self.ids_NK)
+
+    def __getitem__(self, positions: slice) -> SparseTargets:
+        entropy_N = None if self.entropy_N is None else self.entropy_N[positions]
+        return replace(
+            self, ids_NK=self.ids_NK[positions], logp_NK=self.logp_NK[positions], entropy_N=entropy_N
+        )
+
+    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        if temperature != self.temperature:
+            raise UserError(
+                f"targets: made at temperature {self.temperature}, asked at {temperature}. They keep too few"
+                f" ids to change it. Set objective.temperature: {self.temperature}, or take a teacher in"
+                " memory or a store of hidden states."
+            )
+        is_id_NK = self.ids_NK >= 0
+        ids_NK = self.ids_NK.clamp_min(0)
+        student_NK = student_logp_NV.gather(-1, ids_NK).masked_fill(~is_id_NK, -math.inf)
+        logp_NK = self.logp_NK.to(student_NK.dtype)
+        if not self.has_bucket:
+            return student_NK, logp_NK
+        # The rest is summed over its own ids: 1 minus the kept would be noise where they are nearly all.
+        taken_NV = torch.zeros_like(student_logp_NV).scatter_add_(-1, ids_NK, is_id_NK.to(logp_NK.dtype))
+        rest_N = _logsumexp(student_logp_NV.masked_fill(taken_NV > 0, -math.inf))
+        known_N = logp_NK.exp().sum(-1)
+        # Where all ids are kept, what the sum lacks to one is rounding.
+        has_rest_N = (known_N < 1) & ~rest_N.isneginf()
+        tail_N = torch.where(has_rest_N, (1 - known_N).log(), -math.inf)
+        return torch.cat([student_NK, rest_N[:, None]], -1), torch.cat([logp_NK, tail_N[:, None]], -1)
+
+    def beyond_support(self) -> Tensor | None:
+        """What forward KL on the support lacks of the one over the whole vocabulary, on average, per
+        position: the estimate's entropy minus the full distribution's. It carries no gradient.
+        """
+        if self.entropy_N is None:
+            return None
+        p_NK = self.logp_NK.exp()
+        return -(p_NK * self.logp_NK.masked_fill(p_NK == 0, 0.0)).sum(-1) - self.entropy_N
+
+
+def _logsumexp(logp_NV: Tensor) -> Tensor:
+    """-inf where every entry is, with a gradient of 0 and not NaN."""
+    nothing_N = logp_NV.isneginf().all(-1)
+    return logp_NV.masked_fill(nothing_N[:, None], 0.0).logsumexp(-1).masked_fill(nothing_N, -math.inf)

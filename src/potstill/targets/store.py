@@ -1,0 +1,333 @@
+"""The folder of targets: what describes it, who may write to it, what is sound in it.
+
+    capture.json            what the targets are of and how they are kept; written first, compared on resume
+    tokenizer/              that of the teacher, which read the corpus
+    head.safetensors        the teacher's output embedding; scale and softcap are in capture.json
+    heldout.safetensors     hidden states of the held-out rows, float32: these are measured against, exactly
+    00000.safetensors …     shards of training rows, see `shards`
+    00000.json …            bytes and hashes of a shard, written when it is whole
+    certificate.json        how far the kept targets are from the full ones, measured on the held-out rows
+    manifest.json           all of the above in one, written last: without it there is no store
+
+A capture that was killed goes on with the first shard that is not whole. Several writers take disjoint ranges
+of shards; whoever finds all there writes the manifest. Two captures on one machine are equal byte for byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from potstill.errors import UserError
+from potstill.plain_files import opened, read_object
+from potstill.runs.durable import flush, listed, write_whole, writing
+from potstill.targets.kinds import Hidden, Kind, Sampled, TopK
+from potstill.targets.shards import AGAIN, FileRecord, Shard, VerifiedFile, flaws
+from potstill.types import Head
+
+SCHEMA = 1
+CAPTURE, MANIFEST, CERTIFICATE = "capture.json", "manifest.json", "certificate.json"
+HEAD, HELDOUT, TOKENIZER = "head.safetensors", "heldout.safetensors", "tokenizer"
+HELDOUT_KIND = Hidden("float32")
+ADDED = ("bytes_per_position", "files", "tokenizer", "certificate", "seal")
+"""What the manifest has beside the capture's settings."""
+Json = dict[str, Any]
+
+
+def kind_of(settings: Json) -> Kind:
+    """How the training rows are kept."""
+    kept, ids, temperature = settings["kind"], settings["vocabulary"]["ids"], settings["temperature"]
+    match kept["name"]:
+        case "hidden":
+            return Hidden(kept["dtype"])
+        case "sampled":
+            return Sampled(kept["threshold"], ids, temperature)
+        case _:
+            return TopK(kept["k"], kept["dtype"], ids, temperature)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Names in a store."""
+
+    path: Path
+
+    def shard(self, number: int) -> Path:
+        return self.path / f"{number:05}.safetensors"
+
+    def record(self, file: Path) -> Path:
+        return file.with_suffix(".json")
+
+    def recorded(self, file: Path) -> FileRecord | None:
+        """What was written about a file once it was whole; None where it is not."""
+        place = self.record(file)
+        if not (place.exists() and file.exists()):
+            return None
+        said = read_object(place, AGAIN)
+        return _record(said, place)
+
+
+class StoreWriter:
+    """A store in the making. What is there already must be of the same settings."""
+
+    def __init__(self, path: Path, settings: Json) -> None:
+        self.files = Files(path)
+        self.settings = settings
+        self._lock: int | None = None
+
+    @classmethod
+    def open(cls, path: Path, settings: Json) -> StoreWriter:
+        """Begin, or go on with what a kill cut off.
+
+        Raises:
+            UserError: another capture's folder, or one that is no capture's.
+        """
+        place = path / CAPTURE
+        if place.exists():
+            require_equal(path, read_object(place, AGAIN), settings)
+        elif path.exists() and listed(path):
+            raise UserError(f"{path}: exists and is no capture. Give --out a folder that is not there yet.")
+        else:
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+            write_json(place, settings)
+        return cls(path, settings)
+
+    def lock(self, shards: range) -> None:
+        """Refuse a second writer of any of these shards, for as long as this process lives."""
+        self._lock = self._lock or os.open(self.files.path / CAPTURE, os.O_RDWR)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, max(len(shards), 1), shards.start)
+        except OSError as error:
+            raise UserError(
+                f"{self.files.path}: another process captures shards of {shards.start} to {shards.stop - 1}."
+                " Wait for it, or give --part a part of its own."
+            ) from error
+
+    def write(self, file: Path, save: Callable[[Path], FileRecord]) -> FileRecord:
+        """`save` a file unless it is there and whole."""
+        known = self.files.recorded(file)
+        if known is not None and not list(flaws(file, known)):
+            return known
+        record = save(file)
+        write_json(self.files.record(file), dataclasses.asdict(record))
+        return record
+
+    def write_head(self, head: Head) -> None:
+        tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})
+        data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self.write(self.files.path / HEAD, lambda file: _saved(file, data))
+
+    def write_tokenizer(self, tokenizer: Any | None) -> None:
+        if tokenizer is not None:
+            with writing(self.files.path / TOKENIZER):
+                tokenizer.save_pretrained(self.files.path / TOKENIZER)
+
+    def missing(self, shards: range) -> list[int]:
+        """Those of the shards that are not whole."""
+        return [n for n in shards if self.files.recorded(self.files.shard(n)) is None]
+
+    def finish(self) -> bool:
+        """Write the manifest if all is there; whether it was."""
+        return write_manifest(self.files.path, self.settings)
+
+
+def write_manifest(path: Path, settings: Json) -> bool:
+    """Of a folder in which every file is whole, with the counts; False where one is missing."""
+    files = Files(path)
+    wanted = [path / HEAD, path / HELDOUT, *(files.shard(n) for n in range(settings["shards"]))]
+    records = [files.recorded(file) for file in wanted]
+    if not (path / CERTIFICATE).exists() or any(record is None for record in records):
+        return False
+    kept = [record for record in records[2:] if record is not None]
+    positions = settings["positions"]
+    tokenizer = sorted(p for p in (path / TOKENIZER).glob("*") if p.is_file())
+    manifest = settings | {
+        "bytes_per_position": round(sum(record.bytes for record in kept) / positions, 3),
+        "files": [dataclasses.asdict(record) for record in records if record is not None],
+        "tokenizer": [dataclasses.asdict(FileRecord.of(file)) for file in tokenizer],
+        "certificate": read_object(path / CERTIFICATE, AGAIN),
+    }
+    write_json(path / MANIFEST, manifest | {"seal": seal(manifest)})
+    return True
+
+
+def seal(manifest: Json) -> str:
+    """sha256 of all that a manifest says beside it: a flipped bit may leave other sound JSON."""
+    told = {name: value for name, value in manifest.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+class Store:
+    """A whole store that is read; several processes may read one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        self.records = {said["file"]: _record(said, path / MANIFEST) for said in self.manifest["files"]}
+        self.kind = kind_of(self.manifest)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        folder = self.path / TOKENIZER
+        for said in self.manifest["tokenizer"]:
+            for flaw in flaws(folder / said["file"], _record(said, folder)):
+                raise UserError(flaw)
+        return folder if self.manifest["tokenizer"] else None
+
+    @cached_property
+    def head(self) -> Head:
+        file = self._file(HEAD)
+        kept: Json = self.manifest["head"]
+        bias = file.tensor("bias") if "bias" in file.header else None
+        return Head(
+            file.tensor("weight"), bias, kept["scale"], kept["softcap"], self.manifest["vocabulary"]["ids"]
+        )
+
+    @cached_property
+    def place_of_row(self) -> dict[int, tuple[Shard, int]]:
+        """Each row's shard, and its number in there."""
+        names = [name for name in self.records if name != HEAD]
+        shards = [Shard(self._file(name)) for name in names]
+        return {row: (shard, number) for shard in shards for number, row in enumerate(shard.rows)}
+
+    def is_heldout(self, row: int) -> bool:
+        return bool(row >= self.manifest["corpus"]["train_rows"])
+
+    def row(self, row: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Places of a row's targets, and what the kind keeps of them.
+
+        Raises:
+            UserError: a row that the store has not, or a damaged block.
+        """
+        if row not in self.place_of_row:
+            raise UserError(f"{self.path}: has no targets for row {row}. {ROWS_TODO}")
+        shard, number = self.place_of_row[row]
+        return shard.row(number)
+
+    def _file(self, name: str) -> VerifiedFile:
+        return VerifiedFile(self.path / name, self.records[name])
+
+
+ROWS_TODO = "Capture with capture.rows: all, or with the train.seed and train.steps of this recipe."
+
+
+def read_manifest(path: Path) -> Json:
+    place = path / MANIFEST
+    if path.is_dir() and not place.exists():
+        what = "a capture that is not finished" if (path / CAPTURE).exists() else "not a store of targets"
+        raise UserError(
+            f"{path}: {what}: it has no {MANIFEST}. `potstill capture RECIPE --out {path}` makes it."
+        )
+    manifest = read_object(place, AGAIN)
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(f"{place}: schema {manifest.get('schema')}, this version reads {SCHEMA}. {AGAIN}")
+    if manifest.get("seal") != seal(manifest):
+        raise UserError(f"{place}: damaged: it is not what was written. {AGAIN}")
+    return manifest
+
+
+def verify(path: Path) -> Iterator[str]:
+    """Every flaw of a store, its files read to the last byte; nothing where it is sound."""
+    manifest = read_manifest(path)
+    records = {path / one["file"]: one for one in manifest["files"]}
+    settings = {name: manifest[name] for name in manifest if name not in ADDED}
+    texts = {path / MANIFEST: manifest, path / CAPTURE: settings, path / CERTIFICATE: manifest["certificate"]}
+    for place, tree in (texts | {file.with_suffix(".json"): one for file, one in records.items()}).items():
+        with opened(place, "JSON", AGAIN) as file:
+            if file.read() != as_json(tree):
+                yield f"{place}: is not what was written. {AGAIN}"
+    for file, one in (
+        records | {path / TOKENIZER / one["file"]: one for one in manifest["tokenizer"]}
+    ).items():
+        yield from flaws(file, _record(one, path / MANIFEST))
+    known = {*records, *texts, *(file.with_suffix(".json") for file in records)}
+    yield from (
+        f"{file}: not in the manifest. Remove it." for file in listed_files(path) if file not in known
+    )
+
+
+def listed_files(path: Path) -> list[Path]:
+    return [Path(entry.path) for entry in listed(path) if entry.is_file()]
+
+
+def merge(folders: Sequence[Path], out: Path) -> int:
+    """Copy parts of one capture, written on several machines, into one folder; the number of shards missing.
+
+    Raises:
+        UserError: parts of different captures, or a file that is not what its part says.
+    """
+    settings = [read_object(folder / CAPTURE, AGAIN) for folder in folders]
+    for folder, other in zip(folders[1:], settings[1:], strict=True):
+        require_equal(folder, other, settings[0])
+    writer = StoreWriter.open(out, settings[0])
+    for folder in folders:
+        theirs = Files(folder)
+        for file in listed_files(folder):
+            record = theirs.recorded(file) if file.suffix == ".safetensors" else None
+            if record is None:
+                continue
+            for flaw in flaws(file, record):
+                raise UserError(flaw)
+            writer.write(out / file.name, lambda place, file=file: _copied(file, place))  # type: ignore[misc]
+        if (folder / CERTIFICATE).exists():
+            write_whole(out / CERTIFICATE, (folder / CERTIFICATE).read_bytes())
+            if (folder / TOKENIZER).is_dir():
+                shutil.copytree(folder / TOKENIZER, out / TOKENIZER, dirs_exist_ok=True)
+    writer.finish()
+    return len(writer.missing(range(settings[0]["shards"])))
+
+
+def require_equal(path: Path, began: Json, now: Json) -> None:
+    differing = [name for name in sorted(began | now) if began.get(name) != now.get(name)]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{path}: begun with another {name}: {began.get(name)!r:.200}, not {now.get(name)!r:.200}."
+            " Capture with the same, or give --out another folder."
+        )
+
+
+def write_json(path: Path, tree: Json) -> None:
+    write_whole(path, as_json(tree))
+
+
+def as_json(tree: Json) -> bytes:
+    return (json.dumps(tree, indent=1) + "\n").encode()
+
+
+def _record(said: Any, place: Path) -> FileRecord:
+    try:
+        record = FileRecord(**said)
+        sound = isinstance(record.bytes, int) and all(isinstance(b, str) for b in record.blocks)
+    except TypeError:
+        sound = False
+    if not sound or Path(record.file).name != record.file:
+        raise UserError(f"{place}: damaged: no record of a file: {said!r:.80}. {AGAIN}")
+    return record
+
+
+def _saved(file: Path, tensors: dict[str, Tensor]) -> FileRecord:
+    write_whole(file, safetensors.torch.save(tensors))
+    return FileRecord.of(file)
+
+
+def _copied(file: Path, place: Path) -> FileRecord:
+    beside = place.with_name(place.name + ".new")
+    with writing(place):
+        shutil.copyfile(file, beside)
+        flush(beside)
+        os.replace(beside, place)
+    return FileRecord.of(place)

@@ -1,0 +1,174 @@
+"""A teacher that was asked before: its targets are read from a store, and the loop does not notice.
+
+It answers for the rows of the store's corpus and for nothing else. Held-out rows are kept as hidden states,
+so that what is measured on them is exact whatever kind the training rows are kept as. Refused is whatever
+does not fit the store, with the field that differs and both values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from potstill.corpus.vocab import load_tokenizer, vocab_of
+from potstill.errors import UserError
+from potstill.targets.kinds import Hidden
+from potstill.targets.sparse import SparseTargets
+from potstill.targets.store import HELDOUT_KIND, ROWS_TODO, Store
+from potstill.types import Batch, Head, HiddenTargets, Targets, Vocab
+
+OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows", "documents", "tokens")
+"""What of a corpus is compared by name before its fingerprint, which says only that something differs."""
+
+
+class StoredTeacher:
+    """Make one with `open`. Reads a row's targets when the row is asked for; nothing is kept in memory."""
+
+    def __init__(self, store: Store, device: torch.device | str = "cpu") -> None:
+        self.store = store
+        folder = store.tokenizer_folder
+        self.tokenizer = None if folder is None else load_tokenizer(folder)
+        self.vocab = Vocab(size=self.vocab_size) if self.tokenizer is None else self._vocab()
+        self.head = _on(store.head, device)
+
+    @classmethod
+    def open(cls, path: str | Path, device: torch.device | str = "cpu") -> StoredTeacher:
+        """Raises UserError for a folder that is no whole store."""
+        return cls(Store(Path(path)), device)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the teacher's logits, a padded end included."""
+        return int(self.store.manifest["vocabulary"]["size"])
+
+    def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
+        self._refuse_ids()
+
+    def logits_per_position(self, input_ids_BT: Tensor) -> Tensor:
+        self._refuse_ids()
+
+    def targets(self, batch: Batch) -> Targets:
+        """Those of the batch's positions, which may be some of a row's.
+
+        Raises:
+            UserError: a row or a position that the store has no targets for, or a damaged block.
+        """
+        T, rows = batch.input_ids_BT.shape[1], batch.rows_B.tolist()
+        found = []
+        positions_N = batch.positions_N.cpu()
+        for number, row in enumerate(rows):
+            asked_P = positions_N[(positions_N >= number * T) & (positions_N < (number + 1) * T)] - number * T
+            found.append(self._row(row, asked_P))
+        return _joined(found, self.head.weight_VD.device)
+
+    def require_fits(self, corpus: dict[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
+        """Refuse what the targets were not made for.
+
+        Args:
+            corpus: its manifest.
+            objective: the recipe's section.
+            ids: that teacher, student and corpus mean the same by.
+            rows: training rows that the run will ask for.
+        """
+        kept, theirs = self.store.manifest, self.store.manifest["corpus"]
+        for name in (*OF_CORPUS, "fingerprint"):
+            if corpus[name] != theirs[name]:
+                self._refuse(f"corpus: {name} was {_short(theirs[name])}, is {_short(corpus[name])}.")
+        if ids != kept["vocabulary"]["ids"]:
+            self._refuse(f"vocabulary: {kept['vocabulary']['ids']} shared ids then, {ids} with this student.")
+        if kept["rows"] < theirs["train_rows"] and (missing := set(rows) - self.store.place_of_row.keys()):
+            self._refuse(
+                f"rows: {len(missing)} of this run's are not in it, one is {min(missing)}.", ROWS_TODO
+            )
+        if isinstance(self.store.kind, Hidden):
+            return
+        name = kept["kind"]["name"]
+        if objective.temperature != kept["temperature"]:
+            self._refuse(
+                f"temperature: {name} targets at {kept['temperature']}, objective.temperature is"
+                f" {objective.temperature}.",
+                f"Set it to {kept['temperature']}, or capture again; a store of kind hidden serves all.",
+            )
+        if name == "sampled" and objective.divergence.name != "forward_kl":
+            self._refuse(
+                f"divergence: {objective.divergence.name}, and sampled targets are unbiased for forward_kl"
+                " alone.",
+                "Set objective.divergence: forward_kl, or capture with kind hidden.",
+            )
+
+    def require_teacher(self, source: str, weights_sha256: str) -> None:
+        """Refuse a model that the targets are not of."""
+        theirs = self.store.manifest["teacher"]
+        if weights_sha256 != theirs["weights_sha256"]:
+            self._refuse(
+                f"teacher: captured from {theirs['source']} with weights {_short(theirs['weights_sha256'])},"
+                f" {source} has {_short(weights_sha256)}.",
+                "Name the model that was captured in teacher.model, or capture this one.",
+            )
+
+    def _vocab(self) -> Vocab:
+        return vocab_of(self.tokenizer, self.vocab_size)
+
+    def _row(self, row: int, asked_P: Tensor) -> Targets:
+        places_P, kept = self.store.row(row)
+        kind = HELDOUT_KIND if self.store.is_heldout(row) else self.store.kind
+        index_P = torch.searchsorted(places_P, asked_P).clamp_max(max(len(places_P) - 1, 0))
+        if len(asked_P) and not (len(places_P) and torch.equal(places_P[index_P], asked_P)):
+            self._refuse(f"row {row}: asked for positions that it has no targets for.")
+        targets = kind.decode(kept, self.head)
+        return targets if torch.equal(places_P, asked_P) else _picked(targets, index_P)
+
+    def _refuse_ids(self) -> NoReturn:
+        raise UserError(
+            f"teacher store: {self.store.path} answers for the rows of its corpus alone. Take the model"
+            " itself to ask about other tokens."
+        )
+
+    def _refuse(
+        self, what: str, todo: str = "Capture again, or set the recipe to what was captured."
+    ) -> NoReturn:
+        raise UserError(f"{self.store.path}: does not fit this recipe: {what} {todo}")
+
+
+def _on(head: Head, device: torch.device | str) -> Head:
+    bias_V = None if head.bias_V is None else head.bias_V.to(device)
+    return Head(head.weight_VD.to(device), bias_V, head.scale, head.softcap, head.known)
+
+
+def _picked(targets: Targets, index_P: Tensor) -> Targets:
+    if isinstance(targets, HiddenTargets):
+        return HiddenTargets(targets.hidden_NE[index_P], targets.head)
+    assert isinstance(targets, SparseTargets)
+    entropy_N = None if targets.entropy_N is None else targets.entropy_N[index_P]
+    return SparseTargets(
+        targets.ids_NK[index_P], targets.logp_NK[index_P], targets.temperature, targets.has_bucket, entropy_N
+    )
+
+
+def _joined(found: list[Targets], device: torch.device) -> Targets:
+    """The targets of several rows, which are of one kind, as those of a batch."""
+    hidden = [of for of in found if isinstance(of, HiddenTargets)]
+    if len(hidden) == len(found):
+        return HiddenTargets(torch.cat([of.hidden_NE for of in hidden]), hidden[0].head)
+    sparse = [of for of in found if isinstance(of, SparseTargets)]
+    if len(sparse) != len(found):
+        raise UserError("teacher store: training and held-out rows in one batch. Ask for them apart.")
+    K = max(of.ids_NK.shape[1] for of in sparse)
+    padded = [(K - of.ids_NK.shape[1], of) for of in sparse]
+    ids_NK = torch.cat([F.pad(of.ids_NK, (0, lacking), value=-1) for lacking, of in padded])
+    logp_NK = torch.cat([F.pad(of.logp_NK, (0, lacking), value=-torch.inf) for lacking, of in padded])
+    entropies = [of.entropy_N for of in sparse if of.entropy_N is not None]
+    entropy_N = torch.cat(entropies).to(device) if entropies else None
+    first = sparse[0]
+    return SparseTargets(
+        ids_NK.to(device), logp_NK.to(device), first.temperature, first.has_bucket, entropy_N
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 else str(value)
