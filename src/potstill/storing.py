@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ def add_flags(capture: argparse.ArgumentParser, store: argparse.ArgumentParser) 
     capture.add_argument(
         "--part", metavar="I/N", help="the I-th of N parts, for several processes or machines"
     )
-    store.add_argument("what", choices=("verify", "show", "merge"), help="merge: the parts of one capture")
-    store.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    store.add_argument("what", choices=("verify", "show", "merge", "push", "pull"))
+    store.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="of merge: parts of one capture"
+    )
     store.add_argument("--out", type=Path, metavar="FOLDER", help="of merge: the folder to make")
+    store.add_argument("--repo", metavar="OWNER/NAME", help="of push and pull: the repository on the Hub")
+    store.add_argument("--private", action="store_true", help="of push: into a private repository")
 
 
 def run_capture(options: argparse.Namespace, display: Display) -> int:
@@ -37,21 +42,47 @@ def run_capture(options: argparse.Namespace, display: Display) -> int:
 
 def run_store(options: argparse.Namespace, display: Display) -> int:
     """Exit code 2 where a flaw was found, or a merged store is not whole."""
-    from potstill.targets.store import merge, read_manifest, verify
+    what, folders = options.what, options.folders
+    for flag, goes_with in (("out", {"merge"}), ("repo", {"push", "pull"})):
+        if (what in goes_with) != (getattr(options, flag) is not None):
+            raise UserError(
+                f"store {what}: --{flag} goes with {' and '.join(sorted(goes_with))}, which need it."
+            )
+    if what in ("push", "pull") and len(folders) > 1:
+        raise UserError(f"store {what}: {len(folders)} folders given. Give one.")
+    match what:
+        case "merge":
+            return _merge(folders, options, display)
+        case "push":
+            _push(folders[0], options, display)
+            return 0
+        case "pull":
+            from potstill.shipping.hub import fetch
 
-    if (options.what == "merge") != (options.out is not None):
-        raise UserError("store: --out goes with merge, which needs it.")
-    if options.what == "merge":
-        if missing := merge(options.folders, options.out):
-            display.note(f"{options.out}: {missing} shards are missing: merge the other parts, too")
-            return 2
-        _show(options.out, read_manifest(options.out), options.json, display)
-        return 0
-    if options.what == "show":
-        for folder in options.folders:
+            fetch(options.repo, folders[0])
+    if what == "show":
+        from potstill.targets.store import read_manifest
+
+        for folder in folders:
             _show(folder, read_manifest(folder), options.json, display)
         return 0
-    found = {str(folder): list(verify(folder)) for folder in options.folders}
+    return _verify(folders, options, display)
+
+
+def _merge(folders: list[Path], options: argparse.Namespace, display: Display) -> int:
+    from potstill.targets.store import merge, read_manifest
+
+    if missing := merge(folders, options.out):
+        display.note(f"{options.out}: {missing} shards are missing: merge the other parts, too")
+        return 2
+    _show(options.out, read_manifest(options.out), options.json, display)
+    return 0
+
+
+def _verify(folders: list[Path], options: argparse.Namespace, display: Display) -> int:
+    from potstill.targets.store import verify
+
+    found = {str(folder): list(verify(folder)) for folder in folders}
     if options.json:
         display.result(json.dumps(found, indent=2))
     else:
@@ -59,6 +90,24 @@ def run_store(options: argparse.Namespace, display: Display) -> int:
             display.error(tuple(flaws))
             display.result(f"{folder}: {f'{len(flaws)} flaws' if flaws else 'sound, to the last byte'}")
     return 2 if any(found.values()) else 0
+
+
+def _push(folder: Path, options: argparse.Namespace, display: Display) -> None:
+    """Plain files, as they lie in the folder; only a sound store leaves the house."""
+    from potstill.models.files import file_sha256
+    from potstill.shipping.hub import Item, upload
+    from potstill.targets.store import verify
+
+    if flaws := list(verify(folder)):
+        raise UserError(*flaws)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    plan = [
+        Item(str(file.relative_to(folder)), file, file.stat().st_size, file_sha256(file)) for file in files
+    ]
+    with tempfile.TemporaryDirectory() as back:
+        commit = upload(options.repo, plan, private=options.private, folder=Path(back), note=display.note)
+    told = {"repo": options.repo, "commit": commit, "files": len(plan)}
+    display.result(json.dumps(told) if options.json else f"pushed: {options.repo}, commit {commit}")
 
 
 def _show(folder: Path, manifest: dict[str, Any], as_json: bool, display: Display) -> None:

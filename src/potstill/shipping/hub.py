@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import tempfile
 import time
 import warnings
@@ -144,6 +145,21 @@ def upload(repo: str, plan: Sequence[Item], *, private: bool, folder: Path, note
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with _told_without(token, repo), _warnings_noted(token, note):
         return _Upload(HfApi(token=token, library_name="potstill"), repo, plan, folder, note).run(private)
+
+
+def fetch(repo: str, out: Path) -> None:
+    """All files of a repository into a folder that is not there yet, or one that a cut left half full."""
+    disable_progress_bars()
+    token = huggingface_hub.get_token()
+    try:
+        huggingface_hub.snapshot_download(
+            repo, local_dir=out, token=token, ignore_patterns=[".gitattributes"]
+        )
+    except Exception as error:  # a network fails in many ways; each means the same to the user
+        said = one_line(_cause(error))
+        said = said if token is None else _redacted(said, token)
+        raise UserError(f"{repo}: the Hub did not give it: {said} Run the same command again.") from None
+    shutil.rmtree(out / ".cache", ignore_errors=True)  # the library's own notes of what it has fetched
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class StoredTeacher:
         for number, row in enumerate(rows):
             asked_P = positions_N[(positions_N >= number * T) & (positions_N < (number + 1) * T)] - number * T
             found.append(self._row(row, asked_P))
-        return _joined(found, self.head.weight_VD.device)
+        return joined(found, self.head.weight_VD.device)
 
     def require_fits(self, corpus: dict[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
         """Refuse what the targets were not made for.
@@ -150,7 +150,7 @@ def _picked(targets: Targets, index_P: Tensor) -> Targets:
     )
 
 
-def _joined(found: list[Targets], device: torch.device) -> Targets:
+def joined(found: list[Targets], device: torch.device) -> Targets:
     """The targets of several rows, which are of one kind, as those of a batch."""
     hidden = [of for of in found if isinstance(of, HiddenTargets)]
     if len(hidden) == len(found):
