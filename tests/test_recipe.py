@@ -184,7 +184,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "threshold": None,
             "rows": "all",
             "rows_per_batch": 8,
-            "rows_per_shard": 64,
+            "rows_per_shard": None,
             "seed": 0,
         },
         "train": {

@@ -35,6 +35,7 @@ from potstill.teachers.capture import Captured, capture_shard
 from potstill.teachers.stored import OF_CORPUS
 from potstill.teachers.torch_teacher import TorchTeacher
 
+MOST_SHARDS = 1000  # where the recipe does not say how many rows a file has
 LOOKED_AT = 2048  # held-out positions that a threshold is found on
 Json = dict[str, Any]
 
@@ -111,7 +112,7 @@ def settings_of(cast: Cast, begun: Json | None) -> Json:
         wanted = asked.bytes_per_position or DEFAULT_BYTES
         same = "threshold" in known and known.get("bytes_per_position") == asked.bytes_per_position
         kind["threshold"] = known["threshold"] if same else _found_threshold(cast, wanted)
-    rows = cast.corpus.train
+    rows, each = cast.corpus.train, asked.rows_per_shard or max(64, -(-len(numbers) // MOST_SHARDS))
     positions = sum(int(rows.supervised_per_row[rows.kept[number]]) for number in numbers)
     model, head = teacher.model, teacher.model.head
     return {
@@ -129,8 +130,8 @@ def settings_of(cast: Cast, begun: Json | None) -> Json:
         "corpus": {name: cast.corpus.manifest[name] for name in (*OF_CORPUS, "fingerprint", "train_rows")},
         "rows": len(numbers),
         "rows_per_batch": asked.rows_per_batch,
-        "rows_per_shard": asked.rows_per_shard,
-        "shards": -(-len(numbers) // asked.rows_per_shard),
+        "rows_per_shard": each,
+        "shards": -(-len(numbers) // each),
         "positions": positions,
     }
 

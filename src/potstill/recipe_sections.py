@@ -187,8 +187,8 @@ class AnyCapture(Section):
     """Training rows that are captured: all, or only those that the steps of this recipe read."""
     rows_per_batch: Count = 8
     """Rows that go through the teacher at once: memory, and the last bits of the numbers."""
-    rows_per_shard: Count = 64
-    """Rows of one file: what a kill may cost."""
+    rows_per_shard: Count | None = None
+    """Rows of one file: what a kill may cost. null: 64, or more where there would be over 1,000 files."""
 
 
 @dataclass(frozen=True, kw_only=True)

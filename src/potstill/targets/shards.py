@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.models.files import check_safetensors
-from potstill.plain_files import opened
+from potstill.plain_files import opened, unreadable
 from potstill.runs.durable import write_whole
 
 BLOCK_BYTES = 2**20
@@ -91,37 +90,54 @@ def write_shard(
 
 
 class VerifiedFile:
-    """Tensors of a safetensors file, read in slices; each block is hashed when it is first touched."""
+    """Tensors of a safetensors file, read in slices; each block is hashed when it is first touched.
+
+    Nothing is held open between reads: a store may have more files than a process may open.
+    """
 
     def __init__(self, path: Path, record: FileRecord) -> None:
         with opened(path, "a file of targets", AGAIN) as file:
             size = os.fstat(file.fileno()).st_size
-            if size != record.bytes:
-                raise UserError(f"{path}: has {size} bytes, the manifest says {record.bytes}. {AGAIN}")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if size != record.bytes:
+            raise UserError(f"{path}: has {size} bytes, the manifest says {record.bytes}. {AGAIN}")
         self.path, self.record = path, record
         self._is_sound = bytearray(len(record.blocks))
         header_bytes = int.from_bytes(self.bytes(0, 8), "little")
         if not 0 < header_bytes <= size - 8:
             raise UserError(f"{path}: damaged: its header has {header_bytes} of {size} bytes. {AGAIN}")
-        self.bytes(8, 8 + header_bytes)
+        header: dict[str, Any] = json.loads(self.bytes(8, 8 + header_bytes))
         check_safetensors(path)
         self._start = 8 + header_bytes
-        header: dict[str, Any] = json.loads(self._map[8 : self._start])
         self.header = {name: entry for name, entry in header.items() if name != "__metadata__"}
 
     def bytes(self, first: int, last: int) -> bytearray:
         """Of the file, sound; UserError where they are not what the manifest says."""
-        for number in range(first // BLOCK_BYTES, -(-last // BLOCK_BYTES)):
-            if not self._is_sound[number]:
-                block = memoryview(self._map)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-                if block_hash(block) != self.record.blocks[number]:
-                    raise UserError(
-                        f"{self.path}: damaged: block {number} (bytes {number * BLOCK_BYTES} to"
-                        f" {number * BLOCK_BYTES + len(block) - 1}) is not what was written. {AGAIN}"
-                    )
-                self._is_sound[number] = 1
-        return bytearray(self._map[first:last])
+        blocks = range(first // BLOCK_BYTES, -(-last // BLOCK_BYTES))
+        begin, end = first, last
+        if not all(self._is_sound[blocks.start : blocks.stop]):
+            begin, end = blocks.start * BLOCK_BYTES, min(blocks.stop * BLOCK_BYTES, self.record.bytes)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(begin)
+                data = bytearray(file.read(end - begin))
+        except OSError as error:
+            raise unreadable(self.path, error, AGAIN) from error
+        if len(data) < end - begin:
+            raise UserError(f"{self.path}: ends at byte {begin + len(data)}, {end} are wanted. {AGAIN}")
+        for number in blocks:
+            if not self._is_sound[number]:  # then all of the blocks were read whole
+                at = number * BLOCK_BYTES - begin
+                self._require_sound(number, memoryview(data)[at : at + BLOCK_BYTES])
+        return data[first - begin : last - begin]
+
+    def _require_sound(self, number: int, block: memoryview) -> None:
+        if block_hash(block) != self.record.blocks[number]:
+            first = number * BLOCK_BYTES
+            raise UserError(
+                f"{self.path}: damaged: block {number} (bytes {first} to {first + len(block) - 1}) is not"
+                f" what was written. {AGAIN}"
+            )
+        self._is_sound[number] = 1
 
     def tensor(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Entries `first` to `last` of a tensor along its first dimension, all of it by default."""
