@@ -237,11 +237,11 @@ def _training(known: Known) -> Iterator[str]:
         ["seed", str(receipt["seed"])],
         ["saved student", f"of step {receipt['student_is_of_step']}, the best by held-out loss"],
         ["time", f"{receipt['training_seconds']:,.0f} s of training"],
-        [
-            "hardware",
-            f"{machine}, peak memory {receipt['peak_memory_gib']:.2f} GiB",
-        ],
+        ["hardware", f"{machine}, peak memory {receipt['peak_memory_gib']:.2f} GiB"],
     ]
+    if store := receipt["teacher"].get("store"):
+        kept = f"{store['kind']['name']}, {store['bytes_per_position']} bytes per position, read from disk"
+        rows.insert(1, ["teacher's targets", text(kept)])
     yield table(["setting", "value"], rows)
 
 

@@ -261,7 +261,7 @@ def _parents(tree: Mapping[str, Any], publish: Publish, receipt: Mapping[str, An
     """Whose licences bind the student: the model it began from, its teacher, its data."""
     sources = {
         "student": tree["student"].get("model") if tree["student"]["name"] == "checkpoint" else None,
-        "teacher": tree["teacher"].get("model") or tree["teacher"].get("path"),
+        "teacher": receipt["teacher"].get("source") or tree["teacher"].get("path"),
         "data": tree["corpus"]["path"],
     }
     found = []
