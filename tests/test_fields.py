@@ -72,6 +72,7 @@ SHOWN_BY = {
     "capture.dtype": "tests/test_capturing.py",
     "capture.seed": "tests/test_capturing.py",
     "student.keep": "test_a_list_of_layers_is_kept_as_it_is_given",
+    "objective.engine": "tests/losses/test_fused.py",
     "objective.chunk": "test_fields_that_trade_memory_change_what_exists_at_once",
     "train.rows_per_micro_batch": "test_fields_that_trade_memory_change_what_exists_at_once",
     "train.activation_checkpointing": "test_activation_checkpointing_changes_memory_and_no_result",

@@ -28,6 +28,7 @@ class Fault:
 
 
 STEP = "test_invariance.py::test_a_step_is_plain_autograd_s"
+ENGINES = "losses/test_fused.py::test_the_two_engines_agree"
 SANDBOX = "evals/test_sandbox.py::test_"
 REFUSAL = "shipping/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
 FAULTS = {
@@ -35,17 +36,35 @@ FAULTS = {
         "losses/divergences.py",
         'return _kl(teacher_logp_NS, student_logp_NS)\n\n\n@register("divergence")\ndef reverse_kl',
         'return _kl(student_logp_NS, teacher_logp_NS)\n\n\n@register("divergence")\ndef reverse_kl',
+        ENGINES,
+    ),
+    "missing T squared": Fault("losses/objective.py", "kd_C = T**2 * kd_C", "kd_C = 1 * kd_C", ENGINES),
+    "temperature on one side only": Fault(
+        "types.py", "logits_NV / temperature, dim=-1", "logits_NV, dim=-1", ENGINES
+    ),
+    "reversed KL, written out": Fault(
+        "losses/fused.py",
+        "(weights.ce + weights.kd) / sum_C1).sub_(p_CV",
+        "(weights.ce - weights.kd) / sum_C1).add_(p_CV",
         STEP,
     ),
-    "missing T squared": Fault("losses/objective.py", "T**2 * self.divergence", "self.divergence", STEP),
-    "temperature on one side only": Fault(
-        "types.py", "logits_NV / temperature, dim=-1", "logits_NV, dim=-1", STEP
+    "missing T squared, written out": Fault(
+        "losses/fused.py", "kd_C = T**2 * kd_C", "kd_C = 1 * kd_C", ENGINES
+    ),
+    "missing T of the chain, written out": Fault(
+        "losses/fused.py", "T * weights.kd / softened_C1", "weights.kd / softened_C1", STEP
+    ),
+    "raw logits back-propagated, written out": Fault(
+        "losses/fused.py",
+        "q_CV = torch.exp(shifted_CV, out=logits_CV)",
+        "q_CV = shifted_CV.exp()",
+        "test_invariance.py::test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient",
     ),
     "swapped weights": Fault(
         "losses/objective.py",
         "self.ce_weight * ce_C + self.kd_weight * kd_C",
         "self.kd_weight * ce_C + self.ce_weight * kd_C",
-        STEP,
+        ENGINES,
     ),
     "mean of means": Fault(
         "training/loop.py",
@@ -66,9 +85,9 @@ FAULTS = {
     ),
     "raw logits back-propagated": Fault(
         "losses/objective.py",
-        "(grad_CV,) = torch.autograd.grad(loss, product_CV)",
+        '(grad_CV,) = torch.autograd.grad(values["loss"].sum(), product_CV)',
         "grad_CV = product_CV.detach()",
-        "test_invariance.py::test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient",
+        ENGINES,
     ),
     "upstream gradient ignored": Fault(
         "losses/objective.py",

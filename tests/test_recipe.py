@@ -177,6 +177,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "ce_weight": 0.1,
             "temperature": 1.0,
             "chunk": 256,
+            "engine": "fused",
         },
         "capture": {
             "name": "sampled",
@@ -252,6 +253,7 @@ CHANGES = {
     "objective.ce_weight": 0.5,
     "objective.temperature": 2.0,
     "objective.chunk": 7,
+    "objective.engine": "reference",
     "train.steps": 5,
     "train.rows_per_step": 6,
     "train.rows_per_micro_batch": 4,

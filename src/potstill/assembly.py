@@ -239,7 +239,13 @@ def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objectiv
     options = {k: v for k, v in dataclasses.asdict(asked.divergence).items() if k != "name"}
     divergence: Divergence = partial(entries("divergence")[asked.divergence.name], **options)
     return Objective(
-        divergence, asked.kd_weight, asked.ce_weight, asked.temperature, asked.chunk, matmul_dtype
+        divergence,
+        asked.kd_weight,
+        asked.ce_weight,
+        asked.temperature,
+        asked.chunk,
+        matmul_dtype,
+        asked.engine,
     )
 
 

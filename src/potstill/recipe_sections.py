@@ -265,6 +265,9 @@ class Objective(Section):
     """Divides both models' logits in the divergence, which its square multiplies (Hinton et al. 2015)."""
     chunk: Count = 256
     """Positions whose logits exist at once: memory, not results."""
+    engine: Literal["fused", "reference"] = "fused"
+    """fused: forward KL and cross-entropy with their gradient written out, everything else as reference does,
+    which leaves it to autograd: the same results but for rounding, and slower."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@
 With V ids, widths D (student) and E (teacher) and C = `chunk`, logits exist for C positions at a time: a few
 buffers of C V numbers for both models together, and one gradient each of the head (V D) and of the hidden
 states (N D). Nothing of size N V is made. Work is N V (6 D + 2 E) floating-point operations, each product
-done once: a chunk's gradient is formed in the forward pass, while its logits are there. Autograd takes it
-back to the chunk's product, whatever the divergence; the two products that follow are written out.
-`backward` only scales what is stored.
+done once: a chunk's gradient is formed in the forward pass, while its logits are there. For forward KL it is
+written out (`fused`), for other divergences and sparse targets autograd takes it back to the chunk's product;
+the two products that follow are written out. `backward` only scales what is stored.
 
 Refuses labels that are no ids, counts and vocabularies that differ, and sums that are not finite. `Student`
 calls it.
@@ -18,9 +18,9 @@ calls it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from potstill.errors import Fault, UserError
 from potstill.losses.divergences import forward_kl
-from potstill.types import Divergence, Head, Targets
+from potstill.losses.fused import Weights, require_same_ids, with_gradient
+from potstill.types import Divergence, Head, HiddenTargets, Targets
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Objective:
     temperature: float = 1.0
     chunk: int = 256
     matmul_dtype: torch.dtype | None = None
+    engine: Literal["fused", "reference"] = "fused"
+    """`fused` has CE and forward KL of dense targets written out; all else is computed as by `reference`."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -117,15 +120,47 @@ class Objective:
         T = self.temperature
         tempered_CV = logp_CV if T == 1 else (logits_CV / T).log_softmax(-1)
         student_CS, teacher_CS = targets.on_support(tempered_CV, T)
-        if student_CS.shape != teacher_CS.shape:
-            ids = f"the student has {student_CS.shape[-1]} ids and the teacher {teacher_CS.shape[-1]}"
-            raise UserError(f"objective: {ids}. Both must speak one vocabulary.")
+        require_same_ids(student_CS.shape[-1], teacher_CS.shape[-1])
         kd_C = self.divergence(student_CS, teacher_CS)
         if (beyond_C := targets.beyond_support()) is not None:
             kd_C = kd_C + beyond_C
         kd_C = T**2 * kd_C
         loss_C = self.ce_weight * ce_C + self.kd_weight * kd_C
         return {"ce": ce_C, "kd": kd_C, "loss": loss_C}, (student_CS, teacher_CS)
+
+    def _way(self, head: Head, targets: Targets | None) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
+        """By which a chunk's values and the gradient of its product are found."""
+        plain_kl = getattr(self.divergence, "func", self.divergence) is forward_kl
+        known = targets is None or (plain_kl and isinstance(targets, HiddenTargets))
+        is_fused = self.engine == "fused" and known and head.softcap is None
+        return self._fused if is_fused else self._by_autograd
+
+    def _fused(
+        self, product_CV: Tensor, head: Head, labels_C: Tensor, targets: Targets | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Overwrites the product."""
+        logits_CV = head.finish(product_CV)
+        kd_weight = 0.0 if targets is None else self.kd_weight
+        weights = Weights(self.ce_weight, kd_weight, self.temperature)
+        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, weights)
+        values = {"ce": ce_C, "loss": self.ce_weight * ce_C}
+        if kd_C is not None:
+            values |= {"kd": kd_C, "loss": values["loss"] + kd_weight * kd_C}
+        return values, logits_CV if head.scale == 1.0 else logits_CV.mul_(head.scale)
+
+    def _by_autograd(
+        self, product_CV: Tensor, head: Head, labels_C: Tensor, targets: Targets | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        product_CV.requires_grad_()
+        with torch.enable_grad():
+            values, _ = self._values(head.finish(product_CV), labels_C, targets)
+            (grad_CV,) = torch.autograd.grad(values["loss"].sum(), product_CV)
+        return {name: value_C.detach() for name, value_C in values.items()}, grad_CV
+
+    def _values_only(
+        self, product_CV: Tensor, head: Head, labels_C: Tensor, targets: Targets | None
+    ) -> tuple[dict[str, Tensor], None]:
+        return self._values(head.finish(product_CV), labels_C, targets)[0], None
 
     def _parts(self, positions: int) -> list[slice]:
         return [slice(start, start + self.chunk) for start in range(0, positions, self.chunk)]
@@ -175,20 +210,17 @@ class _SumOverPositions(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
         grad_bias_V = weight_VD.new_zeros(len(weight_VD), dtype=exact) if for_bias else None
         sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in ("ce", "kd", "loss")}
+        differentiate = objective._way(head, targets) if any(ctx.needs_input_grad) else objective._values_only
 
         for part in objective._parts(len(labels_N)):
             hidden_CD = hidden_ND[part].to(matmul)
-            product_CV = (hidden_CD @ cast_VD.T).to(exact).requires_grad_(any(ctx.needs_input_grad))
-            with torch.set_grad_enabled(product_CV.requires_grad):
-                logits_CV = head.finish(product_CV)
-                taught = None if targets is None else targets[part]
-                values, _ = objective._values(logits_CV, labels_N[part], taught)
-                loss = values["loss"].sum()
+            product_CV = (hidden_CD @ cast_VD.T).to(exact)
+            taught = None if targets is None else targets[part]
+            values, grad_CV = differentiate(product_CV, head, labels_N[part], taught)
             for name, value_C in values.items():
-                sums[name] += value_C.detach().sum()
-            if not product_CV.requires_grad:
+                sums[name] += value_C.sum()
+            if grad_CV is None:
                 continue
-            (grad_CV,) = torch.autograd.grad(loss, product_CV)
             if grad_bias_V is not None:
                 grad_bias_V[:V] += grad_CV.sum(0)  # the bias is what is added to the product
             grad_CV = grad_CV.to(matmul)

@@ -65,11 +65,10 @@ def distributions(
 
 def entropy(p_CV: Tensor, logits_CV: Tensor) -> Tensor:
     """Of each row of p_CV, the softmax of logits_CV, in nats."""
-    likely_C1 = p_CV.argmax(-1, keepdim=True)
-    logsumexp_C1 = logits_CV.gather(-1, likely_C1) - p_CV.gather(-1, likely_C1).log()
+    logsumexp_C = logits_CV.amax(-1) - p_CV.amax(-1).log()
     finite_CV = logits_CV.clamp_min(torch.finfo(logits_CV.dtype).min)
     mean_C: Tensor = torch.linalg.vecdot(p_CV, finite_CV)
-    return (logsumexp_C1.squeeze(-1) - mean_C).clamp_min(0)
+    return (logsumexp_C - mean_C).clamp_min(0)
 
 
 @dataclass(frozen=True)

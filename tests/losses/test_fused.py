@@ -1,0 +1,148 @@
+"""Written-out gradients are those of autograd, whatever the logits, weights, temperature, head and chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from potstill import distill
+from potstill.errors import Fault
+from potstill.losses import objective as module
+from potstill.losses.divergences import forward_kl, reverse_kl
+from potstill.losses.objective import Objective
+from potstill.types import Head, HiddenTargets
+
+CASES = [(3, 47), (1, 2), (0, 5), (7, 123), (40, 1000)]
+OBJECTIVES = [
+    Objective(),
+    Objective(kd_weight=1.0, ce_weight=0.0),
+    Objective(kd_weight=0.0, ce_weight=1.0),
+    Objective(temperature=2.0, kd_weight=0.3, ce_weight=0.7),
+    Objective(temperature=0.5, chunk=2),
+    Objective(partial(forward_kl), chunk=3),
+]
+
+
+def made(N: int, V: int, dtype: torch.dtype = torch.float64, spread: float = 3.0, **head: object) -> tuple:
+    generator = torch.Generator().manual_seed(N * 1000 + V)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    hidden_ND, weight_VD = normal(N, 8), normal(V, 8) * spread / 3
+    targets = HiddenTargets(normal(N, 6), Head(normal(V, 6) * spread / 3))
+    labels_N = torch.randint(V, (N,), generator=generator)
+    return hidden_ND, Head(weight_VD, **head), labels_N, targets  # type: ignore[arg-type]
+
+
+def run(
+    objective: Objective, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: object
+) -> list[Tensor]:
+    """loss, ce, kd, and the gradients of hidden states, weights and bias."""
+    hidden_ND = hidden_ND.clone().requires_grad_()
+    weight_VD = head.weight_VD.clone().requires_grad_()
+    bias_V = None if head.bias_V is None else head.bias_V.clone().requires_grad_()
+    terms = objective(hidden_ND, replace(head, weight_VD=weight_VD, bias_V=bias_V), labels_N, targets)  # type: ignore[arg-type]
+    (terms["loss"] * 1.7).backward()  # type: ignore[no-untyped-call]
+    leaves = [hidden_ND, weight_VD, *([] if bias_V is None else [bias_V])]
+    return [
+        terms["loss"].detach(),
+        terms["ce"],
+        terms["kd"],
+        *(leaf.grad for leaf in leaves if leaf.grad is not None),
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_two_engines_agree(objective: Objective, case: tuple[int, int]) -> None:
+    given = made(*case)
+    ours, theirs = run(objective, *given), run(replace(objective, engine="reference"), *given)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 50, 3 * 123])
+def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = made(7, 123)
+    whole = run(Objective(), *given)
+    monkeypatch.setattr("potstill.losses.fused.IN_CACHE", block)
+    for one, other in zip(run(Objective(), *given), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def test_bias_scale_and_a_padded_end_go_through_and_a_softcap_goes_the_other_way() -> None:
+    bias_V = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    for options in ({"bias_V": bias_V, "scale": 0.3}, {"known": 41}, {"softcap": 5.0}):
+        hidden_ND, head, labels_N, targets = made(9, 50, **options)
+        if head.known:
+            labels_N = labels_N.clamp_max(40)
+            targets = HiddenTargets(targets.hidden_NE, replace(targets.head, known=41))
+        given = hidden_ND, head, labels_N, targets
+        theirs = run(Objective(engine="reference"), *given)
+        for one, other in zip(run(Objective(), *given), theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_ids_that_the_teacher_rules_out_and_logits_of_any_size_are_right() -> None:
+    generator = torch.Generator().manual_seed(3)
+    student_NV = torch.randn(5, 20, generator=generator, dtype=torch.float64) * 1e3
+    teacher_NV = torch.randn(5, 20, generator=generator, dtype=torch.float64) * 1e3
+    teacher_NV[:, 7:9] = -math.inf
+    identity = Head(torch.eye(20, dtype=torch.float64))
+    given = student_NV, identity, torch.arange(5), HiddenTargets(teacher_NV, lambda hidden: hidden)
+    before = teacher_NV.clone()
+    theirs = run(Objective(engine="reference"), *given)
+    for one, other in zip(run(Objective(), *given), theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert torch.equal(teacher_NV, before)  # an identity hands over the teacher's own numbers
+
+
+def test_equal_models_have_a_kd_of_exactly_zero_and_so_has_its_gradient() -> None:
+    hidden_ND, head, labels_N, _ = made(11, 300, torch.float32)
+    targets = HiddenTargets(hidden_ND, head)
+    loss, _, kd, *gradients = run(Objective(kd_weight=1.0, ce_weight=0.0), hidden_ND, head, labels_N, targets)
+    assert float(loss) == float(kd) == 0 and all(float(grad.abs().max()) == 0 for grad in gradients)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+def test_in_float32_it_is_no_further_from_float64_than_autograd(spread: float) -> None:
+    exact = run(Objective(engine="reference"), *made(40, 1000, spread=spread))
+    given = made(40, 1000, torch.float32, spread=spread)
+    ours, theirs = run(Objective(), *given), run(Objective(engine="reference"), *given)
+    for truth, one, other in zip(exact, ours, theirs, strict=True):
+        far, further = ((x.double() - truth).abs().max() for x in (one, other))
+        assert far <= 2 * further + 1e-6 * truth.abs().max(), (float(far), float(further))
+
+
+def test_other_divergences_and_logits_that_are_not_finite() -> None:
+    given = made(7, 123)
+    ours = run(Objective(reverse_kl), *given)
+    for one, other in zip(ours, run(Objective(reverse_kl, engine="reference"), *given), strict=True):
+        assert torch.equal(one, other)
+    hidden_ND, head, labels_N, targets = given
+    hidden_ND[2, 1] = math.nan
+    with pytest.raises(Fault, match="is nan"):
+        Objective()(hidden_ND, head, labels_N, targets)
+
+
+def test_a_recipe_says_which_engine(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = module.with_gradient
+    monkeypatch.setattr(module, "with_gradient", lambda *given: asked.append(1) or real(*given))
+    fused = distill(tiny_recipe(), out=tmp_path / "fused")
+    assert asked
+    asked.clear()
+    reference = distill(tiny_recipe(), overrides=["objective.engine=reference"], out=tmp_path / "reference")
+    assert not asked
+    first, second = fused.receipt()["heldout_last"], reference.receipt()["heldout_last"]
+    assert first == pytest.approx(second, rel=1e-4)
