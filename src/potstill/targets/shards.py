@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -94,11 +93,10 @@ class VerifiedFile:
     """Tensors of a safetensors file, read in slices; each block is hashed when it is first touched."""
 
     def __init__(self, path: Path, record: FileRecord) -> None:
-        with opened(path, "a file of targets", AGAIN) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != record.bytes:
-                raise UserError(f"{path}: has {size} bytes, the manifest says {record.bytes}. {AGAIN}")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        require_size(path, record)
+        size = record.bytes
+        # A map without a descriptor: a store may have more shards than a process may have open files.
+        self._map = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data
         self.path, self.record = path, record
         self._is_sound = bytearray(len(record.blocks))
         header_bytes = int.from_bytes(self.bytes(0, 8), "little")
@@ -107,14 +105,14 @@ class VerifiedFile:
         self.bytes(8, 8 + header_bytes)
         check_safetensors(path)
         self._start = 8 + header_bytes
-        header: dict[str, Any] = json.loads(self._map[8 : self._start])
+        header: dict[str, Any] = json.loads(bytes(self._map[8 : self._start]))
         self.header = {name: entry for name, entry in header.items() if name != "__metadata__"}
 
     def bytes(self, first: int, last: int) -> bytearray:
         """Of the file, sound; UserError where they are not what the manifest says."""
         for number in range(first // BLOCK_BYTES, -(-last // BLOCK_BYTES)):
             if not self._is_sound[number]:
-                block = memoryview(self._map)[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+                block = self._map[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
                 if block_hash(block) != self.record.blocks[number]:
                     raise UserError(
                         f"{self.path}: damaged: block {number} (bytes {number * BLOCK_BYTES} to"
@@ -134,6 +132,14 @@ class VerifiedFile:
             return torch.empty(0, *shape[1:], dtype=dtype)
         data = self.bytes(begin + first * each, begin + last * each)
         return torch.frombuffer(data, dtype=dtype).view(last - first, *shape[1:])
+
+
+def require_size(path: Path, record: FileRecord) -> None:
+    """Refuse what is no plain file, or a file of another size."""
+    with opened(path, "a file of targets", AGAIN) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size != record.bytes:
+        raise UserError(f"{path}: has {size} bytes, the manifest says {record.bytes}. {AGAIN}")
 
 
 @dataclass
