@@ -166,10 +166,12 @@ class TopK:
 
     def encode(self, hidden_PE: Tensor, head: Head, uniforms: Uniforms) -> Row:
         ids, logp = [], []
-        for _, p_CV, _ in distributions(hidden_PE, head, self.temperature):
-            ids_CK, p_CK = sampling.top_k(p_CV, self.k)
+        for _, p_CV, logits_CV in distributions(hidden_PE, head, self.temperature):
+            ids_CK, _ = sampling.top_k(p_CV, self.k)
             ids.append(ids_CK)
-            logp.append(p_CK.log().clamp_min(-1e4).to(DTYPES[self.dtype]))
+            # Not the logarithm of a probability, which is 0 where it is too small.
+            logp_CK = logits_CV.gather(-1, ids_CK) - logits_CV.logsumexp(-1, keepdim=True)
+            logp.append(logp_CK.to(DTYPES[self.dtype]))
         packed = pack_ids(torch.cat(ids).cpu().numpy().reshape(-1), id_bits(self.num_ids))
         return {"ids": torch.from_numpy(packed), "logp": torch.cat(logp).cpu()}
 

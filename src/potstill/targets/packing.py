@@ -69,7 +69,7 @@ def to_int8(hidden_NE: Tensor) -> tuple[Tensor, Tensor]:
         UserError: states beyond 127 times what float16 holds.
     """
     N, E = hidden_NE.shape
-    groups_NGW = torch.nn.functional.pad(hidden_NE.float(), (0, -E % GROUP)).view(N, -1, GROUP)
+    groups_NGW = torch.nn.functional.pad(hidden_NE.float(), (0, -E % GROUP)).view(N, -(-E // GROUP), GROUP)
     largest_NG = groups_NGW.abs().amax(-1)
     if N and (largest := float(largest_NG.max())) > 127 * torch.finfo(torch.float16).max:
         raise UserError(
@@ -79,7 +79,7 @@ def to_int8(hidden_NE: Tensor) -> tuple[Tensor, Tensor]:
     scale_NG = (largest_NG / 127).half()
     scale_NG = torch.where(scale_NG.float() * 127 < largest_NG, _next_half(scale_NG), scale_NG)
     quantised = (groups_NGW / scale_NG.float().clamp_min(1e-30)[..., None]).round().clamp(-127, 127)
-    return quantised.view(N, -1)[:, :E].to(torch.int8), scale_NG
+    return quantised.flatten(1)[:, :E].to(torch.int8), scale_NG
 
 
 def from_int8(quantised_NE: Tensor, scale_NG: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def variance(p_V: Tensor, threshold: float) -> float:
     ids_CK, _ = _keep(p_V[None].float(), threshold)
     rest_V = p_V.double().clone()
     rest_V[ids_CK[0][ids_CK[0] >= 0]] = 0
-    r = float(rest_V.sum())
+    r = min(float(rest_V.sum()), 1.0)
     m = max(math.ceil(r / threshold - 1e-9), 1)
     return float((rest_V * (r / m - rest_V)).sum())
 
@@ -132,7 +132,8 @@ def _keep(p_CV: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     p_CK[at_C, place], ids_CK[at_C, place] = p_CV[at_C, ids], ids
     p_CK, order_CK = p_CK.sort(dim=-1, descending=True, stable=True)
     ids_CK = ids_CK.gather(1, order_CK)
-    rest_CK = 1 - (p_CK.double().cumsum(-1) - p_CK)  # what is left where the ids before are kept
+    # What is left where the ids before are kept; where they are all, their sum may be above 1 by rounding.
+    rest_CK = (1 - (p_CK.double().cumsum(-1) - p_CK)).clamp_min(0)
     stands_for_CK = rest_CK / (rest_CK / threshold - 1e-9).ceil().clamp_min(1)
     enough_CK = (p_CK <= threshold) & (p_CK <= stands_for_CK)
     num_kept_C = enough_CK.int().argmax(-1)  # the last column is empty, so there is one
