@@ -200,7 +200,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
-        self.records = {said["file"]: _record(said, path / MANIFEST) for said in self.manifest["files"]}
+        records = [_record(said, path / MANIFEST) for said in self.manifest["files"]]
+        self.records = {record.file: record for record in records}
         self.kind = kind_of(self.manifest)
         self.files, self._shards = Files(path), dict[str, Shard]()
         for name, record in self.records.items():
@@ -208,11 +209,9 @@ class Store:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        folder = self.path / TOKENIZER
-        for said in self.manifest["tokenizer"]:
-            for flaw in flaws(folder / said["file"], _record(said, folder)):
-                raise UserError(flaw)
-        return folder if self.manifest["tokenizer"] else None
+        for flaw in _tokenizer_flaws(self.path, self.manifest):
+            raise UserError(flaw)
+        return self.path / TOKENIZER if self.manifest["tokenizer"] else None
 
     @cached_property
     def head(self) -> Head:
@@ -282,7 +281,7 @@ def read_manifest(path: Path) -> Json:
 def verify(path: Path) -> Iterator[str]:
     """Every flaw of a store, its files read to the last byte; nothing where it is sound."""
     manifest = read_manifest(path)
-    records = {path / one["file"]: one for one in manifest["files"]}
+    records = {path / _record(one, path / MANIFEST).file: one for one in manifest["files"]}
     settings = {name: manifest[name] for name in manifest if name not in ADDED}
     texts = {path / MANIFEST: manifest, path / CAPTURE: settings, path / CERTIFICATE: manifest["certificate"]}
     for place, tree in (texts | {file.with_suffix(".json"): one for file, one in records.items()}).items():
@@ -292,14 +291,24 @@ def verify(path: Path) -> Iterator[str]:
                     yield f"{place}: is not what was written. {AGAIN}"
         except UserError as error:
             yield str(error)
-    for file, one in (
-        records | {path / TOKENIZER / one["file"]: one for one in manifest["tokenizer"]}
-    ).items():
+    for file, one in records.items():
         yield from flaws(file, _record(one, path / MANIFEST))
-    known = {*records, *texts, *(file.with_suffix(".json") for file in records)}
-    known |= {path / TOKENIZER / one["file"] for one in manifest["tokenizer"]} | {path / TOKENIZER}
-    found = [Path(entry.path) for folder in (path, path / TOKENIZER) for entry in listed(folder)]
-    yield from (f"{file}: not in the manifest. Remove it." for file in found if file not in known)
+    yield from _tokenizer_flaws(path, manifest)
+    known = {path / TOKENIZER, *records, *texts, *(file.with_suffix(".json") for file in records)}
+    yield from _unknown(path, known)
+
+
+def _tokenizer_flaws(path: Path, manifest: Json) -> Iterator[str]:
+    folder = path / TOKENIZER
+    for said in manifest["tokenizer"]:
+        yield from flaws(folder / said["file"], _record(said, path / MANIFEST))
+    yield from _unknown(folder, {folder / said["file"] for said in manifest["tokenizer"]})
+
+
+def _unknown(folder: Path, known: set[Path]) -> Iterator[str]:
+    for entry in listed(folder):
+        if folder / entry.name not in known:
+            yield f"{folder / entry.name}: not in the manifest. Remove it."
 
 
 def listed_files(path: Path) -> list[Path]:
