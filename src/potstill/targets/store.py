@@ -291,8 +291,8 @@ def verify(path: Path) -> Iterator[str]:
                     yield f"{place}: is not what was written. {AGAIN}"
         except UserError as error:
             yield str(error)
-    for file, one in records.items():
-        yield from flaws(file, _record(one, path / MANIFEST))
+    for kept, one in records.items():
+        yield from flaws(kept, _record(one, path / MANIFEST))
     yield from _tokenizer_flaws(path, manifest)
     known = {path / TOKENIZER, *records, *texts, *(file.with_suffix(".json") for file in records)}
     yield from _unknown(path, known)
