@@ -194,6 +194,8 @@ def make_student(
     asked = recipe.student
     if saved is not None:
         return from_checkpoint(saved, device), {"name": "checkpoint", "model": str(saved)}
+    if isinstance(teacher, StoredTeacher) and recipe.teacher.model and asked.name != "cut":  # type: ignore[union-attr]
+        captured_model(recipe, teacher, device)  # what a recipe names, a receipt repeats: it must be true
     if asked.name == "checkpoint":
         return from_checkpoint(asked.model, device), {"name": "checkpoint", "model": asked.model}
     if asked.name == "config":

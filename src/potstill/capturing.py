@@ -6,7 +6,6 @@ What it will take is told before anything is written, what it is worth is measur
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,20 @@ from potstill import recipe_sections
 from potstill.assembly import Cast, assemble
 from potstill.display import Display, clock, size
 from potstill.errors import UserError
+from potstill.plain_files import read_object
 from potstill.proof.certificate import certificate
 from potstill.proof.plan import available
 from potstill.recipe import Recipe
 from potstill.targets.kinds import DEFAULT_BYTES, k_of, planned_bytes, threshold_of
+from potstill.targets.shards import AGAIN
 from potstill.targets.store import (
     CAPTURE,
     CERTIFICATE,
+    HEAD,
     HELDOUT,
     HELDOUT_KIND,
     SCHEMA,
+    Files,
     StoreWriter,
     kind_of,
     read_manifest,
@@ -63,29 +66,24 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     settings = settings_of(cast, _begun(out))
     shards = settings["shards"]
     mine = range((number - 1) * shards // parts, number * shards // parts)
-    _tell(settings, cast, out, display)
+    _tell(settings, cast, out, mine, display)
     writer = StoreWriter.open(out, settings)
-    writer.lock(mine)
-    if number == 1:
-        writer.write_head(teacher.model.head)
-        writer.write_tokenizer(cast.tokenizer)
-        writer.write(
-            out / HELDOUT,
-            lambda file: capture_shard(
-                file, teacher, held, range(len(held)), HELDOUT_KIND, 0, loaded.capture.rows_per_batch
-            ),
-        )
-    _capture_shards(cast, settings, writer, mine, display)
-    if number == 1 and not (out / CERTIFICATE).exists():
-        display.note("certificate: on the held-out rows")
-        found = certificate(
-            cast.student,
-            teacher,
-            held,
-            kind_of(settings),
-            settings["kind"].get("seed", 0),
-        )
-        write_json(out / CERTIFICATE, found)
+    with writer.only(mine):
+        if number == 1:
+            writer.write_head(teacher.model.head)
+            writer.write_tokenizer(cast.tokenizer)
+            writer.write(
+                out / HELDOUT,
+                lambda file: capture_shard(
+                    file, teacher, held, range(len(held)), HELDOUT_KIND, 0, loaded.capture.rows_per_batch
+                ),
+            )
+        _capture_shards(cast, settings, writer, mine, display)
+        if number == 1 and not (out / CERTIFICATE).exists():
+            display.note("certificate: on the held-out rows")
+            seed = settings["kind"].get("seed", 0)
+            found = certificate(cast.student, teacher, held, kind_of(settings), seed)
+            write_json(out / CERTIFICATE, found)
     return read_manifest(out) if writer.finish() else None
 
 
@@ -129,6 +127,7 @@ def settings_of(cast: Cast, begun: Json | None) -> Json:
         "head": {"scale": head.scale, "softcap": head.softcap, "width": head.weight_VD.shape[1]},
         "corpus": {name: cast.corpus.manifest[name] for name in (*OF_CORPUS, "fingerprint", "train_rows")},
         "rows": len(numbers),
+        "runs": _runs(numbers),
         "rows_per_batch": asked.rows_per_batch,
         "rows_per_shard": each,
         "shards": -(-len(numbers) // each),
@@ -136,23 +135,36 @@ def settings_of(cast: Cast, begun: Json | None) -> Json:
     }
 
 
-def _tell(settings: Json, cast: Cast, out: Path, display: Display) -> None:
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """Rising numbers as first and last of each gapless run."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return runs
+
+
+def _tell(settings: Json, cast: Cast, out: Path, mine: range, display: Display) -> None:
     """What will be written, and where; UserError where the disk has no room for it."""
     ids, width = settings["vocabulary"]["ids"], settings["head"]["width"]
     each = planned_bytes(settings["kind"], ids, width)
     held = 4 * width * cast.corpus.manifest["heldout_positions"]
     head = cast.teacher.model.head.weight_VD.nbytes if isinstance(cast.teacher, TorchTeacher) else 0
-    whole = int(each * settings["positions"]) + held + head
+    once, rows = held + head, each * settings["positions"]
     _, free = available(cast.recipe, out)
-    there = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     kind = ", ".join(f"{name} {value}" for name, value in settings["kind"].items() if value is not None)
     display.note(
         f"targets: {kind}; {settings['positions']} positions of {settings['rows']} rows, about {each:.3g}"
-        f" bytes each; with held-out rows and head {size(whole)} into {out}, {size(free)} free"
+        f" bytes each; with held-out rows and head {size(int(once + rows))} into {out}, {size(free)} free"
     )
-    if whole - there > free:
+    files = [Files(out).shard(number) for number in mine] + [out / HEAD, out / HELDOUT]
+    there = sum(file.stat().st_size for file in files if file.exists())
+    needed = int(rows * len(mine) / settings["shards"]) + (0 if mine.start else once) - there
+    if needed > free:
         raise UserError(
-            f"{out}: {size(whole - there)} are needed and {size(free)} free. Make room, or capture fewer."
+            f"{out}: {size(needed)} are needed and {size(free)} free. Make room, or capture fewer."
         )
 
 
@@ -203,7 +215,7 @@ def _found_threshold(cast: Cast, wanted: float) -> float:
 
 def _begun(out: Path) -> Json | None:
     place = out / CAPTURE
-    return json.loads(place.read_bytes()) if place.exists() else None
+    return read_object(place, AGAIN) if place.exists() else None
 
 
 def _part(part: str | None) -> tuple[int, int]:

@@ -197,7 +197,7 @@ class SampledCapture(AnyCapture):
     """An unbiased sample of each distribution, for forward KL at the recipe's temperature."""
     bytes_per_position: Positive | None = None
     """Bytes of a position's targets on average, which a threshold is found for; null: 32, or by threshold."""
-    threshold: Annotated[float, Interval(ge=1e-5, le=1)] | None = None
+    threshold: Annotated[float, Interval(ge=1e-4, le=1)] | None = None
     """Probability above which an id is kept at its own; smaller is finer. null: by bytes_per_position."""
     seed: Seed = 0
     """Seed of the draws."""

@@ -111,7 +111,7 @@ def _push(folder: Path, options: argparse.Namespace, display: Display) -> None:
 
 
 def _show(folder: Path, manifest: dict[str, Any], as_json: bool, display: Display) -> None:
-    told = {name: value for name, value in manifest.items() if name not in ("files", "seal")}
+    told = {name: value for name, value in manifest.items() if name not in ("files", "runs", "seal")}
     if as_json:
         display.result(json.dumps({"store": str(folder)} | told, indent=2))
         return

@@ -43,7 +43,10 @@ def certificate(student: Student, teacher: TorchTeacher, rows: Rows, kind: Kind,
     for number in range(len(rows)):
         batch = rows.batch([number]).to(student.model.device)
         (one,) = captured(teacher, rows, [number], kind, seed, 1)
-        pair = teacher.targets(batch), kind.decode(one.kept, teacher.model.head)
+        stored = kind.decode(one.kept, teacher.model.head)
+        if isinstance(stored, SparseTargets):
+            stored = stored.to(student.model.device)
+        pair = teacher.targets(batch), stored
         with torch.no_grad():
             hidden_ND = student.hidden_ND(batch)
         of_hidden = []
@@ -103,11 +106,11 @@ def _compared(full: Targets, stored: Targets, temperature: float, num_ids: int) 
             sums["kl_to_stored"] += _kl(full_NV, stored_NV)
             sums["captured_mass"] += shape[0]
             continue
-        ids_NK = some.ids_NK.to(full_NV.device)
+        ids_NK = some.ids_NK
         is_id_NK = ids_NK >= 0
         kept_NV = torch.zeros_like(full_NV).scatter_add_(-1, ids_NK.clamp_min(0), is_id_NK.float()) > 0
         sums["captured_mass"] += float(full_NV.exp()[kept_NV].sum())
-        p_NK = some.logp_NK.to(full_NV.device).exp()
+        p_NK = some.logp_NK.exp()
         if some.has_bucket:
             rest_N = (1 - p_NK.sum(-1)).clamp_min(1e-12) / (num_ids - ids_NK.shape[1] or 1)
             stored_NV = rest_N.log()[:, None].expand_as(full_NV).scatter(-1, ids_NK, p_NK.log())

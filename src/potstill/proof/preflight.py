@@ -371,7 +371,8 @@ def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
 def _teacher_logp(cast: Cast, batch: Batch) -> torch.Tensor:
     targets = ask(cast.teacher, batch, BEFORE)[:16]
     nothing_NV = torch.zeros(len(targets), cast.student.model.head.num_ids, device=cast.device)
-    return targets.on_support(nothing_NV, 1.0)[1].clamp_min(-100)
+    at = getattr(targets, "temperature", 1.0)  # few ids know one temperature alone
+    return targets.on_support(nothing_NV, at)[1].clamp_min(-100)
 
 
 def _student_logits(cast: Cast, batch: Batch) -> torch.Tensor:

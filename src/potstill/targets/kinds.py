@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from potstill.errors import UserError
 from potstill.targets import sampling
 from potstill.targets.packing import (
     GROUP,
@@ -37,6 +38,8 @@ from potstill.targets.sparse import SparseTargets
 from potstill.types import Head, HiddenTargets, Targets
 
 DEFAULT_BYTES = 32.0
+FINEST = 1e-4
+"""Smallest threshold: below it a position may need more ids than the top of many a vocabulary."""
 AT_ONCE = 64
 """Positions whose distributions exist at once."""
 Row = dict[str, Tensor]
@@ -119,19 +122,14 @@ class Sampled:
 
     def _coded(self, sample: sampling.Sample, uniforms: Uniforms) -> Row:
         kept_C = (sample.kept_ids_CK >= 0).sum(-1)
-        codes_CK = torch.stack(
-            [
-                to_levels(p_C.clamp_min(self.smallest), self.smallest, uniforms.get(KEPT + k))
-                for k, p_C in enumerate(sample.kept_p_CK.unbind(-1))
-            ],
-            dim=-1,
-        )
-        behind_CK = torch.arange(1, codes_CK.shape[1] + 1, device=kept_C.device) < kept_C[:, None]
+        others_CK = sample.kept_p_CK[:, 1:]
+        is_other_CK = sample.kept_ids_CK[:, 1:] >= 0
+        codes_CK = to_levels(others_CK.clamp_min(self.smallest), self.smallest, uniforms.get(KEPT))
         ids_CK = torch.cat([sample.kept_ids_CK, sample.drawn_ids_CM], -1)
         return {
             "kept": kept_C.to(self.count_dtype),
             "tail": sample.tail_C.to(torch.uint16),
-            "p": codes_CK[:, 1:][behind_CK[:, :-1]],
+            "p": codes_CK[is_other_CK],
             "ids": ids_CK[ids_CK >= 0],
         }
 
@@ -167,10 +165,12 @@ class TopK:
 
     def encode(self, hidden_PE: Tensor, head: Head, uniforms: Uniforms) -> Row:
         ids, logp = [], []
-        for _, p_CV, _ in distributions(hidden_PE, head, self.temperature):
-            ids_CK, p_CK = sampling.top_k(p_CV, self.k)
+        for _, p_CV, logits_CV in distributions(hidden_PE, head, self.temperature):
+            ids_CK, _ = sampling.top_k(p_CV, self.k)
             ids.append(ids_CK)
-            logp.append(p_CK.log().clamp_min(-1e4).to(DTYPES[self.dtype]))
+            # Not the logarithm of a probability, which is 0 where it is too small.
+            logp_CK = logits_CV.gather(-1, ids_CK) - logits_CV.logsumexp(-1, keepdim=True)
+            logp.append(logp_CK.to(DTYPES[self.dtype]))
         packed = pack_ids(torch.cat(ids).cpu().numpy().reshape(-1), id_bits(self.num_ids))
         return {"ids": torch.from_numpy(packed), "logp": torch.cat(logp).cpu()}
 
@@ -181,9 +181,14 @@ class TopK:
 
 
 def k_of(bytes_per_position: float, num_ids: int, dtype: str) -> int:
-    """Ids of top-k that so many bytes hold, at least 1."""
+    """Ids of top-k that so many bytes hold; UserError where they hold none."""
     each = id_bits(num_ids) / 8 + DTYPES[dtype].itemsize
-    return min(max(int(bytes_per_position / each), 1), num_ids)
+    if bytes_per_position < each:
+        raise UserError(
+            f"capture.bytes_per_position: {bytes_per_position:g}, and one id of {num_ids} takes {each:.3g}."
+            " Set it higher."
+        )
+    return min(int(bytes_per_position / each), num_ids)
 
 
 def planned_bytes(kind: dict[str, Any], num_ids: int, width: int) -> float:
@@ -204,8 +209,8 @@ def planned_bytes(kind: dict[str, Any], num_ids: int, width: int) -> float:
         case _ if kind["bytes_per_position"] or not kind["threshold"]:
             return float(kind["bytes_per_position"] or DEFAULT_BYTES)
         case _:
-            drawn = torch.tensor([math.ceil(1 / kind["threshold"])])
-            return sampled_bytes(kind["threshold"], drawn * 0, drawn, num_ids)
+            most = torch.tensor([math.ceil(1 / kind["threshold"])])
+            return sampled_bytes(kind["threshold"], most, most * 0, num_ids)
 
 
 def sampled_bytes(threshold: float, kept_C: Tensor, drawn_C: Tensor, num_ids: int) -> float:
@@ -216,7 +221,11 @@ def sampled_bytes(threshold: float, kept_C: Tensor, drawn_C: Tensor, num_ids: in
 
 
 def threshold_of(bytes_per_position: float, hidden_PE: Tensor, head: Head, temperature: float) -> float:
-    """The smallest threshold, to three digits, whose samples of these positions need no more bytes."""
+    """The smallest threshold, to three digits, whose samples of these positions need no more bytes.
+
+    Raises:
+        UserError: fewer bytes than one id needs.
+    """
     all_p = [p_CV for _, p_CV, _ in distributions(hidden_PE, head, temperature)]
 
     def needed(threshold: float) -> float:
@@ -224,7 +233,12 @@ def threshold_of(bytes_per_position: float, hidden_PE: Tensor, head: Head, tempe
         kept_C, drawn_C = (torch.cat(list(column)) for column in zip(*counts, strict=True))
         return sampled_bytes(threshold, kept_C, drawn_C, head.num_ids)
 
-    low, high = math.log(1e-5), 0.0
+    if (least := needed(1.0)) > bytes_per_position:
+        raise UserError(
+            f"capture.bytes_per_position: {bytes_per_position:g}, and one id of {head.num_ids} takes"
+            f" {least:.3g}. Set it higher."
+        )
+    low, high = math.log(FINEST), 0.0
     while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if needed(math.exp(middle)) > bytes_per_position else (low, middle)

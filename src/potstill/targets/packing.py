@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.errors import UserError
+
 GROUP = 64  # hidden states that share a scale
 LEVELS = 255
 
@@ -48,23 +50,36 @@ def level(code: Tensor, smallest: float) -> Tensor:
     return torch.exp(math.log(smallest) * (1 - code.double() / LEVELS))
 
 
-def to_levels(p: Tensor, smallest: float, uniforms: Tensor) -> Tensor:
-    """uint8 codes of probabilities from `smallest` to 1, rounded up or down each right on average."""
-    below = ((1 - p.double().log() / math.log(smallest)) * LEVELS).floor().clamp(0, LEVELS - 1)
-    low, high = level(below, smallest), level(below + 1, smallest)
-    return (below + (uniforms < (p.double() - low) / (high - low))).to(torch.uint8)
+def to_levels(p_CK: Tensor, smallest: float, uniforms_C: Tensor) -> Tensor:
+    """uint8 codes of probabilities from `smallest` to 1, falling in each row: rounded up or down each right
+    on average, and one for the other, so that a row's sum is off by one step of its first at most.
+    """
+    below_CK = ((1 - p_CK.double().log() / math.log(smallest)) * LEVELS).floor().clamp(0, LEVELS - 1)
+    low_CK, high_CK = level(below_CK, smallest), level(below_CK + 1, smallest)
+    share_CK = ((p_CK.double() - low_CK) / (high_CK - low_CK)).clamp(0, 1)
+    upto_CK = (share_CK.cumsum(-1) + uniforms_C[:, None]).floor()
+    is_up_CK = upto_CK.diff(dim=-1, prepend=torch.zeros_like(uniforms_C)[:, None])
+    return (below_CK + is_up_CK).to(torch.uint8)
 
 
 def to_int8(hidden_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of hidden_NE in groups of GROUP neighbours, and a float16 scale for each group."""
+    """int8 of hidden_NE in groups of GROUP neighbours, and a float16 scale for each group.
+
+    Raises:
+        UserError: states beyond 127 times what float16 holds.
+    """
     N, E = hidden_NE.shape
-    groups_NGW = torch.nn.functional.pad(hidden_NE.float(), (0, -E % GROUP)).view(N, -1, GROUP)
+    groups_NGW = torch.nn.functional.pad(hidden_NE.float(), (0, -E % GROUP)).view(N, -(-E // GROUP), GROUP)
     largest_NG = groups_NGW.abs().amax(-1)
+    if N and (largest := float(largest_NG.max())) > 127 * torch.finfo(torch.float16).max:
+        raise UserError(
+            f"targets: a hidden state of {largest:.3g} is beyond int8. Set capture.dtype: bfloat16."
+        )
     # Rounded up to float16: the largest of a group must not fall beyond 127.
     scale_NG = (largest_NG / 127).half()
     scale_NG = torch.where(scale_NG.float() * 127 < largest_NG, _next_half(scale_NG), scale_NG)
     quantised = (groups_NGW / scale_NG.float().clamp_min(1e-30)[..., None]).round().clamp(-127, 127)
-    return quantised.view(N, -1)[:, :E].to(torch.int8), scale_NG
+    return quantised.flatten(1)[:, :E].to(torch.int8), scale_NG
 
 
 def from_int8(quantised_NE: Tensor, scale_NG: Tensor) -> Tensor:

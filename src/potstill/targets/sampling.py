@@ -30,7 +30,9 @@ BLOCK = 128  # ids whose mass is summed first: a draw looks into one block alone
 TAIL_LEVELS = 65535
 """The rest r of a position is known in steps of this fraction, rounded up or down at random to its mean."""
 DRAW, TAIL, KEPT = 0, 1, 2
-"""Streams of random numbers of a position; the k-th kept probability is rounded by number KEPT + k."""
+"""Streams of random numbers of a position: its draw, the rounding of its rest, and of what is kept."""
+LOOKED_INTO = 2**22
+"""Ids whose mass is summed at once, to find which one a draw falls on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +71,21 @@ def threshold_sample(p_CV: Tensor, threshold: float, uniforms: Uniforms) -> Samp
     is_drawn_CM = turn_M < drawn_C[:, None]
     step_C = total_C / drawn_C.clamp_min(1)
     at_CM = ((uniforms.get(DRAW)[:, None] + turn_M) * step_C[:, None]).where(is_drawn_CM, 0.0)
+    width = max(LOOKED_INTO // (BLOCK * max(C, 1)), 1)
+    found = [_id_at(blocks_CBW, upto_CB, part_CM) for part_CM in torch.split(at_CM, width, dim=1)]
+    return Sample(kept_ids_CK, kept_p_CK, torch.cat(found, 1).where(is_drawn_CM, -1), tail_C)
+
+
+def _id_at(blocks_CBW: Tensor, upto_CB: Tensor, at_CM: Tensor) -> Tensor:
+    """The id in whose share of the mass each of at_CM lies; upto_CB is the mass up to each block's end."""
+    # Never past the last id that has any mass, whatever the rounding of the sums.
+    at_CM = torch.minimum(at_CM, upto_CB[:, -1:] * (1 - 1e-12))
     block_CM = torch.searchsorted(upto_CB, at_CM, right=True).clamp_max(upto_CB.shape[1] - 1)
     before_CM = F.pad(upto_CB, (1, 0)).gather(1, block_CM)
-    inside_CMW = blocks_CBW[torch.arange(C, device=p_CV.device)[:, None], block_CM].double().cumsum(-1)
-    # Never past the last id that has any mass, whatever the rounding of the two sums.
+    inside_CMW = blocks_CBW[torch.arange(len(at_CM), device=at_CM.device)[:, None], block_CM]
+    inside_CMW = inside_CMW.double().cumsum(-1)
     at_CM = torch.minimum((at_CM - before_CM).clamp_min(0.0), inside_CMW[..., -1] * (1 - 1e-9))
-    within_CM = torch.searchsorted(inside_CMW, at_CM[..., None], right=True).squeeze(-1)
-    ids_CM = (block_CM * BLOCK + within_CM).where(is_drawn_CM, -1)
-    return Sample(kept_ids_CK, kept_p_CK, ids_CM, tail_C)
+    return block_CM * BLOCK + torch.searchsorted(inside_CMW, at_CM[..., None], right=True).squeeze(-1)
 
 
 def num_drawn(tail_C: Tensor, threshold: float) -> Tensor:
@@ -103,7 +112,7 @@ def variance(p_V: Tensor, threshold: float) -> float:
     ids_CK, _ = _keep(p_V[None].float(), threshold)
     rest_V = p_V.double().clone()
     rest_V[ids_CK[0][ids_CK[0] >= 0]] = 0
-    r = float(rest_V.sum())
+    r = min(float(rest_V.sum()), 1.0)
     m = max(math.ceil(r / threshold - 1e-9), 1)
     return float((rest_V * (r / m - rest_V)).sum())
 
@@ -123,7 +132,8 @@ def _keep(p_CV: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     p_CK[at_C, place], ids_CK[at_C, place] = p_CV[at_C, ids], ids
     p_CK, order_CK = p_CK.sort(dim=-1, descending=True, stable=True)
     ids_CK = ids_CK.gather(1, order_CK)
-    rest_CK = 1 - (p_CK.double().cumsum(-1) - p_CK)  # what is left where the ids before are kept
+    # What is left where the ids before are kept; where they are all, their sum may be above 1 by rounding.
+    rest_CK = (1 - (p_CK.double().cumsum(-1) - p_CK)).clamp_min(0)
     stands_for_CK = rest_CK / (rest_CK / threshold - 1e-9).ceil().clamp_min(1)
     enough_CK = (p_CK <= threshold) & (p_CK <= stands_for_CK)
     num_kept_C = enough_CK.int().argmax(-1)  # the last column is empty, so there is one

@@ -96,10 +96,8 @@ class VerifiedFile:
     """
 
     def __init__(self, path: Path, record: FileRecord) -> None:
-        with opened(path, "a file of targets", AGAIN) as file:
-            size = os.fstat(file.fileno()).st_size
-        if size != record.bytes:
-            raise UserError(f"{path}: has {size} bytes, the manifest says {record.bytes}. {AGAIN}")
+        require_size(path, record)
+        size = record.bytes
         self.path, self.record = path, record
         self._is_sound = bytearray(len(record.blocks))
         header_bytes = int.from_bytes(self.bytes(0, 8), "little")
@@ -150,6 +148,14 @@ class VerifiedFile:
             return torch.empty(0, *shape[1:], dtype=dtype)
         data = self.bytes(begin + first * each, begin + last * each)
         return torch.frombuffer(data, dtype=dtype).view(last - first, *shape[1:])
+
+
+def require_size(path: Path, record: FileRecord) -> None:
+    """Refuse what is no plain file, or a file of another size."""
+    with opened(path, "a file of targets", AGAIN) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size != record.bytes:
+        raise UserError(f"{path}: has {size} bytes, the manifest says {record.bytes}. {AGAIN}")
 
 
 @dataclass

@@ -44,6 +44,11 @@ class SparseTargets:
             self, ids_NK=self.ids_NK[positions], logp_NK=self.logp_NK[positions], entropy_N=entropy_N
         )
 
+    def to(self, device: torch.device) -> SparseTargets:
+        entropy_N = None if self.entropy_N is None else self.entropy_N.to(device)
+        ids_NK, logp_NK = self.ids_NK.to(device), self.logp_NK.to(device)
+        return replace(self, ids_NK=ids_NK, logp_NK=logp_NK, entropy_N=entropy_N)
+
     def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         if temperature != self.temperature:
             raise UserError(

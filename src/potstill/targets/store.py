@@ -21,20 +21,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.plain_files import opened, read_object
-from potstill.runs.durable import flush, listed, write_whole, writing
+from potstill.runs.durable import flush, listed, replace_folder, write_whole, writing
 from potstill.targets.kinds import Hidden, Kind, Sampled, TopK
-from potstill.targets.shards import AGAIN, FileRecord, Shard, VerifiedFile, flaws
+from potstill.targets.shards import AGAIN, BLOCK_BYTES, FileRecord, Shard, VerifiedFile, flaws, require_size
 from potstill.types import Head
 
 SCHEMA = 1
@@ -56,6 +59,17 @@ def kind_of(settings: Json) -> Kind:
             return Sampled(kept["threshold"], ids, temperature)
         case _:
             return TopK(kept["k"], kept["dtype"], ids, temperature)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Writers that begin or end together wait for each other; a kill frees the next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,6 @@ class StoreWriter:
     def __init__(self, path: Path, settings: Json) -> None:
         self.files = Files(path)
         self.settings = settings
-        self._lock: int | None = None
 
     @classmethod
     def open(cls, path: Path, settings: Json) -> StoreWriter:
@@ -95,26 +108,37 @@ class StoreWriter:
             UserError: another capture's folder, or one that is no capture's.
         """
         place = path / CAPTURE
-        if place.exists():
-            require_equal(path, read_object(place, AGAIN), settings)
-        elif path.exists() and listed(path):
-            raise UserError(f"{path}: exists and is no capture. Give --out a folder that is not there yet.")
-        else:
-            with writing(path):
-                path.mkdir(parents=True, exist_ok=True)
-            write_json(place, settings)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(path):
+            if place.exists():
+                require_equal(path, read_object(place, AGAIN), settings)
+            elif {file.name for file in listed(path)} - {f"{CAPTURE}.new"}:
+                raise UserError(
+                    f"{path}: exists and is no capture. Give --out a folder that is not there yet."
+                )
+            else:
+                write_json(place, settings)
         return cls(path, settings)
 
-    def lock(self, shards: range) -> None:
-        """Refuse a second writer of any of these shards, for as long as this process lives."""
-        self._lock = self._lock or os.open(self.files.path / CAPTURE, os.O_RDWR)
+    @contextmanager
+    def only(self, shards: range) -> Iterator[None]:
+        """Refuse a second writer of any of these shards; the first shard's writes what is there once, too."""
+        # Closing any descriptor of a file gives up what POSIX locks a process has on it: of the folder's
+        # settings, which nothing opens in between.
+        descriptor = os.open(self.files.path / CAPTURE, os.O_RDWR)
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, max(len(shards), 1), shards.start)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, max(len(shards), 1), shards.start)
         except OSError as error:
+            os.close(descriptor)
             raise UserError(
                 f"{self.files.path}: another process captures shards of {shards.start} to {shards.stop - 1}."
                 " Wait for it, or give --part a part of its own."
             ) from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     def write(self, file: Path, save: Callable[[Path], FileRecord]) -> FileRecord:
         """`save` a file unless it is there and whole."""
@@ -131,9 +155,8 @@ class StoreWriter:
         self.write(self.files.path / HEAD, lambda file: _saved(file, data))
 
     def write_tokenizer(self, tokenizer: Any | None) -> None:
-        if tokenizer is not None:
-            with writing(self.files.path / TOKENIZER):
-                tokenizer.save_pretrained(self.files.path / TOKENIZER)
+        if tokenizer is not None and not (self.files.path / TOKENIZER).exists():
+            replace_folder(self.files.path / TOKENIZER, tokenizer.save_pretrained)
 
     def missing(self, shards: range) -> list[int]:
         """Those of the shards that are not whole."""
@@ -141,7 +164,8 @@ class StoreWriter:
 
     def finish(self) -> bool:
         """Write the manifest if all is there; whether it was."""
-        return write_manifest(self.files.path, self.settings)
+        with one_at_a_time(self.files.path):
+            return write_manifest(self.files.path, self.settings)
 
 
 def write_manifest(path: Path, settings: Json) -> bool:
@@ -176,16 +200,18 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
-        self.records = {said["file"]: _record(said, path / MANIFEST) for said in self.manifest["files"]}
+        records = [_record(said, path / MANIFEST) for said in self.manifest["files"]]
+        self.records = {record.file: record for record in records}
         self.kind = kind_of(self.manifest)
+        self.files, self._shards = Files(path), dict[str, Shard]()
+        for name, record in self.records.items():
+            require_size(path / name, record)
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        folder = self.path / TOKENIZER
-        for said in self.manifest["tokenizer"]:
-            for flaw in flaws(folder / said["file"], _record(said, folder)):
-                raise UserError(flaw)
-        return folder if self.manifest["tokenizer"] else None
+        for flaw in _tokenizer_flaws(self.path, self.manifest):
+            raise UserError(flaw)
+        return self.path / TOKENIZER if self.manifest["tokenizer"] else None
 
     @cached_property
     def head(self) -> Head:
@@ -197,11 +223,14 @@ class Store:
         )
 
     @cached_property
-    def place_of_row(self) -> dict[int, tuple[Shard, int]]:
-        """Each row's shard, and its number in there."""
-        names = [name for name in self.records if name != HEAD]
-        shards = [Shard(self._file(name)) for name in names]
-        return {row: (shard, number) for shard in shards for number, row in enumerate(shard.rows)}
+    def rows(self) -> NDArray[np.int64]:
+        """The training rows that were captured, rising; a row's shard is known without looking into any."""
+        runs = [np.arange(first, last + 1) for first, last in self.manifest["runs"]]
+        return np.concatenate([*runs, np.arange(0)])
+
+    def without(self, rows: Iterable[int]) -> list[int]:
+        """Those of the training rows that were not captured."""
+        return list(map(int, np.setdiff1d(np.fromiter(rows, np.int64), self.rows)))
 
     def is_heldout(self, row: int) -> bool:
         return bool(row >= self.manifest["corpus"]["train_rows"])
@@ -212,10 +241,20 @@ class Store:
         Raises:
             UserError: a row that the store has not, or a damaged block.
         """
-        if row not in self.place_of_row:
+        if self.is_heldout(row):
+            name, number = HELDOUT, row - self.manifest["corpus"]["train_rows"]
+        else:
+            shard, number = divmod(int(np.searchsorted(self.rows, row)), self.manifest["rows_per_shard"])
+            name = self.files.shard(shard).name
+        found = self._shard(name) if name in self.records else None
+        if found is None or found.rows[number : number + 1] != [row]:
             raise UserError(f"{self.path}: has no targets for row {row}. {ROWS_TODO}")
-        shard, number = self.place_of_row[row]
-        return shard.row(number)
+        return found.row(number)
+
+    def _shard(self, name: str) -> Shard:
+        if name not in self._shards:
+            self._shards[name] = Shard(self._file(name))
+        return self._shards[name]
 
     def _file(self, name: str) -> VerifiedFile:
         return VerifiedFile(self.path / name, self.records[name])
@@ -242,21 +281,34 @@ def read_manifest(path: Path) -> Json:
 def verify(path: Path) -> Iterator[str]:
     """Every flaw of a store, its files read to the last byte; nothing where it is sound."""
     manifest = read_manifest(path)
-    records = {path / one["file"]: one for one in manifest["files"]}
+    records = {path / _record(one, path / MANIFEST).file: one for one in manifest["files"]}
     settings = {name: manifest[name] for name in manifest if name not in ADDED}
     texts = {path / MANIFEST: manifest, path / CAPTURE: settings, path / CERTIFICATE: manifest["certificate"]}
     for place, tree in (texts | {file.with_suffix(".json"): one for file, one in records.items()}).items():
-        with opened(place, "JSON", AGAIN) as file:
-            if file.read() != as_json(tree):
-                yield f"{place}: is not what was written. {AGAIN}"
-    for file, one in (
-        records | {path / TOKENIZER / one["file"]: one for one in manifest["tokenizer"]}
-    ).items():
-        yield from flaws(file, _record(one, path / MANIFEST))
-    known = {*records, *texts, *(file.with_suffix(".json") for file in records)}
-    yield from (
-        f"{file}: not in the manifest. Remove it." for file in listed_files(path) if file not in known
-    )
+        try:
+            with opened(place, "JSON", AGAIN) as file:
+                if file.read() != as_json(tree):
+                    yield f"{place}: is not what was written. {AGAIN}"
+        except UserError as error:
+            yield str(error)
+    for kept, one in records.items():
+        yield from flaws(kept, _record(one, path / MANIFEST))
+    yield from _tokenizer_flaws(path, manifest)
+    known = {path / TOKENIZER, *records, *texts, *(file.with_suffix(".json") for file in records)}
+    yield from _unknown(path, known)
+
+
+def _tokenizer_flaws(path: Path, manifest: Json) -> Iterator[str]:
+    folder = path / TOKENIZER
+    for said in manifest["tokenizer"]:
+        yield from flaws(folder / said["file"], _record(said, path / MANIFEST))
+    yield from _unknown(folder, {folder / said["file"] for said in manifest["tokenizer"]})
+
+
+def _unknown(folder: Path, known: set[Path]) -> Iterator[str]:
+    for entry in listed(folder):
+        if folder / entry.name not in known:
+            yield f"{folder / entry.name}: not in the manifest. Remove it."
 
 
 def listed_files(path: Path) -> list[Path]:
@@ -291,13 +343,22 @@ def merge(folders: Sequence[Path], out: Path) -> int:
 
 
 def require_equal(path: Path, began: Json, now: Json) -> None:
-    differing = [name for name in sorted(began | now) if began.get(name) != now.get(name)]
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"{path}: begun with another {name}: {began.get(name)!r:.200}, not {now.get(name)!r:.200}."
-            " Capture with the same, or give --out another folder."
-        )
+    was, is_ = _flat(began), _flat(now)
+    for name in sorted(was | is_):
+        if was.get(name) != is_.get(name):
+            raise UserError(
+                f"{path}: begun with another {name}: {was.get(name)!r:.200}, not {is_.get(name)!r:.200}."
+                " Capture with the same, or give --out another folder."
+            )
+
+
+def _flat(settings: Json) -> Json:
+    """Fields of sections by their dotted names."""
+    found: Json = {}
+    for name, value in settings.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        found |= {f"{name}.{field}".rstrip("."): one for field, one in inner}
+    return found
 
 
 def write_json(path: Path, tree: Json) -> None:
@@ -311,7 +372,9 @@ def as_json(tree: Json) -> bytes:
 def _record(said: Any, place: Path) -> FileRecord:
     try:
         record = FileRecord(**said)
-        sound = isinstance(record.bytes, int) and all(isinstance(b, str) for b in record.blocks)
+        sound = len(record.blocks) == -(-record.bytes // BLOCK_BYTES) > 0 and all(
+            isinstance(block, str) for block in record.blocks
+        )
     except TypeError:
         sound = False
     if not sound or Path(record.file).name != record.file:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from potstill.errors import UserError
 from potstill.targets.kinds import Kind, Row
 from potstill.targets.sampling import Uniforms
 from potstill.targets.shards import FileRecord, write_shard
@@ -39,6 +40,11 @@ def captured(
         batch = rows.batch(numbers[start : start + rows_per_batch])
         T = batch.input_ids_BT.shape[1]
         targets = teacher.targets(batch.to(teacher.model.device))
+        if not bool(targets.hidden_NE.isfinite().all()):
+            raise UserError(
+                f"teacher: its hidden states are not finite in rows {batch.rows_B.tolist()}. Set"
+                " teacher.dtype: float32, or look at its checkpoint."
+            )
         counts = torch.bincount(batch.positions_N // T, minlength=len(batch.rows_B)).tolist()
         split = zip(
             batch.rows_B.tolist(),

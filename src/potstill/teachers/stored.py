@@ -8,6 +8,7 @@ does not fit the store, with the field that differs and both values.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,10 +82,8 @@ class StoredTeacher:
                 self._refuse(f"corpus: {name} was {_short(theirs[name])}, is {_short(corpus[name])}.")
         if ids != kept["vocabulary"]["ids"]:
             self._refuse(f"vocabulary: {kept['vocabulary']['ids']} shared ids then, {ids} with this student.")
-        if kept["rows"] < theirs["train_rows"] and (missing := set(rows) - self.store.place_of_row.keys()):
-            self._refuse(
-                f"rows: {len(missing)} of this run's are not in it, one is {min(missing)}.", ROWS_TODO
-            )
+        if kept["rows"] < theirs["train_rows"] and (missing := self.store.without(rows)):
+            self._refuse(f"rows: {len(missing)} of this run's are not in it, one is {missing[0]}.", ROWS_TODO)
         if isinstance(self.store.kind, Hidden):
             return
         name = kept["kind"]["name"]
@@ -145,8 +144,8 @@ def _picked(targets: Targets, index_P: Tensor) -> Targets:
         return HiddenTargets(targets.hidden_NE[index_P], targets.head)
     assert isinstance(targets, SparseTargets)
     entropy_N = None if targets.entropy_N is None else targets.entropy_N[index_P]
-    return SparseTargets(
-        targets.ids_NK[index_P], targets.logp_NK[index_P], targets.temperature, targets.has_bucket, entropy_N
+    return replace(
+        targets, ids_NK=targets.ids_NK[index_P], logp_NK=targets.logp_NK[index_P], entropy_N=entropy_N
     )
 
 
@@ -163,11 +162,8 @@ def joined(found: list[Targets], device: torch.device) -> Targets:
     ids_NK = torch.cat([F.pad(of.ids_NK, (0, lacking), value=-1) for lacking, of in padded])
     logp_NK = torch.cat([F.pad(of.logp_NK, (0, lacking), value=-torch.inf) for lacking, of in padded])
     entropies = [of.entropy_N for of in sparse if of.entropy_N is not None]
-    entropy_N = torch.cat(entropies).to(device) if entropies else None
-    first = sparse[0]
-    return SparseTargets(
-        ids_NK.to(device), logp_NK.to(device), first.temperature, first.has_bucket, entropy_N
-    )
+    entropy_N = torch.cat(entropies) if entropies else None
+    return replace(sparse[0], ids_NK=ids_NK, logp_NK=logp_NK, entropy_N=entropy_N).to(device)
 
 
 def _short(value: Any) -> str:
