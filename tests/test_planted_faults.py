@@ -44,12 +44,12 @@ FAULTS = {
     ),
     "reversed KL, written out": Fault(
         "losses/fused.py",
-        "(weights.ce + weights.kd) / sum_C1).sub_(p_CV",
-        "(weights.ce - weights.kd) / sum_C1).add_(p_CV",
+        "gradient_CV.sub_(p_CV.mul_(weight / total_C1))",
+        "gradient_CV.add_(p_CV.mul_(weight / total_C1))",
         STEP,
     ),
     "missing T squared, written out": Fault(
-        "losses/fused.py", "kd_C = T**2 * kd_C", "kd_C = 1 * kd_C", ENGINES
+        "losses/fused.py", "kd_C = T**2 * _forward_kl", "kd_C = 1 * _forward_kl", ENGINES
     ),
     "missing T of the chain, written out": Fault(
         "losses/fused.py", "T * weights.kd / softened_C1", "weights.kd / softened_C1", STEP

@@ -31,7 +31,7 @@ from potstill.students.student import Student, from_checkpoint, from_config
 from potstill.students.surgery import cut, layers_to_keep
 from potstill.targets.store import Store, read_manifest
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
-from potstill.teachers.stored import StoredTeacher
+from potstill.teachers.stored import StoredTeacher, captured_model
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Divergence, Teacher, Vocab
 
@@ -195,7 +195,9 @@ def make_student(
     if saved is not None:
         return from_checkpoint(saved, device), {"name": "checkpoint", "model": str(saved)}
     if isinstance(teacher, StoredTeacher) and recipe.teacher.model and asked.name != "cut":  # type: ignore[union-attr]
-        captured_model(recipe, teacher, device)  # what a recipe names, a receipt repeats: it must be true
+        captured_model(
+            recipe.teacher, teacher, device
+        )  # what a recipe names, a receipt repeats: it must be true
     if asked.name == "checkpoint":
         return from_checkpoint(asked.model, device), {"name": "checkpoint", "model": asked.model}
     if asked.name == "config":
@@ -205,7 +207,7 @@ def make_student(
             "seed": recipe.train.seed,
         }
     if isinstance(teacher, StoredTeacher):
-        teacher, source = captured_model(recipe, teacher, device)
+        teacher, source = captured_model(recipe.teacher, teacher, device)
     elif isinstance(teacher, TorchTeacher):
         source = str(recipe.teacher.model)  # type: ignore[union-attr]
     else:
@@ -220,20 +222,6 @@ def make_student(
         "layers_kept": list(keep),
         "of": total,
     }
-
-
-def captured_model(recipe: Recipe, teacher: StoredTeacher, device: torch.device) -> tuple[TorchTeacher, str]:
-    """The model that a store's targets are of, and where it lies; UserError where it is another."""
-    kept = teacher.store.manifest["teacher"]
-    source = captured_source(recipe.teacher, kept)
-    model = TorchTeacher.for_inference(source, device=device, dtype=kept["dtype"])
-    teacher.require_teacher(source, model.weights_sha256())
-    return model, source
-
-
-def captured_source(asked: Any, kept: dict[str, Any]) -> str:
-    """Where the model of a store lies: where the recipe says, else where the capture found it."""
-    return str(asked.model or kept["source"])
 
 
 def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objective:

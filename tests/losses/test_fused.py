@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from potstill import distill
-from potstill.errors import Fault
+from potstill.errors import Fault, UserError
 from potstill.losses import objective as module
 from potstill.losses.divergences import forward_kl, reverse_kl
 from potstill.losses.objective import Objective
+from potstill.losses.sparse import SparseTargets
 from potstill.types import Head, HiddenTargets
 
 CASES = [(3, 47), (1, 2), (0, 5), (7, 123), (40, 1000)]
@@ -67,6 +68,29 @@ def test_the_two_engines_agree(objective: Objective, case: tuple[int, int]) -> N
     ours, theirs = run(objective, *given), run(replace(objective, engine="reference"), *given)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("knows_entropy", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("case", [(1, 2), (7, 123)])
+def test_the_two_engines_agree_on_samples(
+    case: tuple[int, int], temperature: float, knows_entropy: bool
+) -> None:
+    hidden_ND, head, labels_N, _ = made(*case)
+    N, V = case
+    ids_NK = torch.stack([torch.randperm(V)[: min(V, 5)] for _ in range(N)])
+    logp_NK = torch.randn(ids_NK.shape, dtype=torch.float64).log_softmax(-1)
+    ids_NK[0, 1:], logp_NK[0, 1:] = -1, -math.inf  # filled up, beside one that is certain
+    logp_NK[0, 0] = 0.0
+    entropy_N = torch.rand(N, dtype=torch.float64) if knows_entropy else None
+    targets = SparseTargets(ids_NK, logp_NK, temperature, has_bucket=False, entropy_N=entropy_N)
+    given = hidden_ND, head, labels_N, targets
+    objective = Objective(temperature=temperature, chunk=3)
+    theirs = run(replace(objective, engine="reference"), *given)
+    for one, other in zip(run(objective, *given), theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    with pytest.raises(UserError, match="made at temperature"):
+        Objective(temperature=3.0)(*given)
 
 
 @pytest.mark.parametrize("block", [1, 50, 3 * 123])

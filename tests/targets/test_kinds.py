@@ -11,12 +11,12 @@ from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
+from potstill.losses.sparse import SparseTargets
 from potstill.registry import entries
 from potstill.targets import kinds
 from potstill.targets.kinds import Hidden, Kind, Sampled, TopK, k_of, planned_bytes, threshold_of
 from potstill.targets.packing import id_bits
 from potstill.targets.sampling import Uniforms, ids_per_position
-from potstill.targets.sparse import SparseTargets
 from potstill.types import Head, HiddenTargets, Targets
 
 V, E, D = 300, 48, 24

@@ -17,7 +17,7 @@ from potstill import recipe as recipes
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.errors import UserError
-from potstill.targets.sparse import SparseTargets
+from potstill.losses.sparse import SparseTargets
 from potstill.teachers.stored import StoredTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Batch, HiddenTargets

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
+from potstill.losses.sparse import SparseTargets
 from potstill.types import HiddenTargets, Targets
 
 IN_CACHE = 2**19
@@ -35,6 +36,12 @@ class Weights:
     temperature: float
 
 
+def is_known(targets: Targets | None) -> bool:
+    """Whether forward KL from such targets is written out here."""
+    is_sample = isinstance(targets, SparseTargets) and not targets.has_bucket
+    return targets is None or isinstance(targets, HiddenTargets) or is_sample
+
+
 def with_gradient(
     logits_CV: Tensor, labels_C: Tensor, targets: Targets | None, weights: Weights
 ) -> tuple[Tensor, Tensor | None]:
@@ -42,68 +49,73 @@ def with_gradient(
     logits is left in `logits_CV`.
     """
     C, V = logits_CV.shape
-    taught_CV = None if targets is None else _logits(targets).to(logits_CV.dtype)
-    if taught_CV is not None:
-        require_same_ids(V, taught_CV.shape[-1])
+    taught: Tensor | SparseTargets | None = None
+    if isinstance(targets, SparseTargets):
+        targets.require_temperature(weights.temperature)
+        taught = targets
+    elif isinstance(targets, HiddenTargets):
+        taught = targets.head(targets.hidden_NE).to(logits_CV.dtype)
+        require_same_ids(V, taught.shape[-1])
     size = max(IN_CACHE // V, 1) if logits_CV.device.type == "cpu" else max(C, 1)
-    ce, kd = [], []
+    ce, kd = [logits_CV.new_zeros(0)], [logits_CV.new_zeros(0)]
     for start in range(0, C, size):
         part = slice(start, min(start + size, C))
-        taught = None if taught_CV is None else taught_CV[part]
-        ce_C, kd_C = _block(logits_CV[part], labels_C[part, None], taught, weights)
+        of_part = None if taught is None else taught[part]
+        ce_C, kd_C = _block(logits_CV[part], labels_C[part, None], of_part, weights)
         ce.append(ce_C)
         kd.append(kd_C)
-    nothing_C = logits_CV.new_zeros(0)
-    return torch.cat([nothing_C, *ce]), None if taught_CV is None else torch.cat([nothing_C, *kd])
+    return torch.cat(ce), None if targets is None else torch.cat(kd)
 
 
 def _block(
-    logits_CV: Tensor, labels_C1: Tensor, taught_CV: Tensor | None, weights: Weights
+    logits_CV: Tensor, labels_C1: Tensor, taught: Tensor | SparseTargets | None, weights: Weights
 ) -> tuple[Tensor, Tensor]:
     shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
     label_C1 = shifted_CV.gather(-1, labels_C1)
     q_CV = torch.exp(shifted_CV, out=logits_CV)
     sum_C1 = q_CV.sum(-1, keepdim=True)
-    ce_C = (sum_C1.log() - label_C1).squeeze(-1)
-    of_label_C1 = torch.full_like(label_C1, -weights.ce)
+    ce_C = kd_C = (sum_C1.log() - label_C1).squeeze(-1)
     T = weights.temperature
-    if taught_CV is None:
-        q_CV.mul_(weights.ce / sum_C1).scatter_add_(-1, labels_C1, of_label_C1)
-        return ce_C, ce_C
-    if T == 1:
-        kd_C, p_CV, total_C1 = _forward_kl(shifted_CV, sum_C1, taught_CV)
-        q_CV.mul_((weights.ce + weights.kd) / sum_C1).sub_(p_CV.mul_(weights.kd / total_C1))
+    if taught is None:
+        q_CV.mul_(weights.ce / sum_C1)
+    elif T == 1:
+        q_CV.mul_((weights.ce + weights.kd) / sum_C1)
+        kd_C = _forward_kl(shifted_CV, sum_C1, taught, weights.kd, q_CV)
     else:
         tempered_CV = shifted_CV.div_(T)
         softened_CV = tempered_CV.exp()
         softened_C1 = softened_CV.sum(-1, keepdim=True)
-        kd_C, p_CV, total_C1 = _forward_kl(tempered_CV, softened_C1, taught_CV / T)
-        kd_C = T**2 * kd_C
-        q_CV.mul_(weights.ce / sum_C1)
-        q_CV.add_(softened_CV.mul_(T * weights.kd / softened_C1)).sub_(p_CV.mul_(T * weights.kd / total_C1))
-    q_CV.scatter_add_(-1, labels_C1, of_label_C1)
+        q_CV.mul_(weights.ce / sum_C1).add_(softened_CV.mul_(T * weights.kd / softened_C1))
+        taught = taught if isinstance(taught, SparseTargets) else taught / T
+        kd_C = T**2 * _forward_kl(tempered_CV, softened_C1, taught, T * weights.kd, q_CV)
+    q_CV.scatter_add_(-1, labels_C1, torch.full_like(label_C1, -weights.ce))
     return ce_C, kd_C
 
 
-def _forward_kl(student_CV: Tensor, sum_C1: Tensor, taught_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """kd_C of logits of which the student's are shifted to a largest of 0 and their exponentials summed;
-    exp of the teacher's shifted logits, and their sum.
+def _forward_kl(
+    student_CV: Tensor, sum_C1: Tensor, taught: Tensor | SparseTargets, weight: float, gradient_CV: Tensor
+) -> Tensor:
+    """KL per position from logits of which the student's are shifted to a largest of 0 and `sum_C1` their
+    exponentials' sum. Takes `weight` times the teacher's probabilities off the gradient.
     """
-    taught_CV = taught_CV - taught_CV.amax(-1, keepdim=True)
+    if isinstance(taught, SparseTargets):
+        ids_CK, p_CK = taught.ids_NK.clamp_min(0), taught.logp_NK.exp().to(student_CV.dtype)
+        student_CK = (student_CV.gather(-1, ids_CK) - sum_C1.log()).masked_fill(p_CK == 0, 0.0)
+        gradient_CV.scatter_add_(-1, ids_CK, p_CK * -weight)
+        cross_C: Tensor = -(p_CK * student_CK).sum(-1)
+        return cross_C - taught.entropy()
+    taught_CV = taught - taught.amax(-1, keepdim=True)
     p_CV = taught_CV.exp()
     total_C1 = p_CV.sum(-1, keepdim=True)
     # An id that the teacher rules out adds 0, whatever the student says of it, and not 0 * inf.
     apart_CV = taught_CV.sub_(student_CV).masked_fill_(p_CV == 0, 0.0)
     mean_C1 = torch.linalg.vecdot(p_CV, apart_CV).unsqueeze(-1) / total_C1
-    return (mean_C1 - total_C1.log() + sum_C1.log()).squeeze(-1), p_CV, total_C1
+    gradient_CV.sub_(p_CV.mul_(weight / total_C1))
+    kl_C1: Tensor = mean_C1 - total_C1.log() + sum_C1.log()
+    return kl_C1.squeeze(-1)
 
 
 def require_same_ids(student: int, teacher: int) -> None:
     if student != teacher:
         ids = f"the student has {student} ids and the teacher {teacher}"
         raise UserError(f"objective: {ids}. Both must speak one vocabulary.")
-
-
-def _logits(targets: Targets) -> Tensor:
-    assert isinstance(targets, HiddenTargets)
-    return targets.head(targets.hidden_NE)

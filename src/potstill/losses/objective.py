@@ -8,7 +8,7 @@ With V ids, widths D (student) and E (teacher) and C = `chunk`, logits exist for
 buffers of C V numbers for both models together, and one gradient each of the head (V D) and of the hidden
 states (N D). Nothing of size N V is made. Work is N V (6 D + 2 E) floating-point operations, each product
 done once: a chunk's gradient is formed in the forward pass, while its logits are there. For forward KL it is
-written out (`fused`), for other divergences and sparse targets autograd takes it back to the chunk's product;
+written out (`fused`), for other divergences and top-k targets autograd takes it back to the chunk's product;
 the two products that follow are written out. `backward` only scales what is stored.
 
 Refuses labels that are no ids, counts and vocabularies that differ, and sums that are not finite. `Student`
@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from potstill.errors import Fault, UserError
 from potstill.losses.divergences import forward_kl
-from potstill.losses.fused import Weights, require_same_ids, with_gradient
-from potstill.types import Divergence, Head, HiddenTargets, Targets
+from potstill.losses.fused import Weights, is_known, require_same_ids, with_gradient
+from potstill.types import Divergence, Head, Targets
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Objective:
     chunk: int = 256
     matmul_dtype: torch.dtype | None = None
     engine: Literal["fused", "reference"] = "fused"
-    """`fused` has CE and forward KL of dense targets written out; all else is computed as by `reference`."""
+    """`fused` has CE and forward KL written out; all else is computed as by `reference`."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -131,7 +131,7 @@ class Objective:
     def _way(self, head: Head, targets: Targets | None) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
         """By which a chunk's values and the gradient of its product are found."""
         plain_kl = getattr(self.divergence, "func", self.divergence) is forward_kl
-        known = targets is None or (plain_kl and isinstance(targets, HiddenTargets))
+        known = is_known(targets) and (plain_kl or targets is None)
         is_fused = self.engine == "fused" and known and head.softcap is None
         return self._fused if is_fused else self._by_autograd
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.losses.sparse import SparseTargets
 from potstill.students.student import Student
 from potstill.targets.kinds import Kind
-from potstill.targets.sparse import SparseTargets
 from potstill.teachers.capture import captured
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Rows, Targets

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from potstill.losses.objective import Objective
-from potstill.targets.sparse import SparseTargets
+from potstill.losses.sparse import SparseTargets
 from potstill.teachers.fixture import FixtureTeacher
 from potstill.types import Batch, Head, HiddenTargets, Targets
 

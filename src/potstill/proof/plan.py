@@ -26,7 +26,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from potstill.assembly import captured_source, checkpoint_activations, make_objective, require_length
+from potstill.assembly import checkpoint_activations, make_objective, require_length
 from potstill.corpus.readers import files_of
 from potstill.errors import UserError, one_line
 from potstill.evals.likelihood import heldout
@@ -40,6 +40,7 @@ from potstill.students.student import Student
 from potstill.students.surgery import cut_config, layers_to_keep
 from potstill.targets.store import read_manifest
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
+from potstill.teachers.stored import captured_source
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import KEPT
 from potstill.training.loop import Hooks, train

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from potstill.assembly import Cast, captured_source
+from potstill.assembly import Cast
 from potstill.models.files import file_sha256
 from potstill.proof.plan import Plan
 from potstill.proof.preflight import Checked
 from potstill.runs.rundir import RunDir, environment
 from potstill.shipping.licences import licence_of
 from potstill.teachers.fixture import TableTeacher
-from potstill.teachers.stored import StoredTeacher
+from potstill.teachers.stored import StoredTeacher, captured_source
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import Outcome
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
+from potstill.losses.sparse import SparseTargets
 from potstill.targets import sampling
 from potstill.targets.packing import (
     GROUP,
@@ -34,7 +35,6 @@ from potstill.targets.packing import (
     unpack_ids,
 )
 from potstill.targets.sampling import KEPT, TAIL_LEVELS, Uniforms, num_drawn
-from potstill.targets.sparse import SparseTargets
 from potstill.types import Head, HiddenTargets, Targets
 
 DEFAULT_BYTES = 32.0

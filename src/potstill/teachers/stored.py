@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from potstill.corpus.vocab import load_tokenizer, vocab_of
 from potstill.errors import UserError
+from potstill.losses.sparse import SparseTargets
 from potstill.targets.kinds import Hidden
-from potstill.targets.sparse import SparseTargets
 from potstill.targets.store import HELDOUT_KIND, ROWS_TODO, Store
+from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Batch, Head, HiddenTargets, Targets, Vocab
 
 OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows", "documents", "tokens")
@@ -147,6 +148,22 @@ def _picked(targets: Targets, index_P: Tensor) -> Targets:
     return replace(
         targets, ids_NK=targets.ids_NK[index_P], logp_NK=targets.logp_NK[index_P], entropy_N=entropy_N
     )
+
+
+def captured_model(asked: Any, teacher: StoredTeacher, device: torch.device) -> tuple[TorchTeacher, str]:
+    """The model that a store's targets are of, and where it lies; UserError where it is another. `asked` is the
+    recipe's section.
+    """
+    kept = teacher.store.manifest["teacher"]
+    source = captured_source(asked, kept)
+    model = TorchTeacher.for_inference(source, device=device, dtype=kept["dtype"])
+    teacher.require_teacher(source, model.weights_sha256())
+    return model, source
+
+
+def captured_source(asked: Any, kept: dict[str, Any]) -> str:
+    """Where the model of a store lies: where the recipe says, else where the capture found it."""
+    return str(asked.model or kept["source"])
 
 
 def joined(found: list[Targets], device: torch.device) -> Targets:

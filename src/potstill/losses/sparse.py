@@ -49,13 +49,16 @@ class SparseTargets:
         ids_NK, logp_NK = self.ids_NK.to(device), self.logp_NK.to(device)
         return replace(self, ids_NK=ids_NK, logp_NK=logp_NK, entropy_N=entropy_N)
 
-    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def require_temperature(self, temperature: float) -> None:
         if temperature != self.temperature:
             raise UserError(
                 f"targets: made at temperature {self.temperature}, asked at {temperature}. They keep too few"
                 f" ids to change it. Set objective.temperature: {self.temperature}, or take a teacher in"
                 " memory or a store of hidden states."
             )
+
+    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        self.require_temperature(temperature)
         is_id_NK = self.ids_NK >= 0
         ids_NK = self.ids_NK.clamp_min(0)
         student_NK = student_logp_NV.gather(-1, ids_NK).masked_fill(~is_id_NK, -math.inf)
@@ -75,10 +78,15 @@ class SparseTargets:
         """What forward KL on the support lacks of the one over the whole vocabulary, on average, per
         position: the estimate's entropy minus the full distribution's. It carries no gradient.
         """
-        if self.entropy_N is None:
-            return None
+        return None if self.entropy_N is None else self._entropy_of_ids() - self.entropy_N
+
+    def entropy(self) -> Tensor:
+        """Of the full distributions where it is known, else of what is kept of them, per position."""
+        return self._entropy_of_ids() if self.entropy_N is None else self.entropy_N
+
+    def _entropy_of_ids(self) -> Tensor:
         p_NK = self.logp_NK.exp()
-        return -(p_NK * self.logp_NK.masked_fill(p_NK == 0, 0.0)).sum(-1) - self.entropy_N
+        return -(p_NK * self.logp_NK.masked_fill(p_NK == 0, 0.0)).sum(-1)
 
 
 def _logsumexp(logp_NV: Tensor) -> Tensor:
