@@ -151,8 +151,9 @@ def _picked(targets: Targets, index_P: Tensor) -> Targets:
 
 
 def captured_model(asked: Any, teacher: StoredTeacher, device: torch.device) -> tuple[TorchTeacher, str]:
-    """The model that a store's targets are of, and where it lies; UserError where it is another. `asked` is the
-    recipe's section.
+    """The model that a store's targets are of, and where it lies; UserError where it is another.
+
+    `asked` is the recipe's section.
     """
     kept = teacher.store.manifest["teacher"]
     source = captured_source(asked, kept)
