@@ -30,6 +30,8 @@ class Fault:
 STEP = "test_invariance.py::test_a_step_is_plain_autograd_s"
 ENGINES = "losses/test_fused.py::test_the_two_engines_agree"
 SANDBOX = "evals/test_sandbox.py::test_"
+KINDS = "targets/test_kinds.py::test_"
+STORE = "targets/test_store.py::test_"
 REFUSAL = "shipping/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
 FAULTS = {
     "reversed KL": Fault(
@@ -325,6 +327,72 @@ FAULTS = {
         "            if sha256 != item.sha256:\n",
         "            if False:\n",
         "shipping/test_hub.py::test_a_file_that_comes_back_changed_is_told",
+    ),
+    "the ids of a tail stand for too little": Fault(
+        "targets/kinds.py",
+        "each_P = tail_P / drawn_P.clamp_min(1)",
+        "each_P = tail_P / (drawn_P + 1)",
+        f"{KINDS}a_stored_sample_is_right_on_average_and_sums_to_one",
+    ),
+    "the entropy of the full distribution is left out": Fault(
+        "losses/fused.py",
+        "return cross_C - taught.entropy()",
+        "return cross_C",
+        f"{KINDS}its_loss_and_its_gradient_are_the_full_ones_on_average",
+    ),
+    "where all is kept a sum above one keeps nothing": Fault(
+        "targets/sampling.py",
+        "(1 - (p_CK.double().cumsum(-1) - p_CK)).clamp_min(0)",
+        "(1 - (p_CK.double().cumsum(-1) - p_CK))",
+        "targets/test_sampling.py::test_a_draw_keeps_what_it_should_and_a_reader_knows_how_many_were_drawn",
+    ),
+    "kept probabilities are rounded each for itself": Fault(
+        "targets/packing.py",
+        "share_CK.cumsum(-1) + uniforms_C[:, None]).floor()",
+        "share_CK + uniforms_C[:, None]).floor().cumsum(-1)",
+        "targets/test_packing.py::test_a_probability_becomes_one_of_its_two_neighbours_right_on_average",
+    ),
+    "a block is not looked at": Fault(
+        "targets/shards.py",
+        "if block_hash(block) != self.record.blocks[number]:",
+        "if False:",
+        f"{STORE}a_flip_in_a_block_that_is_read_is_found_before_use_and_another_is_not",
+    ),
+    "a shard is taken for the one that its place says": Fault(
+        "targets/store.py",
+        "if found is None or found.rows[number : number + 1] != [row]:",
+        "if found is None:",
+        f"{STORE}a_shard_in_another_s_place_is_found_even_where_the_manifest_says_so",
+    ),
+    "the manifest comes before the shards": Fault(
+        "targets/store.py",
+        "if not (path / CERTIFICATE).exists() or any(record is None for record in records):",
+        "if not (path / CERTIFICATE).exists():",
+        f"{STORE}the_manifest_is_written_when_all_is_there_and_last",
+    ),
+    "a torn shard is kept": Fault(
+        "targets/store.py",
+        "if known is not None and not list(flaws(file, known)):",
+        "if known is not None:",
+        f"{STORE}what_is_not_whole_is_written_again",
+    ),
+    "two write one shard": Fault(
+        "targets/store.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB, max(len(shards), 1), shards.start",
+        "fcntl.LOCK_UN",
+        f"{STORE}a_second_writer_of_a_shard_is_refused_while_the_first_lives",
+    ),
+    "targets of another temperature are taken": Fault(
+        "teachers/stored.py",
+        'if objective.temperature != kept["temperature"]:',
+        "if False:",
+        "teachers/test_stored.py::test_the_top_of_a_distribution_fits_other_divergences_and_no_other_temperature",
+    ),
+    "any model is the captured one": Fault(
+        "teachers/stored.py",
+        'if weights_sha256 != theirs["weights_sha256"]:',
+        "if False:",
+        "teachers/test_stored.py::test_a_model_that_was_not_captured_is_refused_whatever_the_student",
     ),
     "a program outlives its harness": Fault(
         "evals/sandbox_inmate.py",

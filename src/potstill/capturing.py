@@ -106,10 +106,11 @@ def settings_of(cast: Cast, begun: Json | None) -> Json:
     if asked.name == "topk":
         kind["k"] = min(asked.k or k_of(asked.bytes_per_position or 0, ids, asked.dtype), ids)
     if asked.name == "sampled" and asked.threshold is None:
-        known = (begun or {}).get("kind", {})
+        known = (begun or {}).get("kind")
         wanted = asked.bytes_per_position or DEFAULT_BYTES
-        same = "threshold" in known and known.get("bytes_per_position") == asked.bytes_per_position
-        kind["threshold"] = known["threshold"] if same else _found_threshold(cast, wanted)
+        if isinstance(known, dict) and known.get("bytes_per_position") == asked.bytes_per_position:
+            kind["threshold"] = known.get("threshold")
+        kind["threshold"] = kind["threshold"] or _found_threshold(cast, wanted)
     rows, each = cast.corpus.train, asked.rows_per_shard or max(64, -(-len(numbers) // MOST_SHARDS))
     positions = sum(int(rows.supervised_per_row[rows.kept[number]]) for number in numbers)
     model, head = teacher.model, teacher.model.head
@@ -219,7 +220,7 @@ def _begun(out: Path) -> Json | None:
 
 
 def _part(part: str | None) -> tuple[int, int]:
-    words = (part or "1/1").split("/")
+    words = ("1/1" if part is None else part).split("/")
     if len(words) == 2 and all(word.isdecimal() for word in words):
         number, parts = map(int, words)
         if 1 <= number <= parts:
