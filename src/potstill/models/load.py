@@ -269,14 +269,17 @@ def _require_whole(path: Path, report: dict[str, Any]) -> None:
 
 
 def write_portable_config(folder: Path) -> None:
-    """Let Transformers 4 read a config and a tokenizer that Transformers 5 wrote: without a top-level rope_theta
-    it assumes 10,000; a class of 5 alone and a list of extra special tokens end it.
+    """Let Transformers 4 read a config and a tokenizer that Transformers 5 wrote. It takes no notice of
+    rope_parameters: without a top-level rope_theta it assumes 10,000, without rope_scaling an unscaled rope.
+    A tokenizer class of 5 alone and a list of extra special tokens are errors to it.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         _write_json(path, config)
     path = folder / "tokenizer_config.json"
     if not path.exists():
