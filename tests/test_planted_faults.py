@@ -77,6 +77,12 @@ FAULTS = {
     "divided twice": Fault(
         "training/loop.py", 'terms["loss"] / positions', 'terms["loss"] / positions / len(batches)', STEP
     ),
+    "scaled rope lost on an older library": Fault(
+        "models/load.py",
+        'rope.get("rope_type", "default") != "default"',
+        'rope.get("rope_type") == "default"',
+        "students/test_student.py::test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks",
+    ),
     "last row only": Fault(
         "students/student.py",
         "return hidden_BTD.flatten(0, 1)[batch.positions_N]",

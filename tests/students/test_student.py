@@ -44,6 +44,30 @@ def test_an_older_transformers_finds_the_rope_base_where_it_looks(tmp_path: Path
     assert load_causal_lm(tmp_path / "saved").hf.config.rope_parameters["rope_theta"] == 77777.0
 
 
+def test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 77777.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+    model = from_checkpoint(make_model(tmp_path / "model", rope_parameters=rope), CPU)
+    Student(model, Objective()).save(tmp_path / "saved", None)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {**config["rope_scaling"], "rope_theta": config["rope_theta"]} == rope
+    assert load_causal_lm(tmp_path / "saved").hf.config.rope_parameters == rope
+
+
+def test_an_older_transformers_finds_a_tokenizer_that_it_knows(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|side|>", "<|änd|>"]})
+    model = from_checkpoint(make_model(tmp_path / "model"), CPU)
+    Student(model, Objective()).save(tmp_path / "saved", tokenizer)
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<|side|>", "<|änd|>"]
+    assert "extra_special_tokens" not in config
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    assert again("a<|side|>b<|änd|>")["input_ids"] == tokenizer("a<|side|>b<|änd|>")["input_ids"]
+
+
 def test_a_student_of_a_config_is_random_and_repeats_by_its_seed(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
     hashes = []

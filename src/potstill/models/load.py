@@ -269,12 +269,28 @@ def _require_whole(path: Path, report: dict[str, Any]) -> None:
 
 
 def write_portable_config(folder: Path) -> None:
-    """Let Transformers 4 read a config that Transformers 5 wrote: without a top-level rope_theta it assumes
-    10,000.
+    """Let Transformers 4 read a config and a tokenizer that Transformers 5 wrote. It takes no notice of
+    rope_parameters: without a top-level rope_theta it assumes 10,000, without rope_scaling an unscaled rope.
+    A tokenizer class of 5 alone and a list of extra special tokens are errors to it.
     """
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        _write_json(path, config)
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in 4, which 5 knows too
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write_json(path, config)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

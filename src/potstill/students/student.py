@@ -67,9 +67,9 @@ class Student(nn.Module):
         try:
             with quiet_transformers():
                 self.model.hf.save_pretrained(folder)
-            write_portable_config(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            write_portable_config(folder)
         except Exception as error:
             # The tokenizers library raises bare Exceptions where it cannot write.
             if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
