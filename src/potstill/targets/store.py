@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import safetensors.torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.corpus.vocab import save_tokenizer
 from potstill.errors import UserError
 from potstill.plain_files import opened, read_object
 from potstill.runs.durable import flush, listed, replace_folder, write_whole, writing
@@ -156,7 +157,7 @@ class StoreWriter:
 
     def write_tokenizer(self, tokenizer: Any | None) -> None:
         if tokenizer is not None and not (self.files.path / TOKENIZER).exists():
-            replace_folder(self.files.path / TOKENIZER, tokenizer.save_pretrained)
+            replace_folder(self.files.path / TOKENIZER, partial(save_tokenizer, tokenizer))
 
     def missing(self, shards: range) -> list[int]:
         """Those of the shards that are not whole."""
