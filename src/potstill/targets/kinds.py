@@ -206,7 +206,9 @@ def planned_bytes(kind: dict[str, Any], num_ids: int, width: int) -> float:
             return float(width * DTYPES[kind["dtype"]].itemsize)
         case "topk":
             each = id_bits(num_ids) / 8 + DTYPES[kind["dtype"]].itemsize
-            return float(each * kind["k"]) if kind["k"] else float(kind["bytes_per_position"])
+            return each * (
+                min(kind["k"] or k_of(kind["bytes_per_position"], num_ids, kind["dtype"]), num_ids)
+            )
         case _ if kind["bytes_per_position"] or not kind["threshold"]:
             return float(kind["bytes_per_position"] or DEFAULT_BYTES)
         case _:
