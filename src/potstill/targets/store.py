@@ -123,13 +123,15 @@ class StoreWriter:
         return cls(path, settings)
 
     @contextmanager
-    def only(self, shards: range) -> Iterator[None]:
-        """Refuse a second writer of any of these shards; the first shard's writes what is there once, too."""
+    def only(self, shards: range, first: bool = False) -> Iterator[None]:
+        """Refuse a second writer of any of these shards; and, for the first part, of what is there once."""
         # Closing any descriptor of a file gives up what POSIX locks a process has on it: of the folder's
         # settings, which nothing opens in between.
         descriptor = os.open(self.files.path / CAPTURE, os.O_RDWR)
+        begin = shards.start + (0 if first else 1)  # byte 0 is what is there once, byte n + 1 shard n
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, max(len(shards), 1), shards.start)
+            if count := shards.stop + 1 - begin:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, begin)
         except OSError as error:
             os.close(descriptor)
             raise UserError(
