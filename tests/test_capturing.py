@@ -236,6 +236,32 @@ def test_what_it_will_take_is_told_before_and_is_what_it_took(
     assert whole == pytest.approx(taken, rel=0.05)
 
 
+def test_the_plan_of_a_recipe_says_what_a_capture_would_take(
+    tiny_recipe: Recipe, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = sum(file.stat().st_size for file in corpus_folder.iterdir()) / 3.5
+    for section, each in (
+        ("{bytes_per_position: 24}", 24),
+        ("{threshold: 0.1}", 5 + 12 + 9),
+        ("{name: topk, k: 300}", 258 * (2 + 9 / 8)),
+        ("{name: topk, bytes_per_position: 10}", 3 * (2 + 9 / 8)),
+        ("{name: hidden, dtype: int8}", 32 + 2),
+    ):
+        recipe = tiny_recipe(capture=section)
+        assert main(["plan", "--json", str(recipe)]) == 0
+        told = json.loads(capsys.readouterr().out)["capture"]
+        assert told["bytes_per_position"] == pytest.approx(each, abs=0.15)
+        assert told["bytes"] == pytest.approx(told["bytes_per_position"] * tokens, abs=each)
+    steps = tiny_recipe(capture="{name: hidden, rows: steps}", train="{steps: 2, rows_per_step: 3, lr: 1e-3}")
+    assert main(["plan", str(steps)]) == 0
+    wanted = "`potstill capture` would keep hidden targets: 12.0 KiB, 64 bytes for each of about 192 tokens\n"
+    assert wanted in capsys.readouterr().out
+    store = capture(tiny_recipe(capture=TOPK), tmp_path / "store")
+    capsys.readouterr()
+    assert main(["plan", "--json", str(tiny_recipe(teacher=from_store(store)))]) == 0
+    assert json.loads(capsys.readouterr().out)["capture"] is None
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     tiny_recipe: Recipe,
     tmp_path: Path,

@@ -384,7 +384,7 @@ FAULTS = {
     ),
     "two write one shard": Fault(
         "targets/store.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB, max(len(shards), 1), shards.start",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB, count, begin",
         "fcntl.LOCK_UN",
         f"{STORE}a_second_writer_of_a_shard_is_refused_while_the_first_lives",
     ),

@@ -68,7 +68,7 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     mine = range((number - 1) * shards // parts, number * shards // parts)
     _tell(settings, cast, out, mine, display)
     writer = StoreWriter.open(out, settings)
-    with writer.only(mine):
+    with writer.only(mine, first=number == 1):
         if number == 1:
             writer.write_head(teacher.model.head)
             writer.write_tokenizer(cast.tokenizer)

@@ -264,9 +264,9 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
 
     recipe = load(options.recipe, options.overrides)
     from potstill.proof.advice import advice
-    from potstill.proof.plan import available, plan
+    from potstill.proof.plan import available, capture_size, plan
 
-    found = plan(recipe)
+    found, captured = plan(recipe), capture_size(recipe)
     memory, disk = available(recipe, Path("runs"))
     fits = found.fits(memory, disk)
     changes = [] if found.peak_bytes <= memory else advice(recipe, found, memory)
@@ -277,7 +277,7 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
         found = dataclasses.replace(found, time_s=measured["smoke/projected_s"])
     if options.json:
         told = found.as_dict() | {"fits": fits}
-        told |= {"memory_available_bytes": memory, "disk_available_bytes": disk}
+        told |= {"memory_available_bytes": memory, "disk_available_bytes": disk, "capture": captured}
         told["advice"] = [
             {"set": change.settings, "peak_bytes": change.peak_bytes, "fits": change.fits}
             for change in changes
@@ -291,6 +291,10 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
     display.result(
         f"disk: {size(found.disk_peak_bytes)} in the run, {size(found.disk_bytes)} after; {size(disk)} free"
     )
+    if captured is not None:
+        each, tokens = captured["bytes_per_position"], captured["tokens"]
+        wanted = f"{size(int(captured['bytes']))}, {each:.4g} bytes for each of about {tokens} tokens"
+        display.result(f"`potstill capture` would keep {recipe.capture.name} targets: {wanted}")
     unknown = "not measured; `potstill plan RECIPE --measure` runs three steps"
     display.result(f"time: {unknown if found.time_s is None else clock(found.time_s)}")
     display.result("it fits" if fits else "it does not fit")

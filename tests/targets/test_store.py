@@ -439,14 +439,16 @@ sys.stdin.read()
 
 def test_a_second_writer_of_a_shard_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     writer = StoreWriter.open(tmp_path / "store", settings())
-    held = [sys.executable, "-c", HOLDER, str(tmp_path / "store" / CAPTURE), "1", "1"]
+    held = [sys.executable, "-c", HOLDER, str(tmp_path / "store" / CAPTURE), "2", "1"]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for shards in (range(3), range(1, 2), range(1, 3)):
             with pytest.raises(UserError, match="another process captures shards"), writer.only(shards):
                 pass
-        with writer.only(range(1)), writer.only(range(2, 3)):
-            pass
+        # Parts without a shard are in nobody's way, the first part's other files included.
+        for shards, first in ((range(1), True), (range(2, 3), False), (range(1, 1), False), (range(0), True)):
+            with writer.only(shards, first):
+                pass
         other.communicate()
     with writer.only(range(3)):
         probe = subprocess.run(held, capture_output=True, text=True, input="")

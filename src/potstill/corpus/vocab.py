@@ -31,6 +31,16 @@ def has_tokenizer(path: Path) -> bool:
     return path.suffix == ".gguf" or any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """As a Hugging Face folder, which `load_tokenizer` reads; UserError where it cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        if not (isinstance(error, OSError) or type(error) is Exception):
+            raise
+        raise UserError(f"{folder}: the tokenizer cannot be written: {one_line(error)} Make room.") from error
+
+
 def load_tokenizer(path: Path) -> Any:
     """The fast tokenizer of a Hugging Face folder or of a GGUF file; code that comes with it is never run."""
     if not has_tokenizer(path):

@@ -173,7 +173,7 @@ class FakeStore(FixtureTeacher):
         size, kind = kept["vocabulary"]["size"], kept["kind"]
         dtype = getattr(torch, kept["teacher"]["dtype"])
         head = Head(torch.zeros(size, kept["head"]["width"], dtype=dtype, device=device))
-        most = {"hidden": 0, "topk": kind.get("k")}.get(kind["name"], int(2 / kind.get("threshold", 1)))
+        most = {"hidden": 0, "topk": kind.get("k")}.get(kind["name"], int(1 / kind.get("threshold", 1)) + 1)
         return cls(size, head, most, kept["temperature"] or 1.0, part)
 
     def targets(self, batch: Batch) -> HiddenTargets | SparseTargets:  # type: ignore[override]

@@ -38,6 +38,7 @@ from potstill.quiet import quiet_transformers
 from potstill.recipe import Recipe
 from potstill.students.student import Student
 from potstill.students.surgery import cut_config, layers_to_keep
+from potstill.targets.kinds import planned_bytes
 from potstill.targets.store import read_manifest
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.stored import captured_source
@@ -329,10 +330,29 @@ def _model(config: Any, dtype: torch.dtype, device: torch.device, name: str) -> 
     return CausalLM(hf, name)
 
 
-def _corpus_bytes(recipe: Recipe, config: Any) -> int:
+def _corpus_tokens(recipe: Recipe) -> float:
     asked = recipe.corpus
     files = files_of(Path(asked.path), getattr(asked, "include", ("*",)), getattr(asked, "exclude", ()))
     size = sum(file.stat().st_size for file in files if file.exists())
-    per_token = {"uint16": 2.0, "uint32": 4.0}.get(getattr(asked, "dtype", ""), BYTES_PER_TOKEN_OF_TEXT)
+    return size / {"uint16": 2.0, "uint32": 4.0}.get(getattr(asked, "dtype", ""), BYTES_PER_TOKEN_OF_TEXT)
+
+
+def _corpus_bytes(recipe: Recipe, config: Any) -> int:
     vocab_size: int = config.get_text_config().vocab_size
-    return int(size / per_token * ROW_BYTES_PER_TOKEN) + TOKENIZER_BYTES_PER_ID * vocab_size
+    return int(_corpus_tokens(recipe) * ROW_BYTES_PER_TOKEN) + TOKENIZER_BYTES_PER_ID * vocab_size
+
+
+def capture_size(recipe: Recipe) -> dict[str, float] | None:
+    """What `potstill capture` would write, training rows alone, tokens estimated from the size of the files;
+    None for a teacher that is not asked but read.
+    """
+    if recipe.teacher.name != "torch":
+        return None
+    configs = configs_of(recipe, None)
+    teacher, student = configs.teacher.get_text_config(), configs.student.get_text_config()
+    ids = min(teacher.vocab_size, student.vocab_size)
+    each = planned_bytes(dataclasses.asdict(recipe.capture), ids, teacher.hidden_size)
+    tokens, train = _corpus_tokens(recipe), recipe.train
+    if recipe.capture.rows == "steps":
+        tokens = min(tokens, train.steps * train.rows_per_step * recipe.corpus.tokens_per_row)
+    return {"bytes_per_position": each, "tokens": int(tokens), "bytes": int(each * tokens)}

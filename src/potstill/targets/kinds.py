@@ -6,7 +6,7 @@ sampled   a threshold sample of the distribution, and its entropy   forward KL a
 topk      the k largest probabilities; the rest is one class        all, as bounds     that of the capture
 
 A row of P positions is a dictionary of tensors, which the shard joins to those of other rows. Bytes per
-position of `sampled` with V ids, of which b = bits of V - 1, at K kept and M drawn ids: 5 for the counts (7
+position of `sampled` with V ids, of which b = bits of V - 1, at K kept and M drawn ids: 5 for the counts (6
 below a threshold of 1/120), the tail and the entropy, max(K - 1, 0) for probabilities, (K + M) b / 8 for ids.
 """
 
@@ -205,7 +205,9 @@ def planned_bytes(kind: dict[str, Any], num_ids: int, width: int) -> float:
             return float(width * DTYPES[kind["dtype"]].itemsize)
         case "topk":
             each = id_bits(num_ids) / 8 + DTYPES[kind["dtype"]].itemsize
-            return float(each * kind["k"]) if kind["k"] else float(kind["bytes_per_position"])
+            return each * (
+                min(kind["k"] or k_of(kind["bytes_per_position"], num_ids, kind["dtype"]), num_ids)
+            )
         case _ if kind["bytes_per_position"] or not kind["threshold"]:
             return float(kind["bytes_per_position"] or DEFAULT_BYTES)
         case _:

@@ -1,10 +1,11 @@
 """Full next-token distributions made sparse: threshold sampling, which is unbiased, and top-k, which is not.
 
 Threshold sampling takes one threshold t for all positions. A position keeps every id with p > t at its own
-probability; what is left, r, is spread over m = ceil(r / t) ids drawn systematically with inclusion
-probability p / (r / m), each standing for r / m <= t. The estimate is unbiased and sums to one, and no other
-unbiased scheme has less variance at the same count: this is VarOpt sampling with a common threshold (Cohen,
-Duffield, Kaplan, Lund, Thorup 2009, arXiv 0803.0473). Over draws the squared error of a position is
+probability, and the next ones while they are above what a drawn id would stand for; what is left, r, is
+spread over m = ceil(r / t) ids drawn systematically with inclusion probability p / (r / m), each standing for
+r / m <= t. The estimate is unbiased and sums to one, and no other unbiased scheme has less variance at the
+same count: this is VarOpt sampling with a common threshold (Cohen, Duffield, Kaplan, Lund, Thorup 2009, arXiv
+0803.0473). Over draws the squared error of a position is
 
     sum over its ids that are not kept of p (r / m - p)                              (`variance`)
 

@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import safetensors.torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from potstill.corpus.vocab import save_tokenizer
 from potstill.errors import UserError
 from potstill.plain_files import opened, read_object
 from potstill.runs.durable import flush, listed, replace_folder, write_whole, writing
@@ -122,13 +123,15 @@ class StoreWriter:
         return cls(path, settings)
 
     @contextmanager
-    def only(self, shards: range) -> Iterator[None]:
-        """Refuse a second writer of any of these shards; the first shard's writes what is there once, too."""
+    def only(self, shards: range, first: bool = False) -> Iterator[None]:
+        """Refuse a second writer of any of these shards; and, for the first part, of what is there once."""
         # Closing any descriptor of a file gives up what POSIX locks a process has on it: of the folder's
         # settings, which nothing opens in between.
         descriptor = os.open(self.files.path / CAPTURE, os.O_RDWR)
+        begin = shards.start + (0 if first else 1)  # byte 0 is what is there once, byte n + 1 shard n
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, max(len(shards), 1), shards.start)
+            if count := shards.stop + 1 - begin:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, begin)
         except OSError as error:
             os.close(descriptor)
             raise UserError(
@@ -156,7 +159,7 @@ class StoreWriter:
 
     def write_tokenizer(self, tokenizer: Any | None) -> None:
         if tokenizer is not None and not (self.files.path / TOKENIZER).exists():
-            replace_folder(self.files.path / TOKENIZER, tokenizer.save_pretrained)
+            replace_folder(self.files.path / TOKENIZER, partial(save_tokenizer, tokenizer))
 
     def missing(self, shards: range) -> list[int]:
         """Those of the shards that are not whole."""
