@@ -465,6 +465,22 @@ def test_parts_are_the_whole_whoever_wrote_them(
     assert content(Path(out)) == whole
 
 
+def test_a_teacher_may_lie_elsewhere_on_the_machine_of_another_part(
+    tiny_recipe: Recipe, teacher_folder: Path, tmp_path: Path
+) -> None:
+    recipe, out = tiny_recipe(capture=CAPTURE), str(tmp_path / "merged")
+    moved = f"teacher.model={shutil.copytree(teacher_folder, tmp_path / 'moved')}"
+    parts = [
+        str(capture(recipe, tmp_path / "1", "--part", "1/2")),
+        str(capture(recipe, tmp_path / "2", "--part", "2/2", moved)),
+    ]
+    assert main(["store", "merge", *parts, "--out", out]) == 0
+    assert main(["store", "verify", out]) == 0
+    one_folder = capture(recipe, tmp_path / "one", "--part", "1/2")
+    capture(recipe, one_folder, "--part", "2/2", moved)
+    assert main(["store", "verify", str(one_folder)]) == 0
+
+
 def test_more_parts_than_shards_are_the_whole_too(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(capture="{threshold: 0.05, rows_per_shard: 40}")  # two shards
     whole = content(capture(recipe, tmp_path / "whole"))
