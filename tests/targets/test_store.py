@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import make_tokenizer
 from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.targets import store as stores
-from potstill.targets.shards import BLOCK_BYTES, write_shard
+from potstill.targets.shards import BLOCK_BYTES, FileRecord, Shard, VerifiedFile, write_shard
 from potstill.targets.store import (
     CAPTURE,
     CERTIFICATE,
@@ -521,3 +522,18 @@ def test_the_manifest_is_json_for_anyone(sound: Path) -> None:
     told_of = json.loads((sound / MANIFEST).read_text())
     assert [one["file"] for one in told_of["files"]] == [HEAD, HELDOUT, *FILES[:3]]
     assert told_of["certificate"] == {"positions": 7, "gradient_cosine": 0.5}
+
+
+@pytest.mark.parametrize("offsets", [[[0], [10**9]], [[5], [3]], [[-4], [2]]])
+def test_offsets_that_lead_out_of_a_file_are_one_line(tmp_path: Path, offsets: list[list[int]]) -> None:
+    """Hashes of its own make a hostile file as good as any other; a number in it is not believed either."""
+    tensors = {
+        "rows": torch.zeros(1, dtype=torch.int64),
+        "places": torch.zeros(1, 1, dtype=torch.uint8),
+        "offsets": torch.tensor(offsets),
+        "hidden": torch.zeros(8, 4),
+    }
+    file = tmp_path / "00000.safetensors"
+    file.write_bytes(safetensors.torch.save(tensors))
+    with pytest.raises(UserError, match="no file of targets: hidden is F32"):
+        Shard(VerifiedFile(file, FileRecord.of(file))).row(0)

@@ -140,8 +140,13 @@ class VerifiedFile:
     def tensor(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Entries `first` to `last` of a tensor along its first dimension, all of it by default."""
         entry = self.header[name]
-        dtype, shape = TORCH_DTYPES[entry["dtype"]], entry["shape"]
-        last = shape[0] if last is None else last
+        dtype, shape = TORCH_DTYPES.get(entry["dtype"]), entry["shape"]
+        last = shape[0] if last is None and shape else last
+        if dtype is None or last is None or not 0 <= first <= last <= shape[0]:
+            raise UserError(
+                f"{self.path}: no file of targets: {name} is {entry['dtype']} {shape}, entries {first} to"
+                f" {last} are wanted. {AGAIN}"
+            )
         each = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
         begin = self._start + entry["data_offsets"][0]
         if first == last:

@@ -316,10 +316,6 @@ def _unknown(folder: Path, known: set[Path]) -> Iterator[str]:
             yield f"{folder / entry.name}: not in the manifest. Remove it."
 
 
-def listed_files(path: Path) -> list[Path]:
-    return [Path(entry.path) for entry in listed(path) if entry.is_file()]
-
-
 def merge(folders: Sequence[Path], out: Path) -> int:
     """Copy parts of one capture, written on several machines, into one folder; the number of shards missing.
 
@@ -332,9 +328,8 @@ def merge(folders: Sequence[Path], out: Path) -> int:
     writer = StoreWriter.open(out, settings[0])
     for folder in folders:
         theirs = Files(folder)
-        for file in listed_files(folder):
-            record = theirs.recorded(file) if file.suffix == ".safetensors" else None
-            if record is None:
+        for file in sorted(folder.glob("*.safetensors")):
+            if (record := theirs.recorded(file)) is None:
                 continue
             for flaw in flaws(file, record):
                 raise UserError(flaw)
