@@ -21,12 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "half-depth.yaml"
 
 
-def ours(recipe: Path, overrides: list[str], folder: Path) -> dict[str, list[float]]:
+def ours(recipe: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
     from potstill import distill
 
     run = distill(recipe, overrides=overrides, out=folder / "run")
@@ -34,10 +36,9 @@ def ours(recipe: Path, overrides: list[str], folder: Path) -> dict[str, list[flo
     return {"losses": [s["train/loss"] for s in steps], "seconds": [s["speed/step_s"] for s in steps]}
 
 
-def plain(recipe: Path, overrides: list[str], folder: Path) -> dict[str, list[float]]:
-    """The loop that anybody would write: full logits of both models, library losses."""
+def pair(recipe: Path, overrides: list[str]) -> tuple[Any, list[Any], Any, Any]:
+    """Settings, the batches of all steps, teacher and student as Transformers has them."""
     import torch
-    from torch.nn import functional as F
     from transformers import AutoModelForCausalLM
 
     from potstill.assembly import make_corpus
@@ -48,6 +49,7 @@ def plain(recipe: Path, overrides: list[str], folder: Path) -> dict[str, list[fl
     plan = settings.train
     corpus, _ = make_corpus(settings)
     order = Order(len(corpus.train), plan.seed)
+    batches = [corpus.train.batch(order.rows(step, plan.rows_per_step)) for step in range(plan.steps)]
     gguf = Path(settings.teacher.model)
     teacher = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -55,39 +57,82 @@ def plain(recipe: Path, overrides: list[str], folder: Path) -> dict[str, list[fl
     student = copy.deepcopy(teacher)
     student.model.layers = torch.nn.ModuleList([student.model.layers[i] for i in settings.student.keep])
     student.config.num_hidden_layers = len(student.model.layers)
-    student.train()
+    return settings, batches, teacher, student.train()
+
+
+def full_logits(model: Any, batch: Any) -> Any:
+    """logits_NV, of the logits of all positions."""
+    inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
+    return model(**inputs).logits.flatten(0, 1)[batch.positions_N]
+
+
+def plain_loss(logits: Any, teacher_logits: Any, labels: Any) -> Any:
+    from torch.nn import functional as F
+
+    ce = F.cross_entropy(logits, labels)
+    teacher_logp = F.log_softmax(teacher_logits, -1)
+    kl = F.kl_div(F.log_softmax(logits, -1), teacher_logp, log_target=True, reduction="batchmean")
+    return 0.5 * ce + 0.5 * kl
+
+
+def make_adamw(plan: Any, student: Any, fused: bool | None = None) -> Any:
+    import torch
+
     matrices = [p for p in student.parameters() if p.ndim >= 2]
     vectors = [p for p in student.parameters() if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": plan.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(plan.beta1, plan.beta2))
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=(plan.beta1, plan.beta2), fused=fused)
+
+
+def rate(plan: Any, step: int) -> float:
+    """As a part of plan.lr."""
+    if step < plan.warmup:
+        return (step + 1) / plan.warmup
+    progress = (step - plan.warmup) / max(plan.steps - 1 - plan.warmup, 1)
+    return plan.final_lr_ratio + (1 - plan.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def take_steps(
+    plan: Any, student: Any, optimizer: Any, items: list[Any], loss: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """One for each item."""
+    import torch
 
     losses, seconds = [], []
-    for step in range(plan.steps):
+    for step, item in enumerate(items):
         started = time.perf_counter()
-        batch = corpus.train.batch(order.rows(step, plan.rows_per_step))
-        inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
-        with torch.no_grad():
-            teacher_logits = teacher(**inputs).logits.flatten(0, 1)[batch.positions_N]
-        logits = student(**inputs).logits.flatten(0, 1)[batch.positions_N]
-        ce = F.cross_entropy(logits, batch.labels_N)
-        teacher_logp = F.log_softmax(teacher_logits, -1)
-        kl = F.kl_div(F.log_softmax(logits, -1), teacher_logp, log_target=True, reduction="batchmean")
-        loss = 0.5 * ce + 0.5 * kl
-        loss.backward()
+        value = loss(item)
+        value.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), plan.clip)
-        warm = (step + 1) / plan.warmup if step < plan.warmup else 1.0
-        progress = max(step - plan.warmup, 0) / max(plan.steps - 1 - plan.warmup, 1)
-        cosine = plan.final_lr_ratio + (1 - plan.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
-            group["lr"] = plan.lr * (warm if step < plan.warmup else cosine)
+            group["lr"] = plan.lr * rate(plan, step)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(value.detach()))
         seconds.append(time.perf_counter() - started)
     return {"losses": losses, "seconds": seconds}
+
+
+def plain(recipe: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """The loop that anybody would write: full logits of both models, library losses."""
+    import torch
+
+    settings, batches, teacher, student = pair(recipe, overrides)
+
+    def loss(batch: Any) -> Any:
+        with torch.no_grad():
+            teacher_logits = full_logits(teacher, batch)
+        return plain_loss(full_logits(student, batch), teacher_logits, batch.labels_N)
+
+    return take_steps(settings.train, student, make_adamw(settings.train, student), batches, loss)
+
+
+def peak_gib() -> float:
+    """Of this process so far; of a child at least what its parent had when it started it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 ARMS = {"ours": ours, "plain": plain}
@@ -105,8 +150,7 @@ def main() -> int:
     if options.arm:
         with tempfile.TemporaryDirectory() as folder:
             result = ARMS[options.arm](RECIPE, overrides, Path(folder))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps(result | {"peak_gib": peak}))
+        print(json.dumps(result | {"peak_gib": peak_gib()}))
         return 0
 
     runs: dict[str, list[dict]] = {name: [] for name in ARMS}
