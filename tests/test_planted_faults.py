@@ -6,14 +6,13 @@ no longer in the source fails here too, so that the list cannot go stale in sile
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from planted import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -409,8 +408,15 @@ FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_turns_its_test_red(name: str, tmp_path: Path) -> None:
+def test_a_planted_fault_turns_its_test_red(name: str, tmp_path: Path, forks: Forks) -> None:
     fault = FAULTS[name]
     shutil.copytree(
         ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -419,20 +425,13 @@ def test_a_planted_fault_turns_its_test_red(name: str, tmp_path: Path) -> None:
     text = file.read_text()
     assert text.count(fault.right) == 1, f"{fault.file} no longer has the text that this fault replaces"
     file.write_text(text.replace(fault.right, fault.wrong))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--no-header",
-        str(ROOT / "tests" / fault.test),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "src")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if fault.test.startswith(SANDBOX) and "1 skipped" in done.stdout:
+    code = forks.run(tmp_path / "src", fault.test, tmp_path / "told.txt")
+    told = (tmp_path / "told.txt").read_text()
+    if fault.test.startswith(SANDBOX) and "1 skipped" in told:
         pytest.skip("no Landlock on this machine; not run")
-    assert done.returncode == 1, f"no test went red:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert "1 failed" in done.stdout or "1 error" in done.stdout, done.stdout[-2000:]
+    assert code == 1, f"no test went red:\n{told[-2000:]}"
+    assert "1 failed" in told or "1 error" in told, told[-2000:]
+
+
+def test_without_a_fault_the_same_way_is_green(tmp_path: Path, forks: Forks) -> None:
+    assert forks.run(ROOT / "src", STEP, tmp_path / "told.txt") == 0, (tmp_path / "told.txt").read_text()
