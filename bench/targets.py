@@ -173,7 +173,9 @@ def gradients(options: argparse.Namespace) -> None:
     teacher.model.mask_from(cast.shared.ids)
     wanted: list[tuple[str, Kind]] = [(f"hidden {d}", Hidden(d)) for d in ("bfloat16", "int8")]
     wanted += [
-        (f"{name} {size}", kind_at(name, size, cast)) for size in BYTES for name in ("sampled", "topk")
+        (f"{name} {size}", kind_at(name, size, cast))
+        for size in options.sizes
+        for name in ("sampled", "topk")
     ]
     for name, kind in wanted:
         found = certificate(cast.student, teacher, cast.corpus.heldout, kind, 0)
@@ -308,6 +310,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=BYTES, help="bytes per position, of gradients"
+    )
     parser.add_argument("--corpus", default="unittest", help="folder of the standard library")
     parser.add_argument("--store", type=Path, default=Path("targets/bench"))
     parser.add_argument("--append", type=Path, default=Path("bench/results.jsonl"))
