@@ -69,8 +69,9 @@ def distributions(
 def entropy(p_CV: Tensor, logits_CV: Tensor) -> Tensor:
     """Of each row of p_CV, the softmax of logits_CV, in nats."""
     logsumexp_C = logits_CV.amax(-1) - p_CV.amax(-1).log()
-    finite_CV = logits_CV.clamp_min(torch.finfo(logits_CV.dtype).min)
-    mean_C: Tensor = torch.linalg.vecdot(p_CV, finite_CV)
+    mean_C: Tensor = torch.linalg.vecdot(p_CV, logits_CV)
+    if not bool(mean_C.isfinite().all()):  # an id that is ruled out adds 0, and not 0 * inf
+        mean_C = torch.linalg.vecdot(p_CV, logits_CV.clamp_min(torch.finfo(logits_CV.dtype).min))
     return (logsumexp_C - mean_C).clamp_min(0)
 
 

@@ -124,7 +124,11 @@ def _keep(p_CV: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """
     C = len(p_CV)
     # Beyond r / m, which is above threshold / 2 or all that is left, nothing is ever kept.
-    at_C, ids = (p_CV > threshold / 2).nonzero(as_tuple=True)
+    # Few blocks have such an id: the rest is looked at for its largest alone.
+    blocks_CBW = F.pad(p_CV, (0, -p_CV.shape[1] % BLOCK)).view(C, -1, BLOCK)
+    at_C, block = (blocks_CBW.amax(-1) > threshold / 2).nonzero(as_tuple=True)
+    hit, within = (blocks_CBW[at_C, block] > threshold / 2).nonzero(as_tuple=True)
+    at_C, ids = at_C[hit], block[hit] * BLOCK + within
     counts_C = torch.bincount(at_C, minlength=C)
     place = torch.arange(len(at_C), device=p_CV.device) - (counts_C.cumsum(0) - counts_C)[at_C]
     width = int(counts_C.max()) + 1 if C else 1
