@@ -284,6 +284,7 @@ def test_the_schema_is_json_with_every_section(capsys: pytest.CaptureFixture[str
         "train",
         "eval",
         "guard",
+        "capture",
         "compare",
         "publish",
         "allow_identical",
