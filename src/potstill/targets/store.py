@@ -253,7 +253,7 @@ class Store:
             name = self.files.shard(shard).name
         found = self._shard(name) if name in self.records else None
         if found is None or found.rows[number : number + 1] != [row]:
-            raise UserError(f"{self.path}: has no targets for row {row}. {ROWS_TODO}")
+            raise UserError(f"{self.path}: has no targets for row {row}. {ROWS_ADVICE}")
         return found.row(number)
 
     def _shard(self, name: str) -> Shard:
@@ -265,7 +265,7 @@ class Store:
         return VerifiedFile(self.path / name, self.records[name])
 
 
-ROWS_TODO = "Capture with capture.rows: all, or with the train.seed and train.steps of this recipe."
+ROWS_ADVICE = "Capture with capture.rows: all, or with the train.seed and train.steps of this recipe."
 
 
 def read_manifest(path: Path) -> Json:

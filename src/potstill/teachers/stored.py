@@ -20,7 +20,7 @@ from potstill.corpus.vocab import load_tokenizer, vocab_of
 from potstill.errors import UserError
 from potstill.losses.sparse import SparseTargets
 from potstill.targets.kinds import Hidden
-from potstill.targets.store import HELDOUT_KIND, ROWS_TODO, Store
+from potstill.targets.store import HELDOUT_KIND, ROWS_ADVICE, Store
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Batch, Head, HiddenTargets, Targets, Vocab
 
@@ -84,7 +84,9 @@ class StoredTeacher:
         if ids != kept["vocabulary"]["ids"]:
             self._refuse(f"vocabulary: {kept['vocabulary']['ids']} shared ids then, {ids} with this student.")
         if kept["rows"] < theirs["train_rows"] and (missing := self.store.without(rows)):
-            self._refuse(f"rows: {len(missing)} of this run's are not in it, one is {missing[0]}.", ROWS_TODO)
+            self._refuse(
+                f"rows: {len(missing)} of this run's are not in it, one is {missing[0]}.", ROWS_ADVICE
+            )
         if isinstance(self.store.kind, Hidden):
             return
         name = kept["kind"]["name"]
