@@ -9,8 +9,8 @@ gradient_cosine, gradient_relative_error
 hidden_gradient_cosine
     between the gradients of the student's final hidden states, where nothing averages
 captured_mass      probability of the ids that are kept or drawn, on average; 1 for hidden states
-kl_to_stored       KL(full || stored), nats; the rest of top-k taken as uniform. None for samples, which give
-                   most ids no probability in any one draw
+kl_to_stored       KL(full || stored), nats; the rest of top-k taken as uniform. Not for samples, which
+                   give most ids no probability in any one draw
 kl_from_stored     KL(stored || full), nats, for samples alone
 true_kd, logged_kd the KD term with the full distributions, and what a run from the store would log
 """
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.losses.divergences import forward_kl
 from potstill.losses.sparse import SparseTargets
 from potstill.students.student import Student
 from potstill.targets.kinds import Kind
@@ -103,7 +104,7 @@ def _compared(full: Targets, stored: Targets, temperature: float, num_ids: int) 
         some = stored[part]
         if not isinstance(some, SparseTargets):
             _, stored_NV = some.on_support(nothing_NV, temperature)
-            sums["kl_to_stored"] += _kl(full_NV, stored_NV)
+            sums["kl_to_stored"] += float(forward_kl(stored_NV, full_NV).sum())
             sums["captured_mass"] += shape[0]
             continue
         ids_NK = some.ids_NK
@@ -114,13 +115,8 @@ def _compared(full: Targets, stored: Targets, temperature: float, num_ids: int) 
         if some.has_bucket:
             rest_N = (1 - p_NK.sum(-1)).clamp_min(1e-12) / (num_ids - ids_NK.shape[1] or 1)
             stored_NV = rest_N.log()[:, None].expand_as(full_NV).scatter(-1, ids_NK, p_NK.log())
-            sums["kl_to_stored"] += _kl(full_NV, stored_NV)
+            sums["kl_to_stored"] += float(forward_kl(stored_NV, full_NV).sum())
         else:
             estimate_NV = torch.zeros_like(full_NV).scatter_add_(-1, ids_NK.clamp_min(0), p_NK)
-            sums["kl_from_stored"] += _kl(estimate_NV.log(), full_NV)
+            sums["kl_from_stored"] += float(forward_kl(full_NV, estimate_NV.log()).sum())
     return dict(sums)
-
-
-def _kl(of_NV: Tensor, to_NV: Tensor) -> float:
-    ratio_NV = (of_NV - to_NV).masked_fill(of_NV.isneginf(), 0.0)
-    return float((of_NV.exp() * ratio_NV).sum())
