@@ -167,7 +167,7 @@ FAULTS = {
     ),
     "a NaN is below the ceiling": Fault(
         "training/loop.py",
-        "if not torch.isfinite(grad_norm):",
+        "if not math.isfinite(grad_norm):",
         "if grad_norm > 1e30:",
         "training/test_guard.py",
     ),

@@ -23,6 +23,7 @@ from potstill.corpus.decontamination import Decontamination, EvaluationTexts, to
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
+from potstill.models.compiled import compile_body, require_compiler
 from potstill.models.files import check_gguf, check_model_files
 from potstill.models.load import choose_device, load_config, local_copy, vocab_size_of
 from potstill.recipe import Recipe
@@ -79,6 +80,8 @@ def assemble(
     device = choose_device(recipe.train.device)
     chosen = "" if recipe.train.device != "auto" else " (auto: CUDA where there is a device, else the CPU)"
     note(f"device: {device}{chosen}")
+    if recipe.train.compile:
+        require_compiler(device)
     for source in _checkpoints(recipe, saved_student):
         check_model_files(path := local_copy(source))
         if path.is_dir():  # reading the config of a GGUF file takes seconds, and loading it will do so anyway
@@ -112,6 +115,8 @@ def assemble(
     for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
         field, tokens = "corpus.tokens_per_row", recipe.corpus.tokens_per_row
         require_length(model_of_run.hf.config, model_of_run.name, field, tokens)
+        if recipe.train.compile:
+            compile_body(model_of_run)
     if recipe.eval.sample_prompt is not None and tokenizer is not None:
         sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
         require_length(model.hf.config, model.name, "eval.sample_tokens", sampled)
@@ -236,6 +241,7 @@ def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objectiv
         asked.chunk,
         matmul_dtype,
         asked.engine,
+        recipe.train.compile,
     )
 
 

@@ -28,11 +28,6 @@ class Unreadable(UserError):
 class Fault(UserError):
     """Numbers that no update may be made of: not finite, or a loss above its ceiling."""
 
-    def __init__(self, *mistakes: str, value: float | None = None) -> None:
-        super().__init__(*mistakes)
-        self.value = value
-        """The number itself, where one is at fault."""
-
 
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to end. No `except Exception` of a library can take it for its own."""

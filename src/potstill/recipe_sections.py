@@ -298,6 +298,10 @@ class Train(Section):
     """Type of the student's matrix products; its weights stay float32."""
     activation_checkpointing: bool = False
     """Keep one hidden state a layer and compute the rest again on the way back: memory, not results."""
+    compile: bool = False
+    """Run both models' layers, and on CUDA the loss between its products, through torch.compile: faster
+    steps after a slow first one, the same results but for rounding. Needs Triton on CUDA, else a C++
+    compiler."""
     return_memory: bool = False
     """Give freed memory back to the system at once: less memory and slower steps on the CPU, same results."""
     save_every: CountOrZero = 500

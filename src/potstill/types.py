@@ -24,7 +24,7 @@ class Batch:
     """One micro-batch. Which positions bear loss, and what their next token is, was decided by the corpus."""
 
     rows_B: Tensor
-    """int64, corpus rows."""
+    """int64, corpus rows: a name and no input, it stays on the CPU."""
     input_ids_BT: Tensor
     """int64."""
     position_ids_BT: Tensor
@@ -35,7 +35,16 @@ class Batch:
     """int64, that next token."""
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        inputs = (moved(getattr(self, f.name), device) for f in fields(self)[1:])
+        return Batch(self.rows_B, *inputs)
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On the device; to CUDA without a wait, which takes pinned memory. A fake tensor has none to pin."""
+    to_cuda = torch.device(device).type == "cuda"
+    if to_cuda and tensor.device.type == "cpu" and type(tensor) is Tensor:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=to_cuda)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ other divergences go the other way.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +45,10 @@ def is_known(targets: Targets | None) -> bool:
 
 
 def with_gradient(
-    logits_CV: Tensor, labels_C: Tensor, targets: Targets | None, weights: Weights
+    logits_CV: Tensor, labels_C: Tensor, targets: Targets | None, weights: Weights, block: Block
 ) -> tuple[Tensor, Tensor | None]:
     """Values per position, ce_C and kd_C (None without targets); the gradient of the loss with respect to the
-    logits is left in `logits_CV`.
+    logits is left in `logits_CV`. `block` is `eager_block`, or `compiled_block()`.
     """
     C, V = logits_CV.shape
     taught: Tensor | SparseTargets | None = None
@@ -61,13 +63,22 @@ def with_gradient(
     for start in range(0, C, size):
         part = slice(start, min(start + size, C))
         of_part = None if taught is None else taught[part]
-        ce_C, kd_C = _block(logits_CV[part], labels_C[part, None], of_part, weights)
+        ce_C, kd_C = block(logits_CV[part], labels_C[part, None], of_part, weights)
         ce.append(ce_C)
         kd.append(kd_C)
     return torch.cat(ce), None if targets is None else torch.cat(kd)
 
 
-def _block(
+Block = Callable[..., tuple[Tensor, Tensor]]
+
+
+@functools.cache
+def compiled_block() -> Block:
+    """Of any size: the last chunk of a batch has its own."""
+    return torch.compile(eager_block, dynamic=True)
+
+
+def eager_block(
     logits_CV: Tensor, labels_C1: Tensor, taught: Tensor | SparseTargets | None, weights: Weights
 ) -> tuple[Tensor, Tensor]:
     shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)

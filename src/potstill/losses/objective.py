@@ -28,7 +28,14 @@ from torch.autograd.function import once_differentiable
 
 from potstill.errors import Fault, UserError
 from potstill.losses.divergences import forward_kl
-from potstill.losses.fused import Weights, is_known, require_same_ids, with_gradient
+from potstill.losses.fused import (
+    Weights,
+    compiled_block,
+    eager_block,
+    is_known,
+    require_same_ids,
+    with_gradient,
+)
 from potstill.types import Divergence, Head, Targets
 
 
@@ -48,6 +55,8 @@ class Objective:
     matmul_dtype: torch.dtype | None = None
     engine: Literal["fused", "reference"] = "fused"
     """`fused` has CE and forward KL written out; all else is computed as by `reference`."""
+    compiled: bool = False
+    """Let torch.compile make few kernels of what is written out. On CUDA alone: a CPU's caches have blocks."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -62,19 +71,29 @@ class Objective:
             raise UserError(f"objective.chunk: is {self.chunk}, must be 1 or more.")
 
     def __call__(
-        self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets | None
+        self,
+        hidden_ND: Tensor,
+        head: Head,
+        labels_N: Tensor,
+        targets: Targets | None,
+        *,
+        checked: bool = True,
     ) -> dict[str, Tensor]:
         """Sums over the N positions: `loss` carries the gradient, `ce` and `kd` are for the log.
 
-        `targets` may be None only where kd_weight is 0; `kd` is then absent.
+        `targets` may be None only where kd_weight is 0; `kd` is then absent. Not `checked`, nothing waits for
+        the device: labels and sums are then the caller's, for `require_labels` and `require_finite`.
         """
         self._require_fitting(hidden_ND, head, labels_N, targets)
+        if checked:
+            require_labels(labels_N, head.num_ids)
         tensors = [hidden_ND, head.weight_VD, head.bias_V]
         if not torch.is_grad_enabled():  # a Function cannot tell: inside it, this is always False
             tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
         ce, kd, loss = _SumOverPositions.apply(*tensors, self, head, labels_N, targets)  # type: ignore[no-untyped-call]
         sums = {"ce": ce, "loss": loss} if targets is None else {"ce": ce, "kd": kd, "loss": loss}
-        _require_finite(sums, len(labels_N))
+        if checked:
+            require_finite(_read(sums), len(labels_N))
         return sums
 
     @torch.no_grad()
@@ -85,6 +104,7 @@ class Objective:
         of positions where both rank the same id first, `teacher_ce` the teacher's own cross-entropy.
         """
         self._require_fitting(hidden_ND, head, labels_N, targets)
+        require_labels(labels_N, head.num_ids)
         _, exact = self._dtypes(hidden_ND, head)
         names = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
         sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in names}
@@ -98,7 +118,7 @@ class Objective:
             values["teacher_ce"] = -teacher_CS.gather(-1, labels_N[part, None]).squeeze(-1)
             for name, value_C in values.items():
                 sums[name] += value_C.sum()
-        _require_finite(sums, len(labels_N))
+        require_finite(_read(sums), len(labels_N))
         return sums
 
     @torch.no_grad()
@@ -142,7 +162,8 @@ class Objective:
         logits_CV = head.finish(product_CV)
         kd_weight = 0.0 if targets is None else self.kd_weight
         weights = Weights(self.ce_weight, kd_weight, self.temperature)
-        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, weights)
+        block = compiled_block() if self.compiled and logits_CV.is_cuda else eager_block
+        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, weights, block)
         values = {"ce": ce_C, "loss": self.ce_weight * ce_C}
         if kd_C is not None:
             values |= {"kd": kd_C, "loss": values["loss"] + kd_weight * kd_C}
@@ -173,7 +194,7 @@ class Objective:
     def _require_fitting(
         self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets | None
     ) -> None:
-        N, V = len(hidden_ND), head.num_ids
+        N = len(hidden_ND)
         if targets is None and self.kd_weight != 0:
             raise UserError(f"objective.kd_weight: is {self.kd_weight} and there is no teacher. Set it to 0.")
         for name, count in (("labels", len(labels_N)), ("targets", N if targets is None else len(targets))):
@@ -181,11 +202,6 @@ class Objective:
                 raise UserError(
                     f"objective: {N} hidden states and {count} {name}. There must be one for each."
                 )
-        if N:
-            lowest, highest = (int(label) for label in torch.aminmax(labels_N))
-            if lowest < 0 or highest >= V:
-                wrong = lowest if lowest < 0 else highest
-                raise UserError(f"objective: label {wrong} is outside the student's {V} ids, 0 to {V - 1}.")
 
 
 class _SumOverPositions(torch.autograd.Function):
@@ -244,12 +260,24 @@ class _SumOverPositions(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _require_finite(sums: dict[str, Tensor], positions: int) -> None:
-    finite = torch.stack([value.detach() for value in sums.values()]).isfinite().tolist()  # one wait for all
-    for (name, value), is_finite in zip(sums.items(), finite, strict=True):
-        if not is_finite:
+def require_labels(labels_N: Tensor, V: int) -> None:
+    """Refuse labels that are no ids; on a device this waits for it."""
+    if len(labels_N):
+        lowest, highest = torch.stack(torch.aminmax(labels_N)).tolist()
+        if lowest < 0 or highest >= V:
+            wrong = lowest if lowest < 0 else highest
+            raise UserError(f"objective: label {wrong} is outside the student's {V} ids, 0 to {V - 1}.")
+
+
+def require_finite(sums: dict[str, float], positions: int) -> None:
+    for name, value in sums.items():
+        if not math.isfinite(value):
             raise Fault(
-                f"objective: {name} is {value.item()} over {positions} positions. Logits are not finite, or a"
-                " token that one side or the corpus has is impossible on the other.",
-                value=value.item(),
+                f"objective: {name} is {value} over {positions} positions. Logits are not finite, or a token"
+                " that one side or the corpus has is impossible on the other."
             )
+
+
+def _read(sums: dict[str, Tensor]) -> dict[str, float]:
+    """With one wait for all."""
+    return dict(zip(sums, torch.stack([value.detach() for value in sums.values()]).tolist(), strict=True))

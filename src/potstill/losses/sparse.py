@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
+from potstill.types import moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class SparseTargets:
         )
 
     def to(self, device: torch.device) -> SparseTargets:
-        entropy_N = None if self.entropy_N is None else self.entropy_N.to(device)
-        ids_NK, logp_NK = self.ids_NK.to(device), self.logp_NK.to(device)
+        entropy_N = None if self.entropy_N is None else moved(self.entropy_N, device)
+        ids_NK, logp_NK = moved(self.ids_NK, device), moved(self.logp_NK, device)
         return replace(self, ids_NK=ids_NK, logp_NK=logp_NK, entropy_N=entropy_N)
 
     def require_temperature(self, temperature: float) -> None:

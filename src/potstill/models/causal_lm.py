@@ -10,14 +10,17 @@ made of this.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import masking_utils
 
 from potstill.errors import UserError, one_line
 from potstill.types import Head
@@ -35,6 +38,8 @@ class CausalLM(nn.Module):
         self.name = name
         self.known: int | None = None
         """Ids that mean something, where the logits have more: see `Head.known`."""
+        self.compiled_body: Callable[..., Any] | None = None
+        """In the place of `hf.base_model`: see `compiled`. No module, or its weights would have two names."""
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +80,10 @@ class CausalLM(nn.Module):
             inputs["position_ids"] = position_ids_BT
         if mask_BT is not None:
             inputs["attention_mask"] = mask_BT
-        hidden_BTD: Tensor = self.hf.base_model(**inputs).last_hidden_state
+        is_packed = position_ids_BT is not None and mask_BT is None
+        with taken_as_packed() if is_packed and is_queued(self.device) else contextlib.nullcontext():
+            body = self.compiled_body or self.hf.base_model
+            hidden_BTD: Tensor = body(**inputs).last_hidden_state
         return hidden_BTD
 
     @property
@@ -167,3 +175,27 @@ class CausalLM(nn.Module):
 
 def _relative_gap(ours: Tensor, reference: Tensor) -> float:
     return float((ours - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
+
+
+def is_queued(device: torch.device) -> bool:
+    """Whether work on the device is queued, so that whoever asks for a number waits for all of it."""
+    return device.type == "cuda"
+
+
+@contextlib.contextmanager
+def taken_as_packed() -> Iterator[None]:
+    """Transformers asks the device whether a document begins inside any row, and waits, to do without a mask
+    where none does. Rows are packed, so the answer is yes; where it is no, a mask says the same.
+    """
+    asking = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = documents
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asking
+
+
+def documents(position_ids: Tensor) -> Tensor:
+    """The number of each position's document in its row. (Transformers' name for the argument.)"""
+    before_B1 = position_ids[:, :1] - 1
+    return (torch.diff(position_ids, prepend=before_B1, dim=-1) != 1).cumsum(-1)

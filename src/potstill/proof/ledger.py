@@ -120,10 +120,16 @@ class WatchedObjective(Objective):
     part: Callable[[str], AbstractContextManager[None]] = dataclasses.field(kw_only=True)
 
     def __call__(
-        self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets | None
+        self,
+        hidden_ND: Tensor,
+        head: Head,
+        labels_N: Tensor,
+        targets: Targets | None,
+        *,
+        checked: bool = True,
     ) -> dict[str, Tensor]:
         with self.part("loss_chunk"):
-            return super().__call__(hidden_ND, head, labels_N, targets)
+            return super().__call__(hidden_ND, head, labels_N, targets, checked=checked)
 
     def measure(self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets) -> dict[str, Tensor]:
         with self.part("loss_chunk"):

@@ -257,7 +257,7 @@ def _trace(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledge
     asked = recipe.train
     rows = asked.micro_batch_rows
     few = min(asked.rows_per_step, 2 * rows)
-    small = dataclasses.replace(asked, steps=1, warmup=0, rows_per_step=few, save_every=0)
+    small = dataclasses.replace(asked, steps=1, warmup=0, rows_per_step=few, save_every=0, compile=False)
     recipe = dataclasses.replace(recipe, train=small)
     precision = torch.bfloat16 if asked.precision == "bfloat16" else None
     libraries = resident_bytes()

@@ -28,7 +28,7 @@ from potstill.proof.identity import ADVICE_IDENTICAL, SAME, rounding_kl, same_we
 from potstill.proof.plan import Plan, available, plan
 from potstill.teachers.stored import StoredTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
-from potstill.training.loop import ask
+from potstill.training.prefetch import ask
 from potstill.types import Batch, Targets
 
 TOKENS = 64  # of each row, where gradients are looked at

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from potstill.errors import UserError, one_line
-from potstill.losses.objective import Objective
+from potstill.losses.objective import Objective, require_labels
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import (
     load_causal_lm,
@@ -40,8 +40,16 @@ class Student(nn.Module):
         self.autocast = autocast
 
     def forward(self, batch: Batch, targets: Targets | None) -> dict[str, Tensor]:
-        """Sums over the batch's N positions, in nats; `loss` carries the gradient."""
-        return self.objective(self.hidden_ND(batch), self.model.head, batch.labels_N, targets)
+        """Sums over the batch's N positions, in nats; `loss` carries the gradient.
+
+        Nothing waits for the device: whoever calls looks at labels before, and at sums when it needs them.
+        """
+        hidden_ND = self.hidden_ND(batch)
+        return self.objective(hidden_ND, self.model.head, batch.labels_N, targets, checked=False)
+
+    def require_labels(self, batch: Batch) -> None:
+        """UserError for a label that is no id of this student's; for a batch on the CPU."""
+        require_labels(batch.labels_N, self.model.head.num_ids)
 
     @torch.no_grad()
     def measure(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:

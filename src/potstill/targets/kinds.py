@@ -35,7 +35,7 @@ from potstill.targets.packing import (
     unpack_ids,
 )
 from potstill.targets.sampling import KEPT, TAIL_LEVELS, Uniforms, num_drawn
-from potstill.types import Head, HiddenTargets, Targets
+from potstill.types import Head, HiddenTargets, Targets, moved
 
 DEFAULT_BYTES = 32.0
 FINEST = 1e-4
@@ -90,7 +90,7 @@ class Hidden:
     def decode(self, row: Row, head: Head) -> HiddenTargets:
         hidden_PE = from_int8(row["hidden"], row["scale"]) if self.dtype == "int8" else row["hidden"]
         weight_VE = head.weight_VD
-        return HiddenTargets(hidden_PE.to(weight_VE.device, weight_VE.dtype), head)
+        return HiddenTargets(moved(hidden_PE, weight_VE.device).to(weight_VE.dtype), head)
 
 
 @dataclass(frozen=True)

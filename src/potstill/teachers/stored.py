@@ -31,6 +31,9 @@ OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows",
 class StoredTeacher:
     """Make one with `open`. Reads a row's targets when the row is asked for; nothing is kept in memory."""
 
+    reads_on_the_cpu = True
+    """Which positions are asked for: a batch still there is not waited for."""
+
     def __init__(self, store: Store, device: torch.device | str = "cpu") -> None:
         self.store = store
         folder = store.tokenizer_folder

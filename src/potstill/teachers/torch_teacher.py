@@ -88,7 +88,9 @@ class TorchTeacher:
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
         """One forward of the body: hidden states at the N positions, and the head to make logits of."""
-        hidden_BTE = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        with torch.inference_mode():
+            hidden_BTE = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        # Taken out here, they are ordinary tensors, which autograd may keep.
         return HiddenTargets(hidden_BTE.flatten(0, 1)[batch.positions_N], self.model.head)
 
     def weights_sha256(self) -> str:

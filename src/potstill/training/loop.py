@@ -15,11 +15,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from potstill.errors import Fault, Stopped, UserError
+from potstill.losses.objective import require_finite
 from potstill.recipe import Recipe
 from potstill.students.student import Student
 from potstill.training.checkpoint import Outcome
 from potstill.training.optim import lr_at, make_optimizer, set_lr
-from potstill.types import Batch, Order, Rows, Targets, Teacher
+from potstill.training.prefetch import Prefetch
+from potstill.types import Batch, Order, Rows, Teacher
 
 Metrics = dict[str, float]
 MOST_LEFT_OUT = 3  # in a row: beyond, it is not a bad batch but a bad run
@@ -62,6 +64,13 @@ def train(
     saved = -1 if resumed is None else resumed.step
     student.train()
 
+    def first_of(step: int) -> Batch | None:
+        if step >= plan.steps or step + 1 in outcome.left_out:
+            return None
+        return rows.batch(order.rows(step, plan.rows_per_step)[: plan.micro_batch_rows])
+
+    ahead = Prefetch(teacher, device, first_of)
+
     while True:
         is_last = outcome.step == plan.steps
         stopping = hooks.should_stop() and not is_last
@@ -91,19 +100,27 @@ def train(
         size = plan.micro_batch_rows
         batches = [rows.batch(step_rows[i : i + size]) for i in range(0, len(step_rows), size)]
         positions = sum(len(batch.positions_N) for batch in batches)  # of the whole step, before any backward
+        for batch in batches:
+            with named(step, batch.rows_B.tolist()):
+                student.require_labels(batch)
 
+        of_batches: list[dict[str, Tensor]] = []  # on the device: nothing waits for it until `read`
         sums: dict[str, float] = {}
         try:
-            for batch in (batch.to(device) for batch in batches):
-                targets = None if teacher is None else ask(teacher, batch, step)
+            for batch, targets in ahead.step(step, batches):
                 with named(step, batch.rows_B.tolist()):
                     terms = student(batch, targets)
                 (terms["loss"] / positions).backward()  # the one division
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach())
+                of_batches.append({name: value.detach() for name, value in terms.items()})
                 hooks.beat()
             parameters = [p for p in student.parameters() if p.grad is not None]
-            grad_norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
+            total_norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
+            values, grad_norm = read(of_batches, total_norm)
+            for batch, of_batch in zip(batches, values, strict=True):
+                with named(step, batch.rows_B.tolist()):
+                    require_finite(of_batch, len(batch.positions_N))
+                for name, number in of_batch.items():
+                    sums[name] = sums.get(name, 0.0) + number
             with named(step, step_rows):
                 require_usable(sums["loss"] / positions, ceiling, grad_norm, student)
         except Fault as fault:
@@ -115,7 +132,7 @@ def train(
             saved = min(saved, outcome.step)  # going back may have passed over a damaged checkpoint
             continue
         if plan.clip is not None:
-            clip_grads_with_norm_(parameters, plan.clip, grad_norm)
+            clip_grads_with_norm_(parameters, plan.clip, total_norm)
         lr = set_lr(optimizer, lr_at(step, plan))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -127,7 +144,7 @@ def train(
         losses = {f"train/{name}": value / positions for name, value in sums.items()}
         figures = {
             "train/lr": lr,
-            "train/grad_norm": float(grad_norm),
+            "train/grad_norm": grad_norm,
             "train/positions": positions,
             "train/epoch": order.epoch(step, plan.rows_per_step),
             "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in batches) / seconds,
@@ -143,25 +160,6 @@ def due(step: int, every: int) -> bool:
 def save_due(step: int, recipe: Recipe) -> bool:
     """A run that may roll back has a checkpoint to roll back to from its first step on."""
     return due(step, recipe.train.save_every) or (step == 0 and recipe.guard.policy == "rollback")
-
-
-def ask(teacher: Teacher, batch: Batch, step: int) -> Targets:
-    """The teacher's targets, or the end of the run with a name: never a step without them."""
-    try:
-        targets = teacher.targets(batch)
-    except torch.OutOfMemoryError:
-        raise  # it has advice of its own
-    except (RuntimeError, ValueError, IndexError, TypeError, OSError) as error:
-        raise UserError(
-            f"step {step + 1}: the teacher failed on rows {batch.rows_B.tolist()}: {type(error).__name__}:"
-            f" {error}"
-        ) from error
-    if len(targets) != len(batch.positions_N):
-        raise UserError(
-            f"step {step + 1}: the teacher gave targets for {len(targets)} positions,"
-            f" {len(batch.positions_N)} were asked."
-        )
-    return targets
 
 
 @contextlib.contextmanager
@@ -185,18 +183,25 @@ def loss_ceiling(recipe: Recipe, vocab_size: int) -> float:
     return recipe.guard.loss_ceiling or 5 * weight * math.log(vocab_size)
 
 
-def require_usable(loss: float, ceiling: float, grad_norm: Tensor, student: Student) -> None:
+def read(of_batches: list[dict[str, Tensor]], total_norm: Tensor) -> tuple[list[Metrics], float]:
+    """The terms of each micro-batch and the norm of the gradient: a step waits for its device here alone."""
+    on_device = [value for terms in of_batches for value in terms.values()]
+    numbers = iter(torch.stack([value.double() for value in (*on_device, total_norm)]).tolist())
+    return [{name: next(numbers) for name in terms} for terms in of_batches], next(numbers)
+
+
+def require_usable(loss: float, ceiling: float, grad_norm: float, student: Student) -> None:
     """Refuse what no update may be made of; a NaN is below no ceiling."""
     if not loss <= ceiling:
         raise Fault(
             f"the loss is {loss:.6g} nats per position, above the ceiling of {ceiling:.6g}"
             " (guard.loss_ceiling)."
         )
-    if not torch.isfinite(grad_norm):
+    if not math.isfinite(grad_norm):
         broken = (
             n for n, p in student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         )
-        raise Fault(f"the gradient norm is {float(grad_norm)}, first in {next(broken, 'the sum')}.")
+        raise Fault(f"the gradient norm is {grad_norm}, first in {next(broken, 'the sum')}.")
 
 
 def offending(
@@ -218,18 +223,15 @@ def offending(
             student.zero_grad(set_to_none=True)
             batch = rows.batch([row]).to(device)
             positions = len(batch.positions_N)
-            try:
-                loss = student(batch, None if teacher is None else teacher.targets(batch))["loss"] / positions
-                loss.backward()
-            except Fault as fault:
-                value = math.nan if fault.value is None else fault.value / positions
-                found.append({"row": row, "loss": _as_json(value)})
-                continue
+            terms = student(batch, None if teacher is None else teacher.targets(batch))
+            (terms["loss"] / positions).backward()
             norm = get_total_norm(p.grad for p in student.parameters() if p.grad is not None)
-            if not (value := float(loss.detach())) <= ceiling:
-                found.append({"row": row, "loss": _as_json(value)})
-            elif not torch.isfinite(norm):
-                found.append({"row": row, "grad_norm": _as_json(float(norm))})
+            (of_row,), grad_norm = read([{name: value.detach() for name, value in terms.items()}], norm)
+            worst = next((v for v in of_row.values() if not math.isfinite(v)), of_row["loss"]) / positions
+            if not worst <= ceiling:
+                found.append({"row": row, "loss": _as_json(worst)})
+            elif not math.isfinite(grad_norm):
+                found.append({"row": row, "grad_norm": _as_json(grad_norm)})
     return found
 
 

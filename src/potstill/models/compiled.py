@@ -1,0 +1,48 @@
+"""`train.compile`: the bodies of both models through torch.compile, before the first step.
+
+What runs is the model's own code, in fewer and larger kernels; results differ by rounding. Each shape is
+compiled for itself, so that a kernel does not depend on which shapes came before it. Saving, generating and
+the probes go on without it. Refused where no compiler is at hand: PyTorch would say so in the first step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from potstill.errors import UserError
+from potstill.models.causal_lm import CausalLM
+
+COMPILERS = ("g++", "clang++")
+
+
+def compile_body(model: CausalLM, backend: str = "inductor") -> None:
+    """`backend` is for tests."""
+    # Teacher and student may share their code; of each the shapes are counted apart, where PyTorch can.
+    options: dict[str, Any] = {"isolate_recompiles": True}
+    known = inspect.signature(torch.compile).parameters
+    options = {name: value for name, value in options.items() if name in known}
+    compiled = torch.compile(model.hf.base_model, dynamic=False, backend=backend, **options)
+    model.compiled_body = lambda **inputs: compiled(**inputs)
+
+
+def require_compiler(device: torch.device) -> None:
+    """UserError where inductor has nothing to compile with: Triton on CUDA, a C++ compiler on the CPU."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise UserError(
+                "train.compile: on CUDA PyTorch compiles with Triton, which is not installed. Install triton,"
+                " or set it to false."
+            )
+        return
+    asked = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ([asked] if asked else COMPILERS)):
+        raise UserError(
+            f"train.compile: on the CPU PyTorch compiles with a C++ compiler, and there is no"
+            f" {asked or ' or '.join(COMPILERS)}. Install one, or set it to false."
+        )
