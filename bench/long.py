@@ -1,7 +1,7 @@
 """Does a run of 50,000 steps come to its end, whatever happens to it on the way?
 
-A student of 2.3 million weights learns from the stored targets of a teacher of its kind, rows of 256 tokens of
-the standard library, one a step, on one core. The run is killed at random instants, some of them while it
+A student of 2.3 million weights learns from the stored targets of a teacher of its kind, rows of 256 tokens
+of the standard library, one a step, on one core. The run is killed at random instants, some of them while it
 loads, and started again with --resume each time.
 
     python bench/long.py prepare    tokenizer, tokens, teacher (plain training), store: about 20 minutes
@@ -35,7 +35,8 @@ RECIPE = f"""
 {CORPUS}
 teacher: {{name: store, path: store}}
 student: {{name: config, model: student}}
-train: {{steps: {STEPS}, rows_per_step: 1, lr: 1e-3, warmup: 500, final_lr_ratio: 0.02, save_every: 500, device: cpu}}
+train:
+  {{steps: {STEPS}, rows_per_step: 1, lr: 1e-3, warmup: 500, final_lr_ratio: 0.02, save_every: 500, device: cpu}}
 eval: {{every: 500, sample_prompt: "def ", sample_tokens: 24}}
 """
 OF_TEACHER = f"""
@@ -104,8 +105,8 @@ def start(out: Path, name: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "potstill", "distill", str(out / "long.yaml"), "--out", str(out / name)]
     if (out / name / "status.json").exists():
         command.append("--resume")
-    log = open(out / f"{name}.log", "ab")  # the child's, for as long as it lives
-    return subprocess.Popen(command, stdout=log, stderr=log)
+    with open(out / f"{name}.log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
 
 
 def run(out: Path) -> None:
@@ -120,16 +121,16 @@ def run(out: Path) -> None:
     before = [json.loads(line) for line in seen.read_text().splitlines()] if seen.exists() else []
     kills = [line for line in before if "killed_at" in line]
     for at_step in wanted[len(kills) :] if len(kills) < KILLS else []:
-        for _ in range(1 + (len(kills) % (KILLS // LOADING_KILLS) == 3)):  # some die before they take a step
+        for loading in (True, False) if len(kills) % 8 == 3 else (False,):  # some die before they take a step
             child, born = start(out, "run"), time.monotonic()
-            patience = dice.uniform(1, 12) if _ else float("inf")
+            patience = dice.uniform(1, 12) if loading else float("inf")
             while child.poll() is None and time.monotonic() - born < patience and last_step(out) < at_step:
                 observe(out, child, seen)
             time.sleep(dice.random())
             require_alive(child, out)
             child.send_signal(signal.SIGKILL)
             child.wait()
-            kills.append({"killed_at": last_step(out), "loading": bool(_)})
+            kills.append({"killed_at": last_step(out), "loading": loading})
             note(seen, kills[-1] | {"checkpoints": len(checkpoints(out))})
     child = start(out, "run")
     while child.poll() is None:
@@ -196,7 +197,7 @@ def judge(out: Path) -> dict[str, Any]:
     steps = [line for line in lines if "train/loss" in line]
     held = {line["step"]: line["heldout/loss"] for line in lines if "heldout/loss" in line}
     first = {line["step"]: line["train/loss"] for line in steps}
-    whole = {l["step"]: l["train/loss"] for l in metrics(out, "again") if "train/loss" in l}
+    whole = {line["step"]: line["train/loss"] for line in metrics(out, "again") if "train/loss" in line}
     last_life = [
         line
         for line in observed
@@ -206,7 +207,8 @@ def judge(out: Path) -> dict[str, Any]:
     quarters = [STEPS * part // 4 for part in (1, 2, 3, 4)]
     tenth = len(steps) // 10
     seconds = [
-        statistics.median(l["speed/step_s"] for l in steps[i * tenth : (i + 1) * tenth]) for i in range(10)
+        statistics.median(line["speed/step_s"] for line in steps[i * tenth : (i + 1) * tenth])
+        for i in range(10)
     ]
     kills = [line for line in observed if "killed_at" in line]
     return {
