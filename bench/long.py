@@ -36,7 +36,8 @@ RECIPE = f"""
 teacher: {{name: store, path: store}}
 student: {{name: config, model: student}}
 train:
-  {{steps: {STEPS}, rows_per_step: 1, lr: 1e-3, warmup: 500, final_lr_ratio: 0.02, save_every: 500, device: cpu}}
+  {{steps: {STEPS}, rows_per_step: 1, lr: 1e-3, warmup: 500, final_lr_ratio: 0.02,
+   save_every: 500, device: cpu}}
 eval: {{every: 500, sample_prompt: "def ", sample_tokens: 24}}
 """
 OF_TEACHER = f"""
@@ -120,7 +121,7 @@ def run(out: Path) -> None:
     seen = out / "seen.jsonl"
     before = [json.loads(line) for line in seen.read_text().splitlines()] if seen.exists() else []
     kills = [line for line in before if "killed_at" in line]
-    for at_step in wanted[len(kills) :] if len(kills) < KILLS else []:
+    for at_step in wanted[sum(not kill["loading"] for kill in kills) :]:
         for loading in (True, False) if len(kills) % 8 == 3 else (False,):  # some die before they take a step
             child, born = start(out, "run"), time.monotonic()
             patience = dice.uniform(1, 12) if loading else float("inf")
