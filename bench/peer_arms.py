@@ -71,6 +71,34 @@ def online(make: Callable[[], Loss]) -> Run:
     return run
 
 
+def apart(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """Both bodies forward, the student's backward, and the heads' bare matmuls: no loss, no optimizer."""
+    import torch
+    from scaling import Case, bare_matmuls
+
+    settings, batches, teacher, student = step.pair(step.RECIPE, overrides)
+    weights = {
+        name: model.get_output_embeddings().weight
+        for name, model in (("weight_VD", student), ("weight_VE", teacher))
+    }
+    seconds = []
+    for batch in batches:
+        started = time.perf_counter()
+        hidden_NE, hidden_ND = losses.taught(losses.hidden, teacher, batch), losses.hidden(student, batch)
+        hidden_ND.backward(torch.ones_like(hidden_ND))
+        case = Case(
+            len(hidden_ND),
+            len(weights["weight_VD"]),
+            hidden_ND.shape[1],
+            hidden_NE.shape[1],
+            settings.objective.chunk,
+        )
+        bare_matmuls(case, {"hidden_ND": hidden_ND, "hidden_NE": hidden_NE, **weights})()
+        student.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+    return {"losses": [], "seconds": seconds}
+
+
 def entropy(teacher: Any, batch: Any) -> float:
     import torch
 
@@ -122,6 +150,9 @@ def trl_trainer(options: argparse.Namespace, overrides: list[str]) -> dict[str, 
 
     optimizer = step.make_adamw(plan, student, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: step.rate(plan, number))
+    student.is_quantized = (
+        False  # its weights are float32; the trainer goes by the kind of file they came from
+    )
     gguf = Path(settings.teacher.model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Observed(
@@ -215,6 +246,7 @@ MEMORY = "kept targets are in memory before the first step"
 ARMS = {
     "ours": Arm(ours()),
     "ours, saving memory": Arm(ours(*SAVING), note="layers computed again, teacher in bfloat16", exact=False),
+    "bodies and heads apart": Arm(apart, "torch", note="no loss, no optimizer: what a step cannot go below"),
     "plain": Arm(online(lambda: losses.on_logits(step.plain_loss)), "torch"),
     "plain, compiled loss": Arm(online(losses.plain_compiled), "torch"),
     "TRL generalized_jsd_loss": Arm(online(losses.trl_loss), "trl"),

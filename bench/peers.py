@@ -94,7 +94,7 @@ def compare(options: argparse.Namespace, size: str) -> list[dict[str, Any]]:
                 "peak_gib": statistics.median(run["peak_gib"] for run in of),
             }
             ours = runs.get(arm.like, [{}])[0].get("losses", [])
-            if ours:
+            if ours and last["losses"]:
                 pairs = zip(last["losses"], ours, strict=True)
                 record["gap"] = max(abs(a - b) / abs(b) for a, b in pairs)
         else:

@@ -500,6 +500,7 @@ def test_a_store_is_shown_and_verified(
     assert main(["store", "show", "--json", out]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["rows"] == 60 and told["certificate"]["positions"] == 128 and "files" not in told
+    assert told["certificate"]["student"]["name"] == "cut"  # whose gradient it was
     assert main(["store", "verify", out]) == 0
     assert capsys.readouterr().out == f"{out}: sound, to the last byte\n"
 
@@ -507,7 +508,7 @@ def test_a_store_is_shown_and_verified(
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
     assert main(["store", "verify", out]) == 2
     told_of = capsys.readouterr()
-    assert told_of.out == f"{out}: 1 flaws\n"
+    assert told_of.out == f"{out}: 1 flaw\n"
     assert told_of.err.startswith(f"error: {shard}: damaged: block 0 is not what was written.")
     assert main(["store", "verify", "--json", out]) == 2
     assert len(json.loads(capsys.readouterr().out)[out]) == 1

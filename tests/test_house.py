@@ -41,6 +41,7 @@ RECIPE = {
     "recipe_paths",
     "recipe_plugins",
     "recipe_sections",
+    "recipe_students",
     "yaml_strict",
 }  # one wing without a folder
 

@@ -28,6 +28,7 @@ from potstill.models.files import check_gguf, check_model_files
 from potstill.models.load import choose_device, load_config, local_copy, vocab_size_of
 from potstill.recipe import Recipe
 from potstill.registry import entries
+from potstill.students.lora import LoraLM, require_peft
 from potstill.students.student import Student, from_checkpoint, from_config
 from potstill.students.surgery import cut, layers_to_keep
 from potstill.targets.store import Store, read_manifest
@@ -77,6 +78,9 @@ def assemble(
     """
     if recipe.train.return_memory:
         return_freed_memory()
+    lora = recipe.lora if saved_student is None else None
+    if lora is not None:
+        require_peft()
     device = choose_device(recipe.train.device)
     chosen = "" if recipe.train.device != "auto" else " (auto: CUDA where there is a device, else the CPU)"
     note(f"device: {device}{chosen}")
@@ -105,6 +109,9 @@ def assemble(
     require_sample(recipe, tokenizer)
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(recipe, teacher, device, saved_student)
+    if lora is not None:
+        model = LoraLM(model, lora)
+        origin |= {"lora": model.described()}
     shared = match_vocabularies(recipe, teacher, in_corpus, model, origin)
     if isinstance(teacher, StoredTeacher):
         order, plan = corpus.order(recipe.train.seed), recipe.train
@@ -124,7 +131,9 @@ def assemble(
         checkpoint_activations(model)
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
     student = Student(model, make_objective(recipe, precision), precision)
-    note(f"student: {origin['name']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    trained = f", of adapters {origin['lora']['trainable_weights'] / 1e6:.3g} M alone trained" if lora else ""
+    numel = sum(p.numel() for p in model.parameters())
+    note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}")
     return Cast(recipe, device, corpus, tokenizer, teacher, student, origin, shared)
 
 

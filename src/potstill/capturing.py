@@ -83,7 +83,8 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
             display.note("certificate: on the held-out rows")
             seed = settings["kind"].get("seed", 0)
             found = certificate(cast.student, teacher, held, kind_of(settings), seed)
-            write_json(out / CERTIFICATE, found)
+            asked = {**cast.origin, "weights_sha256": cast.student.weights_sha256()}
+            write_json(out / CERTIFICATE, found | {"student": asked})
     return read_manifest(out) if writer.finish() else None
 
 

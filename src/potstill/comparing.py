@@ -35,7 +35,8 @@ from potstill.models.load import weights_sha256
 from potstill.plain_files import read_object
 from potstill.proof.rehearsal import step_seconds
 from potstill.recipe import Recipe
-from potstill.recipe_sections import CheckpointStudent, Compare, TorchTeacher
+from potstill.recipe_sections import Compare, TorchTeacher
+from potstill.recipe_students import CheckpointStudent
 from potstill.runs.rundir import RunDir, default_path, newest_path, write_whole
 from potstill.students.student import Student, from_checkpoint
 
@@ -201,7 +202,7 @@ class _Comparison:
         return replace(
             _recipe_of(CORRECTED, self.recipe, seed, steps),
             teacher=replace(self.torch_teacher, model=str(self.run_of(TEACHER, seed).student)),
-            student=CheckpointStudent(model=str(self.untouched(seed))),
+            student=CheckpointStudent(model=str(self.untouched(seed)), lora=self.recipe.lora),
         )
 
     def untouched(self, seed: int) -> Path:

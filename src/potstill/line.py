@@ -26,6 +26,7 @@ from potstill.runs.inputs import file_hashes
 from potstill.runs.rundir import RunDir, code, default_path, newest_path
 from potstill.runs.sinks import require_sinks, telling
 from potstill.students.generate import complete
+from potstill.students.lora import LoraLM
 from potstill.training.checkpoint import Checkpoints, Outcome
 from potstill.training.loop import Hooks, Metrics, train
 from potstill.training.watch import Watch
@@ -241,7 +242,10 @@ class _Running:
         self.display.step_line(step, self.cast.recipe.train.steps, metrics, left_s)
 
     def on_best(self, step: int, metrics: Metrics) -> None:
-        self.run.replace_student(lambda folder: self.cast.student.save(folder, self.cast.tokenizer))
+        student = self.cast.student
+        self.run.replace_student(lambda folder: student.save(folder, self.cast.tokenizer))
+        if isinstance(student.model, LoraLM):
+            self.run.replace_adapter(student.save_adapter)
 
     def resume(self, optimizer: Optimizer) -> Outcome | None:
         """At the begin, and when the guard goes back: the fault it goes back for is not forgotten."""

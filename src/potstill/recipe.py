@@ -28,10 +28,7 @@ from potstill.recipe_sections import (
     AnyCapture,
     AnyCorpus,
     ChatCorpus,
-    CheckpointStudent,
     Compare,
-    ConfigStudent,
-    CutStudent,
     Decontaminate,
     Eval,
     FixtureTeacher,
@@ -53,6 +50,7 @@ from potstill.recipe_sections import (
     TorchTeacher,
     Train,
 )
+from potstill.recipe_students import CheckpointStudent, ConfigStudent, CutStudent, Lora
 
 Corpus = TextCorpus | JsonlCorpus | ChatCorpus | ParquetCorpus | HfCorpus | TokensCorpus
 Teacher = TorchTeacher | StoreTeacher | FixtureTeacher | TableTeacher
@@ -88,6 +86,11 @@ class Recipe(Section):
     """Where each step's metrics go beside metrics.jsonl, while the run runs; each is an extra of its name."""
     plugins: list[LocalPath] = field(default_factory=list)
     """Python files, relative to the recipe, that register divergences of your own."""
+
+    @property
+    def lora(self) -> Lora | None:
+        """Adapters to train instead of the student; random weights have none."""
+        return None if self.student.name == "config" else self.student.lora
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -195,6 +198,7 @@ SCHEMA: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("corpus", "decontaminate"): (Decontaminate,),
     ("teacher",): typing.get_args(Teacher),
     ("student",): typing.get_args(Student),
+    ("student", "lora"): (Lora,),
     ("objective",): (Objective,),
     ("train",): (Train,),
     ("eval",): (Eval,),

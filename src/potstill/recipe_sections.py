@@ -59,6 +59,7 @@ Positive = Annotated[float, Interval(gt=0)]
 PositiveOrZero = Annotated[float, Interval(ge=0)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
+Layers = Annotated[list[CountOrZero], MinLen(1), _check(_rising)]
 
 
 class Section:
@@ -221,34 +222,6 @@ class HiddenCapture(AnyCapture):
     """The teacher's final hidden states, for every divergence and temperature."""
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     """Type of the hidden states; int8 with a scale for each 64 of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CutStudent(Section):
-    name: Literal["cut"] = "cut"
-    """Some of the teacher's layers: either how many (layers), or which (keep)."""
-    layers: Count | None = None
-    """Number of layers to keep, chosen by the rule."""
-    keep: Annotated[list[CountOrZero], MinLen(1), _check(_rising)] | None = None
-    """Layer numbers to keep, rising, from 0."""
-    rule: Literal["first_last", "even"] = "first_last"
-    """Which layers are kept when their number is given: both ends of the stack, or evenly spaced ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointStudent(Section):
-    name: Literal["checkpoint"] = "checkpoint"
-    """A trained model to go on from."""
-    model: ModelSource
-    """Hugging Face folder, hub id or GGUF file, relative to the recipe."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfigStudent(Section):
-    name: Literal["config"] = "config"
-    """A model with random weights."""
-    model: ModelSource
-    """config.json, or a folder or hub id that has one, relative to the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)

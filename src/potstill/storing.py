@@ -88,7 +88,8 @@ def _verify(folders: list[Path], options: argparse.Namespace, display: Display) 
     else:
         for folder, flaws in found.items():
             display.error(tuple(flaws))
-            display.result(f"{folder}: {f'{len(flaws)} flaws' if flaws else 'sound, to the last byte'}")
+            count = "1 flaw" if len(flaws) == 1 else f"{len(flaws)} flaws"
+            display.result(f"{folder}: {count if flaws else 'sound, to the last byte'}")
     return 2 if any(found.values()) else 0
 
 
@@ -119,5 +120,6 @@ def _show(folder: Path, manifest: dict[str, Any], as_json: bool, display: Displa
     for name, value in told.items():
         if name not in ("bytes_per_position", "certificate", "tokenizer"):
             display.result(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
-    measured = [[name, f"{value:.6g}"] for name, value in manifest["certificate"].items()]
+    certified = manifest["certificate"].items()
+    measured = [[n, json.dumps(v) if isinstance(v, dict) else f"{v:.6g}"] for n, v in certified]
     display.result(aligned(["certificate", "value"], measured))

@@ -15,6 +15,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ class CausalLM(nn.Module):
     def vocab_size(self) -> int:
         """Width of the logits, a padded end included."""
         return len(self.head.weight_VD)
+
+    def weights(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its name, as `save` writes them, in the order of their names."""
+        yield from sorted(self.named_parameters(remove_duplicate=remove_duplicate))
+
+    def save(self, folder: Path) -> None:
+        """A folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits."""
+        self.hf.save_pretrained(folder)
 
     def mask_from(self, known: int) -> None:
         """Give ids from `known` on probability exactly 0: in loss, evaluation, logits and generation, and in

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
@@ -197,10 +196,10 @@ def plain_config(config: Any) -> Any:
     return config
 
 
-def weights_sha256(model: nn.Module) -> str:
+def weights_sha256(model: CausalLM) -> str:
     """sha256 over names, dtypes, shapes and bytes of every parameter; a tied tensor counts once."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    for name, tensor in model.weights():
         flat = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(flat.numpy().data)

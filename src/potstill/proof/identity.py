@@ -34,12 +34,14 @@ def same_weights(teacher: CausalLM, student: CausalLM) -> bool:
     number in a few thousand then falls to the other side. A tied head counts as the copy of the embedding
     that it is.
     """
-    theirs = dict(teacher.named_parameters(remove_duplicate=False))
-    ours = dict(student.named_parameters(remove_duplicate=False))
-    return theirs.keys() == ours.keys() and all(
-        tensor.shape == ours[name].shape and _is_rounded(tensor, ours[name])
-        for name, tensor in theirs.items()
-    )
+    theirs = dict(teacher.weights(remove_duplicate=False))
+    seen = 0
+    for name, tensor in student.weights(remove_duplicate=False):
+        other = theirs.get(name)
+        if other is None or other.shape != tensor.shape or not _is_rounded(other, tensor):
+            return False
+        seen += 1
+    return seen == len(theirs)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from potstill.models.load import choose_device, choose_dtype, load_config, plain
 from potstill.proof.ledger import Answers, FakeOrder, FakeRows, FakeStore, Ledger, WatchedObjective
 from potstill.quiet import quiet_transformers
 from potstill.recipe import Recipe
+from potstill.students.lora import LoraLM
 from potstill.students.student import Student
 from potstill.students.surgery import cut_config, layers_to_keep
 from potstill.targets.kinds import planned_bytes
@@ -205,12 +206,15 @@ def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
     device = choose_device(recipe.train.device)
     require_countable(recipe, configs)
     ledger = Ledger()
-    numel, tensors_of_student = _trace(recipe, configs, device, ledger)
+    parameters = _trace(recipe, configs, device, ledger)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     vocab_size = configs.student.get_text_config().vocab_size
     on_cpu = device.type == "cpu"
     train = recipe.train
-    saved = 4 * numel + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
-    moments = 2 * 4 * numel + 4 * tensors_of_student if train.optimizer == "adamw" else 0
+    # With LoRA, too: the merged model, and the adapters beside it.
+    saved = 4 * sum(p.numel() for p in parameters) + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
+    numel = sum(p.numel() for p in trained)
+    moments = 2 * 4 * numel + 4 * len(trained) if train.optimizer == "adamw" else 0
     checkpoint = 4 * numel + moments
     written = train.steps // train.save_every if train.save_every else 0
     written += recipe.guard.policy == "rollback"  # the state before the first step
@@ -252,8 +256,10 @@ def _kept_by_allocator(ledger: Ledger, recipe: Recipe) -> int:
     return int(KEPT_BY_GLIBC * sum(ledger.at_peak[part] for part in TRACED))
 
 
-def _trace(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledger) -> tuple[int, int]:
-    """Run the loop without data; returns the student's numbers and tensors."""
+def _trace(
+    recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledger
+) -> list[torch.nn.Parameter]:
+    """Run the loop without data; returns the student's parameters."""
     asked = recipe.train
     rows = asked.micro_batch_rows
     few = min(asked.rows_per_step, 2 * rows)
@@ -267,6 +273,7 @@ def _trace(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledge
             teacher = _teacher(recipe, configs, device, ledger)
         with ledger.part("student"):
             model = _model(configs.student, torch.float32, device, "student")
+            model = model if recipe.lora is None else LoraLM(model, recipe.lora)
             if asked.activation_checkpointing:
                 checkpoint_activations(model)
         ids = min(teacher.vocab_size, model.vocab_size)
@@ -277,7 +284,8 @@ def _trace(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledge
         made = make_objective(recipe, precision)
         options = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
         student = Student(model, WatchedObjective(**options, part=ledger.part), precision)
-        for parameter in student.parameters():
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.register_post_accumulate_grad_hook(ledger.gradient)  # type: ignore[no-untyped-call]
         fake_rows = FakeRows(recipe.corpus.tokens_per_row, min(recipe.corpus.heldout_rows, rows))
 
@@ -292,17 +300,22 @@ def _trace(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledge
             optimizer.register_step_pre_hook(lambda *_: ledger.switch("optimizer"))
             optimizer.register_step_post_hook(lambda *_: ledger.switch("activations"))
             if asked.steps > 1:
-                for parameter in student.parameters():
+                for parameter in trained:
                     parameter.grad = torch.empty_like(parameter)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             ledger.phase = "training step"
 
-        hooks = Hooks(evaluate, lambda *_: None, lambda *_: None, resume=watch)
+        def save(step: int, metrics: dict[str, float]) -> None:
+            if isinstance(model, LoraLM) and device.type == "cpu":  # the merged matrices are copies there
+                ledger.phase = "saving the merged student"
+                model.state()
+                ledger.phase = "training step"
+
+        hooks = Hooks(evaluate, lambda *_: None, save, resume=watch)
         asked_teacher = teacher if recipe.objective.kd_weight else None
         train(student, asked_teacher, fake_rows, FakeOrder(), recipe, hooks)
-        parameters = list(student.parameters())
-    return sum(p.numel() for p in parameters), len(parameters)
+    return list(student.parameters())
 
 
 def _teacher(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledger) -> Teacher:

@@ -87,6 +87,7 @@ def receipt_of(
         "check": {finding.name: finding.figure for finding in checked.findings},
         "check_red": [finding.name for finding in checked.findings if not finding.ok],
         "output": {p.name: file_sha256(p) for p in sorted(run.student.iterdir()) if p.is_file()},
+        "adapter": {p.name: file_sha256(p) for p in sorted(run.adapter.glob("*"))} or None,
         "samples": {"prompt": recipe.eval.sample_prompt, **samples}
         if recipe.eval.sample_prompt is not None
         else None,

@@ -27,6 +27,7 @@ from potstill.proof.preflight import Finding, cheap, plan_of, require_sound, win
 from potstill.proof.receipt import peak_gib
 from potstill.recipe import Recipe
 from potstill.runs.rundir import default_path
+from potstill.students.lora import REACHED_LATE
 from potstill.students.student import from_checkpoint
 from potstill.training.loop import Hooks, Metrics, train
 from potstill.training.optim import lr_at, rates
@@ -120,9 +121,13 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     """Real steps on real rows: what moves, at which rate, how fast."""
     plan = cast.recipe.train
     parameters = dict(cast.student.named_parameters())
+    trained = [name for name, p in parameters.items() if p.requires_grad]
+    late = {name for name in trained if REACHED_LATE in name}
+    wanted = min(STEPS, plan.steps)
+    looked_at = min(2 if late else 1, wanted)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     reached: set[str] = set()  # by a gradient: decay alone moves weights, too
-    still: list[str] = []
+    moved: list[str] = []
     lines: list[Metrics] = []
     busy: list[float] = []
     optimizers: list[torch.optim.Optimizer] = []
@@ -133,10 +138,10 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
             reached.add(name)
 
     def on_step(step: int, metrics: Metrics) -> None:
-        if step == 1:
+        if step == looked_at:
             for hook in watched:
                 hook.remove()
-            still.extend(name for name, old in before.items() if torch.equal(old, parameters[name]))
+            moved.extend(name for name, old in before.items() if not torch.equal(old, parameters[name]))
             before.clear()
         lines.append(metrics)
         seen.append([*rates(optimizers[0]), metrics["train/lr"]])
@@ -148,7 +153,6 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
         for name, p in parameters.items()
         if p.requires_grad
     ]
-    wanted = min(STEPS, plan.steps)
     never = {"heldout/loss": math.inf}
     hooks = Hooks(
         lambda step: never,
@@ -161,15 +165,14 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     order = _Thinned(cast.corpus.order(plan.seed))
     train(cast.student, teacher, cast.corpus.train, order, _strict(cast.recipe), hooks)
 
-    dead = [name for name in parameters if name not in reached]
-    slow = lines[0]["train/lr"] < LR_SEEN
-    moved = f"{len(parameters) - len(still)} of {len(parameters)} tensors moved in the first step"
-    figure = f"{moved}, {len(reached)} have a gradient" + (
-        ", the rate is too low for the others" if slow else ""
-    )
-    faulty = dead or ([] if slow else still)
-    yield Finding(
-        "weights move", figure, not faulty, f"{faulty[:1]} did not: is it used, trainable, in the optimizer?"
+    yield what_is_trained_moves(
+        trained,
+        [name for name in parameters if name not in trained],
+        moved,
+        reached,
+        looked_at,
+        late=late if looked_at == 1 else set(),
+        slow=lines[0]["train/lr"] < LR_SEEN,
     )
     yield rate_is_the_schedule_s(seen, [lr_at(step, plan) for step in range(len(seen))])
     losses = [line["train/loss"] for line in lines]
@@ -190,6 +193,38 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
     whole = clock(plan.steps * step_s)
     figure = f"{whole} for {plan.steps} steps of {step_s:.3g} s, evaluations not counted"
     yield Finding("projected time", figure, True)
+
+
+def what_is_trained_moves(
+    trained: list[str],
+    frozen: list[str],
+    moved: list[str],
+    reached: set[str],
+    steps: int,
+    *,
+    late: set[str],
+    slow: bool,
+) -> Finding:
+    """Every trained tensor has a gradient and moves in the first `steps`, and no frozen one does.
+
+    Excused are those that only a second step would reach (`late`), and lack of motion at a `slow` rate.
+    """
+    still = [name for name in trained if name not in moved]
+    figure = (
+        f"{len(trained) - len(still)} of {len(trained)} tensors moved in the first"
+        f" {'step' if steps == 1 else f'{steps} steps'}, {len(reached)} have a gradient"
+        + (", the rate is too low for the others" if slow else "")
+        + (f", of {len(late)} it is 0 in the first step, the only one" if late else "")
+    )
+    strayed = [name for name in frozen if name in moved]
+    if frozen:
+        figure += f"; {len(strayed)} of {len(frozen)} frozen ones moved"
+    faulty = [name for name in trained if name not in reached | late] + ([] if slow else still)
+    faulty = [name for name in faulty if name not in late]
+    advice = f"{faulty[:1]} did not: is it used, trainable, in the optimizer?"
+    if strayed:
+        advice = f"{strayed[:1]} is frozen and moved; a bug of ours."
+    return Finding("weights move", figure, not faulty and not strayed, advice)
 
 
 def rate_is_the_schedule_s(seen: list[list[float]], wanted: list[float]) -> Finding:

@@ -17,6 +17,7 @@
     exports/          the student as others run it: a folder, GGUF files; recorded in the receipt
     evals/humaneval/  result and samples of `potstill eval RUN --humaneval`
     evals/lm-eval/    result of `potstill eval RUN --lm-eval`
+    adapter/          of a LoRA student, what was trained, in peft's format
     checkpoints/      the last two states of the training, for --resume
 
 Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
@@ -114,6 +115,10 @@ class RunDir:
         return self.path / "student"
 
     @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -201,9 +206,13 @@ class RunDir:
         """`save` fills a folder beside the old student; only a whole one takes its place."""
         replace_folder(self.student, save)
 
+    def replace_adapter(self, save: Callable[[Path], None]) -> None:
+        replace_folder(self.adapter, save)
+
     def repair(self) -> None:
-        """Undo what a kill left half done in `replace_student`."""
-        repair_folder(self.student)
+        """Undo what a kill left half done in `replace_student` and `replace_adapter`."""
+        for place in (self.student, self.adapter):
+            repair_folder(place)
 
     def whole_student(self, todo: str = "Put it back from a copy, or start a new run.") -> Path:
         """The student's folder, each file as it was saved; UserError where one is missing or damaged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from potstill.models.load import (
     write_portable_config,
 )
 from potstill.quiet import quiet_transformers
+from potstill.students.lora import LoraLM
 from potstill.types import Batch, Targets
 
 
@@ -72,19 +74,29 @@ class Student(nn.Module):
 
     def save(self, folder: Path, tokenizer: Any | None) -> None:
         """A Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits."""
-        try:
-            with quiet_transformers():
-                self.model.hf.save_pretrained(folder)
+        with _writing(folder):
+            self.model.save(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             write_portable_config(folder)
-        except Exception as error:
-            # The tokenizers library raises bare Exceptions where it cannot write.
-            if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
-                raise
-            raise UserError(
-                f"{folder}: the student cannot be written: {one_line(error)} Make room."
-            ) from error
+
+    def save_adapter(self, folder: Path) -> None:
+        """What LoRA trains, in peft's own format."""
+        assert isinstance(self.model, LoraLM)
+        with _writing(folder):
+            self.model.save_adapter(folder)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:
+        # The tokenizers library raises bare Exceptions where it cannot write.
+        if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
+            raise
+        raise UserError(f"{folder}: the student cannot be written: {one_line(error)} Make room.") from error
 
 
 def from_checkpoint(source: str | Path, device: torch.device) -> CausalLM:

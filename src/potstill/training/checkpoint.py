@@ -190,8 +190,13 @@ class Checkpoints:
         return [Path(entry.path) for entry in sorted(entries, key=lambda e: int(e.name), reverse=True)]
 
 
+def _trained(student: Student) -> list[tuple[str, Tensor]]:
+    """What is frozen is what the run began with, whose hash is among its inputs."""
+    return [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+
+
 def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"weights/{name}": tensor.detach() for name, tensor in student.named_parameters()}
+    tensors = {f"weights/{name}": tensor.detach() for name, tensor in _trained(student)}
     for number, moments in optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer/{number}/{name}": value for name, value in moments.items() if value is not None
@@ -205,7 +210,7 @@ def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Te
 def _restore(tensors: dict[str, Tensor], student: Student, optimizer: torch.optim.Optimizer) -> None:
     moments: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
-        for name, parameter in student.named_parameters():
+        for name, parameter in _trained(student):
             parameter.copy_(tensors[f"weights/{name}"])
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
@@ -269,7 +274,7 @@ def _read_tensors(
         tensors = load_file(place / FILES[0])
     except OSError as error:
         raise unreadable(place / FILES[0], error, "") from error
-    weights = {f"weights/{name}": parameter for name, parameter in student.named_parameters()}
+    weights = {f"weights/{name}": parameter for name, parameter in _trained(student)}
     wanted: dict[str, Tensor] = {**weights, "random/cpu": torch.get_rng_state()}
     numbers = {name.split("/")[1] for name in tensors if name.startswith("optimizer/")}
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
