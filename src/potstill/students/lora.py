@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import UserError, one_line
@@ -64,10 +65,14 @@ class LoraLM(CausalLM):
             fan_in_fan_out=stored_input_first,
             task_type="CAUSAL_LM",
         )
-        peft.inject_adapter_in_model(self.config, model.hf, ADAPTER, low_cpu_mem_usage=True)  # on no device
+        # First on no device: peft moves an adapter to where its matrix is, and one without data, as the plan
+        # has it, cannot be moved.
+        with unset_fake_temporarily():
+            peft.inject_adapter_in_model(self.config, model.hf, ADAPTER, low_cpu_mem_usage=True)
         for layer in _layers(model.hf).values():
             for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-                part.weight = nn.Parameter(torch.empty_like(part.weight, device=layer.weight.device))
+                like = {"dtype": part.weight.dtype, "device": layer.weight.device}
+                part.weight = nn.Parameter(torch.empty(part.weight.shape, **like))
             layer.reset_lora_parameters(ADAPTER, True)
         self.train(model.training)
 
