@@ -56,7 +56,7 @@ class Objective:
     engine: Literal["fused", "reference"] = "fused"
     """`fused` has CE and forward KL written out; all else is computed as by `reference`."""
     compiled: bool = False
-    """Let torch.compile make few kernels of what is written out. On CUDA alone: a CPU's caches have blocks."""
+    """Let torch.compile make few kernels of what is written out, on CUDA: a CPU has its cache blocks."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):

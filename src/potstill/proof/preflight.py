@@ -271,16 +271,19 @@ def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:
     kept = replace(batch, positions_N=batch.positions_N[::2], labels_N=batch.labels_N[::2])
     found: list[Tensor] = []
 
-    def keep(module: object, inputs: object, output: object) -> None:
-        hidden_BTD: Tensor = output.last_hidden_state  # type: ignore[attr-defined]
-        hidden_BTD.retain_grad()
-        found.append(hidden_BTD)
+    model = cast.student.model
+    hidden = model.hidden
 
-    hook = cast.student.model.hf.base_model.register_forward_hook(keep)
+    def keep(*given: Tensor) -> Tensor:
+        found.append(hidden(*given))
+        found[-1].retain_grad()
+        return found[-1]
+
+    model.__dict__["hidden"] = keep  # no hook on the body: it may be compiled
     try:
         cast.student(kept, _targets(cast, kept))["loss"].backward()
     finally:
-        hook.remove()
+        del model.__dict__["hidden"]
         cast.student.zero_grad(set_to_none=True)
     grad_BTD = found[0].grad
     assert grad_BTD is not None
