@@ -61,6 +61,18 @@ FAULTS = {
         "q_CV = shifted_CV.exp()",
         "test_invariance.py::test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient",
     ),
+    "a slope without the softmax's part": Fault(
+        "losses/fused.py",
+        "slope_CV.sub_(softened_CV * slope_CV.sum(-1, keepdim=True)).mul_(T * weights.kd)",
+        "slope_CV.mul_(T * weights.kd)",
+        ENGINES,
+    ),
+    "the temperature's chain lost for other divergences": Fault(
+        "losses/fused.py",
+        "keepdim=True)).mul_(T * weights.kd)",
+        "keepdim=True)).mul_(T**2 * weights.kd)",
+        ENGINES,
+    ),
     "swapped weights": Fault(
         "losses/objective.py",
         "self.ce_weight * ce_C + self.kd_weight * kd_C",

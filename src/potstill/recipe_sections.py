@@ -239,8 +239,8 @@ class Objective(Section):
     chunk: Count = 256
     """Positions whose logits exist at once: memory, not results."""
     engine: Literal["fused", "reference"] = "fused"
-    """fused: forward KL and cross-entropy with their gradient written out, everything else as reference does,
-    which leaves it to autograd: the same results but for rounding, and slower."""
+    """fused: loss and gradient written out together, but for divergences of your own; reference: gradients by
+    autograd, the same but for rounding, and slower."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,13 @@ from torch import Tensor
 from potstill import distill
 from potstill.errors import Fault, UserError
 from potstill.losses import objective as module
-from potstill.losses.divergences import forward_kl, reverse_kl
+from potstill.losses.divergences import forward_kl, jsd, reverse_kl, skew_kl, tvd
+from potstill.losses.fused import is_known
 from potstill.losses.objective import Objective
 from potstill.losses.sparse import SparseTargets
-from potstill.types import Head, HiddenTargets
+from potstill.types import Divergence, Head, HiddenTargets
 
+OTHERS = [reverse_kl, partial(jsd, beta=0.3), jsd, skew_kl, partial(skew_kl, alpha=0.0), tvd]
 CASES = [(3, 47), (1, 2), (0, 5), (7, 123), (40, 1000)]
 OBJECTIVES = [
     Objective(),
@@ -28,6 +30,8 @@ OBJECTIVES = [
     Objective(temperature=2.0, kd_weight=0.3, ce_weight=0.7),
     Objective(temperature=0.5, chunk=2),
     Objective(partial(forward_kl), chunk=3),
+    *(Objective(other, chunk=3) for other in OTHERS),
+    *(Objective(other, temperature=2.5, kd_weight=0.6, ce_weight=0.4) for other in OTHERS),
 ]
 
 
@@ -93,6 +97,26 @@ def test_the_two_engines_agree_on_samples(
         Objective(temperature=3.0)(*given)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("K", [1, 5, 123])
+@pytest.mark.parametrize("divergence", [forward_kl, *OTHERS], ids=str)
+def test_the_two_engines_agree_on_the_largest_and_one_class_for_the_rest(
+    divergence: Divergence, K: int, temperature: float
+) -> None:
+    hidden_ND, head, labels_N, teacher = made(7, 123, spread=6.0)
+    logp_NV = (teacher.head(teacher.hidden_NE) / temperature).log_softmax(-1)
+    logp_NK, ids_NK = logp_NV.topk(K)
+    if K == 5:
+        ids_NK[0, 2:], logp_NK[0, 2:] = -1, -math.inf  # filled up
+    targets = SparseTargets(ids_NK, logp_NK, temperature, has_bucket=True)
+    objective = Objective(divergence, temperature=temperature, chunk=3)
+    assert is_known(divergence, targets)
+    given = hidden_ND, head, labels_N, targets
+    theirs = run(replace(objective, engine="reference"), *given)
+    for one, other in zip(run(objective, *given), theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("block", [1, 50, 3 * 123])
 def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = made(7, 123)
@@ -102,20 +126,23 @@ def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
-def test_bias_scale_and_a_padded_end_go_through_and_a_softcap_goes_the_other_way() -> None:
+@pytest.mark.parametrize("divergence", [forward_kl, *OTHERS], ids=str)
+def test_bias_scale_softcap_and_a_padded_end_go_through(divergence: Divergence) -> None:
     bias_V = torch.linspace(-1, 1, 50, dtype=torch.float64)
-    for options in ({"bias_V": bias_V, "scale": 0.3}, {"known": 41}, {"softcap": 5.0}):
+    capped = {"softcap": 5.0, "scale": 1.7}
+    for options in ({"bias_V": bias_V, "scale": 0.3}, {"known": 41}, capped):
         hidden_ND, head, labels_N, targets = made(9, 50, **options)
         if head.known:
             labels_N = labels_N.clamp_max(40)
             targets = HiddenTargets(targets.hidden_NE, replace(targets.head, known=41))
         given = hidden_ND, head, labels_N, targets
-        theirs = run(Objective(engine="reference"), *given)
-        for one, other in zip(run(Objective(), *given), theirs, strict=True):
+        theirs = run(Objective(divergence, engine="reference"), *given)
+        for one, other in zip(run(Objective(divergence), *given), theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_ids_that_the_teacher_rules_out_and_logits_of_any_size_are_right() -> None:
+@pytest.mark.parametrize("divergence", [forward_kl, jsd, skew_kl, tvd], ids=str)  # a reverse KL is infinite
+def test_ids_that_the_teacher_rules_out_and_logits_of_any_size_are_right(divergence: Divergence) -> None:
     generator = torch.Generator().manual_seed(3)
     student_NV = torch.randn(5, 20, generator=generator, dtype=torch.float64) * 1e3
     teacher_NV = torch.randn(5, 20, generator=generator, dtype=torch.float64) * 1e3
@@ -123,8 +150,8 @@ def test_ids_that_the_teacher_rules_out_and_logits_of_any_size_are_right() -> No
     identity = Head(torch.eye(20, dtype=torch.float64))
     given = student_NV, identity, torch.arange(5), HiddenTargets(teacher_NV, lambda hidden: hidden)
     before = teacher_NV.clone()
-    theirs = run(Objective(engine="reference"), *given)
-    for one, other in zip(run(Objective(), *given), theirs, strict=True):
+    theirs = run(Objective(divergence, engine="reference"), *given)
+    for one, other in zip(run(Objective(divergence), *given), theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert torch.equal(teacher_NV, before)  # an identity hands over the teacher's own numbers
 
@@ -146,12 +173,20 @@ def test_in_float32_it_is_no_further_from_float64_than_autograd(spread: float) -
         assert far <= 2 * further + 1e-6 * truth.abs().max(), (float(far), float(further))
 
 
-def test_other_divergences_and_logits_that_are_not_finite() -> None:
+def test_a_divergence_of_one_s_own_goes_by_autograd() -> None:
+    def own(student_logp_NS: Tensor, teacher_logp_NS: Tensor) -> Tensor:
+        return (student_logp_NS.exp() - teacher_logp_NS.exp()).square().sum(-1)
+
     given = made(7, 123)
-    ours = run(Objective(reverse_kl), *given)
-    for one, other in zip(ours, run(Objective(reverse_kl, engine="reference"), *given), strict=True):
+    assert not is_known(own, given[-1])
+    for one, other in zip(
+        run(Objective(own), *given), run(Objective(own, engine="reference"), *given), strict=True
+    ):
         assert torch.equal(one, other)
-    hidden_ND, head, labels_N, targets = given
+
+
+def test_logits_that_are_not_finite() -> None:
+    hidden_ND, head, labels_N, targets = made(7, 123)
     hidden_ND[2, 1] = math.nan
     with pytest.raises(Fault, match="is nan"):
         Objective()(hidden_ND, head, labels_N, targets)

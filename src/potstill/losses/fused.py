@@ -1,15 +1,15 @@
-"""Cross-entropy and forward KL of a chunk with their gradient, written out: what a step spends its time on.
+"""Cross-entropy and the divergence of a chunk with their gradient: what a step spends its time on.
 
 With z and y the student's and the teacher's logits over T, q and p their softmaxes and l the label,
 
     ce = logsumexp z_1 - z_1[l]        gradient in z_1    q_1 - e_l
     kd = sum p (log p - log q)         gradient in z      q - p         (times T^2, and 1 / T for the chain)
 
-One exponential a logit and model, a few positions at a time so that they stay in the cache, and the gradient
-takes the place of the logits: no second pass over them, and nothing but a block beside. PyTorch's own
-log-softmax takes as long as two such exponentials on a CPU. `objective.engine: reference` computes the same
-by autograd, and tests hold both to each other. Bias and scale of a head change nothing here; its softcap and
-other divergences go the other way.
+Forward KL takes one exponential a logit and model; the others go through log-probabilities and the slopes of
+`slopes.py`. Either way a few positions at a time, so that they stay in the cache, and the gradient takes the
+place of the logits: no second pass over them, and nothing but a block beside. PyTorch's own log-softmax takes
+as long as two such exponentials on a CPU. `objective.engine: reference` computes the same by autograd, and
+tests hold both to each other. What a head does after its product is `objective.py`'s.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from potstill.errors import UserError
+from potstill.losses.slopes import Slope, is_forward_kl, slope_of
 from potstill.losses.sparse import SparseTargets
-from potstill.types import HiddenTargets, Targets
+from potstill.types import Divergence, HiddenTargets, Targets
 
 IN_CACHE = 2**19
 """Numbers of a block, on a CPU; other devices take a chunk at once."""
@@ -38,17 +40,25 @@ class Weights:
     temperature: float
 
 
-def is_known(targets: Targets | None) -> bool:
-    """Whether forward KL from such targets is written out here."""
-    is_sample = isinstance(targets, SparseTargets) and not targets.has_bucket
-    return targets is None or isinstance(targets, HiddenTargets) or is_sample
+def is_known(divergence: Divergence, targets: Targets | None) -> bool:
+    """Whether the divergence from such targets is written out here."""
+    if isinstance(targets, SparseTargets) and not targets.has_bucket:
+        return is_forward_kl(divergence)  # no other is unbiased
+    return targets is None or (
+        isinstance(targets, HiddenTargets | SparseTargets) and slope_of(divergence) is not None
+    )
 
 
 def with_gradient(
-    logits_CV: Tensor, labels_C: Tensor, targets: Targets | None, weights: Weights, block: Block
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    targets: Targets | None,
+    divergence: Divergence,
+    weights: Weights,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Values per position, ce_C and kd_C (None without targets); the gradient of the loss with respect to the
-    logits is left in `logits_CV`. `block` is `eager_block`, or `compiled_block()`.
+    logits is left in `logits_CV`. `compiled` makes few kernels of it, where forward KL is written out.
     """
     C, V = logits_CV.shape
     taught: Tensor | SparseTargets | None = None
@@ -58,6 +68,12 @@ def with_gradient(
     elif isinstance(targets, HiddenTargets):
         taught = targets.head(targets.hidden_NE).to(logits_CV.dtype)
         require_same_ids(V, taught.shape[-1])
+    has_bucket = isinstance(taught, SparseTargets) and taught.has_bucket
+    block = compiled_block() if compiled else _forward_kl_block
+    if taught is not None and (has_bucket or not is_forward_kl(divergence)):
+        slope = slope_of(divergence)
+        assert slope is not None
+        block = partial(_slope_block, slope=slope)
     size = max(IN_CACHE // V, 1) if logits_CV.device.type == "cpu" else max(C, 1)
     ce, kd = [logits_CV.new_zeros(0)], [logits_CV.new_zeros(0)]
     for start in range(0, C, size):
@@ -75,10 +91,10 @@ Block = Callable[..., tuple[Tensor, Tensor]]
 @functools.cache
 def compiled_block() -> Block:
     """Of any size: the last chunk of a batch has its own."""
-    return torch.compile(eager_block, dynamic=True)
+    return torch.compile(_forward_kl_block, dynamic=True)
 
 
-def eager_block(
+def _forward_kl_block(
     logits_CV: Tensor, labels_C1: Tensor, taught: Tensor | SparseTargets | None, weights: Weights
 ) -> tuple[Tensor, Tensor]:
     shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
@@ -101,6 +117,28 @@ def eager_block(
         kd_C = T**2 * _forward_kl(tempered_CV, softened_C1, taught, T * weights.kd, q_CV)
     q_CV.scatter_add_(-1, labels_C1, torch.full_like(label_C1, -weights.ce))
     return ce_C, kd_C
+
+
+def _slope_block(
+    logits_CV: Tensor, labels_C1: Tensor, taught: Tensor | SparseTargets, weights: Weights, *, slope: Slope
+) -> tuple[Tensor, Tensor]:
+    T = weights.temperature
+    logq_CV = logits_CV.log_softmax(-1)
+    ce_C = -logq_CV.gather(-1, labels_C1).squeeze(-1)
+    # As the teacher's are made: where both are equal, no rounding may tell them apart.
+    tempered_CV = logq_CV if T == 1 else (logits_CV / T).log_softmax(-1)
+    q_CV = torch.exp(logq_CV, out=logits_CV)
+    softened_CV = q_CV if T == 1 else tempered_CV.exp()
+    if isinstance(taught, SparseTargets):
+        student_CS, teacher_CS = taught.on_support(tempered_CV, T)
+        kd_C, slope_CS = slope(student_CS, teacher_CS)
+        slope_CV = taught.over_all_ids(slope_CS, student_CS, softened_CV)
+    else:
+        kd_C, slope_CV = slope(tempered_CV, (taught / T).log_softmax(-1))
+    slope_CV.sub_(softened_CV * slope_CV.sum(-1, keepdim=True)).mul_(T * weights.kd)
+    q_CV.mul_(weights.ce).add_(slope_CV)
+    q_CV.scatter_add_(-1, labels_C1, torch.full_like(ce_C[:, None], -weights.ce))
+    return ce_C, T**2 * kd_C
 
 
 def _forward_kl(

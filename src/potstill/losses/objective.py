@@ -7,9 +7,9 @@
 With V ids, widths D (student) and E (teacher) and C = `chunk`, logits exist for C positions at a time: a few
 buffers of C V numbers for both models together, and one gradient each of the head (V D) and of the hidden
 states (N D). Nothing of size N V is made. Work is N V (6 D + 2 E) floating-point operations, each product
-done once: a chunk's gradient is formed in the forward pass, while its logits are there. For forward KL it is
-written out (`fused`), for other divergences and top-k targets autograd takes it back to the chunk's product;
-the two products that follow are written out. `backward` only scales what is stored.
+done once: a chunk's gradient is formed in the forward pass, while its logits are there. It is written out
+(`fused`), or, for a divergence of the user's own, autograd takes it back to the chunk's product; the two
+products that follow are written out. `backward` only scales what is stored.
 
 Refuses labels that are no ids, counts and vocabularies that differ, and sums that are not finite. `Student`
 calls it.
@@ -28,14 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.errors import Fault, UserError
 from potstill.losses.divergences import forward_kl
-from potstill.losses.fused import (
-    Weights,
-    compiled_block,
-    eager_block,
-    is_known,
-    require_same_ids,
-    with_gradient,
-)
+from potstill.losses.fused import Weights, is_known, require_same_ids, with_gradient
 from potstill.types import Divergence, Head, Targets
 
 
@@ -54,7 +47,7 @@ class Objective:
     chunk: int = 256
     matmul_dtype: torch.dtype | None = None
     engine: Literal["fused", "reference"] = "fused"
-    """`fused` has CE and forward KL written out; all else is computed as by `reference`."""
+    """`fused` has gradients written out; what it does not know is computed as by `reference`."""
     compiled: bool = False
     """Let torch.compile make few kernels of what is written out, on CUDA: a CPU has its cache blocks."""
 
@@ -150,9 +143,7 @@ class Objective:
 
     def _way(self, head: Head, targets: Targets | None) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
         """By which a chunk's values and the gradient of its product are found."""
-        plain_kl = getattr(self.divergence, "func", self.divergence) is forward_kl
-        known = is_known(targets) and (plain_kl or targets is None)
-        is_fused = self.engine == "fused" and known and head.softcap is None
+        is_fused = self.engine == "fused" and is_known(self.divergence, targets)
         return self._fused if is_fused else self._by_autograd
 
     def _fused(
@@ -160,14 +151,16 @@ class Objective:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Overwrites the product."""
         logits_CV = head.finish(product_CV)
+        bend_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square_()
         kd_weight = 0.0 if targets is None else self.kd_weight
         weights = Weights(self.ce_weight, kd_weight, self.temperature)
-        block = compiled_block() if self.compiled and logits_CV.is_cuda else eager_block
-        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, weights, block)
+        compiled = self.compiled and logits_CV.is_cuda
+        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, self.divergence, weights, compiled)
         values = {"ce": ce_C, "loss": self.ce_weight * ce_C}
         if kd_C is not None:
             values |= {"kd": kd_C, "loss": values["loss"] + kd_weight * kd_C}
-        return values, logits_CV if head.scale == 1.0 else logits_CV.mul_(head.scale)
+        grad_CV = logits_CV if bend_CV is None else logits_CV.mul_(bend_CV)
+        return values, grad_CV if head.scale == 1.0 else grad_CV.mul_(head.scale)
 
     def _by_autograd(
         self, product_CV: Tensor, head: Head, labels_C: Tensor, targets: Targets | None

@@ -75,6 +75,15 @@ class SparseTargets:
         tail_N = torch.where(has_rest_N, (1 - known_N).log(), -math.inf)
         return torch.cat([student_NK, rest_N[:, None]], -1), torch.cat([logp_NK, tail_N[:, None]], -1)
 
+    def over_all_ids(self, slope_NS: Tensor, student_logp_NS: Tensor, q_NV: Tensor) -> Tensor:
+        """slope_NV: what moves the rest's log-probability moves its ids by their share of it."""
+        ids_NK, is_id_NK = self.ids_NK.clamp_min(0), (self.ids_NK >= 0).to(q_NV.dtype)
+        of_kept_NK, of_rest_N1 = slope_NS[:, :-1], slope_NS[:, -1:]
+        share_N1 = (of_rest_N1 / student_logp_NS[:, -1:].exp()).masked_fill(of_rest_N1 == 0, 0.0)
+        taken_NV = torch.zeros_like(q_NV).scatter_add_(-1, ids_NK, is_id_NK)
+        slope_NV = (q_NV * share_N1).masked_fill_(taken_NV > 0, 0.0)
+        return slope_NV.scatter_add_(-1, ids_NK, of_kept_NK * is_id_NK)
+
     def beyond_support(self) -> Tensor | None:
         """What forward KL on the support lacks of the one over the whole vocabulary, on average, per
         position: the estimate's entropy minus the full distribution's. It carries no gradient.
