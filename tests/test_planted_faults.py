@@ -179,8 +179,8 @@ FAULTS = {
     ),
     "a NaN is below the ceiling": Fault(
         "training/loop.py",
-        "if not math.isfinite(grad_norm):",
-        "if grad_norm > 1e30:",
+        "if not math.isfinite(grad_norm):\n        broken",
+        "if grad_norm > 1e30:\n        broken",
         "training/test_guard.py",
     ),
     "a file of a checkpoint is not on the disk when it takes its name": Fault(
