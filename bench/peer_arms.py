@@ -78,7 +78,7 @@ def apart(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
 
     settings, batches, teacher, student = step.pair(step.RECIPE, overrides)
     weights = {
-        name: model.get_output_embeddings().weight
+        name: model.get_output_embeddings().weight.detach()
         for name, model in (("weight_VD", student), ("weight_VE", teacher))
     }
     seconds = []
