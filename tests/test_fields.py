@@ -81,6 +81,8 @@ SHOWN_BY = {
     "train.rows_per_micro_batch": "test_fields_that_trade_memory_change_what_exists_at_once",
     "train.activation_checkpointing": "test_activation_checkpointing_changes_memory_and_no_result",
     "train.compile": "tests/training/test_device.py",
+    "train.parallel": "tests/training/test_parallel.py",
+    "teacher.sharded": "tests/training/test_parallel.py",
     "train.return_memory": "tests/proof/test_plan.py",
     "guard.policy": "tests/training/test_guard.py",
     "guard.loss_ceiling": "tests/training/test_guard.py",

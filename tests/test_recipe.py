@@ -170,7 +170,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "exclude": [],
         },
         "teacher": {"name": "fixture", "vocab_size": 8},
-        "student": {"name": "cut", "layers": 2, "keep": None, "rule": "first_last"},
+        "student": {"name": "cut", "layers": 2, "keep": None, "rule": "first_last", "lora": None},
         "objective": {
             "divergence": {"name": "forward_kl"},
             "kd_weight": 0.9,
@@ -204,6 +204,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "device": "auto",
             "activation_checkpointing": False,
             "compile": False,
+            "parallel": "ddp",
             "return_memory": False,
             "save_every": 500,
             "seed": 0,
@@ -272,6 +273,7 @@ CHANGES = {
     "train.save_every": 3,
     "train.activation_checkpointing": True,
     "train.compile": True,
+    "train.parallel": "fsdp",
     "train.return_memory": True,
     "guard.policy": "rollback",
     "guard.loss_ceiling": 9.5,
@@ -299,7 +301,7 @@ def test_an_accepted_field_is_taken_and_dumped(load: Callable[..., recipe.Recipe
 def test_the_fields_tested_are_all_the_fields_there_are(load: Callable[..., recipe.Recipe]) -> None:
     dumped, _ = yaml_strict.read(recipe.dump(load()), "dump")
     fields = {f"{s}.{f}" for s, part in dumped.items() if isinstance(part, dict) for f in part if f != "name"}
-    assert fields - set(CHANGES) == {"corpus.path", "student.keep"}
+    assert fields - set(CHANGES) == {"corpus.path", "student.keep", "student.lora"}
 
 
 def test_micro_batches_are_whole_steps_unless_said_otherwise(load: Callable[..., recipe.Recipe]) -> None:
@@ -438,7 +440,7 @@ UNKNOWN = [
     (
         {"student": "{name: cut, model: x, layers: 2}"},
         "student.model: unknown key for cut; it is one of checkpoint and config."
-        " Known: keep, layers, name, rule.",
+        " Known: keep, layers, lora, name, rule.",
     ),
     (
         {"zzz": "{steps: 1}"},

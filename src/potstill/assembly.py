@@ -128,7 +128,7 @@ def assemble(
         sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
         require_length(model.hf.config, model.name, "eval.sample_tokens", sampled)
     if recipe.train.activation_checkpointing:
-        checkpoint_activations(model)
+        model.checkpoint_activations()
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
     student = Student(model, make_objective(recipe, precision), precision)
     trained = f", of adapters {origin['lora']['trainable_weights'] / 1e6:.3g} M alone trained" if lora else ""
@@ -335,17 +335,6 @@ def differences_beside_ids(
     if corpus is None:
         missing["corpus"] = "its tokenizer in corpus.tokenizer"
     return found + vocab.not_compared(missing)
-
-
-def checkpoint_activations(model: CausalLM) -> None:
-    """Chen et al. 2016: each layer's inside is computed again in the backward pass instead of being kept."""
-    if not model.hf.supports_gradient_checkpointing:
-        raise UserError(
-            f"train.activation_checkpointing: {type(model.hf).__name__} cannot compute its layers again."
-            " Set it to false."
-        )
-    older = model.hf.gradient_checkpointing_enable  # its name before Transformers 5.2x
-    getattr(model.hf, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
 
 def return_freed_memory() -> None:

@@ -6,6 +6,7 @@ What it will take is told before anything is written, what it is worth is measur
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     """Write the recipe's targets into `out`, or go on with it; the manifest where all is there now.
 
     Args:
-        part: `I/N`, the I-th of N ranges of shards; None: all.
+        part: `I/N`, the I-th of N ranges of shards; None: all, or by torchrun each process its own.
 
     Raises:
         UserError: nothing is written unless the recipe is sound and the disk has room.
@@ -221,7 +222,9 @@ def _begun(out: Path) -> Json | None:
 
 
 def _part(part: str | None) -> tuple[int, int]:
-    words = ("1/1" if part is None else part).split("/")
+    if part is None:  # one of those that torchrun started, or all
+        part = f"{int(os.environ.get('RANK', '0')) + 1}/{os.environ.get('WORLD_SIZE', '1')}"
+    words = part.split("/")
     if len(words) == 2 and all(word.isdecimal() for word in words):
         number, parts = map(int, words)
         if 1 <= number <= parts:

@@ -20,7 +20,7 @@ from typing import Any
 
 from potstill import __version__, benchmarks, delivery, storing
 from potstill.display import Display, aligned, clock, hold_streams, let_go_of_streams, size
-from potstill.errors import Stopped, UserError
+from potstill.errors import OfOneRank, Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,11 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_verb(arguments: Sequence[str] | None) -> int:
     options = _parse(arguments)
-    display, code = Display(), 0
+    is_first = int(os.environ.get("RANK", "0")) == 0  # of the processes that torchrun started
+    display, code = Display(quiet=not is_first), 0
     try:
         code = options.verb(options, display) or 0
     except UserError as error:
-        display.error(error.mistakes)
+        if error.is_told if isinstance(error, OfOneRank) else is_first:
+            display.error(error.mistakes)
         return 2
     except Stopped:
         return 143

@@ -15,6 +15,7 @@ rows and against the recipe's own teacher, whoever taught it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,6 +68,8 @@ def compare(
         UserError: whatever the user can mend.
     """
     display = display or Display(quiet=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare: it runs in one process. Start it without torchrun, or its arms one by one.")
     recipe = Path(recipe) if isinstance(recipe, str) else recipe
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     name = "run" if isinstance(recipe, Recipe) else recipe.stem

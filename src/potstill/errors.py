@@ -29,6 +29,13 @@ class Fault(UserError):
     """Numbers that no update may be made of: not finite, or a loss above its ceiling."""
 
 
+class OfOneRank(UserError):
+    """Where several processes run, what not each of them knows."""
+
+    is_told = True
+    """False where another of them says it."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to end. No `except Exception` of a library can take it for its own."""
 

@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from potstill.assembly import Cast, assemble
 from potstill.display import Display
 from potstill.errors import Stopped, UserError
 from potstill.evals.likelihood import heldout
+from potstill.models.load import choose_device
 from potstill.proof.preflight import Checked, require_sound
 from potstill.proof.receipt import hashes, peak_gib, receipt_of
 from potstill.recipe import Recipe
@@ -27,9 +29,13 @@ from potstill.runs.rundir import RunDir, code, default_path, newest_path
 from potstill.runs.sinks import require_sinks, telling
 from potstill.students.generate import complete
 from potstill.students.lora import LoraLM
+from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import Checkpoints, Outcome
 from potstill.training.loop import Hooks, Metrics, train
+from potstill.training.parallel import Ranks, started
 from potstill.training.watch import Watch
+
+Json = dict[str, Any]
 
 
 def distill(
@@ -64,11 +70,18 @@ def distill(
             "distill: the recipe has a section `compare`; compare() runs its arms. Or leave it out."
         )
     require_sinks(loaded.sinks)
+    with started(loaded.train.parallel, choose_device(loaded.train.device)) as ranks:
+        return _distill(recipe, loaded, out, resume, display, ranks)
+
+
+def _distill(
+    recipe: Path | Recipe, loaded: Recipe, out: Path | None, resume: bool, display: Display, ranks: Ranks
+) -> RunDir:
     resolved = recipes.dump(loaded)
     given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     if resume:
-        run = RunDir.open(out or newest_path(name))
+        run = RunDir.open(ranks.first_says(out or newest_path(name)))
         _require_same_recipe(loaded, run)
         if run.status().get("state") == "finished":
             run.whole_student()
@@ -76,8 +89,8 @@ def distill(
             return run
         path = run.path
     else:
-        path = out or default_path(name)
-        RunDir.require_free(path)
+        path = ranks.first_says(out or default_path(name))
+        ranks.only_first(lambda: RunDir.require_free(path))
 
     locked: list[RunDir] = []
 
@@ -107,15 +120,20 @@ def distill(
         checked = require_sound(cast, path)
         note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
         if not resume:
-            run = RunDir.create(
-                path, recipe=given, resolved=resolved, corpus=cast.corpus.manifest, inputs=inputs
-            )
+            corpus = cast.corpus.manifest
+            made = partial(RunDir.create, path, recipe=given, resolved=resolved, corpus=corpus, inputs=inputs)
+            ranks.only_first(made)
+            run = RunDir(path)
         note(f"run: {run.path}")
-        with run.locked(), _recorded(run), telling(loaded.sinks, run, display.warn):
-            locked.append(run)
+        with contextlib.ExitStack() as held:
+            if ranks.is_first:
+                held.enter_context(run.locked())
+                held.enter_context(_recorded(run))
+                held.enter_context(telling(loaded.sinks, run, display.warn))
+                locked.append(run)
             if resume:
-                run.set_status("running")
-            _Running(cast, run, display, watch, inputs, is_resumed=resume).to_its_receipt(checked)
+                ranks.only_first(lambda: run.set_status("running"))
+            _Running(cast, run, display, watch, inputs, ranks, is_resumed=resume).to_its_receipt(checked)
     return run
 
 
@@ -163,47 +181,60 @@ class _Running:
         display: Display,
         watch: Watch,
         inputs: dict[str, str],
+        ranks: Ranks,
         *,
         is_resumed: bool,
     ) -> None:
-        self.cast, self.run, self.display, self.watch = cast, run, display, watch
+        self.cast, self.run, self.display, self.watch, self.ranks = cast, run, display, watch, ranks
         self.clock = _Clock(cast.recipe.train.steps)
         self.inputs, self.is_resumed = inputs, is_resumed
         of_corpus = {
             "corpus": cast.corpus.fingerprint,
             "tokenizer": cast.corpus.manifest["tokenizer_sha256"],
         }
-        self.checkpoints = Checkpoints(run.checkpoints, inputs | of_corpus, display.note)
+        self.checkpoints = Checkpoints(run.checkpoints, inputs | of_corpus, display.note, ranks)
         self.begun = False
 
     def to_its_receipt(self, checked: Checked) -> None:
         cast, run, recipe = self.cast, self.run, self.cast.recipe
-        started = time.perf_counter()
+        begun = time.perf_counter()
         running = code()  # now, while it is what was loaded
         samples = {"before": _sample(cast)}
+        if isinstance(cast.teacher, TorchTeacher) and getattr(recipe.teacher, "sharded", False):
+            self.ranks.spread_teacher(cast.teacher.model)
         outcome = self.train()
         if outcome.evaluated < recipe.train.steps:
-            run.set_status("stopped", f"by a signal after step {outcome.step}; --resume goes on")
+            said = f"by a signal after step {outcome.step}; --resume goes on"
+            self.ranks.only_first(lambda: run.set_status("stopped", said))
             self.display.note(
                 f"stopped after step {outcome.step}, checkpoint saved; the same command with"
                 f" --resume --out {run.path} goes on"
             )
             return
-        samples["after"] = _sample(cast)
-        run.whole_student()
+        with contextlib.ExitStack() as whole:
+            for module in (cast.student, getattr(cast.teacher, "model", None)):
+                if module is not None:
+                    whole.enter_context(self.ranks.whole(module))
+            samples["after"] = _sample(cast)
+            self.ranks.only_first(lambda: self.write_receipt(checked, outcome, running, samples, begun))
+        _tell(cast, run, outcome, samples, self.display)
+
+    def write_receipt(
+        self, checked: Checked, outcome: Outcome, running: Json, samples: dict[str, str], begun: float
+    ) -> None:
+        self.run.whole_student()
         receipt = receipt_of(
-            cast,
-            run,
+            self.cast,
+            self.run,
             outcome,
             checked=checked,
             inputs=self.inputs,
             running=running,
             samples=samples,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - begun,
         )
-        run.write_receipt(receipt)
-        run.set_status("finished")
-        _tell(cast, run, outcome, samples, self.display)
+        self.run.write_receipt(receipt | {"ranks": self.ranks.described()})
+        self.run.set_status("finished")
 
     def train(self) -> Outcome:
         cast, recipe = self.cast, self.cast.recipe
@@ -220,7 +251,13 @@ class _Running:
         teacher = cast.teacher if recipe.objective.kd_weight else None  # no answer is asked that nobody reads
         self.watch.begin()
         outcome = train(
-            cast.student, teacher, cast.corpus.train, cast.corpus.order(recipe.train.seed), recipe, hooks
+            cast.student,
+            teacher,
+            cast.corpus.train,
+            cast.corpus.order(recipe.train.seed),
+            recipe,
+            hooks,
+            self.ranks,
         )
         self.watch.end()
         return outcome
@@ -228,20 +265,29 @@ class _Running:
     def evaluate(self, step: int) -> Metrics:
         cast, size = self.cast, self.cast.recipe.train.micro_batch_rows
         try:
-            found = heldout(cast.student, cast.teacher, cast.corpus.heldout, size, self.watch.poll)
+            # One of several stops with all the others, after the evaluation.
+            poll = self.watch.poll if self.ranks.world == 1 else self.watch.beat
+            found = heldout(cast.student, cast.teacher, cast.corpus.heldout, size, poll)
         except UserError as error:
             raise UserError(f"evaluation after step {step}: {error}") from error
-        self.run.log(step, found)
+        self.log(step, found)
         self.display.heldout_line(step, found)
         return found
 
+    def log(self, step: int, metrics: Metrics) -> None:
+        if self.ranks.is_first:
+            self.run.log(step, metrics)
+
     def on_step(self, step: int, metrics: Metrics) -> None:
         self.watch.stepped()
-        self.run.log(step, metrics | {"memory/peak_gib": peak_gib(self.cast.device)})
+        self.log(step, metrics | {"memory/peak_gib": peak_gib(self.cast.device)})
         left_s = self.clock.left(step, metrics["speed/step_s"])
         self.display.step_line(step, self.cast.recipe.train.steps, metrics, left_s)
 
     def on_best(self, step: int, metrics: Metrics) -> None:
+        self.ranks.only_first(self.write_student)
+
+    def write_student(self) -> None:
         student = self.cast.student
         self.run.replace_student(lambda folder: student.save(folder, self.cast.tokenizer))
         if isinstance(student.model, LoraLM):
@@ -250,6 +296,11 @@ class _Running:
     def resume(self, optimizer: Optimizer) -> Outcome | None:
         """At the begin, and when the guard goes back: the fault it goes back for is not forgotten."""
         outcome = self.checkpoints.load(self.cast.student, optimizer)
+        self.ranks.only_first(lambda: self.rewind(outcome))
+        self.begun = True
+        return outcome
+
+    def rewind(self, outcome: Outcome | None) -> None:
         at = outcome or Outcome(step=-1)
         self.run.repair()
         if self.is_resumed and not self.begun:
@@ -260,15 +311,13 @@ class _Running:
         self.run.rewind(at.step, at.evaluated)
         if not self.begun:
             self.run.rewind_faults(at.step, at.left_out)
-        self.begun = True
-        return outcome
 
     def save(self, optimizer: Optimizer, outcome: Outcome) -> None:
-        self.run.flush()
+        self.ranks.only_first(self.run.flush)
         self.checkpoints.save(self.cast.student, optimizer, outcome)
 
     def on_fault(self, step: int, what: str, rows: list[dict[str, Any]]) -> None:
-        self.run.log_fault(step, what, rows)
+        self.ranks.only_first(lambda: self.run.log_fault(step, what, rows))
         self.display.warn(f"{what} guard.policy: {self.cast.recipe.guard.policy}")
 
 

@@ -153,6 +153,8 @@ class TorchTeacher(Section):
     """Hugging Face folder, hub id or GGUF file, relative to the recipe; also `package:NAME/FILE`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in memory."""
+    sharded: bool = False
+    """With several processes, each keeps a part of every layer; false: each keeps the whole teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +271,9 @@ class Train(Section):
     """Largest norm of the whole gradient; null: no limit."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the student's matrix products; its weights stay float32."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes, by torchrun: each keeps the whole student (ddp), or a part of its weights,
+    gradients and moments (fsdp). One process: no difference."""
     activation_checkpointing: bool = False
     """Keep one hidden state a layer and compute the rest again on the way back: memory, not results."""
     compile: bool = False

@@ -39,6 +39,8 @@ class CausalLM(nn.Module):
         self.name = name
         self.known: int | None = None
         """Ids that mean something, where the logits have more: see `Head.known`."""
+        self.in_shards = False
+        """Weights are put together from shards when they are needed: whoever keeps one keeps a copy."""
         self.compiled_body: Callable[..., Any] | None = None
         """In the place of `hf.base_model`: see `compiled`. No module, or its weights would have two names."""
 
@@ -54,11 +56,35 @@ class CausalLM(nn.Module):
 
     def weights(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its name, as `save` writes them, in the order of their names."""
-        yield from sorted(self.named_parameters(remove_duplicate=remove_duplicate))
+        for name, parameter in sorted(self.named_parameters(remove_duplicate=remove_duplicate)):
+            yield name, self._read(parameter)
+
+    def _read(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().clone() if self.in_shards else parameter.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a state dict has; asking for one would put weights back into shards."""
+        of_hf = self.hf.named_parameters(remove_duplicate=False)
+        found = {name: self._read(parameter) for name, parameter in of_hf}
+        for place, module in self.hf.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    found[f"{place}.{name}" if place else name] = buffer
+        return found
 
     def save(self, folder: Path) -> None:
         """A folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits."""
-        self.hf.save_pretrained(folder)
+        self.hf.save_pretrained(folder, state_dict=self.state())
+
+    def checkpoint_activations(self) -> None:
+        """Chen et al. 2016: each layer's inside is computed again in the backward pass, not kept."""
+        if not self.hf.supports_gradient_checkpointing:
+            raise UserError(
+                f"train.activation_checkpointing: {type(self.hf).__name__} cannot compute its layers again."
+                " Set it to false."
+            )
+        older = self.hf.gradient_checkpointing_enable  # its name before Transformers 5.2x
+        getattr(self.hf, "activation_checkpointing_enable", older)({"use_reentrant": False})
 
     def mask_from(self, known: int) -> None:
         """Give ids from `known` on probability exactly 0: in loss, evaluation, logits and generation, and in

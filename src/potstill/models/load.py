@@ -36,9 +36,14 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` is CUDA where there is one; an explicit device is had or refused, never replaced by another."""
+    """`auto` is CUDA where there is one; an explicit device is had or refused, never replaced by another.
+
+    Of several processes on a machine, each has its own for `auto` and `cuda`.
+    """
     if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and (local := os.environ.get("LOCAL_RANK")) is not None:
+        asked = f"cuda:{local}"
     try:
         device = torch.device(asked)
     except RuntimeError as error:

@@ -26,7 +26,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
-from potstill.assembly import checkpoint_activations, make_objective, require_length
+from potstill.assembly import make_objective, require_length
 from potstill.corpus.readers import files_of
 from potstill.errors import UserError, one_line
 from potstill.evals.likelihood import heldout
@@ -275,7 +275,7 @@ def _trace(
             model = _model(configs.student, torch.float32, device, "student")
             model = model if recipe.lora is None else LoraLM(model, recipe.lora)
             if asked.activation_checkpointing:
-                checkpoint_activations(model)
+                model.checkpoint_activations()
         ids = min(teacher.vocab_size, model.vocab_size)
         for of in (model, teacher.model) if isinstance(teacher, TorchTeacher) else (model,):
             of.mask_from(ids)  # one side may have a padded end

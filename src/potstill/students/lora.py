@@ -98,10 +98,7 @@ class LoraLM(CausalLM):
 
     def state(self) -> dict[str, Tensor]:
         """The merged model's state dict. Only matrices with adapters are copies, in main memory."""
-        return dict(_merged(self.hf, self.hf.state_dict().items()))
-
-    def save(self, folder: Path) -> None:
-        self.hf.save_pretrained(folder, state_dict=self.state())
+        return dict(_merged(self.hf, super().state().items()))
 
     def save_adapter(self, folder: Path) -> None:
         """A and B alone, as peft's `PeftModel.from_pretrained(base, folder)` reads them."""

@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -34,6 +35,7 @@ from potstill.models.files import check_safetensors, file_sha256
 from potstill.plain_files import NO_FILE, read_object, unreadable
 from potstill.runs.durable import flush, listed, remove
 from potstill.students.student import Student
+from potstill.training.parallel import ALONE, Ranks, full, placed_as
 
 KEPT = 2
 READABLE = "Make it readable, or move its checkpoint away to go on from the one before."
@@ -88,6 +90,8 @@ class Checkpoints:
     folder: Path
     inputs: dict[str, str]
     tell: Callable[[str], None]
+    ranks: Ranks = ALONE
+    """All of them call `save` and `load`; the first alone writes and deletes."""
 
     def save(self, student: Student, optimizer: torch.optim.Optimizer, outcome: Outcome) -> None:
         """Write the state after `outcome.step` steps.
@@ -96,6 +100,9 @@ class Checkpoints:
             UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
         """
         tensors = _tensors(student, optimizer)
+        self.ranks.only_first(lambda: self._write(tensors, outcome))
+
+    def _write(self, tensors: dict[str, Tensor], outcome: Outcome) -> None:
         place = self.folder / f"{outcome.step:08d}"
         beside = self.folder / f"{outcome.step:08d}.new"
         try:
@@ -140,9 +147,7 @@ class Checkpoints:
             UserError: no checkpoint is sound, one cannot be read, or the run is made of other things than the
                 checkpoint.
         """
-        for leftover in listed(self.folder):
-            if leftover.name.endswith(".new"):
-                remove(Path(leftover.path))
+        self.ranks.only_first(self._remove_leftovers)
         found = self._found()
         faults = []
         for number, place in enumerate(found):
@@ -166,8 +171,8 @@ class Checkpoints:
                 )
             _restore(tensors, student, optimizer)
             # Damaged ones would count among those kept; older ones are what a kill left half deleted.
-            for stale in (*found[:number], *found[number + KEPT :]):
-                remove(stale)
+            stale = [*found[:number], *found[number + KEPT :]]
+            self.ranks.only_first(partial(_remove_all, stale))
             self.tell(f"resumed from {place}")
             return state.outcome
         if found:
@@ -175,6 +180,11 @@ class Checkpoints:
                 f"{self.folder}: none of {len(found)} checkpoints is sound: {faults[0]} Start a new run."
             )
         return None
+
+    def _remove_leftovers(self) -> None:
+        for leftover in listed(self.folder):
+            if leftover.name.endswith(".new"):
+                remove(Path(leftover.path))
 
     def _differing(self, state: State) -> list[str]:
         """What the run is made of now and was not then, with both hashes."""
@@ -190,16 +200,22 @@ class Checkpoints:
         return [Path(entry.path) for entry in sorted(entries, key=lambda e: int(e.name), reverse=True)]
 
 
+def _remove_all(places: list[Path]) -> None:
+    for place in places:
+        remove(place)
+
+
 def _trained(student: Student) -> list[tuple[str, Tensor]]:
     """What is frozen is what the run began with, whose hash is among its inputs."""
     return [(name, p) for name, p in student.named_parameters() if p.requires_grad]
 
 
 def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"weights/{name}": tensor.detach() for name, tensor in _trained(student)}
+    """Whole ones, whatever lies in shards."""
+    tensors = {f"weights/{name}": full(tensor.detach()) for name, tensor in _trained(student)}
     for number, moments in optimizer.state_dict()["state"].items():
         tensors |= {
-            f"optimizer/{number}/{name}": value for name, value in moments.items() if value is not None
+            f"optimizer/{number}/{name}": full(value) for name, value in moments.items() if value is not None
         }
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -211,12 +227,13 @@ def _restore(tensors: dict[str, Tensor], student: Student, optimizer: torch.opti
     moments: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
         for name, parameter in _trained(student):
-            parameter.copy_(tensors[f"weights/{name}"])
+            parameter.copy_(placed_as(tensors[f"weights/{name}"], parameter))
+    in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         if kind == "optimizer":
             number, _, moment = rest.partition("/")
-            moments.setdefault(int(number), {})[moment] = tensor
+            moments.setdefault(int(number), {})[moment] = placed_as(tensor, in_order[int(number)])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():

@@ -20,6 +20,7 @@ from potstill.recipe import Recipe
 from potstill.students.student import Student
 from potstill.training.checkpoint import Outcome
 from potstill.training.optim import lr_at, make_optimizer, set_lr
+from potstill.training.parallel import ALONE, Ranks, full
 from potstill.training.prefetch import Prefetch
 from potstill.types import Batch, Order, Rows, Teacher
 
@@ -45,7 +46,13 @@ class Hooks:
 
 
 def train(
-    student: Student, teacher: Teacher | None, rows: Rows, order: Order, recipe: Recipe, hooks: Hooks
+    student: Student,
+    teacher: Teacher | None,
+    rows: Rows,
+    order: Order,
+    recipe: Recipe,
+    hooks: Hooks,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Train `student` in place up to `recipe.train.steps` steps, or to a stop that was asked for.
 
@@ -58,30 +65,39 @@ def train(
     """
     plan, device = recipe.train, student.model.device
     ceiling = loss_ceiling(recipe, student.model.vocab_size)
+    stepping = ranks.spread(student)
     optimizer = make_optimizer(student, plan)
     resumed = hooks.resume(optimizer)
     outcome = resumed or Outcome()
     saved = -1 if resumed is None else resumed.step
     student.train()
 
+    def micro_batches(step: int) -> list[Batch]:
+        """Of all ranks."""
+        step_rows = order.rows(step, plan.rows_per_step)
+        size = ranks.rows_at_once(plan.micro_batch_rows, plan.rows_per_step)
+        return [rows.batch(step_rows[i : i + size]) for i in range(0, len(step_rows), size)]
+
     def first_of(step: int) -> Batch | None:
         if step >= plan.steps or step + 1 in outcome.left_out:
             return None
-        return rows.batch(order.rows(step, plan.rows_per_step)[: plan.micro_batch_rows])
+        return ranks.share(micro_batches(step))[0]
 
     ahead = Prefetch(teacher, device, first_of)
 
     while True:
         is_last = outcome.step == plan.steps
-        stopping = hooks.should_stop() and not is_last
+        stopping = ranks.any(hooks.should_stop()) and not is_last
         evaluating = outcome.step == 0 or is_last or due(outcome.step, recipe.eval.every)
         try:
             if evaluating and outcome.evaluated < outcome.step and not stopping:
-                found = hooks.evaluate(outcome.step)
+                with ranks.whole(student):
+                    found = ranks.first_says(hooks.evaluate(outcome.step))
                 outcome.first, outcome.last = outcome.first or found, found
                 if not outcome.best or found["heldout/loss"] < outcome.best["heldout/loss"]:
                     outcome.best, outcome.best_step = found, outcome.step
-                    hooks.on_best(outcome.step, found)
+                    with ranks.whole(student):
+                        hooks.on_best(outcome.step, found)
                 outcome.evaluated = outcome.step
         except Stopped:
             stopping = True
@@ -97,9 +113,9 @@ def train(
 
         step, started = outcome.step, time.perf_counter()
         step_rows = order.rows(step, plan.rows_per_step)
-        size = plan.micro_batch_rows
-        batches = [rows.batch(step_rows[i : i + size]) for i in range(0, len(step_rows), size)]
-        positions = sum(len(batch.positions_N) for batch in batches)  # of the whole step, before any backward
+        of_all_ranks = micro_batches(step)
+        positions = sum(len(batch.positions_N) for batch in of_all_ranks)  # of the step, before any backward
+        batches = ranks.share(of_all_ranks)
         for batch in batches:
             with named(step, batch.rows_B.tolist()):
                 student.require_labels(batch)
@@ -108,20 +124,25 @@ def train(
         sums: dict[str, float] = {}
         try:
             for batch, targets in ahead.step(step, batches):
-                with named(step, batch.rows_B.tolist()):
-                    terms = student(batch, targets)
-                (terms["loss"] / positions).backward()  # the one division
+                with ranks.until_last(stepping, is_last=len(of_batches) + 1 == len(batches)):
+                    with named(step, batch.rows_B.tolist()):
+                        terms = stepping(batch, targets)
+                    # The one division. Ranks average their gradients; the sum is meant.
+                    (terms["loss"] / positions * ranks.world).backward()
                 of_batches.append({name: value.detach() for name, value in terms.items()})
                 hooks.beat()
             parameters = [p for p in student.parameters() if p.grad is not None]
             total_norm = get_total_norm(p.grad for p in parameters if p.grad is not None)
-            values, grad_norm = read(of_batches, total_norm)
+            values, grad_norm = read(of_batches, full(total_norm))
+            for of_batch in values:
+                for name, number in of_batch.items():
+                    sums[name] = sums.get(name, 0.0) + number
+            sums = ranks.total(sums)
             for batch, of_batch in zip(batches, values, strict=True):
                 with named(step, batch.rows_B.tolist()):
                     require_finite(of_batch, len(batch.positions_N))
-                for name, number in of_batch.items():
-                    sums[name] = sums.get(name, 0.0) + number
             with named(step, step_rows):
+                require_finite(sums, positions)
                 require_usable(sums["loss"] / positions, ceiling, grad_norm, student)
         except Fault as fault:
             alone = offending(student, teacher, rows, step_rows, ceiling, hooks.beat)
@@ -147,7 +168,7 @@ def train(
             "train/grad_norm": grad_norm,
             "train/positions": positions,
             "train/epoch": order.epoch(step, plan.rows_per_step),
-            "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in batches) / seconds,
+            "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in of_all_ranks) / seconds,
             "speed/step_s": seconds,
         }
         hooks.on_step(outcome.step, losses | figures)
@@ -226,7 +247,7 @@ def offending(
             terms = student(batch, None if teacher is None else teacher.targets(batch))
             (terms["loss"] / positions).backward()
             norm = get_total_norm(p.grad for p in student.parameters() if p.grad is not None)
-            (of_row,), grad_norm = read([{name: value.detach() for name, value in terms.items()}], norm)
+            (of_row,), grad_norm = read([{name: value.detach() for name, value in terms.items()}], full(norm))
             worst = next((v for v in of_row.values() if not math.isfinite(v)), of_row["loss"]) / positions
             if not worst <= ceiling:
                 found.append({"row": row, "loss": _as_json(worst)})

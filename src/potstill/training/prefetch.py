@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from potstill.errors import UserError
+from potstill.errors import OfOneRank, UserError
 from potstill.types import Batch, Targets, Teacher
 
 
@@ -101,12 +101,12 @@ def ask(teacher: Teacher, batch: Batch, step: int) -> Targets:
     except torch.OutOfMemoryError:
         raise  # it has advice of its own
     except (RuntimeError, ValueError, IndexError, TypeError, OSError) as error:
-        raise UserError(
+        raise OfOneRank(
             f"step {step + 1}: the teacher failed on rows {batch.rows_B.tolist()}: {type(error).__name__}:"
             f" {error}"
         ) from error
     if len(targets) != len(batch.positions_N):
-        raise UserError(
+        raise OfOneRank(
             f"step {step + 1}: the teacher gave targets for {len(targets)} positions,"
             f" {len(batch.positions_N)} were asked."
         )
