@@ -122,6 +122,22 @@ def table(size: str, records: list[dict[str, Any]]) -> None:
         print(f"{name:<44} {figures} {record.get('gap', float('nan')):8.1e}  {record['note']}")
 
 
+def markdown(results: Path, size: str) -> None:
+    """The newest record of each arm, as the README has it."""
+    lines = map(json.loads, results.read_text().splitlines())
+    newest = {line["arm"]: line for line in lines if line["bench"] == "peers" and line["size"] == size}
+    print("| step | tokens/s | ours / its | peak, GiB | ours / its |\n|---|---|---|---|---|")
+    for arm, line in newest.items():
+        name = f"{arm} {line.get('version', '')}".strip()
+        if "step_s" not in line:
+            print(f"| {name} | not run | | | |")
+            continue
+        ours = newest[line["like"]]
+        faster = f"{ours['tokens_per_s'] / line['tokens_per_s']:.2f}"
+        smaller = f"{ours['peak_gib'] / line['peak_gib']:.2f}"
+        print(f"| {name} | {line['tokens_per_s']:.0f} | {faster} | {line['peak_gib']:.2f} | {smaller} |")
+
+
 def numbers(size: str) -> tuple[int, int]:
     B, T = size.split("x")
     return int(B), int(T)
@@ -136,11 +152,15 @@ def main() -> int:
     parser.add_argument("--peer-path", nargs="*", default=[], help="folders that peers were unpacked in")
     parser.add_argument("--store", type=Path, help="folder of stores: adds the arms that read from one")
     parser.add_argument("--append", type=Path)
+    parser.add_argument("--markdown", type=Path, help="only print a table of this file's results")
     parser.add_argument("--arm", choices=[*ARMS, *STORED], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
         options.B, options.T = numbers(options.size[0])
         return child(options)
+    if options.markdown:
+        markdown(options.markdown, options.size[0])
+        return 0
     options.arms = options.arms or [*ARMS, *(STORED if options.store else ())]
     ok = True
     for size in options.size:

@@ -22,6 +22,13 @@ from potstill.losses.sparse import SparseTargets
 from potstill.types import Divergence, Head, HiddenTargets
 
 OTHERS = [reverse_kl, partial(jsd, beta=0.3), jsd, skew_kl, partial(skew_kl, alpha=0.0), tvd]
+
+
+def called(divergence: Divergence) -> str:
+    options = getattr(divergence, "keywords", {})
+    return " ".join([getattr(divergence, "func", divergence).__name__, *map(str, options.values())])
+
+
 CASES = [(3, 47), (1, 2), (0, 5), (7, 123), (40, 1000)]
 OBJECTIVES = [
     Objective(),
@@ -99,7 +106,7 @@ def test_the_two_engines_agree_on_samples(
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("K", [1, 5, 123])
-@pytest.mark.parametrize("divergence", [forward_kl, *OTHERS], ids=str)
+@pytest.mark.parametrize("divergence", [forward_kl, *OTHERS], ids=called)
 def test_the_two_engines_agree_on_the_largest_and_one_class_for_the_rest(
     divergence: Divergence, K: int, temperature: float
 ) -> None:
@@ -126,7 +133,7 @@ def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("divergence", [forward_kl, *OTHERS], ids=str)
+@pytest.mark.parametrize("divergence", [forward_kl, *OTHERS], ids=called)
 def test_bias_scale_softcap_and_a_padded_end_go_through(divergence: Divergence) -> None:
     bias_V = torch.linspace(-1, 1, 50, dtype=torch.float64)
     capped = {"softcap": 5.0, "scale": 1.7}
@@ -141,7 +148,9 @@ def test_bias_scale_softcap_and_a_padded_end_go_through(divergence: Divergence) 
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("divergence", [forward_kl, jsd, skew_kl, tvd], ids=str)  # a reverse KL is infinite
+@pytest.mark.parametrize(
+    "divergence", [forward_kl, jsd, skew_kl, tvd], ids=called
+)  # a reverse KL is infinite
 def test_ids_that_the_teacher_rules_out_and_logits_of_any_size_are_right(divergence: Divergence) -> None:
     generator = torch.Generator().manual_seed(3)
     student_NV = torch.randn(5, 20, generator=generator, dtype=torch.float64) * 1e3
