@@ -28,7 +28,7 @@ FLOORS = [
     {"assembly"},
     {"proof"},
     {"capturing"},
-    {"line", "reporting", "benchmarks", "delivery", "storing"},
+    {"line", "reporting", "benchmarks", "delivery", "storing", "gathering"},
     {"comparing"},
     {"cli", "__main__", "__init__"},
 ]

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from potstill import __version__, benchmarks, delivery, storing
+from potstill import __version__, benchmarks, delivery, gathering, storing
 from potstill.display import Display, aligned, clock, hold_streams, let_go_of_streams, size
 from potstill.errors import OfOneRank, Stopped, UserError
 
@@ -115,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     storing.add_flags(
         verb("capture", storing.run_capture, "a recipe's teacher asked once: its targets into a folder"),
         verb("store", storing.run_store, "verify, show or merge folders of captured targets"),
+    )
+
+    gathering.add_flags(
+        verb("gather", gathering.run_gather, "a corpus of the sources of packages, with their licences")
     )
 
     held = verb(
