@@ -81,12 +81,12 @@ FAULTS = {
     ),
     "mean of means": Fault(
         "training/loop.py",
-        'terms["loss"] / positions',
+        'terms["loss"] / positions * ranks.world',
         'terms["loss"] / len(batch.positions_N) / len(batches)',
         STEP,
     ),
     "divided twice": Fault(
-        "training/loop.py", 'terms["loss"] / positions', 'terms["loss"] / positions / len(batches)', STEP
+        "training/loop.py", "/ positions * ranks.world", "/ positions / len(batches)", STEP
     ),
     "scaled rope lost on an older library": Fault(
         "models/load.py",

@@ -33,7 +33,6 @@ from potstill import yaml_strict
 from potstill.display import Display, aligned
 from potstill.errors import UserError
 from potstill.plain_files import opened
-from potstill.runs.durable import replace_folder
 
 Licence = Literal[
     "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "HPND", "ISC", "MIT", "PSF-2.0", "Zlib"
@@ -95,6 +94,8 @@ def gather(source: Path, out: Path, display: Display) -> dict[str, Any]:
         UserError: a package that pip cannot fetch, whose own papers name another licence, or whose hash is
             another; `out` is there already.
     """
+    from potstill.runs.durable import replace_folder
+
     listed = read_list(source)
     if out.exists():
         raise UserError(f"{out}: is there already. Give --out a folder that is not, or remove it.")

@@ -94,7 +94,8 @@ class LoraLM(CausalLM):
         }
 
     def weights(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
-        return _merged(self, self.named_parameters(remove_duplicate=remove_duplicate))
+        named = self.named_parameters(remove_duplicate=remove_duplicate)
+        return _merged(self, ((name, self._read(parameter)) for name, parameter in named))
 
     def state(self) -> dict[str, Tensor]:
         """The merged model's state dict. Only matrices with adapters are copies, in main memory."""
@@ -104,7 +105,7 @@ class LoraLM(CausalLM):
         """A and B alone, as peft's `PeftModel.from_pretrained(base, folder)` reads them."""
         folder.mkdir(parents=True)
         tensors = {
-            f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.detach().cpu().contiguous()
+            f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": self._read(tensor).cpu().contiguous()
             for name, tensor in self.adapters.items()
         }
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
