@@ -64,8 +64,10 @@ class CausalLM(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """What a state dict has; asking for one would put weights back into shards."""
-        of_hf = self.hf.named_parameters(remove_duplicate=False)
-        found = {name: self._read(parameter) for name, parameter in of_hf}
+        read: dict[int, Tensor] = {}  # of a tied tensor one copy: it is saved once
+        found = {}
+        for name, parameter in self.hf.named_parameters(remove_duplicate=False):
+            found[name] = read.setdefault(id(parameter), self._read(parameter))
         for place, module in self.hf.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
