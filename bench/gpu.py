@@ -359,8 +359,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def traced_only() -> Iterator[None]:
-    """torch.compile traces and differentiates, and calls no compiler: on a CPU it would take minutes."""
+    """torch.compile traces and differentiates, of the loss too, and calls no compiler: it would take minutes."""
     import torch
+
+    from potstill.losses import objective
 
     compile_ = torch.compile
 
@@ -368,8 +370,12 @@ def traced_only() -> Iterator[None]:
     def traced(*given: Any, **options: Any) -> Any:
         return compile_(*given, **options | {"backend": "aot_eager"})
 
-    with mock.patch.object(torch, "compile", traced):
+    with (
+        mock.patch.object(torch, "compile", traced),
+        mock.patch.object(objective, "gains", lambda device: True),
+    ):
         yield
+    objective.few_kernels.cache_clear()
 
 
 if __name__ == "__main__":

@@ -182,6 +182,29 @@ def test_in_float32_it_is_no_further_from_float64_than_autograd(spread: float) -
         assert far <= 2 * further + 1e-6 * truth.abs().max(), (float(far), float(further))
 
 
+def test_between_its_products_a_chunk_is_one_graph_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, traced and not compiled: no break, no graph for each length of a last chunk, same bits."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(Objective._fused, backend="aot_eager", fullgraph=True)
+    seen: list[torch.dtype] = []
+
+    def noted(*given: object) -> object:
+        values, grad_CV = compiled(*given)
+        seen.append(grad_CV.dtype)
+        return values, grad_CV
+
+    monkeypatch.setattr(module, "gains", lambda device: True)
+    monkeypatch.setattr(module, "few_kernels", lambda: noted)
+    objective = Objective(chunk=8, matmul_dtype=torch.bfloat16)
+    for N in (15, 14, 13, 12, 11):
+        given = made(N, 123, torch.float32, scale=1.1)
+        ours, theirs = run(replace(objective, compiled=True), *given), run(objective, *given)
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert seen == [torch.bfloat16] * 10
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_a_divergence_of_one_s_own_goes_by_autograd() -> None:
     def own(student_logp_NS: Tensor, teacher_logp_NS: Tensor) -> Tensor:
         return (student_logp_NS.exp() - teacher_logp_NS.exp()).square().sum(-1)
