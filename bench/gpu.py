@@ -359,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def traced_only() -> Iterator[None]:
-    """torch.compile traces and differentiates, of the loss too, and calls no compiler: it would take minutes."""
+    """torch.compile traces, of the loss too, and calls no compiler: on a CPU it would take minutes."""
     import torch
 
     from potstill.losses import objective

@@ -157,9 +157,8 @@ class Objective:
         labels_C: Tensor,
         targets: Targets | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """May overwrite the product."""
-        matmul, product_CV = product_CV.dtype, product_CV.to(exact)
-        logits_CV = head.finish(product_CV)
+        """Overwrites the product; its rows begin where a product is fast, and so do the gradient's."""
+        logits_CV = head.finish(product_CV.to(exact))
         bend_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square_()
         kd_weight = 0.0 if targets is None else self.kd_weight
         weights = Weights(self.ce_weight, kd_weight, self.temperature)
@@ -169,7 +168,8 @@ class Objective:
             values |= {"kd": kd_C, "loss": values["loss"] + kd_weight * kd_C}
         grad_CV = logits_CV if bend_CV is None else logits_CV.mul_(bend_CV)
         grad_CV = grad_CV if head.scale == 1.0 else grad_CV.mul_(head.scale)
-        return values, grad_CV if head.bias_V is not None else grad_CV.to(matmul)
+        is_rounded = head.bias_V is None and grad_CV.dtype != product_CV.dtype  # a bias's gradient is exact
+        return values, product_CV.copy_(grad_CV) if is_rounded else grad_CV
 
     def _by_autograd(
         self,
@@ -250,7 +250,8 @@ class _SumOverPositions(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         matmul, exact = objective._dtypes(hidden_ND, head)
         V = head.num_ids  # rows of a padded end keep a gradient of zero
-        cast_VD = weight_VD[:V].to(matmul)
+        cast_RD = weight_VD[: head.num_rows].to(matmul)
+        cast_VD = cast_RD[:V]
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.zeros_like(hidden_ND) if for_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
@@ -262,7 +263,8 @@ class _SumOverPositions(torch.autograd.Function):
         for part in objective._parts(len(labels_N)):
             hidden_CD = hidden_ND[part].to(matmul)
             taught = None if targets is None else targets[part]
-            values, grad_CV = differentiate(hidden_CD @ cast_VD.T, exact, head, labels_N[part], taught)
+            product_CV = (hidden_CD @ cast_RD.T)[:, :V]
+            values, grad_CV = differentiate(product_CV, exact, head, labels_N[part], taught)
             for name, value_C in values.items():
                 sums[name] += value_C.sum()
             if grad_CV is None:
