@@ -7,9 +7,7 @@ loaded. Nothing is written here, so whatever is refused leaves nothing behind.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +20,7 @@ from potstill.corpus import readers, rows, vocab
 from potstill.corpus.decontamination import Decontamination, EvaluationTexts, told
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
+from potstill.memory import return_freed_memory
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compiled import compile_body, require_compiler
 from potstill.models.files import check_gguf, check_model_files
@@ -36,8 +35,6 @@ from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.stored import StoredTeacher, captured_model
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Divergence, Teacher, Vocab
-
-M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,8 @@ def assemble(
     if counts["decontamination"] is not None:
         note(f"decontamination: {told(counts['decontamination'])}")
     teacher = make_teacher(recipe, device)
-    note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}")
+    by = f"; {teacher.choice.told()}" if isinstance(teacher, TorchTeacher) else ""
+    note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}{by}")
     in_corpus = None if tokenizer is None else vocab.vocab_of(tokenizer, teacher.vocab_size)
     if in_corpus is not None and teacher.vocab.tokens is not None:
         vocab.require_same(teacher.vocab, in_corpus, called(recipe.teacher), "corpus")
@@ -122,7 +120,7 @@ def assemble(
     for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
         field, tokens = "corpus.tokens_per_row", recipe.corpus.tokens_per_row
         require_length(model_of_run.hf.config, model_of_run.name, field, tokens)
-        if recipe.train.compile:
+        if recipe.train.compile and not model_of_run.is_packed:
             compile_body(model_of_run)
     if recipe.eval.sample_prompt is not None and tokenizer is not None:
         sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
@@ -192,7 +190,14 @@ def make_teacher(recipe: Recipe, device: torch.device) -> Teacher:
     asked = recipe.teacher
     match asked.name:
         case "torch":
-            return TorchTeacher.for_inference(asked.model, device=device, dtype=asked.dtype)
+            return TorchTeacher.for_inference(
+                asked.model,
+                device=device,
+                dtype=asked.dtype,
+                weights=asked.weights,
+                backend=asked.backend,
+                tokens=recipe.corpus.tokens_per_row,
+            )
         case "table":
             return TableTeacher.load(Path(asked.path))
         case "store":
@@ -224,6 +229,10 @@ def make_student(
         teacher, source = captured_model(recipe.teacher, teacher, device)
     elif isinstance(teacher, TorchTeacher):
         source = str(recipe.teacher.model)  # type: ignore[union-attr]
+        if not teacher.choice.is_full:
+            teacher = TorchTeacher.for_inference(
+                source, device=device, dtype=teacher.model.head.weight_VD.dtype
+            )
     else:
         raise UserError(
             f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
@@ -337,17 +346,6 @@ def differences_beside_ids(
     return found + vocab.not_compared(missing)
 
 
-def return_freed_memory() -> None:
-    """Have glibc give a freed tensor's memory back to the system, as it does before it has seen many.
-
-    From 128 KiB on a block is a mapping of its own, gone when it is freed; but each such free raises that
-    limit, up to 32 MiB, and what is smaller stays in a heap that fragments. Fixed at its first value, the
-    demo peaks at 3.51 GiB instead of 4.25, and its steps take a quarter longer (docs/log.md).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-
-
 def require_sample(recipe: Recipe, tokenizer: Any | None) -> None:
     if recipe.eval.sample_prompt is not None and tokenizer is None:
         raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
@@ -374,7 +372,8 @@ def called(teacher: Any) -> str:
 
 def _checkpoints(recipe: Recipe, saved_student: str | Path | None = None) -> list[str | Path]:
     """Checkpoints that the recipe names, the teacher's first."""
-    teacher = [recipe.teacher.model] if recipe.teacher.name == "torch" else []
+    asked = recipe.teacher
+    teacher = [of for of in (asked.model, asked.reference) if of] if asked.name == "torch" else []
     student = [recipe.student.model] if recipe.student.name == "checkpoint" else []
     return [*teacher, *([saved_student] if saved_student is not None else student)]
 

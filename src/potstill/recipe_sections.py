@@ -153,6 +153,13 @@ class TorchTeacher(Section):
     """Hugging Face folder, hub id or GGUF file, relative to the recipe; also `package:NAME/FILE`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in memory."""
+    weights: Literal["full", "int8", "int4", "stored"] = "full"
+    """Bits of the layers' matrices: full, those of dtype; int8 or int4 of a folder's; stored, those that a
+    GGUF file has. `potstill check` measures what it costs."""
+    backend: Literal["auto", "transformers", "torchao", "bitsandbytes", "llama_cpp"] = "auto"
+    """What runs the layers; auto: the first of these that serves weights, file and device, and it is said."""
+    reference: ModelSource | None = None
+    """The full weights that fewer bits are measured against; null: those of model."""
     sharded: bool = False
     """With several processes, each keeps a part of every layer; false: each keeps the whole teacher."""
 

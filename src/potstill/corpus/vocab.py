@@ -17,7 +17,7 @@ import transformers
 
 from potstill.errors import UserError, one_line
 from potstill.plain_files import opened, read_object, require_plain
-from potstill.quiet import quiet_panics, quiet_transformers
+from potstill.quiet import quiet_process, quiet_transformers
 from potstill.types import Vocab
 
 # Read as JSON before a library reads them: of two equal keys it would take the last, unseen.
@@ -49,7 +49,7 @@ def load_tokenizer(path: Path) -> Any:
         )
     try:
         settings = _settings(path)
-        with quiet_transformers(), quiet_panics():
+        with quiet_transformers(), quiet_process():
             if path.suffix == ".gguf":
                 return transformers.AutoTokenizer.from_pretrained(
                     path.parent, gguf_file=path.name, trust_remote_code=False
@@ -88,7 +88,7 @@ def _require_added(tokenizer: Any, added: list[Any]) -> None:
 def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
     """The ids of each text, nothing added; `where` is the first text's place."""
     try:
-        with quiet_transformers(), quiet_panics():
+        with quiet_transformers(), quiet_process():
             encoded = tokenizer(contents, add_special_tokens=False, split_special_tokens=True)
     except BaseException as error:
         if not _is_told(error):

@@ -32,7 +32,8 @@ from potstill.errors import UserError, one_line
 from potstill.evals.likelihood import heldout
 from potstill.models.causal_lm import CausalLM
 from potstill.models.files import check_safetensors
-from potstill.models.load import choose_device, choose_dtype, load_config, plain_config
+from potstill.models.load import choose_device, choose_dtype, load_config, local_copy, plain_config
+from potstill.models.quantised import pack_for_plan
 from potstill.proof.ledger import Answers, FakeOrder, FakeRows, FakeStore, Ledger, WatchedObjective
 from potstill.quiet import quiet_transformers
 from potstill.recipe import Recipe
@@ -41,6 +42,7 @@ from potstill.students.student import Student
 from potstill.students.surgery import cut_config, layers_to_keep
 from potstill.targets.kinds import planned_bytes
 from potstill.targets.store import read_manifest
+from potstill.teachers.backends import FULL
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.stored import captured_source
 from potstill.teachers.torch_teacher import TorchTeacher
@@ -322,7 +324,10 @@ def _teacher(recipe: Recipe, configs: Configs, device: torch.device, ledger: Led
     asked = recipe.teacher
     match asked.name:
         case "torch":
-            return TorchTeacher(_model(configs.teacher, choose_dtype(asked.dtype), device, "teacher"), None)
+            model = _model(configs.teacher, choose_dtype(asked.dtype), device, "teacher")
+            if asked.weights != FULL:
+                pack_for_plan(model, asked.weights, _bytes_of(asked.model))
+            return TorchTeacher(model, None)
         case "table":
             ((_, (size, _)),) = check_safetensors(Path(asked.path)).values()
             return TableTeacher(torch.zeros(size, size, device=device))
@@ -341,6 +346,11 @@ def _model(config: Any, dtype: torch.dtype, device: torch.device, name: str) -> 
     except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
         raise UserError(f"{name}: no causal LM can be made of its config: {one_line(error)}") from error
     return CausalLM(hf, name)
+
+
+def _bytes_of(source: str) -> int:
+    path = local_copy(source)
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _corpus_tokens(recipe: Recipe) -> float:
