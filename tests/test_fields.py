@@ -58,6 +58,7 @@ SHOWN_BY = {
     "decontaminate.against": "tests/corpus/test_decontamination.py",
     "decontaminate.action": "tests/corpus/test_decontamination.py",
     "decontaminate.ngram": "tests/corpus/test_decontamination.py",
+    "corpus.shards": "tests/corpus/test_sharding.py",
     "corpus.tokenizer": "test_a_tokenizer_of_its_own_reads_the_corpus",
     "teacher.model": "tests/teachers",
     "teacher.path": "test_a_student_recovers_a_known_teacher_and_without_its_signal_it_does_not",

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potstill.corpus.readers import Reading, require_ids
-from potstill.corpus.streams import Stream, hashed, in_blocks
+from potstill.corpus.readers import Reading
+from potstill.corpus.streams import Stream, hashed, in_blocks, require_ids
 from potstill.errors import UserError
 from potstill.types import Batch, Vocab
 

@@ -7,6 +7,7 @@ lists that differ, with the first id that does. Called by the assembly and by te
 
 from __future__ import annotations
 
+import hashlib
 import os
 from itertools import zip_longest
 from pathlib import Path
@@ -29,6 +30,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 def has_tokenizer(path: Path) -> bool:
     return path.suffix == ".gguf" or any((path / name).is_file() for name in TOKENIZER_FILES)
+
+
+def behaviour_sha256(tokenizer: Any) -> str:
+    """sha256 of all that the fast tokenizer does to a text, which its list of tokens does not say."""
+    said = str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
