@@ -362,7 +362,8 @@ def _corpus_tokens(recipe: Recipe) -> float:
 
 def _corpus_bytes(recipe: Recipe, config: Any) -> int:
     vocab_size: int = config.get_text_config().vocab_size
-    return int(_corpus_tokens(recipe) * ROW_BYTES_PER_TOKEN) + TOKENIZER_BYTES_PER_ID * vocab_size
+    in_memory = 0 if recipe.corpus.shards else ROW_BYTES_PER_TOKEN  # the system takes a file's pages back
+    return int(_corpus_tokens(recipe) * in_memory) + TOKENIZER_BYTES_PER_ID * vocab_size
 
 
 def capture_size(recipe: Recipe) -> dict[str, float] | None:
