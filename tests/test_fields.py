@@ -29,6 +29,7 @@ TRAINS_OTHERWISE = {
     "teacher.dtype": "bfloat16",
     "student.layers": "3",
     "student.rule": "even",
+    "student.ffn_width": "48",
     "objective.divergence": "reverse_kl",
     "objective.kd_weight": "0.5",
     "objective.ce_weight": "0.5",

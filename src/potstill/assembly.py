@@ -30,7 +30,7 @@ from potstill.recipe import Recipe
 from potstill.registry import entries
 from potstill.students.lora import LoraLM, require_peft
 from potstill.students.student import Student, from_checkpoint, from_config
-from potstill.students.surgery import cut, layers_to_keep
+from potstill.students.surgery import cut, ffn_width_of, layers_to_keep
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.stored import StoredTeacher, captured_model
 from potstill.teachers.torch_teacher import TorchTeacher
@@ -186,14 +186,13 @@ def make_student(
         raise UserError(
             f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
         )
-    total = teacher.model.hf.config.get_text_config().num_hidden_layers
+    config = teacher.model.hf.config
+    total = config.get_text_config().num_hidden_layers
     keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
-    return cut(teacher.model, keep), {
-        "name": "cut",
-        "from": source,
-        "layers_kept": list(keep),
-        "of": total,
-    }
+    origin = {"name": "cut", "from": source, "layers_kept": list(keep), "of": total}
+    if asked.ffn_width is not None:
+        origin |= {"ffn_width": asked.ffn_width, "of_ffn_width": ffn_width_of(config)}
+    return cut(teacher.model, keep, asked.ffn_width), origin
 
 
 def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objective:

@@ -201,7 +201,8 @@ def configs_of(recipe: Recipe, teacher_config: Any) -> Configs:
         )
     total = teacher.get_text_config().num_hidden_layers
     keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
-    return Configs(teacher, cut_config(teacher, keep, total), _corpus_bytes(recipe, teacher))
+    student = cut_config(teacher, keep, total, asked.ffn_width)
+    return Configs(teacher, student, _corpus_bytes(recipe, teacher))
 
 
 def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
