@@ -204,7 +204,7 @@ def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objectiv
         asked.kd_weight,
         asked.ce_weight,
         asked.temperature,
-        asked.chunk,
+        asked.positions_at_once,
         matmul_dtype,
         asked.engine,
         recipe.train.compile,

@@ -140,9 +140,9 @@ def available(recipe: Recipe, folder: Path) -> tuple[int, int]:
         where = where.parent
     disk = os.statvfs(where)
     free_disk = disk.f_bavail * disk.f_frsize
+    # And what this process has: it is planned with the rest, or will be gone.
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]), free_disk
-    # And this process, which will be gone.
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device), free_disk
     return min(_system_left(), _container_left()) + resident_bytes(), free_disk
 
 

@@ -69,6 +69,8 @@ def receipt_of(
         "vocabulary": vars(cast.shared),
         "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
         f" {recipe.objective.divergence.name}, T = {recipe.objective.temperature}",
+        # A run of before it was chosen has no record.
+        "chunk": {"asked": recipe.objective.chunk, "used": recipe.objective.chunk} | run.chunk(),
         "seed": recipe.train.seed,
         "device": str(cast.device),
         "device_asked": recipe.train.device,
