@@ -41,7 +41,7 @@ def pair(recipe: Path, overrides: list[str]) -> tuple[Any, list[Any], Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from potstill.assembly import make_corpus
+    from potstill.corpora import make_corpus
     from potstill.corpus.rows import Order
     from potstill.recipe import load
 

@@ -25,7 +25,7 @@ from potstill.cli import main
 from potstill.proof import plan as planning
 from potstill.proof.advice import advice
 from potstill.proof.ledger import Ledger
-from potstill.proof.plan import Plan, plan
+from potstill.proof.plan import TOKENIZER_FILE_BYTES_PER_ID, Plan, plan
 from potstill.recipe import Recipe
 
 Write = Callable[..., Path]
@@ -69,9 +69,13 @@ def differing(found: Plan, cast: Cast) -> list[str]:
     return [name for name, bytes_ in wanted.items() if abs(seen[name] - bytes_) > 0.01 * bytes_]
 
 
-def test_weights_moments_and_gradients_are_those_of_the_real_models(wide: Write) -> None:
-    recipe = load_recipe(wide())
-    assert differing(plan(recipe), assemble(recipe, lambda text: None)) == []
+@pytest.mark.parametrize("width", [None, 100])
+def test_weights_moments_and_gradients_are_those_of_the_real_models(width: int | None, wide: Write) -> None:
+    recipe = changed(load_recipe(wide()), "student", ffn_width=width)
+    found, cast = plan(recipe), assemble(recipe, lambda text: None)
+    assert differing(found, cast) == []
+    weights = sum(p.nbytes for p in cast.student.parameters())
+    assert found.student_disk_bytes - weights == TOKENIZER_FILE_BYTES_PER_ID * 258
 
 
 @pytest.mark.parametrize("part", ["teacher", "student", "optimizer"])
@@ -317,6 +321,15 @@ def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
     assert planning._container_left(tmp_path) > 2**60
     (tmp_path / "memory.max").write_text("10000\n")
     assert planning._container_left(tmp_path) == 7000
+
+
+def test_what_a_run_has_on_its_device_already_is_available_to_it(
+    wide: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "choose_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2000)
+    assert planning.available(load_recipe(wide()), Path())[0] == 5000
 
 
 def test_a_measured_plan_has_a_time(wide: Write, capsys: pytest.CaptureFixture[str]) -> None:
