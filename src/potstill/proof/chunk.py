@@ -23,9 +23,7 @@ SHARE = 8
 """The logits of both models may take this part of what is free. A divergence of the user's own has four times
 as much alive at once, and glibc keeps some of it: that is less than all of it."""
 MOST_POSITIONS = {"cpu": 256, "cuda": 1024}
-"""More make no step faster: measured on a CPU (docs/losses.md). On CUDA larger products are, and where they
-no longer are was not measured.
-"""
+"""More make no step faster on a CPU (docs/losses.md); a GPU wants larger products, of a size not measured."""
 
 
 @dataclass(frozen=True)
