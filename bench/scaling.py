@@ -63,34 +63,35 @@ CASES = {
 }
 
 
-def tensors(case: Case) -> dict[str, Any]:
+def tensors(case: Case, device: Any = "cpu", dtype: Any = None) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(0)
 
-    def heads(width: int) -> Any:
-        return torch.randn(case.V, width).mul_(width**-0.5)
+    def normal(*shape: int) -> Any:
+        return torch.randn(*shape, device=device, dtype=dtype)
 
     return {
-        "hidden_ND": torch.randn(case.N, case.D).requires_grad_(),
-        "weight_VD": heads(case.D).requires_grad_(),
-        "hidden_NE": torch.randn(case.N, case.E),
-        "weight_VE": heads(case.E),
-        "labels_N": torch.randint(case.V, (case.N,)),
+        "hidden_ND": normal(case.N, case.D).requires_grad_(),
+        "weight_VD": normal(case.V, case.D).mul_(case.D**-0.5).requires_grad_(),
+        "hidden_NE": normal(case.N, case.E),
+        "weight_VE": normal(case.V, case.E).mul_(case.E**-0.5),
+        "labels_N": torch.randint(case.V, (case.N,), device=device),
     }
 
 
-def loss_block(case: Case, of: dict[str, Any]) -> Callable[[], None]:
+def loss_block(case: Case, of: dict[str, Any], compiled: bool = False) -> Callable[[], None]:
     from potstill.losses.objective import Objective
     from potstill.registry import entries
     from potstill.types import Head, HiddenTargets
 
-    objective = Objective(entries("divergence")[case.divergence], chunk=case.chunk)
+    objective = Objective(entries("divergence")[case.divergence], chunk=case.chunk, compiled=compiled)
     targets = HiddenTargets(of["hidden_NE"], Head(of["weight_VE"]))
 
     def run() -> None:
         of["hidden_ND"].grad = of["weight_VD"].grad = None
-        sums = objective(of["hidden_ND"], Head(of["weight_VD"]), of["labels_N"], targets)
+        head = Head(of["weight_VD"])
+        sums = objective(of["hidden_ND"], head, of["labels_N"], targets, checked=False)
         (sums["loss"] / case.N).backward()
 
     return run
@@ -100,7 +101,7 @@ def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
     """Both models' logits, and the gradients of hidden states and head from any [C, V]."""
     import torch
 
-    student_CV, teacher_CV = torch.empty(2, min(case.chunk, case.N), case.V)
+    student_CV, teacher_CV = of["weight_VE"].new_empty(2, min(case.chunk, case.N), case.V)
     weight_VD, weight_VE = of["weight_VD"].detach(), of["weight_VE"]
     hidden_ND = of["hidden_ND"].detach()
     grad_ND, grad_VD = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)

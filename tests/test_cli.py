@@ -185,6 +185,10 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
         section(student="{name: cut, layers: 9}"),
         "9 layers cannot be kept of the teacher's 4",
     ),
+    "more channels than there are": (
+        section(student="{name: cut, layers: 2, ffn_width: 65}"),
+        "student.ffn_width: 65 channels cannot be kept of the teacher's 64",
+    ),
     "cut from a teacher without layers": (
         cut_from_a_fixture,
         "cut needs a teacher with layers, and teacher.name is fixture",

@@ -170,7 +170,14 @@ def test_the_defaults_are_those_of_the_documentation(
             "exclude": [],
         },
         "teacher": {"name": "fixture", "vocab_size": 8},
-        "student": {"name": "cut", "layers": 2, "keep": None, "rule": "first_last", "lora": None},
+        "student": {
+            "name": "cut",
+            "layers": 2,
+            "keep": None,
+            "rule": "first_last",
+            "ffn_width": None,
+            "lora": None,
+        },
         "objective": {
             "divergence": {"name": "forward_kl"},
             "kd_weight": 0.9,
@@ -244,6 +251,7 @@ CHANGES = {
     "teacher.vocab_size": 9,
     "student.layers": 3,
     "student.rule": "even",
+    "student.ffn_width": 48,
     "capture.rows": "steps",
     "capture.rows_per_batch": 2,
     "capture.rows_per_shard": 7,
@@ -440,7 +448,7 @@ UNKNOWN = [
     (
         {"student": "{name: cut, model: x, layers: 2}"},
         "student.model: unknown key for cut; it is one of checkpoint and config."
-        " Known: keep, layers, lora, name, rule.",
+        " Known: ffn_width, keep, layers, lora, name, rule.",
     ),
     (
         {"zzz": "{steps: 1}"},

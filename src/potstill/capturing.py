@@ -126,6 +126,11 @@ def settings_of(cast: Cast, begun: Json | None) -> Json:
             "weights_sha256": teacher.weights_sha256(),
             "dtype": cast.recipe.teacher.dtype,
             "architecture": type(model.hf).__name__,
+            **(
+                {}
+                if teacher.choice.is_full
+                else {"weights": teacher.choice.weights, "backend": teacher.choice.backend}
+            ),
         },
         "vocabulary": {"size": teacher.vocab_size, "ids": ids},
         "head": {"scale": head.scale, "softcap": head.softcap, "width": head.weight_VD.shape[1]},

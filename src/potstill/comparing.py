@@ -212,7 +212,13 @@ class _Comparison:
             )
         return replace(
             _recipe_of(CORRECTED, self.recipe, seed, steps),
-            teacher=replace(self.torch_teacher, model=str(self.run_of(TEACHER, seed).student)),
+            teacher=replace(
+                self.torch_teacher,
+                model=str(self.run_of(TEACHER, seed).student),
+                weights="full",
+                backend="auto",
+                reference=None,
+            ),
             student=CheckpointStudent(model=str(self.untouched(seed)), lora=self.recipe.lora),
         )
 

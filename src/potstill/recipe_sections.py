@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from potstill.errors import UserError
 from potstill.recipe_mistakes import shown
-from potstill.recipe_paths import locate, locate_evaluation
+from potstill.recipe_paths import locate, locate_evaluation, place
 from potstill.recipe_plugins import CONFIG, RegisteredDivergence, divergence
 
 MAX_INT32 = 2**31 - 1
@@ -59,6 +59,7 @@ def _check(check: Callable[[Any, Path], Any]) -> AfterValidator:
 
 
 LocalPath = Annotated[str, _check(locate)]
+Place = Annotated[str, _check(place)]
 EvaluationPath = Annotated[str, _check(locate_evaluation)]
 ModelSource = Annotated[str, _check(functools.partial(locate, or_hub_id=True))]
 Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
@@ -100,6 +101,9 @@ class AnyCorpus(Section):
     """Rows kept apart for evaluation, in rows; never trained on."""
     tokenizer: ModelSource | None = None
     """Folder, hub id or GGUF file whose tokenizer reads the text; null: the teacher's, else the student's."""
+    shards: Place | None = None
+    """Folder of token shards, relative to the recipe: written at the first reading, memory-mapped from then
+    on; null: the corpus is read into memory at every start."""
     decontaminate: Decontaminate | None = None
     """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
 
@@ -166,6 +170,13 @@ class TorchTeacher(Section):
     """Hugging Face folder, hub id or GGUF file, relative to the recipe; also `package:NAME/FILE`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in memory."""
+    weights: Literal["full", "int8", "int4", "stored"] = "full"
+    """Bits of the layers' matrices: full, those of dtype; int8 or int4 of a folder's; stored, those that a
+    GGUF file has. `potstill check` measures what it costs."""
+    backend: Literal["auto", "transformers", "torchao", "bitsandbytes", "llama_cpp"] = "auto"
+    """What runs the layers; auto: the first of these that serves weights, file and device, and it is said."""
+    reference: ModelSource | None = None
+    """The full weights that fewer bits are measured against; null: those of model."""
     sharded: bool = False
     """With several processes, each keeps a part of every layer; false: each keeps the whole teacher."""
 

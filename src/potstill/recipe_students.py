@@ -43,13 +43,15 @@ class Lora(Section):
 @dataclass(frozen=True, kw_only=True)
 class CutStudent(Section):
     name: Literal["cut"] = "cut"
-    """Some of the teacher's layers: either how many (layers), or which (keep)."""
+    """Some of the teacher's layers, how many (layers) or which (keep), and some channels of their MLPs."""
     layers: Count | None = None
     """Number of layers to keep, chosen by the rule."""
     keep: Layers | None = None
     """Layer numbers to keep, rising, from 0."""
     rule: Literal["first_last", "even"] = "first_last"
     """Which layers are kept when their number is given: both ends of the stack, or evenly spaced ones."""
+    ffn_width: Count | None = None
+    """Channels of each layer's MLP that are kept, those whose weights have the largest norms; null: all."""
     lora: Lora | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
 

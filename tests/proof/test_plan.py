@@ -25,7 +25,7 @@ from potstill.cli import main
 from potstill.proof import plan as planning
 from potstill.proof.advice import advice
 from potstill.proof.ledger import Ledger
-from potstill.proof.plan import Plan, plan
+from potstill.proof.plan import TOKENIZER_FILE_BYTES_PER_ID, Plan, plan
 from potstill.recipe import Recipe
 
 Write = Callable[..., Path]
@@ -69,9 +69,13 @@ def differing(found: Plan, cast: Cast) -> list[str]:
     return [name for name, bytes_ in wanted.items() if abs(seen[name] - bytes_) > 0.01 * bytes_]
 
 
-def test_weights_moments_and_gradients_are_those_of_the_real_models(wide: Write) -> None:
-    recipe = load_recipe(wide())
-    assert differing(plan(recipe), assemble(recipe, lambda text: None)) == []
+@pytest.mark.parametrize("width", [None, 100])
+def test_weights_moments_and_gradients_are_those_of_the_real_models(width: int | None, wide: Write) -> None:
+    recipe = changed(load_recipe(wide()), "student", ffn_width=width)
+    found, cast = plan(recipe), assemble(recipe, lambda text: None)
+    assert differing(found, cast) == []
+    weights = sum(p.nbytes for p in cast.student.parameters())
+    assert found.student_disk_bytes - weights == TOKENIZER_FILE_BYTES_PER_ID * 258
 
 
 @pytest.mark.parametrize("part", ["teacher", "student", "optimizer"])

@@ -161,8 +161,9 @@ def test_the_plan_counts_gradients_and_moments_of_adapters_alone(
         assert main(["plan", str(tiny_recipe(student=student)), "--json"]) == 0
         return dict(json.loads(capsys.readouterr().out))
 
-    whole, lora = planned("{name: cut, layers: 2}"), planned(CUT)
-    weights = 2 * (4 * (32 + 32) + 4 * (64 + 32))
+    narrow = "layers: 2, ffn_width: 48"
+    whole, lora = planned(f"{{name: cut, {narrow}}}"), planned(CUT.replace("layers: 2", narrow))
+    weights = 2 * (4 * (32 + 32) + 4 * (48 + 32))
     assert lora["largest"]["gradients"] == 4 * weights < whole["largest"]["gradients"] / 4
     assert 8 * weights <= lora["largest"]["optimizer"] < 9 * weights + 100 < whole["largest"]["optimizer"] / 4
     assert lora["student"] == whole["student"] + 4 * weights  # the frozen weights are there all the same

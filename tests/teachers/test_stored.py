@@ -272,6 +272,15 @@ def test_a_student_is_cut_from_the_captured_model_and_is_the_one_of_the_live_rec
     assert isinstance(stored.teacher, StoredTeacher) and isinstance(live.teacher, TorchTeacher)
 
 
+def test_a_narrow_student_is_cut_from_the_captured_model_too(lab: Lab) -> None:
+    narrow = "{name: cut, layers: 2, ffn_width: 48}"
+    stored = lab.cast(f"{{name: store, path: {lab.store('hidden')}}}", student=narrow)
+    live = lab.cast("{name: torch, model: teacher}", student=narrow)
+    assert stored.student.weights_sha256() == live.student.weights_sha256()
+    assert stored.origin == live.origin
+    assert (live.origin["ffn_width"], live.origin["of_ffn_width"]) == (48, 64)
+
+
 def test_a_captured_model_that_is_gone_is_told(lab: Lab, tmp_path: Path) -> None:
     moved = Lab(tmp_path)
     make_model(tmp_path / "teacher")

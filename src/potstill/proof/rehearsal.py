@@ -24,7 +24,8 @@ from potstill.errors import UserError
 from potstill.evals.likelihood import heldout
 from potstill.proof.chunk import settled
 from potstill.proof.plan import Plan, available
-from potstill.proof.preflight import Finding, cheap, plan_of, require_sound, window
+from potstill.proof.preflight import Finding, cheap, plan_of, require_sound
+from potstill.proof.probes import window
 from potstill.proof.receipt import peak_gib
 from potstill.recipe import Recipe
 from potstill.runs.rundir import default_path

@@ -168,8 +168,11 @@ def _origin(known: Known) -> Iterator[str]:
     receipt, resolved = known.receipt, known.resolved
     licences = {one.role: one for one in known.parents}
     teacher, student = receipt["teacher"], receipt["student"]
+    kept = f"{len(student.get('layers_kept', []))} of {student.get('of')} layers"
+    if "ffn_width" in student:
+        kept += f" and {student['ffn_width']} of {student['of_ffn_width']} channels of each MLP"
     begin = {
-        "cut": f"{len(student.get('layers_kept', []))} of {student.get('of')} layers of the teacher, cut out",
+        "cut": f"{kept} of the teacher, cut out",
         "checkpoint": "fine-tuned from it",
         "config": "random weights of this shape",
     }[resolved["student"]["name"]]
@@ -219,13 +222,10 @@ def _training(known: Known) -> Iterator[str]:
         f"{text(receipt['device'])}, {environment['cpu_count']} CPU cores, {text(environment['platform'])}"
     )
     left_out = receipt.get("steps_left_out", [])
+    guarded = f", {len(left_out)} of them left out by the guard" if left_out else ""
     rows = [
         ["loss", code(receipt["objective"])],
-        [
-            "steps",
-            f"{receipt['steps']:,}"
-            + (f", {len(left_out)} of them left out by the guard" if left_out else ""),
-        ],
+        ["steps", f"{receipt['steps']:,}{guarded}"],
         ["rows of a step", f"{train['rows_per_step']} of {known.corpus['tokens_per_row']} tokens"],
         ["supervised positions", f"{receipt['positions']:,}"],
         [
