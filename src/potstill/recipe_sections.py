@@ -24,8 +24,6 @@ from potstill.recipe_plugins import CONFIG, RegisteredDivergence, divergence
 
 MAX_INT32 = 2**31 - 1
 DEVICE = "^(auto|cpu|cuda(:[0-9]{1,3})?)$"
-FEWEST_POSITIONS, USUAL_POSITIONS = 32, 256
-"""Of a chunk: with fewer the matrix products are slow, and nothing is saved; and where nobody has chosen."""
 
 
 def _device(value: str, folder: Path) -> str:
@@ -263,16 +261,15 @@ class Objective(Section):
     temperature: Annotated[float, Interval(gt=0, le=1e3)] = 1.0
     """Divides both models' logits in the divergence, which its square multiplies (Hinton et al. 2015)."""
     chunk: Chunk = "auto"
-    """Positions whose logits exist at once: memory, and results by rounding alone. auto: chosen from the free
-    memory before the run begins, and kept with it."""
+    """Positions whose logits exist at once: memory, not results. auto: by what is free, kept with the run."""
     engine: Literal["fused", "reference"] = "fused"
     """fused: loss and gradient written out together, but for divergences of your own; reference: gradients by
     autograd, the same but for rounding, and slower."""
 
     @property
     def positions_at_once(self) -> int:
-        """The chunk; the usual one where `proof/chunk.py` was not asked."""
-        return USUAL_POSITIONS if self.chunk == "auto" else self.chunk
+        """The chunk; the best of a CPU where `proof/chunk.py` was not asked."""
+        return 256 if self.chunk == "auto" else self.chunk
 
 
 @dataclass(frozen=True, kw_only=True)
