@@ -261,7 +261,8 @@ class Objective(Section):
     temperature: Annotated[float, Interval(gt=0, le=1e3)] = 1.0
     """Divides both models' logits in the divergence, which its square multiplies (Hinton et al. 2015)."""
     chunk: Chunk = "auto"
-    """Positions whose logits exist at once: memory, not results. auto: by what is free, kept with the run."""
+    """Positions whose logits exist at once: memory, and results by rounding alone. auto: chosen from the free
+    memory before the run begins, and kept with it."""
     engine: Literal["fused", "reference"] = "fused"
     """fused: loss and gradient written out together, but for divergences of your own; reference: gradients by
     autograd, the same but for rounding, and slower."""
