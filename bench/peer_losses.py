@@ -43,7 +43,7 @@ def alone(package: str, path: str) -> ModuleType:
 def hidden(model: Any, batch: Any) -> Any:
     """hidden_ND, at supervised positions."""
     inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
-    return model.model(**inputs).last_hidden_state.flatten(0, 1)[batch.positions_N]
+    return step.supervised(model.model(**inputs).last_hidden_state.flatten(0, 1), batch)
 
 
 def taught(function: Callable[[Any, Any], Any], teacher: Any, batch: Any) -> Any:

@@ -41,7 +41,7 @@ def pair(recipe: Path, overrides: list[str]) -> tuple[Any, list[Any], Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from potstill.assembly import make_corpus
+    from potstill.corpora import make_corpus
     from potstill.corpus.rows import Order
     from potstill.recipe import load
 
@@ -63,7 +63,12 @@ def pair(recipe: Path, overrides: list[str]) -> tuple[Any, list[Any], Any, Any]:
 def full_logits(model: Any, batch: Any) -> Any:
     """logits_NV, of the logits of all positions."""
     inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
-    return model(**inputs).logits.flatten(0, 1)[batch.positions_N]
+    return supervised(model(**inputs).logits.flatten(0, 1), batch)
+
+
+def supervised(of_positions: Any, batch: Any) -> Any:
+    """Of all positions those that bear loss; no copy where they all do."""
+    return of_positions if len(of_positions) == len(batch.positions_N) else of_positions[batch.positions_N]
 
 
 def plain_loss(logits: Any, teacher_logits: Any, labels: Any) -> Any:

@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "potstill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
-    {"errors", "types", "registry", "display", "quiet", "plain_files"},
+    {"errors", "types", "registry", "display", "quiet", "plain_files", "memory"},
     {"losses", "corpus", "models", "recipe"},
     {"runs"},
     {"targets"},
     {"teachers", "students"},
-    {"training", "evals", "shipping"},
+    {"training", "evals", "shipping", "sharding"},
+    {"corpora"},
     {"assembly"},
     {"proof"},
     {"capturing"},
@@ -155,8 +156,8 @@ def test_only_display_imports_rich() -> None:
 
 def test_the_budget_of_files_and_lines_is_kept() -> None:
     with_code = [path for path in MODULES if len(ast.parse(path.read_text()).body) > 1]
-    assert len(with_code) <= 98
-    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 20_500
+    assert len(with_code) <= 108
+    assert sum(len(path.read_text().splitlines()) for path in MODULES) < 22_000
     assert {p.name: n for p in MODULES if (n := len(p.read_text().splitlines())) >= 400} == {}
 
 

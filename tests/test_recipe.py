@@ -183,7 +183,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "kd_weight": 0.9,
             "ce_weight": 0.1,
             "temperature": 1.0,
-            "chunk": 256,
+            "chunk": "auto",
             "engine": "fused",
         },
         "capture": {

@@ -7,10 +7,8 @@ loaded. Nothing is written here, so whatever is refused leaves nothing behind.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,26 +16,26 @@ from typing import Any
 
 import torch
 
-from potstill.corpus import readers, rows, vocab
-from potstill.corpus.decontamination import Decontamination, EvaluationTexts, told
+from potstill.corpora import called, checkpoints, make_corpus
+from potstill.corpus import rows, vocab
+from potstill.corpus.decontamination import told
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
+from potstill.memory import return_freed_memory
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compiled import compile_body, require_compiler
-from potstill.models.files import check_gguf, check_model_files
-from potstill.models.load import choose_device, load_config, local_copy, vocab_size_of
+from potstill.models.files import check_model_files
+from potstill.models.load import choose_device, load_config, local_copy
 from potstill.recipe import Recipe
 from potstill.registry import entries
 from potstill.students.lora import LoraLM, require_peft
 from potstill.students.student import Student, from_checkpoint, from_config
 from potstill.students.surgery import cut, ffn_width_of, layers_to_keep
-from potstill.targets.store import Store, read_manifest
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.stored import StoredTeacher, captured_model
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Divergence, Teacher, Vocab
 
-M_MMAP_THRESHOLD = -3  # malloc.h
 CALIBRATION_ROWS = 8  # of the training rows, which tell the channels of an MLP that matter
 
 
@@ -87,7 +85,7 @@ def assemble(
     note(f"device: {device}{chosen}")
     if recipe.train.compile:
         require_compiler(device)
-    for source in _checkpoints(recipe, saved_student):
+    for source in checkpoints(recipe, saved_student):
         check_model_files(path := local_copy(source))
         if path.is_dir():  # reading the config of a GGUF file takes seconds, and loading it will do so anyway
             load_config(path)
@@ -102,7 +100,8 @@ def assemble(
     if counts["decontamination"] is not None:
         note(f"decontamination: {told(counts['decontamination'])}")
     teacher = make_teacher(recipe, device)
-    note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}")
+    by = f"; {teacher.choice.told()}" if isinstance(teacher, TorchTeacher) else ""
+    note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}{by}")
     in_corpus = None if tokenizer is None else vocab.vocab_of(tokenizer, teacher.vocab_size)
     if in_corpus is not None and teacher.vocab.tokens is not None:
         vocab.require_same(teacher.vocab, in_corpus, called(recipe.teacher), "corpus")
@@ -123,7 +122,7 @@ def assemble(
     for model_of_run in (model, *([teacher.model] if isinstance(teacher, TorchTeacher) else [])):
         field, tokens = "corpus.tokens_per_row", recipe.corpus.tokens_per_row
         require_length(model_of_run.hf.config, model_of_run.name, field, tokens)
-        if recipe.train.compile:
+        if recipe.train.compile and not model_of_run.is_packed:
             compile_body(model_of_run)
     if recipe.eval.sample_prompt is not None and tokenizer is not None:
         sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
@@ -138,62 +137,18 @@ def assemble(
     return Cast(recipe, device, corpus, tokenizer, teacher, student, origin, shared)
 
 
-def make_corpus(recipe: Recipe, beat: Callable[[], None] = lambda: None) -> tuple[rows.Corpus, Any | None]:
-    """Rows, and the tokenizer that read them: `corpus.tokenizer`, else the teacher's, else the student's."""
-    asked = recipe.corpus
-    size = _teacher_vocab_size(recipe)
-    sources = [
-        local_copy(source) for source in ([asked.tokenizer] if asked.tokenizer else readers_of(recipe))
-    ]
-    with_tokenizer = [path for path in sources if asked.tokenizer or vocab.has_tokenizer(path)]
-    if with_tokenizer and with_tokenizer[0].suffix == ".gguf":
-        check_gguf(with_tokenizer[0])
-    tokenizer = vocab.load_tokenizer(with_tokenizer[0]) if with_tokenizer else None
-    if tokenizer is None and asked.name != "tokens":
-        raise UserError(
-            f"corpus.tokenizer: neither teacher {called(recipe.teacher)} nor the student brings a tokenizer"
-            f" to read {asked.path} with. Name a folder, hub id or GGUF file that has one."
-        )
-    vocabulary = Vocab(size=size) if tokenizer is None else vocab.vocab_of(tokenizer, size)
-    vocabulary = dataclasses.replace(vocabulary, size=vocabulary.known)
-    compared = make_decontamination(recipe, tokenizer)
-    reading = read_documents(asked, tokenizer, vocabulary)
-    documents = dataclasses.replace(reading, documents=_alive(reading.documents, beat))
-    corpus = rows.build(
-        documents if compared is None else compared.of(documents, tokenizer),
-        tokens_per_row=asked.tokens_per_row,
-        heldout_rows=asked.heldout_rows,
-        vocab=vocabulary,
-    )
-    found = {"decontamination": None if compared is None else compared.manifest()}
-    return dataclasses.replace(corpus, manifest=corpus.manifest | found), tokenizer
-
-
-def readers_of(recipe: Recipe) -> list[str | Path]:
-    """Whose tokenizers may read the corpus: the teacher's, the one kept in a store, then the student's."""
-    if recipe.teacher.name != "store":
-        return _checkpoints(recipe)
-    kept = Store(Path(recipe.teacher.path)).tokenizer_folder
-    return [*([] if kept is None else [kept]), *_checkpoints(recipe)]
-
-
-def make_decontamination(recipe: Recipe, tokenizer: Any | None) -> Decontamination | None:
-    asked = recipe.corpus.decontaminate
-    if asked is None:
-        return None
-    if tokenizer is None:
-        raise UserError(
-            f"corpus.decontaminate: texts are compared, and neither teacher {called(recipe.teacher)} nor the"
-            f" student brings a tokenizer that tells what {recipe.corpus.path} says. Set corpus.tokenizer."
-        )
-    return Decontamination(EvaluationTexts([Path(path) for path in asked.against], asked.ngram), asked.action)
-
-
 def make_teacher(recipe: Recipe, device: torch.device) -> Teacher:
     asked = recipe.teacher
     match asked.name:
         case "torch":
-            return TorchTeacher.for_inference(asked.model, device=device, dtype=asked.dtype)
+            return TorchTeacher.for_inference(
+                asked.model,
+                device=device,
+                dtype=asked.dtype,
+                weights=asked.weights,
+                backend=asked.backend,
+                tokens=recipe.corpus.tokens_per_row,
+            )
         case "table":
             return TableTeacher.load(Path(asked.path))
         case "store":
@@ -229,6 +184,10 @@ def make_student(
         teacher, source = captured_model(recipe.teacher, teacher, device)
     elif isinstance(teacher, TorchTeacher):
         source = str(recipe.teacher.model)  # type: ignore[union-attr]
+        if not teacher.choice.is_full:
+            teacher = TorchTeacher.for_inference(
+                source, device=device, dtype=teacher.model.head.weight_VD.dtype
+            )
     else:
         raise UserError(
             f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
@@ -252,35 +211,11 @@ def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objectiv
         asked.kd_weight,
         asked.ce_weight,
         asked.temperature,
-        asked.chunk,
+        asked.positions_at_once,
         matmul_dtype,
         asked.engine,
         recipe.train.compile,
     )
-
-
-def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
-    path = Path(asked.path)
-    match asked.name:
-        case "text":
-            return readers.text(path, tokenizer, asked.include, asked.exclude)
-        case "jsonl":
-            return readers.jsonl(path, tokenizer, asked.field)
-        case "chat":
-            return readers.chat(path, tokenizer, asked.field)
-        case "parquet":
-            return readers.parquet(path, tokenizer, asked.column)
-        case "hf":
-            return readers.hf(path, tokenizer, asked.split, asked.column)
-        case _:
-            end = vocabulary.eos_id if asked.document_end is None else asked.document_end
-            return readers.tokens(path, asked.dtype, vocabulary.size, end, asked.tokens_per_row)
-
-
-def _alive(documents: Iterator[readers.Document], beat: Callable[[], None]) -> Iterator[readers.Document]:
-    for document in documents:
-        beat()
-        yield document
 
 
 def match_vocabularies(
@@ -342,17 +277,6 @@ def differences_beside_ids(
     return found + vocab.not_compared(missing)
 
 
-def return_freed_memory() -> None:
-    """Have glibc give a freed tensor's memory back to the system, as it does before it has seen many.
-
-    From 128 KiB on a block is a mapping of its own, gone when it is freed; but each such free raises that
-    limit, up to 32 MiB, and what is smaller stays in a heap that fragments. Fixed at its first value, the
-    demo peaks at 3.51 GiB instead of 4.25, and its steps take a quarter longer (docs/log.md).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-
-
 def require_sample(recipe: Recipe, tokenizer: Any | None) -> None:
     if recipe.eval.sample_prompt is not None and tokenizer is None:
         raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
@@ -364,34 +288,3 @@ def require_length(config: Any, name: str, field: str, tokens: int) -> None:
         raise UserError(
             f"{field}: {tokens} tokens, {name} was made for {longest} at most. Set it to {longest} or less."
         )
-
-
-def called(teacher: Any) -> str:
-    """What a person would call the teacher: its folder or file, or its kind."""
-    match teacher.name:
-        case "torch":
-            return Path(teacher.model).name
-        case "store":
-            return f"store {Path(teacher.path).name}"
-        case _:
-            return str(teacher.name)
-
-
-def _checkpoints(recipe: Recipe, saved_student: str | Path | None = None) -> list[str | Path]:
-    """Checkpoints that the recipe names, the teacher's first."""
-    teacher = [recipe.teacher.model] if recipe.teacher.name == "torch" else []
-    student = [recipe.student.model] if recipe.student.name == "checkpoint" else []
-    return [*teacher, *([saved_student] if saved_student is not None else student)]
-
-
-def _teacher_vocab_size(recipe: Recipe) -> int:
-    asked = recipe.teacher
-    match asked.name:
-        case "torch":
-            return vocab_size_of(local_copy(asked.model))
-        case "table":
-            return TableTeacher.load(Path(asked.path)).vocab_size
-        case "store":
-            return int(read_manifest(Path(asked.path))["vocabulary"]["size"])
-        case _:
-            return int(asked.vocab_size)

@@ -18,6 +18,7 @@ from potstill.display import Display, clock, size
 from potstill.errors import UserError
 from potstill.plain_files import read_object
 from potstill.proof.certificate import certificate
+from potstill.proof.chunk import settled
 from potstill.proof.plan import available
 from potstill.recipe import Recipe
 from potstill.targets.kinds import DEFAULT_BYTES, k_of, planned_bytes, threshold_of
@@ -61,7 +62,7 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
             " torch."
         )
     require_kind(loaded, recipe)
-    cast = assemble(loaded, display.note)
+    cast = assemble(settled(loaded, display.note), display.note)
     teacher, held = cast.teacher, cast.corpus.heldout
     assert isinstance(teacher, TorchTeacher)
     settings = settings_of(cast, _begun(out))
@@ -125,6 +126,11 @@ def settings_of(cast: Cast, begun: Json | None) -> Json:
             "weights_sha256": teacher.weights_sha256(),
             "dtype": cast.recipe.teacher.dtype,
             "architecture": type(model.hf).__name__,
+            **(
+                {}
+                if teacher.choice.is_full
+                else {"weights": teacher.choice.weights, "backend": teacher.choice.backend}
+            ),
         },
         "vocabulary": {"size": teacher.vocab_size, "ids": ids},
         "head": {"scale": head.scale, "softcap": head.softcap, "width": head.weight_VD.shape[1]},

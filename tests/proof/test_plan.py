@@ -323,6 +323,15 @@ def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
     assert planning._container_left(tmp_path) == 7000
 
 
+def test_what_a_run_has_on_its_device_already_is_available_to_it(
+    wide: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "choose_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2000)
+    assert planning.available(load_recipe(wide()), Path())[0] == 5000
+
+
 def test_a_measured_plan_has_a_time(wide: Write, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(wide()), "--measure", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["time_s"] > 0

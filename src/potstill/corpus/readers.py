@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.corpus.streams import require_ids
 from potstill.corpus.vocab import encode, label_by_prefix, label_by_template
 from potstill.errors import UserError, one_line
 from potstill.plain_files import opened, parse_json
 from potstill.quiet import quiet_transformers
 
+JSONL, PARQUET = ("*.jsonl",), ("*.parquet",)
 # A shard without document ends is cut in pieces of so many rows, so that some of them can be held out.
 ROWS_PER_PIECE = 16
 TEXTS_PER_CALL = 64
@@ -131,7 +133,7 @@ def parquet(path: Path, tokenizer: Any, column: str = "text") -> Reading:
     reading = Reading(iter(()))
 
     def texts() -> Iterator[tuple[str, str]]:
-        for file in files_of(path, ("*.parquet",)):
+        for file in files_of(path, PARQUET):
             where, number = str(file), 0
             with opened(file, "Parquet", "Leave it out, or write it again."):
                 pass
@@ -203,7 +205,7 @@ def tokens(path: Path, dtype: str, vocab_size: int, document_end: int | None, to
     reading = Reading(iter(()))
 
     def documents() -> Iterator[Document]:
-        for file in files_of(path, ("*.bin",) if any(path.rglob("*.bin")) else ("*",)):
+        for file in shards_of(path):
             size = _size_of_shard(file)
             if size == 0:
                 raise UserError(f"{file}: an empty shard. Leave it out or write it again.")
@@ -226,14 +228,8 @@ def tokens(path: Path, dtype: str, vocab_size: int, document_end: int | None, to
     return reading
 
 
-def require_ids(where: str, ids: NDArray[np.uint32], vocab_size: int, offset: int = 0) -> None:
-    """Refuse an id outside the vocabulary, with its place."""
-    if len(ids) and int(ids.max()) >= vocab_size:
-        at = int(np.argmax(ids >= vocab_size))
-        raise UserError(
-            f"{where}: id {int(ids[at])} at token {offset + at} is outside the vocabulary of {vocab_size}"
-            " ids. The corpus and the teacher do not belong together, or the dtype is another."
-        )
+def shards_of(path: Path) -> list[Path]:
+    return files_of(path, ("*.bin",) if any(path.rglob("*.bin")) else ("*",))
 
 
 def _size_of_shard(file: Path) -> int:
@@ -285,7 +281,7 @@ def _messages(where: str, record: dict[str, Any], field: str) -> list[dict[str, 
 
 def _records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line of each file as a mapping, with its place."""
-    for file in files_of(path, ("*.jsonl",)):
+    for file in files_of(path, JSONL):
         for number, line in enumerate(_lines(file, reading), start=1):
             if line.strip():
                 where = f"{file}:{number}"

@@ -10,19 +10,22 @@ assembly.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potstill.corpus.readers import Document, Reading, require_ids
+from potstill.corpus.readers import Reading
+from potstill.corpus.streams import Stream, hashed, in_blocks, require_ids
 from potstill.errors import UserError
 from potstill.types import Batch, Vocab
 
+TRAIN, HELDOUT = "train", "heldout"
 MAX_EPOCHS_PER_STEP = 1000  # a step may see a row twice, but no one means this
 SPREAD = 8  # held-out rows are drawn from up to so many times their tokens, or a twentieth of the corpus
 
@@ -46,11 +49,7 @@ class PackedRows:
         self.ids, self.starts, self.bears, self.tokens_per_row = ids, starts, bears, tokens_per_row
         self.first_row = 0
         """What row 0 is called in a batch: a store of targets has one number for each row of both splits."""
-        # A label counts for the position before it, hence [1:]; a lone last token is no such position.
-        firsts = np.arange(0, len(ids) - 1, tokens_per_row)
-        self.supervised_per_row = (
-            np.add.reduceat(bears[1:], firsts, dtype=np.int64) if len(firsts) else firsts
-        )
+        self.supervised_per_row = _supervised(bears, tokens_per_row)
         self.kept = np.flatnonzero(self.supervised_per_row)
         """Rows that teach something, as numbers in the stream; row r of this object is stream row kept[r]."""
 
@@ -160,19 +159,35 @@ class Corpus:
         return Order(len(self.train), seed)
 
 
-def build(reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vocab) -> Corpus:
-    """Split whole documents, pack both sides, drop training rows that equal a held-out row, and count."""
-    documents = list(reading.documents)
-    if not documents:
+def _supervised(bears: NDArray[np.bool_], tokens_per_row: int) -> NDArray[np.int64]:
+    """Labels of each row. One counts for the position before it; a lone last token is no such position."""
+    found = np.zeros(-(-max(len(bears) - 1, 0) // tokens_per_row), dtype=np.int64)
+    for first, block in in_blocks(bears[1:], tokens_per_row):
+        starts = np.arange(0, len(block), tokens_per_row)
+        found[first // tokens_per_row :][: len(starts)] = np.add.reduceat(block, starts, dtype=np.int64)
+    return found
+
+
+def build(
+    reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vocab, folder: Path | None = None
+) -> Corpus:
+    """Split whole documents, pack both sides, drop training rows that equal a held-out row, and count.
+
+    With a folder, tokens pass through its files, and memory does not grow with them.
+    """
+    documents = Stream(folder, "documents")
+    for document in reading.documents:
+        require_ids(document.source, document.ids, vocab.size)
+        documents.append(document.ids, document.labels)
+    if not len(documents):
         raise UserError(
             "corpus.path: not one document with text in it. Look at the path, the field and the patterns."
         )
-    for document in documents:
-        require_ids(document.source, document.ids, vocab.size)
-    total = sum(len(document.ids) for document in documents)
+    total = documents.num_tokens
     if tokens_per_row > total:  # before a row of that length is allocated
         raise _too_little(len(documents), total, 0, 0, heldout_rows, tokens_per_row)
-    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row)
+    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row, folder)
+    documents.discard()
     dropped = train.drop(heldout)
     heldout.first_row = len(train)
     if len(heldout) < heldout_rows or len(train) == 0:
@@ -209,7 +224,7 @@ def _too_little(
 
 
 def split(
-    documents: Sequence[Document], heldout_rows: int, tokens_per_row: int
+    documents: Stream, heldout_rows: int, tokens_per_row: int, folder: Path | None = None
 ) -> tuple[PackedRows, PackedRows, int]:
     """Training rows, held-out rows, and the number of documents on the held-out side.
 
@@ -217,36 +232,33 @@ def split(
     the same text is never on both sides, whichever of its tokens bear loss. The rows are drawn from more
     documents than they need, so that no single one speaks for all; these documents' other rows go unused.
     """
-    digests = [hashlib.sha256(document.ids.tobytes()).digest() for document in documents]
-    order = sorted(range(len(documents)), key=lambda number: digests[number])
+    digests = np.array([hashed(documents[number][0]) for number in range(len(documents))])
+    order = np.argsort(digests, kind="stable")
     needed = heldout_rows * tokens_per_row
-    wanted = max(needed, min(SPREAD * needed, sum(len(d.ids) for d in documents) // 20))
+    wanted = max(needed, min(SPREAD * needed, documents.num_tokens // 20))
     count, tokens = 0, 0
-    heldout = pack([], tokens_per_row)
+    heldout = pack(documents, order[:0], tokens_per_row, None, HELDOUT)
     while len(heldout) < heldout_rows and count < len(order):
         while count < len(order) and (tokens < wanted or digests[order[count]] == digests[order[count - 1]]):
-            tokens += len(documents[order[count]].ids)
+            tokens += documents.lengths[order[count]]
             count += 1
-        heldout = pack((documents[number] for number in sorted(order[:count])), tokens_per_row)
+        heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT)
         # Rows without a label do not count, so that much prompt and little answer may need more documents.
         wanted = 2 * tokens
     by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
     heldout.kept = heldout.kept[sorted(by_content)]
-    train = pack((documents[number] for number in sorted(order[count:])), tokens_per_row)
+    train = pack(documents, order[count:], tokens_per_row, folder, TRAIN)
     return train, heldout, count
 
 
-def pack(documents: Iterable[Document], tokens_per_row: int) -> PackedRows:
-    """One stream of documents, end to end."""
-    ids, bears, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.bool_)], [0]
-    for document in documents:
-        labels = np.ones(len(document.ids), np.bool_) if document.labels is None else document.labels.copy()
-        labels[:1] = False  # nothing in its own document comes before the first token
-        ids.append(document.ids)
-        bears.append(labels)
-        lengths.append(len(document.ids))
-    starts = np.cumsum(lengths, dtype=np.int64)[:-1]
-    return PackedRows(np.concatenate(ids), starts, np.concatenate(bears), tokens_per_row)
+def pack(
+    documents: Stream, numbers: NDArray[np.int64], tokens_per_row: int, folder: Path | None, name: str
+) -> PackedRows:
+    """Some of the documents, end to end in the order in which they were read."""
+    packed = Stream(folder, name)
+    for number in np.sort(numbers):
+        packed.append(*documents[number])
+    return PackedRows(packed.ids(), packed.starts(), packed.bears(), tokens_per_row)
 
 
 def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:
@@ -254,5 +266,6 @@ def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:
     for rows in splits:
         digest.update(f"{rows.tokens_per_row} {len(rows.ids)} {len(rows)}\n".encode())
         for array in (rows.ids, rows.starts, rows.bears, rows.kept):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            for _, block in in_blocks(array):
+                digest.update(block.data)
     return digest.hexdigest()

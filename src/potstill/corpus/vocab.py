@@ -7,6 +7,7 @@ lists that differ, with the first id that does. Called by the assembly and by te
 
 from __future__ import annotations
 
+import hashlib
 import os
 from itertools import zip_longest
 from pathlib import Path
@@ -17,7 +18,7 @@ import transformers
 
 from potstill.errors import UserError, one_line
 from potstill.plain_files import opened, read_object, require_plain
-from potstill.quiet import quiet_panics, quiet_transformers
+from potstill.quiet import quiet_process, quiet_transformers
 from potstill.types import Vocab
 
 # Read as JSON before a library reads them: of two equal keys it would take the last, unseen.
@@ -29,6 +30,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 def has_tokenizer(path: Path) -> bool:
     return path.suffix == ".gguf" or any((path / name).is_file() for name in TOKENIZER_FILES)
+
+
+def behaviour_sha256(tokenizer: Any) -> str:
+    """sha256 of all that the fast tokenizer does to a text, which its list of tokens does not say."""
+    said = str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -49,7 +56,7 @@ def load_tokenizer(path: Path) -> Any:
         )
     try:
         settings = _settings(path)
-        with quiet_transformers(), quiet_panics():
+        with quiet_transformers(), quiet_process():
             if path.suffix == ".gguf":
                 return transformers.AutoTokenizer.from_pretrained(
                     path.parent, gguf_file=path.name, trust_remote_code=False
@@ -88,7 +95,7 @@ def _require_added(tokenizer: Any, added: list[Any]) -> None:
 def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
     """The ids of each text, nothing added; `where` is the first text's place."""
     try:
-        with quiet_transformers(), quiet_panics():
+        with quiet_transformers(), quiet_process():
             encoded = tokenizer(contents, add_special_tokens=False, split_special_tokens=True)
     except BaseException as error:
         if not _is_told(error):

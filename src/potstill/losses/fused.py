@@ -14,7 +14,6 @@ tests hold both to each other. What a head does after its product is `objective.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from potstill.losses.slopes import Slope, is_forward_kl, slope_of
 from potstill.losses.sparse import SparseTargets
 from potstill.types import Divergence, HiddenTargets, Targets
 
+Block = Callable[..., tuple[Tensor, Tensor]]
 IN_CACHE = 2**19
 """Numbers of a block, on a CPU; other devices take a chunk at once."""
 
@@ -55,10 +55,9 @@ def with_gradient(
     targets: Targets | None,
     divergence: Divergence,
     weights: Weights,
-    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Values per position, ce_C and kd_C (None without targets); the gradient of the loss with respect to the
-    logits is left in `logits_CV`. `compiled` makes few kernels of it, where forward KL is written out.
+    logits is left in `logits_CV`.
     """
     C, V = logits_CV.shape
     taught: Tensor | SparseTargets | None = None
@@ -69,12 +68,15 @@ def with_gradient(
         taught = targets.head(targets.hidden_NE).to(logits_CV.dtype)
         require_same_ids(V, taught.shape[-1])
     has_bucket = isinstance(taught, SparseTargets) and taught.has_bucket
-    block = compiled_block() if compiled else _forward_kl_block
+    block: Block = _forward_kl_block
     if taught is not None and (has_bucket or not is_forward_kl(divergence)):
         slope = slope_of(divergence)
         assert slope is not None
         block = partial(_slope_block, slope=slope)
-    size = max(IN_CACHE // V, 1) if logits_CV.device.type == "cpu" else max(C, 1)
+    if logits_CV.device.type != "cpu" or torch.compiler.is_compiling():  # it would unroll a loop for each C
+        ce_C, kd_C = block(logits_CV, labels_C[:, None], taught, weights)
+        return ce_C, None if targets is None else kd_C
+    size = max(IN_CACHE // V, 1)
     ce, kd = [logits_CV.new_zeros(0)], [logits_CV.new_zeros(0)]
     for start in range(0, C, size):
         part = slice(start, min(start + size, C))
@@ -83,15 +85,6 @@ def with_gradient(
         ce.append(ce_C)
         kd.append(kd_C)
     return torch.cat(ce), None if targets is None else torch.cat(kd)
-
-
-Block = Callable[..., tuple[Tensor, Tensor]]
-
-
-@functools.cache
-def compiled_block() -> Block:
-    """Of any size: the last chunk of a batch has its own."""
-    return torch.compile(_forward_kl_block, dynamic=True)
 
 
 def _forward_kl_block(
@@ -115,7 +108,7 @@ def _forward_kl_block(
         q_CV.mul_(weights.ce / sum_C1).add_(softened_CV.mul_(T * weights.kd / softened_C1))
         taught = taught if isinstance(taught, SparseTargets) else taught / T
         kd_C = T**2 * _forward_kl(tempered_CV, softened_C1, taught, T * weights.kd, q_CV)
-    q_CV.scatter_add_(-1, labels_C1, torch.full_like(label_C1, -weights.ce))
+    _take_off(q_CV, labels_C1, weights.ce)
     return ce_C, kd_C
 
 
@@ -137,8 +130,17 @@ def _slope_block(
         kd_C, slope_CV = slope(tempered_CV, (taught / T).log_softmax(-1))
     slope_CV.sub_(softened_CV * slope_CV.sum(-1, keepdim=True)).mul_(T * weights.kd)
     q_CV.mul_(weights.ce).add_(slope_CV)
-    q_CV.scatter_add_(-1, labels_C1, torch.full_like(ce_C[:, None], -weights.ce))
+    _take_off(q_CV, labels_C1, weights.ce)
     return ce_C, T**2 * kd_C
+
+
+def _take_off(gradient_CV: Tensor, labels_C1: Tensor, weight: float) -> None:
+    """At the labels. A compiled comparison is part of the kernel around it, a scatter has one of its own."""
+    if torch.compiler.is_compiling():
+        ids_V = torch.arange(gradient_CV.shape[-1], device=gradient_CV.device)
+        gradient_CV.sub_(torch.where(ids_V == labels_C1, weight, 0.0))
+    else:
+        gradient_CV.scatter_add_(-1, labels_C1, torch.full_like(labels_C1, -weight, dtype=gradient_CV.dtype))
 
 
 def _forward_kl(

@@ -17,9 +17,11 @@ calls it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -49,7 +51,7 @@ class Objective:
     engine: Literal["fused", "reference"] = "fused"
     """`fused` has gradients written out; what it does not know is computed as by `reference`."""
     compiled: bool = False
-    """Let torch.compile make few kernels of what is written out, on CUDA: a CPU has its cache blocks."""
+    """Let torch.compile make few kernels of what is written out, where that gains: see `gains`."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -141,40 +143,57 @@ class Objective:
         loss_C = self.ce_weight * ce_C + self.kd_weight * kd_C
         return {"ce": ce_C, "kd": kd_C, "loss": loss_C}, (student_CS, teacher_CS)
 
-    def _way(self, head: Head, targets: Targets | None) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
+    def _way(self, device: torch.device, targets: Targets | None) -> Way:
         """By which a chunk's values and the gradient of its product are found."""
-        is_fused = self.engine == "fused" and is_known(self.divergence, targets)
-        return self._fused if is_fused else self._by_autograd
+        if self.engine != "fused" or not is_known(self.divergence, targets):
+            return self._by_autograd
+        return partial(few_kernels(), self) if self.compiled and gains(device) else self._fused
 
     def _fused(
-        self, product_CV: Tensor, head: Head, labels_C: Tensor, targets: Targets | None
+        self,
+        product_CV: Tensor,
+        exact: torch.dtype,
+        head: Head,
+        labels_C: Tensor,
+        targets: Targets | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Overwrites the product."""
-        logits_CV = head.finish(product_CV)
+        """Overwrites the product; its rows begin where a product is fast, and so do the gradient's."""
+        logits_CV = head.finish(product_CV.to(exact))
         bend_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square_()
         kd_weight = 0.0 if targets is None else self.kd_weight
         weights = Weights(self.ce_weight, kd_weight, self.temperature)
-        compiled = self.compiled and logits_CV.is_cuda
-        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, self.divergence, weights, compiled)
+        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, self.divergence, weights)
         values = {"ce": ce_C, "loss": self.ce_weight * ce_C}
         if kd_C is not None:
             values |= {"kd": kd_C, "loss": values["loss"] + kd_weight * kd_C}
         grad_CV = logits_CV if bend_CV is None else logits_CV.mul_(bend_CV)
-        return values, grad_CV if head.scale == 1.0 else grad_CV.mul_(head.scale)
+        grad_CV = grad_CV if head.scale == 1.0 else grad_CV.mul_(head.scale)
+        is_rounded = head.bias_V is None and grad_CV.dtype != product_CV.dtype  # a bias's gradient is exact
+        return values, product_CV.copy_(grad_CV) if is_rounded else grad_CV
 
     def _by_autograd(
-        self, product_CV: Tensor, head: Head, labels_C: Tensor, targets: Targets | None
+        self,
+        product_CV: Tensor,
+        exact: torch.dtype,
+        head: Head,
+        labels_C: Tensor,
+        targets: Targets | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        product_CV.requires_grad_()
+        product_CV = product_CV.to(exact).requires_grad_()
         with torch.enable_grad():
             values, _ = self._values(head.finish(product_CV), labels_C, targets)
             (grad_CV,) = torch.autograd.grad(values["loss"].sum(), product_CV)
         return {name: value_C.detach() for name, value_C in values.items()}, grad_CV
 
     def _values_only(
-        self, product_CV: Tensor, head: Head, labels_C: Tensor, targets: Targets | None
+        self,
+        product_CV: Tensor,
+        exact: torch.dtype,
+        head: Head,
+        labels_C: Tensor,
+        targets: Targets | None,
     ) -> tuple[dict[str, Tensor], None]:
-        return self._values(head.finish(product_CV), labels_C, targets)[0], None
+        return self._values(head.finish(product_CV.to(exact)), labels_C, targets)[0], None
 
     def _parts(self, positions: int) -> list[slice]:
         return [slice(start, start + self.chunk) for start in range(0, positions, self.chunk)]
@@ -197,6 +216,24 @@ class Objective:
                 )
 
 
+Way = Callable[..., tuple[dict[str, Tensor], Tensor | None]]
+
+
+def gains(device: torch.device) -> bool:
+    """Whether few kernels are faster there than many: a CPU has its cache blocks."""
+    return device.type == "cuda"
+
+
+@functools.cache
+def few_kernels() -> Way:
+    """All between a chunk's products, changes of type too, through torch.compile.
+
+    Not `dynamic`: that would make the weights of the terms numbers in float64 that kernels read. The length
+    of a chunk becomes one of any size with the second that is seen.
+    """
+    return torch.compile(Objective._fused)
+
+
 class _SumOverPositions(torch.autograd.Function):
     """ce, kd and loss summed over positions, and the gradient of loss, formed a chunk at a time."""
 
@@ -213,19 +250,21 @@ class _SumOverPositions(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         matmul, exact = objective._dtypes(hidden_ND, head)
         V = head.num_ids  # rows of a padded end keep a gradient of zero
-        cast_VD = weight_VD[:V].to(matmul)
+        cast_RD = weight_VD[: head.num_rows].to(matmul)
+        cast_VD = cast_RD[:V]
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.zeros_like(hidden_ND) if for_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
         grad_bias_V = weight_VD.new_zeros(len(weight_VD), dtype=exact) if for_bias else None
         sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in ("ce", "kd", "loss")}
-        differentiate = objective._way(head, targets) if any(ctx.needs_input_grad) else objective._values_only
+        way = objective._way(hidden_ND.device, targets)
+        differentiate: Way = way if any(ctx.needs_input_grad) else objective._values_only
 
         for part in objective._parts(len(labels_N)):
             hidden_CD = hidden_ND[part].to(matmul)
-            product_CV = (hidden_CD @ cast_VD.T).to(exact)
             taught = None if targets is None else targets[part]
-            values, grad_CV = differentiate(product_CV, head, labels_N[part], taught)
+            product_CV = (hidden_CD @ cast_RD.T)[:, :V]
+            values, grad_CV = differentiate(product_CV, exact, head, labels_N[part], taught)
             for name, value_C in values.items():
                 sums[name] += value_C.sum()
             if grad_CV is None:
@@ -249,8 +288,13 @@ class _SumOverPositions(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         stored = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        grads = [None if grad is None else (grad * upstream[-1]).to(dtype) for grad, dtype in stored]
+        grads = [None if grad is None else _scaled(grad, upstream[-1], dtype) for grad, dtype in stored]
         return *grads, None, None, None, None
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the parameter's type at once: of a head, a copy in float32 on the way is as large as itself."""
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
 def require_labels(labels_N: Tensor, V: int) -> None:

@@ -41,6 +41,8 @@ class CausalLM(nn.Module):
         """Ids that mean something, where the logits have more: see `Head.known`."""
         self.in_shards = False
         """Weights are put together from shards when they are needed: whoever keeps one keeps a copy."""
+        self.is_packed = False
+        """Its layers' weights are of fewer bits, in a library's own form."""
         self.compiled_body: Callable[..., Any] | None = None
         """In the place of `hf.base_model`: see `compiled`. No module, or its weights would have two names."""
 

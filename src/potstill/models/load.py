@@ -22,6 +22,7 @@ import transformers
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
 from potstill.models.files import check_model_files, require_layers, tensor_shapes
+from potstill.models.quantised import parts_of
 from potstill.plain_files import opened, read_object, require_plain
 from potstill.quiet import quiet_transformers
 
@@ -148,11 +149,13 @@ def load_causal_lm(
     config: Any = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantisation: Any = None,
 ) -> CausalLM:
     """Every tensor of the checkpoint, in the model that the config describes; probed.
 
     Args:
         config: what the checkpoint must be: a config, its dictionary, or a path; default is its own.
+        quantisation: Transformers' configuration of fewer bits for the layers' matrices.
 
     Raises:
         UserError: files missing, truncated or not a model; a tensor that only one of config and checkpoint
@@ -166,20 +169,24 @@ def load_causal_lm(
     _require_same_size(path, config)
     try:
         with quiet_transformers():
-            gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
+            options = {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
+            if quantisation is not None:  # where a matrix is packed, there it stays
+                options |= {"quantization_config": quantisation, "device_map": {"": device}}
             hf, report = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent if gguf.get("gguf_file") else path,
+                path.parent if path.suffix == ".gguf" else path,
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that the report names them; refused below
                 trust_remote_code=False,
-                **gguf,
+                **options,
             )
     except Exception as error:  # and over a damaged checkpoint
         raise UserError(f"{path}: Transformers cannot load it: {one_line(error)}") from error
     _require_whole(path, report)
-    model = CausalLM(as_plain(hf).to(device), name=str(source)).eval()
+    hf = as_plain(hf).to(device) if quantisation is None else hf
+    model = CausalLM(hf, name=str(source)).eval()
+    model.is_packed = quantisation is not None
     model.probe()
     return model
 
@@ -205,9 +212,9 @@ def weights_sha256(model: CausalLM) -> str:
     """sha256 over names, dtypes, shapes and bytes of every parameter; a tied tensor counts once."""
     digest = hashlib.sha256()
     for name, tensor in model.weights():
-        flat = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(flat.numpy().data)
+        for part in parts_of(tensor.detach()):
+            digest.update(part.cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data)
     return digest.hexdigest()
 
 

@@ -12,9 +12,8 @@ from typing import Any
 
 from potstill.proof.plan import Plan, configs_of, plan_with
 from potstill.recipe import Recipe
+from potstill.recipe_sections import FEWEST_POSITIONS
 
-FEWEST_POSITIONS = 16
-"""Of a chunk: with fewer the matrix products are slow, and nothing is saved."""
 SHORTEST_ROW = 128
 """Tokens: a row is rather made shorter than a smaller model taken, but not so short that it says nothing."""
 
@@ -89,7 +88,7 @@ def _levers(recipe: Recipe) -> list[_Lever]:
     train = recipe.train
     levers = [
         _Lever("train.rows_per_micro_batch", _halves(train.micro_batch_rows, 1)),
-        _Lever("objective.chunk", _halves(recipe.objective.chunk, FEWEST_POSITIONS)),
+        _Lever("objective.chunk", _halves(recipe.objective.positions_at_once, FEWEST_POSITIONS)),
         _Lever("train.activation_checkpointing", [] if train.activation_checkpointing else [True]),
         _Lever("train.return_memory", [] if train.return_memory else [True]),
         _Lever("train.precision", ["bfloat16"] if train.precision == "float32" else []),

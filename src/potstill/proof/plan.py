@@ -32,7 +32,8 @@ from potstill.errors import UserError, one_line
 from potstill.evals.likelihood import heldout
 from potstill.models.causal_lm import CausalLM
 from potstill.models.files import check_safetensors
-from potstill.models.load import choose_device, choose_dtype, load_config, plain_config
+from potstill.models.load import choose_device, choose_dtype, load_config, local_copy, plain_config
+from potstill.models.quantised import pack_for_plan
 from potstill.proof.ledger import Answers, FakeOrder, FakeRows, FakeStore, Ledger, WatchedObjective
 from potstill.quiet import quiet_transformers
 from potstill.recipe import Recipe
@@ -41,6 +42,7 @@ from potstill.students.student import Student
 from potstill.students.surgery import cut_config, layers_to_keep
 from potstill.targets.kinds import planned_bytes
 from potstill.targets.store import read_manifest
+from potstill.teachers.backends import FULL
 from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.stored import captured_source
 from potstill.teachers.torch_teacher import TorchTeacher
@@ -138,9 +140,9 @@ def available(recipe: Recipe, folder: Path) -> tuple[int, int]:
         where = where.parent
     disk = os.statvfs(where)
     free_disk = disk.f_bavail * disk.f_frsize
+    # And what this process has: it is planned with the rest, or will be gone.
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]), free_disk
-    # And this process, which will be gone.
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device), free_disk
     return min(_system_left(), _container_left()) + resident_bytes(), free_disk
 
 
@@ -323,7 +325,10 @@ def _teacher(recipe: Recipe, configs: Configs, device: torch.device, ledger: Led
     asked = recipe.teacher
     match asked.name:
         case "torch":
-            return TorchTeacher(_model(configs.teacher, choose_dtype(asked.dtype), device, "teacher"), None)
+            model = _model(configs.teacher, choose_dtype(asked.dtype), device, "teacher")
+            if asked.weights != FULL:
+                pack_for_plan(model, asked.weights, _bytes_of(asked.model))
+            return TorchTeacher(model, None)
         case "table":
             ((_, (size, _)),) = check_safetensors(Path(asked.path)).values()
             return TableTeacher(torch.zeros(size, size, device=device))
@@ -344,6 +349,11 @@ def _model(config: Any, dtype: torch.dtype, device: torch.device, name: str) -> 
     return CausalLM(hf, name)
 
 
+def _bytes_of(source: str) -> int:
+    path = local_copy(source)
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _corpus_tokens(recipe: Recipe) -> float:
     asked = recipe.corpus
     files = files_of(Path(asked.path), getattr(asked, "include", ("*",)), getattr(asked, "exclude", ()))
@@ -353,7 +363,8 @@ def _corpus_tokens(recipe: Recipe) -> float:
 
 def _corpus_bytes(recipe: Recipe, config: Any) -> int:
     vocab_size: int = config.get_text_config().vocab_size
-    return int(_corpus_tokens(recipe) * ROW_BYTES_PER_TOKEN) + TOKENIZER_BYTES_PER_ID * vocab_size
+    in_memory = 0 if recipe.corpus.shards else ROW_BYTES_PER_TOKEN  # the system takes a file's pages back
+    return int(_corpus_tokens(recipe) * in_memory) + TOKENIZER_BYTES_PER_ID * vocab_size
 
 
 def capture_size(recipe: Recipe) -> dict[str, float] | None:

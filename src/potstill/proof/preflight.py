@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,13 @@ from potstill.losses.objective import Objective
 from potstill.models.load import weights_sha256
 from potstill.proof.identity import ADVICE_IDENTICAL, SAME, rounding_kl, same_weights
 from potstill.proof.plan import Plan, available, plan
+from potstill.proof.probes import Pull, window
+from potstill.proof.quantisation import gap
 from potstill.teachers.stored import StoredTeacher
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.prefetch import ask
 from potstill.types import Batch, Targets
 
-TOKENS = 64  # of each row, where gradients are looked at
 BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
 
 
@@ -42,6 +44,8 @@ class Finding:
     ok: bool
     advice: str = ""
     """What to do where it is red."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """Of the figure, for machines."""
 
 
 def plan_of(cast: Cast) -> Plan | str:
@@ -75,6 +79,8 @@ def cheap(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
         held = measure_a_little(cast)
         yield student_is_not_lost(cast, held["ce"])
         yield teacher_and_student_differ(cast, held["kl"])
+        if isinstance(cast.teacher, TorchTeacher) and not cast.teacher.choice.is_full:
+            yield fewer_bits_cost_little(cast, held["kl"])
         two = window(cast.corpus.train.batch([0, min(1, len(cast.corpus.train) - 1)])).to(cast.device)
         yield a_masked_position_moves_nothing(cast, two)
         yield opposite_rows_cancel(cast, two)
@@ -266,6 +272,14 @@ def teacher_and_student_differ(cast: Cast, kl: float) -> Finding:
     return Finding("KD term", *_unless_allowed(cast, figure, kl > least), ADVICE_IDENTICAL)
 
 
+def fewer_bits_cost_little(cast: Cast, kl: float) -> Finding:
+    """A teacher farther from its full weights than the student is from it teaches its own rounding."""
+    rows = range(min(2, len(cast.corpus.heldout)))
+    found = gap(cast, cast.corpus.heldout.batch(rows).to(cast.device))
+    advice = f"The student is only {kl:.3g} nats away. Take more bits: teacher.weights"
+    return Finding("teacher's bits", found.told(), found.kl < kl, advice, found.as_dict())
+
+
 def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:
     """Half of the labels are taken away: no gradient may arrive where they were, and one in every row."""
     kept = replace(batch, positions_N=batch.positions_N[::2], labels_N=batch.labels_N[::2])
@@ -318,7 +332,7 @@ def opposite_rows_cancel(cast: Cast, batch: Batch) -> Finding:
         for sign in (-1.0, 1.0):  # the second row pulled against the first, and with it
             signs_N = torch.ones(len(twice.positions_N), device=cast.device)
             signs_N[len(positions_N) :] = sign
-            cast.student(twice, _Pull(signs_N))["loss"].backward()
+            cast.student(twice, Pull(signs_N))["loss"].backward()
             grads = [p.grad for p in cast.student.parameters() if p.grad is not None]
             sizes.append(float(torch.nn.utils.get_total_norm(grads)))
             cast.student.zero_grad(set_to_none=True)
@@ -331,34 +345,10 @@ def opposite_rows_cancel(cast: Cast, batch: Batch) -> Finding:
     )
 
 
-@dataclass(frozen=True)
-class _Pull:
-    """Targets a little beside the student's own distribution, on the side that the sign says."""
-
-    signs_N: Tensor
-
-    def __len__(self) -> int:
-        return len(self.signs_N)
-
-    def __getitem__(self, positions: slice) -> Targets:
-        return _Pull(self.signs_N[positions])
-
-    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        own_NV = student_logp_NV.detach()
-        bump_V = torch.ones_like(own_NV[0])
-        bump_V[::2] = -1
-        beside_NV = (own_NV + (1 + 0.1 * bump_V).log()).log_softmax(-1)
-        opposite_NV = (2 * own_NV.exp() - beside_NV.exp()).log()
-        return student_logp_NV, torch.where(self.signs_N[:, None] > 0, beside_NV, opposite_NV)
-
-    def beyond_support(self) -> None:
-        return None
-
-
 def _targets(cast: Cast, batch: Batch) -> Targets:
     """The teacher's at a window's positions; a store knows whole rows alone, and something else must do."""
     if isinstance(cast.teacher, StoredTeacher):
-        return _Pull(torch.ones(len(batch.positions_N), device=cast.device))
+        return Pull(torch.ones(len(batch.positions_N), device=cast.device))
     return ask(cast.teacher, batch, BEFORE)
 
 
@@ -381,19 +371,3 @@ def _teacher_logp(cast: Cast, batch: Batch) -> torch.Tensor:
 def _student_logits(cast: Cast, batch: Batch) -> torch.Tensor:
     hidden_BTD = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
     return cast.student.model.head(hidden_BTD.flatten(0, 1)[batch.positions_N[:16]])
-
-
-def window(batch: Batch) -> Batch:
-    """The batch's columns from its first supervised position on, few enough to be cheap in a long row."""
-    T = batch.input_ids_BT.shape[1]
-    first = min(int((batch.positions_N % T).min()), max(T - TOKENS, 0))
-    columns = torch.arange(first, min(first + TOKENS, T))
-    b_N, t_N = batch.positions_N // T, batch.positions_N % T
-    inside = (t_N >= first) & (t_N <= int(columns[-1]))
-    return Batch(
-        batch.rows_B,
-        batch.input_ids_BT[:, columns],
-        batch.position_ids_BT[:, columns],
-        (b_N * len(columns) + t_N - first)[inside],
-        batch.labels_N[inside],
-    )

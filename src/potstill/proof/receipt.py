@@ -57,7 +57,7 @@ def receipt_of(
         "corpus_fingerprint": cast.corpus.fingerprint,
         "decontamination": _without_list(cast.corpus.manifest["decontamination"]),
         "tokenizer_sha256": cast.corpus.manifest["tokenizer_sha256"],
-        "teacher": _teacher(cast, inputs),
+        "teacher": _teacher(cast, inputs, checked),
         "student": {
             **cast.origin,
             "weights_sha256_start": inputs["student"],
@@ -69,8 +69,11 @@ def receipt_of(
         "vocabulary": vars(cast.shared),
         "objective": f"{recipe.objective.ce_weight} * CE + {recipe.objective.kd_weight} * T^2 *"
         f" {recipe.objective.divergence.name}, T = {recipe.objective.temperature}",
+        # A run of before it was chosen has no record.
+        "chunk": {"asked": recipe.objective.chunk, "used": recipe.objective.chunk} | run.chunk(),
         "seed": recipe.train.seed,
         "device": str(cast.device),
+        "device_asked": recipe.train.device,
         "weights_dtype": str(head.dtype).removeprefix("torch."),
         "precision": recipe.train.precision,
         "steps": recipe.train.steps,
@@ -95,10 +98,13 @@ def receipt_of(
     }
 
 
-def _teacher(cast: Cast, inputs: dict[str, str]) -> dict[str, Any]:
+def _teacher(cast: Cast, inputs: dict[str, str], checked: Checked) -> dict[str, Any]:
     """What taught: a model, or what a model had said before; in both cases, it is the same after training."""
     found: dict[str, Any] = {"name": cast.recipe.teacher.name, "source": _source_of_teacher(cast)}
     unchanged = {"unchanged_by_training": True if "teacher" in inputs else None}
+    if isinstance(cast.teacher, TorchTeacher):
+        found["runs_on"] = vars(cast.teacher.choice)
+        found["fewer_bits"] = next((f.numbers for f in checked.findings if f.name == "teacher's bits"), None)
     if not isinstance(cast.teacher, StoredTeacher):
         return found | {"weights_sha256": inputs.get("teacher")} | unchanged
     kept = cast.teacher.store.manifest

@@ -22,8 +22,10 @@ from potstill.assembly import Cast, assemble, make_objective
 from potstill.display import Display, clock, size
 from potstill.errors import UserError
 from potstill.evals.likelihood import heldout
+from potstill.proof.chunk import settled
 from potstill.proof.plan import Plan, available
-from potstill.proof.preflight import Finding, cheap, plan_of, require_sound, window
+from potstill.proof.preflight import Finding, cheap, plan_of, require_sound
+from potstill.proof.probes import window
 from potstill.proof.receipt import peak_gib
 from potstill.recipe import Recipe
 from potstill.runs.rundir import default_path
@@ -257,6 +259,7 @@ def smoke(recipe: Recipe, steps: int, display: Display | None = None, name: str 
     if not 1 <= steps <= recipe.train.steps:
         raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
     display = display or Display(quiet=True)
+    recipe = settled(recipe, display.note)
     cast = assemble(recipe, display.note)
     checked = require_sound(cast, default_path(name))
     display.note(f"check: all {len(checked.findings)} cheap ones passed")

@@ -3,7 +3,7 @@
     recipe.yaml       as given, byte for byte
     resolved.yaml     every default filled in
     code.diff         uncommitted changes of the code that ran
-    environment.json  versions, machine, command line
+    environment.json  versions, machine, command line, the chunk that was chosen
     corpus.json       files with hashes, counts, fingerprint
     inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
     metrics.jsonl     one object a step or evaluation
@@ -64,6 +64,7 @@ class RunDir:
         resolved: str,
         corpus: dict[str, Any],
         inputs: dict[str, str] | None = None,
+        chunk: dict[str, Any] | None = None,
     ) -> RunDir:
         """A new folder with what is known before the first step.
 
@@ -81,7 +82,7 @@ class RunDir:
         run.set_status("beginning")
         write_whole(path / "recipe.yaml", recipe)
         write_whole(path / "code.diff", code()["diff"].encode())
-        run._write_json("environment.json", environment())
+        run._write_json("environment.json", environment() | {"chunk": chunk or {}})
         run._write_json("corpus.json", corpus)
         run._write_json("inputs.json", inputs or {})
         write_whole(path / "resolved.yaml", resolved.encode())
@@ -228,6 +229,10 @@ class RunDir:
 
     def inputs(self) -> dict[str, Any]:
         return self._read_json("inputs.json")
+
+    def chunk(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._read_json("environment.json").get("chunk", {})
+        return found
 
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")

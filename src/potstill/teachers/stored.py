@@ -162,9 +162,11 @@ def captured_model(asked: Any, teacher: StoredTeacher, device: torch.device) -> 
     """
     kept = teacher.store.manifest["teacher"]
     source = captured_source(asked, kept)
-    model = TorchTeacher.for_inference(source, device=device, dtype=kept["dtype"])
+    of = {"device": device, "dtype": kept["dtype"]}
+    bits = {name: kept[name] for name in ("weights", "backend") if name in kept}
+    model = TorchTeacher.for_inference(source, **of, **bits)
     teacher.require_teacher(source, model.weights_sha256())
-    return model, source
+    return (TorchTeacher.for_inference(source, **of) if bits else model), source
 
 
 def captured_source(asked: Any, kept: dict[str, Any]) -> str:

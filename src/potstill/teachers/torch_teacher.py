@@ -15,7 +15,10 @@ from torch import Tensor
 from potstill.corpus.vocab import has_tokenizer, load_tokenizer, vocab_of
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
+from potstill.models.llama_cpp import LlamaCppLM
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
+from potstill.models.quantised import quantisation
+from potstill.teachers.backends import FULL, Choice, choose
 from potstill.teachers.fixture import as_tensor, require_ids, require_known, require_last
 from potstill.types import Batch, HiddenTargets, Vocab
 
@@ -23,8 +26,10 @@ from potstill.types import Batch, HiddenTargets, Vocab
 class TorchTeacher:
     """Make one with `for_inference`."""
 
-    def __init__(self, model: CausalLM, tokenizer: Any | None) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Any | None, choice: Choice | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.choice = choice or Choice("transformers", FULL, "it was given as a model")
+        """What runs its layers, and why."""
         self.tokenizer = tokenizer
         self.vocab = (
             Vocab(size=model.vocab_size) if tokenizer is None else vocab_of(tokenizer, model.vocab_size)
@@ -37,6 +42,10 @@ class TorchTeacher:
         config: Any = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = torch.float32,
+        *,
+        weights: str = FULL,
+        backend: str = "auto",
+        tokens: int | None = None,
     ) -> Self:
         """Load, verify, probe and freeze.
 
@@ -44,15 +53,24 @@ class TorchTeacher:
             checkpoint_dir: Hugging Face folder (safetensors), hub id, or GGUF file.
             config: what the checkpoint must be (config, dictionary or path); default is the checkpoint's own.
             device: `auto` is CUDA where there is one; an explicit `cuda` is refused where there is none.
+            weights: full, int8, int4, or stored: a GGUF file's own blocks.
+            backend: what runs the layers, see `backends`.
+            tokens: of the longest row, which llama.cpp is to know; None: what the model was made for.
 
         Raises:
-            UserError: see `load_causal_lm` and `choose_device`.
+            UserError: see `load_causal_lm`, `choose_device` and `choose`.
         """
-        where = choose_device(str(device))
+        where, as_type = choose_device(str(device)), choose_dtype(dtype)
         path = local_copy(checkpoint_dir)
-        model = load_causal_lm(path, config=config, dtype=choose_dtype(dtype), device=where)
-        model.name = f"teacher {checkpoint_dir}"
-        return cls(model, load_tokenizer(path) if has_tokenizer(path) else None)
+        choice = choose(path, weights, backend, where)
+        name = f"teacher {checkpoint_dir}"
+        if choice.backend == "llama_cpp":
+            model: CausalLM = LlamaCppLM.open(path, as_type, tokens, name)
+        else:
+            packed = None if choice.is_full else quantisation(choice.backend, weights, as_type)
+            model = load_causal_lm(path, config=config, dtype=as_type, device=where, quantisation=packed)
+            model.name = name
+        return cls(model, load_tokenizer(path) if has_tokenizer(path) else None, choice)
 
     @property
     def vocab_size(self) -> int:
@@ -128,6 +146,9 @@ class CudaTrainerTeacher(TorchTeacher):
         device: str | torch.device = "cuda",
         dtype: str | torch.dtype = torch.bfloat16,
         *,
+        weights: str = FULL,
+        backend: str = "auto",
+        tokens: int | None = None,
         model_config: Any = None,
     ) -> Self:
         """`model_config` is what the checkpoint must be; see `TorchTeacher.for_inference`."""
@@ -135,6 +156,6 @@ class CudaTrainerTeacher(TorchTeacher):
             raise UserError(
                 f"CudaTrainerTeacher: device {device} was asked for. It runs on CUDA alone; use TorchTeacher."
             )
-        return super().for_inference(
-            checkpoint_dir, config if model_config is None else model_config, device, dtype
-        )
+        config = config if model_config is None else model_config
+        bits = {"weights": weights, "backend": backend}
+        return super().for_inference(checkpoint_dir, config, device, dtype, tokens=tokens, **bits)

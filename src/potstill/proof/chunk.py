@@ -1,0 +1,96 @@
+"""What `objective.chunk: auto` is: a number, chosen once, before a run begins, and kept with it.
+
+The chunk changes results by rounding. So a run that goes on, its evaluations and its report take the number
+that it began with, which its `resolved.yaml` has, whatever memory is free by then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from potstill.display import size
+from potstill.errors import one_line
+from potstill.models.load import choose_device
+from potstill.proof.plan import available, configs_of, plan_with
+from potstill.recipe import Recipe
+from potstill.recipe_sections import FEWEST_POSITIONS
+
+SHARE = 8
+"""The logits of both models may take this part of what is free. A divergence of the user's own has four times
+as much alive at once, and glibc keeps some of it: that is less than all of it."""
+MOST_POSITIONS = {"cpu": 256, "cuda": 1024}
+"""More make no step faster: measured on a CPU (docs/losses.md). On CUDA larger products are, and where they
+no longer are was not measured.
+"""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    asked: int | Literal["auto"]
+    used: int
+    why: str
+
+    @property
+    def told(self) -> str:
+        return f"objective.chunk: {self.used}, {self.why}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return dataclasses.asdict(self)
+
+
+def choose(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> Chunk:
+    """The recipe's own number; or one that the free memory of its device allows, which is told."""
+    asked = recipe.objective.chunk
+    if asked != "auto":
+        return Chunk(asked, asked, "as the recipe says")
+    chosen = _by_memory(recipe)
+    note(chosen.told)
+    return chosen
+
+
+def _by_memory(recipe: Recipe) -> Chunk:
+    most = MOST_POSITIONS[choose_device(recipe.train.device).type]
+    try:
+        configs = configs_of(recipe, None)
+        planned = plan_with(with_chunk(recipe, FEWEST_POSITIONS), configs, None)
+    except Exception as error:  # what is wrong with the recipe is told where it is assembled
+        usual = recipe.objective.positions_at_once
+        return Chunk("auto", usual, f"auto: the memory is not planned: {one_line(error)}")
+    free = max(available(recipe, Path())[0] - planned.peak_bytes, 0)
+    ids = configs.student.get_text_config().vocab_size
+    used = _largest(free, ids, most)
+    reason = {most: "more is not faster", FEWEST_POSITIONS: "fewer are slow"}.get(used, "as many as may be")
+    logits = f"logits of both models take {size(logits_bytes(used, ids))}"
+    return Chunk("auto", used, f"auto: {reason}; {logits}, {size(free)} are free beside the plan")
+
+
+def logits_bytes(positions: int, ids: int) -> int:
+    """Of student and teacher in float32; the gradient takes the place of the student's."""
+    return 2 * 4 * positions * ids
+
+
+def _largest(free: int, ids: int, most: int) -> int:
+    """The largest power of two whose logits are a SHARE of what is free, from FEWEST_POSITIONS to `most`."""
+    positions = FEWEST_POSITIONS
+    while positions < most and SHARE * logits_bytes(2 * positions, ids) <= free:
+        positions *= 2
+    return positions
+
+
+def with_chunk(recipe: Recipe, positions: int | Literal["auto"]) -> Recipe:
+    return dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, chunk=positions))
+
+
+def settled(recipe: Recipe, note: Callable[[str], None]) -> Recipe:
+    """The recipe with a number for its chunk."""
+    return with_chunk(recipe, choose(recipe, note).used)
+
+
+def as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
+    """The recipe of a run that goes on, with the number that was chosen when it began."""
+    return with_chunk(recipe, begun.objective.chunk) if recipe.objective.chunk == "auto" else recipe

@@ -1,0 +1,145 @@
+"""`corpus.shards`: a corpus kept as token shards, written at its first reading, memory-mapped from then on.
+
+Tokens go from the reader through files into the folder, and a run maps it: memory does not grow with the
+corpus. What the shards were made of is compared at each start, by hash, without a tokenizer having to read it
+again: the source files, the recipe's section, the tokenizer, the evaluation's texts. The folder is whole or
+not there. Called by `corpora`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potstill.corpus import readers
+from potstill.corpus.rows import HELDOUT, TRAIN, Corpus, PackedRows
+from potstill.corpus.streams import BEARS, ID, mapped
+from potstill.corpus.vocab import behaviour_sha256
+from potstill.errors import UserError
+from potstill.models.files import file_sha256
+from potstill.plain_files import read_object
+from potstill.runs.durable import SUMS, repair_folder, replace_folder, require_whole, writing
+from potstill.types import Vocab
+
+SCHEMA = 1
+MANIFEST = "corpus.json"
+AGAIN = "Remove the folder to have it written again, or name another in corpus.shards."
+
+Json = dict[str, Any]
+
+
+def made_of(asked: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[Json] | None) -> Json:
+    """All beside the source files that the rows depend on. `against`: the evaluation's texts, by file."""
+    section = {name: value for name, value in asdict(asked).items() if name != "shards"}
+    said = {
+        "schema": SCHEMA,
+        "corpus": section,
+        "tokenizer": {
+            "vocabulary": vocabulary.fingerprint,
+            "behaviour": None if tokenizer is None else behaviour_sha256(tokenizer),
+        },
+        "evaluation": against,
+    }
+    return dict(json.loads(json.dumps(said)))
+
+
+def kept(asked: Any, said: Json, build: Callable[[Path], Corpus]) -> Corpus:
+    """The corpus in `asked.shards`; `build` makes it in a folder where it is not there yet.
+
+    Raises:
+        UserError: shards of something else, damaged, of files that changed; or several processes at once that
+            would write them.
+    """
+    folder = Path(asked.shards)
+    repair_folder(folder)
+    if not folder.exists() or not any(folder.iterdir()):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"corpus.shards: {folder} is not there yet, and several processes would write it at once. Run"
+                " `potstill check` with this recipe first, in one."
+            )
+
+        def write(fresh: Path) -> None:
+            with writing(folder):
+                fresh.mkdir(parents=True)
+                _finish(fresh, build(fresh), said)
+
+        replace_folder(folder, write)
+    return _read(folder, asked, said)
+
+
+def _finish(folder: Path, corpus: Corpus, said: Json) -> None:
+    for name, rows in _splits(corpus):
+        np.save(folder / f"{name}.starts.npy", rows.starts)
+        np.save(folder / f"{name}.kept.npy", rows.kept)
+    (folder / MANIFEST).write_text(json.dumps({"made_of": said, "manifest": corpus.manifest}, indent=1))
+
+
+def _splits(corpus: Corpus) -> tuple[tuple[str, PackedRows], ...]:
+    return (TRAIN, corpus.train), (HELDOUT, corpus.heldout)
+
+
+def _read(folder: Path, asked: Any, said: Json) -> Corpus:
+    if not (folder / SUMS).exists():
+        raise UserError(
+            f"corpus.shards: {folder} holds no token shards: no {SUMS} there. Name another folder."
+        )
+    kept = read_object(folder / MANIFEST, AGAIN)
+    for name, was, now in _differences(kept.get("made_of"), said):
+        raise UserError(f"{folder}: {name} was {was!r:.80} when it was written, is {now!r:.80}. {AGAIN}")
+    require_whole(folder, None, AGAIN)
+    manifest = kept["manifest"]
+    _require_same_files(folder, _sources(asked, manifest["files"]), manifest["files"])
+    train, heldout = (_rows(folder, name, asked.tokens_per_row) for name in (TRAIN, HELDOUT))
+    heldout.first_row = len(train)
+    return Corpus(train, heldout, manifest)
+
+
+def _sources(asked: Any, files: list[Json]) -> list[Path]:
+    """The files that a reader would open now; a dataset on disk says itself which are its."""
+    path = Path(asked.path)
+    match asked.name:
+        case "text":
+            return readers.files_of(path, asked.include, asked.exclude)
+        case "jsonl" | "chat":
+            return readers.files_of(path, readers.JSONL)
+        case "parquet":
+            return readers.files_of(path, readers.PARQUET)
+        case "tokens":
+            return readers.shards_of(path)
+        case _:
+            return [Path(file["path"]) for file in files if Path(file["path"]).exists()]
+
+
+def _rows(folder: Path, name: str, tokens_per_row: int) -> PackedRows:
+    ids, bears = mapped(folder / f"{name}.ids", ID), mapped(folder / f"{name}.bears", BEARS)
+    rows = PackedRows(ids, np.load(folder / f"{name}.starts.npy"), bears, tokens_per_row)
+    rows.kept = np.load(folder / f"{name}.kept.npy")
+    return rows
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The leaves that differ, by dotted name."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(was.keys() | now.keys()):
+            yield from _differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+    elif was != now:
+        yield name or MANIFEST, was, now
+
+
+def _require_same_files(folder: Path, now: list[Path], files: list[Json]) -> None:
+    """UserError where a source file came, went or changed."""
+    was = {str(file["path"]): file["sha256"] for file in files}
+    for path in now:
+        if str(path) not in was:
+            raise UserError(f"{folder}: {path} was not there when it was written. {AGAIN}")
+        if (found := file_sha256(path)) != was.pop(str(path)):
+            raise UserError(f"{folder}: {path} has changed since: its sha256 is now {found[:12]}…. {AGAIN}")
+    if was:
+        raise UserError(f"{folder}: {next(iter(was))} was read when it was written, and is gone. {AGAIN}")
