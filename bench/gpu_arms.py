@@ -30,6 +30,7 @@ from potstill.corpus.rows import Order
 from potstill.corpus.vocab import require_same
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compiled import compile_body
+from potstill.proof.chunk import MOST_POSITIONS
 from potstill.recipe import Recipe, load
 from potstill.recipe_sections import FixtureTeacher, Objective, TokensCorpus, Train
 from potstill.recipe_students import CutStudent
@@ -170,7 +171,7 @@ def qwen(B: int, T: int, steps: int, device: torch.device, tiny: bool) -> Pair:
         corpus=TokensCorpus(path="", dtype="uint32", tokens_per_row=T),
         teacher=FixtureTeacher(vocab_size=ids),
         student=CutStudent(layers=1),
-        objective=Objective(kd_weight=0.5, ce_weight=0.5),
+        objective=Objective(kd_weight=0.5, ce_weight=0.5, chunk=MOST_POSITIONS[device.type]),
         train=Train(steps=steps, rows_per_step=B, lr=1e-4, precision="bfloat16", save_every=0),
     )
     return Pair(TorchTeacher(models[0], None), models[1], RandomRows(ids, T), recipe, device)
@@ -181,6 +182,7 @@ def demo(B: int, T: int, steps: int, device: torch.device, tiny: bool) -> Pair:
     given = [f"train.steps={steps}", f"train.rows_per_step={B}", f"corpus.tokens_per_row={T}"]
     given += ["teacher.dtype=bfloat16", "train.precision=bfloat16", f"train.device={device.type}"]
     given += ["objective.kd_weight=0.5", "objective.ce_weight=0.5", "corpus.include=[a*.py]"]
+    given += [f"objective.chunk={MOST_POSITIONS[device.type]}"]  # what `auto` is where memory allows it
     cast = assemble(load(DEMO, given), lambda text: None)
     assert isinstance(cast.teacher, TorchTeacher)
     return Pair(cast.teacher, cast.student.model, cast.corpus.train, cast.recipe, cast.device)

@@ -42,7 +42,18 @@ def test_every_arm_takes_the_same_steps_and_one_without_memory_is_a_line(
     monkeypatch.setitem(arms.ARMS, "plain, too large", too_large)
     monkeypatch.delitem(arms.ARMS, "ours, compiled")  # traced, they would take seconds
     monkeypatch.delitem(arms.ARMS, "plain, compiled")
-    given = ["--tiny", "--only", "qwen", "--rounds", "2", "--append", str(tmp_path / "lines"), "--arms"]
+    given = [
+        "--tiny",
+        "--only",
+        "qwen",
+        "--rounds",
+        "2",
+        "--steps",
+        "3",
+        "--append",
+        str(tmp_path / "lines"),
+        "--arms",
+    ]
     assert gpu.main([*given, "ours", "plain", "Liger JSD, bodies"]) == 0
     lines = lines_of(tmp_path / "lines")
     for size in ("4x16", "2x32"):

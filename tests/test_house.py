@@ -41,6 +41,7 @@ RECIPE = {
     "recipe_mistakes",
     "recipe_paths",
     "recipe_plugins",
+    "recipe_publish",
     "recipe_sections",
     "recipe_students",
     "yaml_strict",

@@ -165,6 +165,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "tokens_per_row": 256,
             "heldout_rows": 16,
             "tokenizer": None,
+            "shards": None,
             "decontaminate": None,
             "include": ["*"],
             "exclude": [],
@@ -309,7 +310,7 @@ def test_an_accepted_field_is_taken_and_dumped(load: Callable[..., recipe.Recipe
 def test_the_fields_tested_are_all_the_fields_there_are(load: Callable[..., recipe.Recipe]) -> None:
     dumped, _ = yaml_strict.read(recipe.dump(load()), "dump")
     fields = {f"{s}.{f}" for s, part in dumped.items() if isinstance(part, dict) for f in part if f != "name"}
-    assert fields - set(CHANGES) == {"corpus.path", "student.keep", "student.lora"}
+    assert fields - set(CHANGES) == {"corpus.path", "corpus.shards", "student.keep", "student.lora"}
 
 
 def test_micro_batches_are_whole_steps_unless_said_otherwise(load: Callable[..., recipe.Recipe]) -> None:

@@ -24,6 +24,7 @@ from potstill.errors import UserError
 from potstill.plain_files import opened
 from potstill.recipe_mistakes import explain, shown
 from potstill.recipe_plugins import divergences, load_plugins
+from potstill.recipe_publish import Publish
 from potstill.recipe_sections import (
     AnyCapture,
     AnyCorpus,
@@ -39,7 +40,6 @@ from potstill.recipe_sections import (
     LocalPath,
     Objective,
     ParquetCorpus,
-    Publish,
     SampledCapture,
     Section,
     StoreTeacher,

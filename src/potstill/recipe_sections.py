@@ -46,34 +46,34 @@ def _rising(value: list[int], folder: Path) -> list[int]:
     return value
 
 
-def _check(check: Callable[[Any, Path], Any]) -> AfterValidator:
+def check(verify: Callable[[Any, Path], Any]) -> AfterValidator:
     """A check of a value, given the recipe's folder; its UserError is told with the field's name in front."""
 
     def validate(value: Any, info: ValidationInfo) -> Any:
         try:
-            return check(value, typing.cast(Path, info.context))
+            return verify(value, typing.cast(Path, info.context))
         except UserError as error:
             raise PydanticCustomError("user_error", "{said}", {"said": str(error)}) from error
 
     return AfterValidator(validate)
 
 
-LocalPath = Annotated[str, _check(locate)]
-Place = Annotated[str, _check(place)]
-EvaluationPath = Annotated[str, _check(locate_evaluation)]
-ModelSource = Annotated[str, _check(functools.partial(locate, or_hub_id=True))]
+LocalPath = Annotated[str, check(locate)]
+Place = Annotated[str, check(place)]
+EvaluationPath = Annotated[str, check(locate_evaluation)]
+ModelSource = Annotated[str, check(functools.partial(locate, or_hub_id=True))]
 Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
 CountOrZero = Annotated[int, Interval(ge=0, le=MAX_INT32)]
 Chunk = Annotated[
     int | Literal["auto"],
-    PlainValidator(_check(_chunk).func),
+    PlainValidator(check(_chunk).func),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_INT32}, {"const": "auto"}]}),
 ]
 Positive = Annotated[float, Interval(gt=0)]
 PositiveOrZero = Annotated[float, Interval(ge=0)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
-Layers = Annotated[list[CountOrZero], MinLen(1), _check(_rising)]
+Layers = Annotated[list[CountOrZero], MinLen(1), check(_rising)]
 
 
 class Section:
@@ -314,7 +314,7 @@ class Train(Section):
     """Give freed memory back to the system at once: less memory and slower steps on the CPU, same results."""
     save_every: CountOrZero = 500
     """Steps between checkpoints, of which two are kept; 0: only when a signal stops the run."""
-    device: Annotated[str, _check(_device), WithJsonSchema({"type": "string", "pattern": DEVICE})] = "auto"
+    device: Annotated[str, check(_device), WithJsonSchema({"type": "string", "pattern": DEVICE})] = "auto"
     """auto, cpu, cuda or cuda:N; auto: CUDA where there is a device, else the CPU."""
     seed: Seed = 0
     """Seed of the order of the rows and of random weights."""
@@ -358,7 +358,7 @@ def _seeds(value: list[int], folder: Path) -> list[int]:
 class Compare(Section):
     budget: Literal["time", "steps"] = "time"
     """What the arms have alike: training time, by steps set from the seconds of trial steps; or steps."""
-    seeds: Annotated[list[Seed], MinLen(1), _check(_seeds)] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Annotated[list[Seed], MinLen(1), check(_seeds)] = field(default_factory=lambda: [0, 1, 2])
     """Seeds that every arm is run with; each takes the place of train.seed."""
     corrected_steps: CountOrZero = 0
     """Steps of plain training of the teacher before it teaches an arm of its own, whose budget pays for them;
@@ -367,36 +367,3 @@ class Compare(Section):
     """Learning rate of those steps."""
     humaneval_tokens: CountOrZero = 0
     """Longest completion in tokens of a greedy HumanEval of every arm's student; 0: not run."""
-
-
-def _id(what: str, form: str) -> Callable[[str, Path], str]:
-    def check(value: str, folder: Path) -> str:
-        if not re.fullmatch(form, value):
-            raise UserError(f"{shown(value)} is no {what}.")
-        return value
-
-    return check
-
-
-HubId = Annotated[str, _check(_id("hub id (owner/name)", r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"))]
-LicenceId = Annotated[
-    str, _check(_id("licence as the Hub spells them, such as apache-2.0", r"[a-z0-9][a-z0-9.+-]{0,63}"))
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Publish(Section):
-    teacher: HubId | None = None
-    """Hub id of the teacher for the model card, where the recipe names a file or folder."""
-    student: HubId | None = None
-    """Hub id of the model that the student began from, likewise; a cut student's is the teacher's."""
-    data: Annotated[str, MinLen(1)] | None = None
-    """What the corpus is, in a few words for the card."""
-    teacher_license: LicenceId | None = None
-    """Licence of the teacher; null: read from its own files."""
-    student_license: LicenceId | None = None
-    """Licence of the model that the student began from; null: read from its own files."""
-    data_license: LicenceId | None = None
-    """Licence of the corpus; null: read from its own files."""
-    license: LicenceId | None = None
-    """Licence of the student; null: the one that teacher, begin and corpus ask for."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.recipe_sections import Publish
+from potstill.recipe_publish import Publish
 from potstill.shipping.licences import Parent, Settled
 from potstill.shipping.markdown import block, code, quoted, short, short_hash, table, text
 

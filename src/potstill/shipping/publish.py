@@ -29,7 +29,7 @@ from potstill.errors import UserError
 from potstill.models.files import check_gguf, check_safetensors, file_sha256, folder_sha256, tensor_shapes
 from potstill.plain_files import read_object
 from potstill.recipe import publish_section
-from potstill.recipe_sections import Publish
+from potstill.recipe_publish import Publish
 from potstill.runs.evidence import read_comparison
 from potstill.runs.rundir import READABLE, RunDir, write_whole
 from potstill.shipping import hub
