@@ -94,6 +94,12 @@ FAULTS = {
         'rope.get("rope_type") == "default"',
         "students/test_student.py::test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks",
     ),
+    "the least channels kept": Fault(
+        "students/surgery.py",
+        ".sort(descending=True, stable=True)",
+        ".sort(descending=False, stable=True)",
+        "students/test_width.py::test_channels_that_add_nothing_go_first",
+    ),
     "last row only": Fault(
         "students/student.py",
         "return hidden_BTD.flatten(0, 1)[batch.positions_N]",

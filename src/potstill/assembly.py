@@ -36,6 +36,8 @@ from potstill.teachers.stored import StoredTeacher, captured_model
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Divergence, Teacher, Vocab
 
+CALIBRATION_ROWS = 8  # of the training rows, which tell the channels of an MLP that matter
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -106,7 +108,7 @@ def assemble(
 
     require_sample(recipe, tokenizer)
     torch.manual_seed(recipe.train.seed)
-    model, origin = make_student(recipe, teacher, device, saved_student)
+    model, origin = make_student(recipe, teacher, corpus.train, device, saved_student)
     if lora is not None:
         model = LoraLM(model, lora)
         origin |= {"lora": model.described()}
@@ -156,7 +158,11 @@ def make_teacher(recipe: Recipe, device: torch.device) -> Teacher:
 
 
 def make_student(
-    recipe: Recipe, teacher: Teacher, device: torch.device, saved: str | Path | None = None
+    recipe: Recipe,
+    teacher: Teacher,
+    read: rows.PackedRows,
+    device: torch.device,
+    saved: str | Path | None = None,
 ) -> tuple[CausalLM, dict[str, Any]]:
     """The model and where its weights came from."""
     asked = recipe.student
@@ -192,7 +198,8 @@ def make_student(
     origin = {"name": "cut", "from": source, "layers_kept": list(keep), "of": total}
     if asked.ffn_width is not None:
         origin |= {"ffn_width": asked.ffn_width, "of_ffn_width": ffn_width_of(config)}
-    return cut(teacher.model, keep, asked.ffn_width), origin
+    few = [read.batch([row]) for row in range(min(CALIBRATION_ROWS, len(read)))]
+    return cut(teacher.model, keep, asked.ffn_width, few), origin
 
 
 def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objective:

@@ -51,7 +51,7 @@ class CutStudent(Section):
     rule: Literal["first_last", "even"] = "first_last"
     """Which layers are kept when their number is given: both ends of the stack, or evenly spaced ones."""
     ffn_width: Count | None = None
-    """Channels of each layer's MLP that are kept, those whose weights have the largest norms; null: all."""
+    """Channels of each layer's MLP that are kept, those that add most on eight training rows; null: all."""
     lora: Lora | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
 

@@ -13,8 +13,11 @@ import torch
 from gguf import GGUFReader
 
 from potstill.errors import UserError
+from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.shipping.export import export_run
+from potstill.students.surgery import cut
+from potstill.types import Batch
 from shipping.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 
 LAYER = {
@@ -205,6 +208,23 @@ def test_k_quants_follow_llama_cpp_s_mixture_and_rows_that_do_not_fit_are_told(t
     record = export_run(run.path, formats=["q6_k"], check=False).records[0]
     assert record["tensor_types"] == {"F32": 5, "Q8_0": 15}
     assert {(each["wanted"], each["used"]) for each in record["other_types"]} == {("Q6_K", "Q8_0")}
+
+
+def test_a_student_cut_to_a_width_of_no_whole_blocks_is_exported_all_the_same(tmp_path: Path) -> None:
+    T = torch.arange(32)
+    row = Batch(torch.zeros(1), T[None], T[None], T, T)
+    narrow = cut(CausalLM(make_model(), "teacher"), [0, 1], 40, [row]).hf
+    run = make_run(tmp_path / "run", narrow, make_tokenizer("gpt-2"))
+    record = export_run(run.path, formats=["q8_0"], check=False).records[0]
+    down = {f"blk.{layer}.ffn_down.weight" for layer in (0, 1)}
+    assert {each["tensor"] for each in record["other_types"]} == down
+    assert {(each["wanted"], each["used"], each["row"]) for each in record["other_types"]} == {
+        ("Q8_0", "F16", 40)
+    }
+    path = run.path / record["file"]
+    assert metadata(path)["llama.feed_forward_length"] == 40
+    written, wanted = read(path), expected(narrow)
+    assert all(np.array_equal(written[name], wanted[name].astype(np.float16)) for name in down)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.students.surgery import channels_to_keep, cut, cut_config, ffn_width_of
+from potstill.types import Batch
 
 WIDTH, HIDDEN, KEPT = 64, 32, 40
 
@@ -97,6 +98,23 @@ def made(folder: Path, config: Any) -> CausalLM:
     return load_causal_lm(folder)
 
 
+def some_rows(rows: int = 3, length: int = 24) -> list[Batch]:
+    """One a batch; their first tokens bear no loss, and so do not count."""
+    generator = torch.Generator().manual_seed(2)
+    positions_N = torch.arange(5, length)
+    place_BT = torch.arange(length)[None]
+    return [
+        Batch(
+            torch.tensor([row]),
+            torch.randint(3, 64, (1, length), generator=generator),
+            place_BT,
+            positions_N,
+            positions_N,
+        )
+        for row in range(rows)
+    ]
+
+
 def layers_of(model: CausalLM) -> list[Any]:
     return list(next(m for m in model.hf.modules() if isinstance(m, torch.nn.ModuleList)))
 
@@ -105,10 +123,16 @@ def layers_of(model: CausalLM) -> list[Any]:
 def test_an_mlp_is_the_sum_over_its_kept_channels(family: str, tmp_path: Path) -> None:
     config, into, out, act = families()[family]
     teacher = made(tmp_path / "teacher", config)
-    student = cut(teacher, [0, 2], KEPT).eval()
-    x_ND = np.random.default_rng(0).normal(size=(7, HIDDEN))
+    seen: dict[int, list[np.ndarray]] = {0: [], 2: []}
+    for layer, inputs in seen.items():  # of the MLP, which numpy goes on from
+        layers_of(teacher)[layer].mlp.register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0][0].double().numpy())
+        )
+    student = cut(teacher, [0, 2], KEPT, some_rows()).eval()
+    assert all(len(inputs) == 3 for inputs in seen.values())
     for number, layer in ((0, 0), (1, 2)):
         mlp = layers_of(teacher)[layer].mlp
+        x_ND = np.concatenate([x_TD[5:] for x_TD in seen[layer]])
         rows_CD, biases_C = [], []
         for module in (getattr(mlp, name) for name in into):
             weight = module.weight.double().detach().numpy()
@@ -120,18 +144,15 @@ def test_an_mlp_is_the_sum_over_its_kept_channels(family: str, tmp_path: Path) -
         down = getattr(mlp, out)
         down_CD = down.weight.double().detach().numpy()
         down_CD = down_CD if family == "gpt2" else down_CD.T
-        importance_C = np.sqrt((down_CD**2).sum(1))
-        for row_CD, bias_C in zip(rows_CD, biases_C, strict=True):
-            importance_C = importance_C * np.sqrt((row_CD**2).sum(1) + bias_C**2)
+        z = [x_ND @ row_CD.T + bias_C for row_CD, bias_C in zip(rows_CD, biases_C, strict=True)]
+        value_NC = act(z[0]) * (z[1] if len(z) == 2 else 1.0)
+        added_NCD = value_NC[:, :, None] * down_CD
+        importance_C = np.sqrt((added_NCD**2).sum(2).mean(0))
         kept = sorted(np.argsort(-importance_C)[:KEPT])
         assert kept != list(range(KEPT))
-        expected_ND = np.zeros((7, HIDDEN))
+        expected_ND = added_NCD[:, kept].sum(1)
         if getattr(down, "bias", None) is not None:
             expected_ND += down.bias.double().detach().numpy()
-        for channel in kept:
-            z = [x_ND @ row_CD[channel] + b_C[channel] for row_CD, b_C in zip(rows_CD, biases_C, strict=True)]
-            value_N = act(z[0]) * (z[1] if len(z) == 2 else 1.0)
-            expected_ND += value_N[:, None] * down_CD[channel]
         with torch.no_grad():
             ours_ND = layers_of(student)[number].mlp(torch.tensor(x_ND, dtype=torch.float32)[None])[0]
         np.testing.assert_allclose(ours_ND.numpy(), expected_ND, rtol=1e-4, atol=1e-4)
@@ -170,14 +191,16 @@ def test_channels_that_add_nothing_go_first(tmp_path: Path) -> None:
             rows.weight.data[dead], rows.bias.data[dead] = 0.0, 0.0
         mlp.down_proj.weight.data[:, down] = 0.0
         lost[number] = {*gate.tolist(), *up.tolist(), *down.tolist()}
-    student = cut(teacher, [1, 2], KEPT)
+    student = cut(teacher, [1, 2], KEPT, some_rows())
     x_ND = torch.randint(-3, 4, (9, HIDDEN), generator=generator).float()
     for number, layer in enumerate((1, 2)):
         ours, theirs = layers_of(student)[number].mlp, layers_of(teacher)[layer].mlp
         kept = [channel for channel in range(WIDTH) if channel not in lost[layer]]
         assert torch.equal(ours.up_proj.weight, theirs.up_proj.weight[kept])
         assert torch.equal(ours(x_ND), theirs(x_ND))
-        assert not torch.equal(layers_of(cut(teacher, [1, 2], KEPT - 1))[number].mlp(x_ND), theirs(x_ND))
+        assert not torch.equal(
+            layers_of(cut(teacher, [1, 2], KEPT - 1, some_rows()))[number].mlp(x_ND), theirs(x_ND)
+        )
 
 
 def test_of_equally_important_channels_the_first_are_kept() -> None:
@@ -198,5 +221,5 @@ def test_a_width_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"intermediate_size of a gemma3n_text is \[.*not one number"):
         cut_config(transformers.Gemma3nTextConfig(), [0], 35, 8)
     experts = transformers.MixtralConfig(**llama.to_diff_dict() | {"mlp_bias": None}, num_local_experts=2)
-    with pytest.raises(UserError, match=r"layers\.0\.mlp of MixtralForCausalLM has experts, gate: no MLP"):
-        cut(made(tmp_path / "experts", experts), [0], 8)
+    with pytest.raises(UserError, match=r"ffn_width: model\.layers\.0\.mlp has experts, gate: no MLP"):
+        cut(made(tmp_path / "experts", experts), [0], 8, some_rows())
