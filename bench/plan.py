@@ -1,9 +1,9 @@
 """Does `potstill plan` say what a run then needs? Predicted against measured peak, each in a fresh process.
 
 Pairs: SmolLM2-135M-Instruct with its half-depth student (Llama, tied head, from GGUF), and a random Qwen2 of
-59 M parameters with a student of half its layers (untied head, biases, from safetensors). Two or three shapes of
-a micro-batch each, activation checkpointing off and on, and bfloat16 for both models on top. The measured peak
-is the receipt's.
+59 M parameters with a student of half its layers (untied head, biases, from safetensors). Two or three shapes
+of a micro-batch each, activation checkpointing off and on, and bfloat16 for both models on top. The measured
+peak is the receipt's.
 
     python bench/plan.py [--only TEXT] [--steps 3] [--append bench/results.jsonl]
 """
