@@ -91,7 +91,7 @@ def apart(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
             len(weights["weight_VD"]),
             hidden_ND.shape[1],
             hidden_NE.shape[1],
-            settings.objective.chunk,
+            settings.objective.positions_at_once,
         )
         bare_matmuls(case, {"hidden_ND": hidden_ND, "hidden_NE": hidden_NE, **weights})()
         student.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
 """Does `potstill plan` say what a run then needs? Predicted against measured peak, each in a fresh process.
 
 Pairs: SmolLM2-135M-Instruct with its half-depth student (Llama, tied head, from GGUF), and a random Qwen2 of
-59 M parameters with a student of half its layers (untied head, biases, from safetensors). Two shapes of a
-micro-batch each, activation checkpointing off and on, and bfloat16 for both models on top. The measured peak
+59 M parameters with a student of half its layers (untied head, biases, from safetensors). Two or three shapes of
+a micro-batch each, activation checkpointing off and on, and bfloat16 for both models on top. The measured peak
 is the receipt's.
 
     python bench/plan.py [--only TEXT] [--steps 3] [--append bench/results.jsonl]
@@ -20,7 +20,7 @@ from pathlib import Path
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "half-depth.yaml"
 FEW_FILES = 'corpus.exclude=["site-packages/*", "dist-packages/*", "test/*", "*/test/*", "[b-z]*"]'
-PAIRS = {"smollm2-135m": [(4, 256), (2, 512)], "qwen2-59m": [(8, 256), (2, 1024)]}
+PAIRS = {"smollm2-135m": [(4, 256), (2, 512), (1, 1024)], "qwen2-59m": [(8, 256), (2, 1024)]}
 LOW, HIGH = 0.85, 1.15
 
 

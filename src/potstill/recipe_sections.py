@@ -24,8 +24,6 @@ from potstill.recipe_plugins import CONFIG, RegisteredDivergence, divergence
 
 MAX_INT32 = 2**31 - 1
 DEVICE = "^(auto|cpu|cuda(:[0-9]{1,3})?)$"
-FEWEST_POSITIONS, USUAL_POSITIONS = 32, 256
-"""Of a chunk: with fewer the matrix products are slow, and nothing is saved; and where nobody has chosen."""
 
 
 def _device(value: str, folder: Path) -> str:
@@ -271,8 +269,8 @@ class Objective(Section):
 
     @property
     def positions_at_once(self) -> int:
-        """The chunk; the usual one where `proof/chunk.py` was not asked."""
-        return USUAL_POSITIONS if self.chunk == "auto" else self.chunk
+        """The chunk; the best of a CPU where `proof/chunk.py` was not asked."""
+        return 256 if self.chunk == "auto" else self.chunk
 
 
 @dataclass(frozen=True, kw_only=True)

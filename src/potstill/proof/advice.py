@@ -10,9 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from potstill.proof.chunk import FEWEST_POSITIONS
 from potstill.proof.plan import Plan, configs_of, plan_with
 from potstill.recipe import Recipe
-from potstill.recipe_sections import FEWEST_POSITIONS
 
 SHORTEST_ROW = 128
 """Tokens: a row is rather made shorter than a smaller model taken, but not so short that it says nothing."""

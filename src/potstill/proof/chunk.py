@@ -17,15 +17,14 @@ from potstill.errors import one_line
 from potstill.models.load import choose_device
 from potstill.proof.plan import available, configs_of, plan_with
 from potstill.recipe import Recipe
-from potstill.recipe_sections import FEWEST_POSITIONS
 
+FEWEST_POSITIONS = 32
+"""Of a chunk: with fewer the matrix products are slow, and nothing is saved."""
 SHARE = 8
 """The logits of both models may take this part of what is free. A divergence of the user's own has four times
 as much alive at once, and glibc keeps some of it: that is less than all of it."""
 MOST_POSITIONS = {"cpu": 256, "cuda": 1024}
-"""More make no step faster: measured on a CPU (docs/losses.md). On CUDA larger products are, and where they
-no longer are was not measured.
-"""
+"""More make no step faster on a CPU (docs/losses.md); a GPU wants larger products, of a size not measured."""
 
 
 @dataclass(frozen=True)
