@@ -245,10 +245,12 @@ NO_CE = "KL alone, it has no CE"
 MEMORY = "kept targets are in memory before the first step"
 ARMS = {
     "ours": Arm(ours()),
+    "ours, compiled": Arm(ours("train.compile=true"), note="layers through torch.compile"),
     "ours, saving memory": Arm(ours(*SAVING), note="layers computed again, teacher in bfloat16", exact=False),
     "bodies and heads apart": Arm(apart, "torch", note="no loss, no optimizer: what a step cannot go below"),
     "plain": Arm(online(lambda: losses.on_logits(step.plain_loss)), "torch"),
     "plain, compiled loss": Arm(online(losses.plain_compiled), "torch"),
+    "plain, all compiled": Arm(online(losses.plain_all_compiled), "torch", note="models and loss"),
     "TRL generalized_jsd_loss": Arm(online(losses.trl_loss), "trl"),
     "Liger JSD": Arm(online(losses.liger(False, 1024)), "liger-kernel"),
     "Liger JSD, compiled": Arm(online(losses.liger(True, 1024)), "liger-kernel"),

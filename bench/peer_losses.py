@@ -67,6 +67,25 @@ def plain_compiled() -> Loss:
     return on_logits(torch.compile(step.plain_loss))
 
 
+def plain_all_compiled() -> Loss:
+    """Both models through torch.compile, too."""
+    import torch
+
+    compiled: dict[int, Any] = {}
+    of_logits = torch.compile(step.plain_loss)
+
+    def logits(model: Any, batch: Any) -> Any:
+        if id(model) not in compiled:
+            compiled[id(model)] = torch.compile(model, dynamic=False)
+        return step.full_logits(compiled[id(model)], batch)
+
+    def loss(student: Any, teacher: Any, batch: Any) -> Any:
+        taught_NV = taught(logits, teacher, batch)
+        return of_logits(logits(student, batch), taught_NV, batch.labels_N)
+
+    return loss
+
+
 def trl_loss() -> Loss:
     from torch.nn import functional as F
 
