@@ -21,7 +21,7 @@ check: $(READY)
 # Kills, signals, damage, full disks and damaged inputs at full count, about an hour; `make test` has a few of each.
 soak: $(READY)
 	SOAK=1 $(BIN)/python -m pytest -q tests/soak tests/training/test_parallel.py -o tmp_path_retention_policy=failed
-	$(BIN)/python -m pytest -q -m soak tests -o tmp_path_retention_policy=failed
+	SOAK=1 $(BIN)/python -m pytest -q -m soak tests -o tmp_path_retention_policy=failed
 	$(BIN)/python -m pytest -q -m soak tests/test_malformed.py
 
 bench: $(READY)

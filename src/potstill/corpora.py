@@ -22,7 +22,7 @@ from potstill.types import Vocab
 def make_corpus(recipe: Recipe, beat: Callable[[], None] = lambda: None) -> tuple[rows.Corpus, Any | None]:
     """Rows, and the tokenizer that read them: `corpus.tokenizer`, else the teacher's, else the student's."""
     asked = recipe.corpus
-    size = _teacher_vocab_size(recipe)
+    size = teacher_vocab_size(recipe)
     sources = [
         local_copy(source) for source in ([asked.tokenizer] if asked.tokenizer else readers_of(recipe))
     ]
@@ -121,7 +121,8 @@ def checkpoints(recipe: Recipe, saved_student: str | Path | None = None) -> list
     return [*teacher, *([saved_student] if saved_student is not None else student)]
 
 
-def _teacher_vocab_size(recipe: Recipe) -> int:
+def teacher_vocab_size(recipe: Recipe) -> int:
+    """Width of its logits, read without loading it."""
     asked = recipe.teacher
     match asked.name:
         case "torch":

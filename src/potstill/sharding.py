@@ -15,11 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from potstill.corpus import readers
 from potstill.corpus.rows import HELDOUT, TRAIN, Corpus, PackedRows
-from potstill.corpus.streams import BEARS, ID, mapped
+from potstill.corpus.streams import BEARS, ID, PLACE, mapped
 from potstill.corpus.vocab import behaviour_sha256
 from potstill.errors import UserError
 from potstill.models.files import file_sha256
@@ -76,8 +74,8 @@ def kept(asked: Any, said: Json, build: Callable[[Path], Corpus]) -> Corpus:
 
 def _finish(folder: Path, corpus: Corpus, said: Json) -> None:
     for name, rows in _splits(corpus):
-        np.save(folder / f"{name}.starts.npy", rows.starts)
-        np.save(folder / f"{name}.kept.npy", rows.kept)
+        rows.starts.astype(PLACE).tofile(folder / f"{name}.starts")
+        rows.kept.astype(PLACE).tofile(folder / f"{name}.kept")
     (folder / MANIFEST).write_text(json.dumps({"made_of": said, "manifest": corpus.manifest}, indent=1))
 
 
@@ -119,8 +117,8 @@ def _sources(asked: Any, files: list[Json]) -> list[Path]:
 
 def _rows(folder: Path, name: str, tokens_per_row: int) -> PackedRows:
     ids, bears = mapped(folder / f"{name}.ids", ID), mapped(folder / f"{name}.bears", BEARS)
-    rows = PackedRows(ids, np.load(folder / f"{name}.starts.npy"), bears, tokens_per_row)
-    rows.kept = np.load(folder / f"{name}.kept.npy")
+    rows = PackedRows(ids, mapped(folder / f"{name}.starts", PLACE), bears, tokens_per_row)
+    rows.kept = mapped(folder / f"{name}.kept", PLACE)
     return rows
 
 

@@ -70,6 +70,7 @@ def test_a_folder_of_other_weights_fails_and_is_told(
     assert export.verdict(made.receipt()["exports"][0]) == "failed"
 
 
+@pytest.mark.soak
 def test_another_tokenizer_in_the_folder_fails(
     made: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

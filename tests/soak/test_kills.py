@@ -117,6 +117,7 @@ def test_a_kill_while_a_kill_is_being_mended_changes_nothing(lab: Lab, tmp_path:
     lab.assert_same(out, "gpt2", SHORT)
 
 
+@pytest.mark.soak
 def test_processes_of_their_own_are_killed_alike(lab: Lab, tmp_path: Path) -> None:
     """The same without a fork server: `python -m potstill`, killed while it trains."""
     recipe, out = lab.recipe("gpt2", LONG), tmp_path / "runs" / "cut"

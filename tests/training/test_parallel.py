@@ -87,6 +87,7 @@ def back_to_step_10(of: Path, to: Path) -> None:
     (to / "status.json").write_text(json.dumps({"state": "running"}))
 
 
+@pytest.mark.soak
 def test_shards_of_student_and_teacher_are_the_whole(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """AdamW, an untied head, clipping: FSDP2, and its checkpoint is any other's."""
     teacher = make_model(tmp_path / "untied", tie_word_embeddings=False)

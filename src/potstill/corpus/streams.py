@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from potstill.errors import UserError
 
-ID, BEARS = np.dtype("<u4"), np.dtype(np.bool_)
+ID, BEARS, PLACE = np.dtype("<u4"), np.dtype(np.bool_), np.dtype("<i8")
 BLOCK = 2**17
 """Numbers looked at together, where an array may be larger than memory."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from potstill.corpora import teacher_vocab_size
 from potstill.display import size
 from potstill.errors import one_line
 from potstill.models.load import choose_device
@@ -23,6 +24,10 @@ FEWEST_POSITIONS = 32
 SHARE = 8
 """The logits of both models may take this part of what is free. A divergence of the user's own has four times
 as much alive at once, and glibc keeps some of it: that is less than all of it."""
+AMPLE = 32
+"""Where they take less than this part of the whole memory, the run is not planned for it: a trace of the step
+takes seconds, and whether all of it fits is looked at before the first step anyway."""
+MORE = "more is not faster"
 MOST_POSITIONS = {"cpu": 256, "cuda": 1024}
 """More make no step faster on a CPU (docs/losses.md); a GPU wants larger products, of a size not measured."""
 
@@ -55,15 +60,20 @@ def choose(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> C
 def _by_memory(recipe: Recipe) -> Chunk:
     most = MOST_POSITIONS[choose_device(recipe.train.device).type]
     try:
+        there, needed = available(recipe, Path())[0], logits_bytes(most, teacher_vocab_size(recipe))
+        if AMPLE * needed <= there:
+            return Chunk(
+                "auto", most, f"auto: {MORE}; logits of both models take {size(needed)} of {size(there)}"
+            )
         configs = configs_of(recipe, None)
         planned = plan_with(with_chunk(recipe, FEWEST_POSITIONS), configs, None)
     except Exception as error:  # what is wrong with the recipe is told where it is assembled
         usual = recipe.objective.positions_at_once
         return Chunk("auto", usual, f"auto: the memory is not planned: {one_line(error)}")
-    free = max(available(recipe, Path())[0] - planned.peak_bytes, 0)
+    free = max(there - planned.peak_bytes, 0)
     ids = configs.student.get_text_config().vocab_size
     used = _largest(free, ids, most)
-    reason = {most: "more is not faster", FEWEST_POSITIONS: "fewer are slow"}.get(used, "as many as may be")
+    reason = {most: MORE, FEWEST_POSITIONS: "fewer are slow"}.get(used, "as many as may be")
     logits = f"logits of both models take {size(logits_bytes(used, ids))}"
     return Chunk("auto", used, f"auto: {reason}; {logits}, {size(free)} are free beside the plan")
 
