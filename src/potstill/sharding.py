@@ -35,6 +35,9 @@ Json = dict[str, Any]
 def made_of(asked: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[Json] | None) -> Json:
     """All beside the source files that the rows depend on. `against`: the evaluation's texts, by file."""
     section = {name: value for name, value in asdict(asked).items() if name != "shards"}
+    if against is not None:  # the texts count, and not where they lie
+        section["decontaminate"].pop("against")
+        against = [{name: text[name] for name in ("sha256", "texts")} for text in against]
     said = {
         "schema": SCHEMA,
         "corpus": section,

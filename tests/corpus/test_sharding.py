@@ -224,3 +224,17 @@ def test_a_file_in_the_way_and_several_writers_are_one_line(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="several processes would write it at once"):
         read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept"))
+
+
+def test_an_evaluation_s_texts_count_and_not_where_they_lie(lab: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere.jsonl"
+    copy.write_text((lab / "lines.jsonl").read_text())
+
+    def read(against: Path, texts: str) -> rows.Corpus:
+        more = f", decontaminate: {{against: [{against}], action: list}}"
+        return read_corpus(recipe_of(lab, CORPORA[texts], tmp_path / "kept", more))[0]
+
+    assert_same(read(lab / "lines.jsonl", "text"), read(copy, "text"))
+    copy.write_text(copy.read_text().replace("the", "The", 1))
+    with pytest.raises(UserError, match="evaluation was"):
+        read(copy, "text")
