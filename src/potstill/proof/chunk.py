@@ -52,24 +52,23 @@ def choose(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> C
     asked = recipe.objective.chunk
     if asked != "auto":
         return Chunk(asked, asked, "as the recipe says")
-    chosen = _by_memory(recipe)
+    try:
+        chosen = _by_memory(recipe)
+    except Exception as error:  # what is wrong with the recipe is told where it is assembled
+        usual = recipe.objective.positions_at_once
+        return Chunk("auto", usual, f"auto: the memory is not planned: {one_line(error)}")
     note(chosen.told)
     return chosen
 
 
 def _by_memory(recipe: Recipe) -> Chunk:
     most = MOST_POSITIONS[choose_device(recipe.train.device).type]
-    try:
-        there, needed = available(recipe, Path())[0], logits_bytes(most, teacher_vocab_size(recipe))
-        if AMPLE * needed <= there:
-            return Chunk(
-                "auto", most, f"auto: {MORE}; logits of both models take {size(needed)} of {size(there)}"
-            )
-        configs = configs_of(recipe, None)
-        planned = plan_with(with_chunk(recipe, FEWEST_POSITIONS), configs, None)
-    except Exception as error:  # what is wrong with the recipe is told where it is assembled
-        usual = recipe.objective.positions_at_once
-        return Chunk("auto", usual, f"auto: the memory is not planned: {one_line(error)}")
+    there, needed = available(recipe, Path())[0], logits_bytes(most, teacher_vocab_size(recipe))
+    if AMPLE * needed <= there:
+        logits = f"logits of both models take {size(needed)} of {size(there)}"
+        return Chunk("auto", most, f"auto: {MORE}; {logits}")
+    configs = configs_of(recipe, None)
+    planned = plan_with(with_chunk(recipe, FEWEST_POSITIONS), configs, None)
     free = max(there - planned.peak_bytes, 0)
     ids = configs.student.get_text_config().vocab_size
     used = _largest(free, ids, most)
