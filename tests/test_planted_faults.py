@@ -197,8 +197,8 @@ FAULTS = {
     ),
     "a file of the student is not on the disk when it takes its name": Fault(
         "runs/durable.py",
-        "            for path in (*files, fresh / SUMS, fresh):\n                flush(path)\n",
-        "",
+        "            for path in (*_summed(fresh), fresh / SUMS, fresh):\n                flush(path)\n",
+        "            _summed(fresh)\n",
         "runs/test_durable.py::test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after",
     ),
     "older checkpoints go before the new one is read back": Fault(

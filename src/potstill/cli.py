@@ -234,8 +234,8 @@ def _check(options: argparse.Namespace, display: Display) -> int:
     from potstill.training.watch import cleaning
 
     findings = []
-    cast = assemble(settled(recipe, display.note), display.note)
     with cleaning():
+        cast = assemble(settled(recipe, display.note), display.note)
         for finding in check(cast, default_path(options.recipe.stem)):
             findings.append(finding)
             verdict, advice = ("ok ", "") if finding.ok else ("RED", f". {finding.advice}")

@@ -112,7 +112,8 @@ def _planned(recipe: Recipe, asked: Compare, folder: Path, resume: bool, display
         plan = read_object(
             folder / PLAN, "Give the folder that the comparison printed, or leave --resume out."
         )
-        if plan.get("recipe") != recipes.dump(as_begun(recipe, _recipe_in(plan, folder))):
+        began = _recipe_in(plan, folder)
+        if began.without_places() != as_begun(recipe, began).without_places():
             raise UserError(f"{folder}: begun with another recipe. Resume with the same, or start anew.")
         return plan
     RunDir.require_free(folder)

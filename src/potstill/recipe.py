@@ -87,6 +87,10 @@ class Recipe(Section):
     plugins: list[LocalPath] = field(default_factory=list)
     """Python files, relative to the recipe, that register divergences of your own."""
 
+    def without_places(self) -> Recipe:
+        """Without what says where rows are kept and not which they are."""
+        return dataclasses.replace(self, corpus=dataclasses.replace(self.corpus, shards=None))
+
     @property
     def lora(self) -> Lora | None:
         """Adapters to train instead of the student; random weights have none."""

@@ -9,7 +9,6 @@ not there. Called by `corpora`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +21,16 @@ from potstill.corpus.vocab import behaviour_sha256
 from potstill.errors import UserError
 from potstill.models.files import file_sha256
 from potstill.plain_files import read_object
-from potstill.runs.durable import SUMS, repair_folder, replace_folder, require_whole, writing
+from potstill.runs.durable import SUMS, listed, one_at_a_time, require_whole, seal, writing
 from potstill.types import Vocab
 
 SCHEMA = 1
 MANIFEST = "corpus.json"
+OURS = {MANIFEST, SUMS, f"{SUMS}.new"} | {
+    f"{stream}.{part}"
+    for stream in ("documents", TRAIN, HELDOUT)
+    for part in ("ids", "bears", "starts", "kept")
+}
 AGAIN = "Remove the folder to have it written again, or name another in corpus.shards."
 
 Json = dict[str, Any]
@@ -51,34 +55,56 @@ def made_of(asked: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[
 
 
 def kept(asked: Any, said: Json, build: Callable[[Path], Corpus]) -> Corpus:
-    """The corpus in `asked.shards`; `build` makes it in a folder where it is not there yet.
+    """The corpus in `asked.shards`; `build` makes it in a folder where it is not there yet. Of several
+    processes that would write it one does, and the others wait and read.
 
     Raises:
-        UserError: shards of something else, damaged, of files that changed; or several processes at once that
-            would write them.
+        UserError: shards of something else, damaged, of files that changed; a folder with other things in it.
     """
     folder = Path(asked.shards)
-    repair_folder(folder)
-    if not folder.exists() or not any(folder.iterdir()):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                f"corpus.shards: {folder} is not there yet, and several processes would write it at once. Run"
-                " `potstill check` with this recipe first, in one."
-            )
-
-        def write(fresh: Path) -> None:
-            with writing(folder):
-                fresh.mkdir(parents=True)
-                _finish(fresh, build(fresh), said)
-
-        replace_folder(folder, write)
+    if folder.resolve().is_relative_to(Path(asked.path).resolve()):
+        raise UserError(
+            f"corpus.shards: {folder} lies in corpus.path, whose files are read. Name another folder."
+        )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    names = _names(folder)
+    if SUMS not in names:
+        with one_at_a_time(folder):
+            if SUMS not in (names := _names(folder)):
+                _write(folder, names, said, build)
     return _read(folder, asked, said)
+
+
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in listed(folder)}
+
+
+def _write(folder: Path, names: set[str], said: Json, build: Callable[[Path], Corpus]) -> None:
+    """Under the lock. Nothing is removed but what a killed start of ours has left."""
+    if foreign := sorted(names - OURS):
+        raise UserError(
+            f"corpus.shards: {folder} holds other things, {foreign[0]} for one. Name another folder."
+        )
+    try:
+        with writing(folder):
+            for name in names:
+                (folder / name).unlink()
+            _finish(folder, build(folder), said)
+        seal(folder)
+    except BaseException:
+        for name in _names(folder) & OURS:
+            (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def _finish(folder: Path, corpus: Corpus, said: Json) -> None:
     for name, rows in _splits(corpus):
         rows.starts.astype(PLACE).tofile(folder / f"{name}.starts")
         rows.kept.astype(PLACE).tofile(folder / f"{name}.kept")
+    found = {name: corpus.manifest[name] for name in ("tokens", "train_tokens", "heldout_tokens")}
+    if found["train_tokens"] + found["heldout_tokens"] != found["tokens"]:
+        raise AssertionError(f"{folder}: tokens were lost on the way: {found}")
     (folder / MANIFEST).write_text(json.dumps({"made_of": said, "manifest": corpus.manifest}, indent=1))
 
 
@@ -87,10 +113,6 @@ def _splits(corpus: Corpus) -> tuple[tuple[str, PackedRows], ...]:
 
 
 def _read(folder: Path, asked: Any, said: Json) -> Corpus:
-    if not (folder / SUMS).exists():
-        raise UserError(
-            f"corpus.shards: {folder} holds no token shards: no {SUMS} there. Name another folder."
-        )
     kept = read_object(folder / MANIFEST, AGAIN)
     for name, was, now in _differences(kept.get("made_of"), said):
         raise UserError(f"{folder}: {name} was {was!r:.80} when it was written, is {now!r:.80}. {AGAIN}")
@@ -103,7 +125,7 @@ def _read(folder: Path, asked: Any, said: Json) -> Corpus:
 
 
 def _sources(asked: Any, files: list[Json]) -> list[Path]:
-    """The files that a reader would open now; a dataset on disk says itself which are its."""
+    """The files that a reader would open now."""
     path = Path(asked.path)
     match asked.name:
         case "text":
@@ -115,7 +137,8 @@ def _sources(asked: Any, files: list[Json]) -> list[Path]:
         case "tokens":
             return readers.shards_of(path)
         case _:
-            return [Path(file["path"]) for file in files if Path(file["path"]).exists()]
+            folders = {path} if asked.split is None else {Path(file["path"]).parent for file in files}
+            return sorted(file for folder in folders for file in folder.rglob("*.arrow"))
 
 
 def _rows(folder: Path, name: str, tokens_per_row: int) -> PackedRows:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,12 @@ import pytest
 import torch
 from conftest import make_corpus, make_model, make_tokenizer
 
-from potstill import UserError, cli, corpora
+from potstill import UserError, cli, corpora, distill
 from potstill.corpora import make_corpus as read_corpus
 from potstill.corpus import rows
 from potstill.corpus.readers import Document, Reading
 from potstill.recipe import Recipe, parse
+from potstill.runs.rundir import RunDir
 from potstill.types import Vocab
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -85,7 +90,6 @@ def test_shards_are_the_corpus_that_memory_would_hold(
     monkeypatch.setattr(corpora, "read_documents", no_more)
     again, _ = read_corpus(with_shards)
     assert_same(in_memory, again)
-    assert not list(tmp_path.glob("kept.*"))
 
 
 def test_a_run_over_shards_is_the_run_over_memory(
@@ -136,9 +140,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 def test_a_kill_leaves_nothing_that_is_taken_for_whole(
     lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_of(lab, CORPORA["text"], tmp_path / "kept")
-    (tmp_path / "kept.new").mkdir()  # what a kill -9 leaves
-    (tmp_path / "kept.new" / "documents.ids").write_bytes(b"half")
+    recipe, kept = recipe_of(lab, CORPORA["text"], tmp_path / "kept"), tmp_path / "kept"
+    kept.mkdir()
+    (kept / "train.ids").write_bytes(b"half")  # what a kill -9 leaves
     with monkeypatch.context() as patch:
         pack = rows.pack
 
@@ -150,7 +154,7 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(
         patch.setattr(rows, "pack", cut_off)
         with pytest.raises(KeyboardInterrupt):
             read_corpus(recipe)
-    assert list(tmp_path.iterdir()) == []
+    assert list(kept.iterdir()) == []
     assert_same(read_corpus(recipe)[0], read_corpus(recipe_of(lab, CORPORA["text"]))[0])
 
 
@@ -167,7 +171,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "train.bears: damaged",
     ),
     "a file that is gone": (lambda kept: (kept / "heldout.ids").unlink(), "heldout.ids: missing"),
-    "no sums": (lambda kept: (kept / "SHA256SUMS").unlink(), "holds no token shards"),
+    "a list of sums cut short": (
+        lambda kept: (kept / "SHA256SUMS").write_text((kept / "SHA256SUMS").read_text()[:-9]),
+        "trai: missing",
+    ),
 }
 
 
@@ -215,15 +222,84 @@ def test_source_files_that_changed_came_or_went_are_refused(lab: Path, tmp_path:
         read_corpus(recipe)
 
 
-def test_a_file_in_the_way_and_several_writers_are_one_line(
+def test_of_two_starts_at_once_one_writes_and_the_other_reads(
     lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second comes while the first is in the middle of its reading."""
+    recipe, begun, builds = recipe_of(lab, CORPORA["text"], tmp_path / "kept"), threading.Event(), []
+    read_documents = corpora.read_documents
+
+    def slowly(*given: Any) -> Any:
+        builds.append(threading.get_ident())
+        reading = read_documents(*given)
+
+        def documents() -> Iterator[Document]:
+            for number, document in enumerate(reading.documents):
+                if number == 20:
+                    begun.set()
+                    time.sleep(0.5)
+                yield document
+
+        return dataclasses.replace(reading, documents=documents())
+
+    monkeypatch.setattr(corpora, "read_documents", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read_corpus, recipe)
+        assert begun.wait(30)
+        second = pool.submit(read_corpus, recipe)
+        assert_same(first.result()[0], second.result()[0])
+    assert len(builds) == 1
+    monkeypatch.undo()
+    in_memory, shards = read_corpus(recipe_of(lab, CORPORA["text"]))[0], read_corpus(recipe)[0]
+    assert_same(in_memory, shards)
+
+
+def test_what_is_the_user_s_stays(lab: Path, tmp_path: Path) -> None:
+    mine = [tmp_path / name / "mine" for name in ("kept.new", "kept.old", "other")]
+    for file in mine:
+        file.parent.mkdir()
+        file.write_text("precious")
+    read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept"))
+    with pytest.raises(UserError, match="other holds other things, mine for one"):
+        read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "other"))
+    assert [file.read_text() for file in mine] == ["precious"] * 3
+
+
+def test_places_that_cannot_be_are_one_line(lab: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"corpus.shards: .*file is no folder"):
         recipe_of(lab, CORPORA["text"], tmp_path / "file")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="several processes would write it at once"):
-        read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept"))
+    texts = make_corpus(tmp_path / "text")
+    with pytest.raises(UserError, match=r"corpus.shards: .*tok lies in corpus.path"):
+        read_corpus(recipe_of(lab, f"name: text, path: {texts}", texts / "tok"))
+    with pytest.raises(UserError, match=r"corpus.shards: / holds other things"):
+        read_corpus(recipe_of(lab, CORPORA["text"], Path("/")))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    linked = recipe_of(lab, CORPORA["text"], tmp_path / "link")
+    assert_same(read_corpus(linked)[0], read_corpus(linked)[0])
+    assert (tmp_path / "disk" / "SHA256SUMS").exists()
+
+
+def test_a_run_goes_on_over_shards_of_its_rows(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = "{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, save_every: 2}"
+    recipe, out, kept = tiny_recipe(train=train), tmp_path / "run", f"corpus.shards={tmp_path / 'kept'}"
+    log = RunDir.log
+
+    def dying(run: RunDir, step: int, metrics: dict[str, float]) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        log(run, step, metrics)
+
+    whole = distill(recipe, out=tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDir, "log", dying)
+        distill(recipe, out=out)
+    gone_on = distill(recipe, overrides=[kept], resume=True, out=out)
+    ends = [run.receipt()["student"]["weights_sha256_end"] for run in (whole, gone_on)]
+    assert ends[0] == ends[1]
 
 
 def test_an_evaluation_s_texts_count_and_not_where_they_lie(lab: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -45,6 +46,17 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: cannot be written: {error.strerror}. {todo}, then start or resume the run again."
         ) from error
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Writers of a folder that begin or end together wait for each other; a kill frees the next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:
@@ -89,10 +101,7 @@ def replace_folder(place: Path, save: Callable[[Path], None]) -> None:
     try:
         save(fresh)
         with writing(place):
-            files = sorted(path for path in fresh.iterdir() if path.is_file() and path.name != SUMS)
-            sums = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
-            (fresh / SUMS).write_text(sums)
-            for path in (*files, fresh / SUMS, fresh):
+            for path in (*_summed(fresh), fresh / SUMS, fresh):
                 flush(path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -103,6 +112,23 @@ def replace_folder(place: Path, save: Callable[[Path], None]) -> None:
         fresh.rename(place)
         flush(place.parent)
     remove(old)
+
+
+def seal(folder: Path) -> None:
+    """The same for a folder that is filled in its place: whole once its `SHA256SUMS` is there."""
+    with writing(folder):
+        files = _summed(folder, f"{SUMS}.new")
+        for path in (*files, folder / f"{SUMS}.new"):
+            flush(path)
+        (folder / f"{SUMS}.new").rename(folder / SUMS)
+        flush(folder)
+
+
+def _summed(folder: Path, name: str = SUMS) -> list[Path]:
+    """The files of a folder, whose sums are now in its file of that name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != name)
+    (folder / name).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
+    return files
 
 
 def repair_folder(place: Path) -> None:

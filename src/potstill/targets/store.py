@@ -36,7 +36,7 @@ from torch import Tensor
 from potstill.corpus.vocab import save_tokenizer
 from potstill.errors import UserError
 from potstill.plain_files import opened, read_object
-from potstill.runs.durable import flush, listed, replace_folder, write_whole, writing
+from potstill.runs.durable import flush, listed, one_at_a_time, replace_folder, write_whole, writing
 from potstill.targets.kinds import Hidden, Kind, Sampled, TopK
 from potstill.targets.shards import AGAIN, BLOCK_BYTES, FileRecord, Shard, VerifiedFile, flaws, require_size
 from potstill.types import Head
@@ -60,17 +60,6 @@ def kind_of(settings: Json) -> Kind:
             return Sampled(kept["threshold"], ids, temperature)
         case _:
             return TopK(kept["k"], kept["dtype"], ids, temperature)
-
-
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Writers that begin or end together wait for each other; a kill frees the next."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
