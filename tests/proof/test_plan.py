@@ -116,6 +116,21 @@ def test_activations_are_what_a_real_forward_saves(checkpointing: bool, precisio
         assert found.activations == pytest.approx(counted + beside, rel=0.08)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_full_weights_are_beside_the_packed_ones_before_the_first_step(weights: str, wide: Write) -> None:
+    """Where the step itself needs little: one row at a time, and no moments."""
+    recipe = load_recipe(wide(train="{steps: 2, rows_per_step: 1, lr: 1e-3, device: cpu, optimizer: sgd}"))
+    full = assemble(recipe, lambda text: None).teacher
+    found = plan(changed(recipe, "teacher", weights=weights))
+    bytes_ = sum(p.nbytes for p in full.model.parameters())
+    packed = found.largest["teacher"] - bytes_
+    assert 0.1 * bytes_ < packed < 0.6 * bytes_
+    step = plan(recipe)
+    assert step.largest["teacher"] == pytest.approx(bytes_, rel=0.05)
+    if weights == "int8":  # the larger of the two
+        assert found.phase == "measuring the teacher's bits"
+
+
 class Counting(TorchDispatchMode):
     """Shows a ledger the tensors of a real step, whose numbers and kernels are the real ones."""
 

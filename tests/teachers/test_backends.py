@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,13 @@ def test_the_table_chooses_and_says_why(
         ),
         (FOLDER, "stored", "auto", CPU, "stored is for a GGUF file"),
         (GGUF, "stored", "auto", CUDA, "on cuda: no backend serves it. Set train.device: cpu"),
-        (FOLDER, "int4", "torchao", CPU, "torchao does not serve teacher.weights: int4; it serves int8"),
+        (
+            FOLDER,
+            "int4",
+            "torchao",
+            CPU,
+            "it serves int8. Set teacher.weights: int8, or teacher.backend: auto.",
+        ),
         (
             FOLDER,
             "full",
@@ -147,11 +155,11 @@ def test_int8_is_each_row_rounded_to_its_own_scale(teacher_folder: Path) -> None
 
 @pytest.mark.parametrize(("weights", "backend"), PACKED)
 def test_a_student_learns_from_fewer_bits_and_the_receipt_says_what_they_cost(
-    weights: str, backend: str, tiny_recipe: Callable[..., Path], tmp_path: Path
+    weights: str, backend: str, tiny_recipe: Callable[..., Path], teacher_folder: Path, tmp_path: Path
 ) -> None:
-    # bitsandbytes packs no matrix of fewer than 64 columns on a CPU
-    wide = conftest.make_model(tmp_path / "wide", hidden_size=128, intermediate_size=128)
-    recipe = tiny_recipe(teacher=f"{{name: torch, model: {wide}, weights: {weights}, backend: {backend}}}")
+    recipe = tiny_recipe(
+        teacher=f"{{name: torch, model: {teacher_folder}, weights: {weights}, backend: {backend}}}"
+    )
     assert cli.main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0
     teacher = json.loads((tmp_path / "run" / "receipt.json").read_text())["teacher"]
     assert teacher["runs_on"]["backend"] == backend and teacher["runs_on"]["weights"] == weights
@@ -159,8 +167,66 @@ def test_a_student_learns_from_fewer_bits_and_the_receipt_says_what_they_cost(
     lost = teacher["fewer_bits"]
     assert 0 < lost["kl"] < 3 and 0 < lost["agreement"] <= 1
     assert lost["weight_bytes"] < lost["full_weight_bytes"]
-    full = TorchTeacher.for_inference(wide, device="cpu")
+    full = TorchTeacher.for_inference(teacher_folder, device="cpu")
     assert lost["full_weight_bytes"] == weight_bytes(full.model)
+
+
+@pytest.mark.parametrize(("weights", "backend"), PACKED)
+def test_hash_and_size_have_the_scales_in_them(
+    weights: str, backend: str, teacher_folder: Path, tmp_path: Path
+) -> None:
+    """A matrix twice as large has the same codes, and scales twice as large."""
+    doubled = load.load_causal_lm(teacher_folder)
+    with torch.no_grad():
+        doubled.hf.model.layers[0].mlp.down_proj.weight.mul_(2)
+    doubled.save(tmp_path / "doubled")
+    TorchTeacher.for_inference(teacher_folder, device="cpu").tokenizer.save_pretrained(tmp_path / "doubled")
+    ours, again, other = (
+        TorchTeacher.for_inference(path, device="cpu", weights=weights, backend=backend)
+        for path in (teacher_folder, teacher_folder, tmp_path / "doubled")
+    )
+    before, logits_BTV = ours.weights_sha256(), ours.logits_per_position(torch.arange(40)[None])
+    assert ours.weights_sha256() == before == again.weights_sha256() != other.weights_sha256()
+    assert torch.equal(ours.logits_per_position(torch.arange(40)[None]), logits_BTV)  # hashing moved nothing
+    linears = [m for m in doubled.hf.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    whole = sum(linear.weight.numel() for linear in linears)
+    rows = sum(linear.out_features for linear in linears)
+    kept = 4 * (sum(p.numel() for p in doubled.hf.parameters()) - whole)
+    packed = {"int8": whole + 4 * rows, "int4": whole // 2 + 4 * (whole // 64)}[weights]
+    assert kept + packed <= weight_bytes(ours.model) < 1.25 * (kept + packed)  # a table of 16 floats in each
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"num_hidden_layers": 2}, "has num_hidden_layers 2, the teacher 4"), ({"vocab_size": 300}, "vocab")],
+)
+@needs("torchao")
+def test_full_weights_of_another_model_are_one_line(
+    changes: dict[str, int],
+    said: str,
+    tiny_recipe: Callable[..., Path],
+    teacher_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = conftest.make_model(tmp_path / "other", **changes)
+    teacher = f"{{name: torch, model: {teacher_folder}, weights: int8, reference: {other}}}"
+    assert cli.main(["check", str(tiny_recipe(teacher=teacher))]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "teacher.reference" in told and said in told
+
+
+@pytest.mark.usefixtures("all_installed")
+@pytest.mark.parametrize(("weights", "module"), [("int8", "torchao.quantization"), ("stored", "xllamacpp")])
+def test_a_library_that_cannot_be_imported_is_one_line(
+    weights: str, module: str, teacher_folder: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    source = gguf if weights == "stored" else teacher_folder
+    with pytest.raises(
+        UserError, match=f"teacher.weights: {weights}: {module.split('.')[0]} cannot be imported"
+    ):
+        TorchTeacher.for_inference(source, device="cpu", weights=weights)
 
 
 @needs("torchao")
@@ -221,9 +287,13 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_llama_cpp
-def test_llama_cpp_s_hidden_states_are_those_of_the_model_in_the_file(gguf: Path) -> None:
+def test_llama_cpp_s_hidden_states_are_those_of_the_model_in_the_file(gguf: Path, tmp_path: Path) -> None:
     """Packed documents, padded rows and single ones, beside the same file read by Transformers."""
-    stored = TorchTeacher.for_inference(gguf, device="cpu", weights="stored", tokens=64)
+    shutil.copy(gguf, tmp_path / "other.gguf")
+    stored, again = (
+        TorchTeacher.for_inference(path, device="cpu", weights="stored", tokens=64)
+        for path in (gguf, tmp_path / "other.gguf")
+    )
     full = TorchTeacher.for_inference(gguf, device="cpu")
     assert stored.vocab.tokens == full.vocab.tokens and stored.vocab_size == full.vocab_size
     ids_BT = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -232,6 +302,9 @@ def test_llama_cpp_s_hidden_states_are_those_of_the_model_in_the_file(gguf: Path
     ours_NE, theirs_NE = (of.targets(batch).hidden_NE for of in (stored, full))
     # llama.cpp rounds what a matrix is multiplied with to 8 bits, too; a wrong document or place is far off.
     assert float((ours_NE - theirs_NE).norm() / theirs_NE.norm()) < 0.05
+    assert stored.weights_sha256() == again.weights_sha256()  # of the same bytes, whatever they are called
+    with pytest.raises(UserError, match="a document of 65 tokens"):
+        stored.logits_for_batch(torch.zeros(1, 65, dtype=torch.int64))
     mask_BT = torch.ones(2, 20, dtype=torch.bool)
     mask_BT[0, :5] = False
     padded_BV = stored.logits_for_batch(ids_BT, mask_BT)

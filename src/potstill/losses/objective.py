@@ -150,12 +150,7 @@ class Objective:
         return partial(few_kernels(), self) if self.compiled and gains(device) else self._fused
 
     def _fused(
-        self,
-        product_CV: Tensor,
-        exact: torch.dtype,
-        head: Head,
-        labels_C: Tensor,
-        targets: Targets | None,
+        self, product_CV: Tensor, exact: torch.dtype, head: Head, labels_C: Tensor, targets: Targets | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Overwrites the product; its rows begin where a product is fast, and so do the gradient's."""
         logits_CV = head.finish(product_CV.to(exact))
@@ -172,12 +167,7 @@ class Objective:
         return values, product_CV.copy_(grad_CV) if is_rounded else grad_CV
 
     def _by_autograd(
-        self,
-        product_CV: Tensor,
-        exact: torch.dtype,
-        head: Head,
-        labels_C: Tensor,
-        targets: Targets | None,
+        self, product_CV: Tensor, exact: torch.dtype, head: Head, labels_C: Tensor, targets: Targets | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         product_CV = product_CV.to(exact).requires_grad_()
         with torch.enable_grad():

@@ -60,6 +60,11 @@ class CausalLM(nn.Module):
         """Every weight under its name, as `save` writes them, in the order of their names."""
         for name, parameter in sorted(self.named_parameters(remove_duplicate=remove_duplicate)):
             yield name, self._read(parameter)
+        if self.is_packed:  # bitsandbytes keeps its scales beside the parameters
+            parameters = {name for name, _ in self.hf.named_parameters(remove_duplicate=False)}
+            for name, value in sorted(self.hf.state_dict().items()):
+                if name not in parameters and isinstance(value, Tensor):
+                    yield f"hf.{name}", value
 
     def _read(self, parameter: Tensor) -> Tensor:
         return parameter.detach().clone() if self.in_shards else parameter.detach()

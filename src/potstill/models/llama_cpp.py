@@ -37,9 +37,9 @@ LONGEST = 2048
 class LlamaCppLM(CausalLM):
     """Make one with `open`. Its parameters are those of the head."""
 
-    def __init__(self, hf: Any, name: str, path: Path, server: Any) -> None:
+    def __init__(self, hf: Any, name: str, path: Path, server: Any, tokens: int) -> None:
         super().__init__(hf, name)
-        self.path, self.server, self.is_packed = path, server, True
+        self.path, self.server, self.tokens, self.is_packed = path, server, tokens, True
         self.post = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     @classmethod
@@ -65,13 +65,14 @@ class LlamaCppLM(CausalLM):
         for part, _ in list(hf.base_model.named_children()):  # the layers are llama.cpp's
             setattr(hf.base_model, part, nn.Identity())
         hf.set_input_embeddings(head)  # Transformers knows an output by its having an input; it is not asked
-        model = cls(hf.requires_grad_(False), name, path, _server(path, tokens or min(made_for, LONGEST)))
+        tokens = tokens or min(made_for, LONGEST)
+        model = cls(hf.requires_grad_(False), name, path, _server(path, tokens), tokens)
         model.eval().probe()
         return model
 
     def weights(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """The file as it lies on disk, and the head that was read from it."""
-        yield self.path.name, torch.from_numpy(np.memmap(self.path, np.uint8, "c"))
+        """The file as it lies on disk, whatever its name, and the head that was read from it."""
+        yield "gguf", torch.from_numpy(np.memmap(self.path, np.uint8, "c"))
         yield from super().weights(remove_duplicate=remove_duplicate)
 
     def hidden(
@@ -115,6 +116,11 @@ class LlamaCppLM(CausalLM):
 
     def _ask(self, documents: list[list[int]]) -> list[Tensor]:
         """hidden_TD of each document, float32."""
+        if (longest := max(map(len, documents))) > self.tokens:
+            raise UserError(
+                f"{self.name}: a document of {longest} tokens, llama.cpp was told of {self.tokens} at most."
+                " Give `tokens` when it is loaded."
+            )
         body = json.dumps({"content": documents, "embd_normalize": -1}).encode()
         request = urllib.request.Request(
             f"{self.server.listening_address}/embedding", body, {"Content-Type": "application/json"}
@@ -153,8 +159,12 @@ def _head(path: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def _server(path: Path, tokens: int) -> Any:
-    import xllamacpp
-
+    try:
+        import xllamacpp
+    except Exception as error:  # a library that lacks another one, say
+        raise UserError(
+            f"teacher.weights: stored: xllamacpp cannot be imported: {one_line(error)}"
+        ) from error
     params = xllamacpp.CommonParams()
     params.model.path = os.fspath(path)
     # A document is answered in one piece, and one after another: the same whatever else is asked for.

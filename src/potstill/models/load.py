@@ -22,7 +22,7 @@ import transformers
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
 from potstill.models.files import check_model_files, require_layers, tensor_shapes
-from potstill.models.quantised import parts_of
+from potstill.models.quantised import keep_layout, parts_of
 from potstill.plain_files import opened, read_object, require_plain
 from potstill.quiet import quiet_transformers
 
@@ -184,7 +184,7 @@ def load_causal_lm(
     except Exception as error:  # and over a damaged checkpoint
         raise UserError(f"{path}: Transformers cannot load it: {one_line(error)}") from error
     _require_whole(path, report)
-    hf = as_plain(hf).to(device) if quantisation is None else hf
+    hf = as_plain(hf).to(device) if quantisation is None else keep_layout(hf)
     model = CausalLM(hf, name=str(source)).eval()
     model.is_packed = quantisation is not None
     model.probe()

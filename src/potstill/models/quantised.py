@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
 from potstill.quiet import quiet_process
 
@@ -27,10 +28,14 @@ def quantisation(library: str, weights: str, dtype: torch.dtype) -> Any:
     if library == "bitsandbytes":  # it tells of a cast in every product
         logging.getLogger(library).setLevel(logging.ERROR)
     if library == "torchao":
-        with quiet_process(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kernels for devices that are not here
-            from torchao.quantization import Int8WeightOnlyConfig
-
+        try:
+            with quiet_process(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of kernels for devices that are not here
+                from torchao.quantization import Int8WeightOnlyConfig
+        except Exception as error:  # another version, or one for another PyTorch
+            raise UserError(
+                f"teacher.weights: int8: torchao cannot be imported: {one_line(error)}"
+            ) from error
         return transformers.TorchAoConfig(Int8WeightOnlyConfig())
     if weights == "int8":
         # Above the threshold whole columns leave the product: one document would be computed with another's.
@@ -38,6 +43,16 @@ def quantisation(library: str, weights: str, dtype: torch.dtype) -> Any:
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
+
+
+def keep_layout(hf: Any) -> Any:
+    """bitsandbytes would write 4-bit matrices anew at their first product on some CPUs, scales rounded to
+    bfloat16 and of another order after `state_dict`. As they are they hash alike everywhere, and are faster.
+    """
+    for module in hf.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return hf
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:

@@ -282,6 +282,12 @@ def _trace(
         ids = min(teacher.vocab_size, model.vocab_size)
         for of in (model, teacher.model) if isinstance(teacher, TorchTeacher) else (model,):
             of.mask_from(ids)  # one side may have a padded end
+        if recipe.teacher.name == "torch" and recipe.teacher.weights != FULL:
+            ledger.phase = "measuring the teacher's bits"
+            with ledger.part("teacher"):
+                full = _full_teacher(recipe.teacher, configs, device)
+            full.targets(FakeRows(recipe.corpus.tokens_per_row, 2).batch(range(2)))
+            del full
         # Transformers imports a model's code when it first makes one, as the run will.
         ledger.libraries = max(libraries, resident_bytes())
         made = make_objective(recipe, precision)
@@ -325,10 +331,10 @@ def _teacher(recipe: Recipe, configs: Configs, device: torch.device, ledger: Led
     asked = recipe.teacher
     match asked.name:
         case "torch":
-            model = _model(configs.teacher, choose_dtype(asked.dtype), device, "teacher")
+            made = _full_teacher(asked, configs, device)
             if asked.weights != FULL:
-                pack_for_plan(model, asked.weights, _bytes_of(asked.model))
-            return TorchTeacher(model, None)
+                pack_for_plan(made.model, asked.weights, _bytes_of(asked.model))
+            return made
         case "table":
             ((_, (size, _)),) = check_safetensors(Path(asked.path)).values()
             return TableTeacher(torch.zeros(size, size, device=device))
@@ -336,6 +342,10 @@ def _teacher(recipe: Recipe, configs: Configs, device: torch.device, ledger: Led
             return FakeStore.of(read_manifest(Path(asked.path)), device, ledger.part)
         case _:
             return FixtureTeacher(asked.vocab_size)
+
+
+def _full_teacher(asked: Any, configs: Configs, device: torch.device) -> TorchTeacher:
+    return TorchTeacher(_model(configs.teacher, choose_dtype(asked.dtype), device, "teacher"), None)
 
 
 def _model(config: Any, dtype: torch.dtype, device: torch.device, name: str) -> CausalLM:

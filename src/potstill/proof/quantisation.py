@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from potstill.assembly import Cast
+from potstill.corpus.vocab import require_same
 from potstill.display import size
+from potstill.errors import UserError
 from potstill.models.quantised import weight_bytes
 from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Batch
 
-AT_ONCE = 128  # positions whose logits exist at once, twice in float32
+AT_ONCE = 32  # positions whose logits exist at once, a few times in float64
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def gap(cast: Cast, batch: Batch) -> Gap:
     assert isinstance(teacher, TorchTeacher) and asked.name == "torch"
     source = asked.reference or asked.model
     full = TorchTeacher.for_inference(source, device=cast.device, dtype=asked.dtype)
+    _require_same_shape(teacher, full, source)
     full.model.mask_from(cast.shared.ids)
     seconds, hidden = [], []
     for of in (teacher, full):
@@ -79,3 +82,15 @@ def gap(cast: Cast, batch: Batch) -> Gap:
         tokens / seconds[0],
         tokens / seconds[1],
     )
+
+
+def _require_same_shape(teacher: TorchTeacher, full: TorchTeacher, source: str) -> None:
+    """Full weights of another model would measure that model."""
+    require_same(teacher.vocab, full.vocab, "teacher", "teacher.reference")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        ours, theirs = (getattr(of.model.hf.config.get_text_config(), name) for of in (teacher, full))
+        if ours != theirs:
+            raise UserError(
+                f"teacher.reference: {source} has {name} {theirs}, the teacher {ours}. Name the teacher's own"
+                " full weights, or leave it out."
+            )

@@ -52,6 +52,7 @@ ADVICE = {
     ("int8", "gguf"): "Set teacher.weights: stored, or name the folder of its full weights.",
     ("int4", "gguf"): "Set teacher.weights: stored, or name the folder of its full weights.",
 }
+ELSEWHERE = "Set train.device: cpu, or another teacher.weights or .backend."
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ def choose(path: Path, weights: str, backend: str, device: torch.device) -> Choi
     rows = [row for row in BACKENDS if backend in ("auto", row.name)]
     serving = [row for row in rows if row.lacks(*asked) is None]
     if not serving:
-        advice = (
-            ADVICE.get((weights, files)) or "Set train.device: cpu, or another teacher.weights or .backend."
-        )
+        advice = ADVICE.get((weights, files)) or ELSEWHERE
         if backend == "auto":
             raise UserError(
                 f"teacher.weights: {weights} of a {_called(files)} on {device.type}: no backend serves it."
                 f" {advice}"
             )
+        if weights not in rows[0].weights:
+            advice = f"Set teacher.weights: {rows[0].weights[0]}, or teacher.backend: auto."
         raise UserError(f"teacher.backend: {backend} does not serve {rows[0].lacks(*asked)}. {advice}")
     row = serving[0]
     if row.module is not None and importlib.util.find_spec(row.module) is None:

@@ -166,7 +166,10 @@ def captured_model(asked: Any, teacher: StoredTeacher, device: torch.device) -> 
     bits = {name: kept[name] for name in ("weights", "backend") if name in kept}
     model = TorchTeacher.for_inference(source, **of, **bits)
     teacher.require_teacher(source, model.weights_sha256())
-    return (TorchTeacher.for_inference(source, **of) if bits else model), source
+    if bits:
+        del model  # before the full one is there
+        model = TorchTeacher.for_inference(source, **of)
+    return model, source
 
 
 def captured_source(asked: Any, kept: dict[str, Any]) -> str:
