@@ -194,14 +194,14 @@ def test_activation_checkpointing_changes_memory_and_no_result(
         return tensor
 
     runs, sums = [], []
-    for way in ("false", "true"):
+    for way in ("false", "selective", "true"):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             overrides = [f"train.activation_checkpointing={way}", "train.steps=1"]
             runs.append(distill(tiny_recipe(), overrides=overrides, out=tmp_path / way))
         sums.append(sum(kept))
-    assert weights(runs[0]) == weights(runs[1])
-    assert sums[1] < sums[0] / 2
+    assert weights(runs[0]) == weights(runs[1]) == weights(runs[2])
+    assert sums[2] < sums[0] / 2 and sums[1] < sums[0]
 
 
 def test_checkpoints_are_written_as_often_as_asked(tiny_recipe: Recipe, tmp_path: Path) -> None:

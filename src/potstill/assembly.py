@@ -128,7 +128,7 @@ def assemble(
         sampled = len(tokenizer(recipe.eval.sample_prompt)["input_ids"]) + recipe.eval.sample_tokens
         require_length(model.hf.config, model.name, "eval.sample_tokens", sampled)
     if recipe.train.activation_checkpointing:
-        model.checkpoint_activations()
+        model.checkpoint_activations(selective=recipe.train.activation_checkpointing == "selective")
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
     student = Student(model, make_objective(recipe, precision), precision)
     trained = f", of adapters {origin['lora']['trainable_weights'] / 1e6:.3g} M alone trained" if lora else ""

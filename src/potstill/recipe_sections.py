@@ -302,8 +302,9 @@ class Train(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes, by torchrun: each keeps the whole student (ddp), or a part of its weights,
     gradients and moments (fsdp). One process: no difference."""
-    activation_checkpointing: bool = False
-    """Keep one hidden state a layer and compute the rest again on the way back: memory, not results."""
+    activation_checkpointing: bool | Literal["selective"] = False
+    """Keep one hidden state a layer and compute the rest again on the way back: memory, not results.
+    `selective` keeps what matrix products and attention made, too: less saved, and hardly slower."""
     compile: bool = False
     """Run both models' layers, and on CUDA the loss between its products, through torch.compile: faster
     steps after a slow first one, the same results but for rounding. Needs Triton on CUDA, else a C++

@@ -14,18 +14,23 @@ import contextlib
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import masking_utils
 
 from potstill.errors import UserError, one_line
 from potstill.types import Head
 
+# Of a layer's operators those that are most of its work.
+KEPT = re.compile(r"aten\.(mm|bmm|addmm|baddbmm|_grouped_mm|_scaled_dot_product_\w+)\.")
 # Of the largest magnitude compared: what two orders of summation in the same precision may differ by.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -85,15 +90,18 @@ class CausalLM(nn.Module):
         """A folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits."""
         self.hf.save_pretrained(folder, state_dict=self.state())
 
-    def checkpoint_activations(self) -> None:
-        """Chen et al. 2016: each layer's inside is computed again in the backward pass, not kept."""
+    def checkpoint_activations(self, *, selective: bool = False) -> None:
+        """Chen et al. 2016: each layer's inside is computed again in the backward pass, not kept; where that
+        is `selective`, all of it but matrix products and attention.
+        """
         if not self.hf.supports_gradient_checkpointing:
             raise UserError(
                 f"train.activation_checkpointing: {type(self.hf).__name__} cannot compute its layers again."
                 " Set it to false."
             )
         older = self.hf.gradient_checkpointing_enable  # its name before Transformers 5.2x
-        getattr(self.hf, "activation_checkpointing_enable", older)({"use_reentrant": False})
+        again = {"context_fn": partial(create_selective_checkpoint_contexts, _kept)} if selective else {}
+        getattr(self.hf, "activation_checkpointing_enable", older)({"use_reentrant": False, **again})
 
     def mask_from(self, known: int) -> None:
         """Give ids from `known` on probability exactly 0: in loss, evaluation, logits and generation, and in
@@ -215,6 +223,10 @@ class CausalLM(nn.Module):
 
     def _tolerance(self) -> float:
         return TOLERANCE[self.hf.get_output_embeddings().weight.dtype]
+
+
+def _kept(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if KEPT.match(str(op)) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _relative_gap(ours: Tensor, reference: Tensor) -> float:

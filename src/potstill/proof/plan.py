@@ -278,7 +278,7 @@ def _trace(
             model = _model(configs.student, torch.float32, device, "student")
             model = model if recipe.lora is None else LoraLM(model, recipe.lora)
             if asked.activation_checkpointing:
-                model.checkpoint_activations()
+                model.checkpoint_activations(selective=asked.activation_checkpointing == "selective")
         ids = min(teacher.vocab_size, model.vocab_size)
         for of in (model, teacher.model) if isinstance(teacher, TorchTeacher) else (model,):
             of.mask_from(ids)  # one side may have a padded end
