@@ -161,6 +161,8 @@ def test_a_kill_leaves_nothing_that_passes_for_a_corpus(index: Path, tmp_path: P
     for number in range(3):
         wheel(index, f"p{number}", {f"p{number}/a.py": BODY.replace("17", str(number + 100))})
     path = listed(tmp_path, *(f"name: p{number}, license: MIT" for number in range(3)))
+    for name in ("code.new", "code.old"):  # the user's
+        (tmp_path / name).mkdir()
     command = [sys.executable, "-m", "potstill", "gather", str(path), "--out", str(tmp_path / "code")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None and process.stderr.readline().startswith("p0")
@@ -170,6 +172,7 @@ def test_a_kill_leaves_nothing_that_passes_for_a_corpus(index: Path, tmp_path: P
     assert not (tmp_path / "code").exists()
     assert main(["gather", str(path), "--out", str(tmp_path / "code")]) == 0
     assert json.loads((tmp_path / "code" / "manifest.json").read_text())["documents"] == 3
+    assert (tmp_path / "code.new").is_dir() and (tmp_path / "code.old").is_dir()
 
 
 def test_a_gathered_corpus_is_read_and_decontaminated(index: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def gather(source: Path, out: Path, display: Display) -> dict[str, Any]:
         UserError: a package that pip cannot fetch, whose own papers name another licence, or whose hash is
             another; `out` is there already.
     """
-    from potstill.runs.durable import replace_folder
+    from potstill.runs.durable import flush, seal, writing
 
     listed = read_list(source)
     if out.exists():
@@ -102,7 +102,7 @@ def gather(source: Path, out: Path, display: Display) -> dict[str, Any]:
     sieve, told = Sieve(), []
 
     def save(folder: Path) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir()
         writer = _Writer(folder)
         for package in listed.packages:
             with tempfile.TemporaryDirectory() as fetched:
@@ -128,7 +128,16 @@ def gather(source: Path, out: Path, display: Display) -> dict[str, Any]:
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
-    replace_folder(out, save)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")  # a name that nobody has
+    with beside as place:
+        fresh = Path(place) / out.name
+        save(fresh)
+        seal(fresh)
+        with writing(out):
+            fresh.rename(out)
+            flush(out.parent)
     found: dict[str, Any] = json.loads((out / "manifest.json").read_text())
     return found
 

@@ -26,7 +26,8 @@ from potstill.types import Vocab
 
 SCHEMA = 1
 MANIFEST = "corpus.json"
-OURS = {MANIFEST, SUMS, f"{SUMS}.new"} | {
+BEGUN = "potstill-shards"  # there before anything else: what lies beside it is ours to remove
+OURS = {MANIFEST, BEGUN, SUMS, f"{SUMS}.new"} | {
     f"{stream}.{part}"
     for stream in ("documents", TRAIN, HELDOUT)
     for part in ("ids", "bears", "starts", "kept")
@@ -73,6 +74,8 @@ def kept(asked: Any, said: Json, build: Callable[[Path], Corpus]) -> Corpus:
         with one_at_a_time(folder):
             if SUMS not in (names := _names(folder)):
                 _write(folder, names, said, build)
+    elif MANIFEST not in names:
+        raise UserError(f"corpus.shards: {folder} holds other things, {SUMS} for one. Name another folder.")
     return _read(folder, asked, said)
 
 
@@ -82,18 +85,19 @@ def _names(folder: Path) -> set[str]:
 
 def _write(folder: Path, names: set[str], said: Json, build: Callable[[Path], Corpus]) -> None:
     """Under the lock. Nothing is removed but what a killed start of ours has left."""
-    if foreign := sorted(names - OURS):
+    if foreign := sorted(names - OURS if BEGUN in names else names):
         raise UserError(
             f"corpus.shards: {folder} holds other things, {foreign[0]} for one. Name another folder."
         )
     try:
         with writing(folder):
-            for name in names:
+            (folder / BEGUN).touch()
+            for name in names - {BEGUN}:
                 (folder / name).unlink()
             _finish(folder, build(folder), said)
         seal(folder)
     except BaseException:
-        for name in _names(folder) & OURS:
+        for name in sorted(_names(folder) & OURS, key=BEGUN.__eq__):  # that one last
             (folder / name).unlink(missing_ok=True)
         raise
 

@@ -23,6 +23,7 @@ from potstill.corpus import rows
 from potstill.corpus.readers import Document, Reading
 from potstill.recipe import Recipe, parse
 from potstill.runs.rundir import RunDir
+from potstill.sharding import BEGUN
 from potstill.types import Vocab
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -142,7 +143,8 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(
 ) -> None:
     recipe, kept = recipe_of(lab, CORPORA["text"], tmp_path / "kept"), tmp_path / "kept"
     kept.mkdir()
-    (kept / "train.ids").write_bytes(b"half")  # what a kill -9 leaves
+    for name in (BEGUN, "train.ids"):
+        (kept / name).write_bytes(b"half")  # what a kill -9 leaves
     with monkeypatch.context() as patch:
         pack = rows.pack
 
@@ -262,7 +264,15 @@ def test_what_is_the_user_s_stays(lab: Path, tmp_path: Path) -> None:
     read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept"))
     with pytest.raises(UserError, match="other holds other things, mine for one"):
         read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "other"))
-    assert [file.read_text() for file in mine] == ["precious"] * 3
+    for names in (("corpus.json", "train.ids"), ("SHA256SUMS", "model.safetensors")):  # of our names
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        mine += [folder / name for name in names]
+        for name in names:
+            (folder / name).write_text("precious")
+        with pytest.raises(UserError, match=f"{names[0]} holds other things"):
+            read_corpus(recipe_of(lab, CORPORA["text"], folder))
+    assert [file.read_text() for file in mine] == ["precious"] * 7
 
 
 def test_places_that_cannot_be_are_one_line(lab: Path, tmp_path: Path) -> None:
