@@ -13,6 +13,9 @@ import transformers
 TALKERS = ("gguf.gguf_reader", "torch.utils._pytree")
 """Of arrays that it skips; of classes that torchao registers."""
 
+_heard: list[int] = []
+"""What stderr is outside, while `quiet_process` keeps it quiet."""
+
 
 @contextlib.contextmanager
 def quiet_process() -> Iterator[None]:
@@ -24,13 +27,21 @@ def quiet_process() -> Iterator[None]:
     except OSError:  # there is no stderr to keep quiet
         yield
         return
+    _heard.append(saved)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(saved, 2)
+        _heard.remove(saved)
         os.close(saved)
+
+
+def speak() -> None:
+    """End the quiet: for who stops the process, from a signal or another thread, and has to say so."""
+    if _heard:
+        os.dup2(_heard[0], 2)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 BEFORE = {
+    "tokenizer": "transformers:AutoTokenizer.from_pretrained",  # while stderr is kept quiet
     "corpus": "potstill.corpus.rows:pack",
     "loading": "potstill.models.causal_lm:CausalLM.probe",
     "check": "potstill.line:require_sound",
