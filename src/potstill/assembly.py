@@ -2,7 +2,7 @@
 and student.
 
 Ordered by price: files are verified before a library opens them, the corpus is read before a model is
-loaded. Nothing is written here, so whatever is refused leaves nothing behind.
+loaded. Nothing but `corpus.shards` is written here, and what is refused leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from potstill import sharding
 from potstill.corpora import called, checkpoints, make_corpus
 from potstill.corpus import rows, vocab
 from potstill.corpus.decontamination import told
@@ -90,6 +91,8 @@ def assemble(
         if path.is_dir():  # reading the config of a GGUF file takes seconds, and loading it will do so anyway
             load_config(path)
 
+    if recipe.corpus.shards is not None and not sharding.is_whole(Path(recipe.corpus.shards)):
+        note(f"corpus: read once, into {recipe.corpus.shards}")
     corpus, tokenizer = make_corpus(recipe, beat)
     corpus.order(recipe.train.seed).rows(0, recipe.train.rows_per_step)  # refuses more than it can give
     counts = corpus.manifest

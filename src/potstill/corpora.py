@@ -55,7 +55,8 @@ def make_corpus(recipe: Recipe, beat: Callable[[], None] = lambda: None) -> tupl
     if asked.shards is None:
         return build(None), tokenizer
     against = None if compared is None else compared.texts.files
-    return sharding.kept(asked, sharding.made_of(asked, tokenizer, vocabulary, against), build), tokenizer
+    said = sharding.made_of(asked, tokenizer, vocabulary, against)
+    return sharding.kept(asked, said, build, beat), tokenizer
 
 
 def readers_of(recipe: Recipe) -> list[str | Path]:

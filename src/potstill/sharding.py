@@ -8,7 +8,9 @@ not there. Called by `corpora`.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,17 +23,15 @@ from potstill.corpus.vocab import behaviour_sha256
 from potstill.errors import UserError
 from potstill.models.files import file_sha256
 from potstill.plain_files import read_object
-from potstill.runs.durable import SUMS, listed, one_at_a_time, require_whole, seal, writing
+from potstill.runs.durable import SUMS, alone, listed, require_whole, seal, writing
 from potstill.types import Vocab
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "corpus.json"
 BEGUN = "potstill-shards"  # there before anything else: what lies beside it is ours to remove
-OURS = {MANIFEST, BEGUN, SUMS, f"{SUMS}.new"} | {
-    f"{stream}.{part}"
-    for stream in ("documents", TRAIN, HELDOUT)
-    for part in ("ids", "bears", "starts", "kept")
-}
+PARTS = ("ids", "bears", "starts", "kept")
+WHOLE = {MANIFEST, *(f"{split}.{part}" for split in (TRAIN, HELDOUT) for part in PARTS)}
+OURS = WHOLE | {BEGUN, SUMS, f"{SUMS}.new", *(f"documents.{part}" for part in PARTS)}
 AGAIN = "Remove the folder to have it written again, or name another in corpus.shards."
 
 Json = dict[str, Any]
@@ -55,43 +55,58 @@ def made_of(asked: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[
     return dict(json.loads(json.dumps(said)))
 
 
-def kept(asked: Any, said: Json, build: Callable[[Path], Corpus]) -> Corpus:
+def kept(asked: Any, said: Json, build: Callable[[Path], Corpus], beat: Callable[[], None]) -> Corpus:
     """The corpus in `asked.shards`; `build` makes it in a folder where it is not there yet. Of several
-    processes that would write it one does, and the others wait and read.
+    processes that would write it one does, and the others wait, which `beat` is told, and read.
 
     Raises:
         UserError: shards of something else, damaged, of files that changed; a folder with other things in it.
     """
     folder = Path(asked.shards)
-    if folder.resolve().is_relative_to(Path(asked.path).resolve()):
+    inner, outer = (Path(os.path.realpath(path)) for path in (folder, asked.path))
+    if inner.is_relative_to(outer):
         raise UserError(
             f"corpus.shards: {folder} lies in corpus.path, whose files are read. Name another folder."
         )
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    names = _names(folder)
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+    _require_ours(folder, names := _names(folder))
     if SUMS not in names:
-        with one_at_a_time(folder):
-            if SUMS not in (names := _names(folder)):
-                _write(folder, names, said, build)
-    elif MANIFEST not in names:
-        raise UserError(f"corpus.shards: {folder} holds other things, {SUMS} for one. Name another folder.")
+        try:
+            with alone(folder / BEGUN, beat):
+                _require_ours(folder, names := _names(folder))
+                if SUMS not in names:
+                    _write(folder, names, said, build)
+        except BaseException:
+            for each in made:
+                with contextlib.suppress(OSError):  # another's are in it
+                    each.rmdir()
+            raise
     return _read(folder, asked, said)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether there are shards: a start would read them and not its corpus."""
+    return (folder / SUMS).exists()
 
 
 def _names(folder: Path) -> set[str]:
     return {entry.name for entry in listed(folder)}
 
 
-def _write(folder: Path, names: set[str], said: Json, build: Callable[[Path], Corpus]) -> None:
-    """Under the lock. Nothing is removed but what a killed start of ours has left."""
-    if foreign := sorted(names - OURS if BEGUN in names else names):
+def _require_ours(folder: Path, names: set[str]) -> None:
+    """UserError where a folder without shards has something in it that is not what a killed start left."""
+    whole = {MANIFEST, SUMS} <= names
+    if foreign := sorted(set() if whole else names - OURS if BEGUN in names else names):
         raise UserError(
             f"corpus.shards: {folder} holds other things, {foreign[0]} for one. Name another folder."
         )
+
+
+def _write(folder: Path, names: set[str], said: Json, build: Callable[[Path], Corpus]) -> None:
+    """Under the lock. What is removed is what a killed start of ours has left."""
     try:
         with writing(folder):
-            (folder / BEGUN).touch()
             for name in names - {BEGUN}:
                 (folder / name).unlink()
             _finish(folder, build(folder), said)
@@ -120,7 +135,7 @@ def _read(folder: Path, asked: Any, said: Json) -> Corpus:
     kept = read_object(folder / MANIFEST, AGAIN)
     for name, was, now in _differences(kept.get("made_of"), said):
         raise UserError(f"{folder}: {name} was {was!r:.80} when it was written, is {now!r:.80}. {AGAIN}")
-    require_whole(folder, None, AGAIN)
+    require_whole(folder, None, AGAIN, WHOLE)
     manifest = kept["manifest"]
     _require_same_files(folder, _sources(asked, manifest["files"]), manifest["files"])
     train, heldout = (_rows(folder, name, asked.tokens_per_row) for name in (TRAIN, HELDOUT))
@@ -141,8 +156,8 @@ def _sources(asked: Any, files: list[Json]) -> list[Path]:
         case "tokens":
             return readers.shards_of(path)
         case _:
-            folders = {path} if asked.split is None else {Path(file["path"]).parent for file in files}
-            return sorted(file for folder in folders for file in folder.rglob("*.arrow"))
+            # Its state.json, which is one of them, lists them: none can come without it changing.
+            return [of for file in files if (of := Path(file["path"])).exists()]
 
 
 def _rows(folder: Path, name: str, tokens_per_row: int) -> PackedRows:

@@ -281,13 +281,15 @@ def test_a_dataset_is_one_document_a_record_and_its_split_s_files_are_hashed(
         dataset_folder(tmp_path / "two", columns, ("train", "test")), tokenizer, "test", "body"
     )
     assert texts_of(split, tokenizer) == ["one", "two"]
-    (file,) = (tmp_path / "two" / "test").glob("*.arrow")
+    folder = tmp_path / "two" / "test"
+    names = [folder.parent / "dataset_dict.json", folder / "state.json", folder / "dataset_info.json"]
     assert split.files == [
         {
             "path": str(file),
             "bytes": file.stat().st_size,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
+        for file in (*names, *folder.glob("*.arrow"))
     ]
     only = readers.hf(dataset_folder(tmp_path / "one", columns, ("train",)), tokenizer, column="body")
     assert texts_of(only, tokenizer) == ["one", "two"]

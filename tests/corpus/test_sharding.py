@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import threading
 import time
 import tracemalloc
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import make_corpus, make_model, make_tokenizer
 
 from potstill import UserError, cli, corpora, distill
@@ -26,12 +28,16 @@ from potstill.runs.rundir import RunDir
 from potstill.sharding import BEGUN
 from potstill.types import Vocab
 
+datasets = pytest.importorskip("datasets", reason="the data extra is not installed; not run")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, and the same texts in four forms."""
+    """A teacher, and the same texts in six forms."""
     place = tmp_path_factory.mktemp("shards")
     make_model(place / "teacher", with_tokenizer=False)
     tokenizer = make_tokenizer()
@@ -40,6 +46,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_corpus(place / "text")
     texts = [file.read_text() for file in sorted((place / "text").iterdir())]
     (place / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"text": texts}), place / "table.parquet")
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(place / "hf"), num_shards=2)
     talks = [[{"role": "user", "content": "say"}, {"role": "assistant", "content": text}] for text in texts]
     (place / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     ids = [[*tokenizer(text)["input_ids"], 0] for text in texts]
@@ -52,6 +60,8 @@ CORPORA = {
     "jsonl": "name: jsonl, path: lines.jsonl",
     "chat": "name: chat, path: chat.jsonl",
     "tokens": "name: tokens, path: ids.bin, dtype: uint16",
+    "parquet": "name: parquet, path: table.parquet",
+    "hf": "name: hf, path: hf",
 }
 
 
@@ -166,6 +176,15 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def halve(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def lose_line(path: Path, name: str) -> None:
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if name not in line))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit": (lambda kept: flip(kept / "train.ids"), "train.ids: damaged: its sha256"),
     "a file cut short": (
@@ -175,7 +194,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file that is gone": (lambda kept: (kept / "heldout.ids").unlink(), "heldout.ids: missing"),
     "a list of sums cut short": (
         lambda kept: (kept / "SHA256SUMS").write_text((kept / "SHA256SUMS").read_text()[:-9]),
-        "trai: missing",
+        "SHA256SUMS: damaged: it has no line for train.starts",
+    ),
+    "a file cut in half that the list of sums has lost": (
+        lambda kept: (halve(kept / "heldout.bears"), lose_line(kept / "SHA256SUMS", "heldout.bears")),
+        "SHA256SUMS: damaged: it has no line for heldout.bears",
     ),
 }
 
@@ -206,6 +229,49 @@ def test_another_recipe_does_not_take_them(more: str, said: str, lab: Path, tmp_
         read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept", more))
 
 
+def test_a_tokenizer_that_reads_otherwise_with_the_same_list_does_not_take_them(
+    lab: Path, tmp_path: Path
+) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    recipe = recipe_of(lab, CORPORA["text"], tmp_path / "kept", f", tokenizer: {tmp_path / 'tokenizer'}")
+    read_corpus(recipe)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    said = json.loads(file.read_text())
+    said["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"tokenizer\.behaviour was '"):
+        read_corpus(recipe)
+
+
+def test_a_tokenizer_written_in_python_has_its_shards_too(lab: Path, tmp_path: Path) -> None:
+    words = sorted({word for file in (lab / "text").iterdir() for word in file.read_text().split()})
+    (tmp_path / "vocab.txt").write_text("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", *words, "<mask>"]))
+    tokenizer = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path / "esm")
+    recipe = recipe_of(lab, CORPORA["text"], tmp_path / "kept", f", tokenizer: {tmp_path / 'esm'}")
+    assert_same(read_corpus(recipe)[0], read_corpus(recipe)[0])
+    settings = tmp_path / "esm" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"split_special_tokens": True}))
+    with pytest.raises(UserError, match=r"tokenizer\.behaviour was '"):
+        read_corpus(recipe)
+
+
+def test_of_a_dataset_its_state_counts_and_what_map_leaves_beside_it_does_not(
+    lab: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(lab / "hf", tmp_path / "hf")
+    recipe = recipe_of(lab, f"name: hf, path: {tmp_path / 'hf'}", tmp_path / "kept")
+    whole = read_corpus(recipe)[0]
+    datasets.load_from_disk(str(tmp_path / "hf")).map(lambda record: {"text": record["text"].upper()})
+    assert list((tmp_path / "hf").glob("cache-*.arrow"))
+    assert_same(read_corpus(recipe)[0], whole)
+    state = tmp_path / "hf" / "state.json"
+    said = json.loads(state.read_text())
+    state.write_text(json.dumps(said | {"_data_files": said["_data_files"][:1]}))
+    with pytest.raises(UserError, match=r"state\.json has changed since"):
+        read_corpus(recipe)
+
+
 def test_source_files_that_changed_came_or_went_are_refused(lab: Path, tmp_path: Path) -> None:
     texts = make_corpus(tmp_path / "text")
     corpus = f"name: text, path: {texts}"
@@ -227,8 +293,9 @@ def test_source_files_that_changed_came_or_went_are_refused(lab: Path, tmp_path:
 def test_of_two_starts_at_once_one_writes_and_the_other_reads(
     lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second comes while the first is in the middle of its reading."""
+    """The second comes while the first is in the middle of its reading, and gives signs of life."""
     recipe, begun, builds = recipe_of(lab, CORPORA["text"], tmp_path / "kept"), threading.Event(), []
+    beats: list[int] = []
     read_documents = corpora.read_documents
 
     def slowly(*given: Any) -> Any:
@@ -248,12 +315,26 @@ def test_of_two_starts_at_once_one_writes_and_the_other_reads(
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(read_corpus, recipe)
         assert begun.wait(30)
-        second = pool.submit(read_corpus, recipe)
+        second = pool.submit(read_corpus, recipe, lambda: beats.append(len(builds)))
         assert_same(first.result()[0], second.result()[0])
-    assert len(builds) == 1
+    assert len(builds) == 1 and beats
     monkeypatch.undo()
     in_memory, shards = read_corpus(recipe_of(lab, CORPORA["text"]))[0], read_corpus(recipe)[0]
     assert_same(in_memory, shards)
+
+
+def test_tokens_that_would_be_lost_on_the_way_are_noticed(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = rows.pack
+
+    def losing(documents: Any, numbers: Any, *rest: Any) -> Any:
+        return pack(documents, numbers[:-1] if rest[-1] == rows.TRAIN else numbers, *rest)
+
+    monkeypatch.setattr(rows, "pack", losing)
+    with pytest.raises(AssertionError, match="tokens were lost on the way"):
+        read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept"))
+    assert not (tmp_path / "kept").exists()
 
 
 def test_what_is_the_user_s_stays(lab: Path, tmp_path: Path) -> None:
@@ -284,6 +365,15 @@ def test_places_that_cannot_be_are_one_line(lab: Path, tmp_path: Path) -> None:
         read_corpus(recipe_of(lab, f"name: text, path: {texts}", texts / "tok"))
     with pytest.raises(UserError, match=r"corpus.shards: / holds other things"):
         read_corpus(recipe_of(lab, CORPORA["text"], Path("/")))
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(UserError, match=r"loop.*(Too many levels|File exists)"):
+        read_corpus(recipe_of(lab, CORPORA["text"], loop / "kept"))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("{}\n")
+    with pytest.raises(UserError, match="'text' is missing"):
+        read_corpus(recipe_of(lab, f"name: jsonl, path: {empty}", tmp_path / "made" / "on" / "the way"))
+    assert not (tmp_path / "made").exists()
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
     linked = recipe_of(lab, CORPORA["text"], tmp_path / "link")

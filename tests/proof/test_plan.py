@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -22,10 +23,12 @@ from torch.utils._pytree import tree_leaves
 from potstill import distill, load_recipe
 from potstill.assembly import Cast, assemble
 from potstill.cli import main
+from potstill.corpora import make_corpus as read_corpus
 from potstill.proof import plan as planning
 from potstill.proof.advice import advice
 from potstill.proof.ledger import Ledger
-from potstill.proof.plan import TOKENIZER_FILE_BYTES_PER_ID, Plan, plan
+from potstill.proof.plan import Plan, plan
+from potstill.proof.sizes import TOKENIZER_FILE_BYTES_PER_ID
 from potstill.recipe import Recipe
 
 Write = Callable[..., Path]
@@ -266,6 +269,22 @@ def test_disk_is_what_a_run_leaves(optimizer: str, wide: Write, tmp_path: Path) 
     found = plan(load_recipe(path))
     assert found.disk_bytes == pytest.approx(sum(f.stat().st_size for f in left), rel=0.03)
     assert found.disk_peak_bytes >= found.disk_bytes + found.checkpoint_disk_bytes
+
+
+def test_shards_are_counted_on_the_disk_until_they_are_there(wide: Write, tmp_path: Path) -> None:
+    (tmp_path / "ids").mkdir()
+    generator = np.random.default_rng(0)
+    generator.integers(3, 250, 200_000).astype(np.uint16).tofile(tmp_path / "ids" / "a.bin")
+    kept = tmp_path / "kept"
+    corpus = f"name: tokens, path: {tmp_path / 'ids'}, dtype: uint16, tokens_per_row: 64, heldout_rows: 4"
+    without = plan(load_recipe(wide(corpus=f"{{{corpus}}}")))
+    recipe = load_recipe(wide(corpus=f"{{{corpus}, shards: {kept}}}"))
+    found = plan(recipe)
+    read_corpus(recipe)
+    written = sum(file.stat().st_size for file in kept.iterdir())
+    assert found.shards_disk_bytes == pytest.approx(written, rel=0.15)
+    assert found.disk_bytes - without.disk_bytes == found.shards_disk_bytes
+    assert plan(recipe).disk_bytes == without.disk_bytes
 
 
 def test_no_weight_is_read_and_no_random_number_is_drawn(wide: Write, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from conftest import make_model
 
+from potstill import assembly, load_recipe
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
@@ -223,3 +224,19 @@ def test_a_width_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     experts = transformers.MixtralConfig(**llama.to_diff_dict() | {"mlp_bias": None}, num_local_experts=2)
     with pytest.raises(UserError, match=r"ffn_width: model\.layers\.0\.mlp has experts, gate: no MLP"):
         cut(made(tmp_path / "experts", experts), [0], 8, some_rows())
+
+
+def test_a_recipe_s_channels_are_chosen_by_its_first_training_rows(
+    tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.Tensor] = []
+
+    def noted(teacher: CausalLM, keep: Any, width: int, batches: list[Batch]) -> CausalLM:
+        given.extend(batch.input_ids_BT for batch in batches)
+        return cut(teacher, keep, width, batches)
+
+    monkeypatch.setattr(assembly, "cut", noted)
+    cast = assembly.assemble(
+        load_recipe(tiny_recipe(student="{name: cut, layers: 2, ffn_width: 48}")), lambda note: None
+    )
+    assert torch.equal(torch.cat(given), cast.corpus.train.batch(range(8)).input_ids_BT)

@@ -65,7 +65,7 @@ def test_two_ranks_are_one_and_other_numbers_of_them_go_on(tiny_recipe: Recipe, 
     """SGD, which knows the gradient's scale: DDP, resumed by one rank and by four."""
     recipe = tiny_recipe(train=TRAIN % "optimizer: sgd, parallel: ddp")
     alone = distill(recipe, out=tmp_path / "alone").path
-    told = ranks(2, "distill", recipe, "--out", tmp_path / "two")
+    told = ranks(2, "distill", recipe, f"corpus.shards={tmp_path / 'shards'}", "--out", tmp_path / "two")
     assert told.count("step 20/20") == 1  # the first alone speaks
     assert_equal_runs(tmp_path / "two", alone)
     receipt = json.loads((tmp_path / "two" / "receipt.json").read_text())

@@ -15,14 +15,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.corpus.streams import require_ids
+from potstill.corpus.streams import places_after, require_ids
 from potstill.corpus.vocab import encode, label_by_prefix, label_by_template
 from potstill.errors import UserError, one_line
 from potstill.plain_files import opened, parse_json
@@ -165,19 +165,22 @@ def hf(path: Path, tokenizer: Any, split: str | None = None, column: str = "text
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a dataset that save_to_disk wrote: {one_line(error)}") from error
+    described, folder = [], path
     if isinstance(data, datasets.DatasetDict):
         chosen = next(iter(data)) if split is None and len(data) == 1 else split
         if chosen not in data:
             asked = "none" if split is None else repr(split)
             raise UserError(f"corpus.split: {path} has the splits {', '.join(data)}; {asked} was asked for.")
-        data = data[chosen]
+        data, described, folder = data[chosen], [path / "dataset_dict.json"], path / str(chosen)
     elif split is not None:
         raise UserError(f"corpus.split: {path} is one dataset without splits; {split!r} was asked for.")
     _require_column(path, column, data.column_names)
 
     def texts() -> Iterator[tuple[str, str]]:
-        for file in data.cache_files:
-            _record(Path(file["filename"]), reading)
+        # state.json says which files are the data: what `.map()` leaves beside them is not.
+        described.extend(folder / name for name in ("state.json", "dataset_info.json"))
+        for file in (*described, *(Path(each["filename"]) for each in data.cache_files)):
+            _record(file, reading)
         where = str(path)
         try:
             for number, record in enumerate(data.select_columns([column])):
@@ -216,9 +219,9 @@ def tokens(path: Path, dtype: str, vocab_size: int, document_end: int | None, to
                 )
             _record(file, reading)
             ids = np.memmap(file, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
-            ends = [] if document_end is None else (np.flatnonzero(ids == document_end) + 1).tolist()
+            ends = () if document_end is None else places_after(ids, document_end)
             cuts = ends or range(ROWS_PER_PIECE * tokens_per_row, len(ids), ROWS_PER_PIECE * tokens_per_row)
-            for start, end in pairwise([0, *cuts, len(ids)]):
+            for start, end in pairwise(chain([0], cuts, [len(ids)])):
                 if end > start:
                     part = np.asarray(ids[start:end], dtype=np.uint32)
                     require_ids(str(file), part, vocab_size, start)

@@ -176,9 +176,13 @@ def build(
     With a folder, tokens pass through its files, and memory does not grow with them.
     """
     documents = Stream(folder, "documents")
-    for document in reading.documents:
-        require_ids(document.source, document.ids, vocab.size)
-        documents.append(document.ids, document.labels)
+    try:
+        for document in reading.documents:
+            require_ids(document.source, document.ids, vocab.size)
+            documents.append(document.ids, document.labels)
+    except BaseException:
+        documents.discard()
+        raise
     if not len(documents):
         raise UserError(
             "corpus.path: not one document with text in it. Look at the path, the field and the patterns."
@@ -232,7 +236,8 @@ def split(
     the same text is never on both sides, whichever of its tokens bear loss. The rows are drawn from more
     documents than they need, so that no single one speaks for all; these documents' other rows go unused.
     """
-    digests = np.array([hashed(documents[number][0]) for number in range(len(documents))])
+    each = (hashed(documents[number][0]) for number in range(len(documents)))
+    digests = np.fromiter(each, "S32", len(documents))
     order = np.argsort(digests, kind="stable")
     needed = heldout_rows * tokens_per_row
     wanted = max(needed, min(SPREAD * needed, documents.num_tokens // 20))

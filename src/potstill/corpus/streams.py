@@ -128,6 +128,14 @@ def in_blocks(array: NDArray[Any], whole: int = 1) -> Iterator[tuple[int, NDArra
         yield start, np.ascontiguousarray(array[start : start + size])
 
 
+def places_after(array_: NDArray[Any], number: int) -> array[int]:
+    """The place after each such number of an array that may be larger than memory."""
+    found = array("q")
+    for start, block in in_blocks(array_):
+        found.extend((np.flatnonzero(block == number) + start + 1).tolist())
+    return found
+
+
 def require_ids(where: str, ids: NDArray[np.uint32], vocab_size: int, offset: int = 0) -> None:
     """Refuse an id outside the vocabulary, with its place."""
     if len(ids) and int(ids.max()) >= vocab_size:

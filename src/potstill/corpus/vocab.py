@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,18 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def behaviour_sha256(tokenizer: Any) -> str:
-    """sha256 of all that the fast tokenizer does to a text, which its list of tokens does not say."""
-    said = str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
-    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
+    """sha256 of all that a tokenizer does to a text, which its list of tokens does not say. One that is
+    written in Python says it by the files that it saves.
+    """
+    if hasattr(tokenizer, "backend_tokenizer"):
+        said = str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
+        return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256(type(tokenizer).__name__.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -27,7 +27,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from potstill.assembly import make_objective, require_length
-from potstill.corpus.readers import files_of
 from potstill.errors import UserError, one_line
 from potstill.evals.likelihood import heldout
 from potstill.models.causal_lm import CausalLM
@@ -35,6 +34,7 @@ from potstill.models.files import check_safetensors
 from potstill.models.load import choose_device, choose_dtype, load_config, local_copy, plain_config
 from potstill.models.quantised import pack_for_plan
 from potstill.proof.ledger import Answers, FakeOrder, FakeRows, FakeStore, Ledger, WatchedObjective
+from potstill.proof.sizes import TOKENIZER_FILE_BYTES_PER_ID, corpus_bytes, corpus_tokens, shards_bytes
 from potstill.quiet import quiet_transformers
 from potstill.recipe import Recipe
 from potstill.students.lora import LoraLM
@@ -49,11 +49,6 @@ from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import KEPT
 from potstill.training.loop import Hooks, train
 from potstill.types import Teacher
-
-BYTES_PER_TOKEN_OF_TEXT = 3.5  # SmolLM2's tokenizer on Python source; tokenizers of prose take more bytes
-ROW_BYTES_PER_TOKEN = 5  # uint32 id and bool label, see corpus/rows.py
-TOKENIZER_BYTES_PER_ID = 1300  # two loads of a tokenizer of 49,152 ids: 65 MiB resident
-TOKENIZER_FILE_BYTES_PER_ID = 72  # its tokenizer.json
 
 
 @dataclass(frozen=True)
@@ -82,10 +77,14 @@ class Plan:
     """The most that each part holds at any time: parts do not peak together."""
     student_disk_bytes: int
     checkpoint_disk_bytes: int
+    shards_disk_bytes: int
+    """Of `corpus.shards`, estimated from the size of the files; 0 where they are written already."""
     disk_bytes: int
-    """What the run leaves behind."""
+    """What the run leaves behind, shards included."""
     disk_peak_bytes: int
-    """With the student and the checkpoint that are written before the older ones are deleted."""
+    """With the student and the checkpoint that are written before the older ones are deleted; or while the
+    shards are written, where tokens are there twice.
+    """
     time_s: float | None
     """None where no step was measured."""
 
@@ -194,7 +193,7 @@ def configs_of(recipe: Recipe, teacher_config: Any) -> Configs:
         teacher = plain_config(_read_config(captured_source(recipe.teacher, kept)))
     if asked.name != "cut":
         student = plain_config(_read_config(asked.model))
-        return Configs(teacher, student, _corpus_bytes(recipe, student))
+        return Configs(teacher, student, corpus_bytes(recipe, student.get_text_config().vocab_size))
     if teacher is None:
         raise UserError(
             f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
@@ -202,7 +201,7 @@ def configs_of(recipe: Recipe, teacher_config: Any) -> Configs:
     total = teacher.get_text_config().num_hidden_layers
     keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
     student = cut_config(teacher, keep, total, asked.ffn_width)
-    return Configs(teacher, student, _corpus_bytes(recipe, teacher))
+    return Configs(teacher, student, corpus_bytes(recipe, teacher.get_text_config().vocab_size))
 
 
 def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
@@ -223,6 +222,8 @@ def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
     written += recipe.guard.policy == "rollback"  # the state before the first step
     # A signal, too, saves one, whatever save_every says.
     at_once = min(max(written, 1), KEPT + 1)
+    shards = shards_bytes(recipe)
+    peak = shards + max(2 * saved + min(at_once, KEPT) * checkpoint, saved + at_once * checkpoint)
     return Plan(
         device=str(device),
         phase=ledger.peak_phase,
@@ -233,8 +234,9 @@ def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
         largest={part: ledger.largest[part] for part in TRACED},
         student_disk_bytes=saved,
         checkpoint_disk_bytes=checkpoint,
-        disk_bytes=saved + min(written, KEPT) * checkpoint,
-        disk_peak_bytes=max(2 * saved + min(at_once, KEPT) * checkpoint, saved + at_once * checkpoint),
+        shards_disk_bytes=shards,
+        disk_bytes=shards + saved + min(written, KEPT) * checkpoint,
+        disk_peak_bytes=max(2 * shards, peak),
         time_s=None if step_s is None else step_s * train.steps,
     )
 
@@ -364,19 +366,6 @@ def _bytes_of(source: str) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _corpus_tokens(recipe: Recipe) -> float:
-    asked = recipe.corpus
-    files = files_of(Path(asked.path), getattr(asked, "include", ("*",)), getattr(asked, "exclude", ()))
-    size = sum(file.stat().st_size for file in files if file.exists())
-    return size / {"uint16": 2.0, "uint32": 4.0}.get(getattr(asked, "dtype", ""), BYTES_PER_TOKEN_OF_TEXT)
-
-
-def _corpus_bytes(recipe: Recipe, config: Any) -> int:
-    vocab_size: int = config.get_text_config().vocab_size
-    in_memory = 0 if recipe.corpus.shards else ROW_BYTES_PER_TOKEN  # the system takes a file's pages back
-    return int(_corpus_tokens(recipe) * in_memory) + TOKENIZER_BYTES_PER_ID * vocab_size
-
-
 def capture_size(recipe: Recipe) -> dict[str, float] | None:
     """What `potstill capture` would write, training rows alone, tokens estimated from the size of the files;
     None for a teacher that is not asked but read.
@@ -387,7 +376,7 @@ def capture_size(recipe: Recipe) -> dict[str, float] | None:
     teacher, student = configs.teacher.get_text_config(), configs.student.get_text_config()
     ids = min(teacher.vocab_size, student.vocab_size)
     each = planned_bytes(dataclasses.asdict(recipe.capture), ids, teacher.hidden_size)
-    tokens, train = _corpus_tokens(recipe), recipe.train
+    tokens, train = corpus_tokens(recipe), recipe.train
     if recipe.capture.rows == "steps":
         tokens = min(tokens, train.steps * train.rows_per_step * recipe.corpus.tokens_per_row)
     return {"bytes_per_position": each, "tokens": int(tokens), "bytes": int(each * tokens)}

@@ -13,7 +13,8 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from potstill.plain_files import opened, shown
 
 SUMS = "SHA256SUMS"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+WAIT_S = 0.2  # between two looks at a lock that another holds
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 
 
@@ -57,6 +59,39 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(path: Path, beat: Callable[[], None]) -> Iterator[None]:
+    """The same for hours of work: a file is the lock, made where there is none, and `beat` is called while
+    another holds it.
+    """
+    while True:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab")
+        with file:
+            while not _locked(file.fileno()):
+                beat()
+                time.sleep(WAIT_S)
+            if _is_at(path, file.fileno()):  # else who held it has removed it, and the next has made another
+                yield
+                return
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def flush(path: Path) -> None:
@@ -141,12 +176,16 @@ def repair_folder(place: Path) -> None:
     remove(old)
 
 
-def require_whole(folder: Path, said: Any, todo: str) -> None:
-    """Each file has the sha256 that `said` or else the folder's own `SHA256SUMS` says; UserError else."""
+def require_whole(folder: Path, said: Any, todo: str, holds: Iterable[str] = ()) -> None:
+    """Each file has the sha256 that `said` or else the folder's own `SHA256SUMS` says, and all that `holds`
+    names are among them; UserError else.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, and the run saved its student there. {todo}")
-    sums = said if isinstance(said, dict) and said else None
-    for name, sha256 in (sums or _sums(folder / SUMS, todo)).items():
+    sums: dict[str, Any] = said if isinstance(said, dict) and said else _sums(folder / SUMS, todo)
+    if unsaid := sorted(set(holds) - set(sums)):
+        raise UserError(f"{folder / SUMS}: damaged: it has no line for {unsaid[0]}. {todo}")
+    for name, sha256 in sums.items():
         if not (folder / name).exists():
             raise UserError(f"{folder / name}: missing, and the run saved it. {todo}")
         if (found := file_sha256(folder / name)) != sha256:
