@@ -247,6 +247,9 @@ ARMS = {
     "ours": Arm(ours()),
     "ours, compiled": Arm(ours("train.compile=true"), note="layers through torch.compile"),
     "ours, saving memory": Arm(ours(*SAVING), note="layers computed again, teacher in bfloat16", exact=False),
+    "ours, selective": Arm(
+        ours("train.activation_checkpointing=selective"), note="matrix products and attention kept alone"
+    ),
     "bodies and heads apart": Arm(apart, "torch", note="no loss, no optimizer: what a step cannot go below"),
     "plain": Arm(online(lambda: losses.on_logits(step.plain_loss)), "torch"),
     "plain, compiled loss": Arm(online(losses.plain_compiled), "torch"),

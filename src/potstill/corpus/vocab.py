@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -59,26 +60,38 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The fast tokenizer of a Hugging Face folder or of a GGUF file; code that comes with it is never run."""
+    """The fast tokenizer of a Hugging Face folder or of a GGUF file; code that comes with it is never run.
+
+    Whoever asks again gets the same one, as long as its files are: corpus and teacher mostly share theirs,
+    and one of a GGUF file takes seconds and tens of MiB.
+    """
     if not has_tokenizer(path):
         raise UserError(
             f"{path}: no tokenizer there. Name a folder with tokenizer.json, a hub id or a GGUF file."
         )
     try:
-        settings = _settings(path)
-        with quiet_transformers(), quiet_process():
-            if path.suffix == ".gguf":
-                return transformers.AutoTokenizer.from_pretrained(
-                    path.parent, gguf_file=path.name, trust_remote_code=False
-                )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        _require_added(tokenizer, settings.get("tokenizer.json", {}).get("added_tokens") or [])
-        return tokenizer
+        files = [path] if path.suffix == ".gguf" else sorted(path.iterdir())
+        stats = [os.stat(file) for file in files if file.exists()]
+        return _read(path, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
     except BaseException as error:  # the tokenizers library raises bare Exception, and panics that are none
         if not _is_told(error):
             raise
         said = str(error).removeprefix(f"{path}{os.sep}") if isinstance(error, UserError) else one_line(error)
         raise UserError(f"{path}: its tokenizer cannot be read: {said}") from error
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, files: tuple[tuple[int, int, int], ...]) -> Any:
+    """`files`, their inodes, sizes and times, are a part of the question."""
+    settings = _settings(path)
+    with quiet_transformers(), quiet_process():
+        if path.suffix == ".gguf":
+            return transformers.AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    _require_added(tokenizer, settings.get("tokenizer.json", {}).get("added_tokens") or [])
+    return tokenizer
 
 
 def _settings(path: Path) -> dict[str, Any]:

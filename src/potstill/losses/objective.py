@@ -224,6 +224,10 @@ def few_kernels() -> Way:
     return torch.compile(Objective._fused)
 
 
+# PyTorch's own compiler asks this before it writes into what a graph holds. Where it is gone: as if kept.
+_is_graph_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 class _SumOverPositions(torch.autograd.Function):
     """ce, kd and loss summed over positions, and the gradient of loss, formed a chunk at a time."""
 
@@ -283,7 +287,9 @@ class _SumOverPositions(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the parameter's type at once: of a head, a copy in float32 on the way is as large as itself."""
+    """In its place, or in the parameter's type at once: of a head, a copy on the way is as large as it is."""
+    if grad.dtype == dtype and not _is_graph_kept():
+        return grad.mul_(factor)
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 

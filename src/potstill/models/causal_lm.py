@@ -103,6 +103,17 @@ class CausalLM(nn.Module):
         again = {"context_fn": partial(create_selective_checkpoint_contexts, _kept)} if selective else {}
         getattr(self.hf, "activation_checkpointing_enable", older)({"use_reentrant": False, **again})
 
+    def sum_tied_gradients_in_place(self) -> None:
+        """Have `backward` add a tied embedding's gradient, which has few rows, into the head's: autograd
+        would make a second one of that size and add the two. `torch.autograd.grad` then lacks it.
+        """
+        embedding = self.hf.get_input_embeddings()
+        is_plain = type(embedding) is nn.Embedding and not embedding.scale_grad_by_freq
+        is_tied = is_plain and embedding.weight is self.hf.get_output_embeddings().weight
+        # On CUDA such a sum has another order each time; and what is compiled holds the embedding, too.
+        if is_tied and self.device.type == "cpu" and self.compiled_body is None:
+            embedding.register_forward_hook(_sum_in_place)
+
     def mask_from(self, known: int) -> None:
         """Give ids from `known` on probability exactly 0: in loss, evaluation, logits and generation, and in
         what Transformers generates from the saved model.
@@ -223,6 +234,25 @@ class CausalLM(nn.Module):
 
     def _tolerance(self) -> float:
         return TOLERANCE[self.hf.get_output_embeddings().weight.dtype]
+
+
+def _sum_in_place(embedding: nn.Embedding, inputs: tuple[Tensor], embedded_BTD: Tensor) -> Tensor:
+    """A forward hook: autograd ends at the embedded rows, and their gradient goes on from there by hand."""
+    ids_M, weight_VD = inputs[0].flatten(), embedding.weight
+    if not (weight_VD.requires_grad and embedded_BTD.requires_grad):
+        return embedded_BTD
+
+    def add(grad_BTD: Tensor) -> None:
+        grad_MD = grad_BTD.flatten(0, -2)
+        if embedding.padding_idx is not None:  # which is never trained
+            grad_MD = grad_MD.masked_fill((ids_M == embedding.padding_idx)[:, None], 0)
+        if weight_VD.grad is None:
+            weight_VD.grad = torch.zeros_like(weight_VD)
+        weight_VD.grad.index_add_(0, ids_M, grad_MD)
+
+    leaf_BTD = embedded_BTD.detach().requires_grad_()
+    leaf_BTD.register_hook(add)  # type: ignore[no-untyped-call]
+    return leaf_BTD
 
 
 def _kept(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:

@@ -68,6 +68,7 @@ class Ranks:
     def spread(self, student: Student) -> Callable[..., Any]:
         """What to call for a step in the place of `student`, whose weights may now lie in shards."""
         if self.world == 1:
+            student.model.sum_tied_gradients_in_place()
             return student
         if self.kind == "ddp":
             return DistributedDataParallel(student, broadcast_buffers=False)

@@ -1,0 +1,95 @@
+"""A tied embedding's gradient goes into the head's: the sum that autograd makes, without a second buffer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from potstill.losses.objective import Objective
+from potstill.models.load import load_causal_lm
+from potstill.students.student import Student
+from potstill.types import Batch
+
+V, D, PAD = 258, 32, 1
+
+
+def batches() -> list[Batch]:
+    """Two micro-batches with repeated ids, the padding's among them."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for _ in range(2):
+        ids_BT = torch.randint(0, 12, (2, 8), generator=generator)
+        ids_BT[0, 2] = PAD
+        positions_BT = torch.arange(8).expand(2, 8)
+        labels_N = ids_BT[:, 1:].flatten()
+        places_N = (torch.arange(2)[:, None] * 8 + torch.arange(7)).flatten()
+        found.append(Batch(torch.arange(2), ids_BT, positions_BT, places_N, labels_N))
+    return found
+
+
+class MadeOfThatSize(TorchDispatchMode):
+    """Counts the storages of V × D numbers that come to life."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.kept: list[torch.Tensor] = []  # or an address would be given twice
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            place = tensor.untyped_storage().data_ptr() if torch.is_tensor(tensor) else None
+            if place is not None and tensor.shape == (V, D) and place not in before | self.known:
+                self.known.add(place)
+                self.kept.append(tensor)
+                self.count += 1
+        return out
+
+
+def gradients(student: Student) -> tuple[dict[str, torch.Tensor], int]:
+    made = MadeOfThatSize()
+    for batch in batches():
+        loss = student(batch, None)["loss"]
+        with made:
+            (loss / 28).backward()
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, made.count
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_sum_is_the_one_that_autograd_makes(tied: bool, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", with_tokenizer=False, tie_word_embeddings=tied)
+    plain, ours = (
+        Student(load_causal_lm(folder), Objective(kd_weight=0, ce_weight=1, chunk=5)) for _ in range(2)
+    )
+    ours.model.sum_tied_gradients_in_place()
+    (expected, made_by_autograd), (found, made) = gradients(plain), gradients(ours)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6), name
+    assert made == 0 < made_by_autograd if tied else made == made_by_autograd
+
+
+def test_frozen_weights_stay_without_a_gradient(tmp_path: Path) -> None:
+    model = load_causal_lm(make_model(tmp_path / "model", with_tokenizer=False))
+    model.sum_tied_gradients_in_place()
+    weight_VD = model.head.weight_VD.requires_grad_(False)
+    hidden_BTD = model.hidden(batches()[0].input_ids_BT)
+    hidden_BTD.sum().backward()
+    assert weight_VD.grad is None
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_twice(tmp_path: Path) -> None:
+    student = Student(
+        load_causal_lm(make_model(tmp_path / "model", with_tokenizer=False)), Objective(kd_weight=0)
+    )
+    loss, parameters = student(batches()[0], None)["loss"] * 0.25, list(student.parameters())
+    once, twice = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
