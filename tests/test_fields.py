@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_corpus, make_model, make_tokenizer, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill import distill, recipe
 from potstill.proof.preflight import Checked
@@ -193,15 +195,31 @@ def test_activation_checkpointing_changes_memory_and_no_result(
         kept.append(tensor.nbytes)
         return tensor
 
-    runs, sums = [], []
+    runs, sums, products, activations = [], [], [], []
     for way in ("false", "selective", "true"):
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), Operators() as ran:
             overrides = [f"train.activation_checkpointing={way}", "train.steps=1"]
             runs.append(distill(tiny_recipe(), overrides=overrides, out=tmp_path / way))
         sums.append(sum(kept))
+        products.append(ran.count["aten.mm.default"])
+        activations.append(ran.count["aten.silu.default"])
     assert weights(runs[0]) == weights(runs[1]) == weights(runs[2])
     assert sums[2] < sums[0] / 2 and sums[1] < sums[0]
+    assert products[0] == products[1] < products[2]
+    assert activations[0] < activations[1] == activations[2]
+
+
+class Operators(TorchDispatchMode):
+    """Counts what runs, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_checkpoints_are_written_as_often_as_asked(tiny_recipe: Recipe, tmp_path: Path) -> None:

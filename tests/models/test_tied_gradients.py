@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from potstill.losses.objective import Objective
+from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.students.student import Student
+from potstill.training import parallel
+from potstill.training.parallel import Ranks
 from potstill.types import Batch
 
 V, D, PAD = 258, 32, 1
@@ -75,6 +79,36 @@ def test_the_sum_is_the_one_that_autograd_makes(tied: bool, tmp_path: Path) -> N
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6), name
     assert made == 0 < made_by_autograd if tied else made == made_by_autograd
+
+
+def test_the_loop_asks_for_it_and_not_where_another_would_miss_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ranks exchange the gradient before it is whole; what is compiled holds the embedding."""
+
+    def hooks(ranks: Ranks, compiled: bool) -> int:
+        student = Student(load_causal_lm(folder), Objective())
+        student.model.compiled_body = student.model.hf.base_model if compiled else None
+        ranks.spread(student)
+        return len(student.model.hf.get_input_embeddings()._forward_hooks)
+
+    folder = make_model(tmp_path / "model", with_tokenizer=False)
+    assert hooks(Ranks(), compiled=False) == 1
+    assert hooks(Ranks(), compiled=True) == 0
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda student, **_: student)
+    assert hooks(Ranks(world=2), compiled=False) == 0
+
+
+def test_a_model_that_writes_into_its_embedded_rows_trains(tmp_path: Path) -> None:
+    config = transformers.CTRLConfig(vocab_size=V, n_embd=D, dff=64, n_layer=2, n_head=4, n_positions=64)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    hf = load_causal_lm(tmp_path / "model").hf
+    ids_BT = batches()[0].input_ids_BT
+    expected = torch.autograd.grad(hf(input_ids=ids_BT, labels=ids_BT).loss, hf.transformer.w.weight)[0]
+    CausalLM(hf, "ctrl").sum_tied_gradients_in_place()
+    hf(input_ids=ids_BT, labels=ids_BT).loss.backward()
+    assert torch.allclose(hf.transformer.w.weight.grad, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_weights_stay_without_a_gradient(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ from potstill.assembly import Cast, assemble
 from potstill.cli import main
 from potstill.corpora import make_corpus as read_corpus
 from potstill.proof import plan as planning
+from potstill.proof import tracing
 from potstill.proof.advice import advice
 from potstill.proof.ledger import Ledger
 from potstill.proof.plan import Plan, plan
@@ -172,7 +174,7 @@ def test_a_step_without_data_holds_what_the_same_step_with_data_holds(kind: str)
 
     real, fake = Ledger(), Ledger()
     step(Counting(real))
-    with planning.FakeTensorMode():
+    with FakeTensorMode():
         step(fake)
     assert fake.largest["activations"] == real.largest["activations"] > 0
 
@@ -285,6 +287,26 @@ def test_shards_are_counted_on_the_disk_until_they_are_there(wide: Write, tmp_pa
     assert found.shards_disk_bytes == pytest.approx(written, rel=0.15)
     assert found.disk_bytes - without.disk_bytes == found.shards_disk_bytes
     assert plan(recipe).disk_bytes == without.disk_bytes
+
+
+def test_what_is_known_already_is_not_traced_again(wide: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: list[Recipe] = []
+    whole = tracing._trace
+    monkeypatch.setattr(tracing, "_known", {})
+    monkeypatch.setattr(
+        tracing, "_trace", lambda recipe, *rest: traces.append(recipe) or whole(recipe, *rest)
+    )
+    first = plan(load_recipe(wide()))
+    again = plan(load_recipe(wide(), ["train.lr=0.5", "train.seed=7", "train.steps=500"]))
+    assert len(traces) == 1 and again.parts.items() - first.parts.items() <= {("libraries", again.libraries)}
+    for change in (
+        "train.rows_per_step=9",
+        "objective.chunk=8",
+        "teacher.dtype=bfloat16",
+        "student.layers=1",
+    ):
+        plan(load_recipe(wide(), [change]))
+    assert len(traces) == 5
 
 
 def test_no_weight_is_read_and_no_random_number_is_drawn(wide: Write, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from shipping.tiny_models import make_model, make_run, make_tokenizer, needs_lla
 
 from potstill import TorchTeacher, UserError, cli
 from potstill.models import llama_cpp, load
-from potstill.models.quantised import weight_bytes
+from potstill.models.llama_cpp import LlamaCppLM
+from potstill.models.quantised import parts_of, weight_bytes
 from potstill.shipping.export import export_run
 from potstill.teachers import backends
 from potstill.teachers.backends import choose
@@ -339,3 +340,29 @@ def test_an_answer_for_fewer_tokens_is_refused(gguf: Path, monkeypatch: pytest.M
     )
     with pytest.raises(UserError, match="answered for 5 tokens of 6"):
         stored.logits_for_batch(torch.arange(6)[None])
+
+
+def test_one_file_of_several_is_refused_because_no_hash_would_know_the_others(
+    gguf: Path, tmp_path: Path
+) -> None:
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    part = tmp_path / "m-00001-of-00003.gguf"
+    count = {Keys.Split.LLM_KV_SPLIT_COUNT: MetadataDetails(GGUFValueType.UINT16, 3)}
+    copy_with_new_metadata(GGUFReader(gguf), GGUFWriter(part, "llama"), count, [])
+    with pytest.raises(UserError, match=r"m-00001-of-00003\.gguf: one of 3 files of a model.*--merge"):
+        LlamaCppLM.open(part, torch.float32, 64, "teacher")
+
+
+def test_a_tensor_made_of_tensors_made_of_tensors_is_all_of_their_parts() -> None:
+    class Made:
+        def __init__(self, **parts: Any) -> None:
+            vars(self).update(parts)
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return list(vars(self)), None
+
+    numbers, scale, zero = torch.zeros(4, dtype=torch.int8), torch.ones(2), torch.zeros(1)
+    outer: Any = Made(inner=Made(numbers=numbers, scale=scale), zero=zero)
+    assert [part.data_ptr() for part in parts_of(outer)] == [t.data_ptr() for t in (numbers, scale, zero)]

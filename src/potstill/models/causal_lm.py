@@ -252,7 +252,7 @@ def _sum_in_place(embedding: nn.Embedding, inputs: tuple[Tensor], embedded_BTD: 
 
     leaf_BTD = embedded_BTD.detach().requires_grad_()
     leaf_BTD.register_hook(add)  # type: ignore[no-untyped-call]
-    return leaf_BTD
+    return leaf_BTD.clone()  # a model may write into it, which none may into a leaf
 
 
 def _kept(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from gguf import GGUFReader
+from gguf import GGUFReader, Keys
 from gguf.quants import dequantize
 from torch import Tensor, nn
 
@@ -51,11 +51,13 @@ class LlamaCppLM(CausalLM):
             UserError: no whole GGUF file, or one that llama.cpp cannot run.
         """
         check_model_files(path)
+        file = GGUFReader(path)
+        _require_one_file(path, file)
         config = plain_config(load_config(path))
         made_for = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
         with quiet_transformers(), torch.device("meta"):
             hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        weight_VD, bias_V = _head(path, dtype)
+        weight_VD, bias_V = _head(path, file, dtype)
         V, D = weight_VD.shape
         head = nn.Linear(D, V, bias=bias_V is not None, device="meta")
         head.weight = nn.Parameter(weight_VD)
@@ -142,18 +144,28 @@ class LlamaCppLM(CausalLM):
         return found
 
 
+def _require_one_file(path: Path, file: GGUFReader) -> None:
+    """Of a model in several files llama.cpp would open the others itself, and no hash would know of them."""
+    count = file.get_field(Keys.Split.LLM_KV_SPLIT_COUNT)
+    if count is not None and (parts := int(count.contents())) > 1:
+        raise UserError(
+            f"{path}: one of {parts} files of a model. Put them together with llama.cpp's"
+            " `llama-gguf-split --merge`."
+        )
+
+
 def _some(numbers_T: Tensor) -> list[int]:
     """The documents of a row: numbered from 1 where it is not padding."""
     return sorted({int(number) for number in numbers_T if number > 0})
 
 
-def _head(path: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _head(path: Path, file: GGUFReader, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """weight_VD and bias_V of the output, as numbers."""
-    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in file.tensors}
     found = next((tensors[name] for name in HEADS if name in tensors), None)
     if found is None:
         raise UserError(f"{path}: neither {' nor '.join(HEADS)} is in it. A causal language model is needed.")
-    weight_VD = torch.from_numpy(dequantize(found.data, found.tensor_type)).to(dtype)
+    weight_VD = torch.from_numpy(np.array(dequantize(found.data, found.tensor_type))).to(dtype)
     bias = tensors.get("output.bias")
     return weight_VD, None if bias is None else torch.from_numpy(np.array(bias.data)).to(dtype)
 

@@ -60,7 +60,7 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [getattr(tensor, name) for name in names]
+    return [part for name in names for part in parts_of(getattr(tensor, name))]
 
 
 def weight_bytes(model: CausalLM) -> int:

@@ -1,9 +1,6 @@
 """What a run will need of memory, disk and time, before it is started: `potstill plan`.
 
-The step is not estimated by formulas. The trainer's own loop runs on tensors without data (PyTorch's fake
-tensors), with models made of the real configs, and every storage that lives is counted. One step of two
-micro-batches sees all that can be alive at once, if the optimizer's moments are there before it: the second
-micro-batch has the first one's gradients. No weight is read and no random number is drawn.
+The step is not estimated by formulas: `tracing` runs it on tensors without data.
 
 On the CPU what is compared is the peak of the process: the libraries (this process as it is now), the
 tokenizer and the rows come on top. On CUDA it is the peak of the device's allocator, and they do not.
@@ -15,40 +12,24 @@ import dataclasses
 import functools
 import os
 import platform
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.initialization import no_init_weights
 
-from potstill.assembly import make_objective, require_length
-from potstill.errors import UserError, one_line
-from potstill.evals.likelihood import heldout
-from potstill.models.causal_lm import CausalLM
-from potstill.models.files import check_safetensors
-from potstill.models.load import choose_device, choose_dtype, load_config, local_copy, plain_config
-from potstill.models.quantised import pack_for_plan
-from potstill.proof.ledger import Answers, FakeOrder, FakeRows, FakeStore, Ledger, WatchedObjective
+from potstill.assembly import require_length
+from potstill.errors import UserError
+from potstill.models.load import choose_device, load_config, plain_config
 from potstill.proof.sizes import TOKENIZER_FILE_BYTES_PER_ID, corpus_bytes, corpus_tokens, shards_bytes
-from potstill.quiet import quiet_transformers
+from potstill.proof.tracing import Traced, resident_bytes, trace
 from potstill.recipe import Recipe
-from potstill.students.lora import LoraLM
-from potstill.students.student import Student
 from potstill.students.surgery import cut_config, layers_to_keep
 from potstill.targets.kinds import planned_bytes
 from potstill.targets.store import read_manifest
-from potstill.teachers.backends import FULL
-from potstill.teachers.fixture import FixtureTeacher, TableTeacher
 from potstill.teachers.stored import captured_source
-from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.checkpoint import KEPT
-from potstill.training.loop import Hooks, train
-from potstill.types import Teacher
 
 
 @dataclass(frozen=True)
@@ -145,15 +126,6 @@ def available(recipe: Recipe, folder: Path) -> tuple[int, int]:
     return min(_system_left(), _container_left()) + resident_bytes(), free_disk
 
 
-def resident_bytes() -> int:
-    """Memory of this process now; where there is no /proc, the most that it ever was."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def _system_left() -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
@@ -207,17 +179,14 @@ def configs_of(recipe: Recipe, teacher_config: Any) -> Configs:
 def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
     device = choose_device(recipe.train.device)
     require_countable(recipe, configs)
-    ledger = Ledger()
-    parameters = _trace(recipe, configs, device, ledger)
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    traced = trace(recipe, configs.teacher, configs.student, device)
     vocab_size = configs.student.get_text_config().vocab_size
     on_cpu = device.type == "cpu"
     train = recipe.train
     # With LoRA, too: the merged model, and the adapters beside it.
-    saved = 4 * sum(p.numel() for p in parameters) + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
-    numel = sum(p.numel() for p in trained)
-    moments = 2 * 4 * numel + 4 * len(trained) if train.optimizer == "adamw" else 0
-    checkpoint = 4 * numel + moments
+    saved = 4 * traced.weights + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
+    moments = 2 * 4 * traced.trained + 4 * traced.trained_tensors if train.optimizer == "adamw" else 0
+    checkpoint = 4 * traced.trained + moments
     written = train.steps // train.save_every if train.save_every else 0
     written += recipe.guard.policy == "rollback"  # the state before the first step
     # A signal, too, saves one, whatever save_every says.
@@ -226,12 +195,12 @@ def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
     peak = shards + max(2 * saved + min(at_once, KEPT) * checkpoint, saved + at_once * checkpoint)
     return Plan(
         device=str(device),
-        phase=ledger.peak_phase,
-        **{part: ledger.at_peak[part] for part in TRACED},
+        phase=traced.phase,
+        **{part: traced.at_peak[part] for part in TRACED},
         corpus=configs.corpus_bytes if on_cpu else 0,
-        libraries=ledger.libraries if on_cpu else 0,
-        allocator=_kept_by_allocator(ledger, recipe) if on_cpu else 0,
-        largest={part: ledger.largest[part] for part in TRACED},
+        libraries=traced.libraries if on_cpu else 0,
+        allocator=_kept_by_allocator(traced, recipe) if on_cpu else 0,
+        largest={part: traced.largest[part] for part in TRACED},
         student_disk_bytes=saved,
         checkpoint_disk_bytes=checkpoint,
         shards_disk_bytes=shards,
@@ -255,115 +224,10 @@ def require_countable(recipe: Recipe, configs: Configs) -> None:
         )
 
 
-def _kept_by_allocator(ledger: Ledger, recipe: Recipe) -> int:
+def _kept_by_allocator(traced: Traced, recipe: Recipe) -> int:
     if recipe.train.return_memory or platform.libc_ver()[0] != "glibc":
         return 0
-    return int(KEPT_BY_GLIBC * sum(ledger.at_peak[part] for part in TRACED))
-
-
-def _trace(
-    recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledger
-) -> list[torch.nn.Parameter]:
-    """Run the loop without data; returns the student's parameters."""
-    asked = recipe.train
-    rows = asked.micro_batch_rows
-    few = min(asked.rows_per_step, 2 * rows)
-    small = dataclasses.replace(asked, steps=1, warmup=0, rows_per_step=few, save_every=0, compile=False)
-    recipe = dataclasses.replace(recipe, train=small)
-    precision = torch.bfloat16 if asked.precision == "bfloat16" else None
-    libraries = resident_bytes()
-    with quiet_transformers(), torch.random.fork_rng(devices=[]), FakeTensorMode(), ledger, Answers():
-        ledger.phase = "loading"
-        with ledger.part("store" if recipe.teacher.name == "store" else "teacher"):
-            teacher = _teacher(recipe, configs, device, ledger)
-        with ledger.part("student"):
-            model = _model(configs.student, torch.float32, device, "student")
-            model = model if recipe.lora is None else LoraLM(model, recipe.lora)
-            if asked.activation_checkpointing:
-                model.checkpoint_activations(selective=asked.activation_checkpointing == "selective")
-        ids = min(teacher.vocab_size, model.vocab_size)
-        for of in (model, teacher.model) if isinstance(teacher, TorchTeacher) else (model,):
-            of.mask_from(ids)  # one side may have a padded end
-        if recipe.teacher.name == "torch" and recipe.teacher.weights != FULL:
-            ledger.phase = "measuring the teacher's bits"
-            with ledger.part("teacher"):
-                full = _full_teacher(recipe.teacher, configs, device)
-            full.targets(FakeRows(recipe.corpus.tokens_per_row, 2).batch(range(2)))
-            del full
-        # Transformers imports a model's code when it first makes one, as the run will.
-        ledger.libraries = max(libraries, resident_bytes())
-        made = make_objective(recipe, precision)
-        options = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
-        student = Student(model, WatchedObjective(**options, part=ledger.part), precision)
-        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(ledger.gradient)  # type: ignore[no-untyped-call]
-        fake_rows = FakeRows(recipe.corpus.tokens_per_row, min(recipe.corpus.heldout_rows, rows))
-
-        def evaluate(step: int) -> dict[str, float]:
-            # It needs less than a step does, unless it alone asks the teacher; most so beside the moments.
-            if step == 0 or recipe.objective.kd_weight:
-                return {"heldout/loss": 0.0}
-            ledger.phase = "held-out evaluation"
-            return heldout(student, teacher, fake_rows, rows)
-
-        def watch(optimizer: torch.optim.Optimizer) -> None:
-            optimizer.register_step_pre_hook(lambda *_: ledger.switch("optimizer"))
-            optimizer.register_step_post_hook(lambda *_: ledger.switch("activations"))
-            if asked.steps > 1:
-                for parameter in trained:
-                    parameter.grad = torch.empty_like(parameter)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            ledger.phase = "training step"
-
-        def save(step: int, metrics: dict[str, float]) -> None:
-            if isinstance(model, LoraLM) and device.type == "cpu":  # the merged matrices are copies there
-                ledger.phase = "saving the merged student"
-                model.state()
-                ledger.phase = "training step"
-
-        hooks = Hooks(evaluate, lambda *_: None, save, resume=watch)
-        asked_teacher = teacher if recipe.objective.kd_weight else None
-        train(student, asked_teacher, fake_rows, FakeOrder(), recipe, hooks)
-    return list(student.parameters())
-
-
-def _teacher(recipe: Recipe, configs: Configs, device: torch.device, ledger: Ledger) -> Teacher:
-    asked = recipe.teacher
-    match asked.name:
-        case "torch":
-            made = _full_teacher(asked, configs, device)
-            if asked.weights != FULL:
-                pack_for_plan(made.model, asked.weights, _bytes_of(asked.model))
-            return made
-        case "table":
-            ((_, (size, _)),) = check_safetensors(Path(asked.path)).values()
-            return TableTeacher(torch.zeros(size, size, device=device))
-        case "store":
-            return FakeStore.of(read_manifest(Path(asked.path)), device, ledger.part)
-        case _:
-            return FixtureTeacher(asked.vocab_size)
-
-
-def _full_teacher(asked: Any, configs: Configs, device: torch.device) -> TorchTeacher:
-    return TorchTeacher(_model(configs.teacher, choose_dtype(asked.dtype), device, "teacher"), None)
-
-
-def _model(config: Any, dtype: torch.dtype, device: torch.device, name: str) -> CausalLM:
-    """The model of a config, its weights without data."""
-    try:
-        with no_init_weights(), device:
-            hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        hf.tie_weights()
-    except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
-        raise UserError(f"{name}: no causal LM can be made of its config: {one_line(error)}") from error
-    return CausalLM(hf, name)
-
-
-def _bytes_of(source: str) -> int:
-    path = local_copy(source)
-    return path.stat().st_size if path.is_file() else 0
+    return int(KEPT_BY_GLIBC * sum(traced.at_peak[part] for part in TRACED))
 
 
 def capture_size(recipe: Recipe) -> dict[str, float] | None:
