@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -71,7 +72,10 @@ class Ranks:
             student.model.sum_tied_gradients_in_place()
             return student
         if self.kind == "ddp":
-            return DistributedDataParallel(student, broadcast_buffers=False)
+            known = inspect.signature(DistributedDataParallel).parameters
+            is_new = "forward_sync_buffers" in known  # the name from PyTorch 2.13 on
+            unsynced: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
+            return DistributedDataParallel(student, **unsynced)
         mesh = init_device_mesh(self.device.type, (self.world,))
         for layer in _layers(student):
             fully_shard(layer, mesh=mesh)
