@@ -16,6 +16,7 @@ from potstill.recipe import Recipe
 
 SHORTEST_ROW = 128
 """Tokens: a row is rather made shorter than a smaller model taken, but not so short that it says nothing."""
+CHECKPOINTING: dict[Any, list[Any]] = {False: ["selective", True], "selective": [True], True: []}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _levers(recipe: Recipe) -> list[_Lever]:
     levers = [
         _Lever("train.rows_per_micro_batch", _halves(train.micro_batch_rows, 1)),
         _Lever("objective.chunk", _halves(recipe.objective.positions_at_once, FEWEST_POSITIONS)),
-        _Lever("train.activation_checkpointing", [] if train.activation_checkpointing else [True]),
+        _Lever("train.activation_checkpointing", CHECKPOINTING[train.activation_checkpointing]),
         _Lever("train.return_memory", [] if train.return_memory else [True]),
         _Lever("train.precision", ["bfloat16"] if train.precision == "float32" else []),
         _Lever("teacher.dtype", ["bfloat16"] if getattr(recipe.teacher, "dtype", "") == "float32" else []),
