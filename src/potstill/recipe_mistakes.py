@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ Path = tuple[str, ...]
 Schema = Mapping[Path, tuple[Any, ...]]
 """The dataclasses that may stand at each section; where several may, their `name` chooses."""
 
+WORDS = {"True": "true", "False": "false"}
 WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -55,7 +57,7 @@ def explain(finding: Mapping[str, Any], tree: dict[str, Any], schema: Schema) ->
         bound = context[key]
         return path, f"{shown(value)} {said.format(int(bound) if bound == int(bound) else bound)}"
     if kind == "literal_error":
-        known = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
+        known = [WORDS.get(word, word.strip("'")) for word in re.split(", | or ", context["expected"])]
         close = difflib.get_close_matches(str(value), known, n=1)
         return path, f"{shown(value)} is not one of {', '.join(known)}." + (
             f" Did you mean {close[0]}?" if close else ""

@@ -302,7 +302,7 @@ class Train(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes, by torchrun: each keeps the whole student (ddp), or a part of its weights,
     gradients and moments (fsdp). One process: no difference."""
-    activation_checkpointing: bool | Literal["selective"] = False
+    activation_checkpointing: Literal[False, True, "selective"] = False
     """Keep one hidden state a layer and compute the rest again on the way back: memory, not results.
     `selective` keeps what matrix products and attention made, too: less saved, and hardly slower."""
     compile: bool = False
