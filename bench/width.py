@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,8 @@ Ranking = Callable[[CausalLM, set[str], Sequence[Batch]], dict[str, Tensor]]
 
 
 def mean_magnitude(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, positions_N: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> None:
-        sums[name] = sums.get(name, 0.0) + inputs[0].flatten(0, 1)[positions_N].abs().sum(0)
-
-    for batch in batches:
-        hooks = [
-            teacher.hf.get_submodule(name).register_forward_pre_hook(partial(add, name, batch.positions_N))
-            for name in outs
-        ]
-        teacher.hidden(batch.input_ids_BT, batch.position_ids_BT)
-        for hook in hooks:
-            hook.remove()
-    return sums
+    modules = {name: teacher.hf.get_submodule(name) for name in outs}
+    return surgery.summed_inputs(teacher, modules, batches, lambda x_NC: x_NC.abs().sum(0))
 
 
 def chance(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -304,7 +304,7 @@ class Train(Section):
     gradients and moments (fsdp). One process: no difference."""
     activation_checkpointing: Literal[False, True, "selective"] = False
     """Keep one hidden state a layer and compute the rest again on the way back: memory, not results.
-    `selective` keeps what matrix products and attention made, too: less saved, and hardly slower."""
+    `selective` keeps what matrix products and attention made, too: less saved, and less to compute again."""
     compile: bool = False
     """Run both models' layers, and on CUDA the loss between its products, through torch.compile: faster
     steps after a slow first one, the same results but for rounding. Needs Triton on CUDA, else a C++

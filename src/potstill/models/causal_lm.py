@@ -111,7 +111,8 @@ class CausalLM(nn.Module):
         is_plain = type(embedding) is nn.Embedding and not embedding.scale_grad_by_freq
         is_tied = is_plain and embedding.weight is self.hf.get_output_embeddings().weight
         # On CUDA such a sum has another order each time; and what is compiled holds the embedding, too.
-        if is_tied and self.device.type == "cpu" and self.compiled_body is None:
+        is_apt = is_tied and self.device.type == "cpu" and self.compiled_body is None
+        if is_apt and _sum_in_place not in embedding._forward_hooks.values():  # a student may train twice
             embedding.register_forward_hook(_sum_in_place)
 
     def mask_from(self, known: int) -> None:

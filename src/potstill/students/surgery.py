@@ -11,7 +11,7 @@ Which channels matters as much, and norms of weights do not tell: see `ffn_impor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -178,12 +178,32 @@ def ffn_importance(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) 
     Activations on a little data are what Minitron ranks by (Muralidharan et al. 2024, arXiv:2407.14679),
     without the column. Norms of weights alone chose worse than chance (docs/cut.md).
     """
-    squares: dict[str, Tensor] = {}
     modules = {name: teacher.hf.get_submodule(name) for name in outs}
+    squares = summed_inputs(
+        teacher,
+        modules,
+        batches,
+        lambda x_NC: torch.linalg.vector_norm(x_NC, dim=0, dtype=torch.float64) ** 2,
+    )
+    count = sum(len(batch.positions_N) for batch in batches)
+    return {
+        name: (squares[name] / count).sqrt()
+        * torch.linalg.vector_norm(_by_output(module, module.weight), dim=0, dtype=torch.float64)
+        for name, module in modules.items()
+    }
+
+
+def summed_inputs(
+    teacher: CausalLM,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    of: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """`of` what comes into each module at the batches' positions, input_NC, summed over the batches."""
+    sums: dict[str, Tensor] = {}
 
     def add(name: str, positions_N: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        norm_C = torch.linalg.vector_norm(inputs[0].flatten(0, 1)[positions_N], dim=0, dtype=torch.float64)
-        squares[name] = squares.get(name, 0.0) + norm_C**2
+        sums[name] = sums.get(name, 0.0) + of(inputs[0].flatten(0, 1)[positions_N])
 
     for batch in batches:
         batch = batch.to(teacher.device)
@@ -194,12 +214,7 @@ def ffn_importance(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) 
         teacher.hidden(batch.input_ids_BT, batch.position_ids_BT)
         for hook in hooks:
             hook.remove()
-    count = sum(len(batch.positions_N) for batch in batches)
-    return {
-        name: (squares[name] / count).sqrt()
-        * torch.linalg.vector_norm(_by_output(module, module.weight), dim=0, dtype=torch.float64)
-        for name, module in modules.items()
-    }
+    return sums
 
 
 def _by_output(module: nn.Module, weight: Tensor) -> Tensor:
