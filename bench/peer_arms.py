@@ -76,7 +76,10 @@ def apart(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     import torch
     from scaling import Case, bare_matmuls
 
+    from potstill.process import choose_matmul, multiply_by
+
     settings, batches, teacher, student = step.pair(step.RECIPE, overrides)
+    multiply_by(choose_matmul(settings.train.matmul, torch.device("cpu"))[0])  # by whom ours are made, too
     weights = {
         name: model.get_output_embeddings().weight.detach()
         for name, model in (("weight_VD", student), ("weight_VE", teacher))
@@ -246,6 +249,7 @@ MEMORY = "kept targets are in memory before the first step"
 ARMS = {
     "ours": Arm(ours()),
     "ours, compiled": Arm(ours("train.compile=true"), note="layers through torch.compile"),
+    "ours, matmul: blas": Arm(ours("train.matmul=blas"), note="products by the library that peers' are by"),
     "ours, saving memory": Arm(ours(*SAVING), note="layers computed again, teacher in bfloat16", exact=False),
     "ours, selective": Arm(
         ours("train.activation_checkpointing=selective"), note="matrix products and attention kept alone"

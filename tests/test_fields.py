@@ -91,6 +91,7 @@ SHOWN_BY = {
     "teacher.reference": "tests/teachers/test_backends.py",
     "teacher.sharded": "tests/training/test_parallel.py",
     "train.return_memory": "tests/proof/test_plan.py",
+    "train.matmul": "tests/training/test_matmul.py",
     "guard.policy": "tests/training/test_guard.py",
     "guard.loss_ceiling": "tests/training/test_guard.py",
     "guard.first_step_s": "tests/training/test_guard.py",

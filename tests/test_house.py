@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "potstill"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
-    {"errors", "types", "registry", "display", "quiet", "plain_files", "memory"},
+    {"errors", "types", "registry", "display", "quiet", "plain_files", "process"},
     {"losses", "corpus", "models", "recipe"},
     {"runs"},
     {"targets"},

@@ -22,11 +22,11 @@ from potstill.corpus import rows, vocab
 from potstill.corpus.decontamination import told
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
-from potstill.memory import return_freed_memory
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compiled import compile_body, require_compiler
 from potstill.models.files import check_model_files
 from potstill.models.load import choose_device, load_config, local_copy
+from potstill.process import multiply_by, return_freed_memory
 from potstill.recipe import Recipe
 from potstill.registry import entries
 from potstill.students.lora import LoraLM, require_peft
@@ -78,6 +78,7 @@ def assemble(
     """
     if recipe.train.return_memory:
         return_freed_memory()
+    multiply_by(recipe.train.matmul)
     lora = recipe.lora if saved_student is None else None
     if lora is not None:
         require_peft()

@@ -14,6 +14,7 @@ from conftest import make_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 from potstill import CudaTrainerTeacher, TorchTeacher, UserError
+from potstill.models.causal_lm import CausalLM
 from potstill.types import Teacher
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -222,6 +223,29 @@ def test_a_model_whose_documents_see_each_other_is_refused(tmp_path: Path) -> No
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
     with pytest.raises(UserError, match="Documents see each other"):
         TorchTeacher.for_inference(tmp_path / "opt", device="cpu")
+
+
+def test_a_model_whose_positions_go_on_across_documents_is_refused() -> None:
+    """Nothing of the neighbour arrives, so the words must not say that it does."""
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    torch.manual_seed(0)
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(config), "teacher gpt2")
+    model.probe()
+    places = model.hf.transformer.wpe
+    places.forward = lambda ids_BT: places.weight[: ids_BT.shape[-1]]
+    with pytest.raises(
+        UserError, match=r"by 0\.\d+, whatever its neighbour is. Its positions do not begin again"
+    ):
+        model.probe()
+
+
+def test_a_model_that_makes_much_of_rounding_is_no_model_whose_documents_see_each_other() -> None:
+    """Random weights of deviation 1 in 30 layers: a packed row and its document alone are 1e-4 apart."""
+    torch.manual_seed(0)
+    hf = transformers.AutoModelForCausalLM.from_config(
+        tiny_config(num_hidden_layers=30, initializer_range=1.0)
+    )
+    CausalLM(hf, "student").probe()
 
 
 def test_a_head_that_is_not_known_is_refused(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""What `objective.chunk: auto` is: a number, chosen once, before a run begins, and kept with it.
+"""What `auto` is, of `objective.chunk` and `train.matmul`: chosen once, before a run, and kept with it.
 
-The chunk changes results by rounding. So a run that goes on, its evaluations and its report take the number
-that it began with, which its `resolved.yaml` has, whatever memory is free by then.
+Both change results by rounding. So a run that goes on, its evaluations and its report take what it began
+with, which its `resolved.yaml` has, whatever memory is free by then and whoever made the processor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from potstill.corpora import teacher_vocab_size
 from potstill.display import size
 from potstill.errors import one_line
 from potstill.models.load import choose_device
+from potstill.process import choose_matmul
 from potstill.proof.plan import available, configs_of, plan_with
 from potstill.recipe import Recipe
 
@@ -94,11 +95,23 @@ def with_chunk(recipe: Recipe, positions: int | Literal["auto"]) -> Recipe:
     return dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, chunk=positions))
 
 
+def with_matmul(recipe: Recipe, note: Callable[[str], None]) -> Recipe:
+    """The recipe with a name for who multiplies its matrices; one that is chosen is told."""
+    asked = recipe.train.matmul
+    used, why = choose_matmul(asked, choose_device(recipe.train.device))
+    if asked == "auto":
+        note(f"train.matmul: {used}, {why}")
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, matmul=used))
+
+
 def settled(recipe: Recipe, note: Callable[[str], None]) -> Recipe:
-    """The recipe with a number for its chunk."""
-    return with_chunk(recipe, choose(recipe, note).used)
+    """The recipe with nothing left to choose."""
+    return with_matmul(with_chunk(recipe, choose(recipe, note).used), note)
 
 
 def as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
-    """The recipe of a run that goes on, with the number that was chosen when it began."""
+    """The recipe of a run that goes on, with what was chosen when it began."""
+    if recipe.train.matmul == "auto":
+        as_then = dataclasses.replace(recipe.train, matmul=begun.train.matmul)
+        recipe = dataclasses.replace(recipe, train=as_then)
     return with_chunk(recipe, begun.objective.chunk) if recipe.objective.chunk == "auto" else recipe

@@ -76,6 +76,7 @@ def receipt_of(
         "device_asked": recipe.train.device,
         "weights_dtype": str(head.dtype).removeprefix("torch."),
         "precision": recipe.train.precision,
+        "matmul": recipe.train.matmul,
         "steps": recipe.train.steps,
         "steps_left_out": outcome.left_out,
         "positions": outcome.positions,

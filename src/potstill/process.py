@@ -1,0 +1,111 @@
+"""What a process is told before its first step: how it keeps memory, and who multiplies its matrices."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from potstill.errors import UserError
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+LEAST_WORK = 2**24
+"""Multiplications of a product that oneDNN is asked for: below, asking costs what it gains."""
+LEAST_ROWS = 16
+
+Multiplier = Literal["blas", "onednn"]
+
+_in_force: list[torch.library.Library] = []
+"""PyTorch forgets an override with the object that made it."""
+
+
+def return_freed_memory() -> None:
+    """Have glibc give a freed tensor's memory back to the system, as it does before it has seen many.
+
+    From 128 KiB on a block is a mapping of its own, gone when it is freed; but each such free raises that
+    limit, up to 32 MiB, and what is smaller stays in a heap that fragments. Fixed at its first value, the
+    demo peaks at 3.51 GiB instead of 4.25, and its steps take a quarter longer (docs/log.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+
+
+def choose_matmul(asked: Literal["auto"] | Multiplier, device: torch.device) -> tuple[Multiplier, str]:
+    """Who multiplies float32 matrices on a CPU, `blas` or `onednn`, and why. PyTorch has both and asks MKL,
+    which takes slower ways on another maker's processors.
+
+    A table and no measurement, whose noise would decide the last bits of a run.
+    """
+    if asked != "auto":
+        return asked, "as the recipe says"
+    asks_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if device.type == "cpu" and asks_mkl and _has_onednn() and _is_by_amd():
+        return "onednn", "auto: faster than MKL on a processor of AMD's"
+    return "blas", "auto: what PyTorch asks"
+
+
+def _has_onednn() -> bool:
+    is_built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return is_built and hasattr(torch.library, "get_kernel")
+
+
+def _is_by_amd() -> bool:
+    listed = Path("/proc/cpuinfo")
+    text = listed.read_text(encoding="utf-8", errors="replace") if listed.exists() else platform.processor()
+    return "AuthenticAMD" in text
+
+
+def multiply_by(library: Literal["auto"] | Multiplier) -> None:
+    """Have this process's products of two float32 matrices on the CPU made by it; `auto` is `blas` where
+    nobody chose.
+
+    Raises:
+        UserError: asked for oneDNN where PyTorch has none.
+    """
+    if library != "onednn":
+        _in_force.clear()
+    elif not _has_onednn():
+        raise UserError("train.matmul: is onednn, which this PyTorch does not lend out. Set it to blas.")
+    elif not _in_force:
+        _in_force.append(_onednn())
+
+
+def _onednn() -> torch.library.Library:
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    plain_mm, plain_addmm = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm"))
+
+    def mm(keys: Any, a_MK: Tensor, b_KN: Tensor) -> Any:
+        if _gains(a_MK, b_KN):
+            return linear(a_MK, b_KN.t(), None, "none", [], "")
+        return plain_mm.call_boxed(keys, a_MK, b_KN)
+
+    def addmm(keys: Any, bias: Tensor, a_MK: Tensor, b_KN: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        is_bias = bias.shape == b_KN.shape[1:] and bias.dtype == b_KN.dtype
+        if is_bias and beta == alpha == 1 and _gains(a_MK, b_KN):
+            return linear(a_MK, b_KN.t(), bias, "none", [], "")
+        return plain_addmm.call_boxed(keys, bias, a_MK, b_KN, beta=beta, alpha=alpha)
+
+    made = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # it is meant
+        for name, kernel in (("mm", mm), ("addmm", addmm)):
+            made.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _gains(a_MK: Tensor, b_KN: Tensor) -> bool:
+    """Whether the product is one that oneDNN makes faster, of matrices that it takes as they lie."""
+    (M, K), N = a_MK.shape, b_KN.shape[1]
+    return (
+        M * K * N >= LEAST_WORK
+        and min(M, K, N) >= LEAST_ROWS
+        and a_MK.dtype == b_KN.dtype == torch.float32
+        and len(b_KN) == K
+        and a_MK.is_contiguous()
+        and (b_KN.is_contiguous() or b_KN.t().is_contiguous())
+    )
