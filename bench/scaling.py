@@ -98,8 +98,12 @@ def loss_block(case: Case, of: dict[str, Any], compiled: bool = False) -> Callab
 
 
 def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
-    """Both models' logits, and the gradients of hidden states and head from any [C, V]."""
+    """Both models' logits, and the gradients of hidden states and head from any [C, V]: into memory that is
+    there already, or by oneDNN, where the process has asked for it, which takes new.
+    """
     import torch
+
+    from potstill import process
 
     student_CV, teacher_CV = of["weight_VE"].new_empty(2, min(case.chunk, case.N), case.V)
     weight_VD, weight_VE = of["weight_VD"].detach(), of["weight_VE"]
@@ -107,12 +111,17 @@ def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
     grad_ND, grad_VD = torch.zeros_like(hidden_ND), torch.zeros_like(weight_VD)
 
     def run() -> None:
+        nonlocal student_CV, teacher_CV
         for start in range(0, case.N, case.chunk):
             part = slice(start, start + case.chunk)
             size = len(hidden_ND[part])
-            torch.mm(hidden_ND[part], weight_VD.T, out=student_CV[:size])
-            torch.mm(of["hidden_NE"][part], weight_VE.T, out=teacher_CV[:size])
-            torch.mm(student_CV[:size], weight_VD, out=grad_ND[part])
+            if process.multiplier() == "onednn":
+                student_CV, teacher_CV = hidden_ND[part] @ weight_VD.T, of["hidden_NE"][part] @ weight_VE.T
+                grad_ND[part] = student_CV @ weight_VD
+            else:
+                torch.mm(hidden_ND[part], weight_VD.T, out=student_CV[:size])
+                torch.mm(of["hidden_NE"][part], weight_VE.T, out=teacher_CV[:size])
+                torch.mm(student_CV[:size], weight_VD, out=grad_ND[part])
             grad_VD.addmm_(student_CV[:size].T, hidden_ND[part])
 
     return run

@@ -75,6 +75,11 @@ def multiply_by(library: Literal["auto"] | Multiplier) -> None:
         _in_force.append(_onednn())
 
 
+def multiplier() -> Multiplier:
+    """By whom they are made now."""
+    return "onednn" if _in_force else "blas"
+
+
 def _onednn() -> torch.library.Library:
     linear = torch.ops.mkldnn._linear_pointwise.default
     plain_mm, plain_addmm = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm"))
