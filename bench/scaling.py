@@ -128,6 +128,11 @@ def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
 
 
 def speed(case: Case, rounds: int, clock: str) -> dict[str, Any]:
+    import torch
+
+    from potstill.process import choose_matmul, multiplier, multiply_by
+
+    multiply_by(choose_matmul("auto", torch.device("cpu"))[0])  # both, as a run would
     of = tensors(case)
     ours, bare = loss_block(case, of), bare_matmuls(case, of)
     seconds: dict[str, list[float]] = {"loss_s": [], "matmuls_s": []}
@@ -142,6 +147,7 @@ def speed(case: Case, rounds: int, clock: str) -> dict[str, Any]:
     return {name: statistics.median(of_all) for name, of_all in seconds.items()} | {
         "ratio": statistics.median(ratios),
         "threads": threads(),
+        "matmul": multiplier(),
         "clock": clock,
     }
 
