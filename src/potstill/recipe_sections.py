@@ -313,7 +313,7 @@ class Train(Section):
     """Give freed memory back to the system at once: less memory and slower steps on the CPU, same results."""
     matmul: Literal["auto", "blas", "onednn"] = "auto"
     """Who multiplies float32 matrices on a CPU: speed, and results by rounding alone. blas: what PyTorch
-    asks; auto: oneDNN where that is MKL on a processor of AMD's. What is chosen is kept with the run."""
+    asks; auto: oneDNN where that is MKL on AMD with AVX-512. What is chosen is kept with the run."""
     save_every: CountOrZero = 500
     """Steps between checkpoints, of which two are kept; 0: only when a signal stops the run."""
     device: Annotated[str, check(_device), WithJsonSchema({"type": "string", "pattern": DEVICE})] = "auto"

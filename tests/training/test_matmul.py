@@ -35,9 +35,9 @@ def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def by_amd(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+def slow_with_mkl(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    return lambda is_by_amd: monkeypatch.setattr(process, "_is_by_amd", lambda: is_by_amd)
+    return lambda is_slow: monkeypatch.setattr(process, "_is_slow_with_mkl", lambda: is_slow)
 
 
 def normal(*shape: int) -> Tensor:
@@ -106,16 +106,21 @@ def test_every_other_product_is_made_as_ever() -> None:
     assert asked_of_onednn(lambda: large_MK @ large_KN) == 0
 
 
-def test_who_multiplies_is_a_table(by_amd: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_multiplies_is_a_table(
+    slow_with_mkl: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(process, "_has_onednn", lambda: True)
-    by_amd(True)
-    assert choose_matmul("auto", CPU) == ("onednn", "auto: faster than MKL on a processor of AMD's")
+    slow_with_mkl(True)
+    assert choose_matmul("auto", CPU) == (
+        "onednn",
+        "auto: faster than MKL on a processor of AMD's with AVX-512",
+    )
     assert choose_matmul("blas", CPU) == ("blas", "as the recipe says")
     assert choose_matmul("auto", torch.device("cuda"))[0] == "blas"
-    by_amd(False)
+    slow_with_mkl(False)
     assert choose_matmul("auto", CPU) == ("blas", "auto: what PyTorch asks")
     assert choose_matmul("onednn", CPU) == ("onednn", "as the recipe says")
-    by_amd(True)
+    slow_with_mkl(True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert choose_matmul("auto", CPU)[0] == "blas"
     monkeypatch.setattr(process, "_has_onednn", lambda: False)
@@ -124,15 +129,32 @@ def test_who_multiplies_is_a_table(by_amd: Callable[[bool], None], monkeypatch: 
         multiply_by("onednn")
 
 
+@pytest.mark.parametrize(
+    ("vendor", "kernels", "is_slow"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_a_processor_is_known_by_its_maker_and_its_instructions(
+    vendor: str, kernels: str, is_slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = tmp_path / "cpuinfo"
+    listed.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(process, "CPUINFO", listed)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    assert process._is_slow_with_mkl() == is_slow
+    listed.unlink()  # there is no such file but on Linux
+    monkeypatch.setattr("platform.processor", lambda: f"AMD64 Family 25 Model 17 Stepping 1, {vendor}")
+    assert process._is_slow_with_mkl() == is_slow
+
+
 @HERE
 def test_a_run_takes_it_keeps_it_and_goes_on_with_it(
-    of_any_size: None, by_amd: Callable[[bool], None], tiny_recipe: Callable[..., Path], tmp_path: Path
+    of_any_size: None, slow_with_mkl: Callable[[bool], None], tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, save_every: 2}")
-    by_amd(True)
+    slow_with_mkl(True)
     run = distill(recipe, out=tmp_path / "chosen")
     assert process.multiplier() == "onednn"
-    by_amd(False)
+    slow_with_mkl(False)
     other = distill(recipe, out=tmp_path / "other")
     assert process.multiplier() == "blas"
     for found, used in ((run, "onednn"), (other, BLAS)):
