@@ -91,7 +91,7 @@ def _onednn() -> torch.library.Library:
         return plain_mm.call_boxed(keys, a_MK, b_KN)
 
     def addmm(keys: Any, bias: Tensor, a_MK: Tensor, b_KN: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-        is_bias = bias.shape == b_KN.shape[1:] and bias.dtype == b_KN.dtype
+        is_bias = bias.ndim == 1 and bias.shape == b_KN.shape[1:] and bias.dtype == b_KN.dtype
         if is_bias and beta == alpha == 1 and _gains(a_MK, b_KN):
             return linear(a_MK, b_KN.t(), bias, "none", [], "")
         return plain_addmm.call_boxed(keys, bias, a_MK, b_KN, beta=beta, alpha=alpha)
@@ -106,6 +106,8 @@ def _onednn() -> torch.library.Library:
 
 def _gains(a_MK: Tensor, b_KN: Tensor) -> bool:
     """Whether the product is one that oneDNN makes faster, of matrices that it takes as they lie."""
+    if a_MK.ndim != 2 or b_KN.ndim != 2:
+        return False  # PyTorch says what is wrong with them
     (M, K), N = a_MK.shape, b_KN.shape[1]
     return (
         M * K * N >= LEAST_WORK

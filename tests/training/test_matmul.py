@@ -99,6 +99,10 @@ def test_every_other_product_is_made_as_ever() -> None:
             assert asked_of_onednn(compute) == 0, name
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         large_MK @ normal(299, 300)
+    with pytest.raises(RuntimeError, match="must be a matrix"):
+        torch.mm(bias_N, large_KN)
+    with pytest.raises(RuntimeError, match=r"must be a matrix|2D"):
+        torch.addmm(bias_N, large_MK, bias_N)
     with pytest.raises(RuntimeError, match="same dtype"):
         large_MK @ large_KN.double()
     assert asked_of_onednn(lambda: large_MK @ large_KN) == 1
