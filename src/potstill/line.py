@@ -21,7 +21,7 @@ from potstill.display import Display
 from potstill.errors import Stopped, UserError
 from potstill.evals.likelihood import heldout
 from potstill.models.load import choose_device
-from potstill.proof.chunk import as_begun, choose, settled, with_chunk, with_matmul
+from potstill.proof.chunk import as_begun, choose, choose_multiplier, settled, with_chunk, with_matmul
 from potstill.proof.preflight import Checked, require_sound
 from potstill.proof.receipt import hashes, peak_gib, receipt_of
 from potstill.recipe import Recipe
@@ -96,7 +96,8 @@ def _distill(
         path = ranks.first_says(out or default_path(name))
         ranks.only_first(lambda: RunDir.require_free(path))
         chunk = ranks.first_says(choose(loaded, display.note))
-        loaded = ranks.first_says(with_matmul(with_chunk(loaded, chunk.used), display.note))
+        by = ranks.first_says(choose_multiplier(loaded, display.note))
+        loaded = with_matmul(with_chunk(loaded, chunk.used), by)
 
     locked: list[RunDir] = []
 

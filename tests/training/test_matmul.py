@@ -177,6 +177,21 @@ def test_a_run_takes_it_keeps_it_and_goes_on_with_it(
 
 
 @HERE
+def test_every_rank_takes_the_first_one_s(
+    slow_with_mkl: Callable[[bool], None],
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here the only rank is told what another first rank would say."""
+    slow_with_mkl(False)
+    says = "potstill.training.parallel.Ranks.first_says"
+    monkeypatch.setattr(says, lambda ranks, value: "onednn" if value == BLAS else value)
+    run = distill(tiny_recipe(), overrides=["train.steps=1"], out=tmp_path / "run")
+    assert run.receipt()["matmul"] == "onednn"
+
+
+@HERE
 def test_a_run_asks_onednn_for_its_layers_and_its_loss(
     of_any_size: None, tiny_recipe: Callable[..., Path]
 ) -> None:

@@ -16,7 +16,7 @@ from potstill.corpora import teacher_vocab_size
 from potstill.display import size
 from potstill.errors import one_line
 from potstill.models.load import choose_device
-from potstill.process import choose_matmul
+from potstill.process import Multiplier, choose_matmul
 from potstill.proof.plan import available, configs_of, plan_with
 from potstill.recipe import Recipe
 
@@ -95,23 +95,25 @@ def with_chunk(recipe: Recipe, positions: int | Literal["auto"]) -> Recipe:
     return dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, chunk=positions))
 
 
-def with_matmul(recipe: Recipe, note: Callable[[str], None]) -> Recipe:
-    """The recipe with a name for who multiplies its matrices; one that is chosen is told."""
-    asked = recipe.train.matmul
-    used, why = choose_matmul(asked, choose_device(recipe.train.device))
-    if asked == "auto":
+def choose_multiplier(recipe: Recipe, note: Callable[[str], None]) -> Multiplier:
+    """The recipe's own; or what this machine's processor is best at, which is told."""
+    used, why = choose_matmul(recipe.train.matmul, choose_device(recipe.train.device))
+    if recipe.train.matmul == "auto":
         note(f"train.matmul: {used}, {why}")
+    return used
+
+
+def with_matmul(recipe: Recipe, used: Literal["auto"] | Multiplier) -> Recipe:
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, matmul=used))
 
 
 def settled(recipe: Recipe, note: Callable[[str], None]) -> Recipe:
     """The recipe with nothing left to choose."""
-    return with_matmul(with_chunk(recipe, choose(recipe, note).used), note)
+    return with_matmul(with_chunk(recipe, choose(recipe, note).used), choose_multiplier(recipe, note))
 
 
 def as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
     """The recipe of a run that goes on, with what was chosen when it began."""
     if recipe.train.matmul == "auto":
-        as_then = dataclasses.replace(recipe.train, matmul=begun.train.matmul)
-        recipe = dataclasses.replace(recipe, train=as_then)
+        recipe = with_matmul(recipe, begun.train.matmul)
     return with_chunk(recipe, begun.objective.chunk) if recipe.objective.chunk == "auto" else recipe
