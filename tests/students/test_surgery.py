@@ -104,3 +104,26 @@ def test_a_model_without_one_stack_of_layers_is_refused(tmp_path: Path) -> None:
     model.hf.model.layers = torch.nn.ModuleList(list(model.hf.model.layers)[:3])
     with pytest.raises(UserError, match="has 0 stacks of 4 layers"):
         cut(CausalLM(model.hf, "x"), [0])
+
+
+def test_a_stack_that_its_library_will_not_have_shortened_is_refused() -> None:
+    """Gemma 3n: later layers use the caches of earlier ones, which a cut takes away."""
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_kv_shared_layers=2,
+        activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0],
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        laurel_rank=4,
+        altup_num_inputs=2,
+    )
+    teacher = CausalLM(transformers.AutoModelForCausalLM.from_config(config), "teacher")
+    with pytest.raises(UserError, match=r"Gemma3nForCausalLM cannot be cut to layers \[0, 3\]"):
+        cut(teacher, [0, 3])

@@ -90,9 +90,14 @@ def cut(
             f"student.keep: {list(keep)} must be rising layer numbers of the teacher's {total}, from 0 to"
             f" {total - 1}."
         )
-    hf = transformers.AutoModelForCausalLM.from_config(
-        cut_config(teacher.hf.config, keep, total, ffn_width), dtype=torch.float32, trust_remote_code=False
-    )
+    try:
+        hf = transformers.AutoModelForCausalLM.from_config(
+            cut_config(teacher.hf.config, keep, total, ffn_width),
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        raise _uncuttable(teacher, keep, error) from error
     state = dict(teacher.hf.state_dict())
     if ffn_width is not None and ffn_width < ffn_width_of(teacher.hf.config):
         mlps = {f"{prefix}{layer}.mlp": mlp_of(state, f"{prefix}{layer}.mlp") for layer in keep}
@@ -111,14 +116,18 @@ def cut(
     try:
         hf.load_state_dict(kept, strict=True)
     except RuntimeError as error:
-        raise UserError(
-            f"student cut: {type(hf).__name__} cannot be cut to layers {list(keep)}: {one_line(error)}"
-            " Give the student as a checkpoint or a config."
-        ) from error
+        raise _uncuttable(teacher, keep, error) from error
     hf.generation_config = teacher.hf.generation_config
     student = CausalLM(hf.to(teacher.device), name="student")
     student.probe()
     return student
+
+
+def _uncuttable(teacher: CausalLM, keep: Sequence[int], error: Exception) -> UserError:
+    return UserError(
+        f"student cut: {type(teacher.hf).__name__} cannot be cut to layers {list(keep)}: {one_line(error)}"
+        " Give the student as a checkpoint or a config."
+    )
 
 
 def cut_config(config: Any, keep: Sequence[int], total: int, ffn_width: int | None = None) -> Any:
