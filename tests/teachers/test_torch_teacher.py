@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from potstill import CudaTrainerTeacher, TorchTeacher, UserError
 from potstill.models.causal_lm import CausalLM
+from potstill.models.load import vocab_size_of
 from potstill.types import Teacher
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -238,6 +239,33 @@ def test_a_model_whose_positions_go_on_across_documents_is_refused() -> None:
         UserError, match=r"by 0\.\d+, whatever its neighbour is. Its positions do not begin again"
     ):
         model.probe()
+
+
+def small(family: str, **more: Any) -> Any:
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.AutoConfig.for_model(family, **common | more)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (small("falcon", bos_token_id=0, eos_token_id=0), ""),
+        (small("bloom", n_layer=2, n_head=4), "BloomForCausalLM takes no position_ids"),
+        (small("mamba", state_size=4), "MambaForCausalLM takes no position_ids"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_a_family_is_taken_or_refused_for_what_it_lacks(config: Any, said: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert vocab_size_of(tmp_path) == 64
+    if said:
+        with pytest.raises(UserError, match=said):
+            TorchTeacher.for_inference(tmp_path, device="cpu")
+        return
+    own_BTV, ids_BT = own_logits(tmp_path, ids(3, 17, 64), torch.float32), ids(3, 17, 64)
+    teacher = TorchTeacher.for_inference(tmp_path, device="cpu")
+    assert (teacher.logits_per_position(ids_BT) - own_BTV).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize(("apart", "is_taken"), [(3e-4, True), (3e-3, False)])

@@ -27,7 +27,15 @@ from potstill.plain_files import opened, read_object, require_plain
 from potstill.quiet import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "token_embd.weight", "lm_head.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "token_embd.weight",
+    "lm_head.weight",
+    "transformer.word_embeddings.weight",  # Falcon, BLOOM
+    "backbone.embeddings.weight",  # Mamba
+)
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MAX_LAYERS = 1024
 """Of a model made from a config alone; the deepest that are trained have fewer than 200."""
