@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check soak bench wheel env clean
+.PHONY: demo test check map soak bench wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
@@ -18,9 +18,13 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 
+# Floors and arrows of the package, read from its imports.
+map: $(READY)
+	$(BIN)/python tests/house.py
+
 # Kills, signals, damage, full disks and damaged inputs at full count, about an hour; `make test` has a few of each.
 soak: $(READY)
-	SOAK=1 $(BIN)/python -m pytest -q tests/soak tests/training/test_parallel.py -o tmp_path_retention_policy=failed
+	SOAK=1 $(BIN)/python -m pytest -q tests/soak tests/training/test_distributed.py -o tmp_path_retention_policy=failed
 	SOAK=1 $(BIN)/python -m pytest -q -m soak tests -o tmp_path_retention_policy=failed
 	$(BIN)/python -m pytest -q -m soak tests/test_malformed.py
 

@@ -23,8 +23,8 @@ def anonymous_mib() -> float:
 
 
 def read(recipe: str, overrides: list[str]) -> None:
-    from potstill.corpora import make_corpus
-    from potstill.recipe import load
+    from potstill.build.corpus import make_corpus
+    from potstill.recipe.load import load
 
     asked = load(Path(recipe), overrides)
     before, peak, done = anonymous_mib(), [0.0], threading.Event()

@@ -16,9 +16,9 @@ import textwrap
 import time
 from pathlib import Path
 
-from potstill.corpus.decontamination import EvaluationTexts
-from potstill.plain_files import json_lines
-from potstill.recipe_paths import locate_evaluation
+from potstill.data.decontamination import EvaluationTexts
+from potstill.io.safe_open import json_lines
+from potstill.recipe.paths import locate_evaluation
 
 
 def main() -> None:

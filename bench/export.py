@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from potstill.corpus.vocab import load_tokenizer
+from potstill.data.tokenizers import load_tokenizer
+from potstill.export.roundtrip import Reference, ask, check_paths
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
-from potstill.runs.rundir import RunDir
-from potstill.shipping.three_paths import Reference, ask, check_paths
-from potstill.students.student import Student
+from potstill.models.student import Student
+from potstill.runs.run_dir import RunDir
 
 SHOWN = (
     "status",

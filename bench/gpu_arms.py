@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from potstill.assembly import assemble, make_objective
-from potstill.corpus.rows import Order
-from potstill.corpus.vocab import require_same
+from potstill.build.setup import assemble, make_objective
+from potstill.data.packing import Order
+from potstill.data.tokenizers import require_same
 from potstill.models.causal_lm import CausalLM
-from potstill.models.compiled import compile_body
-from potstill.proof.chunk import MOST_POSITIONS
-from potstill.recipe import Recipe, load
-from potstill.recipe_sections import FixtureTeacher, Objective, TokensCorpus, Train
-from potstill.recipe_students import CutStudent
-from potstill.students.student import Student
-from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.models.compile import compile_body
+from potstill.models.student import Student
+from potstill.preflight.auto import MOST_POSITIONS
+from potstill.recipe.load import Recipe, load
+from potstill.recipe.sections import FixtureTeacher, Objective, TokensCorpus, Train
+from potstill.recipe.sections_students import CutStudent
+from potstill.teachers.hf import TorchTeacher
 from potstill.training.loop import Hooks, train
 from potstill.types import Batch, Vocab
 

@@ -60,8 +60,8 @@ def prepare(out: Path) -> None:
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from potstill.corpus.readers import files_of
-    from potstill.recipe_paths import locate
+    from potstill.data.readers import files_of
+    from potstill.recipe.paths import locate
 
     out.mkdir(parents=True, exist_ok=True)
     stdlib = Path(locate("stdlib:", out))

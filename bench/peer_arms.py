@@ -76,7 +76,7 @@ def apart(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     import torch
     from scaling import Case, bare_matmuls
 
-    from potstill.process import choose_matmul, multiply_by
+    from potstill.io.cpu_matmul import choose_matmul, multiply_by
 
     settings, batches, teacher, student = step.pair(step.RECIPE, overrides)
     multiply_by(choose_matmul(settings.train.matmul, torch.device("cpu"))[0])  # by whom ours are made, too
@@ -222,8 +222,8 @@ def offline(make: Callable[[], SparseLoss]) -> Run:
         import torch
         from torch.nn import functional as F
 
-        from potstill.assembly import make_teacher
-        from potstill.recipe import load
+        from potstill.build.setup import make_teacher
+        from potstill.recipe.load import load
 
         kl = make()
         stored = load(step.RECIPE, [*overrides, *from_store(options, "topk")])

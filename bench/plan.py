@@ -73,8 +73,8 @@ def cases() -> list[tuple[str, int, int, list[str]]]:
 
 
 def predict(recipe: Path, overrides: list[str]) -> dict:
-    from potstill.proof.plan import plan
-    from potstill.recipe import load
+    from potstill.preflight.plan import plan
+    from potstill.recipe.load import load
 
     found = plan(load(recipe, overrides))
     return {"gib": found.peak_bytes / 2**30, "parts_mib": {k: v / 2**20 for k, v in found.parts.items()}}

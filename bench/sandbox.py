@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from potstill.evals.humaneval_problems import read_problems
-from potstill.evals.sandbox import TIERS, Sandbox, SandboxRefused
+from potstill.evals.sandbox.sandbox import TIERS, Sandbox, SandboxRefused
 
 
 def programs_per_s(sandbox: Sandbox, workers: int) -> float:

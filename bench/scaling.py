@@ -103,7 +103,7 @@ def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
     """
     import torch
 
-    from potstill import process
+    from potstill.io import cpu_matmul
 
     student_CV, teacher_CV = of["weight_VE"].new_empty(2, min(case.chunk, case.N), case.V)
     weight_VD, weight_VE = of["weight_VD"].detach(), of["weight_VE"]
@@ -115,7 +115,7 @@ def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
         for start in range(0, case.N, case.chunk):
             part = slice(start, start + case.chunk)
             size = len(hidden_ND[part])
-            if process.multiplier() == "onednn":
+            if cpu_matmul.multiplier() == "onednn":
                 student_CV, teacher_CV = hidden_ND[part] @ weight_VD.T, of["hidden_NE"][part] @ weight_VE.T
                 grad_ND[part] = student_CV @ weight_VD
             else:
@@ -130,7 +130,7 @@ def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
 def speed(case: Case, rounds: int, clock: str) -> dict[str, Any]:
     import torch
 
-    from potstill.process import choose_matmul, multiplier, multiply_by
+    from potstill.io.cpu_matmul import choose_matmul, multiplier, multiply_by
 
     multiply_by(choose_matmul("auto", torch.device("cpu"))[0])  # both, as a run would
     of = tensors(case)

@@ -41,9 +41,9 @@ def pair(recipe: Path, overrides: list[str]) -> tuple[Any, list[Any], Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from potstill.corpora import make_corpus
-    from potstill.corpus.rows import Order
-    from potstill.recipe import load
+    from potstill.build.corpus import make_corpus
+    from potstill.data.packing import Order
+    from potstill.recipe.load import load
 
     settings = load(recipe, overrides)
     plan = settings.train

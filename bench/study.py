@@ -22,9 +22,9 @@ from typing import Any
 
 import targets
 
-from potstill.assembly import Cast, assemble
-from potstill.evals.likelihood import heldout
-from potstill.recipe import load
+from potstill.build.setup import Cast, assemble
+from potstill.evals.heldout import heldout
+from potstill.recipe.load import load
 from potstill.training.loop import Hooks, train
 
 TRIAL_STEPS = 3  # the first is not counted

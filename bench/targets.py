@@ -28,14 +28,14 @@ from typing import Any
 
 import torch
 
-from potstill.assembly import Cast, assemble, make_objective
-from potstill.cli import main as potstill
-from potstill.evals.likelihood import heldout
-from potstill.proof.certificate import certificate
-from potstill.proof.rehearsal import step_seconds
-from potstill.recipe import load
-from potstill.targets import sampling
-from potstill.targets.kinds import (
+from potstill.build.setup import Cast, assemble, make_objective
+from potstill.cli.main import main as potstill
+from potstill.evals.heldout import heldout
+from potstill.preflight.trial_steps import step_seconds
+from potstill.recipe.load import load
+from potstill.store import sampling
+from potstill.store.bitpack import id_bits
+from potstill.store.codecs import (
     Hidden,
     Kind,
     Sampled,
@@ -45,13 +45,13 @@ from potstill.targets.kinds import (
     sampled_bytes,
     threshold_of,
 )
-from potstill.targets.packing import id_bits
-from potstill.targets.sampling import Uniforms
-from potstill.teachers.capture import capture_shard, captured
+from potstill.store.sampling import Uniforms
+from potstill.teachers.capture_rows import capture_shard, captured
+from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import StoredTeacher, joined
-from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.training.loop import Hooks, train
 from potstill.types import Batch, Targets
+from potstill.workflows.capture_fidelity import certificate
 
 RECIPE = Path(__file__).resolve().parent.parent / "src" / "potstill" / "demo.yaml"
 BYTES = (16, 24, 32, 48, 64, 128, 300)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from potstill import load_recipe
-from potstill.assembly import assemble
-from potstill.evals.likelihood import heldout
+from potstill.build.setup import assemble
+from potstill.evals.heldout import heldout
 from potstill.losses.objective import Objective
+from potstill.models import pruning
 from potstill.models.causal_lm import CausalLM
-from potstill.students import surgery
-from potstill.students.student import Student
+from potstill.models.student import Student
 from potstill.types import Batch
 
 Ranking = Callable[[CausalLM, set[str], Sequence[Batch]], dict[str, Tensor]]
@@ -30,12 +30,12 @@ Ranking = Callable[[CausalLM, set[str], Sequence[Batch]], dict[str, Tensor]]
 
 def mean_magnitude(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
     modules = {name: teacher.hf.get_submodule(name) for name in outs}
-    return surgery.summed_inputs(teacher, modules, batches, lambda x_NC: x_NC.abs().sum(0))
+    return pruning.summed_inputs(teacher, modules, batches, lambda x_NC: x_NC.abs().sum(0))
 
 
 def chance(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    width = surgery.ffn_width_of(teacher.hf.config)
+    width = pruning.ffn_width_of(teacher.hf.config)
     return {name: torch.rand(width, generator=generator) for name in sorted(outs)}
 
 
@@ -49,7 +49,7 @@ def weights_alone(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) -
 
 
 RANKINGS: dict[str, Ranking] = {
-    "RMS activation x column": surgery.ffn_importance,
+    "RMS activation x column": pruning.ffn_importance,
     "mean |activation|": mean_magnitude,
     "chance, one draw": chance,
     "gate x up x column": weights_alone,
@@ -66,17 +66,17 @@ def main() -> None:
     cast = assemble(recipe, lambda text: None)
     teacher: Any = cast.teacher
     batches = [cast.corpus.train.batch([row]) for row in range(options.rows)]
-    width = surgery.ffn_width_of(teacher.model.hf.config)
+    width = pruning.ffn_width_of(teacher.model.hf.config)
     layers = range(teacher.model.hf.config.num_hidden_layers)
     widths = [width * 3 // 4, width * 2 // 3, width // 2]
     print(f"{'ranked by':26}" + "".join(f"{kept:>8}" for kept in widths) + f"  of {width} channels")
     # What is cut at random rounds so much that a probe of packed rows takes it for a leak.
     CausalLM.probe = lambda model: None  # type: ignore[method-assign]
     for name, ranking in RANKINGS.items():
-        surgery.ffn_importance = ranking
+        pruning.ffn_importance = ranking
         found = []
         for kept in widths:
-            student = Student(surgery.cut(teacher.model, layers, kept, batches), Objective(chunk=256))
+            student = Student(pruning.cut(teacher.model, layers, kept, batches), Objective(chunk=256))
             found.append(heldout(student, teacher, cast.corpus.heldout, 1)["heldout/kl"])
         print(f"{name:26}" + "".join(f"{kl:8.2f}" for kl in found), flush=True)
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from potstill import distill, load_recipe
-from potstill.assembly import assemble
-from potstill.display import Display
+from potstill.build.setup import assemble
+from potstill.io.terminal import Display
 from potstill.losses.divergences import forward_kl, reverse_kl
 from potstill.losses.objective import Objective
-from potstill.students.student import Student, from_checkpoint
+from potstill.models.student import Student, from_checkpoint
 from potstill.types import Batch, HiddenTargets
 
 SGD = "{steps: 1, rows_per_step: 4, lr: 0.5, optimizer: sgd, weight_decay: 0.0, clip: null, final_lr_ratio: 1.0, device: cpu}"

@@ -42,9 +42,9 @@ from safetensors.torch import load_file, save_file
 
 import potstill
 from potstill import TorchTeacher, UserError, registry
-from potstill.cli import main
-from potstill.plain_files import pickle_in
-from potstill.teachers.fixture import FixtureTeacher, TableTeacher
+from potstill.cli.main import main
+from potstill.io.safe_open import pickle_in
+from potstill.teachers.toy import FixtureTeacher, TableTeacher
 
 GIB = 2**30
 CPU_SECONDS, PEAK_BYTES = 5.0, 2 * GIB

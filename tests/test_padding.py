@@ -14,12 +14,12 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
 from potstill import UserError, distill, load_recipe
-from potstill.assembly import Cast, assemble
-from potstill.cli import main
-from potstill.evals.likelihood import heldout
-from potstill.proof.preflight import vocabulary_is_shared
-from potstill.students.generate import complete
-from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.build.setup import Cast, assemble
+from potstill.cli.main import main
+from potstill.evals.heldout import heldout
+from potstill.models.complete import complete
+from potstill.preflight.checks import vocabulary_is_shared
+from potstill.teachers.hf import TorchTeacher
 
 Recipe = Callable[..., Path]
 KNOWN = 258

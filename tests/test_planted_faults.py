@@ -28,10 +28,10 @@ class Fault:
 
 STEP = "test_invariance.py::test_a_step_is_plain_autograd_s"
 ENGINES = "losses/test_fused.py::test_the_two_engines_agree"
-SANDBOX = "evals/test_sandbox.py::test_"
-KINDS = "targets/test_kinds.py::test_"
-STORE = "targets/test_store.py::test_"
-REFUSAL = "shipping/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
+SANDBOX = "evals/sandbox/test_sandbox.py::test_"
+KINDS = "store/test_codecs.py::test_"
+STORE = "store/test_store.py::test_"
+REFUSAL = "publish/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
 FAULTS = {
     "reversed KL": Fault(
         "losses/divergences.py",
@@ -92,16 +92,16 @@ FAULTS = {
         "models/load.py",
         'rope.get("rope_type", "default") != "default"',
         'rope.get("rope_type") == "default"',
-        "students/test_student.py::test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks",
+        "models/test_student.py::test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks",
     ),
     "the least channels kept": Fault(
-        "students/surgery.py",
+        "models/pruning.py",
         ".sort(descending=True, stable=True)",
         ".sort(descending=False, stable=True)",
-        "students/test_width.py::test_channels_that_add_nothing_go_first",
+        "models/test_width.py::test_channels_that_add_nothing_go_first",
     ),
     "last row only": Fault(
-        "students/student.py",
+        "models/student.py",
         "return hidden_BTD.flatten(0, 1)[batch.positions_N]",
         "hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]\n"
         "        last = batch.positions_N >= (len(hidden_BTD) - 1) * hidden_BTD.shape[1]\n"
@@ -124,22 +124,22 @@ FAULTS = {
         "types.py",
         "if self.softcap is not None:",
         "if self.softcap is None and False:",
-        "teachers/test_torch_teacher.py::test_logits_are_the_library_s_own_in_families_that_scale_or_cap_them",
+        "teachers/test_hf.py::test_logits_are_the_library_s_own_in_families_that_scale_or_cap_them",
     ),
     "unshifted mask": Fault(
-        "corpus/rows.py",
+        "data/packing.py",
         "following = slice(first + 1, min(first + T + 1, len(self.ids)))",
         "following = slice(first, min(first + T, len(self.ids)))",
-        "corpus/test_rows.py",
+        "data/test_packing.py",
     ),
     "documents see each other": Fault(
-        "corpus/rows.py",
+        "data/packing.py",
         "np.maximum.accumulate(begin)",
         "0",
-        "corpus/test_rows.py",
+        "data/test_packing.py",
     ),
     "labels cross documents": Fault(
-        "corpus/streams.py", "bears[:1] = False", "bears[:1] = True", "corpus/test_rows.py"
+        "data/memmap.py", "bears[:1] = False", "bears[:1] = True", "data/test_packing.py"
     ),
     "learning rate constant": Fault(
         "training/loop.py",
@@ -172,7 +172,7 @@ FAULTS = {
         "test_padding.py",
     ),
     "an evaluation that a signal cut short is forgotten": Fault(
-        "line.py",
+        "workflows/distill.py",
         "if outcome.evaluated < recipe.train.steps:",
         "if outcome.step < recipe.train.steps:",
         "training/test_guard.py",
@@ -193,25 +193,25 @@ FAULTS = {
         "training/checkpoint.py",
         "            for path in (*beside.iterdir(), beside):\n                flush(path)\n",
         "",
-        "runs/test_durable.py::test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after",
+        "io/test_atomic.py::test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after",
     ),
     "a file of the student is not on the disk when it takes its name": Fault(
-        "runs/durable.py",
+        "io/atomic.py",
         "            for path in (*_summed(fresh), fresh / SUMS, fresh):\n                flush(path)\n",
         "            _summed(fresh)\n",
-        "runs/test_durable.py::test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after",
+        "io/test_atomic.py::test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after",
     ),
     "older checkpoints go before the new one is read back": Fault(
         "training/checkpoint.py",
         "        try:\n            verify(place)\n",
         "        for old in self._found()[KEPT:]:\n            remove(old)\n        try:\n            verify(place)\n",
-        "runs/test_durable.py::test_no_older_checkpoint_goes_before_the_new_one_is_read_back",
+        "io/test_atomic.py::test_no_older_checkpoint_goes_before_the_new_one_is_read_back",
     ),
     "what may not be read is damaged": Fault(
         "training/checkpoint.py",
         "                raise Unreadable(error.what, READABLE) from error\n",
         "                continue\n",
-        "runs/test_durable.py::test_what_cannot_be_read_is_neither_none_nor_deleted",
+        "io/test_atomic.py::test_what_cannot_be_read_is_neither_none_nor_deleted",
     ),
     "a plug-in is no input": Fault(
         "runs/inputs.py",
@@ -220,22 +220,22 @@ FAULTS = {
         "runs/test_inputs.py::test_a_run_does_not_go_on_with_another_file",
     ),
     "teacher trained along": Fault(
-        "teachers/torch_teacher.py",
+        "teachers/hf.py",
         "model.eval().requires_grad_(False)",
         "model.train()",
-        "teachers/test_torch_teacher.py::test_it_is_a_teacher_frozen_and_in_eval_mode",
+        "teachers/test_hf.py::test_it_is_a_teacher_frozen_and_in_eval_mode",
     ),
     "a copy in half precision is another model": Fault(
-        "proof/identity.py",
+        "preflight/same_model.py",
         "allowed = (BF16 + F16) * torch.maximum(a.abs(), b.abs()) + F16_SMALLEST",
         "allowed = torch.zeros_like(a)",
-        "proof/test_preflight.py::test_a_student_that_is_a_rounded_copy_of_its_teacher_is_refused",
+        "preflight/test_checks.py::test_a_student_that_is_a_rounded_copy_of_its_teacher_is_refused",
     ),
     "the rate of the first group alone is read back": Fault(
-        "proof/rehearsal.py",
+        "preflight/trial_steps.py",
         'seen.append([*rates(optimizers[0]), metrics["train/lr"]])',
         'seen.append([rates(optimizers[0])[0], metrics["train/lr"]])',
-        "proof/test_preflight.py::test_a_rate_that_reaches_only_the_first_group_is_red_and_not_logged",
+        "preflight/test_checks.py::test_a_rate_that_reaches_only_the_first_group_is_red_and_not_logged",
     ),
     "shapes are compared before what the run is made of": Fault(
         "training/checkpoint.py",
@@ -244,121 +244,121 @@ FAULTS = {
         "training/test_checkpoint.py::test_a_model_of_another_shape_is_named_and_no_checkpoint_is_called_damaged",
     ),
     "no filter of system calls": Fault(
-        "evals/sandbox_inmate.py", "    _seccomp(libc)\n", "", f"{SANDBOX}the_right_answer_passes[landlock]"
+        "evals/sandbox/guest.py", "    _seccomp(libc)\n", "", f"{SANDBOX}the_right_answer_passes[landlock]"
     ),
     "no Landlock": Fault(
-        "evals/sandbox_inmate.py",
+        "evals/sandbox/guest.py",
         "    _landlock(libc, readable)\n",
         "",
         f"{SANDBOX}the_right_answer_passes[landlock]",
     ),
     "no limit": Fault(
-        "evals/sandbox_inmate.py",
+        "evals/sandbox/guest.py",
         "resource.setrlimit(getattr(resource, name), (value, value))",
         "pass",
         f"{SANDBOX}the_right_answer_passes[landlock]",
     ),
     "an early exit is a pass": Fault(
-        "evals/sandbox_judge.py",
+        "evals/sandbox/judge.py",
         'raise self.over("died", GONE) from error\n        return said',
         'raise self.over("passed", GONE) from error\n        return said',
         f"{SANDBOX}the_right_answer_passes[landlock]",
     ),
     "a subclass is a literal": Fault(
-        "evals/sandbox_wire.py",
+        "evals/sandbox/protocol.py",
         "kind = type(value)\n",
         "kind = ([k for k in type(value).__mro__ if k in (int, str, list, dict)] or [type(value)])[0]\n",
         f"{SANDBOX}the_right_answer_passes[landlock]",
     ),
     "the exit code of the judge is a verdict": Fault(
-        "evals/sandbox.py",
+        "evals/sandbox/sandbox.py",
         'return "error", "the test itself ran out of time or memory", used_s',
         'return ("error" if judge.returncode else "passed"), "", used_s',
         f"{SANDBOX}a_test_that_exits_has_passed_nobody[landlock]",
     ),
     "no goodbye": Fault(
-        "evals/sandbox_judge.py",
+        "evals/sandbox/judge.py",
         "        inmate.end()\n",
         "",
         f"{SANDBOX}a_right_answer_is_not_enough[landlock]",
     ),
     "more after the goodbye": Fault(
-        "evals/sandbox_judge.py",
+        "evals/sandbox/judge.py",
         " or os.read(self.answers, 1):",
         ":",
         f"{SANDBOX}a_right_answer_is_not_enough[landlock]",
     ),
     "the environment goes along": Fault(
-        "evals/sandbox.py",
+        "evals/sandbox/sandbox.py",
         'env=BARE,\n                cwd="/",\n                start_new_session',
         'cwd="/",\n                start_new_session',
         f"{SANDBOX}an_environment_reaches_nobody[landlock]",
     ),
     "the number of a question is not looked at": Fault(
-        "evals/sandbox_judge.py",
+        "evals/sandbox/judge.py",
         'if said.pop("id", None) != number:',
         'if said.pop("id", None) is None:',
         f"{SANDBOX}a_right_answer_is_not_enough[landlock]",
     ),
     "what a test catches is forgotten": Fault(
-        "evals/sandbox_judge.py",
+        "evals/sandbox/judge.py",
         "        if self.ended is not None:  # a test",
         "        if False:  # a test",
         f"{SANDBOX}a_test_that_asks_what_cannot_be_sent_is_an_error_whatever_it_catches[landlock]",
     ),
     "strings hash anew each time": Fault(
-        "evals/sandbox.py",
+        "evals/sandbox/sandbox.py",
         'BARE = {"PYTHONHASHSEED": "0"}',
         'BARE = {"PYTHONHASHSEED": "random"}',
         f"{SANDBOX}sets_of_strings_are_listed_in_one_order[landlock]",
     ),
     "resume takes a new number": Fault(
-        "proof/chunk.py",
+        "preflight/auto.py",
         "return with_chunk(recipe, begun.objective.chunk) if",
         "return settled(recipe, print) if",
-        "proof/test_chunk.py::test_a_run_goes_on_with_the_number_that_it_began_with",
+        "preflight/test_auto.py::test_a_run_goes_on_with_the_number_that_it_began_with",
     ),
     "an unknown licence is taken for a free one": Fault(
-        "shipping/licences.py",
+        "publish/licenses.py",
         "        if one.license is None or NO_DERIVATIVES in one.license\n",
         "        if NO_DERIVATIVES in (one.license or '')\n",
-        "shipping/test_publish.py::test_a_licence_that_does_not_follow_is_refused",
+        "publish/test_publish.py::test_a_licence_that_does_not_follow_is_refused",
     ),
     "a regression is published": Fault(
-        "shipping/publish.py",
+        "publish/publish.py",
         "    if worse and not allow_regression:\n",
         "    if False:\n",
         f"{REFUSAL}[behind the untouched]",
     ),
     "another file than the receipt's is published": Fault(
-        "shipping/publish.py",
+        "publish/publish.py",
         "        elif file_sha256(there[name]) != told[name]:\n",
         "        elif False:\n",
         f"{REFUSAL}[another file]",
     ),
     "weights that are no numbers are published": Fault(
-        "shipping/publish.py", "((bits & mask) == mask).any()", "False", f"{REFUSAL}[weights not finite]"
+        "publish/publish.py", "((bits & mask) == mask).any()", "False", f"{REFUSAL}[weights not finite]"
     ),
     "a commit is made twice": Fault(
-        "shipping/hub.py",
+        "publish/hub.py",
         "        if not missing and not stale and head:\n",
         "        missing = missing or list(self.plan)\n        if False:\n",
-        "shipping/test_hub.py::test_a_second_publish_makes_no_commit_and_sends_no_file",
+        "publish/test_hub.py::test_a_second_publish_makes_no_commit_and_sends_no_file",
     ),
     "the token is told": Fault(
-        "shipping/hub.py",
+        "publish/hub.py",
         'return text.replace(token, "[token]")',
         "return text",
-        "shipping/test_hub.py::test_the_token_is_in_the_authorization_header_and_nowhere_else",
+        "publish/test_hub.py::test_the_token_is_in_the_authorization_header_and_nowhere_else",
     ),
     "what comes back is not looked at": Fault(
-        "shipping/hub.py",
+        "publish/hub.py",
         "            if sha256 != item.sha256:\n",
         "            if False:\n",
-        "shipping/test_hub.py::test_a_file_that_comes_back_changed_is_told",
+        "publish/test_hub.py::test_a_file_that_comes_back_changed_is_told",
     ),
     "the ids of a tail stand for too little": Fault(
-        "targets/kinds.py",
+        "store/codecs.py",
         "each_P = tail_P / drawn_P.clamp_min(1)",
         "each_P = tail_P / (drawn_P + 1)",
         f"{KINDS}a_stored_sample_is_right_on_average_and_sums_to_one",
@@ -370,43 +370,43 @@ FAULTS = {
         f"{KINDS}its_loss_and_its_gradient_are_the_full_ones_on_average",
     ),
     "where all is kept a sum above one keeps nothing": Fault(
-        "targets/sampling.py",
+        "store/sampling.py",
         "(1 - (p_CK.double().cumsum(-1) - p_CK)).clamp_min(0)",
         "(1 - (p_CK.double().cumsum(-1) - p_CK))",
-        "targets/test_sampling.py::test_a_draw_keeps_what_it_should_and_a_reader_knows_how_many_were_drawn",
+        "store/test_sampling.py::test_a_draw_keeps_what_it_should_and_a_reader_knows_how_many_were_drawn",
     ),
     "kept probabilities are rounded each for itself": Fault(
-        "targets/packing.py",
+        "store/bitpack.py",
         "share_CK.cumsum(-1) + uniforms_C[:, None]).floor()",
         "share_CK + uniforms_C[:, None]).floor().cumsum(-1)",
-        "targets/test_packing.py::test_a_probability_becomes_one_of_its_two_neighbours_right_on_average",
+        "store/test_bitpack.py::test_a_probability_becomes_one_of_its_two_neighbours_right_on_average",
     ),
     "a block is not looked at": Fault(
-        "targets/shards.py",
+        "store/shards.py",
         "if block_hash(block) != self.record.blocks[number]:",
         "if False:",
         f"{STORE}a_flip_in_a_block_that_is_read_is_found_before_use_and_another_is_not",
     ),
     "a shard is taken for the one that its place says": Fault(
-        "targets/store.py",
+        "store/reader.py",
         "if found is None or found.rows[number : number + 1] != [row]:",
         "if found is None:",
         f"{STORE}a_shard_in_another_s_place_is_found_even_where_the_manifest_says_so",
     ),
     "the manifest comes before the shards": Fault(
-        "targets/store.py",
+        "store/reader.py",
         "if not (path / CERTIFICATE).exists() or any(record is None for record in records):",
         "if not (path / CERTIFICATE).exists():",
         f"{STORE}the_manifest_is_written_when_all_is_there_and_last",
     ),
     "a torn shard is kept": Fault(
-        "targets/store.py",
+        "store/reader.py",
         "if known is not None and not list(flaws(file, known)):",
         "if known is not None:",
         f"{STORE}what_is_not_whole_is_written_again",
     ),
     "two write one shard": Fault(
-        "targets/store.py",
+        "store/reader.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB, count, begin",
         "fcntl.LOCK_UN",
         f"{STORE}a_second_writer_of_a_shard_is_refused_while_the_first_lives",
@@ -424,7 +424,7 @@ FAULTS = {
         "teachers/test_stored.py::test_a_model_that_was_not_captured_is_refused_whatever_the_student",
     ),
     "a program outlives its harness": Fault(
-        "evals/sandbox_inmate.py",
+        "evals/sandbox/guest.py",
         "if libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0):",
         "if False:",
         f"{SANDBOX}a_harness_that_is_killed_takes_its_program_with_it[landlock]",

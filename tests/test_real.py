@@ -11,24 +11,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from potstill.corpus import readers, rows
-from potstill.evals.likelihood import heldout
+from potstill.data import packing, readers
+from potstill.evals.heldout import heldout
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
-from potstill.students.student import Student, from_checkpoint
-from potstill.students.surgery import cut
+from potstill.models.pruning import cut
+from potstill.models.student import Student, from_checkpoint
 
 pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def corpus(real_teacher: Any) -> rows.Corpus:
+def corpus(real_teacher: Any) -> packing.Corpus:
     reading = readers.text(Path(sysconfig.get_path("stdlib")) / "json", real_teacher.tokenizer, ["*.py"])
-    return rows.build(reading, tokens_per_row=128, heldout_rows=3, vocab=real_teacher.vocab)
+    return packing.build(reading, tokens_per_row=128, heldout_rows=3, vocab=real_teacher.vocab)
 
 
 def test_the_kl_of_a_student_equal_to_its_teacher_is_zero_and_its_ce_is_the_library_s_loss(
-    real_teacher: Any, corpus: rows.Corpus
+    real_teacher: Any, corpus: packing.Corpus
 ) -> None:
     same = Student(CausalLM(copy.deepcopy(real_teacher.model.hf), "student"), Objective(chunk=64))
     found = heldout(same, real_teacher, corpus.heldout, rows_per_batch=2)
@@ -53,7 +53,7 @@ def test_the_kl_of_a_student_equal_to_its_teacher_is_zero_and_its_ce_is_the_libr
 
 
 def test_a_cut_student_saved_and_loaded_has_the_same_held_out_numbers(
-    real_teacher: Any, corpus: rows.Corpus, tmp_path: Path
+    real_teacher: Any, corpus: packing.Corpus, tmp_path: Path
 ) -> None:
     student = Student(cut(real_teacher.model, [0, 1, 28, 29]), Objective(chunk=64))
     student.model.probe()
@@ -66,7 +66,7 @@ def test_a_cut_student_saved_and_loaded_has_the_same_held_out_numbers(
 
 
 def test_the_tokenizer_of_a_gguf_file_survives_saving(real_teacher: Any, tmp_path: Path) -> None:
-    from potstill.corpus.vocab import load_tokenizer, require_same, vocab_of
+    from potstill.data.tokenizers import load_tokenizer, require_same, vocab_of
 
     real_teacher.tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from conftest import demo_gguf
 
 from potstill import load_recipe
-from potstill.cli import main
+from potstill.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = [*sorted((ROOT / "recipes").glob("*.yaml")), ROOT / "src" / "potstill" / "demo.yaml"]

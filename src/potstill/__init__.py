@@ -11,29 +11,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potstill.comparing import compare as compare
     from potstill.errors import UserError as UserError
-    from potstill.line import distill as distill
-    from potstill.line import evaluate as evaluate
-    from potstill.recipe import load as load_recipe
+    from potstill.recipe.load import load as load_recipe
     from potstill.registry import register as register
-    from potstill.teachers.fixture import FixtureTeacher as FixtureTeacher
-    from potstill.teachers.fixture import TableTeacher as TableTeacher
-    from potstill.teachers.torch_teacher import CudaTrainerTeacher as CudaTrainerTeacher
-    from potstill.teachers.torch_teacher import TorchTeacher as TorchTeacher
+    from potstill.teachers.hf import CudaTrainerTeacher as CudaTrainerTeacher
+    from potstill.teachers.hf import TorchTeacher as TorchTeacher
+    from potstill.teachers.toy import FixtureTeacher as FixtureTeacher
+    from potstill.teachers.toy import TableTeacher as TableTeacher
+    from potstill.workflows.compare import compare as compare
+    from potstill.workflows.distill import distill as distill
+    from potstill.workflows.distill import evaluate as evaluate
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CudaTrainerTeacher": "potstill.teachers.torch_teacher",
-    "FixtureTeacher": "potstill.teachers.fixture",
-    "TableTeacher": "potstill.teachers.fixture",
-    "TorchTeacher": "potstill.teachers.torch_teacher",
+    "CudaTrainerTeacher": "potstill.teachers.hf",
+    "FixtureTeacher": "potstill.teachers.toy",
+    "TableTeacher": "potstill.teachers.toy",
+    "TorchTeacher": "potstill.teachers.hf",
     "UserError": "potstill.errors",
-    "compare": "potstill.comparing",
-    "distill": "potstill.line",
-    "evaluate": "potstill.line",
-    "load_recipe": "potstill.recipe",
+    "compare": "potstill.workflows.compare",
+    "distill": "potstill.workflows.distill",
+    "evaluate": "potstill.workflows.distill",
+    "load_recipe": "potstill.recipe.load",
     "register": "potstill.registry",
 }
 __all__ = [

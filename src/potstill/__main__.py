@@ -2,6 +2,6 @@
 
 import sys
 
-from potstill.cli import main
+from potstill.cli.main import main
 
 sys.exit(main())

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from potstill import recipe
-from potstill.assembly import Cast, assemble
+from potstill.build.setup import Cast, assemble
 from potstill.evals.disagreement import CHOICES, disagreement
-from potstill.evals.likelihood import heldout
+from potstill.evals.heldout import heldout
+from potstill.recipe import load
 
 Recipe = Callable[..., Path]
 
 
 def cast_of(path: Path) -> Cast:
-    return assemble(recipe.load(path), lambda text: None)
+    return assemble(load.load(path), lambda text: None)
 
 
 @pytest.fixture

@@ -18,10 +18,9 @@ import torch
 from conftest import make_model, make_tokenizer
 from scripted import TOKENIZER, scripted
 
-from potstill.cli import main
+from potstill.cli.main import main
 from potstill.errors import UserError
-from potstill.evals import generation, humaneval
-from potstill.evals.generation import Completion, InferenceFailed
+from potstill.evals import humaneval
 from potstill.evals.humaneval_problems import (
     PUBLISHED_SHA256,
     Problem,
@@ -34,9 +33,11 @@ from potstill.evals.humaneval_problems import (
     read_problems,
     read_tests,
 )
-from potstill.evals.passk import compare, wilson
-from potstill.evals.sandbox import Sandbox, SandboxRefused, Verdict
-from potstill.runs.rundir import RunDir
+from potstill.evals.pass_at_k import compare, wilson
+from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused, Verdict
+from potstill.models import generate
+from potstill.models.generate import Completion, InferenceFailed
+from potstill.runs.run_dir import RunDir
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe terse.<|im_end|>\n{% endif %}"
@@ -388,7 +389,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, problems: list[Problem], answer: An
             said.append(Completion(text, len(text), "stop" if ask.is_whole(text) else "eos"))
         return said
 
-    monkeypatch.setattr(generation, "complete", complete)
+    monkeypatch.setattr(generate, "complete", complete)
     return batches
 
 
@@ -746,14 +747,14 @@ def test_a_model_that_raises_has_no_score_and_its_cause_is_told(
 ) -> None:
     """In the third batch, after two whose answers pass."""
     batches = answers(monkeypatch, problems, canonical)
-    complete = generation.complete
+    complete = generate.complete
 
     def failing(*arguments: Any) -> Any:
         if len(batches) == 2:
             raise fails
         return complete(*arguments)
 
-    monkeypatch.setattr(generation, "complete", failing)
+    monkeypatch.setattr(generate, "complete", failing)
     assert (
         main(["eval", model, "--humaneval", "--batch-rows", "2", "--limit", "9", "--out", str(tmp_path)]) == 2
     )
@@ -1012,9 +1013,9 @@ def test_settings_that_the_result_tells_are_those_the_completions_were_made_with
 ) -> None:
     """The object that the loop was given is the one that was read back."""
     seen = []
-    complete = generation.complete
+    complete = generate.complete
     monkeypatch.setattr(
-        generation,
+        generate,
         "complete",
         lambda m, t, settings, *rest: seen.append(settings) or complete(m, t, settings, *rest),
     )
@@ -1096,7 +1097,7 @@ def test_a_base_prompt_has_the_tokenizers_first_token_and_not_its_last(
 
     asked = []
     monkeypatch.setattr(
-        generation,
+        generate,
         "complete",
         lambda m, t, s, asks, seed: asked.extend(asks) or [Completion("\n    x", 1, "eos") for _ in asks],
     )
@@ -1125,7 +1126,7 @@ def test_auto_is_chat_where_there_is_a_template_with_its_tokens_once_and_its_end
             for text, ask in zip(said, asks, strict=True)
         ]
 
-    monkeypatch.setattr(generation, "complete", complete)
+    monkeypatch.setattr(generate, "complete", complete)
     _, result = run([source, "--limit", "3", "--out", str(tmp_path / "out")], capsys)
     assert (result["settings"]["prompt"], result["subset"]["samples_passed"]) == ("chat", 3)
     assert result["finishes"] == {"stop": 3}

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from potstill.errors import UserError
-from potstill.models.files import (
+from potstill.models.safetensors_files import (
     check_gguf,
     check_model_files,
     check_safetensors,

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
-from potstill.students.student import Student
-from potstill.training import parallel
-from potstill.training.parallel import Ranks
+from potstill.models.student import Student
+from potstill.training import distributed
+from potstill.training.distributed import Ranks
 from potstill.types import Batch
 
 V, D, PAD = 258, 32, 1
@@ -96,7 +96,7 @@ def test_the_loop_asks_for_it_and_not_where_another_would_miss_it(
     folder = make_model(tmp_path / "model", with_tokenizer=False)
     assert hooks(Ranks(), compiled=False) == 1
     assert hooks(Ranks(), compiled=True) == 0
-    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda student, **_: student)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda student, **_: student)
     assert hooks(Ranks(world=2), compiled=False) == 0
 
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import make_model
 
 from potstill import UserError, distill, registry
-from potstill.models.files import file_sha256
-from potstill.runs.rundir import RunDir
+from potstill.io.hashing import file_sha256
+from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
 TRAIN = "{{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, save_every: {every}}}"
@@ -141,7 +141,7 @@ def test_the_receipt_has_the_hash_of_every_file(begun: Callable[..., Path], tmp_
 def test_a_resume_without_a_checkpoint_says_so(
     begun: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from potstill.display import Display
+    from potstill.io.terminal import Display
 
     run = distill(begun(0), out=tmp_path / "run", resume=True, display=Display())
     assert "no checkpoint: from step 0\n" in capsys.readouterr().err

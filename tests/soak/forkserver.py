@@ -25,22 +25,22 @@ from typing import Any
 
 BEFORE = {
     "tokenizer": "transformers:AutoTokenizer.from_pretrained",  # while stderr is kept quiet
-    "corpus": "potstill.corpus.rows:pack",
+    "corpus": "potstill.data.packing:pack",
     "loading": "potstill.models.causal_lm:CausalLM.probe",
-    "check": "potstill.line:require_sound",
+    "check": "potstill.workflows.distill:require_sound",
 }
 PHASES = BEFORE | {
-    "order": "potstill.corpus.rows:Order.rows",
-    "teacher": "potstill.teachers.torch_teacher:TorchTeacher.targets",
-    "forward": "potstill.students.student:Student.forward",
+    "order": "potstill.data.packing:Order.rows",
+    "teacher": "potstill.teachers.hf:TorchTeacher.targets",
+    "forward": "potstill.models.student:Student.forward",
     "backward": "torch:Tensor.backward",
-    "evaluation": "potstill.students.student:Student.measure",
-    "log": "potstill.runs.rundir:RunDir.log",
-    "student": "potstill.runs.rundir:RunDir.replace_student",
+    "evaluation": "potstill.models.student:Student.measure",
+    "log": "potstill.runs.run_dir:RunDir.log",
+    "student": "potstill.runs.run_dir:RunDir.replace_student",
     "tensors": "safetensors.torch:serialize_file",
     "flush": "potstill.training.checkpoint:flush",
     "prune": "shutil:rmtree",
-    "receipt": "potstill.runs.rundir:RunDir.write_receipt",
+    "receipt": "potstill.runs.run_dir:RunDir.write_receipt",
 }
 """Where in a run a signal can be aimed at; all but those of BEFORE count from the loop's begin on."""
 
@@ -155,15 +155,15 @@ class FileSystemCalls:
 
 
 def note_begin() -> None:
-    from potstill import line
+    from potstill.workflows import distill
 
-    train = line.train
+    train = distill.train
 
     def noted(*arguments: Any) -> Any:
         begun.append(True)
         return train(*arguments)
 
-    line.train = noted
+    distill.train = noted
 
 
 def on_call(name: str, act: Any) -> None:
@@ -188,7 +188,7 @@ def on_call(name: str, act: Any) -> None:
 
 def record_rows(path: str) -> None:
     """Append `[process, step, rows]` for each micro-batch of training rows that the loop asks for."""
-    from potstill.corpus.rows import Order, PackedRows
+    from potstill.data.packing import Order, PackedRows
 
     rows, batch = Order.rows, PackedRows.batch
     order: dict[str, int] = {}
@@ -224,7 +224,7 @@ def limit_file_size_in_save(num_bytes: int) -> None:
 
 
 def child(order: dict[str, Any]) -> int:
-    from potstill.cli import main
+    from potstill.cli.main import main
 
     play = order["play"]
     note_begin()
@@ -291,7 +291,7 @@ def serve() -> None:
 
     for name in ("gpt2.modeling_gpt2", "llama.modeling_llama"):
         importlib.import_module(f"transformers.models.{name}")
-    importlib.import_module("potstill.line")
+    importlib.import_module("potstill.workflows.distill")
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from potstill.runs.rundir import RunDir
+from potstill.runs.run_dir import RunDir
 from potstill.training.checkpoint import verify
 from soak.forkserver import End, ForkServer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from potstill.errors import UserError
-from potstill.targets.store import HEAD, HELDOUT, Store, verify
+from potstill.store.reader import HEAD, HELDOUT, Store, verify
 from soak.forkserver import End
 from soak.lab import KILLED, SHORT, Lab, count
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from potstill.runs.rundir import RunDir
+from potstill.runs.run_dir import RunDir
 from soak.forkserver import BEFORE, PHASES, End
 from soak.lab import LONG, SHORT, Lab, count
 

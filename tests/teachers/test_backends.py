@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from shipping.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
+from publish.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 
-from potstill import TorchTeacher, UserError, cli
+from potstill import TorchTeacher, UserError
+from potstill.cli import main
+from potstill.export.export import export_run
 from potstill.models import llama_cpp, load
 from potstill.models.llama_cpp import LlamaCppLM
-from potstill.models.quantised import parts_of, weight_bytes
-from potstill.shipping.export import export_run
+from potstill.models.quantization import parts_of, weight_bytes
 from potstill.teachers import backends
 from potstill.teachers.backends import choose
 from potstill.types import Batch
@@ -128,7 +129,7 @@ def test_wrong_fields_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = tiny_recipe(teacher=f"{{name: torch, model: {teacher_folder}, {teacher}}}")
-    assert cli.main(["check", str(recipe)]) == 2
+    assert main.main(["check", str(recipe)]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -161,7 +162,7 @@ def test_a_student_learns_from_fewer_bits_and_the_receipt_says_what_they_cost(
     recipe = tiny_recipe(
         teacher=f"{{name: torch, model: {teacher_folder}, weights: {weights}, backend: {backend}}}"
     )
-    assert cli.main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert main.main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0
     teacher = json.loads((tmp_path / "run" / "receipt.json").read_text())["teacher"]
     assert teacher["runs_on"]["backend"] == backend and teacher["runs_on"]["weights"] == weights
     assert teacher["unchanged_by_training"] is True
@@ -212,7 +213,7 @@ def test_full_weights_of_another_model_are_one_line(
 ) -> None:
     other = conftest.make_model(tmp_path / "other", **changes)
     teacher = f"{{name: torch, model: {teacher_folder}, weights: int8, reference: {other}}}"
-    assert cli.main(["check", str(tiny_recipe(teacher=teacher))]) == 2
+    assert main.main(["check", str(tiny_recipe(teacher=teacher))]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "teacher.reference" in told and said in told
 
@@ -234,9 +235,9 @@ def test_a_library_that_cannot_be_imported_is_one_line(
 def test_the_loss_of_bits_is_that_of_an_independent_computation(
     tiny_recipe: Callable[..., Path], teacher_folder: Path, tmp_path: Path
 ) -> None:
-    from potstill.assembly import assemble
-    from potstill.proof.quantisation import gap
-    from potstill.recipe import load as load_recipe
+    from potstill.build.setup import assemble
+    from potstill.preflight.teacher_quantization import gap
+    from potstill.recipe.load import load as load_recipe
 
     recipe = tiny_recipe(teacher=f"{{name: torch, model: {teacher_folder}, weights: int8}}")
     cast = assemble(load_recipe(recipe), lambda text: None)
@@ -274,7 +275,7 @@ def test_a_teacher_farther_from_itself_than_the_student_is_red(
         teacher=f"{{name: torch, model: {teacher_folder}, weights: int8}}",
         student=f"{{name: checkpoint, model: {near}}}",
     )
-    assert cli.main(["check", str(recipe)]) == 2
+    assert main.main(["check", str(recipe)]) == 2
     told = capsys.readouterr()
     assert "teacher's bits" in told.out + told.err and "Take more bits" in told.out + told.err
 
@@ -320,13 +321,13 @@ def test_a_student_is_cut_from_and_taught_by_a_stored_teacher(
     recipe = tiny_recipe(
         teacher=f"{{name: torch, model: {gguf}, weights: stored}}", student="{name: cut, layers: 1}"
     )
-    assert cli.main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert main.main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0
     teacher = json.loads((tmp_path / "run" / "receipt.json").read_text())["teacher"]
     assert teacher["runs_on"]["backend"] == "llama_cpp" and teacher["unchanged_by_training"] is True
     assert 0 < teacher["fewer_bits"]["kl"] < 0.05
-    assert cli.main(["capture", str(recipe), "--out", str(tmp_path / "store")]) == 0
+    assert main.main(["capture", str(recipe), "--out", str(tmp_path / "store")]) == 0
     from_store = ["teacher={name: store, path: " + str(tmp_path / "store") + "}"]
-    assert cli.main(["distill", str(recipe), "--out", str(tmp_path / "again"), *from_store]) == 0
+    assert main.main(["distill", str(recipe), "--out", str(tmp_path / "again"), *from_store]) == 0
 
 
 @needs_llama_cpp

@@ -13,13 +13,13 @@ import torch
 from conftest import make_corpus, make_model
 from torch import Tensor
 
-from potstill import recipe as recipes
-from potstill.assembly import Cast, assemble
-from potstill.cli import main
+from potstill.build.setup import Cast, assemble
+from potstill.cli.main import main
 from potstill.errors import UserError
-from potstill.losses.sparse import SparseTargets
+from potstill.losses.targets import SparseTargets
+from potstill.recipe import load as recipes
+from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import StoredTeacher
-from potstill.teachers.torch_teacher import TorchTeacher
 from potstill.types import Batch, HiddenTargets
 
 Recipe = Callable[..., Path]

@@ -16,8 +16,8 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 
 from potstill import UserError, distill
-from potstill.cli import main
-from potstill.runs.rundir import RunDir
+from potstill.cli.main import main
+from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
 TIMES = ("speed/", "memory/")
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_lacks_something_does_not_resume_exactly(
 
 
 def rewrite_manifest(place: Path) -> None:
-    from potstill.models.files import file_sha256
+    from potstill.io.hashing import file_sha256
 
     names = ("tensors.safetensors", "state.json")
     manifest = {n: {"bytes": (place / n).stat().st_size, "sha256": file_sha256(place / n)} for n in names}
@@ -195,7 +195,7 @@ def test_a_model_of_another_shape_is_named_and_no_checkpoint_is_called_damaged(
         assert "damaged" not in told
         assert sorted((tmp_path / "cut" / "checkpoints").rglob("*")) == kept
         monkeypatch.setattr(
-            "potstill.line._require_equal", lambda *_: None
+            "potstill.workflows.distill._require_equal", lambda *_: None
         )  # the checkpoint knows it alone, too
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from potstill import UserError, distill, load_recipe
-from potstill.assembly import Cast, assemble
-from potstill.models import causal_lm, compiled
+from potstill.build.setup import Cast, assemble
+from potstill.models import causal_lm, compile
 from potstill.training import loop
 from potstill.training.loop import Hooks, train
 from potstill.training.prefetch import Prefetch
@@ -160,7 +160,7 @@ def test_a_teacher_that_fails_ahead_is_told_at_its_turn(
 
 def test_compiled_bodies_train_the_same_student(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated as for a compiler, which then is not called: it takes a minute."""
-    monkeypatch.setattr(compiled.compile_body, "__defaults__", ("aot_eager",))
+    monkeypatch.setattr(compile.compile_body, "__defaults__", ("aot_eager",))
     losses: dict[bool, list[float]] = {False: [], True: []}
     for is_compiled, of in losses.items():
         recipe = load_recipe(
@@ -175,7 +175,7 @@ def test_compiled_bodies_train_the_same_student(tiny_recipe: Recipe, monkeypatch
 def test_without_a_compiler_it_is_said_before_anything_is_read(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compile.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(
         UserError, match=r"^train\.compile: on the CPU PyTorch compiles with a C\+\+ compiler"

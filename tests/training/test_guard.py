@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from potstill import UserError, distill, load_recipe
-from potstill.assembly import Cast, assemble
-from potstill.cli import main
-from potstill.corpus.rows import Order
-from potstill.line import RunDir
-from potstill.proof.preflight import Checked
-from potstill.proof.rehearsal import smoke
-from potstill.students.student import Student
-from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.build.setup import Cast, assemble
+from potstill.cli.main import main
+from potstill.data.packing import Order
+from potstill.models.student import Student
+from potstill.preflight.checks import Checked
+from potstill.preflight.trial_steps import smoke
+from potstill.teachers.hf import TorchTeacher
 from potstill.training.loop import Hooks, offending, train
-from potstill.training.watch import Watch
+from potstill.training.watchdog import Watch
 from potstill.types import HiddenTargets
+from potstill.workflows.distill import RunDir
 
 Recipe = Callable[..., Path]
 NAN = float("nan")
@@ -331,7 +331,7 @@ def test_a_run_that_hangs_writes_its_stacks_and_ends(
     unchecked: None,
 ) -> None:
     codes: list[int] = []
-    monkeypatch.setattr("potstill.line.os._exit", codes.append)
+    monkeypatch.setattr("potstill.workflows.distill.os._exit", codes.append)
     forward = Student.forward
     calls: list[int] = []
 
@@ -352,7 +352,7 @@ def test_a_run_that_hangs_writes_its_stacks_and_ends(
     assert len(told) == 1 and f"guard.{field} is 3" in told[0] and "stall.txt" in told[0]
 
 
-@pytest.mark.parametrize("where", ["potstill.corpus.rows.build", "potstill.assembly.make_teacher"])
+@pytest.mark.parametrize("where", ["potstill.data.packing.build", "potstill.build.setup.make_teacher"])
 def test_a_hang_before_the_run_has_a_folder_shows_its_stacks_and_ends(
     where: str,
     tiny_recipe: Recipe,
@@ -364,7 +364,7 @@ def test_a_hang_before_the_run_has_a_folder_shows_its_stacks_and_ends(
         pass
 
     codes: list[int] = []
-    monkeypatch.setattr("potstill.line.os._exit", codes.append)
+    monkeypatch.setattr("potstill.workflows.distill.os._exit", codes.append)
 
     def hang_here(*arguments: Any, **more: Any) -> None:
         deadline = time.monotonic() + 30
@@ -440,12 +440,12 @@ def test_an_evaluation_made_up_for_is_not_logged_twice(tiny_recipe: Recipe, tmp_
 def test_a_signal_before_the_run_directory_exists_leaves_nothing(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from potstill.corpus import rows
+    from potstill.data import packing
 
     def signalling(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(rows, "build", signalling)
+    monkeypatch.setattr(packing, "build", signalling)
     recipe = tiny_recipe()
     before = set(tmp_path.rglob("*"))
     assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 143
@@ -455,7 +455,7 @@ def test_a_signal_before_the_run_directory_exists_leaves_nothing(
 def test_a_second_signal_ends_the_process_at_once(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, rows_per_micro_batch: 1, lr: 1e-3, device: cpu}")
     program = (
-        "import signal, sys; from potstill.cli import main; from potstill.training.watch import Watch\n"
+        "import signal, sys; from potstill.cli.main import main; from potstill.training.watchdog import Watch\n"
         "beat = Watch.beat\n"
         "def signalling(self):\n"
         "    beat(self)\n"

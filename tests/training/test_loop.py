@@ -17,8 +17,8 @@ from conftest import make_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 from potstill import UserError, distill, load_recipe
-from potstill.assembly import assemble
-from potstill.display import Display
+from potstill.build.setup import assemble
+from potstill.io.terminal import Display
 from potstill.training.loop import Hooks, train
 from potstill.training.optim import lr_at, make_optimizer
 
@@ -263,11 +263,11 @@ def test_status_says_how_a_run_ended(
         raise RuntimeError("the engine stalled")
 
     with monkeypatch.context() as patch:
-        patch.setattr("potstill.teachers.torch_teacher.TorchTeacher.targets", stall)
+        patch.setattr("potstill.teachers.hf.TorchTeacher.targets", stall)
         with pytest.raises(UserError, match=r"step 0: the teacher failed on rows .*the engine stalled"):
             distill(tiny_recipe(), out=tmp_path / "not begun")
     assert not (tmp_path / "not begun").exists()
-    monkeypatch.setattr("potstill.line.heldout", stall)
+    monkeypatch.setattr("potstill.workflows.distill.heldout", stall)
     with pytest.raises(RuntimeError, match="the engine stalled"):
         distill(tiny_recipe(), out=tmp_path / "bad")
     status = json.loads((tmp_path / "bad" / "status.json").read_text())

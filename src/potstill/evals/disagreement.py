@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from potstill.losses.divergences import forward_kl
-from potstill.students.student import Student
+from potstill.models.student import Student
 from potstill.types import Batch, Rows, Teacher
 
 Token = dict[str, Any]

@@ -24,10 +24,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from potstill.corpus.vocab import load_tokenizer, vocab_of
+from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError, one_line
-from potstill.evals import generation
-from potstill.evals.generation import Ask, Completion, InferenceFailed
 from potstill.evals.humaneval_problems import (
     STOPS,
     Judge,
@@ -42,13 +40,15 @@ from potstill.evals.humaneval_problems import (
     read_problems,
     read_tests,
 )
-from potstill.evals.passk import RESULT, scored
-from potstill.evals.sandbox import Sandbox, SandboxRefused
+from potstill.evals.pass_at_k import RESULT, scored
+from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused
+from potstill.io.hashing import file_sha256
+from potstill.io.safe_open import opened, parse_json
+from potstill.models import generate
 from potstill.models.causal_lm import CausalLM
-from potstill.models.files import file_sha256
+from potstill.models.generate import Ask, Completion, InferenceFailed
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
-from potstill.plain_files import opened, parse_json
-from potstill.runs.rundir import RunDir, environment, write_whole
+from potstill.runs.run_dir import RunDir, environment, write_whole
 
 TASK_VERSION = "potstill-humaneval-1"
 """Changes with whatever changes a score: prompts, stops, extraction, judging."""
@@ -156,7 +156,7 @@ def _load(source: str | Path, options: Options, note: Note) -> _Answering:
         kind = "chat" if getattr(tokenizer, "chat_template", None) else "base"
     if kind == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{source}: its tokenizer has no chat template. Use --prompt base.")
-    settings = generation.make_settings(
+    settings = generate.make_settings(
         model,
         tokenizer,
         max_new_tokens=options.max_new_tokens,
@@ -187,7 +187,7 @@ def _record(
         "device": answer.model.device.type,
         "sandbox": tier,
         "torch": torch.__version__,
-        **generation.read_back(answer.settings, answer.model),
+        **generate.read_back(answer.settings, answer.model),
     }
 
 
@@ -284,7 +284,7 @@ class _Answering:
 
     def complete(self, asks: Sequence[Ask]) -> list[Completion]:
         try:
-            return generation.complete(self.model, self.tokenizer, self.settings, asks, self.options.seed)
+            return generate.complete(self.model, self.tokenizer, self.settings, asks, self.options.seed)
         except (InferenceFailed, UserError):
             raise
         except Exception as error:  # whatever a model fails with, it is no wrong answer

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from potstill.errors import UserError, one_line
-from potstill.evals.sandbox import Sandbox, Verdict
-from potstill.plain_files import json_lines
-from potstill.recipe_paths import HUMANEVAL, locate
+from potstill.evals.sandbox.sandbox import Sandbox, Verdict
+from potstill.io.safe_open import json_lines
+from potstill.recipe.paths import HUMANEVAL, locate
 
 PUBLISHED_SHA256 = "ec81486c65fb53ea0dd9b6caa04e72a0cdb4eed68f83245ecb0dacf8f1d88b6a"
 """Of the five fields of the 164 problems; whatever file they come in."""

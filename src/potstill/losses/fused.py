@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.losses.slopes import Slope, is_forward_kl, slope_of
-from potstill.losses.sparse import SparseTargets
+from potstill.losses.gradients import Slope, is_forward_kl, slope_of
+from potstill.losses.targets import SparseTargets
 from potstill.types import Divergence, HiddenTargets, Targets
 
 Block = Callable[..., tuple[Tensor, Tensor]]

@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from potstill.corpus import vocab
-from potstill.models import files
+from potstill.data import tokenizers
+from potstill.io.hashing import file_sha256
+from potstill.models import safetensors_files
 from potstill.models.load import local_copy
-from potstill.recipe import Recipe
-from potstill.recipe_plugins import plugin_sha256
+from potstill.recipe.load import Recipe
+from potstill.recipe.plugins import plugin_sha256
 
 SETTINGS = {
     *("config.json", "chat_template.jinja", "chat_template.json", "merges.txt"),
-    *files.SETTINGS,
-    *vocab.SETTINGS,
-    *vocab.TOKENIZER_FILES,
+    *safetensors_files.SETTINGS,
+    *tokenizers.SETTINGS,
+    *tokenizers.TOKENIZER_FILES,
 }
 
 
@@ -38,9 +39,9 @@ def file_hashes(recipe: Recipe) -> dict[str, str]:
     found = {}
     for role, source in roles.items():
         for path in _settings(local_copy(source)) if source is not None else ():
-            found[f"{role}/{path.name}"] = files.file_sha256(path)
+            found[f"{role}/{path.name}"] = file_sha256(path)
     if teacher.name == "store":
-        found["teacher/manifest.json"] = files.file_sha256(Path(teacher.path) / "manifest.json")
+        found["teacher/manifest.json"] = file_sha256(Path(teacher.path) / "manifest.json")
     for number, plugin in enumerate(recipe.plugins):
         found[f"plugins/{number}/{Path(plugin).name}"] = plugin_sha256(Path(plugin))
     return found

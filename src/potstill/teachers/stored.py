@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from potstill.corpus.vocab import load_tokenizer, vocab_of
+from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
-from potstill.losses.sparse import SparseTargets
-from potstill.targets.kinds import Hidden
-from potstill.targets.store import HELDOUT_KIND, ROWS_ADVICE, Store
-from potstill.teachers.torch_teacher import TorchTeacher
+from potstill.losses.targets import SparseTargets
+from potstill.store.codecs import Hidden
+from potstill.store.reader import HELDOUT_KIND, ROWS_ADVICE, Store
+from potstill.teachers.hf import TorchTeacher
 from potstill.types import Batch, Head, HiddenTargets, Targets, Vocab
 
 OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows", "documents", "tokens")

@@ -31,11 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from potstill.errors import Unreadable, UserError
-from potstill.models.files import check_safetensors, file_sha256
-from potstill.plain_files import NO_FILE, read_object, unreadable
-from potstill.runs.durable import flush, listed, remove
-from potstill.students.student import Student
-from potstill.training.parallel import ALONE, Ranks, full, placed_as
+from potstill.io.atomic import flush, listed, remove
+from potstill.io.hashing import file_sha256
+from potstill.io.safe_open import NO_FILE, read_object, unreadable
+from potstill.models.safetensors_files import check_safetensors
+from potstill.models.student import Student
+from potstill.training.distributed import ALONE, Ranks, full, placed_as
 
 KEPT = 2
 READABLE = "Make it readable, or move its checkpoint away to go on from the one before."

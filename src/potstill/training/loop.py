@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from potstill.errors import Fault, Stopped, UserError
 from potstill.losses.objective import require_finite
-from potstill.recipe import Recipe
-from potstill.students.student import Student
+from potstill.models.student import Student
+from potstill.recipe.load import Recipe
 from potstill.training.checkpoint import Outcome
+from potstill.training.distributed import ALONE, Ranks, full
 from potstill.training.optim import lr_at, make_optimizer, set_lr
-from potstill.training.parallel import ALONE, Ranks, full
 from potstill.training.prefetch import Prefetch
 from potstill.types import Batch, Order, Rows, Teacher
 

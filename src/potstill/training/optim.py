@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from potstill.recipe_sections import Train
+from potstill.recipe.sections import Train
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:

@@ -1,0 +1,1 @@
+"""The command line: one file a group of verbs. Torch is imported only inside a verb that needs it."""

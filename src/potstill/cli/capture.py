@@ -1,0 +1,125 @@
+"""The verbs of teacher targets on disk: `potstill capture` and `potstill store`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import UserError
+from potstill.io.terminal import Display, aligned
+
+
+def add_flags(capture: argparse.ArgumentParser, store: argparse.ArgumentParser) -> None:
+    capture.add_argument("recipe", type=Path, metavar="RECIPE", help="its section `capture` says how")
+    capture.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    capture.add_argument("--out", type=Path, metavar="FOLDER", help="default targets/NAME")
+    capture.add_argument(
+        "--part", metavar="I/N", help="the I-th of N parts, for several processes or machines"
+    )
+    store.add_argument("what", choices=("verify", "show", "merge", "push", "pull"))
+    store.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="of merge: parts of one capture"
+    )
+    store.add_argument("--out", type=Path, metavar="FOLDER", help="of merge: the folder to make")
+    store.add_argument("--repo", metavar="OWNER/NAME", help="of push and pull: the repository on the Hub")
+    store.add_argument("--private", action="store_true", help="of push: into a private repository")
+
+
+def run_capture(options: argparse.Namespace, display: Display) -> int:
+    from potstill.workflows.capture import capture
+
+    out = options.out or Path("targets") / options.recipe.stem
+    manifest = capture(options.recipe, options.overrides, out, options.part, display)
+    if manifest is None:
+        display.note(f"{out}: this part is done, others are not: no manifest yet")
+        return 0
+    _show(out, manifest, options.json, display)
+    return 0
+
+
+def run_store(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 2 where a flaw was found, or a merged store is not whole."""
+    what, folders = options.what, options.folders
+    for flag, goes_with in (("out", {"merge"}), ("repo", {"push", "pull"})):
+        if (what in goes_with) != (getattr(options, flag) is not None):
+            raise UserError(
+                f"store {what}: --{flag} goes with {' and '.join(sorted(goes_with))}, which need it."
+            )
+    if what in ("push", "pull") and len(folders) > 1:
+        raise UserError(f"store {what}: {len(folders)} folders given. Give one.")
+    match what:
+        case "merge":
+            return _merge(folders, options, display)
+        case "push":
+            _push(folders[0], options, display)
+            return 0
+        case "pull":
+            from potstill.publish.hub import fetch
+
+            fetch(options.repo, folders[0])
+    if what == "show":
+        from potstill.store.reader import read_manifest
+
+        for folder in folders:
+            _show(folder, read_manifest(folder), options.json, display)
+        return 0
+    return _verify(folders, options, display)
+
+
+def _merge(folders: list[Path], options: argparse.Namespace, display: Display) -> int:
+    from potstill.store.reader import merge, read_manifest
+
+    if missing := merge(folders, options.out):
+        display.note(f"{options.out}: {missing} shards are missing: merge the other parts, too")
+        return 2
+    _show(options.out, read_manifest(options.out), options.json, display)
+    return 0
+
+
+def _verify(folders: list[Path], options: argparse.Namespace, display: Display) -> int:
+    from potstill.store.reader import verify
+
+    found = {str(folder): list(verify(folder)) for folder in folders}
+    if options.json:
+        display.result(json.dumps(found, indent=2))
+    else:
+        for folder, flaws in found.items():
+            display.error(tuple(flaws))
+            count = "1 flaw" if len(flaws) == 1 else f"{len(flaws)} flaws"
+            display.result(f"{folder}: {count if flaws else 'sound, to the last byte'}")
+    return 2 if any(found.values()) else 0
+
+
+def _push(folder: Path, options: argparse.Namespace, display: Display) -> None:
+    """Plain files, as they lie in the folder; only a sound store leaves the house."""
+    from potstill.io.hashing import file_sha256
+    from potstill.publish.hub import Item, upload
+    from potstill.store.reader import verify
+
+    if flaws := list(verify(folder)):
+        raise UserError(*flaws)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    plan = [
+        Item(str(file.relative_to(folder)), file, file.stat().st_size, file_sha256(file)) for file in files
+    ]
+    with tempfile.TemporaryDirectory() as back:
+        commit = upload(options.repo, plan, private=options.private, folder=Path(back), note=display.note)
+    told = {"repo": options.repo, "commit": commit, "files": len(plan)}
+    display.result(json.dumps(told) if options.json else f"pushed: {options.repo}, commit {commit}")
+
+
+def _show(folder: Path, manifest: dict[str, Any], as_json: bool, display: Display) -> None:
+    told = {name: value for name, value in manifest.items() if name not in ("files", "runs", "seal")}
+    if as_json:
+        display.result(json.dumps({"store": str(folder)} | told, indent=2))
+        return
+    display.result(f"{folder}: {manifest['bytes_per_position']} bytes per position")
+    for name, value in told.items():
+        if name not in ("bytes_per_position", "certificate", "tokenizer"):
+            display.result(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
+    certified = manifest["certificate"].items()
+    measured = [[n, json.dumps(v) if isinstance(v, dict) else f"{v:.6g}"] for n, v in certified]
+    display.result(aligned(["certificate", "value"], measured))

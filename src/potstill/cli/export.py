@@ -1,0 +1,71 @@
+"""The verbs that hand a student on: `potstill export` and `potstill publish`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from potstill.errors import UserError
+from potstill.io.terminal import Display, aligned
+
+
+def add_export_flags(export: argparse.ArgumentParser) -> None:
+    export.add_argument("run", type=Path, metavar="RUN")
+    export.add_argument("--format", choices=("hf", "gguf"), help="one of the two alone; default both")
+    export.add_argument(
+        "--quantize",
+        metavar="TYPE,…",
+        help="of the GGUF files: f32,f16,bf16,q8_0,q4_0,q4_k,q6_k; default f16",
+    )
+    export.add_argument("--out", type=Path, metavar="FOLDER", help="default RUN/exports")
+
+
+def add_publish_flags(pub: argparse.ArgumentParser) -> None:
+    pub.add_argument("run", type=Path, metavar="RUN")
+    pub.add_argument("overrides", nargs="*", metavar="publish.b=value", help="what the recipe says of it")
+    pub.add_argument("--repo", required=True, metavar="OWNER/NAME")
+    pub.add_argument("--dry-run", action="store_true", help="write the card and the plan, upload nothing")
+    pub.add_argument("--private", action="store_true", help="into a private repository")
+    pub.add_argument("--allow-regression", action="store_true", help="also behind the untouched student")
+
+
+def export(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 2 where a path failed: the file is there, and the record says what is wrong with it."""
+    if options.format == "hf" and options.quantize is not None:
+        raise UserError("--quantize: says nothing to --format hf. Leave one out.")
+    from potstill.export.export import export_run, verdict
+
+    quantize = [word.strip() for word in (options.quantize or "f16").split(",")]
+    formats = [*(["hf"] if options.format != "gguf" else []), *(quantize if options.format != "hf" else [])]
+    found = export_run(options.run, options.out, formats, note=display.note)
+    if options.json:
+        display.result(json.dumps(found.records, indent=2))
+    else:
+        rows = [
+            [each["file"], *(path["status"] for path in each["three_path"].values())]
+            for each in found.records
+        ]
+        display.result(aligned(["file", *found.records[0]["three_path"]], rows))
+    failed = [each for each in found.records if verdict(each) == "failed"]
+    for each in failed:
+        for name, path in each["three_path"].items():
+            if path["status"] == "failed":
+                display.error((f"{each['file']}: {name}: {path['why']}",))
+    return 2 if failed else 0
+
+
+def publish(options: argparse.Namespace, display: Display) -> None:
+    from potstill.publish import publish as shipping
+
+    commit, asked = None, (options.run, options.repo, options.overrides, options.allow_regression)
+    if options.dry_run:
+        prepared = shipping.prepare(*asked)
+    else:
+        prepared, commit = shipping.publish(*asked, private=options.private, note=display.note)
+    if options.json:
+        display.result(json.dumps(prepared.told() | {"commit": commit}, indent=2))
+        return
+    rows = [[item.path, f"{item.bytes:,}", item.sha256] for item in prepared.plan]
+    display.result(aligned(["file", "bytes", "sha256"], rows))
+    display.result(f"published: {prepared.repo}, commit {commit}" if commit else f"card: {prepared.card}")

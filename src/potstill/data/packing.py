@@ -1,0 +1,276 @@
+"""Documents packed into rows, split into training and held-out, in an order that is a function of the seed.
+
+A row is `tokens_per_row` neighbours of one long stream of documents. What a position's label is, and whether
+it has one, is decided here once: the label of token i is token i+1 of the same document, if it may be
+predicted; nothing downstream shifts or masks. Positions restart at 0 with each document and each row, which
+is how attention is kept inside a document. Refuses a corpus too small to hold rows out. Called by the
+assembly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from potstill.data.memmap import Stream, hashed, in_blocks, require_ids
+from potstill.data.readers import Reading
+from potstill.errors import UserError
+from potstill.types import Batch, Vocab
+
+TRAIN, HELDOUT = "train", "heldout"
+MAX_EPOCHS_PER_STEP = 1000  # a step may see a row twice, but no one means this
+SPREAD = 8  # held-out rows are drawn from up to so many times their tokens, or a twentieth of the corpus
+
+
+class PackedRows:
+    """Rows with random access.
+
+    Args:
+        ids: uint32, the stream of all documents.
+        starts: int64, where in the stream each document begins.
+        bears: bool, whether a token may be predicted from the one before it; False where a document begins.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.uint32],
+        starts: NDArray[np.int64],
+        bears: NDArray[np.bool_],
+        tokens_per_row: int,
+    ) -> None:
+        self.ids, self.starts, self.bears, self.tokens_per_row = ids, starts, bears, tokens_per_row
+        self.first_row = 0
+        """What row 0 is called in a batch: a store of targets has one number for each row of both splits."""
+        self.supervised_per_row = _supervised(bears, tokens_per_row)
+        self.kept = np.flatnonzero(self.supervised_per_row)
+        """Rows that teach something, as numbers in the stream; row r of this object is stream row kept[r]."""
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def supervised(self) -> int:
+        """Positions with a label, over all rows."""
+        return int(self.supervised_per_row[self.kept].sum())
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows, on the CPU. A stream's last row may be padded; padding is a document without labels."""
+        B, T = len(rows), self.tokens_per_row
+        ids_BT = np.zeros((B, T), dtype=np.int64)
+        positions_BT = np.zeros((B, T), dtype=np.int64)
+        labels_BT = np.full((B, T), -1, dtype=np.int64)
+        for b, row in enumerate(rows):
+            first = int(self.kept[row]) * T
+            last = min(first + T, len(self.ids))
+            ids_BT[b, : last - first] = self.ids[first:last]
+            positions_BT[b] = self._positions(first, last)
+            following = slice(first + 1, min(first + T + 1, len(self.ids)))
+            count = following.stop - following.start
+            labels_BT[b, :count] = np.where(self.bears[following], self.ids[following].astype(np.int64), -1)
+        labels = torch.from_numpy(labels_BT.reshape(-1))
+        positions_N = torch.nonzero(labels >= 0)[:, 0]
+        return Batch(
+            rows_B=torch.tensor(list(rows), dtype=torch.int64) + self.first_row,
+            input_ids_BT=torch.from_numpy(ids_BT),
+            position_ids_BT=torch.from_numpy(positions_BT),
+            positions_N=positions_N,
+            labels_N=labels[positions_N],
+        )
+
+    def row_hash(self, row: int) -> bytes:
+        """sha256 of what a row holds: ids, document starts and labels."""
+        batch = self.batch([row])
+        digest = hashlib.sha256()
+        for tensor in (batch.input_ids_BT, batch.position_ids_BT, batch.positions_N, batch.labels_N):
+            digest.update(tensor.numpy().tobytes())
+        return digest.digest()
+
+    def row_tokens(self, row: int) -> bytes:
+        first = int(self.kept[row]) * self.tokens_per_row
+        return self.ids[first : first + self.tokens_per_row].tobytes()
+
+    def drop(self, other: PackedRows) -> int:
+        """Leave out the rows whose tokens are those of a row of `other`; returns how many there were."""
+        theirs = {other.row_tokens(row) for row in range(len(other))}
+        keep = np.array([self.row_tokens(row) not in theirs for row in range(len(self))], dtype=np.bool_)
+        self.kept = self.kept[keep]
+        return int((~keep).sum())
+
+    def _positions(self, first: int, last: int) -> NDArray[np.int64]:
+        begin = np.zeros(self.tokens_per_row, dtype=np.int64)
+        inside = self.starts[np.searchsorted(self.starts, first) : np.searchsorted(self.starts, last)] - first
+        begin[inside] = inside
+        if last - first < self.tokens_per_row:
+            begin[last - first] = last - first
+        return np.arange(self.tokens_per_row) - np.maximum.accumulate(begin)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which rows a step takes: every epoch all of them once, in an order of (seed, epoch) alone."""
+
+    num_rows: int
+    seed: int
+
+    def rows(self, step: int, rows_per_step: int) -> list[int]:
+        if rows_per_step > MAX_EPOCHS_PER_STEP * self.num_rows:
+            raise UserError(
+                f"train.rows_per_step: {rows_per_step} rows in a step, of {self.num_rows} training rows: each"
+                f" more than {MAX_EPOCHS_PER_STEP} times over. Set it lower."
+            )
+        first = step * rows_per_step
+        return [self._row(position) for position in range(first, first + rows_per_step)]
+
+    def epoch(self, step: int, rows_per_step: int) -> int:
+        """Of the step's last row; the first epoch is 0."""
+        return ((step + 1) * rows_per_step - 1) // self.num_rows
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_rows)
+        return int(_permutation(self.num_rows, self.seed, epoch)[place])
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: PackedRows
+    heldout: PackedRows
+    manifest: dict[str, Any]
+    """Counts, hashes of files and tokenizer, fingerprint: `corpus.json` of a run."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the vocabulary, and ids, document starts and labels of both splits."""
+        return str(self.manifest["fingerprint"])
+
+    def order(self, seed: int) -> Order:
+        return Order(len(self.train), seed)
+
+
+def _supervised(bears: NDArray[np.bool_], tokens_per_row: int) -> NDArray[np.int64]:
+    """Labels of each row. One counts for the position before it; a lone last token is no such position."""
+    found = np.zeros(-(-max(len(bears) - 1, 0) // tokens_per_row), dtype=np.int64)
+    for first, block in in_blocks(bears[1:], tokens_per_row):
+        starts = np.arange(0, len(block), tokens_per_row)
+        found[first // tokens_per_row :][: len(starts)] = np.add.reduceat(block, starts, dtype=np.int64)
+    return found
+
+
+def build(
+    reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vocab, folder: Path | None = None
+) -> Corpus:
+    """Split whole documents, pack both sides, drop training rows that equal a held-out row, and count.
+
+    With a folder, tokens pass through its files, and memory does not grow with them.
+    """
+    documents = Stream(folder, "documents")
+    try:
+        for document in reading.documents:
+            require_ids(document.source, document.ids, vocab.size)
+            documents.append(document.ids, document.labels)
+    except BaseException:
+        documents.discard()
+        raise
+    if not len(documents):
+        raise UserError(
+            "corpus.path: not one document with text in it. Look at the path, the field and the patterns."
+        )
+    total = documents.num_tokens
+    if tokens_per_row > total:  # before a row of that length is allocated
+        raise _too_little(len(documents), total, 0, 0, heldout_rows, tokens_per_row)
+    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row, folder)
+    documents.discard()
+    dropped = train.drop(heldout)
+    heldout.first_row = len(train)
+    if len(heldout) < heldout_rows or len(train) == 0:
+        raise _too_little(len(documents), total, len(train), len(heldout), heldout_rows, tokens_per_row)
+    manifest = {
+        "documents": len(documents),
+        "tokens": total,
+        "tokens_per_row": tokens_per_row,
+        "train_documents": len(documents) - num_heldout,
+        "train_rows": len(train),
+        "train_tokens": len(train.ids),
+        "train_positions": train.supervised,
+        "heldout_documents": num_heldout,
+        "heldout_rows": len(heldout),
+        "heldout_tokens": len(heldout.ids),
+        "heldout_positions": heldout.supervised,
+        "rows_dropped_as_held_out": dropped,
+        "vocab_size": vocab.size,
+        "tokenizer_sha256": vocab.fingerprint,
+        "fingerprint": _fingerprint(vocab, train, heldout),
+        "files": reading.files,
+    }
+    return Corpus(train, heldout, manifest)
+
+
+def _too_little(
+    documents: int, total: int, train: int, heldout: int, heldout_rows: int, tokens_per_row: int
+) -> UserError:
+    return UserError(
+        f"corpus: {documents} documents of {total} tokens give {train} training rows and {heldout} held-out"
+        f" rows of {tokens_per_row} tokens; at least 1 and {heldout_rows} are needed, in different documents."
+        " Give more text, or set corpus.tokens_per_row or corpus.heldout_rows lower."
+    )
+
+
+def split(
+    documents: Stream, heldout_rows: int, tokens_per_row: int, folder: Path | None = None
+) -> tuple[PackedRows, PackedRows, int]:
+    """Training rows, held-out rows, and the number of documents on the held-out side.
+
+    Documents go there in the order of their hash, so that the split depends on content and not on names, and
+    the same text is never on both sides, whichever of its tokens bear loss. The rows are drawn from more
+    documents than they need, so that no single one speaks for all; these documents' other rows go unused.
+    """
+    each = (hashed(documents[number][0]) for number in range(len(documents)))
+    digests = np.fromiter(each, "S32", len(documents))
+    order = np.argsort(digests, kind="stable")
+    needed = heldout_rows * tokens_per_row
+    wanted = max(needed, min(SPREAD * needed, documents.num_tokens // 20))
+    count, tokens = 0, 0
+    heldout = pack(documents, order[:0], tokens_per_row, None, HELDOUT)
+    while len(heldout) < heldout_rows and count < len(order):
+        while count < len(order) and (tokens < wanted or digests[order[count]] == digests[order[count - 1]]):
+            tokens += documents.lengths[order[count]]
+            count += 1
+        heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT)
+        # Rows without a label do not count, so that much prompt and little answer may need more documents.
+        wanted = 2 * tokens
+    by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
+    heldout.kept = heldout.kept[sorted(by_content)]
+    train = pack(documents, order[count:], tokens_per_row, folder, TRAIN)
+    return train, heldout, count
+
+
+def pack(
+    documents: Stream, numbers: NDArray[np.int64], tokens_per_row: int, folder: Path | None, name: str
+) -> PackedRows:
+    """Some of the documents, end to end in the order in which they were read."""
+    packed = Stream(folder, name)
+    for number in np.sort(numbers):
+        packed.append(*documents[number])
+    return PackedRows(packed.ids(), packed.starts(), packed.bears(), tokens_per_row)
+
+
+def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:
+    digest = hashlib.sha256(vocab.fingerprint.encode())
+    for rows in splits:
+        digest.update(f"{rows.tokens_per_row} {len(rows.ids)} {len(rows)}\n".encode())
+        for array in (rows.ids, rows.starts, rows.bears, rows.kept):
+            for _, block in in_blocks(array):
+                digest.update(block.data)
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""Held-out evaluation: always the same rows, in the same batches, so that two numbers may be compared.
+
+heldout/ce          next-token cross-entropy of the student, nats per supervised position
+heldout/kl          KL(teacher || student) at temperature 1, nats per position
+heldout/agreement   share of positions where both rank the same token first
+heldout/loss        the recipe's own objective; what "best" means
+heldout/teacher_ce  the teacher's own cross-entropy, so that its level is known
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from potstill.models.student import Student
+from potstill.types import Rows, Teacher
+
+
+@torch.no_grad()
+def heldout(
+    student: Student,
+    teacher: Teacher,
+    rows: Rows,
+    rows_per_batch: int,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Every row of `rows` once, in eval mode; sums over positions, divided once.
+
+    `poll` is called before each batch and may raise, which leaves the student as it was.
+    """
+    sums: dict[str, float] = {}
+    positions = 0
+    for count, found in _batches(student, teacher, rows, rows_per_batch, poll):
+        positions += count
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return {f"heldout/{name}": value / positions for name, value in sums.items()}
+
+
+@torch.no_grad()
+def heldout_by_row(
+    student: Student, teacher: Teacher, rows: Rows
+) -> tuple[list[int], dict[str, list[float]]]:
+    """The positions of each row, and each metric's mean over the positions of each row."""
+    positions: list[int] = []
+    means: dict[str, list[float]] = {}
+    for count, found in _batches(student, teacher, rows, 1, lambda: None):
+        positions.append(count)
+        for name, value in found.items():
+            means.setdefault(f"heldout/{name}", []).append(value / count)
+    return positions, means
+
+
+def _batches(
+    student: Student, teacher: Teacher, rows: Rows, rows_per_batch: int, poll: Callable[[], None]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Positions of a batch, and each metric's sum over them; the student is in eval mode meanwhile."""
+    was_training = student.training
+    student.eval()
+    try:
+        for start in range(0, len(rows), rows_per_batch):
+            poll()
+            batch = rows.batch(range(start, min(start + rows_per_batch, len(rows)))).to(student.model.device)
+            found = student.measure(batch, teacher.targets(batch))
+            yield len(batch.positions_N), {name: float(value) for name, value in found.items()}
+    finally:
+        student.train(was_training)

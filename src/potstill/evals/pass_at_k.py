@@ -1,0 +1,230 @@
+"""pass@k and what it is worth: the unbiased estimator, and intervals over the problems.
+
+An interval here says how far the score could lie from the model's own rate because the problems are few, not
+because sampling is random: a greedy run repeats exactly and still has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potstill.errors import UserError, one_line
+from potstill.io.safe_open import read_object
+
+Z_95 = 1.959963984540054
+"""The normal quantile of a two-sided 95 % interval."""
+RESAMPLES = 10_000
+RESULT = "humaneval.json"
+KS = (1, 5, 10, 100)
+ALIKE = (
+    *("task", "data_sha256", "problems", "prompt"),
+    *("temperature", "top_p", "max_new_tokens"),
+)
+"""Settings that two results must share to be compared."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of problems, with its 95 % interval and where the interval comes from."""
+
+    value: float
+    low: float
+    high: float
+    interval: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The second result minus the first, problem by problem.
+
+    `gained` problems passed more often in the second, `lost` in the first.
+    """
+
+    difference: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+    problems: int
+
+
+def pass_at_k(n: int, passed: int, k: int) -> float:
+    """Chance that at least one of k samples passes, drawn without replacement from n of which `passed` pass.
+
+    1 - C(n - passed, k) / C(n, k): unbiased for every k up to n (Chen et al. 2021, equation 1), where
+    1 - (1 - passed / n)^k is not.
+    """
+    if not (1 <= k <= n and 0 <= passed <= n):
+        raise ValueError(f"pass@{k} of {passed} passed in {n}: k must be from 1 to n")
+    return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
+
+
+def wilson(passed: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927): it stays inside 0 and 1, and is not empty at 0 of n.
+
+    `passed` may be a mean over several runs.
+    """
+    if not (n > 0 and 0 <= passed <= n):
+        raise ValueError(f"{passed} of {n} is no share")
+    share, z2 = passed / n, Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def scores(passed: Sequence[int], n: int) -> dict[str, Score]:
+    """pass@k for the usual k up to n, over problems each with n samples of which `passed` passed.
+
+    With one sample a problem is passed or not, and the interval is Wilson's; with more, problems are
+    resampled, unless all or none passed.
+    """
+    found = {}
+    for k in (k for k in KS if k <= n):
+        each = [pass_at_k(n, count, k) for count in passed]
+        value = sum(each) / len(each)
+        if n == 1 or value in (0.0, 1.0):  # what is all alike stays so however it is resampled
+            found[f"pass@{k}"] = Score(value, *wilson(round(sum(each)), len(each)), "Wilson, 95 %")
+        else:
+            found[f"pass@{k}"] = Score(value, *_bootstrap(each), "bootstrap over problems, 95 %")
+    return found
+
+
+def scored(
+    tasks: Sequence[str], lines: Sequence[Mapping[str, Any]], extra: Sequence[str], whole: bool
+) -> dict[str, Any]:
+    """Scores, counts and reservations. A subset has a share, and nothing that is called pass@1.
+
+    Args:
+        tasks: ids of the problems.
+        lines: one for each sample, as many for each task.
+        extra: those of the tasks that have extra tests.
+        whole: all of HumanEval.
+    """
+    each = len(lines) // len(tasks)
+    passed = dict.fromkeys(tasks, 0)
+    both = {task: 0 for task in tasks if task in extra}
+    for line in lines:
+        passed[line["task_id"]] += line["passed"]
+        if line["task_id"] in both:
+            both[line["task_id"]] += line["passed"] and line["extra_passed"]
+
+    def table(counts: dict[str, int]) -> dict[str, Any]:
+        found = scores([*counts.values()], each)
+        return {name: dataclasses.asdict(score) for name, score in found.items()}
+
+    told: dict[str, Any] = {"passed_by_problem": passed}
+    if whole:
+        told["scores"] = table(passed)
+    else:
+        told["subset"] = {
+            "problems": len(passed),
+            "samples": len(lines),
+            "samples_passed": sum(passed.values()),
+        }
+    if both:
+        told["with_extra_tests"] = {"problems": len(both), "samples_passed": sum(both.values())}
+        if whole and len(both) == len(passed):
+            told["with_extra_tests"]["scores"] = table(both)
+    cut = sorted(line["task_id"] for line in lines if line["finish"] == "context")
+    told["programs_that_parse"] = sum(line["parses"] for line in lines) / len(lines)
+    told["verdicts"] = dict(Counter(line["verdict"] for line in lines))
+    told["finishes"] = dict(Counter(line["finish"] for line in lines))
+    told["notes"] = [f"the model's context ended the completion of {task}" for task in cut]
+    return told
+
+
+def told(result: Mapping[str, Any]) -> list[list[str]]:
+    """A finished result as rows of a table."""
+
+    def shown(score: dict[str, Any]) -> str:
+        interval = f"{score['low']:.1%} to {score['high']:.1%}, {score['interval']}"
+        return f"{score['value']:.1%} ({interval})"
+
+    settings, extra = result["settings"], result.get("with_extra_tests", {})
+    rows = [[name, shown(score)] for name, score in result.get("scores", {}).items()]
+    if "subset" in result:
+        of = result["subset"]
+        rows.append(["subset, no score", f"{of['samples_passed']} of {of['samples']} samples passed"])
+    if extra:
+        rows.append(["extra tests passed, too", f"{extra['samples_passed']} on {extra['problems']} problems"])
+        rows += [
+            [f"{name} with extra tests", shown(score)] for name, score in extra.get("scores", {}).items()
+        ]
+    rows.append(["verdicts", ", ".join(f"{n} {v}" for v, n in sorted(result["verdicts"].items()))])
+    rows.append(
+        ["programs that parse", f"{result['programs_that_parse']:.1%} of {sum(result['verdicts'].values())}"]
+    )
+    controls = result["controls"]
+    rows.append(["controls", f"published {controls['canonical']}, empty {controls['empty']}"])
+    sampling = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
+    how = sampling if settings["do_sample"] else "greedy"
+    rows.append(["settings", f"{settings['prompt']} prompts, {how}, {settings['samples']} per problem"])
+    rows += [["note", note] for note in result["notes"]]
+    return rows
+
+
+def compared(first: Sequence[float], second: Sequence[float]) -> Comparison:
+    """Paired bootstrap of two results on the same problems, each a share of samples that passed.
+
+    Resampling the differences keeps what both results share, a problem's difficulty, out of the interval
+    (Efron & Tibshirani 1993, chapter 8).
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"{len(first)} problems beside {len(second)}")
+    differences = [two - one for one, two in zip(first, second, strict=True)]
+    return Comparison(
+        sum(differences) / len(differences),
+        *_bootstrap(differences),
+        gained=sum(d > 0 for d in differences),
+        lost=sum(d < 0 for d in differences),
+        problems=len(differences),
+    )
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    """Two results of HumanEval, the second minus the first.
+
+    Args:
+        first, second: `humaneval.json` files, or the folders they are in.
+
+    Raises:
+        UserError: a result is not finished, or they are not of the same test and problems.
+    """
+    (one, one_test), (two, two_test) = _shares(first), _shares(second)
+    if differing := [name for name in one_test if one_test[name] != two_test[name]]:
+        name = differing[0]
+        raise UserError(
+            f"{second}: its {name} is {two_test[name]!s:.80}, that of {first} is {one_test[name]!s:.80}."
+            " They are not the same test; evaluate both alike."
+        )
+    return compared([*one.values()], [two[task] for task in one])
+
+
+def _shares(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Of each problem the share of samples that passed; and what was asked."""
+    file = path / RESULT if path.is_dir() else path
+    found = read_object(file, f"Give a {RESULT}.")
+    if found.get("status") != "finished":
+        raise UserError(f"{file}: {found.get('status', 'no result of HumanEval')!s:.60}. Nothing to compare.")
+    try:
+        settings, passed = found["settings"], found["passed_by_problem"]
+        shares = {task: count / settings["samples"] for task, count in passed.items()}
+        return shares, {name: settings[name] for name in ALIKE}
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: damaged: {one_line(error)} Give a {RESULT}.") from error
+
+
+def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile interval of the mean; the same for the same values."""
+    array = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
+    low, high = np.quantile(array[picks].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)

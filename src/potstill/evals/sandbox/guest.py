@@ -1,0 +1,181 @@
+"""Inside the sandbox: shut every door behind oneself, then run the untrusted program.
+
+Started by `sandbox.py` as `python -c`, the descriptors of requests and answers as arguments. The doors are
+the kernel's and cannot be opened again: resource limits, no new privileges, Landlock (no file is written,
+none read but Python's own), seccomp (a list of allowed system calls: no socket, no new process, no signal to
+another). What the program does to this interpreter is its own affair: the other end trusts nothing here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import resource
+import struct
+import sys
+from typing import Any
+
+from potstill.evals.sandbox.protocol import Odd, pack, receive, send, unpack
+
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
+SIGKILL = 9
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3
+FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
+"""Rights that each Landlock ABI knows, counted from bit 0."""
+EPERM, ENOSYS = 1, 38
+SIGNALS_BY_FCNTL = (8, 10, 15)
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX: a signal to another process by way of a pipe."""
+CLONE_THREAD, CLONE_NEW = 0x10000, 0x7E020000
+"""A thread; any namespace of its own."""
+ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+ALLOWED = """
+    read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62,
+    mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135,
+    rt_sigreturn 15 139, pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, access
+    21 -, pipe 22 -, select 23 -, sched_yield 24 124, mremap 25 216, madvise 28 233, dup 32 23, dup2 33
+    -, pause 34 -, nanosleep 35 101, getitimer 36 102, alarm 37 -, setitimer 38 103, getpid 39 172, exit
+    60 93, uname 63 160, ftruncate 77 46, getdents 78 -, getcwd 79 17, readlink 89 -, umask 95 166,
+    gettimeofday 96 169, getrlimit 97 163, getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102
+    174, getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173, getpgrp 111 -, rt_sigpending
+    127 136, rt_sigtimedwait 128 137, sigaltstack 131 132, arch_prctl 158 -, gettid 186 178, time 201 -,
+    futex 202 98, sched_getaffinity 204 123, getdents64 217 61,
+    set_tid_address 218 96, restart_syscall 219 128, timer_create 222 107, timer_settime 223 110,
+    timer_gettime 224 108, timer_getoverrun 225 109, timer_delete 226 111, clock_gettime 228 113,
+    clock_getres 229 114, clock_nanosleep 230 115, exit_group 231 94, epoll_wait 232 -, epoll_ctl 233
+    21, openat 257 56, newfstatat 262 79, readlinkat 267 78, faccessat 269 48, pselect6 270 72, ppoll
+    271 73, set_robust_list 273 99, epoll_pwait 281 22, signalfd4 289 74, eventfd2 290 19, epoll_create1
+    291 20, dup3 292 24, pipe2 293 59, getrandom 318 278, membarrier 324 283, statx 332 291, rseq 334
+    293, faccessat2 439 439, epoll_pwait2 441 441
+"""
+"""System calls of an interpreter without files to write, children or network: on x86_64, on aarch64."""
+SOMETIMES = {
+    "x86_64": {"clone": 56, "clone3": 435, "fcntl": 72},
+    "aarch64": {"clone": 220, "clone3": 435, "fcntl": 25},
+}
+"""Those whose arguments decide."""
+
+
+def lock_down(limits: dict[str, int], readable: list[str]) -> None:
+    """Raise OSError where a door does not shut."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    if libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0):  # a program may sleep for ever
+        raise OSError(ctypes.get_errno(), "end with the parent")
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no new privileges")
+    _landlock(libc, readable)
+    _seccomp(libc)
+
+
+def _landlock(libc: Any, readable: list[str]) -> None:
+    """Only files under `readable` are read, none is written, no TCP port is bound or reached."""
+    abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
+    if abi < 1:
+        if readable == ["/"]:
+            return  # bubblewrap has already taken every other file away
+        raise OSError(ctypes.get_errno(), "Landlock")
+    rights = (1 << FS_RIGHTS.get(abi, FS_RIGHTS[max(FS_RIGHTS)])) - 1
+    attributes = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    rules = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, size, 0)
+    if rules < 0:
+        raise OSError(ctypes.get_errno(), "a Landlock ruleset")
+    for path in readable:
+        try:
+            place = os.open(path, os.O_PATH)
+        except FileNotFoundError:
+            continue
+        allowed = READ_FILE | EXECUTE | (READ_DIR if os.path.isdir(path) else 0)
+        if libc.syscall(LANDLOCK_ADD_RULE, rules, 1, struct.pack("=Qi", allowed, place), 0):
+            raise OSError(ctypes.get_errno(), f"a Landlock rule for {path}")
+        os.close(place)
+    if libc.syscall(LANDLOCK_RESTRICT_SELF, rules, 0):
+        raise OSError(ctypes.get_errno(), "Landlock")
+    os.close(rules)
+
+
+def _seccomp(libc: Any) -> None:
+    """Every system call that is not on the list gives EPERM; `clone` may only start a thread."""
+    machine = os.uname().machine
+    calls = SOMETIMES[machine]
+    column = list(SOMETIMES).index(machine) + 1
+    allowed = [number for call in ALLOWED.split(",") if (number := call.split()[column]) != "-"]
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    masked, allow, refuse, kill = 0x54, 0x7FFF0000, 0x00050000 | EPERM, 0x80000000
+    program = [(load, 0, 0, 4), (equal, 1, 0, ARCH[machine]), (answer, 0, 0, kill), (load, 0, 0, 0)]
+    if machine == "x86_64":
+        program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # the x32 numbering
+    for number in allowed:
+        program += [(equal, 0, 1, int(number)), (answer, 0, 0, allow)]
+    commands = [(equal, len(SIGNALS_BY_FCNTL) - i, 0, c) for i, c in enumerate(SIGNALS_BY_FCNTL)]
+    program += [(equal, 0, len(commands) + 3, calls["fcntl"]), (load, 0, 0, 24), *commands]
+    program += [(answer, 0, 0, allow), (answer, 0, 0, refuse)]
+    # The C library falls back to `clone`, whose flags a filter can see.
+    program += [(equal, 0, 1, calls["clone3"]), (answer, 0, 0, 0x00050000 | ENOSYS)]
+    program += [(equal, 0, 4, calls["clone"]), (load, 0, 0, 16), (masked, 0, 0, CLONE_THREAD | CLONE_NEW)]
+    program += [(equal, 0, 1, CLONE_THREAD), (answer, 0, 0, allow), (answer, 0, 0, refuse)]
+    code = b"".join(struct.pack("HBBI", *line) for line in program)
+    buffer = ctypes.create_string_buffer(code)
+    filters = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))
+    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filters, 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def main() -> None:
+    os.environ.clear()  # bubblewrap and the locale leave a word each
+    given = [int(number) for number in sys.argv[1:]]
+    far = [fcntl.fcntl(number, fcntl.F_DUPFD, 5) for number in given]
+    requests, answers = os.dup2(far[0], 3), os.dup2(far[1], 4)
+    for number in {*given, *far} - {3, 4}:
+        os.close(number)
+    if os.getpid() == 1 and (child := os.fork()):  # signals that end others do not end a namespace's first
+        os.closerange(3, 5)
+        os.waitpid(child, 0)
+        os._exit(0)
+
+    def read(size: int) -> bytes:
+        return os.read(requests, min(size, 1 << 16))
+
+    def answer(request: dict[str, Any], **said: Any) -> None:
+        send(lambda data: os.write(answers, data), {"id": request["id"], **said})
+
+    request = receive(read)
+    lock_down(request["limits"], request["readable"])
+    namespace: dict[str, Any] = {"__name__": "candidate"}
+    try:
+        exec(compile(request["source"], "candidate", "exec"), namespace)
+        candidate = namespace[request["entry_point"]]
+    except BaseException as error:
+        answer(request, raised=_name(error), text=_text(error))
+        candidate = None
+    else:
+        answer(request, ready=True)
+    while "end" not in (request := receive(read)):
+        args, kwargs = unpack(request["call"])
+        try:
+            answer(request, value=pack(candidate(*args, **kwargs)))
+        except Odd as error:
+            answer(request, odd=str(error))
+        except BaseException as error:
+            answer(request, raised=_name(error), text=_text(error))
+    answer(request, end=True)
+    os._exit(0)
+
+
+def _name(error: BaseException) -> str:
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:500]
+    except BaseException:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.setrecursionlimit(1000)
+    main()

@@ -1,0 +1,195 @@
+"""A run's student as a Hugging Face folder and as GGUF files, each read back on the paths that others take.
+
+Nothing is guessed: an architecture or a pre-tokenizer that is not known here by name is refused before
+anything is written, and a file takes its place only when it is whole. What was written, and what each path
+found, goes into the run's receipt under `exports`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from potstill.data.tokenizers import load_tokenizer
+from potstill.errors import UserError, one_line
+from potstill.export.gguf_model import FILES, require_known, require_quantiser, write_gguf
+from potstill.export.gguf_tokenizer import TokenList, token_list
+from potstill.export.roundtrip import Reference, check_paths, not_run
+from potstill.io.atomic import SUMS
+from potstill.io.hashing import file_sha256
+from potstill.models.causal_lm import CausalLM
+from potstill.models.load import load_causal_lm, write_portable_config
+from potstill.models.safetensors_files import folder_sha256
+from potstill.runs.run_dir import RunDir
+
+Record = dict[str, Any]
+QUANTIZE = tuple(FILES)
+FORMATS = ("hf", *QUANTIZE)
+"""`hf` is the folder; each other name is a GGUF file of that type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What `export_run` wrote: the records that it put into the receipt, in the order of `formats`."""
+
+    out: Path
+    records: list[Record]
+
+
+def export_run(
+    run: Path,
+    out: Path | None = None,
+    formats: Sequence[str] = ("hf", "f16"),
+    *,
+    check: bool = True,
+    note: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """The run's best student in each of `formats`, in `out`; default `RUN/exports`.
+
+    Args:
+        run: a finished run.
+        formats: of `FORMATS`. One that lies there already is replaced.
+        check: read each back on three paths; without it they are recorded as not run.
+
+    Raises:
+        UserError: no finished run, or its student is not the receipt's; an unknown format, architecture or
+            pre-tokenizer; a quantiser that is not installed. Nothing is left half-written.
+    """
+    formats = list(dict.fromkeys(formats))
+    if unknown := [form for form in formats if form not in FORMATS]:
+        raise UserError(f"export: no format {unknown[0]!r}. Known: {', '.join(FORMATS)}.")
+    opened = RunDir.open(run)
+    with opened.locked():
+        return _export(opened, out or opened.exports, formats, check, note)
+
+
+def verdict(record: Record) -> Literal["passed", "failed", "not run"]:
+    """Of a record's three paths: `failed` if one did, `not run` if none ran, else `passed`."""
+    found = {path["status"] for path in record["three_path"].values()}
+    return "failed" if "failed" in found else "passed" if "passed" in found else "not run"
+
+
+def _export(
+    run: RunDir, out: Path, formats: Sequence[str], check: bool, note: Callable[[str], None]
+) -> Exported:
+    receipt = run.receipt()
+    _require_finished(run, receipt)
+    run.whole_student()
+    model, tokenizer = load_causal_lm(run.student), load_tokenizer(run.student)
+    model.name = str(run.student)
+    tokens = None
+    if wanted := [form for form in formats if form != "hf"]:
+        require_known(model)
+        require_quantiser(model, wanted)
+        configs = [model.hf.generation_config, model.hf.config]
+        tokens = token_list(str(run.student), tokenizer, model.hf.config.vocab_size, configs)
+    reference = Reference.of(model, tokenizer) if check else None
+    student, records = folder_sha256(run.student), []
+    for form in formats:
+        record = _write(run, out, form, model, tokens, receipt) | {"student_sha256": student}
+        place = out / Path(record["file"]).name
+        note(f"{form}: {place}, {record['bytes'] / 2**20:.1f} MiB")
+        if reference is None:
+            found = not_run("was not asked for")
+        else:
+            found = check_paths(form, place, reference.of_written(model, place, form))
+        records.append(record | {"three_path": found})
+        others = [each for each in receipt.get("exports", []) if each["format"] != form]
+        receipt["exports"] = [*others, records[-1]]
+        run.write_receipt(receipt)
+    return Exported(out, records)
+
+
+def _require_finished(run: RunDir, receipt: dict[str, Any]) -> None:
+    if not receipt or not run.student.is_dir():
+        state = run.status().get("state", "unknown")
+        raise UserError(
+            f"{run.path}: {state}, without {'a student' if receipt else 'a receipt'}: nothing to export."
+            " Let the run finish first: potstill distill --resume."
+        )
+
+
+def _write(
+    run: RunDir, out: Path, form: str, model: CausalLM, tokens: TokenList | None, receipt: dict[str, Any]
+) -> Record:
+    name = run.path.resolve().name
+    place = out / ("hf" if form == "hf" else f"{name}-{FILES[form][2]}.gguf")
+    inside = place.resolve().is_relative_to(run.path.resolve())
+    record: Record = {
+        "format": form,
+        "file": str(place.resolve().relative_to(run.path.resolve()) if inside else place),
+    }
+    if tokens is None or form == "hf":
+        with _taking_its_place(place) as fresh:
+            _copy_student(run.student, fresh, model)
+        return record | _of_folder(place)
+    with _taking_its_place(place) as fresh:
+        told = write_gguf(model, tokens, fresh, form, name, _inherited_license(receipt))
+    return record | {"sha256": file_sha256(place), "bytes": place.stat().st_size} | told
+
+
+@contextmanager
+def _taking_its_place(place: Path) -> Iterator[Path]:
+    """A name beside `place` to write to; the old one goes only when the new one is whole."""
+    fresh, old = place.with_name(place.name + ".new"), place.with_name(place.name + ".old")
+    try:
+        for stale in (fresh, old):
+            _remove(stale)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        if os.path.lexists(place):
+            place.rename(old)
+        fresh.rename(place)
+        _remove(old)
+    except BaseException as error:
+        _remove(fresh)
+        if os.path.lexists(old) and not os.path.lexists(place):
+            old.rename(place)
+        if isinstance(error, OSError):
+            said = error.strerror or one_line(error)
+            raise UserError(
+                f"{place}: cannot be written: {said}. Make room, or give --out another folder."
+            ) from error
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _copy_student(student: Path, to: Path, model: CausalLM) -> None:
+    """Byte for byte; a generation config is added where there was none. Its sums are in the record."""
+    to.mkdir()
+    for file in sorted(student.iterdir()):
+        if file.is_file() and file.name != SUMS:
+            shutil.copyfile(file, to / file.name)
+    if not (to / "generation_config.json").exists():
+        model.hf.generation_config.save_pretrained(to)
+    write_portable_config(to)
+
+
+def _of_folder(folder: Path) -> Record:
+    files = {file.name: file for file in sorted(folder.iterdir())}
+    hashes = {name: file_sha256(file) for name, file in files.items()}
+    lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
+    told = {name: {"sha256": hashes[name], "bytes": file.stat().st_size} for name, file in files.items()}
+    return {
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        "bytes": sum(each["bytes"] for each in told.values() if isinstance(each["bytes"], int)),
+        "files": told,
+    }
+
+
+def _inherited_license(receipt: dict[str, Any]) -> str | None:
+    """That of teacher and student base, where they say one and the same."""
+    said = {each["license"] for role, each in receipt.get("licences", {}).items() if role != "data"}
+    return said.pop() if len(said) == 1 else None

@@ -1,0 +1,317 @@
+"""A student as one GGUF file: the tensors under llama.cpp's names, in its order and types, and its metadata.
+
+Three architectures are known: llama (SmolLM too), qwen2, qwen3. Whatever of a config has no place in a GGUF
+file of that architecture is refused by name: llama.cpp would run the model without it and say nothing. Rows
+that a block type cannot hold take one that can, and the record says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from torch import Tensor
+
+from potstill.errors import UserError
+from potstill.export.gguf_tokenizer import REFUSED, TokenList
+from potstill.models.causal_lm import CausalLM
+from potstill.models.safetensors_files import check_gguf
+
+Type = GGMLQuantizationType
+ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
+BIASES = {
+    "llama": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "qwen2": ("attn_q", "attn_k", "attn_v"),
+    "qwen3": (),
+}
+FILES = {
+    "f32": (Type.F32, LlamaFileType.ALL_F32, "F32"),
+    "f16": (Type.F16, LlamaFileType.MOSTLY_F16, "F16"),
+    "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16, "BF16"),
+    "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0, "Q8_0"),
+    "q4_0": (Type.Q4_0, LlamaFileType.MOSTLY_Q4_0, "Q4_0"),
+    "q4_k": (Type.Q4_K, LlamaFileType.MOSTLY_Q4_K_M, "Q4_K_M"),
+    "q6_k": (Type.Q6_K, LlamaFileType.MOSTLY_Q6_K, "Q6_K"),
+}
+"""Type of the matrices, what the file is called inside, and by its name."""
+K_QUANTS = (Type.Q4_K, Type.Q6_K)
+INSTEAD = {Type.Q4_K: Type.Q8_0, Type.Q6_K: Type.Q8_0}
+"""For rows that are not whole blocks of 256. llama.cpp's own quantiser takes Q5_0 for Q4_K, which loses more:
+0.062 nats against 0.023 on the demo's student, whose rows are 576 wide."""
+ROPE = {"default", "linear", "yarn", "llama3"}
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor of the file, under its name there and Transformers', its rows in the file's order. `num_heads`
+    is None where that is Transformers' too. `chosen` is the type that rows of any length would have had.
+    """
+
+    name: str
+    theirs: str
+    tensor: Tensor
+    num_heads: int | None
+    type: GGMLQuantizationType
+    chosen: GGMLQuantizationType
+
+    @property
+    def num_bytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        return self.tensor.numel() // int(block) * int(block_bytes)
+
+
+def write_gguf(
+    model: CausalLM, tokens: TokenList, path: Path, quantize: str, name: str, license_id: str | None
+) -> dict[str, Any]:
+    """Write the file and read its header again; what the record says of it.
+
+    Raises:
+        UserError: a number that is not finite, or not one of that type.
+    """
+    config = model.hf.config
+    placed = list(_placed(model, quantize))
+    writer = GGUFWriter(path, config.model_type)
+    try:
+        _write_metadata(
+            writer, config, quantize, name, license_id, sum(each.tensor.numel() for each in placed)
+        )
+        tokens.write(writer)
+        for each in placed:
+            writer.add_tensor_info(
+                each.name, tuple(each.tensor.shape), np.dtype(np.float32), each.num_bytes, raw_dtype=each.type
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for each in placed:
+            writer.write_tensor_data(quantised(each.name, each.tensor, each.type))
+        writer.flush()
+    finally:
+        writer.close()
+    found = check_gguf(path)
+    types = [type_ for type_, _ in found.tensors.values()]
+    return {
+        "architecture": found.architecture,
+        "pre_tokenizer": tokens.pre,
+        "license": license_id,
+        "tensor_types": {type_: types.count(type_) for type_ in sorted(set(types))},
+        "other_types": [
+            {"tensor": p.name, "wanted": p.chosen.name, "used": p.type.name, "row": p.tensor.shape[-1]}
+            for p in placed
+            if p.type != p.chosen
+        ],
+        "remarks": tokens.remarks,
+    }
+
+
+def require_known(model: CausalLM) -> None:
+    """Refuse what llama.cpp would leave out of this model, before anything is written."""
+    config, head = model.hf.config, model.head
+    kind = config.model_type
+    where = f"{model.name}: {kind}"
+    if kind not in ARCHITECTURES:
+        _refuse(where, f"no architecture that is known here: {', '.join(ARCHITECTURES)}")
+    rope = config.rope_parameters or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ROPE or (rope_type == "llama3" and kind != "llama"):
+        _refuse(where, f"rope_type {rope_type!r} is none of {', '.join(sorted(ROPE))} that it can have there")
+    given = {k for k, v in rope.items() if v is not None}
+    extra = given - {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
+    extra -= {"low_freq_factor", "high_freq_factor"} if rope_type == "llama3" else set()
+    if extra:
+        _refuse(where, f"rope_parameters has {', '.join(sorted(extra))}, which has no place there")
+    if config.hidden_act != "silu":
+        _refuse(where, f"hidden_act is {config.hidden_act!r}, not 'silu'")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        _refuse(
+            where, f"layer_types has {', '.join(sorted(kinds - {'full_attention'}))}, not only full_attention"
+        )
+    if head.bias_V is not None or head.scale != 1.0 or head.softcap is not None:
+        _refuse(where, f"its head has a bias, a scale ({head.scale}) or a softcap ({head.softcap})")
+
+
+def require_quantiser(model: CausalLM, quantize: list[str]) -> None:
+    """Refuse K-quants without llama.cpp's quantiser, before anything is written."""
+    if any(each.type in K_QUANTS for each_type in quantize for each in _placed(model, each_type)):
+        _llama_cpp_quantiser()
+
+
+def _write_metadata(
+    writer: GGUFWriter, config: Any, quantize: str, name: str, license_id: str | None, num_weights: int
+) -> None:
+    head_dim = _head_dim(config)
+    rope = config.rope_parameters or {}
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(num_weights, num_weights, 0, 0))
+    if license_id is not None:
+        writer.add_license(license_id)
+    writer.add_file_type(FILES[quantize][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        length = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(length)
+
+
+def _placed(model: CausalLM, quantize: str) -> Iterator[Placed]:
+    """Every tensor once: of tied embeddings there is no `output.weight`, and llama.cpp takes the other."""
+    config = model.hf.config
+    kind, layers = config.model_type, config.num_hidden_layers
+    names = gguf.get_tensor_name_map(ARCHITECTURES[kind], layers)
+    parameters = dict(model.hf.named_parameters())
+    tied = "lm_head.weight" not in parameters
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = heads if kind == "llama" else {}
+    factors = _rope_factors(model)
+    if factors is not None:
+        yield Placed("rope_freqs.weight", "", factors, None, Type.F32, Type.F32)
+    for theirs, tensor in parameters.items():
+        name = names.get_name(theirs, (".weight", ".bias"))
+        part = (name or "").removesuffix(".bias").split(".")[-1]
+        if name is None or (name.endswith(".bias") and part not in BIASES[kind]):
+            _refuse(f"{model.name}: {kind}", f"tensor {theirs} has no place there")
+        tensor, num_heads = tensor.detach(), heads.get(name.split(".")[-2])
+        if num_heads is not None:
+            tensor = _swapped(tensor, num_heads, 2)
+        chosen = _chosen(name, tensor, quantize, tied, layers)
+        yield Placed(name, theirs, tensor, num_heads, _that_holds(tensor.shape[-1], chosen), chosen)
+
+
+def _swapped(tensor: Tensor, num_heads: int, parts: int) -> Tensor:
+    """Rows of each head as `parts` runs of equal length, interleaved: two turn Transformers' halves into the
+    pairs that llama.cpp's llama rotates together, half of a head's rows turn them back.
+    """
+    each = tensor.shape[0] // num_heads // parts
+    return tensor.reshape(num_heads, parts, each, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
+
+
+def as_written(model: CausalLM, path: Path, quantize: str) -> Any:
+    """The Transformers model of the file's own numbers: what its types' rounding alone makes of it."""
+    hf = copy.deepcopy(model.hf)
+    parameters = dict(hf.named_parameters())
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for each in _placed(model, quantize):
+        if each.theirs:
+            found = written[each.name]
+            array = gguf.quants.dequantize(found.data, found.tensor_type)
+            tensor = torch.from_numpy(np.array(array, dtype=np.float32)).reshape(each.tensor.shape)
+            if each.num_heads is not None:
+                tensor = _swapped(tensor, each.num_heads, tensor.shape[0] // each.num_heads // 2)
+            parameters[each.theirs].data.copy_(tensor)
+    return hf
+
+
+def _rope_factors(model: CausalLM) -> Tensor | None:
+    """By what llama3's rule divides each frequency, read back from the model itself."""
+    config = model.hf.config
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    rotary = model.hf.model.rotary_emb
+    if rotary.attention_scaling != 1.0:
+        _refuse(f"{model.name}: llama", f"its rope scales attention by {rotary.attention_scaling}")
+    head_dim = _head_dim(config)
+    plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    factors: Tensor = (plain / rotary.inv_freq.double().cpu()).float()
+    return factors
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _chosen(name: str, tensor: Tensor, quantize: str, tied: bool, layers: int) -> GGMLQuantizationType:
+    """The mixture of llama.cpp's quantiser: what writes the logits, and half of the values, get more bits."""
+    if tensor.ndim == 1:
+        return Type.F32
+    wanted = FILES[quantize][0]
+    if name == "output.weight" or (tied and name == "token_embd.weight"):
+        # Q6_K there too, but Q4_0 is to need no quantiser besides the gguf package's.
+        return {Type.Q4_K: Type.Q6_K, Type.Q4_0: Type.Q8_0}.get(wanted, wanted)
+    if wanted is Type.Q4_K and name.endswith((".attn_v.weight", ".ffn_down.weight")):
+        layer, eighth = int(name.split(".")[1]), layers // 8
+        if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
+            return Type.Q6_K
+    return wanted
+
+
+def _that_holds(row: int, chosen: GGMLQuantizationType) -> GGMLQuantizationType:
+    for each in (chosen, INSTEAD.get(chosen, Type.F16), Type.F16):
+        if row % GGML_QUANT_SIZES[each][0] == 0:
+            return each
+    raise AssertionError("F16 holds rows of any length")
+
+
+def quantised(name: str, tensor: Tensor, to: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """The tensor's numbers as that type; bytes of whole blocks where it is one of blocks."""
+    array = np.ascontiguousarray(tensor.float().cpu().numpy())
+    if not np.isfinite(array).all():
+        _refuse(name, f"{int((~np.isfinite(array)).sum())} of its {array.size} numbers are not finite")
+    largest = float(np.abs(array).max(initial=0.0))
+    if to is Type.F16 and largest > float(np.finfo(np.float16).max):
+        raise UserError(f"{name}: {largest:.6g} is more than F16 holds, 65504. Take bf16 or f32.")
+    if to in K_QUANTS:
+        return _by_llama_cpp(array, to)
+    found: np.ndarray[Any, Any] = gguf.quants.quantize(array, to)
+    return found
+
+
+def _by_llama_cpp(array: np.ndarray[Any, Any], to: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    block, block_bytes = GGML_QUANT_SIZES[to]
+    row = array.shape[-1]
+    num_rows = array.size // row
+    out = np.empty((num_rows, row // block * block_bytes), dtype=np.uint8)
+    written = _llama_cpp_quantiser()(int(to), array.ctypes.data, out.ctypes.data, 0, num_rows, row, None)
+    if written != out.nbytes:
+        raise AssertionError(f"llama.cpp's quantiser wrote {written} bytes, not {out.nbytes}")
+    return out
+
+
+def _llama_cpp_quantiser() -> Any:
+    """`ggml_quantize_chunk` of the shared library in xllamacpp's wheel: bytes written, of type, source,
+    destination, first row, rows, numbers in a row, importance matrix.
+    """
+    todo = "Q4_K and Q6_K need llama.cpp's quantiser: pip install 'potstill[gguf]'. Or take q4_0 or q8_0."
+    spec = importlib.util.find_spec("xllamacpp")
+    places = map(Path, (spec.submodule_search_locations or ()) if spec else ())
+    libraries = [file for place in places for file in sorted(place.glob("xllamacpp*.so"))]
+    if not libraries:
+        raise UserError(f"xllamacpp: not installed. {todo}")
+    try:
+        found = ctypes.CDLL(os.fspath(libraries[0])).ggml_quantize_chunk
+    except (OSError, AttributeError) as error:
+        raise UserError(f"{libraries[0]}: has no quantiser: {error}. {todo}") from error
+    found.restype = ctypes.c_size_t
+    whole, place = ctypes.c_int64, ctypes.c_void_p
+    found.argtypes = [ctypes.c_int, place, place, whole, whole, whole, place]
+    return found
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise UserError(f"{where}: {what}. {REFUSED}")

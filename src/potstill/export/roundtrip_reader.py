@@ -1,0 +1,152 @@
+"""One path to an exported model, a program of its own: load, tokenise, ask for the next token, generate.
+
+    python -P roundtrip_reader.py potstill|transformers|llama.cpp MODEL REQUEST ANSWER
+
+REQUEST is JSON: texts to tokenise, ids whose next token is asked for, a prompt to go on from, and the width
+of the distributions. ANSWER is a safetensors file of what was found. It imports numpy, safetensors and the
+one library whose path it is, and potstill on potstill's own path alone, so that any version can be asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.numpy import save_file
+
+GENERATED = 16
+"""Greedy tokens that each path writes after the prompt."""
+
+
+class Reader(Protocol):
+    version: str
+
+    def tokenise(self, text: str) -> list[int]: ...
+    def logits(self, ids: list[int]) -> Any: ...
+    def generate(self, prompt: str) -> str: ...
+
+
+class TransformersReader:
+    def __init__(self, model: Path) -> None:
+        import transformers
+
+        self.version = f"transformers {transformers.__version__}"
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        self.hf = transformers.AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+        self.hf.eval()
+
+    def tokenise(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def logits(self, ids: list[int]) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return self.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float().numpy()
+
+    def generate(self, prompt: str) -> str:
+        import torch
+
+        ids = torch.tensor([self.tokenise(prompt)])
+        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        pad = next((i for i in ends if i is not None), 0)
+        mask = torch.ones_like(ids)
+        whole = self.hf.generate(
+            ids, attention_mask=mask, max_new_tokens=GENERATED, do_sample=False, pad_token_id=pad
+        )
+        return str(self.tokenizer.decode(whole[0, ids.shape[1] :]))
+
+
+class PotstillReader(TransformersReader):
+    def __init__(self, model: Path) -> None:
+        import potstill
+        from potstill.data.tokenizers import load_tokenizer
+        from potstill.models.load import load_causal_lm
+
+        self.version = f"potstill {potstill.__version__}"
+        self.tokenizer = load_tokenizer(model)
+        self.model = load_causal_lm(model)
+        self.hf = self.model.hf
+
+    def logits(self, ids: list[int]) -> Any:
+        import torch
+
+        with torch.no_grad():
+            hidden_TD = self.model.hidden(torch.tensor([ids]))[0]
+            return self.model.logits(hidden_TD[-1:])[0].numpy()
+
+
+class LlamaCppReader:
+    """The server inside xllamacpp's wheel, on the loopback interface; keys and values in float32."""
+
+    def __init__(self, model: Path, width: int) -> None:
+        import xllamacpp
+
+        self.version = f"xllamacpp {xllamacpp.__version__}"
+        self.width = width
+        params = xllamacpp.CommonParams()
+        params.model.path = os.fspath(model)
+        params.n_ctx, params.n_parallel = 512, 1
+        params.verbosity, params.warmup = -1, False
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
+        self.server = xllamacpp.Server(params)
+        self.open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self.drawn = self.tokenise("a", special=False)[0]
+
+    def tokenise(self, text: str, special: bool = True) -> list[int]:
+        body = {"content": text, "add_special": special, "parse_special": special}
+        request = urllib.request.Request(
+            f"{self.server.listening_address}/tokenize",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with self.open(request, timeout=60) as answer:
+            ids: list[int] = json.load(answer)["tokens"]
+        return ids
+
+    def logits(self, ids: list[int]) -> Any:
+        """Log-probabilities: logits up to a number that they all share.
+
+        They are the model's own, whatever is drawn after them. The server tells none with a token that ends
+        the text or is half a character, so that an `a` is made to be drawn.
+        """
+        first = self._complete(ids, 1, n_probs=self.width, logit_bias=[[self.drawn, 1e9]])
+        found = np.full(self.width, -np.inf, dtype=np.float32)
+        for token in first["logprobs"]["content"][0]["top_logprobs"]:
+            found[token["id"]] = token["logprob"]
+        return found
+
+    def generate(self, prompt: str) -> str:
+        return str(self._complete(prompt, GENERATED)["text"])
+
+    def _complete(self, prompt: Any, tokens: int, **more: Any) -> Any:
+        asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False, **more}
+        return self.server.handle_completions(asked)["choices"][0]
+
+
+def main(path: str, model: Path, request: Path, answer: Path) -> None:
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    reader: Reader
+    if path == "llama.cpp":
+        reader = LlamaCppReader(model, asked["width"])
+    else:
+        reader = {"potstill": PotstillReader, "transformers": TransformersReader}[path](model)
+    told = {
+        "version": reader.version,
+        "tokens": [reader.tokenise(text) for text in asked["texts"]],
+        "generated": reader.generate(asked["prompt"]),
+    }
+    logits_PV = np.stack([reader.logits(ids) for ids in asked["ids"]])
+    save_file({"logits": logits_PV}, answer, metadata={"told": json.dumps(told)})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(Path, sys.argv[2:]))

@@ -1,0 +1,234 @@
+"""What a person sees: step lines, tables, messages. The only importer of rich, for terminals.
+
+Everything goes to stderr except results, which go to stdout and may be piped. On a terminal there is a bar
+with the figures of the step; on a pipe, one plain line a step. Text from files and models cannot drive the
+terminal: markup is not read, control characters are escaped. Used by the command line and `workflows/`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import math
+import os
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from potstill.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+FIGURES = {
+    "train/loss": "loss {:.2f}",
+    "train/ce": "ce {:.2f}",
+    "train/kd": "kd {:.2f}",
+    "train/lr": "lr {:.1e}",
+    "train/grad_norm": "grad {:.2f}",
+    "train/positions": "positions {:.0f}",
+    "speed/tokens_per_s": "{:.0f} tok/s",
+}
+
+
+class Display:
+    """`quiet` drops everything but errors."""
+
+    def __init__(self, quiet: bool = False, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.quiet = quiet
+        self._out: TextIO | None = out or sys.stdout  # None where the process was started without
+        self._err: TextIO | None = err or sys.stderr
+        self._is_terminal = self._err is not None and self._err.isatty() and os.environ.get("TERM") != "dumb"
+        self._console: Console | None = None
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def step_line(self, step: int, steps: int, metrics: Mapping[str, float], eta_s: float) -> None:
+        """Loss terms apart, learning rate, gradient norm, supervised positions, speed and time left."""
+        if self.quiet:
+            return
+        figures = [form.format(metrics[name]) for name, form in FIGURES.items() if name in metrics]
+        columns = "  ".join([*figures, f"left {clock(eta_s)}"])
+        if not self._is_terminal:
+            self._say(f"step {step}/{steps}  {columns}")
+            return
+        bar, task = self._opened_bar(steps)
+        bar.update(task, completed=step, description=columns, refresh=True)
+        if step >= steps:
+            self.close()
+
+    def heldout_line(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of an evaluation, nats per position but for the agreement."""
+        figures = (f"{name.removeprefix('heldout/')} {value:.4f}" for name, value in metrics.items())
+        self.note(f"held out at step {step}  {'  '.join(figures)}")
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._say(printable(text))
+
+    def warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
+
+    def error(self, mistakes: Sequence[str]) -> None:
+        """One line each, whatever a mistake quotes."""
+        self.close()
+        for mistake in mistakes:
+            with contextlib.suppress(OSError):  # the exit code still says it
+                _write(self._err, f"error: {printable(mistake, keep='')}")
+
+    def result(self, text: str) -> None:
+        """What was asked for, on stdout."""
+        if not self.quiet:
+            self.close()
+            try:
+                if self._out is None:
+                    raise OSError(errno.EBADF, "it is closed")
+                _write(self._out, printable(text))
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise UserError(_lost(error)) from error
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """The first column to the left, the others, which are numbers, to the right."""
+        if self.quiet:
+            return
+        self.close()
+        title, cells = printable(title, keep=""), _cells(columns, rows)
+        if self._is_terminal:
+            self._rich_table(title, cells)
+        else:
+            self._say(f"{title}\n{aligned(columns, rows)}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar[0].stop()
+            self._bar = None
+            atexit.unregister(self.close)
+
+    def _say(self, text: str) -> None:
+        if self._bar is None:
+            try:
+                _write(self._err, text)
+            except BrokenPipeError:
+                raise
+            except OSError:  # a full disk of a log: the run goes on, its own record has all of this
+                pass
+        else:  # above the bar, which stays
+            self._bar[0].console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def _opened_bar(self, steps: int) -> tuple[Progress, TaskID]:
+        if self._bar is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}", markup=False),
+            )
+            # Without rich's own thread: the bar moves when a step is done, and the trainer keeps its core.
+            progress = Progress(*columns, console=self._rich_console(), auto_refresh=False)
+            self._bar = progress, progress.add_task("", total=steps)
+            atexit.register(self.close)  # a traceback, too, must give the cursor back
+            progress.start()
+        return self._bar
+
+    def _rich_table(self, title: str, cells: Sequence[Sequence[str]]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(title), title_justify="left")
+        for number, column in enumerate(cells[0]):
+            table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+        for row in cells[1:]:
+            table.add_row(*map(Text, row))
+        self._rich_console().print(table)
+
+    def _rich_console(self) -> Console:
+        if self._console is None:
+            from rich.console import Console
+
+            self._console = Console(file=self._err)
+        return self._console
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text, the first column to the left and the others to the right."""
+    cells = _cells(columns, rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join(["", first.ljust(widths[0]), *numbers]).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[printable(cell, keep="") for cell in row] for row in (columns, *rows)]
+
+
+def clock(seconds: float) -> str:
+    """3:07, or 2:03:07; `?` while it is unknown."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(max(round(seconds), 0), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def size(num_bytes: float) -> str:
+    """1.25 GiB; in MiB or KiB where that would be less than one."""
+    for exponent, unit in ((30, "GiB"), (20, "MiB")):
+        if num_bytes >= 2**exponent:
+            return f"{num_bytes / 2**exponent:.2f} {unit}"
+    return f"{num_bytes / 2**10:.1f} KiB"
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """The text with controls, directional marks, line separators and lone surrogates written as escapes."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(c if c in keep or unicodedata.category(c) not in hidden else repr(c)[1:-1] for c in text)
+
+
+def hold_streams() -> None:
+    """Without it the first file that is opened would be stdout or stderr, where the process was started with
+    that one closed, and be written into.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
+def let_go_of_streams() -> str:
+    """Flush; what cannot be written is dropped, so that the interpreter's own end does not stumble over it.
+    Returns the mistake where results were lost, empty where none were.
+    """
+    lost = ""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError as error:
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                lost = _lost(error)
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return lost
+
+
+def _lost(error: OSError) -> str:
+    return f"stdout: the result cannot be written: {error.strerror}. Give it a place that takes it."
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """A line, in whatever encoding the stream has."""
+    if stream is None:
+        return
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.flush()

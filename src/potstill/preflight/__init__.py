@@ -1,0 +1,1 @@
+"""What is checked, planned and measured before any hour is spent."""

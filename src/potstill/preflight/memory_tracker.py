@@ -1,0 +1,199 @@
+"""Counting what lives while a step runs on tensors without data: the half of `plan` that is about PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from potstill.losses.objective import Objective
+from potstill.losses.targets import SparseTargets
+from potstill.teachers.toy import FixtureTeacher
+from potstill.types import Batch, Head, HiddenTargets, Targets
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """What a mixture of experts multiplies with, by shape: PyTorch's own shape rule knows bfloat16 alone."""
+    if a.ndim == 2 and b.ndim == 2:
+        assert offsets is not None
+        return a.new_empty(len(offsets), a.shape[0], b.shape[1])
+    rows = a.shape[1] if b.ndim == 2 else a.shape[-2]
+    return a.new_empty(*(a.shape[:1] if a.ndim == b.ndim else ()), rows, b.shape[-1])
+
+
+class Answers(TorchFunctionMode):
+    """A tensor without data has no list of numbers; the loop asks for some, to name rows and find NaN."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return [1] * args[0].numel() if func is Tensor.tolist else func(*args, **kwargs or {})
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of every storage that lives, by the part that made it; and what they were at their sum's peak."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase = self.peak_phase = "loading"
+        self.libraries = 0
+        self.now: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self.largest: Counter[str] = Counter()
+        self._peak = 0
+        self._making = "activations"
+        self._owner: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        grouped = func is torch.ops.aten._grouped_mm.default
+        out = _grouped_mm(*args, **kwargs or {}) if grouped else func(*args, **kwargs or {})
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        return out
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        before = self._making
+        self.switch(name)
+        yield
+        self.switch(before)
+
+    def switch(self, name: str) -> None:
+        self._making = name
+
+    def gradient(self, parameter: Tensor) -> None:
+        """A parameter's gradient is complete: what was an intermediate result is one now."""
+        assert parameter.grad is not None
+        owner = self._owner[parameter.grad.untyped_storage()]
+        size = parameter.grad.untyped_storage().nbytes()
+        self.now[owner[0]] -= size
+        owner[0] = "gradients"
+        self._add("gradients", size)
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._owner:
+            return
+        owner, size = [self._making], storage.nbytes()
+        self._owner[storage] = owner
+        weakref.finalize(storage, self._forget, owner, size).atexit = False
+        self._add(owner[0], size)
+
+    def _forget(self, owner: list[str], size: int) -> None:
+        self.now[owner[0]] -= size
+
+    def _add(self, part: str, size: int) -> None:
+        self.now[part] += size
+        self.largest[part] = max(self.largest[part], self.now[part])
+        total = sum(self.now.values())
+        if total > self._peak:
+            self._peak, self.at_peak, self.peak_phase = total, Counter(self.now), self.phase
+
+
+@dataclass(frozen=True)
+class WatchedObjective(Objective):
+    """The objective, telling what it makes. All chunks but the last are alike: three show what many do."""
+
+    part: Callable[[str], AbstractContextManager[None]] = dataclasses.field(kw_only=True)
+
+    def __call__(
+        self,
+        hidden_ND: Tensor,
+        head: Head,
+        labels_N: Tensor,
+        targets: Targets | None,
+        *,
+        checked: bool = True,
+    ) -> dict[str, Tensor]:
+        with self.part("loss_chunk"):
+            return super().__call__(hidden_ND, head, labels_N, targets, checked=checked)
+
+    def measure(self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets) -> dict[str, Tensor]:
+        with self.part("loss_chunk"):
+            return super().measure(hidden_ND, head, labels_N, targets)
+
+    def _parts(self, positions: int) -> list[slice]:
+        if positions <= 3 * self.chunk:
+            return super()._parts(positions)
+        starts = (0, self.chunk, (positions - 1) // self.chunk * self.chunk)
+        return [slice(start, start + self.chunk) for start in starts]
+
+
+NAMED = 32
+
+
+@dataclass(frozen=True)
+class FakeRows:
+    """Rows of which every position bears loss, the most that a corpus can ask for."""
+
+    tokens_per_row: int
+    num_rows: int
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        B, T = len(rows), self.tokens_per_row
+        rows_B = torch.zeros(min(B, NAMED), dtype=torch.int64)  # the loop names them, one by one
+        ids_BT = torch.zeros(B, T, dtype=torch.int64)
+        positions_N = torch.zeros(B * T, dtype=torch.int64)
+        return Batch(rows_B, ids_BT, ids_BT.clone(), positions_N, positions_N.clone())
+
+
+@dataclass(frozen=True)
+class FakeStore(FixtureTeacher):
+    """What a stored teacher holds: its head, and a batch's targets while a step has them."""
+
+    head: Head
+    num_kept: int
+    """Ids of a position at most; 0 for hidden states."""
+    temperature: float
+    part: Callable[[str], AbstractContextManager[None]]
+
+    @classmethod
+    def of(cls, kept: dict[str, Any], device: torch.device, part: Any) -> FakeStore:
+        """`kept` is the store's manifest."""
+        size, kind = kept["vocabulary"]["size"], kept["kind"]
+        dtype = getattr(torch, kept["teacher"]["dtype"])
+        head = Head(torch.zeros(size, kept["head"]["width"], dtype=dtype, device=device))
+        most = {"hidden": 0, "topk": kind.get("k")}.get(kind["name"], int(1 / kind.get("threshold", 1)) + 1)
+        return cls(size, head, most, kept["temperature"] or 1.0, part)
+
+    def targets(self, batch: Batch) -> HiddenTargets | SparseTargets:  # type: ignore[override]
+        N, weight_VE = len(batch.positions_N), self.head.weight_VD
+        with self.part("store"):
+            if not self.num_kept:
+                return HiddenTargets(weight_VE.new_zeros(N, weight_VE.shape[1]), self.head)
+            ids_NK = torch.zeros(N, self.num_kept, dtype=torch.int64, device=weight_VE.device)
+            return SparseTargets(ids_NK, ids_NK.float(), self.temperature, has_bucket=False)
+
+
+class FakeOrder:
+    def rows(self, step: int, rows_per_step: int) -> list[int]:
+        return range(rows_per_step)  # type: ignore[return-value]  # a billion of them take no memory
+
+    def epoch(self, step: int, rows_per_step: int) -> int:
+        return 0

@@ -1,0 +1,251 @@
+"""What a run will need of memory, disk and time, before it is started: `potstill plan`.
+
+The step is not estimated by formulas: `tracing` runs it on tensors without data.
+
+On the CPU what is compared is the peak of the process: the libraries (this process as it is now), the
+tokenizer and the rows come on top. On CUDA it is the peak of the device's allocator, and they do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.build.setup import require_length
+from potstill.errors import UserError
+from potstill.models.load import choose_device, load_config, plain_config
+from potstill.models.pruning import cut_config, layers_to_keep
+from potstill.preflight.fake_step import Traced, resident_bytes, trace
+from potstill.preflight.plan_disk import (
+    TOKENIZER_FILE_BYTES_PER_ID,
+    corpus_bytes,
+    corpus_tokens,
+    shards_bytes,
+)
+from potstill.recipe.load import Recipe
+from potstill.store.codecs import planned_bytes
+from potstill.store.reader import read_manifest
+from potstill.teachers.stored import captured_source
+from potstill.training.checkpoint import KEPT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes alive at the moment of the peak, by what they are; they sum to `peak_bytes`."""
+
+    device: str
+    phase: str
+    """What runs at the peak."""
+    teacher: int
+    student: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss_chunk: int
+    """Logits of a chunk, their gradients, and the head's gradient that is formed with them."""
+    store: int
+    """Targets read from disk; 0 with a teacher in memory."""
+    corpus: int
+    """Rows and tokenizer, estimated from the size of the files; 0 on CUDA."""
+    libraries: int
+    """This process, before anything is loaded; 0 on CUDA."""
+    allocator: int
+    """Freed blocks that glibc keeps, see KEPT_BY_GLIBC; 0 with train.return_memory, and on CUDA."""
+    largest: dict[str, int]
+    """The most that each part holds at any time: parts do not peak together."""
+    student_disk_bytes: int
+    checkpoint_disk_bytes: int
+    shards_disk_bytes: int
+    """Of `corpus.shards`, estimated from the size of the files; 0 where they are written already."""
+    disk_bytes: int
+    """What the run leaves behind, shards included."""
+    disk_peak_bytes: int
+    """With the student and the checkpoint that are written before the older ones are deleted; or while the
+    shards are written, where tokens are there twice.
+    """
+    time_s: float | None
+    """None where no step was measured."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {"peak_bytes": self.peak_bytes, **dataclasses.asdict(self)}
+
+    def fits(self, memory_bytes: int, disk_bytes: int) -> bool:
+        return self.peak_bytes <= memory_bytes and self.disk_peak_bytes <= disk_bytes
+
+
+TRACED = ("teacher", "student", "gradients", "optimizer", "activations", "loss_chunk", "store")
+PARTS = (*TRACED, "corpus", "libraries", "allocator")
+# Of the tensors alive at the peak. Measured with bench/plan.py: from 0.22 to 0.46 in six cases (docs/log.md).
+KEPT_BY_GLIBC = 0.3
+MOST_POSITIONS, LONGEST_ROW = 2**36, 2**22
+"""Of a micro-batch: with more, sizes in bytes leave the numbers of 64 bits."""
+
+
+def plan(
+    recipe: Recipe, *, teacher_config: Any = None, assembled: bool = False, step_s: float | None = None
+) -> Plan:
+    """Trace the recipe's step. The process as it is counts as libraries: call it before a run loads anything.
+
+    Args:
+        teacher_config: saves reading it where it is at hand; from a GGUF file that takes seconds.
+        assembled: or after all is loaded and before the first step; rows and tokenizer are then measured, not
+            estimated, and counted with the libraries.
+        step_s: measured seconds of a step.
+    """
+    found = plan_with(recipe, configs_of(recipe, teacher_config), step_s)
+    if not assembled or found.libraries == 0:
+        return found
+    return dataclasses.replace(
+        found, corpus=0, libraries=max(found.libraries - found.teacher - found.student, 0)
+    )
+
+
+def available(recipe: Recipe, folder: Path) -> tuple[int, int]:
+    """Bytes of memory that a run may take on its device, and bytes free on the disk of `folder`."""
+    device = choose_device(recipe.train.device)
+    where = folder.absolute()
+    while not where.exists():
+        where = where.parent
+    disk = os.statvfs(where)
+    free_disk = disk.f_bavail * disk.f_frsize
+    # And what this process has: it is planned with the rest, or will be gone.
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device), free_disk
+    return min(_system_left(), _container_left()) + resident_bytes(), free_disk
+
+
+def _system_left() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = meminfo.read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves; its file cache can be freed and does not count."""
+    try:
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # there is none, or it says `max`
+        return sys.maxsize
+    return max(limit - int(stat["anon"]), 0)
+
+
+_read_config = functools.lru_cache(maxsize=2)(load_config)
+
+
+@dataclass(frozen=True)
+class Configs:
+    teacher: Any
+    student: Any
+    corpus_bytes: int
+
+
+def configs_of(recipe: Recipe, teacher_config: Any) -> Configs:
+    """The Transformers configs of both models; the teacher's is None for an exact double."""
+    asked = recipe.student
+    teacher = None
+    if recipe.teacher.name == "torch":
+        teacher = plain_config(teacher_config or _read_config(recipe.teacher.model))
+    elif recipe.teacher.name == "store" and asked.name == "cut":
+        kept = read_manifest(Path(recipe.teacher.path))["teacher"]
+        teacher = plain_config(_read_config(captured_source(recipe.teacher, kept)))
+    if asked.name != "cut":
+        student = plain_config(_read_config(asked.model))
+        return Configs(teacher, student, corpus_bytes(recipe, student.get_text_config().vocab_size))
+    if teacher is None:
+        raise UserError(
+            f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
+        )
+    total = teacher.get_text_config().num_hidden_layers
+    keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
+    student = cut_config(teacher, keep, total, asked.ffn_width)
+    return Configs(teacher, student, corpus_bytes(recipe, teacher.get_text_config().vocab_size))
+
+
+def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
+    device = choose_device(recipe.train.device)
+    require_countable(recipe, configs)
+    traced = trace(recipe, configs.teacher, configs.student, device)
+    vocab_size = configs.student.get_text_config().vocab_size
+    on_cpu = device.type == "cpu"
+    train = recipe.train
+    # With LoRA, too: the merged model, and the adapters beside it.
+    saved = 4 * traced.weights + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
+    moments = 2 * 4 * traced.trained + 4 * traced.trained_tensors if train.optimizer == "adamw" else 0
+    checkpoint = 4 * traced.trained + moments
+    written = train.steps // train.save_every if train.save_every else 0
+    written += recipe.guard.policy == "rollback"  # the state before the first step
+    # A signal, too, saves one, whatever save_every says.
+    at_once = min(max(written, 1), KEPT + 1)
+    shards = shards_bytes(recipe)
+    peak = shards + max(2 * saved + min(at_once, KEPT) * checkpoint, saved + at_once * checkpoint)
+    return Plan(
+        device=str(device),
+        phase=traced.phase,
+        **{part: traced.at_peak[part] for part in TRACED},
+        corpus=configs.corpus_bytes if on_cpu else 0,
+        libraries=traced.libraries if on_cpu else 0,
+        allocator=_kept_by_allocator(traced, recipe) if on_cpu else 0,
+        largest={part: traced.largest[part] for part in TRACED},
+        student_disk_bytes=saved,
+        checkpoint_disk_bytes=checkpoint,
+        shards_disk_bytes=shards,
+        disk_bytes=shards + saved + min(written, KEPT) * checkpoint,
+        disk_peak_bytes=max(2 * shards, peak),
+        time_s=None if step_s is None else step_s * train.steps,
+    )
+
+
+def require_countable(recipe: Recipe, configs: Configs) -> None:
+    """UserError for rows that a model was not made for, and for sizes that no machine could address."""
+    rows, tokens = recipe.train.micro_batch_rows, recipe.corpus.tokens_per_row
+    for name, config in (("teacher", configs.teacher), ("student", configs.student)):
+        if config is not None:
+            require_length(config, name, "corpus.tokens_per_row", tokens)
+    if rows * tokens > MOST_POSITIONS or tokens > LONGEST_ROW:
+        raise UserError(
+            f"train.rows_per_micro_batch: {rows} rows of {tokens} tokens at once are {rows * tokens}"
+            " positions, more than any memory holds. Set it to 1, and corpus.tokens_per_row to what the"
+            " models were made for."
+        )
+
+
+def _kept_by_allocator(traced: Traced, recipe: Recipe) -> int:
+    if recipe.train.return_memory or platform.libc_ver()[0] != "glibc":
+        return 0
+    return int(KEPT_BY_GLIBC * sum(traced.at_peak[part] for part in TRACED))
+
+
+def capture_size(recipe: Recipe) -> dict[str, float] | None:
+    """What `potstill capture` would write, training rows alone, tokens estimated from the size of the files;
+    None for a teacher that is not asked but read.
+    """
+    if recipe.teacher.name != "torch":
+        return None
+    configs = configs_of(recipe, None)
+    teacher, student = configs.teacher.get_text_config(), configs.student.get_text_config()
+    ids = min(teacher.vocab_size, student.vocab_size)
+    each = planned_bytes(dataclasses.asdict(recipe.capture), ids, teacher.hidden_size)
+    tokens, train = corpus_tokens(recipe), recipe.train
+    if recipe.capture.rows == "steps":
+        tokens = min(tokens, train.steps * train.rows_per_step * recipe.corpus.tokens_per_row)
+    return {"bytes_per_position": each, "tokens": int(tokens), "bytes": int(each * tokens)}

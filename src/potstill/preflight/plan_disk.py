@@ -1,0 +1,34 @@
+"""What a corpus takes of memory and disk, estimated from its files: the part of a plan that is not traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from potstill.data import token_cache
+from potstill.data.readers import files_of
+from potstill.recipe.load import Recipe
+
+BYTES_PER_TOKEN_OF_TEXT = 3.5  # SmolLM2's tokenizer on Python source; tokenizers of prose take more bytes
+ROW_BYTES_PER_TOKEN = 5  # uint32 id and bool label, see data/packing.py
+TOKENIZER_BYTES_PER_ID = 1300  # two loads of a tokenizer of 49,152 ids: 65 MiB resident
+TOKENIZER_FILE_BYTES_PER_ID = 72  # its tokenizer.json
+
+
+def corpus_tokens(recipe: Recipe) -> float:
+    asked = recipe.corpus
+    files = files_of(Path(asked.path), getattr(asked, "include", ("*",)), getattr(asked, "exclude", ()))
+    size = sum(file.stat().st_size for file in files if file.exists())
+    return size / {"uint16": 2.0, "uint32": 4.0}.get(getattr(asked, "dtype", ""), BYTES_PER_TOKEN_OF_TEXT)
+
+
+def corpus_bytes(recipe: Recipe, vocab_size: int) -> int:
+    """Of memory: rows and tokenizer."""
+    in_memory = 0 if recipe.corpus.shards else ROW_BYTES_PER_TOKEN  # the system takes a file's pages back
+    return int(corpus_tokens(recipe) * in_memory) + TOKENIZER_BYTES_PER_ID * vocab_size
+
+
+def shards_bytes(recipe: Recipe) -> int:
+    """Of disk, once they are written; 0 where they are, or are not asked for."""
+    shards = recipe.corpus.shards
+    is_to_write = shards is not None and not token_cache.is_whole(Path(shards))
+    return int(corpus_tokens(recipe) * ROW_BYTES_PER_TOKEN) if is_to_write else 0

@@ -1,0 +1,339 @@
+"""The recipe's own steps, on trial: `potstill check`, whose cheap half is `preflight.py`, and `--smoke`.
+
+What is trained here is thrown away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from potstill.build.setup import Cast, assemble, make_objective
+from potstill.errors import UserError
+from potstill.evals.heldout import heldout
+from potstill.io.memory import peak_gib
+from potstill.io.terminal import Display, clock, size
+from potstill.models.lora import REACHED_LATE
+from potstill.models.student import from_checkpoint
+from potstill.preflight.auto import settled
+from potstill.preflight.checks import Finding, cheap, plan_of, require_sound
+from potstill.preflight.plan import Plan, available
+from potstill.preflight.probe_batches import window
+from potstill.recipe.load import Recipe
+from potstill.runs.run_dir import default_path
+from potstill.training.loop import Hooks, Metrics, train
+from potstill.training.optim import lr_at, rates
+from potstill.types import Batch, Order
+
+STEPS = 10
+FULL = 3
+"""Of them with all rows of a step, for the time; the others take a quarter."""
+TURNS = 3
+"""Of each recipe whose steps are timed beside another's."""
+LR_SEEN = 1e-6
+"""Below this rate, as in a long warm-up, float32 weights near 1 cannot move in one step."""
+
+
+def check(cast: Cast, place: Path) -> Iterator[Finding]:
+    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried.
+
+    The last three are what the run will take of time, memory and disk.
+    """
+    sound, planned, time = True, plan_of(cast), "not measured, after a red line no step is tried"
+    for finding in cheap(cast, planned, place):
+        sound = sound and finding.ok
+        yield finding
+    for finding in rehearsal(cast) if sound else ():
+        if finding.name == "projected time":
+            time = finding.figure
+        else:
+            yield finding
+    yield Finding("projected time", time, True)
+    yield from projected(cast, planned, place)
+
+
+def projected(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
+    """Peak memory and bytes on the disk, beside what there is; never red, the cheap checks have judged."""
+    memory, disk = available(cast.recipe, place)
+    measured = f"{size(peak_gib(cast.device) * 2**30)} measured so far"
+    if isinstance(planned, str):
+        yield Finding("projected memory", f"{planned} {measured}, {size(memory)} available", True)
+        yield Finding("projected disk", f"{planned} {size(disk)} free", True)
+        return
+    figure = f"{size(planned.peak_bytes)} at the peak, {measured}, {size(memory)} available"
+    yield Finding("projected memory", figure, True)
+    figure = f"{size(planned.disk_peak_bytes)} at the most, {size(planned.disk_bytes)} after it"
+    yield Finding("projected disk", f"{figure}, {size(disk)} free", True)
+
+
+def rehearsal(cast: Cast) -> Iterator[Finding]:
+    """The costly half: the student is saved and loaded, and trained for ten real steps."""
+    cast.student.eval()
+    yield saved_is_what_was_trained(cast, window(cast.corpus.heldout.batch([0])).to(cast.device))
+    try:
+        yield from steps_do_what_the_recipe_says(cast)
+    except UserError as error:  # a loss that is not finite, say, told as the run would tell it
+        yield Finding("steps", str(error), False, "The run would end there")
+
+
+@torch.no_grad()
+def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
+    advice = "The saved student is another model; do not train it."
+    with tempfile.TemporaryDirectory() as folder:
+        cast.student.save(Path(folder) / "student", cast.tokenizer)
+        saved = sum(path.stat().st_size for path in Path(folder).rglob("*"))
+        try:
+            again = from_checkpoint(Path(folder) / "student", cast.device)
+        except UserError as error:
+            return Finding("save and reload", f"cannot be loaded: {error}", False, advice)
+        again.mask_from(cast.shared.ids)
+        before, after = (
+            model.head(model.hidden(batch.input_ids_BT)) for model in (cast.student.model, again)
+        )
+    gap = float((before - after).abs().max())
+    figure = f"{size(saved)} saved and loaded, logits differ by {gap:.2g}"
+    return Finding("save and reload", figure, gap <= 1e-5, advice)
+
+
+@dataclass(frozen=True)
+class _Thinned:
+    """The recipe's rows, after the first steps only a quarter of each step's."""
+
+    order: Order
+
+    def rows(self, step: int, rows_per_step: int) -> list[int]:
+        rows = self.order.rows(step, rows_per_step)
+        return rows if step < FULL else rows[: max(len(rows) // 4, 1)]
+
+    def epoch(self, step: int, rows_per_step: int) -> int:
+        return self.order.epoch(step, rows_per_step)
+
+
+def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
+    """Real steps on real rows: what moves, at which rate, how fast."""
+    plan = cast.recipe.train
+    parameters = dict(cast.student.named_parameters())
+    trained = [name for name, p in parameters.items() if p.requires_grad]
+    late = {name for name in trained if REACHED_LATE in name}
+    wanted = min(STEPS, plan.steps)
+    looked_at = min(2 if late else 1, wanted)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    reached: set[str] = set()  # by a gradient: decay alone moves weights, too
+    moved: list[str] = []
+    lines: list[Metrics] = []
+    busy: list[float] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    seen: list[list[float]] = []  # of each step, the rate of each group
+
+    def note_gradient(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None and bool(parameter.grad.any()):
+            reached.add(name)
+
+    def on_step(step: int, metrics: Metrics) -> None:
+        if step == looked_at:
+            for hook in watched:
+                hook.remove()
+            moved.extend(name for name, old in before.items() if not torch.equal(old, parameters[name]))
+            before.clear()
+        lines.append(metrics)
+        seen.append([*rates(optimizers[0]), metrics["train/lr"]])
+        if cast.device.type == "cuda":
+            busy.extend(_utilisation(cast.device))
+
+    watched = [
+        p.register_post_accumulate_grad_hook(partial(note_gradient, name))  # type: ignore[no-untyped-call]
+        for name, p in parameters.items()
+        if p.requires_grad
+    ]
+    never = {"heldout/loss": math.inf}
+    hooks = Hooks(
+        lambda step: never,
+        on_step,
+        lambda *_: None,
+        resume=optimizers.append,
+        should_stop=lambda: len(lines) == wanted,
+    )
+    teacher = cast.teacher if cast.recipe.objective.kd_weight else None
+    order = _Thinned(cast.corpus.order(plan.seed))
+    train(cast.student, teacher, cast.corpus.train, order, _strict(cast.recipe), hooks)
+
+    yield what_is_trained_moves(
+        trained,
+        [name for name in parameters if name not in trained],
+        moved,
+        reached,
+        looked_at,
+        late=late if looked_at == 1 else set(),
+        slow=lines[0]["train/lr"] < LR_SEEN,
+    )
+    yield rate_is_the_schedule_s(seen, [lr_at(step, plan) for step in range(len(seen))])
+    losses = [line["train/loss"] for line in lines]
+    thinned = f", the last {len(lines) - FULL} with a quarter of the rows" if len(lines) > FULL else ""
+    figure = f"{len(lines)} real steps{thinned}; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    yield Finding("steps", figure, all(map(math.isfinite, losses)))
+    first_s, deadline_s = lines[0]["speed/step_s"], cast.recipe.guard.first_step_s
+    figure = f"{first_s:.3g} s, guard.first_step_s is {deadline_s:g}"
+    yield Finding("first step", figure, first_s < deadline_s, "Raise the deadline, or make the step smaller.")
+    if cast.device.type == "cuda":
+        figure = (
+            f"{statistics.median(busy):.0f} % in the median"
+            if busy
+            else "not measured: pip install nvidia-ml-py"
+        )
+        yield Finding("GPU utilisation", figure, True)
+    step_s = _settled_s(lines[:FULL])
+    whole = clock(plan.steps * step_s)
+    figure = f"{whole} for {plan.steps} steps of {step_s:.3g} s, evaluations not counted"
+    yield Finding("projected time", figure, True)
+
+
+def what_is_trained_moves(
+    trained: list[str],
+    frozen: list[str],
+    moved: list[str],
+    reached: set[str],
+    steps: int,
+    *,
+    late: set[str],
+    slow: bool,
+) -> Finding:
+    """Every trained tensor has a gradient and moves in the first `steps`, and no frozen one does.
+
+    Excused are those that only a second step would reach (`late`), and lack of motion at a `slow` rate.
+    """
+    still = [name for name in trained if name not in moved]
+    figure = (
+        f"{len(trained) - len(still)} of {len(trained)} tensors moved in the first"
+        f" {'step' if steps == 1 else f'{steps} steps'}, {len(reached)} have a gradient"
+        + (", the rate is too low for the others" if slow else "")
+        + (f", of {len(late)} it is 0 in the first step, the only one" if late else "")
+    )
+    strayed = [name for name in frozen if name in moved]
+    if frozen:
+        figure += f"; {len(strayed)} of {len(frozen)} frozen ones moved"
+    faulty = [name for name in trained if name not in reached | late] + ([] if slow else still)
+    faulty = [name for name in faulty if name not in late]
+    advice = f"{faulty[:1]} did not: is it used, trainable, in the optimizer?"
+    if strayed:
+        advice = f"{strayed[:1]} is frozen and moved; a bug of ours."
+    return Finding("weights move", figure, not faulty and not strayed, advice)
+
+
+def rate_is_the_schedule_s(seen: list[list[float]], wanted: list[float]) -> Finding:
+    """`seen` has the rates of each step: those of the optimizer's groups, and the one that was logged."""
+    groups = len(seen[0]) - 1
+    figure = (
+        f"{seen[0][-1]:.3g} at step 1, {seen[-1][-1]:.3g} at step {len(seen)}, read back from"
+        f" {'each of ' if groups > 1 else ''}{groups} group{'s' if groups > 1 else ''} of the optimizer"
+    )
+    for step, (rates_of_step, rate) in enumerate(zip(seen, wanted, strict=True), start=1):
+        for group, found in enumerate(rates_of_step):
+            if found != rate:
+                where = "in the log" if group == groups else f"in group {group}"
+                figure = f"{found:.3g} {where} at step {step}, the schedule says {rate:.3g}"
+                return Finding(
+                    "learning rate", figure, False, "The optimizer does not run at the schedule's rate."
+                )
+    return Finding("learning rate", figure, True)
+
+
+def smoke(recipe: Recipe, steps: int, display: Display | None = None, name: str = "run") -> Metrics:
+    """Exactly `steps` steps of the recipe's own run, and what they say of the whole; writes nothing.
+
+    Returns the metrics of the last step, the median seconds of a step and of an evaluation, and the projected
+    seconds of the full run, which would be called `name`.
+
+    Raises:
+        UserError: whatever `distill` would not begin for, a red line of the cheap checks too.
+    """
+    if not 1 <= steps <= recipe.train.steps:
+        raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
+    display = display or Display(quiet=True)
+    recipe = settled(recipe, display.note)
+    cast = assemble(recipe, display.note)
+    checked = require_sound(cast, default_path(name))
+    display.note(f"check: all {len(checked.findings)} cheap ones passed")
+    lines: list[Metrics] = []
+    evaluations: list[float] = []
+
+    def evaluate_student(step: int) -> Metrics:
+        started = time.perf_counter()
+        found = heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+        evaluations.append(time.perf_counter() - started)
+        display.heldout_line(step, found)
+        return found
+
+    def on_step(step: int, metrics: Metrics) -> None:
+        lines.append(metrics)
+        left = statistics.median(line["speed/step_s"] for line in lines) * (steps - step)
+        display.step_line(step, steps, metrics, left)
+
+    hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(lines) == steps)
+    teacher = cast.teacher if recipe.objective.kd_weight else None
+    order = cast.corpus.order(recipe.train.seed)
+    train(cast.student, teacher, cast.corpus.train, order, _strict(recipe), hooks)
+    step_s = _settled_s(lines)
+    num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
+    evaluation_s = statistics.median(evaluations)
+    projected_s = recipe.train.steps * step_s + num_evaluations * evaluation_s
+    return lines[-1] | {
+        "smoke/steps": len(lines),
+        "smoke/step_s": step_s,
+        "smoke/evaluation_s": evaluation_s,
+        "smoke/projected_s": projected_s,
+    }
+
+
+def step_seconds(cast: Cast, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    """Median seconds of a step of each recipe, which differ in nothing but their weights of the loss.
+
+    They take turns, so that a machine that slows down slows all of them. The student is not what it was.
+    """
+    seen: dict[str, list[float]] = {name: [] for name in recipes}
+    for _ in range(TURNS):
+        for name, recipe in recipes.items():
+            cast.student.objective = make_objective(recipe, cast.student.objective.matmul_dtype)
+            lines = _first_steps(cast, recipe)
+            seen[name] += [line["speed/step_s"] for line in lines[1:] or lines]  # the first one allocates
+    return {name: statistics.median(seconds) for name, seconds in seen.items()}
+
+
+def _first_steps(cast: Cast, recipe: Recipe) -> list[Metrics]:
+    lines: list[Metrics] = []
+    hooks = Hooks(
+        lambda step: {"heldout/loss": math.inf},
+        lambda step, metrics: lines.append(metrics),
+        lambda *_: None,
+        should_stop=lambda: len(lines) == FULL,
+    )
+    teacher = cast.teacher if recipe.objective.kd_weight else None
+    order = cast.corpus.order(recipe.train.seed)
+    train(cast.student, teacher, cast.corpus.train, order, _strict(recipe), hooks)
+    return lines
+
+
+def _strict(recipe: Recipe) -> Recipe:
+    """On trial a fault is told, whatever the run would do about it."""
+    return dataclasses.replace(recipe, guard=dataclasses.replace(recipe.guard, policy="stop"))
+
+
+def _settled_s(lines: list[Metrics]) -> float:
+    """Seconds of a step. The first one pays for allocations that no other does; it may be the only one."""
+    return statistics.median(line["speed/step_s"] for line in lines[1:] or lines)
+
+
+def _utilisation(device: torch.device) -> list[float]:
+    try:
+        return [float(torch.cuda.utilization(device))]
+    except ModuleNotFoundError:  # its figures come from NVIDIA's own library, an extra
+        return []

@@ -1,1 +1,0 @@
-"""Before an hour is spent."""

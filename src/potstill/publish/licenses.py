@@ -1,0 +1,194 @@
+"""Licences: what a parent's own files say, and which one a student of such parents may carry.
+
+Read are GGUF metadata, cards and configs; the text of a licence is not read for its meaning, and where no
+file names one, none is known. Settled cautiously: whatever a parent asks for is asked of the student, the
+corpus included. This is no legal advice; it keeps a licence from being lost in silence, and what it cannot
+settle, a line of the recipe does. Called when a receipt is written, since a parent's files may be gone later,
+and by `publish.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from potstill.errors import UserError
+from potstill.io.safe_open import opened, read_object
+from potstill.models.safetensors_files import check_gguf
+
+NO_ANSWER = {"other", "unknown", "cc", "gpl", "lgpl", "gfdl"}
+"""What the Hub takes for a licence and says nothing of what may be done."""
+FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
+MAX_CARD_BYTES = 2**20
+SETTINGS = ("config.json", "dataset_info.json")
+_PERMISSIVE = (
+    "apache-2.0 mit bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc zlib ncsa unlicense wtfpl bsl-1.0"
+    " afl-3.0 artistic-2.0 ecl-2.0 postgresql ms-pl psf-2.0 python-2.0 0bsd cc0-1.0 cc-by-2.0 cc-by-2.5"
+    " cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 odc-by pddl etalab-2.0"
+)
+PERMISSIVE = frozenset(_PERMISSIVE.split())
+"""Ask for a notice at most: they bind the student to nothing."""
+NO_DERIVATIVES = "-nd-"
+_BINDING = (
+    "openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 c-uda"
+    " bigcode-openrail-m cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-sa-2.0"
+    " cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gpl-2.0"
+    " gpl-3.0 lgpl-2.1 lgpl-3.0 lppl-1.3c mpl-2.0 odbl osl-3.0 ofl-1.1 lgpl-lr deepfloyd-if-license"
+    " apple-amlr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma"
+)
+HUB = PERMISSIVE - {"psf-2.0", "python-2.0", "0bsd"} | frozenset(_BINDING.split())
+"""Identifiers that the Hub lists; another one is `other` there, with its name beside."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    role: str
+    """teacher, student or data: also the name of its line in the recipe, with `_license` behind."""
+    what: str
+    license: str | None
+    read_from: str | None
+
+
+@dataclass(frozen=True)
+class Settled:
+    license: str
+    reason: str
+
+
+def settle(parents: Sequence[Parent], asked: str | None) -> Settled:
+    """The student's licence, and why.
+
+    Args:
+        parents: the weights' own begin first, then the teacher, then the data.
+        asked: `publish.license` of the recipe.
+
+    Raises:
+        UserError: one line for each parent whose licence is unknown or lets nothing derived be shared; or
+            parents ask for different terms, or the recipe asks for what they do not grant.
+    """
+    mistakes = [
+        f"licence of the {one.role} ({one.what}): {_fault(one)} {_line(one.role)}"
+        for one in parents
+        if one.license is None or NO_DERIVATIVES in one.license
+    ]
+    if mistakes:
+        raise UserError(*mistakes)
+    binding: dict[str, str] = {}
+    for one in parents:
+        if one.license is not None and one.license not in PERMISSIVE:
+            binding.setdefault(one.license, f"the {one.role}'s {one.license}")
+    if len(binding) > 1:
+        both = " and ".join(binding.values())
+        if asked not in binding:
+            raise UserError(
+                f"licences: {both} ask for different terms. If one of them does not reach the student, name"
+                f" the other in the recipe: publish: {{license: {next(iter(binding))}}}, or add"
+                " publish.license=…"
+            )
+        return Settled(asked, f"chosen by the publisher: {both} ask for different terms")
+    if binding:
+        ((needed, whose),) = binding.items()
+        if asked not in (None, needed):
+            raise UserError(
+                f"publish.license: {asked}, and {whose} asks for {needed}. Leave the line out, or state"
+                " another licence for that parent if you have it."
+            )
+        return Settled(needed, f"{whose} asks for it")
+    own = next((one for one in parents if one.license is not None), None)
+    if asked is not None:
+        return Settled(asked, "chosen by the publisher; no parent asks for another")
+    if own is None or own.role == "data":
+        raise UserError(
+            "licence of the student: no model's licence to inherit. Say it in the recipe:"
+            " publish: {license: apache-2.0}, or add publish.license=…"
+        )
+    return Settled(str(own.license), f"inherited from the {own.role}; no parent asks for another")
+
+
+def _fault(one: Parent) -> str:
+    if one.license is None:
+        return "its files name none."
+    return f"{one.license} lets nothing derived from it be shared."
+
+
+def _line(role: str) -> str:
+    example = "cc-by-4.0" if role == "data" else "apache-2.0"
+    return (
+        f"Say the one you have it under in the recipe, say publish: {{{role}_license: {example}}},"
+        f" or add publish.{role}_license=…"
+    )
+
+
+def licence_of(source: str) -> dict[str, str | None]:
+    """`license` as the Hub spells them, None where none is found, and `read_from`, the place that says it.
+
+    Args:
+        source: a Hugging Face folder or a hub id, of which the local copy is read; a GGUF file; a corpus.
+    """
+    try:
+        found, where = _read(source)
+    except UserError:  # a damaged file says nothing; whoever needs the file refuses it
+        found, where = None, None
+    return {"license": found, "read_from": where}
+
+
+def _read(source: str) -> tuple[str | None, str | None]:
+    path = Path(source)
+    if source.endswith(".gguf") and os.path.isfile(path):
+        return _told(check_gguf(path).metadata.get("general.license")), f"general.license in {path.name}"
+    if not os.path.exists(path):
+        return _card_of_hub(source)
+    if not os.path.isdir(path):
+        return None, None
+    if (card := _in_card(path / "README.md")) is not None:
+        return card, "README.md"
+    for name in SETTINGS:
+        if os.path.isfile(path / name):
+            found = _told(read_object(path / name, "It is not read for its licence.").get("license"))
+            if found is not None:
+                return found, name
+    return None, None
+
+
+def _card_of_hub(source: str) -> tuple[str | None, str | None]:
+    if source.count("/") != 1:
+        return None, None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        card = Path(hf_hub_download(source, "README.md"))
+    except Exception:  # no network, no such card: the recipe can say it
+        return None, None
+    return _in_card(card), f"the card of {source}"
+
+
+def _in_card(path: Path) -> str | None:
+    if not os.path.isfile(path):
+        return None
+    with opened(path, "a card", "It is not read for its licence.") as file:
+        text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
+    front = FRONT_MATTER.match(text)
+    try:
+        fields = yaml.safe_load(front[1]) if front else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    name = fields.get("license_name")
+    return _told(fields.get("license")) or _told(name)
+
+
+def _told(value: Any) -> str | None:
+    """One licence; a list of several is for a person to choose from."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", value.strip().lower()):
+        return None
+    found = value.strip().lower()
+    return None if found in NO_ANSWER else found

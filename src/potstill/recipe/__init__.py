@@ -1,0 +1,1 @@
+"""One YAML file that describes a whole run: its sections, their checks and their error messages. No torch."""

@@ -1,0 +1,296 @@
+"""A recipe: one YAML file that says a whole run. Plain frozen dataclasses, checked at one door, `load`.
+
+Every mistake of a file is told at once, each with its dotted field. Refused: unknown keys, values of another
+type (a quoted "5" is not 5), numbers that are not finite, paths where nothing lies. Torch is not imported, so
+that a typo is told at once. Everybody reads recipes; the command line and `workflows/distill.py` load them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, TypeAdapter
+
+from potstill.errors import UserError
+from potstill.io import yaml
+from potstill.io.safe_open import opened
+from potstill.recipe.messages import explain, shown
+from potstill.recipe.plugins import divergences, load_plugins
+from potstill.recipe.sections import (
+    AnyCapture,
+    AnyCorpus,
+    ChatCorpus,
+    Compare,
+    Decontaminate,
+    Eval,
+    FixtureTeacher,
+    Guard,
+    HfCorpus,
+    HiddenCapture,
+    JsonlCorpus,
+    LocalPath,
+    Objective,
+    ParquetCorpus,
+    SampledCapture,
+    Section,
+    StoreTeacher,
+    TableTeacher,
+    TextCorpus,
+    TokensCorpus,
+    TopkCapture,
+    TorchTeacher,
+    Train,
+)
+from potstill.recipe.sections_publish import Publish
+from potstill.recipe.sections_students import CheckpointStudent, ConfigStudent, CutStudent, Lora
+
+Corpus = TextCorpus | JsonlCorpus | ChatCorpus | ParquetCorpus | HfCorpus | TokensCorpus
+Teacher = TorchTeacher | StoreTeacher | FixtureTeacher | TableTeacher
+Capture = SampledCapture | TopkCapture | HiddenCapture
+Student = CutStudent | CheckpointStudent | ConfigStudent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Section):
+    corpus: Annotated[Corpus, Field(discriminator="name")]
+    """What the student reads."""
+    teacher: Annotated[Teacher, Field(discriminator="name")]
+    """Whom the student learns from."""
+    student: Annotated[Student, Field(discriminator="name")]
+    """What is trained."""
+    objective: Objective = field(default_factory=Objective)
+    """What a step minimises."""
+    train: Train
+    """How it is minimised."""
+    eval: Eval = field(default_factory=Eval)
+    """What is measured on the way."""
+    guard: Guard = field(default_factory=Guard)
+    """What ends a run that has gone wrong."""
+    capture: Annotated[Capture, Field(discriminator="name")] = field(default_factory=SampledCapture)
+    """How `potstill capture` keeps the teacher's targets."""
+    compare: Compare | None = None
+    """Run the untouched student and plain training beside KD, under one budget; null: KD alone."""
+    publish: Publish = field(default_factory=Publish)
+    """What the model card says that the run cannot know."""
+    allow_identical: bool = False
+    """Distil although teacher and student have the same weights; the receipt says so."""
+    sinks: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+    """Where each step's metrics go beside metrics.jsonl, while the run runs; each is an extra of its name."""
+    plugins: list[LocalPath] = field(default_factory=list)
+    """Python files, relative to the recipe, that register divergences of your own."""
+
+    def without_places(self) -> Recipe:
+        """Without what says where rows are kept and not which they are."""
+        return dataclasses.replace(self, corpus=dataclasses.replace(self.corpus, shards=None))
+
+    @property
+    def lora(self) -> Lora | None:
+        """Adapters to train instead of the student; random weights have none."""
+        return None if self.student.name == "config" else self.student.lora
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, complete and check a recipe.
+
+    Raises:
+        UserError: with every mistake of the file and of the overrides `a.b=value`.
+    """
+    with opened(path, "a recipe", "Give the recipe's YAML file.") as file:
+        data = file.read(yaml.MAX_BYTES + 1)
+    text = yaml.decode(data, str(path))
+    return parse(text, where=str(path), folder=Path(path).absolute().parent, overrides=overrides)
+
+
+def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load` for a text; `where` is its name in messages, `folder` what its paths are relative to."""
+    tree, mistakes = yaml.read(text, where)
+    if not isinstance(tree, dict):
+        found = "nothing" if tree is None else shown(tree)
+        raise UserError(
+            f"{where}: {found} at the top, not a mapping. Write corpus:, teacher:, student: and train:."
+        )
+    overridden: dict[str, str] = {}
+    for override in overrides:
+        try:
+            overridden[yaml.override(tree, override, SHORT_FORMS)] = override
+        except UserError as error:
+            mistakes += error.mistakes
+
+    def tell(path: tuple[str, ...], what: str) -> None:
+        dotted = ".".join(path)
+        by = next((o for at, o in overridden.items() if dotted == at or dotted.startswith(f"{at}.")), None)
+        if by is None:
+            mistakes.append(f"{where}: {dotted}: {what}")
+        else:
+            mistakes.append(
+                f"override {by:.200}: {what}"
+                if by.startswith(f"{dotted}=")
+                else f"override {by:.200}: {dotted}: {what}"
+            )
+
+    if isinstance(tree.get("capture"), dict):
+        tree["capture"].setdefault("name", SampledCapture.name)
+    for path, what in (*load_plugins(tree, folder), *_across_fields(tree)):
+        tell(path, what)
+    try:
+        kinds = divergences()
+    except UserError as error:
+        raise UserError(*mistakes, *(f"{where}: plugins: {m}" for m in error.mistakes)) from error
+    try:
+        recipe = _adapter(kinds).validate_json(json.dumps(tree), strict=True, context=folder)
+    except pydantic.ValidationError as error:
+        schema = SCHEMA | {("objective", "divergence"): kinds}
+        for finding in error.errors(include_url=False):
+            tell(*explain(finding, tree, schema))
+    if mistakes:
+        raise UserError(*dict.fromkeys(mistakes))
+    return recipe
+
+
+def publish_section(text: str, where: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Publish]:
+    """A run's recipe as a tree, and what is to be said of it when it is published.
+
+    Its paths are not looked at: a run is published from its own folder, and what it was made of may be gone.
+
+    Raises:
+        UserError: the text is damaged, or an override sets what the run has been.
+    """
+    tree, mistakes = yaml.read(text, where)
+    if mistakes or not isinstance(tree, dict):
+        raise UserError(*(mistakes or [f"{where}: damaged: no mapping at the top."]))
+    for override in overrides:
+        if not override.startswith("publish."):
+            raise UserError(
+                f"override {override:.200}: a finished run is what it was. Only publish.… may be set."
+            )
+        yaml.override(tree, override)
+    try:
+        given = json.dumps(tree.get("publish") or {})
+        return tree, TypeAdapter(Publish).validate_json(given, strict=True, context=Path())
+    except pydantic.ValidationError as error:
+        told = [explain(finding, tree.get("publish") or {}, SCHEMA) for finding in error.errors()]
+        raise UserError(*(f"publish.{'.'.join(at)}: {what}" for at, what in told)) from error
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe with every default filled in and absolute paths, as YAML that loads as an equal recipe."""
+    return yaml.write(dataclasses.asdict(recipe, dict_factory=_name_first))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors; divergences of plug-ins that are loaded are in it."""
+    schema = _adapter(divergences()).json_schema()
+    for base, kinds in ((AnyCorpus, Corpus), (AnyCapture, Capture)):
+        inherited = TypeAdapter(base).json_schema()["properties"]  # pydantic reads no docstrings of a base
+        for kind in typing.get_args(kinds):
+            schema["$defs"][kind.__name__]["properties"] |= inherited
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "potstill recipe"}
+
+
+SHORT_FORMS = {("objective", "divergence")}
+SCHEMA: dict[tuple[str, ...], tuple[Any, ...]] = {
+    (): (Recipe,),
+    ("corpus",): typing.get_args(Corpus),
+    ("corpus", "decontaminate"): (Decontaminate,),
+    ("teacher",): typing.get_args(Teacher),
+    ("student",): typing.get_args(Student),
+    ("student", "lora"): (Lora,),
+    ("objective",): (Objective,),
+    ("train",): (Train,),
+    ("eval",): (Eval,),
+    ("guard",): (Guard,),
+    ("capture",): typing.get_args(Capture),
+    ("compare",): (Compare,),
+    ("publish",): (Publish,),
+}
+
+
+@functools.lru_cache(maxsize=4)
+def _adapter(divergences: tuple[Any, ...]) -> TypeAdapter[Recipe]:
+    """A validator that knows these divergences, which are those registered now."""
+    return TypeAdapter(Recipe)
+
+
+def _name_first(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return dict(sorted(items, key=lambda item: item[0] != "name"))
+
+
+def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What fields make wrong together. Read from the tree, so that a mistake elsewhere does not hide it."""
+    student, objective, train, guard = (
+        tree[s] if isinstance(tree.get(s), dict) else {} for s in ("student", "objective", "train", "guard")
+    )
+    if student.get("name") == "cut" and (student.get("layers") is None) == (student.get("keep") is None):
+        both = "and keep are both given" if student.get("keep") is not None else "or keep must be given"
+        yield ("student", "layers"), f"layers {both}. Give one of them: how many layers, or which."
+    if objective.get("kd_weight") == objective.get("ce_weight") == 0:
+        yield (
+            ("objective", "kd_weight"),
+            "kd_weight and ce_weight are both 0: nothing would be learned. Raise one.",
+        )
+    if student.get("keep") is not None and student.get("rule", "first_last") != "first_last":
+        yield ("student", "rule"), "the layers are listed in keep, so no rule chooses them. Leave one out."
+    for name, default in (("beta1", 0.9), ("beta2", 0.95)):
+        if train.get("optimizer") == "sgd" and train.get(name, default) != default:
+            yield ("train", name), "sgd keeps no means. Leave it out, or set train.optimizer: adamw."
+    yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {})
+    yield from _across_capture(tree["capture"] if isinstance(tree.get("capture"), dict) else {})
+    if guard.get("policy") == "rollback" and train.get("save_every") == 0:
+        yield (
+            ("guard", "policy"),
+            "rollback goes back to the last checkpoint, and train.save_every is 0. Set it, or take skip.",
+        )
+    compare = tree["compare"] if isinstance(tree.get("compare"), dict) else None
+    if compare is not None:
+        yield from _across_arms(compare, tree)
+    steps, warmup = train.get("steps"), train.get("warmup")
+    if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
+        yield (
+            ("train", "warmup"),
+            f"{warmup} steps of warm-up in a run of {steps}. Lower it, or raise train.steps.",
+        )
+
+
+def _across_teacher(teacher: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    weights = teacher.get("weights", "full")
+    if weights != "full" and teacher.get("sharded"):
+        yield ("teacher", "sharded"), f"weights: {weights} are not shared out. Set it to false."
+    if weights == "full" and teacher.get("reference") is not None:
+        yield ("teacher", "reference"), "weights: full are the reference themselves. Leave it out."
+
+
+def _across_capture(capture: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    finer = {"sampled": "threshold", "topk": "k"}.get(capture.get("name", ""))
+    given = [name for name in (finer, "bytes_per_position") if name and capture.get(name) is not None]
+    if len(given) == 2:
+        yield ("capture", given[0]), f"{given[0]} and bytes_per_position are both given. Leave one out."
+    if finer == "k" and not given:
+        yield ("capture", "k"), "neither k nor bytes_per_position is given. Give one of them."
+
+
+def _across_arms(compare: dict[str, Any], tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    teacher, objective, train = (
+        tree[s] if isinstance(tree.get(s), dict) else {} for s in ("teacher", "objective", "train")
+    )
+    if objective.get("kd_weight") == 0:
+        yield (
+            ("compare",),
+            "objective.kd_weight is 0: there is no KD arm to compare. Raise it, or leave compare out.",
+        )
+    corrected, steps = compare.get("corrected_steps", 0), train.get("steps")
+    if corrected and (kind := teacher.get("name")) in ("fixture", "table", "store"):
+        yield ("compare", "corrected_steps"), f"teacher {kind} has no weights to train. Set it to 0."
+    is_whole = isinstance(corrected, int) and isinstance(steps, int)
+    if is_whole and compare.get("budget") == "steps" and corrected >= steps:
+        yield (
+            ("compare", "corrected_steps"),
+            f"{corrected} steps of the teacher's own training leave none of {steps}. Set it lower.",
+        )

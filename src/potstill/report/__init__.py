@@ -1,0 +1,1 @@
+"""Runs and comparisons as one HTML page that needs no other file."""

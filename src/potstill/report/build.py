@@ -1,0 +1,118 @@
+"""From run directories to a page: what `potstill report` measures before `report/page.py` writes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import UserError
+from potstill.io.terminal import Display
+from potstill.report.page import Told, page
+from potstill.runs.comparison import read_comparison
+from potstill.runs.run_dir import RunDir, write_whole
+
+FORMAT = 1
+"""Of `disagreement.json`; raised when what is in it changes."""
+
+
+def report(folders: list[Path], out: Path | None, tokens: int, with_models: bool, display: Display) -> Path:
+    """Write one page about all `folders`, runs or comparisons; returns where.
+
+    Raises:
+        UserError: a folder is neither, a file in it is damaged, or the page cannot be written.
+    """
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: must be 1 or more. To look at none, give --no-models.")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        what = "a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise UserError(f"--out {out}: {what}. Give the name of an HTML file in a folder that is there.")
+    comparisons = {folder: found for folder in folders if (found := read_comparison(folder)) is not None}
+    runs = [RunDir.open(folder) for folder in folders if folder not in comparisons]
+    told = [Told(run, measured(run, tokens, with_models, display)) for run in runs]
+    told += [arm for folder, found in comparisons.items() for arm in _arms(folder, found)]
+    place = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    write_whole(place, page(told, comparisons).encode("utf-8", "backslashreplace"))
+    return place
+
+
+def _arms(folder: Path, found: dict[str, Any]) -> list[Told]:
+    """The runs of a comparison's first seed, for their curves."""
+    seed = found.get("seeds", [""])[0]
+    names = [name for name in found.get("runs", []) if str(name).endswith(f"-{seed}")]
+    aside = "not run: it is measured in the report of this run's own folder"
+    return [Told(RunDir.open(folder / Path(name).name), aside) for name in names]
+
+
+def measured(run: RunDir, tokens: int, with_models: bool, display: Display) -> dict[str, Any] | str:
+    """Where the run's student disagrees with its teacher, from the run's cache if it is of this student; or
+    why it was not measured.
+    """
+    if not run.student.is_dir():
+        return "not run: the run has no student yet"
+    asked = _asked(run, tokens)
+    try:
+        known = run.disagreement()
+    except UserError:  # a cache that is damaged is none
+        known = {}
+    if known.get("of") == asked:
+        return known
+    if not with_models:
+        return "not run: --no-models"
+    try:
+        found = {"of": asked, **_measure(run, tokens, display)}
+    except UserError as error:  # a page without this part is worth more than none
+        display.warn(f"{run.path}: disagreement not measured: {error.mistakes[0]}")
+        return f"not run: {error.mistakes[0]}"
+    run.write_disagreement(found)
+    return found
+
+
+def _asked(run: RunDir, tokens: int) -> dict[str, Any]:
+    """What a measurement depends on. The teacher is the one of the receipt, which `_measure` verifies."""
+    from potstill.io.hashing import file_sha256
+
+    files = sorted(file for file in run.student.iterdir() if file.suffix in (".json", ".safetensors"))
+    return {
+        "format": FORMAT,
+        "tokens": tokens,
+        "recipe": file_sha256(run.resolved),
+        "corpus": run.corpus().get("fingerprint"),
+        "teacher": run.receipt().get("teacher", {}).get("weights_sha256"),
+        "student": {file.name: file_sha256(file) for file in files},
+    }
+
+
+def _measure(run: RunDir, tokens: int, display: Display) -> dict[str, Any]:
+    from potstill.build.setup import assemble
+    from potstill.evals.disagreement import disagreement
+    from potstill.recipe import load as recipes
+
+    student = run.whole_student()
+    cast = assemble(recipes.load(run.resolved), display.note, saved_student=student)
+    if cast.corpus.fingerprint != run.corpus().get("fingerprint"):
+        raise UserError(
+            f"{run.path}: the corpus is not the run's any more, so its held-out rows are not either."
+        )
+    taught = run.receipt().get("teacher", {}).get("weights_sha256")
+    weights = getattr(cast.teacher, "weights_sha256", None)
+    if taught is not None and weights is not None and weights() != taught:
+        raise UserError(f"{run.path}: the recipe's teacher is not the one that taught this run.")
+    rows = disagreement(cast.student, cast.teacher, cast.corpus.heldout, tokens, cast.tokenizer)
+    values = [token["kl"] for row in rows for token in row if "kl" in token]
+    return {
+        "rows": [[_rounded(token) for token in row] for row in rows],
+        "positions": len(values),
+        "mean_kl": math.fsum(values) / len(values) if values else None,
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Six decimals, of which a page shows three; None for what is infinite, as JSON has no word for it."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

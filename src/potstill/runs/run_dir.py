@@ -1,0 +1,399 @@
+"""A run is a folder that explains itself, readable without us; nothing else knows where a file in it lies.
+
+    recipe.yaml       as given, byte for byte
+    resolved.yaml     every default filled in
+    code.diff         uncommitted changes of the code that ran
+    environment.json  versions, machine, command line, the chunk that was chosen
+    corpus.json       files with hashes, counts, fingerprint
+    inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
+    metrics.jsonl     one object a step or evaluation
+    faults.jsonl      steps whose update the guard refused, why, and which rows; only where there were any
+    disagreement.json where student and teacher disagree, measured for the first report
+    report.html       the page of `potstill report`
+    stall.txt         where every thread was when a deadline of the guard passed
+    receipt.json      what truly ran, written by the trainer
+    status.json       beginning | running | stopped | finished | failed: why
+    student/          the best student, a Hugging Face folder with the sums of its files
+    exports/          the student as others run it: a folder, GGUF files; recorded in the receipt
+    evals/humaneval/  result and samples of `potstill eval RUN --humaneval`
+    evals/lm-eval/    result of `potstill eval RUN --lm-eval`
+    adapter/          of a LoRA student, what was trained, in peft's format
+    checkpoints/      the last two states of the training, for --resume
+
+Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import UserError
+from potstill.io.atomic import flush, listed, repair_folder, replace_folder, require_whole, writing
+from potstill.io.atomic import write_whole as write_whole
+from potstill.io.safe_open import KeyTwice, object_of, opened, parse_json, read_object
+
+READABLE = "the run's other files are still readable."
+LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+    listeners: list[Callable[[int, dict[str, float]], None]] = field(
+        default_factory=list, compare=False, repr=False
+    )
+    """Told each line of `metrics.jsonl` once it is written."""
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        recipe: bytes,
+        resolved: str,
+        corpus: dict[str, Any],
+        inputs: dict[str, str] | None = None,
+        chunk: dict[str, Any] | None = None,
+    ) -> RunDir:
+        """A new folder with what is known before the first step.
+
+        `status.json` comes first and `resolved.yaml` last, so that a folder which a kill left half made is
+        neither a run nor taken: the same start makes it anew.
+        """
+        cls.require_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path}: the run directory cannot be made: {error.strerror}. Give --out another folder."
+            ) from error
+        run = cls(path)
+        run.set_status("beginning")
+        write_whole(path / "recipe.yaml", recipe)
+        write_whole(path / "code.diff", code()["diff"].encode())
+        run._write_json("environment.json", environment() | {"chunk": chunk or {}})
+        run._write_json("corpus.json", corpus)
+        run._write_json("inputs.json", inputs or {})
+        write_whole(path / "resolved.yaml", resolved.encode())
+        run.set_status("running")
+        return run
+
+    @staticmethod
+    def require_free(path: Path) -> None:
+        if why := _cannot_be(path):
+            raise UserError(f"{path}: the run directory cannot be made: {why}. Give --out another folder.")
+        taken = os.path.lexists(path)
+        if taken and not (path.is_dir() and (not listed(path) or _was_cut_off_at_its_begin(path))):
+            raise UserError(
+                f"{path}: already there, and a run is never written over. Give --out another folder."
+            )
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        if os.path.isdir(path) and _was_cut_off_at_its_begin(path):
+            raise UserError(
+                f"{path}: cut off before it began: nothing to go on with. Start it again without --resume."
+            )
+        if not os.path.isfile(path / "resolved.yaml"):
+            raise UserError(
+                f"{path}: not a run directory: it has no resolved.yaml. Give the folder that distill printed."
+            )
+        return cls(path)
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.yaml"
+
+    @property
+    def evals(self) -> Path:
+        return self.path / "evals"
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        self._append("metrics.jsonl", line)
+        for listener in self.listeners:
+            listener(step, metrics)
+
+    def log_fault(self, step: int, what: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """`rows` are all that are not usable by themselves: each a row's number and its figures."""
+        self._append("faults.jsonl", json.dumps({"step": step, "what": what, "rows": [*rows]}) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time writes here; a killed one holds no lock."""
+        with writing(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UserError(
+                f"{self.path}: another process is at work on this run. Wait for it, or stop it."
+            ) from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def flush(self) -> None:
+        """The metrics so far onto the disk: a checkpoint is not to outlive the lines before it."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            with writing(path):
+                flush(path)
+
+    def rewind_faults(self, step: int, left_out: list[int]) -> None:
+        """Forget the faults that a resumed run will meet again."""
+        path = self.path / "faults.jsonl"
+        if not os.path.lexists(path):
+            return
+        with opened(path, "faults", READABLE) as file:
+            lines = file.read().split(b"\n")[:-1]
+        kept = [line for line in lines if _step_of(line, path) <= step or _step_of(line, path) in left_out]
+        write_whole(path, b"".join(line + b"\n" for line in kept))
+
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Forget steps after `step` and evaluations after `evaluated`: a resumed run logs them again."""
+        kept = [
+            line
+            for line in self.metrics()
+            if line["step"] <= (evaluated if any(name.startswith("heldout/") for name in line) else step)
+        ]
+        content = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.path / "metrics.jsonl", content.encode())
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Every whole line; a kill can cut off the last one."""
+        path = self.path / "metrics.jsonl"
+        if not os.path.lexists(path):
+            return []
+        with opened(path, "metrics", READABLE) as file:
+            lines = file.read().split(b"\n")[:-1]
+        return [_metrics_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+    def faults(self) -> list[dict[str, Any]]:
+        """Every whole line of the steps that the guard refused."""
+        path = self.path / "faults.jsonl"
+        return read_lines(path) if os.path.lexists(path) else []
+
+    def replace_student(self, save: Callable[[Path], None]) -> None:
+        """`save` fills a folder beside the old student; only a whole one takes its place."""
+        replace_folder(self.student, save)
+
+    def replace_adapter(self, save: Callable[[Path], None]) -> None:
+        replace_folder(self.adapter, save)
+
+    def repair(self) -> None:
+        """Undo what a kill left half done in `replace_student` and `replace_adapter`."""
+        for place in (self.student, self.adapter):
+            repair_folder(place)
+
+    def whole_student(self, todo: str = "Put it back from a copy, or start a new run.") -> Path:
+        """The student's folder, each file as it was saved; UserError where one is missing or damaged."""
+        is_finished = self.status().get("state") == "finished"
+        require_whole(self.student, self.receipt().get("output") if is_finished else None, todo)
+        return self.student
+
+    def write_receipt(self, receipt: dict[str, Any]) -> None:
+        self._write_json("receipt.json", receipt)
+
+    def corpus(self) -> dict[str, Any]:
+        return self._read_json("corpus.json")
+
+    def inputs(self) -> dict[str, Any]:
+        return self._read_json("inputs.json")
+
+    def chunk(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._read_json("environment.json").get("chunk", {})
+        return found
+
+    def receipt(self) -> dict[str, Any]:
+        return self._read_json("receipt.json")
+
+    def disagreement(self) -> dict[str, Any]:
+        return self._read_json("disagreement.json")
+
+    def write_disagreement(self, found: dict[str, Any]) -> None:
+        self._write_json("disagreement.json", found)
+
+    def write_stacks(self, stacks: str) -> Path:
+        write_whole(self.path / "stall.txt", stacks.encode())
+        return self.path / "stall.txt"
+
+    def set_status(self, state: str, why: str = "") -> None:
+        self._write_json("status.json", {"state": state, **({"why": why} if why else {})})
+
+    def status(self) -> dict[str, Any]:
+        return self._read_json("status.json")
+
+    def _append(self, name: str, line: str) -> None:
+        with writing(self.path / name), open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        write_whole(self.path / name, _as_json(value))
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            return read_object(path, READABLE) if os.path.lexists(path) else {}
+        except UserError as error:
+            raise UserError(str(error).replace(f"{path}: ", f"{path}: damaged: ", 1)) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a kill can cut off the last line."""
+    with opened(path, "JSON lines", READABLE) as file:
+        lines = file.read().split(b"\n")[:-1]
+    return [object_of(line, f"{path}:{number}", READABLE) for number, line in enumerate(lines, start=1)]
+
+
+def _metrics_of(line: bytes, where: str) -> dict[str, float]:
+    try:
+        found = parse_json(line)
+    except ValueError as error:
+        said = str(error) if isinstance(error, KeyTwice) else f"not a line of JSON: {error}"
+        raise UserError(f"{where}: damaged: {said}. Remove the line; {READABLE}") from error
+    numbers = found if isinstance(found, dict) else {"the line": found}
+    odd = next((name for name, value in numbers.items() if not _is_number(value)), None)
+    if odd is not None or type(numbers.get("step")) is not int:
+        what = "no whole `step`" if odd is None else f"{odd:.60} is no number"
+        raise UserError(f"{where}: damaged: {what}. Remove the line; {READABLE}")
+    return numbers
+
+
+def _step_of(line: bytes, path: Path) -> int:
+    try:
+        found = parse_json(line)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: damaged: not a line of JSON: {error}. Remove the line; {READABLE}"
+        ) from error
+    step = found.get("step") if isinstance(found, dict) else None
+    if type(step) is not int:
+        raise UserError(f"{path}: damaged: a line has no whole `step`. Remove the line; {READABLE}")
+    return step
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _cannot_be(path: Path) -> str:
+    """Why the system has no such path, nor could have; empty where it has or could."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8, and not every library writes there"
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ""
+
+
+def summary(run: RunDir) -> dict[str, dict[str, float]]:
+    """First, best and last value of each metric. Best is the lowest, except where more is better."""
+    found: dict[str, dict[str, float]] = {}
+    for line in run.metrics():
+        for name, value in line.items():
+            if name != "step":
+                better = max if name in ("heldout/agreement", "speed/tokens_per_s") else min
+                so_far = found.setdefault(name, {"first": value, "best": value, "last": value})
+                so_far |= {"best": better(so_far["best"], value), "last": value}
+    return found
+
+
+def _was_cut_off_at_its_begin(path: Path) -> bool:
+    """Whether a kill ended `RunDir.create` there, before there was a run."""
+    names = {entry.name for entry in listed(path)}
+    if "resolved.yaml" in names or "status.json" not in names:
+        return names == {"status.json.new"}
+    with opened(path / "status.json", "JSON", READABLE) as file:
+        return file.read(100) == _as_json({"state": "beginning"})
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def default_path(name: str) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3 … that is free."""
+    path, number = Path("runs") / name, 2
+    while os.path.lexists(path):
+        path, number = Path("runs") / f"{name}-{number}", number + 1
+    return path
+
+
+def newest_path(name: str) -> Path:
+    """The newest of runs/NAME, runs/NAME-2 … that there is: what `--resume` goes on with."""
+    following = int(default_path(name).name.removeprefix(name).removeprefix("-") or 1)
+    return Path("runs") / (name if following <= 2 else f"{name}-{following - 1}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command line; no environment variables, since secrets live there."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "libraries": {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def code() -> dict[str, str]:
+    """Commit and uncommitted changes of the checkout that potstill runs from; empty for a wheel."""
+    here = Path(__file__).resolve().parent.parent
+    commit = _git(here, "rev-parse", "HEAD").strip()
+    tracked = commit and _git(here, "ls-files", "--error-unmatch", "__init__.py")
+    if not tracked:
+        return {"commit": "", "diff": ""}
+    untracked = _git(here, "ls-files", "--others", "--exclude-standard", ".").splitlines()
+    named = "".join(f"untracked, not in this diff: {name}\n" for name in untracked)
+    return {"commit": commit, "diff": named + _git(here, "diff", "HEAD")}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,1 +1,0 @@
-"""Whoever learns: loaded, made from a config, or cut from the teacher."""

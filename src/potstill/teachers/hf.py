@@ -1,0 +1,161 @@
+"""A real teacher in memory: a Transformers causal LM from a folder, the hub or a GGUF file, on CPU or CUDA.
+
+For the loop it gives hidden states and a head, so that [N, V] never exists; for inspection, logits. Frozen:
+no gradient, eval mode, and a hash that is the same after training as before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from potstill.data.tokenizers import has_tokenizer, load_tokenizer, vocab_of
+from potstill.errors import UserError
+from potstill.models.causal_lm import CausalLM
+from potstill.models.llama_cpp import LlamaCppLM
+from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
+from potstill.models.quantization import quantisation
+from potstill.teachers.backends import FULL, Choice, choose
+from potstill.teachers.toy import as_tensor, require_ids, require_known, require_last
+from potstill.types import Batch, HiddenTargets, Vocab
+
+
+class TorchTeacher:
+    """Make one with `for_inference`."""
+
+    def __init__(self, model: CausalLM, tokenizer: Any | None, choice: Choice | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.choice = choice or Choice("transformers", FULL, "it was given as a model")
+        """What runs its layers, and why."""
+        self.tokenizer = tokenizer
+        self.vocab = (
+            Vocab(size=model.vocab_size) if tokenizer is None else vocab_of(tokenizer, model.vocab_size)
+        )
+
+    @classmethod
+    def for_inference(
+        cls,
+        checkpoint_dir: str | Path,
+        config: Any = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = torch.float32,
+        *,
+        weights: str = FULL,
+        backend: str = "auto",
+        tokens: int | None = None,
+    ) -> Self:
+        """Load, verify, probe and freeze.
+
+        Args:
+            checkpoint_dir: Hugging Face folder (safetensors), hub id, or GGUF file.
+            config: what the checkpoint must be (config, dictionary or path); default is the checkpoint's own.
+            device: `auto` is CUDA where there is one; an explicit `cuda` is refused where there is none.
+            weights: full, int8, int4, or stored: a GGUF file's own blocks.
+            backend: what runs the layers, see `backends`.
+            tokens: of the longest row, which llama.cpp is to know; None: what the model was made for.
+
+        Raises:
+            UserError: see `load_causal_lm`, `choose_device` and `choose`.
+        """
+        where, as_type = choose_device(str(device)), choose_dtype(dtype)
+        path = local_copy(checkpoint_dir)
+        choice = choose(path, weights, backend, where)
+        name = f"teacher {checkpoint_dir}"
+        if choice.backend == "llama_cpp":
+            model: CausalLM = LlamaCppLM.open(path, as_type, tokens, name)
+        else:
+            packed = None if choice.is_full else quantisation(choice.backend, weights, as_type)
+            model = load_causal_lm(path, config=config, dtype=as_type, device=where, quantisation=packed)
+            model.name = name
+        return cls(model, load_tokenizer(path) if has_tokenizer(path) else None, choice)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @torch.no_grad()
+    def logits_for_batch(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """logits_BV, float32, at each row's last position: the last that the mask keeps, where rows are
+        padded.
+        """
+        ids_BT, mask_BT = self._require(input_ids_BT, attention_mask_BT)
+        require_last("torch", ids_BT)
+        if len(ids_BT) == 0:
+            return self.model.head.weight_VD.new_zeros(0, self.vocab_size, dtype=torch.float32)
+        hidden_BTE = self._hidden(ids_BT, mask_BT)
+        if mask_BT is None:
+            return self.model.logits(hidden_BTE[:, -1])
+        if not bool(mask_BT.any(1).all()):
+            raise UserError(
+                "teacher torch: a row is all padding; its last position does not exist. Drop the row."
+            )
+        last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
+        return self.model.logits(hidden_BTE[torch.arange(len(ids_BT), device=last_B.device), last_B])
+
+    @torch.no_grad()
+    def logits_per_position(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """logits_BTV, float32."""
+        ids_BT, mask_BT = self._require(input_ids_BT, attention_mask_BT)
+        if ids_BT.numel() == 0:
+            return self.model.head.weight_VD.new_zeros(*ids_BT.shape, self.vocab_size, dtype=torch.float32)
+        return self.model.logits(self._hidden(ids_BT, mask_BT))
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> HiddenTargets:
+        """One forward of the body: hidden states at the N positions, and the head to make logits of."""
+        with torch.inference_mode():
+            hidden_BTE = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        # Taken out here, they are ordinary tensors, which autograd may keep.
+        return HiddenTargets(hidden_BTE.flatten(0, 1)[batch.positions_N], self.model.head)
+
+    def weights_sha256(self) -> str:
+        return weights_sha256(self.model)
+
+    def _require(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ids_BT = require_ids("torch", input_ids_BT)
+        require_known("torch", ids_BT, self.vocab_size)
+        if mask_BT is not None:
+            mask_BT = as_tensor("torch", "attention_mask", mask_BT).bool().to(self.model.device)
+            if mask_BT.shape != ids_BT.shape:
+                raise UserError(
+                    f"teacher torch: attention_mask has shape {list(mask_BT.shape)}, input_ids"
+                    f" {list(ids_BT.shape)}."
+                )
+        return ids_BT.to(self.model.device), mask_BT
+
+    def _hidden(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        if mask_BT is None:
+            return self.model.hidden(ids_BT)
+        positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(
+            0
+        )  # a left-padded row starts at 0 all the same
+        return self.model.hidden(ids_BT, positions_BT, mask_BT)
+
+
+class CudaTrainerTeacher(TorchTeacher):
+    """`TorchTeacher` on CUDA or not at all; importable anywhere."""
+
+    @classmethod
+    def for_inference(  # the trainer names its config and has no choice of device
+        cls,
+        checkpoint_dir: str | Path,
+        config: Any = None,
+        device: str | torch.device = "cuda",
+        dtype: str | torch.dtype = torch.bfloat16,
+        *,
+        weights: str = FULL,
+        backend: str = "auto",
+        tokens: int | None = None,
+        model_config: Any = None,
+    ) -> Self:
+        """`model_config` is what the checkpoint must be; see `TorchTeacher.for_inference`."""
+        if not str(device).startswith("cuda"):
+            raise UserError(
+                f"CudaTrainerTeacher: device {device} was asked for. It runs on CUDA alone; use TorchTeacher."
+            )
+        config = config if model_config is None else model_config
+        bits = {"weights": weights, "backend": backend}
+        return super().for_inference(checkpoint_dir, config, device, dtype, tokens=tokens, **bits)

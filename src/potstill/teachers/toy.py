@@ -1,0 +1,164 @@
+"""Teachers that are exact, tiny and known in closed form: for tests, and for trying a recipe without a model.
+
+`FixtureTeacher` points at the next token; `TableTeacher` is a known first-order Markov chain, so that "did
+the student learn this distribution?" has an answer. Both refuse shapes and types that a real teacher would
+refuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from potstill.errors import UserError, one_line
+from potstill.models.safetensors_files import check_safetensors
+from potstill.types import Batch, HiddenTargets, Vocab
+
+PEAK = 10.0  # the logit of the id that the fixture points at; every other id has 0
+
+
+def require_ids(teacher: str, input_ids_BT: Tensor) -> Tensor:
+    """input_ids_BT as int64, or a named refusal of another shape or type."""
+    ids_BT = as_tensor(teacher, "input_ids", input_ids_BT)
+    if ids_BT.ndim != 2 or ids_BT.is_floating_point() or ids_BT.dtype == torch.bool:
+        raise UserError(
+            f"teacher {teacher}: input_ids have shape {list(ids_BT.shape)} and type {ids_BT.dtype}."
+            " Give whole numbers of shape [rows, tokens]."
+        )
+    return ids_BT.to(torch.int64)
+
+
+def as_tensor(teacher: str, name: str, value: object) -> Tensor:
+    """The value as a tensor, or a named refusal: of rows of several lengths, say."""
+    try:
+        return torch.as_tensor(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise UserError(
+            f"teacher {teacher}: {name} cannot be a tensor: {one_line(error)}"
+            " Give whole numbers of shape [rows, tokens]; pad rows of several lengths, with a mask."
+        ) from error
+
+
+def require_last(teacher: str, ids_BT: Tensor) -> None:
+    if ids_BT.shape[1] == 0:
+        raise UserError(
+            f"teacher {teacher}: input_ids have shape {list(ids_BT.shape)}: no last position to ask about."
+        )
+
+
+@dataclass(frozen=True)
+class FixtureTeacher:
+    """Logit 10 at the id that comes next, 0 elsewhere; at the last position, at that position's own id.
+
+    Deterministic and stateless. An id outside the vocabulary counts as id 0.
+    """
+
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise UserError(f"teacher fixture: vocab_size is {self.vocab_size}. Give at least 1.")
+
+    @property
+    def vocab(self) -> Vocab:
+        return Vocab(size=self.vocab_size)
+
+    def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
+        ids_BT = require_ids("fixture", input_ids_BT)
+        require_last("fixture", ids_BT)
+        return peaked(self._known(ids_BT[:, -1]), self.vocab_size)
+
+    def logits_per_position(self, input_ids_BT: Tensor) -> Tensor:
+        return peaked(self._next_ids(require_ids("fixture", input_ids_BT)), self.vocab_size)
+
+    def targets(self, batch: Batch) -> HiddenTargets:
+        """The `hidden state` of a position is the one id that it points at."""
+        next_N = self._next_ids(batch.input_ids_BT).flatten()[batch.positions_N]
+        return HiddenTargets(next_N, partial(peaked, vocab_size=self.vocab_size))
+
+    def _next_ids(self, ids_BT: Tensor) -> Tensor:
+        return self._known(torch.cat([ids_BT[:, 1:], ids_BT[:, -1:]], dim=1))
+
+    def _known(self, ids: Tensor) -> Tensor:
+        return torch.where((ids >= 0) & (ids < self.vocab_size), ids, 0)
+
+
+def peaked(ids: Tensor, vocab_size: int) -> Tensor:
+    """float32 logits of one more dimension: PEAK at each id, 0 elsewhere."""
+    return one_hot(ids, vocab_size).to(torch.float32) * PEAK
+
+
+@dataclass(frozen=True)
+class TableTeacher:
+    """The next token depends on the current one alone: logits_VV[i] are the logits after id i."""
+
+    logits_VV: Tensor
+
+    def __post_init__(self) -> None:
+        shape = list(self.logits_VV.shape)
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+            raise UserError(
+                f"teacher table: logits have shape {shape}. Give a square table [vocabulary, vocabulary]."
+            )
+        if not self.logits_VV.is_floating_point() or not bool(torch.isfinite(self.logits_VV).all()):
+            raise UserError(
+                f"teacher table: logits of type {self.logits_VV.dtype} must be finite floating-point numbers."
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> TableTeacher:
+        """From a safetensors file with one tensor, `logits`."""
+        names = check_safetensors(path)
+        if list(names) != ["logits"]:
+            raise UserError(
+                f"{path}: holds {', '.join(names) or 'nothing'}, wanted one tensor `logits` [V, V]."
+            )
+        logits_VV = load_file(path)["logits"]
+        try:
+            return cls(logits_VV.float() if logits_VV.is_floating_point() else logits_VV)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.logits_VV)
+
+    @property
+    def vocab(self) -> Vocab:
+        return Vocab(size=self.vocab_size)
+
+    def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
+        ids_BT = self._require_known(input_ids_BT)
+        require_last("table", ids_BT)
+        return self.logits_VV[ids_BT[:, -1]]
+
+    def logits_per_position(self, input_ids_BT: Tensor) -> Tensor:
+        return self.logits_VV[self._require_known(input_ids_BT)]
+
+    def targets(self, batch: Batch) -> HiddenTargets:
+        return HiddenTargets(batch.input_ids_BT.flatten()[batch.positions_N], self._rows)
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _rows(self, ids_N: Tensor) -> Tensor:
+        table_VV = self._tables.setdefault(ids_N.device, self.logits_VV.to(ids_N.device))
+        return table_VV[ids_N]
+
+    def _require_known(self, input_ids_BT: Tensor) -> Tensor:
+        ids_BT = require_ids("table", input_ids_BT)
+        require_known("table", ids_BT, self.vocab_size)
+        return ids_BT
+
+
+def require_known(teacher: str, ids_BT: Tensor, vocab_size: int) -> None:
+    if ids_BT.numel() and not (int(ids_BT.min()) >= 0 and int(ids_BT.max()) < vocab_size):
+        worst = int(ids_BT.max()) if int(ids_BT.max()) >= vocab_size else int(ids_BT.min())
+        raise UserError(f"teacher {teacher}: id {worst} is outside the vocabulary of {vocab_size} ids.")

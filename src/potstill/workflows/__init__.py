@@ -1,0 +1,1 @@
+"""Whole jobs: distil, compare, capture; and the receipt that each leaves."""

@@ -1,0 +1,477 @@
+"""Every reader reads what it should, in one order, and refuses by name what it cannot read whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import demo_gguf, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from potstill.data import readers
+from potstill.data.tokenizers import load_tokenizer
+from potstill.errors import UserError
+
+EOS = 0
+WORDS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "[unk]",
+    "user",
+    "assistant",
+    "system",
+    "hi",
+    "yo",
+    "bye",
+    "now",
+    "ok",
+    "\n",
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}"
+    "{%- if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{%- else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+REWRITES = (
+    "{% for m in messages %}{% if m['role'] == 'user' and not loop.last %}past{% else %}{{ m['content'] }}{% endif %}"
+    "{% endfor %}"
+)
+REFUSES = "{{ raise_exception('roles must alternate') }}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def word_tokenizer(template: str | None) -> Any:
+    """One id a word, so that an expected mask can be written by hand."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[unk]"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    made.chat_template = template
+    return made
+
+
+def read(reading: readers.Reading) -> list[tuple[str, list[int]]]:
+    return [(document.source, document.ids.tolist()) for document in reading.documents]
+
+
+def texts_of(reading: readers.Reading, tokenizer: Any) -> list[str]:
+    """The texts again; every document must end with the one EOS that was added."""
+    found = []
+    for document in reading.documents:
+        assert document.labels is None and document.ids.dtype == np.uint32
+        assert document.ids[-1] == EOS and (document.ids[:-1] != EOS).all()
+        found.append(tokenizer.decode(document.ids[:-1].tolist()))
+    return found
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# ---- text
+
+
+def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    for name in ("b.txt", "a/z.py", "a/b.txt", ".hidden", ".git/x", "__pycache__/x.pyc"):
+        write(tmp_path / name, name)
+    write(tmp_path / "empty.txt", "")
+    reading = readers.text(tmp_path, tokenizer)
+    assert texts_of(reading, tokenizer) == ["a/b.txt", "a/z.py", "b.txt"]
+
+
+def test_empty_files_do_not_end_the_reading(tmp_path: Path, tokenizer: Any) -> None:
+    for number in range(readers.TEXTS_PER_CALL + 5):
+        write(tmp_path / f"{number:03}", "")
+    write(tmp_path / "999", "at last")
+    assert texts_of(readers.text(tmp_path, tokenizer), tokenizer) == ["at last"]
+
+
+def test_patterns_match_a_name_or_a_path(tmp_path: Path, tokenizer: Any) -> None:
+    for name in ("keep.py", "deep/er/keep.py", "test/no.py", "note.md"):
+        write(tmp_path / name, name)
+    reading = readers.text(tmp_path, tokenizer, include=["*.py"], exclude=["test/*"])
+    assert texts_of(reading, tokenizer) == ["deep/er/keep.py", "keep.py"]
+    only = readers.text(tmp_path, tokenizer, include=["deep/er/*"])
+    assert texts_of(only, tokenizer) == ["deep/er/keep.py"]
+
+
+def test_one_file_is_one_document_and_every_file_is_hashed(tmp_path: Path, tokenizer: Any) -> None:
+    content = "two lines\r\nof té́xt\n".encode()
+    file = write(tmp_path / "one.txt", content)
+    reading = readers.text(file, tokenizer)
+    assert texts_of(reading, tokenizer) == [content.decode()]
+    expected = {"path": str(file), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert reading.files == [expected]
+
+
+def test_special_tokens_spelled_in_a_text_stay_text(tmp_path: Path, tokenizer: Any) -> None:
+    file = write(tmp_path / "x", "say <eos> and <pad>")
+    assert tokenizer("<eos>", add_special_tokens=False)["input_ids"] == [EOS]
+    assert texts_of(readers.text(file, tokenizer), tokenizer) == ["say <eos> and <pad>"]
+    # ... and the tokenizer is left as it was, for the chat templates that need them.
+    assert tokenizer("<eos>", add_special_tokens=False)["input_ids"] == [EOS]
+
+
+def test_a_text_longer_than_the_model_is_read_whole_and_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    short = make_tokenizer()
+    short.model_max_length = 4
+    assert texts_of(readers.text(write(tmp_path / "x", "much longer than four"), short), short) == [
+        "much longer than four"
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_without_eos_adds_nothing(tmp_path: Path) -> None:
+    endless = make_tokenizer()
+    endless.eos_token = None
+    (found,) = readers.text(write(tmp_path / "x", "ab"), endless).documents
+    assert found.ids.tolist() == endless("ab", add_special_tokens=False)["input_ids"]
+
+
+# ---- jsonl
+
+
+def test_jsonl_is_one_document_a_line_and_only_jsonl_files_of_a_folder_are_read(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    write(tmp_path / "b.jsonl", '{"text": "three", "other": 1}')
+    file = write(
+        tmp_path / "a.jsonl", '{"text": "one"}\n\n{"text": ""}\n{"text": "two\\u2028lines \\ud83d\\ude00"}\n'
+    )
+    write(tmp_path / "info.json", "{\n}")
+    reading = readers.jsonl(tmp_path, tokenizer)
+    assert texts_of(reading, tokenizer) == ["one", "two\u2028lines 😀", "three"]
+    assert reading.files[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert [f["bytes"] for f in reading.files] == [file.stat().st_size, 29]
+    assert [source for source, _ in read(readers.jsonl(file, tokenizer))] == [f"{file}:1", f"{file}:4"]
+
+
+# ---- chat
+
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo now"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "ok"},
+]
+
+
+def conversation(tmp_path: Path, messages: Any = CHAT) -> Path:
+    return write(tmp_path / "chat.jsonl", json.dumps({"messages": messages}) + "\n")
+
+
+def shown(document: readers.Document) -> str:
+    """Each token, those that bear loss in brackets."""
+    assert document.labels is not None and len(document.labels) == len(document.ids)
+    words = [WORDS[i].replace("\n", "/") for i in document.ids]
+    return " ".join(f"[{w}]" if may else w for w, may in zip(words, document.labels, strict=True))
+
+
+def test_only_the_assistant_s_tokens_and_its_end_of_turn_bear_loss(tmp_path: Path) -> None:
+    (found,) = readers.chat(conversation(tmp_path), word_tokenizer(CHATML)).documents
+    assert shown(found) == (
+        "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / [yo] [now] [<|im_end|>] [/]"
+        " <|im_start|> user / bye <|im_end|> / <|im_start|> assistant / [ok] [<|im_end|>] [/]"
+    )
+
+
+def test_a_generation_block_says_what_the_assistant_s_tokens_are_and_the_end_of_turn_is_added(
+    tmp_path: Path,
+) -> None:
+    (found,) = readers.chat(conversation(tmp_path), word_tokenizer(GENERATION)).documents
+    assert shown(found) == (
+        "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / [yo] [now] [<|im_end|>] /"
+        " <|im_start|> user / bye <|im_end|> / <|im_start|> assistant / [ok] [<|im_end|>] /"
+    )
+
+
+def test_an_answer_that_merges_with_the_prompt_is_still_told_apart(tmp_path: Path) -> None:
+    # The tokenizer joins the prompt's line end to the answer's: ids of the prompt are no prefix, its text is.
+    inner = Tokenizer(
+        models.WordLevel({"<eos>": 0, "?": 1, "\n\n": 2, "\n": 3, "a": 4, "u\na": 5}, unk_token="?")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Split("\n\n", "isolated")
+    joining = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    joining.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}\n{{ m['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}a\n{% endif %}"
+    )
+    file = conversation(tmp_path, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\na"}])
+    (found,) = readers.chat(file, joining).documents
+    assert found.ids.tolist() == [5, 0, 4, 2, 4, 0]
+    assert found.labels is not None and found.labels.tolist() == [False] * 4 + [True] * 2
+
+
+def test_a_conversation_without_an_answer_bears_no_loss(tmp_path: Path) -> None:
+    (found,) = readers.chat(conversation(tmp_path, CHAT[:1]), word_tokenizer(CHATML)).documents
+    assert found.labels is not None and not found.labels.any()
+
+
+@pytest.mark.real
+def test_the_real_tokenizer_s_template_marks_the_answers(tmp_path: Path) -> None:
+    path = demo_gguf()
+    if path is None:
+        pytest.skip("real tokenizer: the demo extra is not installed; not run")
+    tokenizer = load_tokenizer(path)
+    (found,) = readers.chat(conversation(tmp_path), tokenizer).documents
+    assert found.labels is not None
+    assert tokenizer.decode(found.ids[found.labels]) == "yo now<|im_end|>\nok<|im_end|>\n"
+
+
+# ---- parquet and datasets
+
+
+def parquet_file(path: Path, columns: dict[str, list[Any]]) -> Path:
+    pa = pytest.importorskip("pyarrow", reason="the data extra is not installed; not run")
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.table(columns), path)
+    return path
+
+
+def dataset_folder(path: Path, columns: dict[str, list[Any]], splits: tuple[str, ...] = ()) -> Path:
+    datasets = pytest.importorskip("datasets", reason="the data extra is not installed; not run")
+    data = datasets.Dataset.from_dict(columns)
+    (datasets.DatasetDict({split: data for split in splits}) if splits else data).save_to_disk(str(path))
+    return path
+
+
+def test_parquet_is_one_document_a_record(tmp_path: Path, tokenizer: Any) -> None:
+    many = [f"number {i}" for i in range(150)]
+    parquet_file(tmp_path / "b.parquet", {"body": ["last"]})
+    file = parquet_file(tmp_path / "a.parquet", {"body": many, "n": list(range(150))})
+    reading = readers.parquet(tmp_path, tokenizer, column="body")
+    assert texts_of(reading, tokenizer) == [*many, "last"]
+    assert reading.files[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert read(readers.parquet(file, tokenizer, column="body"))[149][0] == f"{file}:149"
+
+
+def test_a_dataset_is_one_document_a_record_and_its_split_s_files_are_hashed(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    columns = {"body": ["one", "two"], "n": [1, 2]}
+    plain = readers.hf(dataset_folder(tmp_path / "plain", columns), tokenizer, column="body")
+    assert texts_of(plain, tokenizer) == ["one", "two"]
+    split = readers.hf(
+        dataset_folder(tmp_path / "two", columns, ("train", "test")), tokenizer, "test", "body"
+    )
+    assert texts_of(split, tokenizer) == ["one", "two"]
+    folder = tmp_path / "two" / "test"
+    names = [folder.parent / "dataset_dict.json", folder / "state.json", folder / "dataset_info.json"]
+    assert split.files == [
+        {
+            "path": str(file),
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for file in (*names, *folder.glob("*.arrow"))
+    ]
+    only = readers.hf(dataset_folder(tmp_path / "one", columns, ("train",)), tokenizer, column="body")
+    assert texts_of(only, tokenizer) == ["one", "two"]
+
+
+# ---- token shards
+
+
+def shard(path: Path, ids: list[int], dtype: str = "uint16") -> Path:
+    return write(path, np.array(ids, np.dtype(dtype).newbyteorder("<")).tobytes())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "raw"), [("uint16", "0100ff000200"), ("uint32", "01000000ff00000002000000")]
+)
+def test_shards_are_little_endian_whatever_the_machine(tmp_path: Path, dtype: str, raw: str) -> None:
+    file = write(tmp_path / "x.bin", bytes.fromhex(raw))
+    assert read(readers.tokens(file, dtype, 256, None, 4)) == [(f"{file}:0", [1, 255, 2])]
+
+
+def test_a_document_ends_after_its_end_id_and_with_its_shard(tmp_path: Path) -> None:
+    first = shard(tmp_path / "0.bin", [1, 2, 9, 3, 9, 4])
+    second = shard(tmp_path / "1.bin", [5, 9])
+    write(tmp_path / "index.json", "{}")
+    reading = readers.tokens(tmp_path, "uint16", 10, 9, 4)
+    assert read(reading) == [
+        (f"{first}:0", [1, 2, 9]), (f"{first}:3", [3, 9]), (f"{first}:5", [4]), (f"{second}:0", [5, 9]),
+    ]  # fmt: skip
+    assert [f["bytes"] for f in reading.files] == [12, 4]
+    assert reading.files[1]["sha256"] == hashlib.sha256(second.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("document_end", [None, 99])
+def test_a_shard_without_document_ends_is_cut_so_that_some_can_be_held_out(
+    tmp_path: Path, document_end: int | None
+) -> None:
+    ids = (np.arange(150) % 90).tolist()
+    file = shard(tmp_path / "all", ids)
+    found = read(readers.tokens(tmp_path, "uint16", 100, document_end, tokens_per_row=4))
+    assert [source for source, _ in found] == [f"{file}:0", f"{file}:64", f"{file}:128"]
+    assert [id_ for _, part in found for id_ in part] == ids
+
+
+# ---- refusals: each names the place and both sides
+
+
+def text_of(name: str, content: str | bytes) -> Callable[[Path], readers.Reading]:
+    return lambda folder: readers.text(
+        write(folder / name, content).parent, make_tokenizer(), include=["*.txt"]
+    )
+
+
+def jsonl_of(content: str | bytes) -> Callable[[Path], readers.Reading]:
+    return lambda folder: readers.jsonl(write(folder / "x.jsonl", content), make_tokenizer())
+
+
+def chat_of(content: str, template: str | None = CHATML) -> Callable[[Path], readers.Reading]:
+    return lambda folder: readers.chat(write(folder / "x.jsonl", content), word_tokenizer(template))
+
+
+def tokens_of(raw: bytes, dtype: str = "uint16", document_end: int | None = None) -> Callable[[Path], Any]:
+    return lambda folder: readers.tokens(write(folder / "x.bin", raw).parent, dtype, 300, document_end, 4)
+
+
+def dangling(folder: Path) -> readers.Reading:
+    shard(folder / "0.bin", [1, 2])
+    (folder / "1.bin").symlink_to(folder / "gone")
+    return readers.tokens(folder, "uint16", 10, None, 4)
+
+
+def hf_of(split: str | None, column: str, splits: tuple[str, ...]) -> Callable[[Path], readers.Reading]:
+    def make(folder: Path) -> readers.Reading:
+        return readers.hf(
+            dataset_folder(folder / "d", {"text": ["a"]}, splits), make_tokenizer(), split, column
+        )
+
+    return make
+
+
+def cut_dataset(folder: Path) -> readers.Reading:
+    path = dataset_folder(folder / "d", {"text": ["a", "b"]})
+    (file,) = path.glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:40])
+    return readers.hf(path, make_tokenizer())
+
+
+GOOD = json.dumps({"messages": CHAT})
+REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
+    "no such path": (lambda f: readers.text(f / "gone", make_tokenizer()), "corpus.path: no file or folder {f}/gone."),
+    "no file matches": (text_of("x.md", "a"), "corpus.path: no file of {f} matches *.txt."),
+    "not UTF-8": (text_of("x.txt", b"abc\xff"), "{f}/x.txt: not UTF-8 text at byte 3 of 4. Leave it out with corpus.include"),
+    "half a line of JSON": (jsonl_of('{"text": "a"}\n{"text": "b'), "{f}/x.jsonl:2: not a line of JSON: "),
+    "a line of bytes": (jsonl_of(b'{"text": "\xff"}'), "{f}/x.jsonl:1: not a line of JSON: "),
+    "a line that is a list": (jsonl_of('["a"]'), "{f}/x.jsonl:1: list, not an object"),
+    "deep nesting": (jsonl_of("[" * 200_000), "{f}/x.jsonl:1: not a line of JSON: "),
+    "no such field": (jsonl_of('{"body": "a", "n": 1}'), "{f}/x.jsonl:1: 'text' is missing; found body, n."),
+    "no field at all": (jsonl_of("{}"), "{f}/x.jsonl:1: 'text' is missing; found nothing."),
+    "not a string": (jsonl_of('{"text": 3, "n": 1}'), "{f}/x.jsonl:1: 'text' is int, not a string; found text, n."),
+    "null": (jsonl_of('{"text": null}'), "{f}/x.jsonl:1: 'text' is NoneType, not a string"),
+    "lone surrogate": (jsonl_of('{"text": "\\ud800"}'), "{f}/x.jsonl:1: 'text' holds half of a surrogate pair"),
+    "no chat template": (chat_of(GOOD, None), "corpus.name: chat needs a tokenizer with a chat template"),
+    "no messages": (chat_of('{"text": "a"}'), "{f}/x.jsonl:1: 'messages' is not a list of messages; the line has text."),
+    "empty messages": (chat_of('{"messages": []}'), "{f}/x.jsonl:1: 'messages' is not a list of messages"),
+    "message without a role": (
+        chat_of('{"messages": [{"content": "a"}]}'), "{f}/x.jsonl:1: a message must have a `role` and a `content`"
+    ),
+    "message of parts": (
+        chat_of('{"messages": [{"role": "user", "content": ["a"]}]}'), "{f}/x.jsonl:1: a message must have a `role`"
+    ),
+    "message that is text": (chat_of('{"messages": ["hi"]}'), '{f}/x.jsonl:1: a message must have a `role` and a'),
+    "message of half a character": (
+        chat_of('{"messages": [{"role": "user", "content": "\\ud800"}]}'), "{f}/x.jsonl:1: a message must have a `role`"
+    ),
+    "an answer to nothing": (
+        chat_of('{"messages": [{"role": "assistant", "content": "yo"}]}'),
+        "{f}/x.jsonl:1: message 0 is the assistant's, and answers nothing.",
+    ),
+    "a template that rewrites": (chat_of(GOOD, REWRITES), "{f}/x.jsonl:1: the chat template rewrites earlier turns"),
+    "a template that refuses": (
+        chat_of(GOOD, REFUSES), "{f}/x.jsonl:1: the chat template refuses this conversation: roles must alternate."
+    ),
+    "not a Parquet file": (
+        lambda f: readers.parquet(write(f / "x.parquet", "text"), make_tokenizer()),
+        "{f}/x.parquet: not a readable Parquet file: ",
+    ),
+    "no such Parquet column": (
+        lambda f: readers.parquet(parquet_file(f / "x.parquet", {"body": ["a"], "n": [1]}), make_tokenizer()),
+        "{f}/x.parquet: no column 'text'; found body, n. Set corpus.column.",
+    ),
+    "a Parquet record without text": (
+        lambda f: readers.parquet(parquet_file(f / "x.parquet", {"text": ["a", None]}), make_tokenizer()),
+        "{f}/x.parquet:1: 'text' is NoneType, not a string",
+    ),
+    "not a dataset": (lambda f: readers.hf(f, make_tokenizer()), "{f}: not a dataset that save_to_disk wrote: "),
+    "a dataset cut off": (cut_dataset, "{f}/d: not a dataset that save_to_disk wrote: "),
+    "no split named": (hf_of(None, "text", ("train", "test")), "corpus.split: {f}/d has the splits train, test; none was"),
+    "no such split": (hf_of("dev", "text", ("train",)), "corpus.split: {f}/d has the splits train; 'dev' was asked for."),
+    "a split of none": (hf_of("train", "text", ()), "corpus.split: {f}/d is one dataset without splits; 'train' was"),
+    "no such column": (hf_of(None, "body", ()), "{f}/d: no column 'body'; found text. Set corpus.column."),
+    "an empty shard": (tokens_of(b""), "{f}/x.bin: an empty shard."),
+    "an odd byte": (tokens_of(bytes(5)), "{f}/x.bin: 5 bytes are not a whole number of uint16 ids of 2 bytes."),
+    "half an id": (tokens_of(bytes(6), "uint32"), "{f}/x.bin: 6 bytes are not a whole number of uint32 ids of 4 bytes."),
+    "an id too large": (
+        tokens_of(bytes.fromhex("010000002c01")), "{f}/x.bin: id 300 at token 2 is outside the vocabulary of 300 ids."
+    ),
+    "an id too large in a later document": (
+        tokens_of(bytes.fromhex("0100070001002c01"), document_end=7), "{f}/x.bin: id 300 at token 3 is outside the"
+    ),
+    "a document end too large": (
+        tokens_of(bytes(2), document_end=300), "corpus.document_end: id 300 is outside the vocabulary of 300 ids."
+    ),
+    "a shard that leads nowhere": (dangling, "{f}/1.bin: no such file."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_it_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
+    make, said = REFUSALS[name]
+    with pytest.raises(UserError) as refused:
+        read(make(tmp_path))
+    assert str(refused.value).startswith(said.replace("{f}", str(tmp_path)))
+
+
+@pytest.mark.parametrize("reader", [readers.text, readers.jsonl])
+def test_a_file_that_cannot_be_opened_is_named(
+    reader: Callable[..., readers.Reading], tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "x.jsonl", '{"text": "a"}')
+
+    def locked(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", locked)
+    with pytest.raises(UserError, match="cannot be read: Permission denied") as refused:
+        read(reader(file, tokenizer))
+    assert str(refused.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(("reader", "library"), [(readers.parquet, "pyarrow"), (readers.hf, "datasets")])
+def test_without_the_data_extra_its_command_is_named(
+    reader: Callable[..., readers.Reading], library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=rf"needs {library}.*pip install 'potstill\[data\]'"):
+        reader(tmp_path, None)

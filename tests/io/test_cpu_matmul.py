@@ -1,0 +1,207 @@
+"""`train.matmul`: oneDNN's products are the products, are asked for where they gain, and are kept with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import profile
+
+from potstill import UserError, distill, load_recipe
+from potstill.build.setup import assemble
+from potstill.io import cpu_matmul
+from potstill.io.cpu_matmul import choose_matmul, multiply_by
+from potstill.workflows.distill import evaluate
+
+CPU = torch.device("cpu")
+ONEDNN, BLAS = "mkldnn::_linear_pointwise", "blas"
+HERE = pytest.mark.skipif(not cpu_matmul._has_onednn(), reason="this PyTorch lends out no oneDNN; not run")
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    yield
+    multiply_by("blas")
+
+
+@pytest.fixture
+def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models are then multiplied as large ones are."""
+    monkeypatch.setattr(cpu_matmul, "LEAST_WORK", 1)
+    monkeypatch.setattr(cpu_matmul, "LEAST_ROWS", 1)
+
+
+@pytest.fixture
+def slow_with_mkl(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    return lambda is_slow: monkeypatch.setattr(cpu_matmul, "_is_slow_with_mkl", lambda: is_slow)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def asked_of_onednn(compute: Callable[[], object]) -> int:
+    with profile() as seen:
+        compute()
+    return sum(event.count for event in seen.key_averages() if event.key == ONEDNN)
+
+
+@HERE
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_values_and_gradients_are_float64_s_but_for_rounding(has_bias: bool) -> None:
+    layer = nn.Linear(256, 512, bias=has_bias)
+    inputs_BTD, upstream_BTF = normal(2, 128, 256), normal(2, 128, 512)
+    inputs_BTD.requires_grad_()
+    multiply_by("onednn")
+
+    def both_ways() -> None:
+        layer(inputs_BTD).backward(upstream_BTF)
+
+    assert asked_of_onednn(both_ways) == 2  # the layer's product, and the gradient of what came in
+    x_ND, g_NF = (t.detach().double().flatten(0, 1).numpy() for t in (inputs_BTD, upstream_BTF))
+    w_FD = layer.weight.detach().double().numpy()
+    b_F = layer.bias.detach().double().numpy() if has_bias else 0.0
+    assert inputs_BTD.grad is not None and layer.weight.grad is not None
+    for found, exact in (
+        (layer(inputs_BTD).detach().flatten(0, 1), x_ND @ w_FD.T + b_F),
+        (inputs_BTD.grad.flatten(0, 1), g_NF @ w_FD),
+        (layer.weight.grad, g_NF.T @ x_ND),
+        *([(layer.bias.grad, g_NF.sum(0))] if has_bias else []),
+    ):
+        assert np.abs(found.numpy() - exact).max() <= 2e-6 * np.abs(exact).max()
+
+
+@HERE
+def test_every_other_product_is_made_as_ever() -> None:
+    """Bit for bit, and refused in the same words."""
+    large_MK, large_KN, bias_N = normal(300, 300), normal(300, 300), normal(300)
+    cases: dict[str, Callable[[], Tensor]] = {
+        "small": lambda: normal(64, 64) @ normal(64, 64),
+        "one row": lambda: normal(1, 4096) @ normal(4096, 4096),
+        "float64": lambda: large_MK.double() @ large_KN.double(),
+        "bfloat16": lambda: large_MK.bfloat16() @ large_KN.bfloat16(),
+        "columns for rows": lambda: large_MK.T @ large_KN,
+        "rows apart": lambda: normal(600, 300)[::2] @ large_KN,
+        "columns apart": lambda: large_MK @ normal(300, 600)[:, ::2],
+        "scaled": lambda: torch.addmm(bias_N, large_MK, large_KN, alpha=2, beta=3),
+        "added to a matrix": lambda: torch.addmm(large_KN, large_MK, large_KN),
+        "added to one number": lambda: torch.addmm(bias_N[:1], large_MK, large_KN),
+    }
+    plain = {name: compute() for name, compute in cases.items()}
+    multiply_by("onednn")
+    for name, compute in cases.items():
+        assert torch.equal(compute(), plain[name]), name
+        if name != "bfloat16":  # which PyTorch has oneDNN make
+            assert asked_of_onednn(compute) == 0, name
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        large_MK @ normal(299, 300)
+    with pytest.raises(RuntimeError, match="must be a matrix"):
+        torch.mm(bias_N, large_KN)
+    with pytest.raises(RuntimeError, match=r"must be a matrix|2D"):
+        torch.addmm(bias_N, large_MK, bias_N)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        large_MK @ large_KN.double()
+    assert asked_of_onednn(lambda: large_MK @ large_KN) == 1
+    multiply_by("blas")
+    assert asked_of_onednn(lambda: large_MK @ large_KN) == 0
+
+
+def test_who_multiplies_is_a_table(
+    slow_with_mkl: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_matmul, "_has_onednn", lambda: True)
+    slow_with_mkl(True)
+    assert choose_matmul("auto", CPU) == (
+        "onednn",
+        "auto: faster than MKL on a processor of AMD's with AVX-512",
+    )
+    assert choose_matmul("blas", CPU) == ("blas", "as the recipe says")
+    assert choose_matmul("auto", torch.device("cuda"))[0] == "blas"
+    slow_with_mkl(False)
+    assert choose_matmul("auto", CPU) == ("blas", "auto: what PyTorch asks")
+    assert choose_matmul("onednn", CPU) == ("onednn", "as the recipe says")
+    slow_with_mkl(True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert choose_matmul("auto", CPU)[0] == "blas"
+    monkeypatch.setattr(cpu_matmul, "_has_onednn", lambda: False)
+    assert choose_matmul("auto", CPU)[0] == "blas"
+    with pytest.raises(UserError, match=r"train\.matmul: is onednn, which this PyTorch does not lend out"):
+        multiply_by("onednn")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kernels", "is_slow"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_a_processor_is_known_by_its_maker_and_its_instructions(
+    vendor: str, kernels: str, is_slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = tmp_path / "cpuinfo"
+    listed.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(cpu_matmul, "CPUINFO", listed)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    assert cpu_matmul._is_slow_with_mkl() == is_slow
+    listed.unlink()  # there is no such file but on Linux
+    monkeypatch.setattr("platform.processor", lambda: f"AMD64 Family 25 Model 17 Stepping 1, {vendor}")
+    assert cpu_matmul._is_slow_with_mkl() == is_slow
+
+
+@HERE
+def test_a_run_takes_it_keeps_it_and_goes_on_with_it(
+    of_any_size: None, slow_with_mkl: Callable[[bool], None], tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, save_every: 2}")
+    slow_with_mkl(True)
+    run = distill(recipe, out=tmp_path / "chosen")
+    assert cpu_matmul.multiplier() == "onednn"
+    slow_with_mkl(False)
+    other = distill(recipe, out=tmp_path / "other")
+    assert cpu_matmul.multiplier() == "blas"
+    for found, used in ((run, "onednn"), (other, BLAS)):
+        assert found.receipt()["matmul"] == used == load_recipe(found.resolved).train.matmul
+    ours, theirs = (
+        [line["train/loss"] for line in r.metrics() if "train/loss" in line] for r in (run, other)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    # A run goes on, and is evaluated, as it began, on a processor for which nobody would choose so.
+    (run.path / "receipt.json").unlink()
+    run.set_status("stopped", "for this test")
+    assert distill(recipe, resume=True, out=run.path).receipt()["matmul"] == "onednn"
+    again = evaluate(load_recipe(run.resolved), run.student)
+    best = run.receipt()["heldout_best"]
+    assert {name: again[name] for name in best} == best
+
+
+@HERE
+def test_every_rank_takes_the_first_one_s(
+    slow_with_mkl: Callable[[bool], None],
+    tiny_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here the only rank is told what another first rank would say."""
+    slow_with_mkl(False)
+    says = "potstill.training.distributed.Ranks.first_says"
+    monkeypatch.setattr(says, lambda ranks, value: "onednn" if value == BLAS else value)
+    run = distill(tiny_recipe(), overrides=["train.steps=1"], out=tmp_path / "run")
+    assert run.receipt()["matmul"] == "onednn"
+
+
+@HERE
+def test_a_run_asks_onednn_for_its_layers_and_its_loss(
+    of_any_size: None, tiny_recipe: Callable[..., Path]
+) -> None:
+    recipe = tiny_recipe(train="{steps: 1, rows_per_step: 4, lr: 1e-3, device: cpu, matmul: onednn}")
+    cast = assemble(load_recipe(recipe), lambda text: None)
+    batch = cast.corpus.train.batch([0, 1, 2, 3])
+    assert asked_of_onednn(lambda: cast.teacher.targets(batch)) == 4 * 7  # type: ignore[attr-defined]
+    targets, positions = cast.teacher.targets(batch), len(batch.positions_N)
+    chunks = -(-positions // 16)
+    # Of the student's two layers there and back; of each chunk both logits and the way back.
+    made = asked_of_onednn(lambda: (cast.student(batch, targets)["loss"] / positions).backward())
+    assert made == 2 * 7 * 2 + chunks * 3

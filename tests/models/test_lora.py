@@ -1,0 +1,170 @@
+"""LoRA students: what is trained, saved, merged and gone on with, through runs of the public entry point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from potstill import distill
+from potstill.cli.main import main
+
+peft = pytest.importorskip("peft", reason="the extra lora is not installed; not run")
+
+Recipe = Callable[..., Path]
+CUT = "{name: cut, layers: 2, lora: {rank: 4, alpha: 8, targets: [q_proj, down_proj]}}"
+TRAIN = "{steps: 6, rows_per_step: 2, lr: 1e-2, save_every: 2, device: cpu}"
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids_BT = torch.arange(2, 34).reshape(2, 16)
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids_BT).logits
+    return found
+
+
+@pytest.fixture
+def folder(tiny_recipe: Recipe, tmp_path: Path) -> Path:
+    return distill(tiny_recipe(student=CUT, train=TRAIN), out=tmp_path / "run").path
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_a_run_trains_adapters_alone_and_saves_the_merged_model_and_them(
+    folder: Path, teacher_folder: Path
+) -> None:
+    receipt = json.loads((folder / "receipt.json").read_text())
+    lora = receipt["student"]["lora"]
+    # Two layers of a Llama with 32 wide hidden states: q_proj is 32 x 32, down_proj 32 x 64.
+    assert lora["trainable_weights"] == 2 * (4 * (32 + 32) + 4 * (64 + 32)) and lora["matrices"] == 4
+    assert receipt["heldout_last"]["heldout/kl"] < receipt["heldout_first"]["heldout/kl"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} < set(receipt["adapter"])
+
+    student = transformers.AutoModelForCausalLM.from_pretrained(folder / "student")
+    untouched = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder)
+    untouched.model.layers = untouched.model.layers[:1].append(untouched.model.layers[-1])
+    for number, layer in enumerate(untouched.model.layers):
+        layer.self_attn.layer_idx = number
+    before, after = dict(untouched.named_parameters()), dict(student.named_parameters())
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    wanted = {f"self_attn.{end}" for end in ("q_proj.weight",)} | {"mlp.down_proj.weight"}
+    assert changed == {f"model.layers.{n}.{end}" for n in (0, 1) for end in wanted}
+    # The head is still the embedding, in memory and on the disk.
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    kept = load_file(folder / "student" / "model.safetensors")
+    assert "lm_head.weight" not in kept and not any("lora" in name for name in kept)
+
+    with_adapter = peft.PeftModel.from_pretrained(untouched, folder / "adapter")
+    apart = (logits(with_adapter) - logits(student)).abs().max()
+    assert apart < 1e-5 * logits(student).abs().max()
+
+
+def test_a_checkpoint_holds_the_adapters_and_going_on_is_exact(
+    tiny_recipe: Recipe, folder: Path, tmp_path: Path
+) -> None:
+    kept = load_file(folder / "checkpoints" / "00000006" / "tensors.safetensors")
+    assert all("lora_" in name for name in kept if name.startswith("weights/"))
+    assert sum(name.startswith("weights/") for name in kept) == 8
+
+    class Stop(Exception):
+        pass
+
+    recipe = tiny_recipe(student=CUT, train=TRAIN)
+    from potstill.workflows import distill
+
+    log, seen = distill.RunDir.log, []
+
+    def killed(self: Any, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        seen.append(step)
+        if step == 5 and "train/loss" in metrics:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(distill.RunDir, "log", killed)
+        distill(recipe, out=tmp_path / "cut-off")
+    went_on = distill(recipe, out=tmp_path / "cut-off", resume=True)
+    for name in ("student/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (went_on.path / name).read_bytes() == (folder / name).read_bytes(), name
+    losses = [
+        [metrics["train/loss"] for metrics in run.metrics() if "train/loss" in metrics]
+        for run in (went_on, distill.RunDir(folder))
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_checkpoint_goes_on_with_no_other_adapters(
+    tiny_recipe: Recipe, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_recipe(student=CUT.replace("rank: 4", "rank: 8"), train=TRAIN)
+    assert main(["distill", str(other), "--resume", "--out", str(folder)]) == 2
+    assert "student.lora.rank (4 -> 8)" in capsys.readouterr().err
+
+
+def test_check_looks_at_two_steps_as_the_first_reaches_only_b(
+    tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(tiny_recipe(student=CUT, train=TRAIN))]) == 0
+    told = capsys.readouterr().out
+    assert "8 of 8 tensors moved in the first 2 steps, 8 have a gradient; 0 of" in told
+
+
+def test_activation_checkpointing_changes_no_gradient_of_an_adapter(
+    tiny_recipe: Recipe, folder: Path, tmp_path: Path
+) -> None:
+    saving = TRAIN.replace("device", "activation_checkpointing: true, device")
+    run = distill(tiny_recipe(student=CUT, train=saving), out=tmp_path / "saving")
+    ours, plain = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (run.path, folder))
+    assert all(torch.allclose(ours[name], plain[name], atol=1e-6) for name in plain)
+
+
+def test_dropout_and_alpha_change_what_is_learned(tiny_recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    plain = load_file(folder / "adapter" / "adapter_model.safetensors")
+    for number, change in enumerate(("alpha: 4", "alpha: 8, dropout: 0.5")):
+        recipe = tiny_recipe(student=CUT.replace("alpha: 8", change), train=TRAIN)
+        found = load_file(
+            distill(recipe, out=tmp_path / str(number)).path / "adapter" / "adapter_model.safetensors"
+        )
+        assert any(not torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_a_layer_that_is_not_there_is_named_with_those_that_are(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(student="{name: cut, layers: 2, lora: {targets: [q_prj]}}")
+    assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: student.lora.targets: no linear layer") and "q_proj" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_linear_is_every_matrix_of_the_body(
+    tiny_recipe: Recipe, teacher_folder: Path, tmp_path: Path
+) -> None:
+    student = f"{{name: checkpoint, model: {teacher_folder}, lora: {{rank: 2}}}}"
+    train = "{steps: 1, rows_per_step: 2, lr: 1e-2, device: cpu}"
+    recipe = tiny_recipe(student=student, train=train)
+    recipe.write_text(recipe.read_text() + "allow_identical: true\n")
+    lora = distill(recipe, out=tmp_path / "run").receipt()["student"]["lora"]
+    assert lora["matrices"] == 4 * 7 and lora["targets"] == ["all-linear"]
+
+
+def test_the_plan_counts_gradients_and_moments_of_adapters_alone(
+    tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def planned(student: str) -> dict[str, Any]:
+        assert main(["plan", str(tiny_recipe(student=student)), "--json"]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    narrow = "layers: 2, ffn_width: 48"
+    whole, lora = planned(f"{{name: cut, {narrow}}}"), planned(CUT.replace("layers: 2", narrow))
+    weights = 2 * (4 * (32 + 32) + 4 * (48 + 32))
+    assert lora["largest"]["gradients"] == 4 * weights < whole["largest"]["gradients"] / 4
+    assert 8 * weights <= lora["largest"]["optimizer"] < 9 * weights + 100 < whole["largest"]["optimizer"] / 4
+    assert lora["student"] == whole["student"] + 4 * weights  # the frozen weights are there all the same
+    assert 12 * weights <= lora["checkpoint_disk_bytes"] < whole["checkpoint_disk_bytes"] / 4

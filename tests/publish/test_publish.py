@@ -1,0 +1,366 @@
+"""What is published and what is refused: the card says what the run's files say, and each reason is one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.numpy import load_file, save_file
+
+from potstill.cli.main import main
+from potstill.errors import UserError
+from potstill.io.hashing import file_sha256
+from potstill.models.safetensors_files import folder_sha256
+from potstill.publish.licenses import Parent, licence_of, settle
+from publish.lab import edit, planned, publish
+
+Change = Callable[[Path], None]
+
+
+def in_receipt(**values: Any) -> Change:
+    return lambda run: edit(run / "receipt.json", lambda receipt: receipt.update(values))
+
+
+def not_finished(run: Path) -> None:
+    (run / "status.json").write_text('{"state": "stopped"}')
+
+
+def with_nan(run: Path) -> None:
+    """In the weights and in the receipt, as a run that wrote it would have it."""
+    file = run / "student" / "model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensors[name].flat[3] = np.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    edit(run / "receipt.json", lambda r: r["output"].update({file.name: file_sha256(file)}))
+
+
+def changed(run: Path) -> None:
+    file = run / "student" / "generation_config.json"
+    file.write_text(file.read_text() + " ")
+
+
+def one_more(run: Path) -> None:
+    (run / "student" / "notes.txt").write_text("mine")
+
+
+def one_less(run: Path) -> None:
+    (run / "student" / "tokenizer.json").unlink()
+
+
+def worse(run: Path) -> None:
+    def change(receipt: dict[str, Any]) -> None:
+        receipt["heldout_best"]["heldout/kl"] = receipt["heldout_first"]["heldout/kl"] + 0.5
+
+    edit(run / "receipt.json", change)
+
+
+def record(run: Path, **more: Any) -> dict[str, Any]:
+    """As `potstill export` writes one of a GGUF file; the file's content is of no matter here."""
+    place = run / "exports" / "small-F16.gguf"
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(gguf())
+    return {
+        "format": "f16",
+        "file": "exports/small-F16.gguf",
+        "sha256": file_sha256(place),
+        "bytes": place.stat().st_size,
+        "student_sha256": folder_sha256(run / "student"),
+        "three_path": {
+            "potstill": {"status": "passed", "prompts": 4, "tokens_equal": 4, "top1_equal": 4},
+            "llama.cpp": {"status": "not run", "why": "xllamacpp is not installed"},
+        },
+    } | more
+
+
+def gguf() -> bytes:
+    """An empty one: magic, version, no tensors, one key."""
+    key, value = b"general.architecture", b"llama"
+    text = len(key).to_bytes(8, "little") + key + (8).to_bytes(4, "little")
+    text += len(value).to_bytes(8, "little") + value
+    return b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + text
+
+
+def failed_path(run: Path) -> None:
+    paths = {"llama.cpp": {"status": "failed", "why": "top-1 equal on 3 of 4 prompts"}}
+    in_receipt(exports=[record(run, three_path=paths)])(run)
+
+
+def stale_export(run: Path) -> None:
+    in_receipt(exports=[record(run, student_sha256="0" * 64)])(run)
+
+
+def changed_export(run: Path) -> None:
+    in_receipt(exports=[record(run, sha256="0" * 64)])(run)
+
+
+def token_in_the_recipe(run: Path) -> None:
+    (run / "recipe.yaml").write_text("# hf_" + "abcdefghij" * 3 + "\n")
+
+
+def humaneval_of_another(run: Path) -> None:
+    place = run / "evals" / "humaneval"
+    place.mkdir(parents=True)
+    settings = {"dtype": "float32", "weights_sha256": "0" * 64}
+    (place / "humaneval.json").write_text(json.dumps({"status": "finished", "settings": settings}))
+
+
+def untouched_is_ahead(run: Path) -> None:
+    lost = {"against": "untouched", "arm": "KD", "ahead": "untouched", "metric": "pass@1"}
+    (run.parent / "comparison.json").write_text(json.dumps({"runs": [run.name], "differences": [lost]}))
+
+
+REFUSED: dict[str, tuple[Change, str]] = {
+    "not finished": (not_finished, "the run is not finished but stopped"),
+    "no receipt": (lambda run: (run / "receipt.json").unlink(), "the run is not finished"),
+    "red check": (in_receipt(check_red=["labels"]), "the check `labels` is red"),
+    "no check": (in_receipt(check={}), "its receipt has no check"),
+    "weights not finite": (with_nan, "has a value that is not finite"),
+    "another file": (changed, "generation_config.json: is not the one of the receipt"),
+    "one file more": (one_more, "notes.txt: is not in the receipt"),
+    "one file less": (one_less, "tokenizer.json: is gone"),
+    "behind the untouched": (worse, "heldout/kl is 2.3"),
+    "nothing learned": (in_receipt(student_is_of_step=0), "no evaluation was better"),
+    "behind in the comparison": (untouched_is_ahead, "ahead of KD in pass@1"),
+    "another's score": (humaneval_of_another, "the evaluation of another student"),
+    "failed path": (failed_path, "fails when llama.cpp loads it: top-1 equal on 3 of 4"),
+    "stale export": (stale_export, "was made of another student"),
+    "changed export": (changed_export, "gone, or not the file that was exported"),
+    "a token": (token_in_the_recipe, "holds what looks like a token"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_must_not_be_published_is_refused_in_one_line(
+    name: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, said = REFUSED[name]
+    change(run)
+    assert publish(run, "--dry-run") == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("error: ") and said in told[0]
+    assert not (run / "publish" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (["--repo", "small"], "--repo small: is no name of a repository"),
+        (["--repo", "me/small", "train.steps=9"], "a finished run is what it was"),
+        (["--repo", "me/small", "publish.licence=mit"], "publish.licence: unknown key"),
+        (["--repo", "me/small", "publish.license=A licence"], "publish.license: 'A licence' is no licence"),
+    ],
+)
+def test_a_wrong_word_is_refused(
+    said: list[str], told: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["publish", str(run), "--dry-run", *said]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_comparison_is_several_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "comparison.json").write_text("{}")
+    assert publish(run, "--dry-run") == 2
+    assert "Give one of them, such as" in capsys.readouterr().err
+
+
+def test_a_licence_that_no_file_names_is_refused_with_the_line_that_settles_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert publish(run, "--dry-run", said=()) == 2
+    teacher, data = capsys.readouterr().err.splitlines()
+    assert "publish: {teacher_license: apache-2.0}" in teacher and "publish: {data_license:" in data
+    resolved = run / "resolved.yaml"
+    resolved.write_text(
+        resolved.read_text()
+        .replace("teacher_license: null", "teacher_license: mit")
+        .replace("data_license: null", "data_license: cc0-1.0")
+    )
+    assert publish(run, "--dry-run", said=()) == 0
+    assert "license: mit\n" in (run / "publish" / "README.md").read_text()
+
+
+APACHE, MIT, CC0 = "apache-2.0", "mit", "cc0-1.0"
+SETTLED = [
+    ((APACHE, CC0), None, APACHE),
+    ((MIT, APACHE, CC0), None, MIT),
+    ((APACHE, "cc-by-sa-4.0"), None, "cc-by-sa-4.0"),
+    (("llama3.2", CC0), None, "llama3.2"),
+    ((APACHE, CC0), "gpl-3.0", "gpl-3.0"),
+    (("gemma", "cc-by-sa-4.0"), "gemma", "gemma"),
+    (("qwen-research", CC0), None, "qwen-research"),
+]
+UNSETTLED = [
+    ((None, CC0), None, "its files name none"),
+    (("cc-by-nd-4.0", CC0), APACHE, "lets nothing derived from it be shared"),
+    (("cc-by-nc-nd-4.0", CC0), None, "lets nothing derived from it be shared"),
+    (("gemma", "cc-by-sa-4.0"), None, "ask for different terms"),
+    (("gemma", "cc-by-sa-4.0"), MIT, "ask for different terms"),
+    (("cc-by-nc-4.0", CC0), MIT, "asks for cc-by-nc-4.0"),
+]
+
+
+def parents(licences: tuple[str | None, ...]) -> list[Parent]:
+    roles = ("student", "teacher", "data")[-len(licences) :]
+    return [Parent(role, "x", licence, "y") for role, licence in zip(roles, licences, strict=True)]
+
+
+@pytest.mark.parametrize(("licences", "asked", "settled"), SETTLED)
+def test_a_licence_follows_from_the_parents(
+    licences: tuple[str | None, ...], asked: str | None, settled: str
+) -> None:
+    assert settle(parents(licences), asked).license == settled
+
+
+@pytest.mark.parametrize(("licences", "asked", "said"), UNSETTLED)
+def test_a_licence_that_does_not_follow_is_refused(
+    licences: tuple[str | None, ...], asked: str | None, said: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        settle(parents(licences), asked)
+
+
+def test_a_licence_is_read_from_a_card_a_config_and_gguf_metadata(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: MIT\n---\n# x\n")
+    assert licence_of(str(tmp_path)) == {"license": "mit", "read_from": "README.md"}
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: qwen-research\n---\n")
+    assert licence_of(str(tmp_path))["license"] == "qwen-research"
+    (tmp_path / "README.md").write_text("---\nlicense: [mit, gpl-3.0]\n---\n")
+    (tmp_path / "config.json").write_text('{"license": "apache-2.0"}')
+    assert licence_of(str(tmp_path)) == {"license": "apache-2.0", "read_from": "config.json"}
+    assert licence_of(str(tmp_path / "nothing"))["license"] is None
+
+
+def test_the_card_s_numbers_are_those_of_the_receipt_and_what_was_not_measured_is_not_run(run: Path) -> None:
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    receipt = json.loads((run / "receipt.json").read_text())
+    for when in ("heldout_first", "heldout_best"):
+        for name in ("heldout/kl", "heldout/ce", "heldout/agreement"):
+            assert f"| {receipt[when][name]:.4f} |" in card
+    for said in ("HumanEval: not run.", "Other benchmarks: not run.", "95 % interval: not run"):
+        assert said in card
+    assert "2 of 4 layers and 48 of 64 channels of each MLP of the teacher, cut out" in card
+    assert f"{receipt['positions']:,}" in card and receipt["objective"] in card
+    assert all(name in card for name in receipt["check"])
+    data = ModelCard(card).data
+    assert data.license == "apache-2.0" and data.library_name == "transformers"
+    assert [round(result.metric_value, 6) for result in data.eval_results] == [
+        round(receipt["heldout_best"][f"heldout/{kind}"], 6) for kind in ("kl", "ce", "agreement")
+    ]
+    manifest = json.loads((run / "publish" / "manifest.json").read_text())["files"]
+    plan = planned(run)
+    assert {path: of["sha256"] for path, of in manifest.items()} == {
+        path: sha256 for path, sha256 in plan.items() if path != "manifest.json"
+    }
+    provenance = json.loads((run / "publish" / "provenance.json").read_text())
+    assert provenance["teacher"]["weights_sha256"] == receipt["teacher"]["weights_sha256"]
+    assert provenance["recipe_sha256"] == file_sha256(run / "recipe.yaml")
+
+
+def test_the_hub_s_names_of_teacher_and_begin_are_in_the_metadata(run: Path) -> None:
+    assert publish(run, "--dry-run", "publish.teacher=them/large") == 0
+    front = yaml.safe_load((run / "publish" / "README.md").read_text().split("---\n")[1])
+    assert front["base_model"] == front["distilled_from"] == "them/large"
+    assert front["base_model_relation"] == "finetune"
+
+
+def test_a_regression_that_is_allowed_is_told_on_the_card(run: Path) -> None:
+    worse(run)
+    assert publish(run, "--dry-run", "--allow-regression") == 0
+    card = (run / "publish" / "README.md").read_text()
+    assert "**Worse than before training.** heldout/kl is" in card
+
+
+def test_a_score_of_humaneval_has_its_n_seed_and_interval_in_card_and_metadata(run: Path) -> None:
+    score = {"value": 0.25, "low": 0.19, "high": 0.32, "interval": "Wilson, 95 %"}
+    settings = {"problems": 164, "samples": 1, "seed": 7, "prompt": "base", "max_new_tokens": 512}
+    place = run / "evals" / "humaneval"
+    place.mkdir(parents=True)
+    found = {
+        "status": "finished",
+        "scores": {"pass@1": score},
+        "settings": settings | {"do_sample": False},
+        "controls": {"canonical": "164/164", "empty": "0/164"},
+    }
+    (place / "humaneval.json").write_text(json.dumps(found))
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    assert "| pass@1 | 25.0 % | 19.0 to 32.0 % | Wilson, 95 % |" in card
+    assert "164 problems, 1 sample each, greedy, seed 7, base prompts, at most 512 tokens" in card
+    entry = yaml.safe_load((run / "publish" / ".eval_results" / "humaneval.yaml").read_text())[0]
+    assert entry["dataset"] == {"id": "openai/openai_humaneval", "task_id": "openai_humaneval"}
+    assert entry["value"] == 25.0
+    assert ".eval_results/humaneval.yaml" in planned(run)
+    assert ModelCard(card).data.eval_results[-1].metric_value == 0.25
+
+
+def test_an_exported_gguf_file_comes_with_a_modelfile_and_its_three_paths(run: Path) -> None:
+    in_receipt(exports=[record(run)])(run)
+    assert publish(run, "--dry-run") == 0
+    assert {"small-F16.gguf", "Modelfile", "model.safetensors"} <= planned(run).keys()
+    assert (run / "publish" / "Modelfile").read_text().startswith("FROM ./small-F16.gguf\n")
+    card = (run / "publish" / "README.md").read_text()
+    assert "| f16 | llama.cpp | not run | xllamacpp is not installed |" in card
+    assert "ollama create small -f Modelfile" in card
+
+
+def test_an_export_that_fails_and_is_removed_is_told_and_not_published(run: Path) -> None:
+    failed_path(run)
+    (run / "exports" / "small-F16.gguf").unlink()
+    assert publish(run, "--dry-run") == 0
+    assert not {"small-F16.gguf", "Modelfile"} & planned(run).keys()
+    card = (run / "publish" / "README.md").read_text()
+    assert "| f16 | llama.cpp | failed, so it is not here | top-1 equal on 3 of 4 prompts |" in card
+
+
+def test_text_of_unknown_origin_cannot_leave_its_cell_or_its_block(run: Path) -> None:
+    hostile = "x | y `z` <script>\n## Verified [a](b)"
+    in_receipt(check={"labels": hostile}, samples={"prompt": "```\n# p", "after": "\n```\n# q"})(run)
+    (run / "recipe.yaml").write_text("# ```\n# ````\n")
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    assert "<script>" not in card.replace("\\<script\\>", "")
+    assert not re.search(r"^## Verified", card, re.MULTILINE)
+    assert "`````yaml\n# ```\n# ````\n`````" in card
+
+
+def test_the_arms_of_a_comparison_are_on_the_card_of_its_run(run: Path) -> None:
+    of = {"mean": 1.5, "low": 1.4, "high": 1.6}
+    metrics = {"heldout/kl": of, "heldout/ce": of, "heldout/agreement": of, "pass@1": None}
+    found = {
+        "runs": [run.name],
+        "arms": [{"name": "KD", "steps": 4, "metrics": metrics}],
+        "budget": {"equal": "training time"},
+        "seeds": [0, 1, 2],
+        "heldout_rows": 4,
+        "sentence": "KD is ahead.",
+        "warnings": [],
+        "differences": [],
+    }
+    (run.parent / "comparison.json").write_text(json.dumps(found))
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    assert "1.5 [1.4, 1.6]" in card and "over seeds 0, 1, 2 and 4 held-out rows" in card
+    assert "| not run |" in card
+
+
+def test_the_demo_ends_with_its_card(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = (finished / "recipe.yaml").read_text()
+    lines = "publish: {teacher_license: apache-2.0, data_license: cc0-1.0}\n"
+    (tmp_path / "demo.yaml").write_text(recipe + lines)
+    monkeypatch.setattr("potstill.cli.main.resources.files", lambda package: tmp_path)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    assert f"{tmp_path / 'demo' / 'publish' / 'README.md'}\n" in capsys.readouterr().err
+    (tmp_path / "demo.yaml").write_text(recipe)
+    assert main(["demo", "--out", str(tmp_path / "other")]) == 0  # the run is done all the same
+    assert "not to be published: licence of the teacher" in capsys.readouterr().err

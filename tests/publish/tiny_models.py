@@ -1,0 +1,112 @@
+"""Runs with a tiny student of each architecture, and tokenizers that split as llama.cpp's names promise."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from potstill.io.hashing import file_sha256
+from potstill.models.load import write_portable_config
+from potstill.runs.run_dir import RunDir
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed; not run"
+)
+# llama.cpp's own expressions, as its source spells them.
+CONTRACTED = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+EXPRESSIONS = {
+    "gpt-2": [GPT2],
+    "smollm": [r"\p{N}", GPT2],
+    "llama-bpe": [rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{REST}"],
+    "qwen2": [rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{REST}"],
+}
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+TEXT = [
+    "def read(path):\n    return 1234 + 56\n",
+    "the cat   sat on the mat 2024 1999",
+    "x =  12\n\n\ny = 3",
+] * 20
+CONFIGS: dict[str, Any] = {
+    "llama": transformers.LlamaConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "mistral": transformers.MistralConfig,
+}
+
+
+def make_tokenizer(pre: str, adds_bos: bool = False) -> Any:
+    inner = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(each), "isolated") for each in EXPRESSIONS[pre]),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(TEXT, trainer)
+    if adds_bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{SPECIAL[1]} $A", special_tokens=[(SPECIAL[1], 1)]
+        )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=SPECIAL[2], bos_token=SPECIAL[1], pad_token=SPECIAL[0]
+    )
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(kind: str = "llama", rows: int = 352, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "vocab_size": rows,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 0],
+        "initializer_range": 0.3,
+    }
+    hf = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**options | changes))
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            if name.endswith(("norm.weight", ".bias")):  # ones and zeros would hide a mix-up
+                parameter.copy_(1.0 + 0.2 * torch.randn_like(parameter))
+    return hf
+
+
+def make_run(path: Path, hf: Any, tokenizer: Any) -> RunDir:
+    """A finished run whose student is `hf`."""
+    run = RunDir.create(path, recipe=b"", resolved="", corpus={})
+
+    def save(place: Path) -> None:
+        hf.save_pretrained(place)
+        write_portable_config(place)
+        tokenizer.save_pretrained(place)
+
+    run.replace_student(save)
+    output = {file.name: file_sha256(file) for file in sorted(run.student.iterdir())}
+    run.write_receipt({"output": output, "teacher": {}, "student": {"name": "cut"}})
+    run.set_status("finished")
+    return run

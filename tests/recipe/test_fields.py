@@ -1,0 +1,262 @@
+"""Every field that a recipe accepts changes what happens: one run with it as it is, one with it changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_corpus, make_model, make_tokenizer, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from potstill import distill
+from potstill.preflight.checks import Checked
+from potstill.recipe import load
+from potstill.runs.run_dir import RunDir
+
+Recipe = Callable[..., Path]
+BASE = "{steps: 3, rows_per_step: 2, lr: 1e-2, warmup: 1, device: cpu}"
+
+# What changes the weights that come out.
+TRAINS_OTHERWISE = {
+    "corpus.tokens_per_row": "16",
+    "corpus.heldout_rows": "16",
+    "corpus.include": "['00*.txt', '01*.txt']",
+    "corpus.exclude": "['00*.txt']",
+    "teacher.dtype": "bfloat16",
+    "student.layers": "3",
+    "student.rule": "even",
+    "student.ffn_width": "48",
+    "objective.divergence": "reverse_kl",
+    "objective.kd_weight": "0.5",
+    "objective.ce_weight": "0.5",
+    "objective.temperature": "2.0",
+    "train.steps": "2",
+    "train.rows_per_step": "3",
+    "train.lr": "1e-3",
+    "train.warmup": "2",
+    "train.final_lr_ratio": "0.9",
+    "train.optimizer": "sgd",
+    "train.weight_decay": "0.5",
+    "train.beta1": "0.5",
+    "train.beta2": "0.5",
+    "train.clip": "1e-3",
+    "train.precision": "bfloat16",
+    "train.seed": "1",
+}
+# Shown elsewhere: by name of the test.
+SHOWN_BY = {
+    "name": "every name of a corpus, teacher and student has tests of its own",
+    "corpus.path": "tests/corpus",
+    "corpus.field": "tests/corpus",
+    "corpus.column": "tests/corpus",
+    "corpus.split": "tests/corpus",
+    "corpus.dtype": "tests/corpus",
+    "corpus.document_end": "tests/corpus",
+    "decontaminate.against": "tests/data/test_decontamination.py",
+    "decontaminate.action": "tests/data/test_decontamination.py",
+    "decontaminate.ngram": "tests/data/test_decontamination.py",
+    "corpus.shards": "tests/data/test_token_cache.py",
+    "corpus.tokenizer": "test_a_tokenizer_of_its_own_reads_the_corpus",
+    "teacher.model": "tests/teachers",
+    "teacher.path": "test_a_student_recovers_a_known_teacher_and_without_its_signal_it_does_not",
+    "teacher.vocab_size": "tests/teachers/test_toy.py",
+    "student.model": "tests/students",
+    "capture.rows": "tests/workflows/test_capture.py",
+    "capture.rows_per_batch": "tests/workflows/test_capture.py",
+    "capture.rows_per_shard": "tests/workflows/test_capture.py",
+    "capture.bytes_per_position": "tests/workflows/test_capture.py",
+    "capture.threshold": "tests/workflows/test_capture.py",
+    "capture.k": "tests/workflows/test_capture.py",
+    "capture.dtype": "tests/workflows/test_capture.py",
+    "capture.seed": "tests/workflows/test_capture.py",
+    "lora.rank": "tests/models/test_lora.py",
+    "lora.alpha": "tests/models/test_lora.py",
+    "lora.dropout": "tests/models/test_lora.py",
+    "lora.targets": "tests/models/test_lora.py",
+    "student.keep": "test_a_list_of_layers_is_kept_as_it_is_given",
+    "objective.engine": "tests/losses/test_fused.py",
+    "objective.chunk": "test_fields_that_trade_memory_change_what_exists_at_once",
+    "train.rows_per_micro_batch": "test_fields_that_trade_memory_change_what_exists_at_once",
+    "train.activation_checkpointing": "test_activation_checkpointing_changes_memory_and_no_result",
+    "train.compile": "tests/training/test_device.py",
+    "train.parallel": "tests/training/test_distributed.py",
+    "teacher.weights": "tests/teachers/test_backends.py",
+    "teacher.backend": "tests/teachers/test_backends.py",
+    "teacher.reference": "tests/teachers/test_backends.py",
+    "teacher.sharded": "tests/training/test_distributed.py",
+    "train.return_memory": "tests/preflight/test_plan.py",
+    "train.matmul": "tests/io/test_cpu_matmul.py",
+    "guard.policy": "tests/training/test_guard.py",
+    "guard.loss_ceiling": "tests/training/test_guard.py",
+    "guard.first_step_s": "tests/training/test_guard.py",
+    "guard.stall_s": "tests/training/test_guard.py",
+    "allow_identical": "tests/preflight/test_checks.py",
+    "train.save_every": "test_checkpoints_are_written_as_often_as_asked",
+    "train.device": "CUDA asked for and absent, in cli/test_cli.py",
+    "eval.every": "test_held_out_rows_are_measured_at_the_start_at_intervals_and_at_the_end",
+    "eval.sample_prompt": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
+    "eval.sample_tokens": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
+    "compare.budget": "tests/workflows/test_compare.py",
+    "compare.seeds": "tests/workflows/test_compare.py",
+    "compare.corrected_steps": "tests/workflows/test_compare.py",
+    "compare.corrected_lr": "test_the_rate_of_the_teacher_s_own_training_is_the_one_asked_for",
+    "compare.humaneval_tokens": "test_every_arm_s_student_is_put_to_humaneval",
+    "publish.teacher": "tests/publish/test_publish.py",
+    "publish.student": "tests/publish/test_publish.py",
+    "publish.data": "tests/publish/test_hub.py",
+    "publish.teacher_license": "tests/publish/test_publish.py",
+    "publish.student_license": "tests/publish/test_publish.py",
+    "publish.data_license": "tests/publish/test_publish.py",
+    "publish.license": "tests/publish/test_publish.py",
+    "sinks": "tests/runs/test_trackers.py",
+    "plugins": "test_a_plug_in_divergence_trains",
+}
+
+
+def all_fields(schema: Any = load.Recipe, prefix: str = "") -> set[str]:
+    found = set()
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        inner = [
+            t for t in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(t)
+        ]
+        if inner:
+            for section in inner:
+                found |= all_fields(section, f"{field.name}.")
+        else:
+            found.add("name" if field.name == "name" else f"{prefix}{field.name}")
+    return found
+
+
+def test_no_field_is_left_out_here() -> None:
+    assert all_fields() == TRAINS_OTHERWISE.keys() | SHOWN_BY.keys()
+
+
+@pytest.fixture(scope="module")
+def six_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("six") / "teacher", num_hidden_layers=6)
+
+
+def weights(run: RunDir) -> str:
+    return str(run.receipt()["student"]["weights_sha256_end"])
+
+
+@pytest.mark.parametrize("field", TRAINS_OTHERWISE)
+def test_a_field_changes_what_is_trained(
+    field: str, tiny_recipe: Recipe, six_layers: Path, tmp_path: Path
+) -> None:
+    path = tiny_recipe(
+        train=BASE, teacher=f"{{name: torch, model: {six_layers}}}", student="{name: cut, layers: 4}"
+    )
+    one = distill(path, out=tmp_path / "one")
+    two = distill(path, overrides=[f"{field}={TRAINS_OTHERWISE[field]}"], out=tmp_path / "two")
+    assert weights(one) != weights(two)
+
+
+def test_fields_that_trade_memory_change_what_exists_at_once(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from potstill.losses.objective import Objective
+
+    seen: list[tuple[int, int]] = []
+    parts = Objective._parts
+
+    def watched(self: Objective, positions: int) -> list[slice]:
+        found = parts(self, positions)
+        seen.append((positions, max(part.stop - part.start for part in found)))
+        return found
+
+    monkeypatch.setattr(
+        "potstill.workflows.distill.require_sound", lambda cast, place: Checked("not planned", [])
+    )  # it looks at rows of its own
+    monkeypatch.setattr(Objective, "_parts", watched)
+    for rows, chunk in ((4, 16), (1, 8)):
+        seen.clear()
+        overrides = [f"train.rows_per_micro_batch={rows}", f"objective.chunk={chunk}", "train.steps=1"]
+        distill(tiny_recipe(), overrides=overrides, out=tmp_path / f"{rows}")
+        assert max(positions for positions, _ in seen) in range(32 * rows - 2 * rows, 32 * rows + 1)
+        assert {largest for _, largest in seen} == {chunk}
+
+
+def test_activation_checkpointing_changes_memory_and_no_result(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "potstill.workflows.distill.require_sound", lambda cast, place: Checked("not planned", [])
+    )  # it trains a little, too
+    kept: list[int] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    runs, sums, products, activations = [], [], [], []
+    for way in ("false", "selective", "true"):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), Operators() as ran:
+            overrides = [f"train.activation_checkpointing={way}", "train.steps=1"]
+            runs.append(distill(tiny_recipe(), overrides=overrides, out=tmp_path / way))
+        sums.append(sum(kept))
+        products.append(ran.count["aten.mm.default"])
+        activations.append(ran.count["aten.silu.default"])
+    assert weights(runs[0]) == weights(runs[1]) == weights(runs[2])
+    assert sums[2] < sums[0] / 2 and sums[1] < sums[0]
+    assert products[0] == products[1] < products[2]
+    assert activations[0] < activations[1] == activations[2]
+
+
+class Operators(TorchDispatchMode):
+    """Counts what runs, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_checkpoints_are_written_as_often_as_asked(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    for every, kept in ((0, []), (2, ["00000002", "00000004"]), (3, ["00000003"])):
+        run = distill(tiny_recipe(), overrides=[f"train.save_every={every}"], out=tmp_path / f"{every}")
+        assert sorted(path.name for path in run.checkpoints.glob("*")) == kept
+
+
+def test_a_sample_is_of_the_prompt_and_as_long_as_asked(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    samples = {}
+    for prompt, tokens in (("the cat", 4), ("the cat", 9), ("a dog", 9)):
+        overrides = [f"eval.sample_prompt={prompt}", f"eval.sample_tokens={tokens}"]
+        run = distill(tiny_recipe(), overrides=overrides, out=tmp_path / f"{prompt}{tokens}")
+        samples[prompt, tokens] = run.receipt()["samples"]["before"]
+    assert samples["the cat", 9].startswith(samples["the cat", 4])
+    assert len({*samples.values()}) == 3
+
+
+def test_a_list_of_layers_is_kept_as_it_is_given(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    run = distill(tiny_recipe(student="{name: cut, keep: [1, 2]}"), out=tmp_path / "run")
+    assert run.receipt()["student"]["layers_kept"] == [1, 2]
+
+
+def test_a_tokenizer_of_its_own_reads_the_corpus(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Teacher and student without a tokenizer: the corpus brings one, and the student is saved with it."""
+    teacher = make_model(tmp_path / "teacher", with_tokenizer=False)
+    tiny_config().save_pretrained(tmp_path / "config")
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    texts = make_corpus(tmp_path / "texts")
+    path = tiny_recipe(
+        corpus=f"{{name: text, path: {texts}, tokens_per_row: 32, tokenizer: {tmp_path / 'tokenizer'}}}",
+        teacher=f"{{name: torch, model: {teacher}}}",
+        student=f"{{name: config, model: {tmp_path / 'config'}}}",
+        train="{steps: 2, rows_per_step: 2, lr: 1e-3, device: cpu, seed: 1}",
+    )
+    run = distill(path, out=tmp_path / "run")
+    saved = transformers.AutoTokenizer.from_pretrained(run.student)
+    assert saved("the cat")["input_ids"] == make_tokenizer()("the cat")["input_ids"]
