@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -103,6 +105,15 @@ def test_what_is_not_there_is_seen() -> None:
     ]
     text = "    potstill distil recipe.yaml\n    potstill distill recipe.yaml --resmue  # --not-this\n"
     assert [*unknown_commands(text)] == ["potstill distil", "potstill distill --resmue"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_imports_can_be_imported(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_the_python_page_runs(
