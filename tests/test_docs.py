@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import potstill
 from potstill.cli.main import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,13 @@ def test_what_a_page_imports_can_be_imported(page: Path) -> None:
             if isinstance(node, ast.ImportFrom) and node.module is not None:
                 module = importlib.import_module(node.module)
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_the_python_page_lists_every_public_name() -> None:
+    page = (ROOT / "docs" / "python-api.md").read_text()
+    assert [
+        name for name in potstill.__all__ if not re.search(rf"^\|.*`{name}[`(]", page, re.MULTILINE)
+    ] == []
 
 
 def test_the_python_page_runs(

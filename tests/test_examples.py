@@ -16,6 +16,7 @@ import transformers
 
 import potstill
 from potstill.build.corpus import make_corpus
+from potstill.build.resolve import resolve
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "minimal_distill.py"
 STEPS, ROWS, AT_ONCE, LR, WARMUP = 6, 5, 2, 1e-2, 2  # micro-batches of 2, 2 and 1 rows
@@ -54,7 +55,7 @@ def test_its_losses_are_those_of_the_big_loop(
 
     for name, value in {"KD_WEIGHT": 0.7, "CE_WEIGHT": 0.3, "TEMPERATURE": 2.0}.items():
         monkeypatch.setattr(example, name, value)
-    corpus, _ = make_corpus(potstill.load_recipe(path))
+    corpus, _ = make_corpus(resolve(potstill.load_recipe(path)))
     steps = [corpus.order(0).rows(step, ROWS) for step in range(STEPS)]
     batches = [[corpus.train.batch(rows[i : i + AT_ONCE]) for i in range(0, ROWS, AT_ONCE)] for rows in steps]
     teacher = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder).eval().requires_grad_(False)
@@ -75,7 +76,7 @@ def losses_of(example: Any, teacher: Any, batches: list[list[Any]], peak_lr: flo
 
 
 def test_its_rows_are_packed_as_the_corpus_packs_them(example: Any, tiny_recipe: Callable[..., Path]) -> None:
-    corpus, tokenizer = make_corpus(potstill.load_recipe(tiny_recipe()))
+    corpus, tokenizer = make_corpus(resolve(potstill.load_recipe(tiny_recipe())))
     eos = tokenizer.eos_token_id
     documents: list[list[int]] = []
     for first, last in zip(corpus.train.starts, [*corpus.train.starts[1:], None], strict=True):
