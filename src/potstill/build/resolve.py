@@ -99,7 +99,7 @@ class Resolved:
         return self.teacher.inputs | self.student.inputs | reader
 
     def with_recipe(self, recipe: Recipe) -> Resolved:
-        """The same models with another recipe about them."""
+        """The same models, whose files stay looked at, with another recipe about them."""
         teacher = copy.copy(self.teacher)
         teacher.config = recipe.teacher
         return dataclasses.replace(self, recipe=recipe, teacher=teacher)

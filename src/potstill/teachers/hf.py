@@ -7,7 +7,6 @@ no gradient, eval mode, and a hash that is the same after training as before.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -229,18 +228,15 @@ class HfSource(TeacherSource):
     config: HfTeacherConfig
     lacks_tokenizer = "a folder with its tokenizer's files in teacher.model"
 
-    @cached_property
-    def files(self) -> ModelFiles:
-        return ModelFiles(self.config.model)
-
-    @cached_property
-    def reference(self) -> ModelFiles:
+    def __init__(self, config: HfTeacherConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.files = ModelFiles(config.model)
+        self.reference = self.files if config.reference is None else ModelFiles(config.reference)
         """The full weights that fewer bits are measured against."""
-        return self.files if self.config.reference is None else ModelFiles(self.config.reference)
 
     @property
     def checkpoints(self) -> list[ModelFiles]:
-        return [self.files] if self.config.reference is None else [self.files, self.reference]
+        return list(dict.fromkeys([self.files, self.reference]))
 
     @property
     def vocab_size(self) -> int:
