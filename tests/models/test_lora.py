@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from potstill import distill
 from potstill.cli.main import main
+from potstill.runs.run_dir import RunDir
 
 peft = pytest.importorskip("peft", reason="the extra lora is not installed; not run")
 
@@ -75,25 +76,22 @@ def test_a_checkpoint_holds_the_adapters_and_going_on_is_exact(
         pass
 
     recipe = tiny_recipe(student=CUT, train=TRAIN)
-    from potstill.workflows import distill
+    log = RunDir.log
 
-    log, seen = distill.RunDir.log, []
-
-    def killed(self: Any, step: int, metrics: dict[str, float]) -> None:
+    def killed(self: RunDir, step: int, metrics: dict[str, float]) -> None:
         log(self, step, metrics)
-        seen.append(step)
         if step == 5 and "train/loss" in metrics:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(distill.RunDir, "log", killed)
+        patch.setattr(RunDir, "log", killed)
         distill(recipe, out=tmp_path / "cut-off")
     went_on = distill(recipe, out=tmp_path / "cut-off", resume=True)
     for name in ("student/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (went_on.path / name).read_bytes() == (folder / name).read_bytes(), name
     losses = [
         [metrics["train/loss"] for metrics in run.metrics() if "train/loss" in metrics]
-        for run in (went_on, distill.RunDir(folder))
+        for run in (went_on, RunDir(folder))
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
