@@ -41,7 +41,7 @@ FAULTS = {
     ),
     "missing T squared": Fault("losses/objective.py", "kd_C = T**2 * kd_C", "kd_C = 1 * kd_C", ENGINES),
     "temperature on one side only": Fault(
-        "types.py", "logits_NV / temperature, dim=-1", "logits_NV, dim=-1", ENGINES
+        "losses/targets.py", "logits_NV / temperature, dim=-1", "logits_NV, dim=-1", ENGINES
     ),
     "reversed KL, written out": Fault(
         "losses/fused.py",

@@ -18,8 +18,8 @@ from potstill.losses import objective as module
 from potstill.losses.divergences import forward_kl, jsd, reverse_kl, skew_kl, tvd
 from potstill.losses.fused import is_known
 from potstill.losses.objective import Objective
-from potstill.losses.targets import SparseTargets
-from potstill.types import Divergence, Head, HiddenTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
+from potstill.types import Divergence, Head
 
 OTHERS = [reverse_kl, partial(jsd, beta=0.3), jsd, skew_kl, partial(skew_kl, alpha=0.0), tvd]
 

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from potstill.errors import UserError
 from potstill.losses.divergences import forward_kl, jsd, reverse_kl, skew_kl, tvd
 from potstill.losses.objective import Objective
-from potstill.types import Divergence, Head, HiddenTargets, Targets
+from potstill.losses.targets import HiddenTargets
+from potstill.types import Divergence, Head, Targets
 
 Array = NDArray[np.float64]
 Sums = dict[str, Tensor]

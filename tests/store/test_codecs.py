@@ -11,7 +11,7 @@ from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.registry import entries
 from potstill.store import codecs
 from potstill.store.bitpack import id_bits
@@ -25,7 +25,7 @@ from potstill.store.codecs import (
     threshold_of,
 )
 from potstill.store.sampling import Uniforms, ids_per_position
-from potstill.types import Head, HiddenTargets, Targets
+from potstill.types import Head, Targets
 
 V, E, D = 300, 48, 24
 DIVERGENCES = sorted(entries("divergence"))

@@ -16,11 +16,11 @@ from torch import Tensor
 from potstill.build.setup import Cast, assemble
 from potstill.cli.main import main
 from potstill.errors import UserError
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.recipe import load as recipes
 from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import StoredTeacher
-from potstill.types import Batch, HiddenTargets
+from potstill.types import Batch
 
 Recipe = Callable[..., Path]
 CAPTURES = {

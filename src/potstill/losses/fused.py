@@ -23,8 +23,8 @@ from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.losses.gradients import Slope, is_forward_kl, slope_of
-from potstill.losses.targets import SparseTargets
-from potstill.types import Divergence, HiddenTargets, Targets
+from potstill.losses.targets import HiddenTargets, SparseTargets
+from potstill.types import Divergence, Targets
 
 Block = Callable[..., tuple[Tensor, Tensor]]
 IN_CACHE = 2**19

@@ -12,6 +12,7 @@ sampled  an unbiased estimate of the full distribution, whose rows sum to one on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,34 @@ from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.types import moved
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenTargets:
+    """The teacher's final hidden states, and the head that makes logits of them, a slice at a time. S = V.
+
+    They hold for every temperature and every divergence: nothing of the distribution is left out.
+    """
+
+    hidden_NE: Tensor
+    """In the teacher's dtype."""
+    head: Callable[[Tensor], Tensor]
+    """hidden_NE to logits_NV: a `Head`, or a function of one's own."""
+
+    def __len__(self) -> int:
+        return len(self.hidden_NE)
+
+    def __getitem__(self, positions: slice) -> HiddenTargets:
+        return HiddenTargets(self.hidden_NE[positions], self.head)
+
+    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits_NV = self.head(self.hidden_NE)
+            teacher_logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
+        return student_logp_NV, teacher_logp_NV
+
+    def beyond_support(self) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

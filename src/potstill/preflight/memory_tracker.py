@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from potstill.losses.objective import Objective
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.teachers.toy import FixtureTeacher
-from potstill.types import Batch, Head, HiddenTargets, Targets
+from potstill.types import Batch, Head, Targets
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.store import sampling
 from potstill.store.bitpack import (
     GROUP,
@@ -35,7 +35,7 @@ from potstill.store.bitpack import (
     unpack_ids,
 )
 from potstill.store.sampling import KEPT, TAIL_LEVELS, Uniforms, num_drawn
-from potstill.types import Head, HiddenTargets, Targets, moved
+from potstill.types import Head, Targets, moved
 
 DEFAULT_BYTES = 32.0
 FINEST = 1e-4

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from potstill.data.tokenizers import has_tokenizer, load_tokenizer, vocab_of
 from potstill.errors import UserError
+from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.models.llama_cpp import LlamaCppLM
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
 from potstill.models.quantization import quantisation
 from potstill.teachers.backends import FULL, Choice, choose
 from potstill.teachers.toy import as_tensor, require_ids, require_known, require_last
-from potstill.types import Batch, HiddenTargets, Vocab
+from potstill.types import Batch, Vocab
 
 
 class TorchTeacher:

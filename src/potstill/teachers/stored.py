@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.store.codecs import Hidden
 from potstill.store.reader import HELDOUT_KIND, ROWS_ADVICE, Store
 from potstill.teachers.hf import TorchTeacher
-from potstill.types import Batch, Head, HiddenTargets, Targets, Vocab
+from potstill.types import Batch, Head, Targets, Vocab
 
 OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows", "documents", "tokens")
 """What of a corpus is compared by name before its fingerprint, which says only that something differs."""
