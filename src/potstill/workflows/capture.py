@@ -21,20 +21,19 @@ from potstill.recipe import load as recipes
 from potstill.recipe import sections
 from potstill.recipe.load import Recipe
 from potstill.store.codecs import DEFAULT_BYTES, k_of, planned_bytes, threshold_of
-from potstill.store.reader import (
+from potstill.store.layout import (
     CAPTURE,
     CERTIFICATE,
     HEAD,
     HELDOUT,
-    HELDOUT_KIND,
+    HELDOUT_CODEC,
     SCHEMA,
     Files,
-    StoreWriter,
-    kind_of,
-    read_manifest,
-    write_json,
+    codec_of,
 )
+from potstill.store.reader import read_manifest
 from potstill.store.shards import AGAIN
+from potstill.store.writer import StoreWriter, write_json
 from potstill.teachers.capture_rows import Captured, capture_shard
 from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import OF_CORPUS
@@ -70,21 +69,21 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     mine = range((number - 1) * shards // parts, number * shards // parts)
     _tell(settings, cast, out, mine, display)
     writer = StoreWriter.open(out, settings)
-    with writer.only(mine, first=number == 1):
+    with writer.exclusive(mine, first=number == 1):
         if number == 1:
             writer.write_head(teacher.model.head)
             writer.write_tokenizer(cast.tokenizer)
             writer.write(
                 out / HELDOUT,
                 lambda file: capture_shard(
-                    file, teacher, held, range(len(held)), HELDOUT_KIND, 0, loaded.capture.rows_per_batch
+                    file, teacher, held, range(len(held)), HELDOUT_CODEC, 0, loaded.capture.rows_per_batch
                 ),
             )
         _capture_shards(cast, settings, writer, mine, display)
         if number == 1 and not (out / CERTIFICATE).exists():
             display.note("certificate: on the held-out rows")
             seed = settings["kind"].get("seed", 0)
-            found = certificate(cast.student, teacher, held, kind_of(settings), seed)
+            found = certificate(cast.student, teacher, held, codec_of(settings), seed)
             asked = {**cast.origin, "weights_sha256": cast.student.weights_sha256()}
             write_json(out / CERTIFICATE, found | {"student": asked})
     return read_manifest(out) if writer.finish() else None
@@ -185,7 +184,7 @@ def _row_numbers(cast: Cast) -> list[int]:
 
 
 def _capture_shards(cast: Cast, settings: Json, writer: StoreWriter, mine: range, display: Display) -> None:
-    teacher, numbers, kind = cast.teacher, _row_numbers(cast), kind_of(settings)
+    teacher, numbers, codec = cast.teacher, _row_numbers(cast), codec_of(settings)
     assert isinstance(teacher, TorchTeacher)
     each, seed = settings["rows_per_shard"], settings["kind"].get("seed", 0)
     todo = set(writer.missing(mine))
@@ -207,7 +206,7 @@ def _capture_shards(cast: Cast, settings: Json, writer: StoreWriter, mine: range
         writer.write(
             writer.files.shard(shard),
             lambda file, rows=rows: capture_shard(  # type: ignore[misc]
-                file, teacher, cast.corpus.train, rows, kind, seed, settings["rows_per_batch"], on_row
+                file, teacher, cast.corpus.train, rows, codec, seed, settings["rows_per_batch"], on_row
             ),
         )
 
