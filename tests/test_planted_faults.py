@@ -61,10 +61,10 @@ FAULTS = {
         "q_CV = shifted_CV.exp()",
         "test_invariance.py::test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient",
     ),
-    "a slope without the softmax's part": Fault(
+    "a derivative without the softmax's part": Fault(
         "losses/fused.py",
-        "slope_CV.sub_(softened_CV * slope_CV.sum(-1, keepdim=True)).mul_(T * weights.kd)",
-        "slope_CV.mul_(T * weights.kd)",
+        "grad_logq_CV.sub_(softened_CV * grad_logq_CV.sum(-1, keepdim=True)).mul_(T * weights.kd)",
+        "grad_logq_CV.mul_(T * weights.kd)",
         ENGINES,
     ),
     "the temperature's chain lost for other divergences": Fault(
@@ -365,7 +365,7 @@ FAULTS = {
     ),
     "the entropy of the full distribution is left out": Fault(
         "losses/fused.py",
-        "return cross_C - taught.entropy()",
+        "return cross_C - teacher.entropy()",
         "return cross_C",
         f"{CODECS}the_loss_and_gradient_of_samples_are_the_full_ones_on_average",
     ),

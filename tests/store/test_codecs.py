@@ -188,7 +188,7 @@ def test_hidden_states_in_fewer_bits_are_off_by_no_more_than_measured(dtype: str
 def test_sparse_targets_have_one_temperature() -> None:
     hidden_PE = normal(4, E)
     for codec in (Sampled(0.05, V, 2.0), TopK(3, "float16", V, 2.0)):
-        with pytest.raises(UserError, match=r"temperature 2.0.*1.0"):
+        with pytest.raises(UserError, match=r"is 1.0.*2.0"):
             put(kept(codec, hidden_PE), temperature=1.0)
 
 
