@@ -92,13 +92,13 @@ FAULTS = {
         "models/load.py",
         'rope.get("rope_type", "default") != "default"',
         'rope.get("rope_type") == "default"',
-        "models/test_student.py::test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks",
+        "models/test_student.py::test_an_older_transformers_finds_the_rope_scaling",
     ),
     "the least channels kept": Fault(
         "models/pruning.py",
         ".sort(descending=True, stable=True)",
         ".sort(descending=False, stable=True)",
-        "models/test_width.py::test_channels_that_add_nothing_go_first",
+        "models/test_width.py::test_channels_that_add_nothing_are_dropped_first",
     ),
     "last row only": Fault(
         "models/student.py",
