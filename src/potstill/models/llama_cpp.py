@@ -43,12 +43,15 @@ class LlamaCppLM(CausalLM):
         self.post = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     @classmethod
-    def open(cls, path: Path, dtype: torch.dtype, tokens: int | None, name: str) -> LlamaCppLM:
+    def open(
+        cls, path: Path, dtype: torch.dtype, tokens: int | None, name: str, own_config: Any = None
+    ) -> LlamaCppLM:
         """Start the server and probe it.
 
         Args:
             dtype: of the head.
             tokens: of the longest document; None: the model's own limit, at most MAX_TOKENS.
+            own_config: the file's, where it has been read already.
 
         Raises:
             UserError: not a whole GGUF file, or one that llama.cpp cannot run.
@@ -56,7 +59,7 @@ class LlamaCppLM(CausalLM):
         check_model_files(path)
         file = GGUFReader(path)
         _require_one_file(path, file)
-        config = plain_config(load_config(path))
+        config = plain_config(load_config(path) if own_config is None else own_config)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
         with quiet_transformers(), torch.device("meta"):
             hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

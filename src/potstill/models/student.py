@@ -5,6 +5,7 @@ module.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,20 +111,26 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the student cannot be written: {one_line(error)} Make room.") from error
 
 
-def from_checkpoint(source: str | Path, device: torch.device) -> CausalLM:
-    """A student from a checkpoint, in float32 whatever its dtype: small updates vanish in bfloat16."""
-    model = load_causal_lm(source, dtype=torch.float32, device=device)
+def from_checkpoint(source: str | Path, device: torch.device, own_config: Any = None) -> CausalLM:
+    """A student from a checkpoint, in float32 whatever its dtype: small updates vanish in bfloat16.
+
+    `own_config` is the checkpoint's, where it has been read already.
+    """
+    model = load_causal_lm(source, own_config=own_config, dtype=torch.float32, device=device)
     model.name = f"student {source}"
     return model
 
 
-def from_config(source: str | Path, device: torch.device) -> CausalLM:
+def from_config(source: str | Path, device: torch.device, config: Any = None) -> CausalLM:
     """A student with random weights, from torch's global generator, which the caller seeds.
+
+    Args:
+        config: that of `source`, where it has been read already.
 
     Raises:
         UserError: a config of no causal LM, or of one that does not fit into memory.
     """
-    config = load_config(source)
+    config = load_config(source) if config is None else copy.deepcopy(config)
     try:
         _require_memory(source, num_weights(config))
         hf = transformers.AutoModelForCausalLM.from_config(
