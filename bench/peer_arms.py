@@ -82,9 +82,7 @@ def apart(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     settings, batches, teacher, student = step.pair(step.RECIPE, overrides)
     # The library that our own runs multiply with, too.
     held = contextlib.ExitStack()  # until the function returns
-    held.enter_context(
-        matmul_with(choose_matmul(settings.train.matmul, torch.device("cpu"))[0])
-    )
+    held.enter_context(matmul_with(choose_matmul(settings.train.matmul, torch.device("cpu"))[0]))
     weights = {
         name: model.get_output_embeddings().weight.detach()
         for name, model in (("weight_VD", student), ("weight_VE", teacher))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from potstill.data.tokenizers import vocab_of
 from potstill.errors import UserError
+from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.models.llama_cpp import LlamaCppLM
 from potstill.models.load import (
@@ -33,7 +34,7 @@ from potstill.teachers.backends import FULL, Choice, choose
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource
 from potstill.teachers.quantization_gap import quantization_gap
 from potstill.teachers.toy import as_tensor, require_ids, require_known, require_last
-from potstill.types import Batch, Finding, HiddenTargets, Vocab
+from potstill.types import Batch, Finding, Vocab
 
 if TYPE_CHECKING:
     from potstill.build.setup import RunSetup
