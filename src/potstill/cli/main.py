@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, evaluate, export, gather
+from potstill.cli import capture, evaluate, export
 from potstill.errors import OfOneRank, Stopped, UserError
 from potstill.io.terminal import Display, aligned, clock, hold_streams, let_go_of_streams, size
 
@@ -116,10 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     capture.add_flags(
         verb("capture", capture.run_capture, "a recipe's teacher asked once: its targets into a folder"),
         verb("store", capture.run_store, "verify, show or merge folders of captured targets"),
-    )
-
-    gather.add_flags(
-        verb("gather", gather.run_gather, "a corpus of the sources of packages, with their licences")
     )
 
     held = verb(
