@@ -21,8 +21,9 @@ from potstill.data.memmap import BEARS, ID, PLACE, mapped
 from potstill.data.packing import HELDOUT, TRAIN, Corpus, PackedRows
 from potstill.data.tokenizers import behaviour_sha256
 from potstill.errors import UserError
-from potstill.io.atomic import SUMS, alone, listed, require_whole, seal, writing
+from potstill.io.atomic import SUMS, listed, require_whole, seal, writing
 from potstill.io.hashing import file_sha256
+from potstill.io.locks import LOCK, locked
 from potstill.io.safe_open import read_object
 from potstill.types import Vocab
 
@@ -31,7 +32,7 @@ MANIFEST = "corpus.json"
 BEGUN = "potstill-shards"  # there before anything else: what lies beside it is ours to remove
 PARTS = ("ids", "bears", "starts", "kept")
 WHOLE = {MANIFEST, *(f"{split}.{part}" for split in (TRAIN, HELDOUT) for part in PARTS)}
-OURS = WHOLE | {BEGUN, SUMS, f"{SUMS}.new", *(f"documents.{part}" for part in PARTS)}
+OURS = WHOLE | {BEGUN, LOCK, SUMS, f"{SUMS}.new", *(f"documents.{part}" for part in PARTS)}
 AGAIN = "Remove the folder to have it written again, or name another in corpus.shards."
 
 Json = dict[str, Any]
@@ -73,7 +74,7 @@ def kept(asked: Any, said: Json, build: Callable[[Path], Corpus], beat: Callable
     _require_ours(folder, names := _names(folder))
     if SUMS not in names:
         try:
-            with alone(folder / BEGUN, beat):
+            with locked(folder, on_wait=beat):
                 _require_ours(folder, names := _names(folder))
                 if SUMS not in names:
                     _write(folder, names, said, build)
@@ -97,7 +98,7 @@ def _names(folder: Path) -> set[str]:
 def _require_ours(folder: Path, names: set[str]) -> None:
     """UserError where a folder without shards has something in it that is not what a killed start left."""
     whole = {MANIFEST, SUMS} <= names
-    if foreign := sorted(set() if whole else names - OURS if BEGUN in names else names):
+    if foreign := sorted(set() if whole else names - OURS if BEGUN in names else names - {LOCK}):
         raise UserError(
             f"corpus.shards: {folder} holds other things, {foreign[0]} for one. Name another folder."
         )
@@ -107,12 +108,13 @@ def _write(folder: Path, names: set[str], said: Json, build: Callable[[Path], Co
     """Under the lock. What is removed is what a killed start of ours has left."""
     try:
         with writing(folder):
-            for name in names - {BEGUN}:
+            (folder / BEGUN).touch()
+            for name in names - {BEGUN, LOCK}:
                 (folder / name).unlink()
             _finish(folder, build(folder), said)
-        seal(folder)
+        seal(folder, leave_out={LOCK})
     except BaseException:
-        for name in sorted(_names(folder) & OURS, key=BEGUN.__eq__):  # that one last
+        for name in sorted((_names(folder) & OURS) - {LOCK}, key=BEGUN.__eq__):  # that one last
             (folder / name).unlink(missing_ok=True)
         raise
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from potstill.io.safe_open import opened, shown
 
 SUMS = "SHA256SUMS"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-WAIT_S = 0.2  # between two looks at a lock that another holds
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 
 
@@ -48,50 +45,6 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: cannot be written: {error.strerror}. {todo}, then start or resume the run again."
         ) from error
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Writers of a folder that begin or end together wait for each other; a kill frees the next."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def alone(path: Path, beat: Callable[[], None]) -> Iterator[None]:
-    """The same for hours of work: a file is the lock, made where there is none, and `beat` is called while
-    another holds it.
-    """
-    while True:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab")
-        with file:
-            while not _locked(file.fileno()):
-                beat()
-                time.sleep(WAIT_S)
-            if _is_at(path, file.fileno()):  # else who held it has removed it, and the next has made another
-                yield
-                return
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def flush(path: Path) -> None:
@@ -149,19 +102,25 @@ def replace_folder(place: Path, save: Callable[[Path], None]) -> None:
     remove(old)
 
 
-def seal(folder: Path) -> None:
-    """The same for a folder that is filled in its place: whole once its `SHA256SUMS` is there."""
+def seal(folder: Path, leave_out: Container[str] = ()) -> None:
+    """The same for a folder that is filled in its place: whole once its `SHA256SUMS` is there. It lists every
+    file but those named in `leave_out`.
+    """
     with writing(folder):
-        files = _summed(folder, f"{SUMS}.new")
+        files = _summed(folder, f"{SUMS}.new", leave_out)
         for path in (*files, folder / f"{SUMS}.new"):
             flush(path)
         (folder / f"{SUMS}.new").rename(folder / SUMS)
         flush(folder)
 
 
-def _summed(folder: Path, name: str = SUMS) -> list[Path]:
+def _summed(folder: Path, name: str = SUMS, leave_out: Container[str] = ()) -> list[Path]:
     """The files of a folder, whose sums are now in its file of that name."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != name)
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.name != name and path.name not in leave_out
+    )
     (folder / name).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
     return files
 

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from potstill.data.tokenizers import save_tokenizer
 from potstill.errors import UserError
-from potstill.io.atomic import flush, listed, one_at_a_time, replace_folder, write_whole, writing
+from potstill.io.atomic import flush, listed, replace_folder, write_whole, writing
+from potstill.io.locks import LOCK, locked
 from potstill.io.safe_open import opened, read_object
 from potstill.store.codecs import Hidden, Kind, Sampled, TopK
 from potstill.store.shards import (
@@ -108,12 +109,12 @@ class StoreWriter:
         place = path / CAPTURE
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(path):
+        with locked(path):
             if place.exists():
                 begun = read_object(place, AGAIN)
                 require_equal(path, begun, settings)
                 settings = begun
-            elif {file.name for file in listed(path)} - {f"{CAPTURE}.new"}:
+            elif {file.name for file in listed(path)} - {LOCK, f"{CAPTURE}.new"}:
                 raise UserError(
                     f"{path}: exists and is no capture. Give --out a folder that is not there yet."
                 )
@@ -166,7 +167,7 @@ class StoreWriter:
 
     def finish(self) -> bool:
         """Write the manifest if all is there; whether it was."""
-        with one_at_a_time(self.files.path):
+        with locked(self.files.path):
             return write_manifest(self.files.path, self.settings)
 
 
