@@ -10,8 +10,8 @@ from typing import Any
 from potstill.data import packing, readers, token_cache, tokenizers
 from potstill.data.decontamination import Decontamination, EvaluationTexts
 from potstill.errors import UserError
+from potstill.models.gguf_files import check_gguf
 from potstill.models.load import local_copy, vocab_size_of
-from potstill.models.safetensors_files import check_gguf
 from potstill.recipe.load import Recipe
 from potstill.store.reader import Store, read_manifest
 from potstill.teachers.toy import TableTeacher

@@ -26,8 +26,8 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body, require_compiler
 from potstill.models.load import choose_device, load_config, local_copy
 from potstill.models.lora import LoraLM, require_peft
+from potstill.models.model_files import check_model_files
 from potstill.models.pruning import cut, ffn_width_of, layers_to_keep
-from potstill.models.safetensors_files import check_model_files
 from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
 from potstill.registry import entries

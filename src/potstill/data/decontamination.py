@@ -21,7 +21,7 @@ from typing import Any
 
 from potstill.data.readers import Document, Reading
 from potstill.errors import UserError
-from potstill.io.safe_open import json_lines, opened, shown, unpacked
+from potstill.io.safe_open import json_lines, opened, printable_name, unpacked
 
 ADVICE = "Give JSON lines (.jsonl, .jsonl.gz) or a text file."
 WORD = re.compile(r"[^\W_]+")
@@ -208,7 +208,7 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
             while stack:  # JSON may be nested deeper than Python calls
                 name, value = stack.pop()
                 if isinstance(value, str):
-                    yield shown(name), value
+                    yield printable_name(name), value
                 elif isinstance(value, dict | list):
                     inside = value.items() if isinstance(value, dict) else enumerate(value)
                     stack += reversed([(f"{name} {key}", each) for key, each in inside])
@@ -224,7 +224,7 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
     if "\0" in text:
         raise UserError(f"{path}: not a text: zero byte at {content.index(0)} of {len(content)}. {ADVICE}")
-    yield shown(path.name), text
+    yield printable_name(path.name), text
 
 
 def _forms(text: str) -> list[list[str]]:

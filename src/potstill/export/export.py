@@ -25,7 +25,7 @@ from potstill.io.atomic import SUMS
 from potstill.io.hashing import file_sha256
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm, write_portable_config
-from potstill.models.safetensors_files import folder_sha256
+from potstill.models.model_files import folder_sha256
 from potstill.runs.run_dir import RunDir
 
 Record = dict[str, Any]

@@ -25,7 +25,7 @@ from torch import Tensor
 from potstill.errors import UserError
 from potstill.export.gguf_tokenizer import REFUSED, TokenList
 from potstill.models.causal_lm import CausalLM
-from potstill.models.safetensors_files import check_gguf
+from potstill.models.gguf_files import check_gguf
 
 Type = GGMLQuantizationType
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}

@@ -18,10 +18,10 @@ from typing import Any
 
 from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
-from potstill.io.safe_open import opened, shown
+from potstill.io.safe_open import opened, printable_name
 
 SUMS = "SHA256SUMS"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 
 
@@ -41,7 +41,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        todo = "Make room" if error.errno in FULL else "Make it writable"
+        todo = "Make room" if error.errno in DISK_FULL else "Make it writable"
         raise UserError(
             f"{path}: cannot be written: {error.strerror}. {todo}, then start or resume the run again."
         ) from error
@@ -160,7 +160,7 @@ def _sums(path: Path, todo: str) -> dict[str, str]:
     found = {match[2]: match[1] for line in lines if (match := _LINE.fullmatch(line))}
     if not lines or len(found) < len(lines):
         odd = next((line for line in lines if not _LINE.fullmatch(line)), "nothing")
-        raise UserError(f"{path}: damaged: no list of sums: {shown(odd)}. {todo}")
+        raise UserError(f"{path}: damaged: no list of sums: {printable_name(odd)}. {todo}")
     return found
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from potstill.data import tokenizers
 from potstill.io.hashing import file_sha256
-from potstill.models import safetensors_files
+from potstill.models import model_files
 from potstill.models.load import local_copy
 from potstill.recipe.load import Recipe
 from potstill.recipe.plugins import plugin_sha256
 
 SETTINGS = {
     *("config.json", "chat_template.jinja", "chat_template.json", "merges.txt"),
-    *safetensors_files.SETTINGS,
+    *model_files.SETTINGS,
     *tokenizers.SETTINGS,
     *tokenizers.TOKENIZER_FILES,
 }
