@@ -205,5 +205,5 @@ def test_a_gathered_corpus_is_read_and_decontaminated(index: Path, tmp_path: Pat
     tokenizer = make_tokenizer()
     texts = decontamination.EvaluationTexts([problem], 10)
     found = decontamination.Decontamination(texts, "drop")
-    kept = list(found.of(readers.jsonl(out, tokenizer), tokenizer).documents)
+    kept = list(found.of(readers.jsonl.read(out, tokenizer), tokenizer).documents)
     assert len(kept) == 1 and found.manifest()["documents_dropped"] == 1

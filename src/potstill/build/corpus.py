@@ -82,18 +82,18 @@ def read_documents(asked: Any, tokenizer: Any, vocabulary: Vocab) -> Any:
     path = Path(asked.path)
     match asked.name:
         case "text":
-            return readers.text(path, tokenizer, asked.include, asked.exclude)
+            return readers.text.read(path, tokenizer, asked.include, asked.exclude)
         case "jsonl":
-            return readers.jsonl(path, tokenizer, asked.field)
+            return readers.jsonl.read(path, tokenizer, asked.field)
         case "chat":
-            return readers.chat(path, tokenizer, asked.field)
+            return readers.chat.read(path, tokenizer, asked.field)
         case "parquet":
-            return readers.parquet(path, tokenizer, asked.column)
+            return readers.parquet.read(path, tokenizer, asked.column)
         case "hf":
-            return readers.hf(path, tokenizer, asked.split, asked.column)
+            return readers.hf.read(path, tokenizer, asked.split, asked.column)
         case _:
             end = vocabulary.eos_id if asked.document_end is None else asked.document_end
-            return readers.tokens(path, asked.dtype, vocabulary.size, end, asked.tokens_per_row)
+            return readers.tokens.read(path, asked.dtype, vocabulary.size, end, asked.tokens_per_row)
 
 
 def _alive(documents: Iterator[readers.Document], beat: Callable[[], None]) -> Iterator[readers.Document]:

@@ -152,11 +152,11 @@ def _sources(asked: Any, files: list[Json]) -> list[Path]:
         case "text":
             return readers.files_of(path, asked.include, asked.exclude)
         case "jsonl" | "chat":
-            return readers.files_of(path, readers.JSONL)
+            return readers.files_of(path, readers.jsonl.PATTERNS)
         case "parquet":
-            return readers.files_of(path, readers.PARQUET)
+            return readers.files_of(path, readers.parquet.PATTERNS)
         case "tokens":
-            return readers.shards_of(path)
+            return readers.tokens.shards_of(path)
         case _:
             # Its state.json, which is one of them, lists them: none can come without it changing.
             return [of for file in files if (of := Path(file["path"])).exists()]
