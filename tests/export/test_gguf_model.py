@@ -12,13 +12,13 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+from export.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 from potstill.errors import UserError
 from potstill.export.export import export_run
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.models.pruning import cut
 from potstill.types import Batch
-from publish.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 
 LAYER = {
     "input_layernorm": "attn_norm",

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from export.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 from potstill.cli.main import main
 from potstill.export import export
 from potstill.io.hashing import file_sha256
 from potstill.runs.run_dir import RunDir
-from publish.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 
 
 @pytest.fixture
