@@ -21,17 +21,17 @@ from typing import Any
 from potstill import __version__
 from potstill.cli import capture, evaluate, export
 from potstill.errors import OfOneRank, Stopped, UserError
-from potstill.io.terminal import Display, aligned, clock, hold_streams, let_go_of_streams, size
+from potstill.io.terminal import Display, aligned, clock, flush_streams, reserve_streams, size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     code = None
-    hold_streams()
+    reserve_streams()
     try:
         code = _run_verb(arguments)
         return code
     finally:
-        lost = let_go_of_streams()
+        lost = flush_streams()
         if lost and code != 2:  # not told yet
             Display().error((lost,))
             raise SystemExit(2)

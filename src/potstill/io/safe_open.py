@@ -1,8 +1,8 @@
-"""Files that others wrote: plain ones alone are opened, JSON has one meaning, pickles are told by content.
+"""Files of unknown origin: only plain ones are opened, JSON has one meaning, pickles are known by content.
 
-A FIFO in a file's place would hold the process for ever, a device would fill its memory. A pickle can run
-code when it is loaded, whatever its name: none is ever loaded here, and what reads as one is refused as one.
-Every wing that reads what it did not write comes through here.
+A FIFO in a file's place would block the process for ever, a device would fill its memory. A pickle can run
+code when it is loaded, whatever its name: none is ever loaded here, and what parses as one is refused.
+Whatever this process did not write itself is opened through this module.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from potstill.errors import Unreadable, UserError, one_line
 FETCH_AGAIN = "Fetch or export it again."
 NO_PICKLE = "a pickle can run code"
 WINDOW = 1 << 16
-"""Bytes of a file's start that its kind is told by."""
+"""Bytes at a file's start that decide what it is."""
 MAX_JSON_BYTES = 100_000_000
 MAX_UNPACKED_BYTES = 64 * 2**20
-"""Of a file of an evaluation's problems, tests or texts; HumanEval is 0.2 MB."""
+"""Of a file of evaluation problems, tests or texts; HumanEval has 0.2 MB."""
 LFS_POINTER = b"version "
 ZIP, OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
@@ -43,11 +43,11 @@ SPECIAL = {
 
 
 NO_FILE = {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
-"""Where there cannot be a file to read, whoever asks."""
+"""Errors that mean there is no such file, whatever the permissions."""
 
 
 class KeyTwice(ValueError):
-    """A JSON object gives a key twice."""
+    """A JSON object has a key twice."""
 
 
 @contextmanager
