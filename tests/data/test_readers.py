@@ -407,7 +407,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
     ),
     "an answer to nothing": (
         chat_of('{"messages": [{"role": "assistant", "content": "yo"}]}'),
-        "{f}/x.jsonl:1: message 0 is the assistant's, and answers nothing.",
+        "{f}/x.jsonl:1: message 0 is the assistant's",
     ),
     "a template that rewrites": (chat_of(GOOD, REWRITES), "{f}/x.jsonl:1: the chat template rewrites earlier turns"),
     "a template that refuses": (

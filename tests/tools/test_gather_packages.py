@@ -204,6 +204,6 @@ def test_a_gathered_corpus_is_read_and_decontaminated(index: Path, tmp_path: Pat
     assert code == 0
     tokenizer = make_tokenizer()
     texts = decontamination.EvaluationTexts([problem], 10)
-    found = decontamination.Decontamination(texts, "drop")
-    kept = list(found.of(readers.jsonl.read(out, tokenizer), tokenizer).documents)
-    assert len(kept) == 1 and found.manifest()["documents_dropped"] == 1
+    applied = decontamination.Decontamination(texts, "drop")
+    kept = list(applied.apply(readers.jsonl.read(out, tokenizer), tokenizer).documents)
+    assert len(kept) == 1 and applied.manifest()["documents_dropped"] == 1

@@ -42,7 +42,7 @@ def make_corpus(recipe: Recipe, beat: Callable[[], None] = lambda: None) -> tupl
         reading = read_documents(asked, tokenizer, vocabulary)
         documents = dataclasses.replace(reading, documents=_alive(reading.documents, beat))
         corpus = packing.build(
-            documents if compared is None else compared.of(documents, tokenizer),
+            documents if compared is None else compared.apply(documents, tokenizer),
             tokens_per_row=asked.tokens_per_row,
             heldout_rows=asked.heldout_rows,
             vocab=vocabulary,
@@ -54,8 +54,8 @@ def make_corpus(recipe: Recipe, beat: Callable[[], None] = lambda: None) -> tupl
     if asked.shards is None:
         return build(None), tokenizer
     against = None if compared is None else compared.texts.files
-    said = token_cache.made_of(asked, tokenizer, vocabulary, against)
-    return token_cache.kept(asked, said, build, beat), tokenizer
+    made_of = token_cache.provenance(asked, tokenizer, vocabulary, against)
+    return token_cache.load_or_build(asked, made_of, build, beat), tokenizer
 
 
 def readers_of(recipe: Recipe) -> list[str | Path]:

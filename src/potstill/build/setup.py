@@ -18,7 +18,7 @@ import torch
 
 from potstill.build.corpus import called, checkpoints, make_corpus
 from potstill.data import packing, token_cache, tokenizers
-from potstill.data.decontamination import told
+from potstill.data.decontamination import summary
 from potstill.errors import UserError
 from potstill.io.cpu_matmul import multiply_by, return_freed_memory
 from potstill.losses.objective import Objective
@@ -101,7 +101,7 @@ def assemble(
         f" {recipe.corpus.tokens_per_row}: {len(corpus.train)} to train on, {len(corpus.heldout)} held out"
     )
     if counts["decontamination"] is not None:
-        note(f"decontamination: {told(counts['decontamination'])}")
+        note(f"decontamination: {summary(counts['decontamination'])}")
     teacher = make_teacher(recipe, device)
     by = f"; {teacher.choice.told()}" if isinstance(teacher, TorchTeacher) else ""
     note(f"teacher: {called(recipe.teacher)}, vocabulary of {teacher.vocab_size}{by}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.build.setup import Cast
-from potstill.data.decontamination import told
+from potstill.data.decontamination import summary
 from potstill.errors import UserError, one_line
 from potstill.io.terminal import size
 from potstill.losses.divergences import forward_kl
@@ -122,7 +122,7 @@ def files_are_whole(cast: Cast) -> Finding:
 
 def corpus_is_compared(cast: Cast) -> Finding:
     """Never red: the recipe says what is done about an overlap, and what it refuses does not come here."""
-    return Finding("decontamination", told(cast.corpus.manifest["decontamination"]), True)
+    return Finding("decontamination", summary(cast.corpus.manifest["decontamination"]), True)
 
 
 def the_machine_suffices(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
