@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
-from potstill.models.safetensors_files import folder_sha256
+from potstill.models.model_files import folder_sha256
 from potstill.publish.licenses import Parent, licence_of, settle
 from publish.lab import edit, planned, publish
 

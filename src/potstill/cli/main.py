@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, gather
+from potstill.cli import capture, check, distill, evaluate, export
 from potstill.errors import OfOneRank, Stopped, UserError
-from potstill.io.terminal import Display, aligned, hold_streams, let_go_of_streams
+from potstill.io.terminal import Display, aligned, flush_streams, reserve_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     code = None
-    hold_streams()
+    reserve_streams()
     try:
         code = _run_verb(arguments)
         return code
     finally:
-        lost = let_go_of_streams()
+        lost = flush_streams()
         if lost and code != 2:  # not told yet
             Display().error((lost,))
             raise SystemExit(2)
@@ -101,10 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     capture.add_flags(
         verb("capture", capture.run_capture, "a recipe's teacher asked once: its targets into a folder"),
         verb("store", capture.run_store, "verify, show or merge folders of captured targets"),
-    )
-
-    gather.add_flags(
-        verb("gather", gather.run_gather, "a corpus of the sources of packages, with their licences")
     )
 
     held = verb(

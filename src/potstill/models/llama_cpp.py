@@ -26,7 +26,7 @@ from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_process, quiet_transformers
 from potstill.models.causal_lm import CausalLM, document_numbers
 from potstill.models.load import load_config, plain_config
-from potstill.models.safetensors_files import check_model_files
+from potstill.models.model_files import check_model_files
 
 HEADS = ("output.weight", "token_embd.weight")
 """The second where embeddings are tied."""

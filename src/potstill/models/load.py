@@ -24,8 +24,9 @@ from potstill.errors import UserError, one_line
 from potstill.io.safe_open import opened, read_object, require_plain
 from potstill.io.silence import quiet_transformers
 from potstill.models.causal_lm import CausalLM
+from potstill.models.gguf_files import require_layers
+from potstill.models.model_files import check_model_files, tensor_shapes
 from potstill.models.quantization import keep_layout, parts_of
-from potstill.models.safetensors_files import check_model_files, require_layers, tensor_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDINGS = (

@@ -20,7 +20,7 @@ import yaml
 
 from potstill.errors import UserError
 from potstill.io.safe_open import opened, read_object
-from potstill.models.safetensors_files import check_gguf
+from potstill.models.gguf_files import check_gguf
 
 NO_ANSWER = {"other", "unknown", "cc", "gpl", "lgpl", "gfdl"}
 """What the Hub takes for a licence and says nothing of what may be done."""

@@ -28,12 +28,9 @@ from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
-from potstill.models.safetensors_files import (
-    check_gguf,
-    check_safetensors,
-    folder_sha256,
-    tensor_shapes,
-)
+from potstill.models.gguf_files import check_gguf
+from potstill.models.model_files import folder_sha256, tensor_shapes
+from potstill.models.safetensors_files import check_safetensors
 from potstill.publish import hub
 from potstill.publish.hub import MANIFEST, Item
 from potstill.publish.licenses import Parent, licence_of, settle

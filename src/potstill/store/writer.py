@@ -26,7 +26,8 @@ from torch import Tensor
 
 from potstill.data.tokenizers import save_tokenizer
 from potstill.errors import UserError
-from potstill.io.atomic import flush, listed, one_at_a_time, replace_folder, write_whole, writing
+from potstill.io.atomic import flush, listed, replace_folder, write_whole, writing
+from potstill.io.locks import LOCK, locked
 from potstill.io.safe_open import read_object
 from potstill.store.layout import (
     CAPTURE,
@@ -62,12 +63,12 @@ class StoreWriter:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         # Writers that start together: one writes the settings, the others compare theirs with them.
-        with one_at_a_time(path):
+        with locked(path):
             if place.exists():
                 recorded = read_object(place, AGAIN)
                 require_equal(path, recorded, settings)
                 settings = recorded
-            elif {file.name for file in listed(path)} - {f"{CAPTURE}.new"}:  # which a kill leaves
+            elif {file.name for file in listed(path)} - {LOCK, f"{CAPTURE}.new"}:  # which a kill leaves
                 raise UserError(
                     f"{path}: exists and is no capture. Give --out a folder that is not there yet."
                 )
@@ -127,7 +128,7 @@ class StoreWriter:
     def finish(self) -> bool:
         """Write the manifest if every file is there; whether it was."""
         # Writers that end together: without it two would write the manifest, one over the other.
-        with one_at_a_time(self.files.path):
+        with locked(self.files.path):
             return write_manifest(self.files.path, self.settings)
 
 

@@ -27,8 +27,8 @@ from potstill.models.load import (
     weights_sha256,
     without_data,
 )
-from potstill.models.model_files import ModelFiles
 from potstill.models.quantization import pack_for_plan, quantisation
+from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import HfTeacherConfig
 from potstill.teachers.backends import FULL, Choice, choose
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource

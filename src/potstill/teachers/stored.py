@@ -22,7 +22,7 @@ from potstill.errors import UserError
 from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import local_copy
-from potstill.models.model_files import ModelFiles
+from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import StoreTeacherConfig
 from potstill.store.codecs import Hidden
 from potstill.store.layout import HELDOUT_CODEC

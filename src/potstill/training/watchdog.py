@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, Self
 
 from potstill.errors import Stopped
-from potstill.io.silence import speak
+from potstill.io.silence import restore_stderr
 from potstill.recipe.sections_training import GuardConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -104,7 +104,7 @@ class Watch:
         )
         # Not through the display: it may be what the signal interrupted, and streams are not reentrant.
         with contextlib.suppress(OSError):
-            speak()
+            restore_stderr()
             os.write(2, f"{signal.Signals(number).name}: stopping {when}\n".encode())
         if not self._begun:
             raise Stopped
@@ -127,7 +127,7 @@ class Watch:
                 waited_for = (
                     "step and no batch of an evaluation" if self._begun else "sign of life at the start"
                 )
-                speak()
+                restore_stderr()
                 self.on_stall(
                     f"no {waited_for} for {silent_s:.3g} s; guard.{self._field} is {limit:g}", stacks
                 )

@@ -12,13 +12,13 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+from export.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 from potstill.errors import UserError
 from potstill.export.export import export_run
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.models.pruning import cut
 from potstill.types import Batch
-from publish.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 
 LAYER = {
     "input_layernorm": "attn_norm",
@@ -80,7 +80,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_every_tensor_is_the_student_s(kind: str, tied: bool, tmp_path: Path) -> None:
+def test_every_tensor_equals_the_student_s(kind: str, tied: bool, tmp_path: Path) -> None:
     hf = make_model(kind, tie_word_embeddings=tied)
     written, wanted = read(export(tmp_path, hf, "f32")), expected(hf)
     assert written.keys() == wanted.keys()
@@ -184,7 +184,7 @@ def test_the_frequencies_of_llama_3_are_a_tensor(tmp_path: Path) -> None:
 
 
 @needs_llama_cpp
-def test_k_quants_follow_llama_cpp_s_mixture_and_rows_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_k_quants_follow_llama_cpp_s_mixture_and_rows_that_do_not_fit_are_recorded(tmp_path: Path) -> None:
     fits = {
         "hidden_size": 256,
         "intermediate_size": 256,
@@ -228,14 +228,14 @@ def test_a_student_cut_to_a_width_of_no_whole_blocks_is_exported_all_the_same(tm
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "error"),
     [
-        ({"kind": "mistral"}, "mistral: no architecture that is known here: llama, qwen2, qwen3"),
+        ({"kind": "mistral"}, "mistral: .*: llama, qwen2, qwen3"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu'"),
-        ({"mlp_bias": True}, r"tensor model.layers.0.mlp.gate_proj.bias has no place there"),
+        ({"mlp_bias": True}, r"tensor model.layers.0.mlp.gate_proj.bias"),
         (
             {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "dynamic", "factor": 2.0}},
-            "rope_type 'dynamic' is none of",
+            "rope_type 'dynamic'",
         ),
         (
             {
@@ -254,14 +254,16 @@ def test_a_student_cut_to_a_width_of_no_whole_blocks_is_exported_all_the_same(tm
         ),
     ],
 )
-def test_what_has_no_place_in_the_file_is_one_line(what: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_a_model_that_the_format_cannot_hold_is_refused_in_one_line(
+    what: dict[str, Any], error: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=error) as caught:
         export(tmp_path, make_model(**what), "f32")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "exports").exists()
 
 
-def test_a_number_that_is_not_one_of_the_type_leaves_no_file(tmp_path: Path) -> None:
+def test_a_number_too_large_for_the_type_leaves_no_file(tmp_path: Path) -> None:
     hf = make_model()
     hf.model.layers[1].mlp.up_proj.weight.data[3, 4] = 70_000.0
     hf.model.layers[1].mlp.down_proj.weight.data *= 1e-6
