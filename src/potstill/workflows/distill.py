@@ -20,7 +20,7 @@ from potstill.errors import Stopped, UserError
 from potstill.evals.heldout import heldout
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display
-from potstill.models.complete import complete
+from potstill.models.generate import greedy_text
 from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
 from potstill.preflight.auto import as_begun, choose, choose_multiplier, settled, with_chunk, with_matmul
@@ -396,4 +396,4 @@ def _sample(cast: Cast) -> str:
     plan = cast.recipe.eval
     if plan.sample_prompt is None or cast.tokenizer is None:
         return ""
-    return complete(cast.student.model, cast.tokenizer, plan.sample_prompt, plan.sample_tokens)
+    return greedy_text(cast.student.model, cast.tokenizer, plan.sample_prompt, plan.sample_tokens)
