@@ -18,7 +18,7 @@ from potstill.build.resolve import resolve
 from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.evals.heldout import heldout
-from potstill.models.complete import complete
+from potstill.models.generate import greedy_text
 from potstill.preflight.checks import vocabulary_is_shared
 from potstill.teachers.hf import TorchTeacher
 
@@ -147,7 +147,7 @@ def test_no_extra_id_is_generated_here_or_by_transformers_from_what_is_saved(
     saved = transformers.AutoModelForCausalLM.from_pretrained(run.student)
     assert int(saved.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=1).max()) < KNOWN
     cast = cast_of(tiny_recipe, pair["padded teacher"], pair["padded student"])
-    assert complete(cast.student.model, cast.tokenizer, "the cat", 12)
+    assert greedy_text(cast.student.model, cast.tokenizer, "the cat", 12)
     assert len(load_file(run.student / "model.safetensors")["model.embed_tokens.weight"]) == KNOWN + 6
 
 

@@ -260,8 +260,8 @@ FAULTS = {
     ),
     "an early exit is a pass": Fault(
         "evals/sandbox/judge.py",
-        'raise self.over("died", GONE) from error\n        return said',
-        'raise self.over("passed", GONE) from error\n        return said',
+        'raise self.failed("died", GONE) from error\n        return answer',
+        'raise self.failed("passed", GONE) from error\n        return answer',
         f"{SANDBOX}the_right_answer_passes[landlock]",
     ),
     "a subclass is a literal": Fault(
@@ -278,7 +278,7 @@ FAULTS = {
     ),
     "no goodbye": Fault(
         "evals/sandbox/judge.py",
-        "        inmate.end()\n",
+        "        guest.end()\n",
         "",
         f"{SANDBOX}a_right_answer_is_not_enough[landlock]",
     ),
@@ -290,26 +290,26 @@ FAULTS = {
     ),
     "the environment goes along": Fault(
         "evals/sandbox/sandbox.py",
-        'env=BARE,\n                cwd="/",\n                start_new_session',
+        'env=ENVIRONMENT,\n                cwd="/",\n                start_new_session',
         'cwd="/",\n                start_new_session',
         f"{SANDBOX}an_environment_reaches_nobody[landlock]",
     ),
     "the number of a question is not looked at": Fault(
         "evals/sandbox/judge.py",
-        'if said.pop("id", None) != number:',
-        'if said.pop("id", None) is None:',
+        'if answer.pop("id", None) != number:',
+        'if answer.pop("id", None) is None:',
         f"{SANDBOX}a_right_answer_is_not_enough[landlock]",
     ),
     "what a test catches is forgotten": Fault(
         "evals/sandbox/judge.py",
-        "        if self.ended is not None:  # a test",
+        "        if self.failure is not None:  # a test",
         "        if False:  # a test",
         f"{SANDBOX}a_test_that_asks_what_cannot_be_sent_is_an_error_whatever_it_catches[landlock]",
     ),
     "strings hash anew each time": Fault(
         "evals/sandbox/sandbox.py",
-        'BARE = {"PYTHONHASHSEED": "0"}',
-        'BARE = {"PYTHONHASHSEED": "random"}',
+        'ENVIRONMENT = {"PYTHONHASHSEED": "0"}',
+        'ENVIRONMENT = {"PYTHONHASHSEED": "random"}',
         f"{SANDBOX}sets_of_strings_are_listed_in_one_order[landlock]",
     ),
     "resume takes a new number": Fault(
@@ -427,7 +427,7 @@ FAULTS = {
         "evals/sandbox/guest.py",
         "if libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0):",
         "if False:",
-        f"{SANDBOX}a_harness_that_is_killed_takes_its_program_with_it[landlock]",
+        f"{SANDBOX}a_killed_process_takes_its_program_with_it[landlock]",
     ),
 }
 

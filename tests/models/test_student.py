@@ -12,7 +12,7 @@ from conftest import make_model, make_tokenizer, tiny_config
 
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
-from potstill.models.complete import complete
+from potstill.models.generate import greedy_text
 from potstill.models.load import load_causal_lm
 from potstill.models.student import Student, from_checkpoint, from_config
 
@@ -94,8 +94,8 @@ def test_one_changed_bit_changes_the_hash_of_the_weights(tmp_path: Path) -> None
 
 def test_a_sample_is_greedy_and_repeats(tmp_path: Path) -> None:
     model = from_checkpoint(make_model(tmp_path / "m"), CPU)
-    one = complete(model, make_tokenizer(), "the cat", 8)
-    assert one == complete(model, make_tokenizer(), "the cat", 8)
+    one = greedy_text(model, make_tokenizer(), "the cat", 8)
+    assert one == greedy_text(model, make_tokenizer(), "the cat", 8)
     ids = make_tokenizer()("the cat", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         first = int(model.hf(ids).logits[0, -1].argmax())

@@ -103,13 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         verb("store", capture.run_store, "verify, show or merge folders of captured targets"),
     )
 
-    held = verb(
-        "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"
+    evaluate.add_flags(
+        verb(
+            "eval",
+            evaluate.run_eval,
+            "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model",
+        )
     )
-    held.add_argument("target", metavar="RUN|MODEL", help="run directory, or a model with --recipe")
-    held.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
-    held.add_argument("--recipe", type=Path, help="whose held-out rows and teacher; default the run's own")
-    evaluate.add_flags(held)
 
     export.add_export_flags(
         verb("export", export.export, "a run's student as others run it: a folder and GGUF files")
@@ -135,31 +135,6 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("schema", _schema, "the JSON schema of a recipe, for editors")
     return parser
-
-
-def _eval(options: argparse.Namespace, display: Display) -> int:
-    if evaluate.asked(options):
-        return evaluate.run(options, display)
-    from potstill.recipe.load import load
-    from potstill.runs.run_dir import RunDir
-
-    target = Path(options.target)
-    if options.recipe is None:
-        run = RunDir.open(target)
-        recipe, model = load(run.resolved, options.overrides), run.whole_student()
-    else:
-        recipe, model = load(options.recipe, options.overrides), options.target
-    from potstill.workflows.distill import evaluate as measure
-
-    metrics = measure(recipe, model, display)
-    if options.json:
-        display.result(json.dumps(metrics, indent=2))
-    else:
-        display.result(f"held-out evaluation of {model}")
-        display.result(
-            aligned(["metric", "value"], [[name, f"{value:.6f}"] for name, value in metrics.items()])
-        )
-    return 0
 
 
 def _show(options: argparse.Namespace, display: Display) -> None:
