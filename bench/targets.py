@@ -155,7 +155,7 @@ def student(options: argparse.Namespace, name: str, size: int, seed: int) -> dic
 
     hooks = Hooks(lambda step: {"heldout/loss": math.inf}, note, lambda *_: None)
     asked = teacher if recipe.objective.kd_weight else None
-    train(cast.student, asked, cast.corpus.train, cast.corpus.order(seed), recipe, hooks)
+    train(cast.student, asked, cast.data(), recipe, hooks)
     if name == "live" and seed == 0:
         torch.save(cast.student.model.hf.state_dict(), options.store / "live.pt")
     found = heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)

@@ -90,7 +90,7 @@ def test_the_loop_asks_for_it_and_not_where_another_would_miss_it(
         student = Student(load_causal_lm(folder), Objective())
         student.model.compiled_body = student.model.hf.base_model if compiled else None
         for _ in range(2):  # `check` trains the student that it was given, too
-            ranks.spread(student)
+            ranks.parallelize(student)
         return len(student.model.hf.get_input_embeddings()._forward_hooks)
 
     folder = make_model(tmp_path / "model", with_tokenizer=False)

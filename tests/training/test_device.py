@@ -45,8 +45,7 @@ class Waits(TorchFunctionMode):
 
 def steps(cast: Cast, teacher: Any = None, on_step: Callable[..., None] = lambda *_: None) -> None:
     hooks = Hooks(lambda step: NEVER, on_step, lambda *_: None)
-    order = cast.corpus.order(cast.recipe.train.seed)
-    train(cast.student, teacher or cast.teacher, cast.corpus.train, order, cast.recipe, hooks)
+    train(cast.student, teacher or cast.teacher, cast.data(), cast.recipe, hooks)
 
 
 def weights(cast: Cast) -> dict[str, Tensor]:

@@ -17,13 +17,14 @@ import torch
 from potstill import UserError, distill, load_recipe
 from potstill.build.setup import Cast, assemble
 from potstill.cli.main import main
-from potstill.data.packing import Order
+from potstill.data.fixed import Order
 from potstill.models.student import Student
 from potstill.preflight.checks import Checked
 from potstill.preflight.trial_steps import smoke
 from potstill.teachers.hf import TorchTeacher
-from potstill.training.loop import Hooks, offending, train
-from potstill.training.watchdog import Watch
+from potstill.training.guard import rows_at_fault
+from potstill.training.loop import Hooks, train
+from potstill.training.watchdog import Watchdog
 from potstill.types import HiddenTargets
 from potstill.workflows.distill import RunDir
 
@@ -41,7 +42,7 @@ def hooks(**others: Any) -> Hooks:
 
 
 def run_steps(cast: Cast) -> None:
-    train(cast.student, cast.teacher, cast.corpus.train, cast.corpus.order(0), cast.recipe, hooks())
+    train(cast.student, cast.teacher, cast.data(), cast.recipe, hooks())
 
 
 def plant(cast: Cast, where: str) -> None:
@@ -105,7 +106,7 @@ def test_without_a_ceiling_an_exploded_loss_is_refused_all_the_same(tiny_recipe:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planted here goes wrong on the way; the checks before a run see none of it."""
-    for module in ("line", "proof.rehearsal"):
+    for module in ("workflows.distill", "preflight.trial_steps"):
         monkeypatch.setattr(
             f"potstill.{module}.require_sound", lambda cast, place: Checked("not planned", [])
         )
@@ -204,8 +205,7 @@ def test_a_gradient_that_is_not_finite_names_its_rows(tiny_recipe: Recipe) -> No
         train(
             cast.student,
             cast.teacher,
-            cast.corpus.train,
-            cast.corpus.order(0),
+            cast.data(),
             cast.recipe,
             hooks(on_fault=lambda *what: told.append(what)),
         )
@@ -223,8 +223,7 @@ def test_looking_for_the_rows_leaves_the_random_state_as_it_was(tiny_recipe: Rec
         return forward(*arguments)
 
     cast.student.forward = drawing  # type: ignore[method-assign]
-    rows = cast.corpus.order(0).rows(0, 4)
-    assert offending(cast.student, cast.teacher, cast.corpus.train, rows, 1e9, lambda: None) == []
+    assert rows_at_fault(cast.student, cast.teacher, cast.data().step(0), 1e9, lambda: None) == []
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -401,16 +400,16 @@ def test_a_signal_during_an_evaluation_cuts_it_short_and_loses_nothing(
     distill(recipe, out=tmp_path / "whole")
     arguments = ["distill", str(recipe), "--out", str(tmp_path / "cut")]
     polled: list[int] = []
-    poll = Watch.poll
+    poll = Watchdog.poll
 
-    def signalling(self: Watch) -> None:
+    def signalling(self: Watchdog) -> None:
         polled.append(1)
         if len(polled) == 4 * at_step // 2 + 2:  # the second of an evaluation's four batches
             signal.raise_signal(signal.SIGTERM)
         poll(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "poll", signalling)
+        patch.setattr(Watchdog, "poll", signalling)
         assert main(arguments) == 143
     assert len(polled) == 4 * at_step // 2 + 2
     assert RunDir(tmp_path / "cut").status()["state"] == "stopped"
@@ -455,12 +454,12 @@ def test_a_signal_before_the_run_directory_exists_leaves_nothing(
 def test_a_second_signal_ends_the_process_at_once(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, rows_per_micro_batch: 1, lr: 1e-3, device: cpu}")
     program = (
-        "import signal, sys; from potstill.cli.main import main; from potstill.training.watchdog import Watch\n"
-        "beat = Watch.beat\n"
+        "import signal, sys; from potstill.cli.main import main; from potstill.training.watchdog import Watchdog\n"
+        "beat = Watchdog.beat\n"
         "def signalling(self):\n"
         "    beat(self)\n"
-        "    if self._begun: signal.raise_signal(signal.SIGTERM)\n"
-        "Watch.beat = signalling\n"
+        "    if self._in_loop: signal.raise_signal(signal.SIGTERM)\n"
+        "Watchdog.beat = signalling\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = [sys.executable, "-c", program, "distill", str(recipe), "--out", str(tmp_path / "run")]

@@ -61,9 +61,8 @@ def test_each_step_writes_one_line_whose_terms_add_up(tiny_recipe: Recipe, tmp_p
         assert line["train/loss"] == pytest.approx(0.2 * line["train/ce"] + 0.7 * line["train/kd"], rel=1e-6)
         assert line["train/kd"] > 0 and line["train/grad_norm"] > 0 and line["speed/tokens_per_s"] > 0
     cast = assemble(load_recipe(run.resolved), lambda text: None)
-    order = cast.corpus.order(0)
     assert [line["train/positions"] for line in lines] == [
-        len(cast.corpus.train.batch(order.rows(step, 4)).positions_N) for step in range(4)
+        sum(len(batch.positions_N) for batch in cast.data().step(step)) for step in range(4)
     ]
 
 
@@ -93,7 +92,7 @@ def test_best_is_the_lowest_held_out_loss_and_nothing_else(tiny_recipe: Recipe) 
         return {"heldout/loss": next(losses), "heldout/ce": -float(step)}
 
     hooks = Hooks(evaluate, lambda step, metrics: None, lambda step, metrics: kept.append(step))
-    outcome = train(cast.student, cast.teacher, cast.corpus.train, cast.corpus.order(0), cast.recipe, hooks)
+    outcome = train(cast.student, cast.teacher, cast.data(), cast.recipe, hooks)
     assert kept == [0, 1, 2] and outcome.best_step == 2
     assert outcome.best["heldout/loss"] == 2.0 and outcome.last["heldout/loss"] == 2.5
 
@@ -193,7 +192,7 @@ def test_logits_that_are_not_finite_stop_the_step_with_its_rows_and_touch_no_wei
 
 def run_loop(cast: Any, teacher: Any) -> None:
     hooks = Hooks(lambda step: {"heldout/loss": 1.0}, lambda step, metrics: None, lambda step, metrics: None)
-    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(0), cast.recipe, hooks)
+    train(cast.student, teacher, cast.data(), cast.recipe, hooks)
 
 
 def test_norms_and_biases_do_not_decay(tiny_recipe: Recipe) -> None:

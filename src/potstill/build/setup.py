@@ -19,6 +19,7 @@ import torch
 from potstill.build.corpus import called, checkpoints, make_corpus
 from potstill.data import packing, token_cache, tokenizers
 from potstill.data.decontamination import told
+from potstill.data.fixed import FixedRows
 from potstill.errors import UserError
 from potstill.io.cpu_matmul import multiply_by, return_freed_memory
 from potstill.losses.objective import Objective
@@ -64,6 +65,11 @@ class Cast:
     origin: dict[str, Any]
     """Where the student's weights came from."""
     shared: Shared
+
+    def data(self, world: int = 1) -> FixedRows:
+        """What the loop trains on, cut so that each of `world` ranks has a share of every step."""
+        plan = self.recipe.train
+        return self.corpus.steps(plan.seed, plan.rows_per_step, plan.micro_batch_rows, world)
 
 
 def assemble(

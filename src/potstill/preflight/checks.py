@@ -31,7 +31,7 @@ from potstill.preflight.same_model import ADVICE_IDENTICAL, SAME, rounding_kl, s
 from potstill.preflight.teacher_quantization import gap
 from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import StoredTeacher
-from potstill.training.prefetch import ask
+from potstill.training.prefetch import checked_targets
 from potstill.types import Batch, Targets
 
 BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
@@ -248,7 +248,7 @@ def cross_entropy_is_the_library_s(cast: Cast, batch: Batch) -> Finding:
 def measure_a_little(cast: Cast) -> dict[str, float]:
     """CE and KL over up to two held-out rows, nats per position."""
     batch = cast.corpus.heldout.batch(range(min(2, len(cast.corpus.heldout)))).to(cast.device)
-    sums = cast.student.measure(batch, ask(cast.teacher, batch, BEFORE))
+    sums = cast.student.measure(batch, checked_targets(cast.teacher, batch, BEFORE))
     return {name: float(value) / len(batch.labels_N) for name, value in sums.items()}
 
 
@@ -349,7 +349,7 @@ def _targets(cast: Cast, batch: Batch) -> Targets:
     """The teacher's at a window's positions; a store knows whole rows alone, and something else must do."""
     if isinstance(cast.teacher, StoredTeacher):
         return Pull(torch.ones(len(batch.positions_N), device=cast.device))
-    return ask(cast.teacher, batch, BEFORE)
+    return checked_targets(cast.teacher, batch, BEFORE)
 
 
 def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
@@ -362,7 +362,7 @@ def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
 
 
 def _teacher_logp(cast: Cast, batch: Batch) -> torch.Tensor:
-    targets = ask(cast.teacher, batch, BEFORE)[:16]
+    targets = checked_targets(cast.teacher, batch, BEFORE)[:16]
     nothing_NV = torch.zeros(len(targets), cast.student.model.head.num_ids, device=cast.device)
     at = getattr(targets, "temperature", 1.0)  # few ids know one temperature alone
     return targets.on_support(nothing_NV, at)[1].clamp_min(-100)

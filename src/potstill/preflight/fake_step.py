@@ -34,7 +34,7 @@ from potstill.models.safetensors_files import check_safetensors
 from potstill.models.student import Student
 from potstill.preflight.memory_tracker import (
     Answers,
-    FakeOrder,
+    FakeData,
     FakeRows,
     FakeStore,
     Ledger,
@@ -166,7 +166,8 @@ def _trace(recipe: Recipe, teacher_config: Any, student_config: Any, device: tor
 
         hooks = Hooks(evaluate, lambda *_: None, save, resume=watch)
         asked_teacher = teacher if recipe.objective.kd_weight else None
-        train(student, asked_teacher, fake_rows, FakeOrder(), recipe, hooks)
+        few = recipe.train.rows_per_step
+        train(student, asked_teacher, FakeData(fake_rows, few, min(rows, few)), recipe, hooks)
     return Traced(
         ledger.peak_phase,
         ledger.at_peak,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from potstill.build.setup import Cast, assemble, make_objective
+from potstill.data.fixed import FixedRows
 from potstill.errors import UserError
 from potstill.evals.heldout import heldout
 from potstill.io.memory import peak_gib
@@ -31,9 +32,10 @@ from potstill.preflight.plan import Plan, available
 from potstill.preflight.probe_batches import window
 from potstill.recipe.load import Recipe
 from potstill.runs.run_dir import default_path
-from potstill.training.loop import Hooks, Metrics, train
+from potstill.training.checkpoint import Metrics
+from potstill.training.loop import Hooks, train
 from potstill.training.optim import lr_at, rates
-from potstill.types import Batch, Order
+from potstill.types import Batch
 
 STEPS = 10
 FULL = 3
@@ -109,14 +111,16 @@ def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
 class _Thinned:
     """The recipe's rows, after the first steps only a quarter of each step's."""
 
-    order: Order
+    data: FixedRows
 
-    def rows(self, step: int, rows_per_step: int) -> list[int]:
-        rows = self.order.rows(step, rows_per_step)
-        return rows if step < FULL else rows[: max(len(rows) // 4, 1)]
+    fixed = True
 
-    def epoch(self, step: int, rows_per_step: int) -> int:
-        return self.order.epoch(step, rows_per_step)
+    def step(self, step: int) -> list[Batch]:
+        rows = self.data.rows(step)
+        return self.data.pack(rows if step < FULL else rows[: max(len(rows) // 4, 1)])
+
+    def epoch(self, step: int) -> int:
+        return self.data.epoch(step)
 
 
 def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
@@ -164,8 +168,7 @@ def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
         should_stop=lambda: len(lines) == wanted,
     )
     teacher = cast.teacher if cast.recipe.objective.kd_weight else None
-    order = _Thinned(cast.corpus.order(plan.seed))
-    train(cast.student, teacher, cast.corpus.train, order, _strict(cast.recipe), hooks)
+    train(cast.student, teacher, _Thinned(cast.data()), _strict(cast.recipe), hooks)
 
     yield what_is_trained_moves(
         trained,
@@ -280,8 +283,7 @@ def smoke(recipe: Recipe, steps: int, display: Display | None = None, name: str 
 
     hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(lines) == steps)
     teacher = cast.teacher if recipe.objective.kd_weight else None
-    order = cast.corpus.order(recipe.train.seed)
-    train(cast.student, teacher, cast.corpus.train, order, _strict(recipe), hooks)
+    train(cast.student, teacher, cast.data(), _strict(recipe), hooks)
     step_s = _settled_s(lines)
     num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
     evaluation_s = statistics.median(evaluations)
@@ -317,8 +319,7 @@ def _first_steps(cast: Cast, recipe: Recipe) -> list[Metrics]:
         should_stop=lambda: len(lines) == FULL,
     )
     teacher = cast.teacher if recipe.objective.kd_weight else None
-    order = cast.corpus.order(recipe.train.seed)
-    train(cast.student, teacher, cast.corpus.train, order, _strict(recipe), hooks)
+    train(cast.student, teacher, cast.data(), _strict(recipe), hooks)
     return lines
 
 

@@ -31,10 +31,10 @@ from potstill.runs.inputs import file_hashes
 from potstill.runs.run_dir import RunDir, code, default_path, newest_path
 from potstill.runs.trackers import require_sinks, telling
 from potstill.teachers.hf import TorchTeacher
-from potstill.training.checkpoint import Checkpoints, Outcome
-from potstill.training.distributed import Ranks, started
-from potstill.training.loop import Hooks, Metrics, train
-from potstill.training.watchdog import Watch
+from potstill.training.checkpoint import Checkpoints, Metrics, Outcome
+from potstill.training.distributed import Ranks, process_group
+from potstill.training.loop import Hooks, train
+from potstill.training.watchdog import Watchdog
 from potstill.workflows.receipt import hashes, receipt_of
 
 Json = dict[str, Any]
@@ -72,7 +72,7 @@ def distill(
             "distill: the recipe has a section `compare`; compare() runs its arms. Or leave it out."
         )
     require_sinks(loaded.sinks)
-    with started(loaded.train.parallel, choose_device(loaded.train.device)) as ranks:
+    with process_group(loaded.train.parallel, choose_device(loaded.train.device)) as ranks:
         return _distill(recipe, loaded, out, resume, display, ranks)
 
 
@@ -82,7 +82,7 @@ def _distill(
     given = recipes.dump(loaded).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     if resume:
-        run = RunDir.open(ranks.first_says(out or newest_path(name)))
+        run = RunDir.open(ranks.broadcast(out or newest_path(name)))
         began = recipes.load(run.resolved)
         loaded = as_begun(loaded, began)
         # Its schedule and its data are functions of the recipe.
@@ -94,10 +94,10 @@ def _distill(
             return run
         path = run.path
     else:
-        path = ranks.first_says(out or default_path(name))
-        ranks.only_first(lambda: RunDir.require_free(path))
-        chunk = ranks.first_says(choose(loaded, display.note))
-        by = ranks.first_says(choose_multiplier(loaded, display.note))
+        path = ranks.broadcast(out or default_path(name))
+        ranks.on_first(lambda: RunDir.require_free(path))
+        chunk = ranks.broadcast(choose(loaded, display.note))
+        by = ranks.broadcast(choose_multiplier(loaded, display.note))
         loaded = with_matmul(with_chunk(loaded, chunk.used), by)
 
     locked: list[RunDir] = []
@@ -114,7 +114,7 @@ def _distill(
         finally:
             os._exit(2)  # whoever hangs cannot be asked to return
 
-    with Watch(loaded.guard, on_stall) as watch, _advised(loaded):
+    with Watchdog(loaded.guard, on_stall) as watch, _advised(loaded):
 
         def note(text: str) -> None:
             watch.beat()
@@ -130,7 +130,7 @@ def _distill(
         if not resume:
             kept: Json = {"resolved": recipes.dump(loaded), "corpus": cast.corpus.manifest, "inputs": inputs}
             made = partial(RunDir.create, path, recipe=given, **kept, chunk=chunk.as_dict())
-            ranks.only_first(made)
+            ranks.on_first(made)
             run = RunDir(path)
         note(f"run: {run.path}")
         with contextlib.ExitStack() as held:
@@ -140,7 +140,7 @@ def _distill(
                 held.enter_context(telling(loaded.sinks, run, display.warn))
                 locked.append(run)
             if resume:
-                ranks.only_first(lambda: run.set_status("running"))
+                ranks.on_first(lambda: run.set_status("running"))
             _Running(cast, run, display, watch, inputs, ranks, is_resumed=resume).to_its_receipt(checked)
     return run
 
@@ -187,7 +187,7 @@ class _Running:
         cast: Cast,
         run: RunDir,
         display: Display,
-        watch: Watch,
+        watch: Watchdog,
         inputs: dict[str, str],
         ranks: Ranks,
         *,
@@ -209,11 +209,11 @@ class _Running:
         running = code()  # now, while it is what was loaded
         samples = {"before": _sample(cast)}
         if isinstance(cast.teacher, TorchTeacher) and getattr(recipe.teacher, "sharded", False):
-            self.ranks.spread_teacher(cast.teacher.model)
+            self.ranks.shard_teacher(cast.teacher.model)
         outcome = self.train()
         if outcome.evaluated < recipe.train.steps:
             said = f"by a signal after step {outcome.step}; --resume goes on"
-            self.ranks.only_first(lambda: run.set_status("stopped", said))
+            self.ranks.on_first(lambda: run.set_status("stopped", said))
             self.display.note(
                 f"stopped after step {outcome.step}, checkpoint saved; the same command with"
                 f" --resume --out {run.path} goes on"
@@ -222,9 +222,9 @@ class _Running:
         with contextlib.ExitStack() as whole:
             for module in (cast.student, getattr(cast.teacher, "model", None)):
                 if module is not None:
-                    whole.enter_context(self.ranks.whole(module))
+                    whole.enter_context(self.ranks.gathered(module))
             samples["after"] = _sample(cast)
-            self.ranks.only_first(lambda: self.write_receipt(checked, outcome, running, samples, begun))
+            self.ranks.on_first(lambda: self.write_receipt(checked, outcome, running, samples, begun))
         _tell(cast, run, outcome, samples, self.display)
 
     def write_receipt(
@@ -257,17 +257,10 @@ class _Running:
             beat=self.watch.beat,
         )
         teacher = cast.teacher if recipe.objective.kd_weight else None  # no answer is asked that nobody reads
-        self.watch.begin()
-        outcome = train(
-            cast.student,
-            teacher,
-            cast.corpus.train,
-            cast.corpus.order(recipe.train.seed),
-            recipe,
-            hooks,
-            self.ranks,
-        )
-        self.watch.end()
+        self.watch.enter_loop()
+        data = cast.data(self.ranks.world)
+        outcome = train(cast.student, teacher, data, recipe, hooks, self.ranks)
+        self.watch.leave_loop()
         return outcome
 
     def evaluate(self, step: int) -> Metrics:
@@ -293,7 +286,7 @@ class _Running:
         self.display.step_line(step, self.cast.recipe.train.steps, metrics, left_s)
 
     def on_best(self, step: int, metrics: Metrics) -> None:
-        self.ranks.only_first(self.write_student)
+        self.ranks.on_first(self.write_student)
 
     def write_student(self) -> None:
         student = self.cast.student
@@ -304,7 +297,7 @@ class _Running:
     def resume(self, optimizer: Optimizer) -> Outcome | None:
         """At the begin, and when the guard goes back: the fault it goes back for is not forgotten."""
         outcome = self.checkpoints.load(self.cast.student, optimizer)
-        self.ranks.only_first(lambda: self.rewind(outcome))
+        self.ranks.on_first(lambda: self.rewind(outcome))
         self.begun = True
         return outcome
 
@@ -321,11 +314,11 @@ class _Running:
             self.run.rewind_faults(at.step, at.left_out)
 
     def save(self, optimizer: Optimizer, outcome: Outcome) -> None:
-        self.ranks.only_first(self.run.flush)
+        self.ranks.on_first(self.run.flush)
         self.checkpoints.save(self.cast.student, optimizer, outcome)
 
     def on_fault(self, step: int, what: str, rows: list[dict[str, Any]]) -> None:
-        self.ranks.only_first(lambda: self.run.log_fault(step, what, rows))
+        self.ranks.on_first(lambda: self.run.log_fault(step, what, rows))
         self.display.warn(f"{what} guard.policy: {self.cast.recipe.guard.policy}")
 
 
