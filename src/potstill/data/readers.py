@@ -85,6 +85,11 @@ def text(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: S
     return reading
 
 
+def from_texts(texts: Iterable[tuple[str, str]], tokenizer: Any) -> Reading:
+    """Documents of a corpus that is no file: (where it stands, its text)."""
+    return Reading(_tokenize(texts, tokenizer))
+
+
 def jsonl(path: Path, tokenizer: Any, field: str = "text") -> Reading:
     """One document a line, the string under `field`."""
     reading = Reading(iter(()))

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from potstill.data import readers
 from potstill.data.memmap import BEARS, ID, PLACE, mapped
 from potstill.data.packing import HELDOUT, TRAIN, Corpus, PackedRows
 from potstill.data.tokenizers import behaviour_sha256
@@ -63,7 +62,7 @@ def kept(asked: Any, said: Json, build: Callable[[Path], Corpus], beat: Callable
         UserError: shards of something else, damaged, of files that changed; a folder with other things in it.
     """
     folder = Path(asked.shards)
-    inner, outer = (Path(os.path.realpath(path)) for path in (folder, asked.path))
+    inner, outer = (Path(os.path.realpath(path)) for path in (folder, asked.origin))
     if inner.is_relative_to(outer):
         raise UserError(
             f"corpus.shards: {folder} lies in corpus.path, whose files are read. Name another folder."
@@ -85,9 +84,9 @@ def kept(asked: Any, said: Json, build: Callable[[Path], Corpus], beat: Callable
     return _read(folder, asked, said)
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: str | Path) -> bool:
     """Whether there are shards: a start would read them and not its corpus."""
-    return (folder / SUMS).exists()
+    return (Path(folder) / SUMS).exists()
 
 
 def _names(folder: Path) -> set[str]:
@@ -137,27 +136,10 @@ def _read(folder: Path, asked: Any, said: Json) -> Corpus:
         raise UserError(f"{folder}: {name} was {was!r:.80} when it was written, is {now!r:.80}. {AGAIN}")
     require_whole(folder, None, AGAIN, WHOLE)
     manifest = kept["manifest"]
-    _require_same_files(folder, _sources(asked, manifest["files"]), manifest["files"])
+    _require_same_files(folder, asked.sources(manifest["files"]), manifest["files"])
     train, heldout = (_rows(folder, name, asked.tokens_per_row) for name in (TRAIN, HELDOUT))
     heldout.first_row = len(train)
     return Corpus(train, heldout, manifest)
-
-
-def _sources(asked: Any, files: list[Json]) -> list[Path]:
-    """The files that a reader would open now."""
-    path = Path(asked.path)
-    match asked.name:
-        case "text":
-            return readers.files_of(path, asked.include, asked.exclude)
-        case "jsonl" | "chat":
-            return readers.files_of(path, readers.JSONL)
-        case "parquet":
-            return readers.files_of(path, readers.PARQUET)
-        case "tokens":
-            return readers.shards_of(path)
-        case _:
-            # Its state.json, which is one of them, lists them: none can come without it changing.
-            return [of for file in files if (of := Path(file["path"])).exists()]
 
 
 def _rows(folder: Path, name: str, tokens_per_row: int) -> PackedRows:

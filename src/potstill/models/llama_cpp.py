@@ -43,8 +43,11 @@ class LlamaCppLM(CausalLM):
         self.post = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     @classmethod
-    def open(cls, path: Path, dtype: torch.dtype, tokens: int | None, name: str) -> LlamaCppLM:
+    def open(
+        cls, path: Path, dtype: torch.dtype, tokens: int | None, name: str, own_config: Any = None
+    ) -> LlamaCppLM:
         """Args:
+        own_config: the file's, where it has been read already.
         tokens: of the longest row; None: what the model was made for, at most LONGEST.
 
         Raises:
@@ -53,7 +56,7 @@ class LlamaCppLM(CausalLM):
         check_model_files(path)
         file = GGUFReader(path)
         _require_one_file(path, file)
-        config = plain_config(load_config(path))
+        config = plain_config(load_config(path) if own_config is None else own_config)
         made_for = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
         with quiet_transformers(), torch.device("meta"):
             hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
 from potstill.errors import UserError, one_line
 from potstill.io.safe_open import opened, read_object, require_plain
@@ -155,6 +156,7 @@ def load_causal_lm(
     source: str | Path,
     *,
     config: Any = None,
+    own_config: Any = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantisation: Any = None,
@@ -163,6 +165,7 @@ def load_causal_lm(
 
     Args:
         config: what the checkpoint must be: a config, its dictionary, or a path; default is its own.
+        own_config: the checkpoint's config, where it has been read already.
         quantisation: Transformers' configuration of fewer bits for the layers' matrices.
 
     Raises:
@@ -171,7 +174,7 @@ def load_causal_lm(
     """
     path = local_copy(source)
     check_model_files(path)
-    own_config = load_config(path)
+    own_config = load_config(path) if own_config is None else copy.deepcopy(own_config)
     config = own_config if config is None else _as_config(config, own_config)
     _require_same_vocabulary(path, config)
     _require_same_size(path, config)
@@ -206,6 +209,23 @@ def as_plain(hf: Any) -> Any:
         hf.is_quantized = False
         hf.config = plain_config(hf.config)
     return hf
+
+
+def longest_row(config: Any) -> int | None:
+    """Tokens of the longest row that a model of this config was made for; None where it does not say."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
+def without_data(config: Any, dtype: torch.dtype, device: torch.device, name: str) -> CausalLM:
+    """The model of a config under PyTorch's fake tensors: shapes, and no numbers."""
+    try:
+        with no_init_weights(), device:
+            hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        hf.tie_weights()
+    except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
+        raise UserError(f"{name}: no causal LM can be made of its config: {one_line(error)}") from error
+    return CausalLM(hf, name)
 
 
 def plain_config(config: Any) -> Any:

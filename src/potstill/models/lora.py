@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
-from potstill.recipe.sections_students import ALL_LINEAR, Lora
+from potstill.recipe.sections_models import ALL_LINEAR, LoraConfig
 
 ADAPTER = "default"  # peft's own name of the only one
 REACHED_LATE = ".lora_A."
@@ -51,7 +51,7 @@ class LoraLM(CausalLM):
         UserError: peft is not there, or `asked.targets` names no linear layer of the body.
     """
 
-    def __init__(self, model: CausalLM, asked: Lora) -> None:
+    def __init__(self, model: CausalLM, asked: LoraConfig) -> None:
         peft = require_peft()
         super().__init__(model.hf, model.name)
         self.asked = asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,16 +100,21 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the student cannot be written: {one_line(error)} Make room.") from error
 
 
-def from_checkpoint(source: str | Path, device: torch.device) -> CausalLM:
-    """Float32 weights, whatever the checkpoint holds: AdamW's small steps vanish in bfloat16."""
-    model = load_causal_lm(source, dtype=torch.float32, device=device)
+def from_checkpoint(source: str | Path, device: torch.device, own_config: Any = None) -> CausalLM:
+    """Float32 weights, whatever the checkpoint holds: AdamW's small steps vanish in bfloat16.
+
+    `own_config` is the checkpoint's, where it has been read already.
+    """
+    model = load_causal_lm(source, own_config=own_config, dtype=torch.float32, device=device)
     model.name = f"student {source}"
     return model
 
 
-def from_config(source: str | Path, device: torch.device) -> CausalLM:
-    """Random weights, from torch's global generator: seed it before."""
-    config = load_config(source)
+def from_config(source: str | Path, device: torch.device, config: Any = None) -> CausalLM:
+    """Random weights, from torch's global generator: seed it before. `config` is that of `source`, where it
+    has been read already.
+    """
+    config = load_config(source) if config is None else copy.deepcopy(config)
     try:
         _require_memory(source, num_weights(config))
         hf = transformers.AutoModelForCausalLM.from_config(

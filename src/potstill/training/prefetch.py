@@ -112,8 +112,8 @@ class Prefetch:
         on_device = batch.to(self.device)
         if self.teacher is None:
             return on_device, None
-        reads_on_the_cpu = getattr(self.teacher, "reads_on_the_cpu", False)
-        return on_device, checked_targets(self.teacher, batch if reads_on_the_cpu else on_device, number)
+        read = batch if self.teacher.reads_on_cpu else on_device
+        return on_device, checked_targets(self.teacher, read, number)
 
 
 def checked_targets(teacher: Teacher, batch: Batch, number: int) -> Targets:

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from potstill.errors import Stopped
 from potstill.io.silence import speak
-from potstill.recipe.sections import Guard
+from potstill.recipe.sections_training import GuardConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -48,7 +48,7 @@ def cleaning() -> Iterator[None]:
 class Watchdog:
     """A context that handles the process's signals. `on_stall` gets a diagnosis and the stacks."""
 
-    def __init__(self, guard: Guard, on_stall: Callable[[str, str], None]) -> None:
+    def __init__(self, guard: GuardConfig, on_stall: Callable[[str, str], None]) -> None:
         self.guard, self.on_stall = guard, on_stall
         self.stopping = False
         self._in_loop = False

@@ -30,12 +30,12 @@ from potstill.losses.targets import SparseTargets
 from potstill.models.student import Student
 from potstill.store.codecs import Kind
 from potstill.teachers.capture_rows import captured
-from potstill.teachers.hf import TorchTeacher
-from potstill.types import Rows, Targets
+from potstill.types import Rows, Targets, Teacher
 
 
-def certificate(student: Student, teacher: TorchTeacher, rows: Rows, kind: Kind, seed: int) -> dict[str, Any]:
+def certificate(student: Student, teacher: Teacher, rows: Rows, kind: Kind, seed: int) -> dict[str, Any]:
     """Row by row over `rows`; the student is as it is, and left so."""
+    assert teacher.model is not None
     objective = replace(student.objective, kd_weight=1.0, ce_weight=0.0)
     of_head = [torch.zeros_like(student.model.head.weight_VD, dtype=torch.float32) for _ in range(2)]
     sums: dict[str, float] = defaultdict(float)
