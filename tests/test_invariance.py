@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from potstill import distill, load_recipe
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.io.terminal import Display
 from potstill.losses.divergences import forward_kl, reverse_kl
 from potstill.losses.objective import Objective
@@ -39,7 +40,7 @@ def plain_step(
     recipe: Path, kd: float, ce: float, temperature: float, reverse: bool
 ) -> dict[str, torch.Tensor]:
     """The same step by whole logits and autograd, in float64, on the library's own forward."""
-    cast = assemble(load_recipe(recipe), lambda text: None)
+    cast = set_up(resolve(load_recipe(recipe)), lambda text: None)
     batch = cast.corpus.train.batch(cast.corpus.order(0).rows(0, 4))
     teacher = transformers.AutoModelForCausalLM.from_pretrained(
         cast.recipe.teacher.model, dtype=torch.float64

@@ -11,13 +11,14 @@ import torch
 
 from potstill import load_recipe
 from potstill.build.corpus import make_corpus
+from potstill.build.resolve import resolve
 from potstill.data.packing import Corpus
 from potstill.types import Batch
 
 
 @pytest.fixture
 def corpus(tiny_recipe: Callable[..., Path]) -> Corpus:
-    return make_corpus(load_recipe(tiny_recipe()))[0]
+    return make_corpus(resolve(load_recipe(tiny_recipe())))[0]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from conftest import make_model
 
 from potstill import load_recipe
 from potstill.build import setup
+from potstill.build.resolve import resolve
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
@@ -237,7 +238,6 @@ def test_a_recipe_s_channels_are_chosen_by_its_first_training_rows(
         return cut(teacher, keep, width, batches)
 
     monkeypatch.setattr(setup, "cut", noted)
-    cast = setup.assemble(
-        load_recipe(tiny_recipe(student="{name: cut, layers: 2, ffn_width: 48}")), lambda note: None
-    )
+    recipe = load_recipe(tiny_recipe(student="{name: cut, layers: 2, ffn_width: 48}"))
+    cast = setup.set_up(resolve(recipe), lambda note: None)
     assert torch.equal(torch.cat(given), cast.corpus.train.batch(range(8)).input_ids_BT)

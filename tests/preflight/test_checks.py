@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from test_malformed import gguf_file, gguf_tensors
 
 from potstill import UserError, distill, load_recipe
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.models.student import Student
 from potstill.preflight.checks import (
@@ -42,12 +43,12 @@ Recipe = Callable[..., Path]
 NOWHERE = Path("runs/not-there")
 
 
-def red(cast: Cast) -> list[str]:
+def red(cast: RunSetup) -> list[str]:
     return [finding.name for finding in check(cast, NOWHERE) if not finding.ok]
 
 
-def cast_of(recipe: Path) -> Cast:
-    return assemble(load_recipe(recipe), lambda text: None)
+def cast_of(recipe: Path) -> RunSetup:
+    return set_up(resolve(load_recipe(recipe)), lambda text: None)
 
 
 def test_a_sound_recipe_has_no_red_line(tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

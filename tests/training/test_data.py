@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from potstill import load_recipe
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.data.packing import PackedRows
 from potstill.training import loop
 from potstill.training.checkpoint import Outcome
@@ -31,22 +32,22 @@ class StudentWritten:
 
     fixed = False
 
-    def __init__(self, cast: Cast) -> None:
-        self.cast = cast
+    def __init__(self, setup: RunSetup) -> None:
+        self.setup = setup
         self.requests: list[tuple[int, str]] = []
 
     def step(self, step: int) -> list[Batch]:
-        weights = self.cast.student.weights_sha256()
+        weights = self.setup.student.weights_sha256()
         self.requests.append((step, weights))
-        return [self.cast.corpus.train.batch(rows) for rows in rows_of(self.cast, weights)]
+        return [self.setup.corpus.train.batch(rows) for rows in rows_of(self.setup, weights)]
 
     def epoch(self, step: int) -> int:
         return 0
 
 
-def rows_of(cast: Cast, weights: str) -> list[list[int]]:
+def rows_of(setup: RunSetup, weights: str) -> list[list[int]]:
     """Two micro-batches of two rows, of those that the digits of a hash name."""
-    one, two, three, four = (int(weights[i : i + 8], 16) % len(cast.corpus.train) for i in (0, 8, 16, 24))
+    one, two, three, four = (int(weights[i : i + 8], 16) % len(setup.corpus.train) for i in (0, 8, 16, 24))
     return [[one, two], [three, four]]
 
 
@@ -55,8 +56,8 @@ class Logged:
 
     fixed = True
 
-    def __init__(self, cast: Cast, events: list[tuple[str, int]]) -> None:
-        self.data, self.events = cast.data(), events
+    def __init__(self, setup: RunSetup, events: list[tuple[str, int]]) -> None:
+        self.data, self.events = setup.data(), events
 
     def step(self, step: int) -> list[Batch]:
         self.events.append(("asked", step))
@@ -67,43 +68,47 @@ class Logged:
 
 
 def run(
-    cast: Cast, data: Any, is_ahead: bool, on_step: Callable[[int, Any], None] = lambda *_: None, **hooks: Any
+    setup: RunSetup,
+    data: Any,
+    is_ahead: bool,
+    on_step: Callable[[int, Any], None] = lambda *_: None,
+    **hooks: Any,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Prefetch", lambda *given: Prefetch(*given, is_ahead=is_ahead))
         every = Hooks(lambda step: {"heldout/loss": math.inf}, on_step, lambda *_: None, **hooks)
-        train(cast.student, cast.teacher, data, cast.recipe, every)
+        train(setup.student, setup.teacher, data, setup.recipe, every)
 
 
 @pytest.fixture
-def cast(tiny_recipe: Recipe) -> Cast:
+def setup(tiny_recipe: Recipe) -> RunSetup:
     recipe = tiny_recipe(train=TRAIN, guard="{policy: skip}")
-    return assemble(load_recipe(recipe), lambda text: None)
+    return set_up(resolve(load_recipe(recipe)), lambda text: None)
 
 
 @ON_BOTH
 def test_rows_that_the_student_writes_are_of_the_weights_after_the_last_update(
-    cast: Cast, is_ahead: bool
+    setup: RunSetup, is_ahead: bool
 ) -> None:
-    weights = [cast.student.weights_sha256()]
+    weights = [setup.student.weights_sha256()]
     trained: list[list[int]] = []
-    forward = cast.student.forward
+    forward = setup.student.forward
 
     def noted(batch: Batch, targets: Any) -> dict[str, Tensor]:
         trained.append(batch.rows_B.tolist())
         return forward(batch, targets)
 
-    cast.student.forward = noted  # type: ignore[method-assign]
-    data = StudentWritten(cast)
-    run(cast, data, is_ahead, lambda *_: weights.append(cast.student.weights_sha256()))
+    setup.student.forward = noted  # type: ignore[method-assign]
+    data = StudentWritten(setup)
+    run(setup, data, is_ahead, lambda *_: weights.append(setup.student.weights_sha256()))
     assert len(set(weights)) == STEPS + 1
     assert data.requests == list(enumerate(weights[:STEPS]))
-    assert trained == [rows for of in weights[:STEPS] for rows in rows_of(cast, of)]
+    assert trained == [rows for of in weights[:STEPS] for rows in rows_of(setup, of)]
 
 
 @ON_BOTH
 def test_fixed_rows_are_asked_for_once_in_order_and_ahead_only_where_prefetch_is(
-    cast: Cast, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
+    setup: RunSetup, is_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, int]] = []
     packed: list[list[int]] = []
@@ -111,38 +116,38 @@ def test_fixed_rows_are_asked_for_once_in_order_and_ahead_only_where_prefetch_is
     monkeypatch.setattr(
         PackedRows, "batch", lambda self, rows: packed.append(list(rows)) or batch(self, rows)
     )
-    run(cast, Logged(cast, events), is_ahead, lambda step, _: events.append(("updated", step)))
+    run(setup, Logged(setup, events), is_ahead, lambda step, _: events.append(("updated", step)))
     in_turn = [event for step in range(STEPS) for event in (("asked", step), ("updated", step + 1))]
     ahead = [("asked", 0), *(e for n in range(1, STEPS) for e in (("asked", n), ("updated", n)))]
     assert events == ([*ahead, ("updated", STEPS)] if is_ahead else in_turn)
-    order = cast.corpus.order(0)
+    order = setup.corpus.order(0)
     assert packed == [rows[i : i + 2] for n in range(STEPS) for rows in [order.rows(n, 4)] for i in (0, 2)]
 
 
 @ON_BOTH
-def test_a_step_that_is_left_out_is_not_asked_for(cast: Cast, is_ahead: bool) -> None:
+def test_a_step_that_is_left_out_is_not_asked_for(setup: RunSetup, is_ahead: bool) -> None:
     """Steps 2 and 4, counted from 1, as a run that was resumed knows them."""
     events: list[tuple[str, int]] = []
-    run(cast, Logged(cast, events), is_ahead, resume=lambda optimizer: Outcome(left_out=[2, 4]))
+    run(setup, Logged(setup, events), is_ahead, resume=lambda optimizer: Outcome(left_out=[2, 4]))
     assert events == [("asked", 0), ("asked", 2)]
 
 
 @pytest.mark.parametrize("fixed", [True, False])
 @ON_BOTH
-def test_a_step_after_a_refused_one_is_asked_for_once(cast: Cast, is_ahead: bool, fixed: bool) -> None:
+def test_a_step_after_a_refused_one_is_asked_for_once(setup: RunSetup, is_ahead: bool, fixed: bool) -> None:
     """A loss that is not a number, in the second step's last micro-batch."""
     events: list[tuple[str, int]] = []
-    data = Logged(cast, events)
+    data = Logged(setup, events)
     data.fixed = fixed
-    forward, calls = cast.student.forward, [0]
+    forward, calls = setup.student.forward, [0]
 
     def spoiled(batch: Batch, targets: Any) -> dict[str, Tensor]:
         calls[0] += 1
         terms = forward(batch, targets)
         return terms | {"loss": terms["loss"] * (math.nan if calls[0] == 4 else 1.0)}
 
-    cast.student.forward = spoiled  # type: ignore[method-assign]
+    setup.student.forward = spoiled  # type: ignore[method-assign]
     faults: list[int] = []
-    run(cast, data, is_ahead, on_fault=lambda step, *_: faults.append(step))
+    run(setup, data, is_ahead, on_fault=lambda step, *_: faults.append(step))
     assert faults == [2] and events == [("asked", step) for step in range(STEPS)]
-    assert all(bool(torch.isfinite(p).all()) for p in cast.student.parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in setup.student.parameters())

@@ -97,6 +97,8 @@ def test_rows_taken_as_packed_give_the_same_numbers(
 class Noting:
     """A teacher that says which rows it was asked for."""
 
+    reads_on_cpu = False
+
     def __init__(self, inner: Any, told: list[Any]) -> None:
         self.inner, self.told = inner, told
 

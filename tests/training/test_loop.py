@@ -154,6 +154,8 @@ def test_a_teacher_that_fails_ends_the_run_by_name(tiny_recipe: Recipe, fault: E
     cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
 
     class Broken:
+        reads_on_cpu = False
+
         def targets(self, batch: Any) -> Any:
             raise fault
 
@@ -169,6 +171,8 @@ def test_a_teacher_that_answers_for_other_positions_ends_the_run(tiny_recipe: Re
     cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
 
     class Short:
+        reads_on_cpu = False
+
         def targets(self, batch: Any) -> Any:
             return cast.teacher.targets(batch)[: len(batch.positions_N) - 1]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.losses.targets import SparseTargets
 from potstill.models.student import Student
 from potstill.recipe import load as recipes
@@ -27,7 +28,7 @@ SEED = 3
 @pytest.fixture(params=[1.0, 2.0])
 def made(request: pytest.FixtureRequest, tiny_recipe: Callable[..., Path]) -> Made:
     path = tiny_recipe(objective=f"{{chunk: 16, temperature: {request.param}}}")
-    cast = assemble(recipes.load(path), lambda line: None)
+    cast = set_up(resolve(recipes.load(path)), lambda line: None)
     assert isinstance(cast.teacher, TorchTeacher)
     return cast.student, cast.teacher, cast.corpus.heldout
 
