@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from potstill.build.resolve import resolve
 from potstill.build.setup import make_objective, set_up
-from potstill.data.packing import Order
+from potstill.data.fixed import FixedRows, Order
 from potstill.data.tokenizers import require_same
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body
@@ -263,7 +263,9 @@ def ours(compiled: bool = False, engine: Any = "fused") -> Run:
 
         meter.before(0)
         hooks = Hooks(lambda number: {"heldout/loss": math.inf}, note, lambda *_: None)
-        train(student, pair.teacher, pair.rows, pair.order, recipe, hooks)
+        plan = recipe.train
+        data = FixedRows(pair.rows, pair.order, plan.rows_per_step, plan.micro_batch_rows)
+        train(student, pair.teacher, data, recipe, hooks)
         alone = [*timed(loss_of(student, pair), pair.device, 3)]
         losses, seconds = ([line[name] for line in lines] for name in ("train/loss", "speed/step_s"))
         return {"losses": losses, "seconds": seconds, "loss_seconds": alone}

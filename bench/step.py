@@ -43,7 +43,7 @@ def pair(recipe: Path, overrides: list[str]) -> tuple[Any, list[Any], Any, Any]:
 
     from potstill.build.corpus import make_corpus
     from potstill.build.resolve import resolve
-    from potstill.data.packing import Order
+    from potstill.data.fixed import Order
     from potstill.recipe.load import load
 
     settings = load(recipe, overrides)

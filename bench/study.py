@@ -64,7 +64,7 @@ def trained(cast: RunSetup, seed: int) -> float:
         lambda step: {"heldout/loss": math.inf}, lambda *_: clock.append(time.process_time()), lambda *_: None
     )
     teacher = cast.teacher if cast.recipe.objective.kd_weight else None
-    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(seed), cast.recipe, hooks)
+    train(cast.student, teacher, cast.data(), cast.recipe, hooks)
     return (clock[-1] - clock[0]) / (len(clock) - 1)
 
 

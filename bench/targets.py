@@ -88,6 +88,8 @@ def cast_of(options: argparse.Namespace, seed: int = 0) -> RunSetup:
 class Derived:
     """A stored teacher of hidden states, whose training rows answer as another kind would."""
 
+    reads_on_cpu = True
+
     def __init__(self, hidden: StoredTeacher, kind: Codec, seed: int, renormalised: bool = False) -> None:
         self.hidden, self.kind, self.seed, self.renormalised = hidden, kind, seed, renormalised
         self.vocab, self.vocab_size = hidden.vocab, hidden.vocab_size
@@ -156,7 +158,7 @@ def student(options: argparse.Namespace, name: str, size: int, seed: int) -> dic
 
     hooks = Hooks(lambda step: {"heldout/loss": math.inf}, note, lambda *_: None)
     asked = teacher if recipe.objective.kd_weight else None
-    train(cast.student, asked, cast.corpus.train, cast.corpus.order(seed), recipe, hooks)
+    train(cast.student, asked, cast.data(), recipe, hooks)
     if name == "live" and seed == 0:
         torch.save(cast.student.model.hf.state_dict(), options.store / "live.pt")
     found = heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)

@@ -31,6 +31,7 @@ ENGINES = "losses/test_fused.py::test_the_two_engines_agree"
 SANDBOX = "evals/sandbox/test_sandbox.py::test_"
 CODECS = "store/test_codecs.py::test_"
 STORE = "store/test_store.py::test_"
+DATA = "training/test_data.py::test_"
 REFUSAL = "publish/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
 FAULTS = {
     "reversed KL": Fault(
@@ -81,12 +82,12 @@ FAULTS = {
     ),
     "mean of means": Fault(
         "training/loop.py",
-        'terms["loss"] / positions * ranks.world',
-        'terms["loss"] / len(batch.positions_N) / len(batches)',
+        'terms["loss"] / step.positions * ranks.world',
+        'terms["loss"] / len(batch.positions_N) / len(step.share)',
         STEP,
     ),
     "divided twice": Fault(
-        "training/loop.py", "/ positions * ranks.world", "/ positions / len(batches)", STEP
+        "training/loop.py", "/ step.positions * ranks.world", "/ step.positions / len(step.share)", STEP
     ),
     "scaled rope lost on an older library": Fault(
         "models/load.py",
@@ -143,7 +144,7 @@ FAULTS = {
     ),
     "learning rate constant": Fault(
         "training/loop.py",
-        "set_lr(optimizer, lr_at(step, plan))",
+        "set_lr(optimizer, lr_at(step.number, plan))",
         "set_lr(optimizer, plan.lr)",
         "training/test_loop.py",
     ),
@@ -158,7 +159,7 @@ FAULTS = {
     ),
     "best chosen by the last evaluation": Fault(
         "training/loop.py",
-        'if not outcome.best or found["heldout/loss"] < outcome.best["heldout/loss"]:',
+        'if not outcome.best or metrics["heldout/loss"] < outcome.best["heldout/loss"]:',
         "if True:",
         "training/test_loop.py",
     ),
@@ -178,20 +179,57 @@ FAULTS = {
         "training/test_guard.py",
     ),
     "the gradient of a refused step is kept": Fault(
-        "training/loop.py",
-        "            optimizer.zero_grad(set_to_none=True)\n            refused",
-        "            refused",
+        "training/guard.py",
+        "        self.student.zero_grad(set_to_none=True)\n        fault =",
+        "        fault =",
         "training/test_guard.py",
     ),
     "a NaN is below the ceiling": Fault(
-        "training/loop.py",
-        "if not math.isfinite(grad_norm):\n        broken",
-        "if grad_norm > 1e30:\n        broken",
+        "training/guard.py",
+        "if not math.isfinite(totals.grad_norm):",
+        "if totals.grad_norm > 1e30:",
         "training/test_guard.py",
+    ),
+    "rows that the student writes are asked for before its update": Fault(
+        "training/prefetch.py",
+        "elif self.data.fixed and self.is_taken(",
+        "elif self.is_taken(",
+        f"{DATA}rows_that_the_student_writes_are_of_the_weights_after_the_last_update",
+    ),
+    "rows that the student wrote once are kept": Fault(
+        "training/prefetch.py",
+        "return Step(number, self.data.step(number), self.ranks)",
+        "self._rows = getattr(self, '_rows', None) or self.data.step(number)\n"
+        "        return Step(number, self._rows, self.ranks)",
+        f"{DATA}rows_that_the_student_writes_are_of_the_weights_after_the_last_update[False]",
+    ),
+    "a step's rows are asked for before the last update, whatever the device": Fault(
+        "training/loop.py",
+        "        totals.clip(plan.clip)\n",
+        "        prefetch._next_step = prefetch._make(outcome.step + 1)\n        totals.clip(plan.clip)\n",
+        f"{DATA}rows_that_the_student_writes_are_of_the_weights_after_the_last_update[False]",
+    ),
+    "a step's rows are packed twice": Fault(
+        "training/prefetch.py",
+        "if made is not None and made.number == number:",
+        "if False:",
+        f"{DATA}fixed_rows_are_asked_for_once_in_order_and_ahead_only_where_prefetch_is[True]",
+    ),
+    "a step that the guard leaves out is prefetched": Fault(
+        "training/loop.py",
+        "return number < recipe.train.steps and number + 1 not in outcome.left_out",
+        "return number < recipe.train.steps",
+        f"{DATA}a_step_that_is_left_out_is_not_asked_for[True]",
+    ),
+    "a row taken out of a batch keeps its place in it": Fault(
+        "types.py",
+        "self.positions_N[own_N] - b * num_tokens,",
+        "self.positions_N[own_N],",
+        "data/test_fixed.py::test_a_row_of_a_batch_is_the_row_packed_alone",
     ),
     "a file of a checkpoint is not on the disk when it takes its name": Fault(
         "training/checkpoint.py",
-        "            for path in (*beside.iterdir(), beside):\n                flush(path)\n",
+        "            for path in (*fresh.iterdir(), fresh):\n                flush(path)\n",
         "",
         "io/test_atomic.py::test_everything_is_on_the_disk_before_it_takes_its_name_and_its_name_after",
     ),
@@ -204,7 +242,7 @@ FAULTS = {
     "older checkpoints go before the new one is read back": Fault(
         "training/checkpoint.py",
         "        try:\n            verify(place)\n",
-        "        for old in self._found()[KEPT:]:\n            remove(old)\n        try:\n            verify(place)\n",
+        "        for old in self._newest_first()[CHECKPOINTS_KEPT:]:\n            remove(old)\n        try:\n            verify(place)\n",
         "io/test_atomic.py::test_no_older_checkpoint_goes_before_the_new_one_is_read_back",
     ),
     "what may not be read is damaged": Fault(

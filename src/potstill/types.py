@@ -44,6 +44,20 @@ class Batch:
         inputs = (moved(getattr(self, f.name), device) for f in fields(self)[1:])
         return Batch(self.rows_B, *inputs)
 
+    def split(self) -> Iterator[Batch]:
+        """Each row as a batch of its own, as if it had been packed alone."""
+        num_tokens = self.input_ids_BT.shape[1]
+        row_of_N = self.positions_N // num_tokens
+        for b in range(len(self.input_ids_BT)):
+            own_N = row_of_N == b
+            yield Batch(
+                self.rows_B[b : b + 1],
+                self.input_ids_BT[b : b + 1],
+                self.position_ids_BT[b : b + 1],
+                self.positions_N[own_N] - b * num_tokens,
+                self.labels_N[own_N],
+            )
+
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """On the device; to CUDA without a wait, which takes pinned memory. A fake tensor has none to pin."""
@@ -260,16 +274,31 @@ class Divergence(Protocol):
 
 
 class Rows(Protocol):
-    """Packed rows with random access: resuming needs only the step number."""
+    """Packed rows with random access."""
 
     def __len__(self) -> int: ...
 
     def batch(self, rows: Sequence[int]) -> Batch: ...
 
 
-class Order(Protocol):
-    """Which rows a step takes: a pure function of the seed and the step, so that nothing has to be saved."""
+class Data(Protocol):
+    """What a student trains on, one optimizer step after the other. Steps count from 0.
 
-    def rows(self, step: int, rows_per_step: int) -> list[int]: ...
+    The loop asks once for each step that it takes, in order, and on every rank alike. A step that is taken
+    again, after a resume or a rollback, must have the same rows: the loop saves its number and nothing else.
+    """
 
-    def epoch(self, step: int, rows_per_step: int) -> int: ...
+    @property
+    def fixed(self) -> bool:
+        """Whether a step's rows are the same whenever they are asked for, so that the loop may ask during the
+        step before. False where the student writes them: then it asks after that step's update.
+        """
+        ...
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of all ranks, on the CPU, at least one position of them with a label."""
+        ...
+
+    def epoch(self, step: int) -> int:
+        """Logged as `train/epoch`."""
+        ...

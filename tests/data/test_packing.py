@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from potstill.data import packing as rows_
+from potstill.data.fixed import Order
 from potstill.data.memmap import Stream
-from potstill.data.packing import Corpus, Order, PackedRows, build, split
+from potstill.data.packing import Corpus, PackedRows, build, split
 from potstill.data.readers import Document, Reading
 from potstill.errors import UserError
 from potstill.types import Vocab

@@ -205,7 +205,7 @@ def test_every_rank_takes_the_first_one_s(
 ) -> None:
     """Here the only rank is told what another first rank would say."""
     slow_with_mkl(False)
-    says = "potstill.training.distributed.Ranks.first_says"
+    says = "potstill.training.distributed.Ranks.broadcast"
     monkeypatch.setattr(says, lambda ranks, value: "onednn" if value == BLAS else value)
     run = distill(tiny_recipe(), overrides=["train.steps=1"], out=tmp_path / "run")
     assert run.receipt()["matmul"] == "onednn"

@@ -90,7 +90,7 @@ def test_training_enables_it_except_with_several_ranks_or_a_compiled_body(
         student = Student(load_causal_lm(folder), Objective())
         student.model.compiled_body = student.model.hf.base_model if compiled else None
         for _ in range(2):  # `check` trains the student that it was given, too
-            ranks.spread(student)
+            ranks.parallelize(student)
         return len(student.model.hf.get_input_embeddings()._forward_hooks)
 
     folder = make_model(tmp_path / "model", with_tokenizer=False)

@@ -137,7 +137,7 @@ def test_every_rank_takes_the_first_one_s(
     """Here the only rank is told what another first rank would say."""
     free(NONE)
     told = choosing.Chunk("auto", 128, "said by the first")
-    says = "potstill.training.distributed.Ranks.first_says"
+    says = "potstill.training.distributed.Ranks.broadcast"
     monkeypatch.setattr(says, lambda ranks, value: told if isinstance(value, choosing.Chunk) else value)
     assert distill(auto, overrides=["train.steps=1"], out=tmp_path / "run").receipt()["chunk"]["used"] == 128
 

@@ -30,7 +30,7 @@ BEFORE = {
     "check": "potstill.workflows.distill:require_sound",
 }
 PHASES = BEFORE | {
-    "order": "potstill.data.packing:Order.rows",
+    "order": "potstill.data.fixed:Order.rows",
     "teacher": "potstill.teachers.hf:TorchTeacher.targets",
     "forward": "potstill.models.student:Student.forward",
     "backward": "torch:Tensor.backward",
@@ -188,7 +188,8 @@ def on_call(name: str, act: Any) -> None:
 
 def record_rows(path: str) -> None:
     """Append `[process, step, rows]` for each micro-batch of training rows that the loop asks for."""
-    from potstill.data.packing import Order, PackedRows
+    from potstill.data.fixed import Order
+    from potstill.data.packing import PackedRows
 
     rows, batch = Order.rows, PackedRows.batch
     order: dict[str, int] = {}

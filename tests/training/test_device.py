@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from potstill import UserError, distill, load_recipe
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.models import causal_lm, compile
 from potstill.training import loop
 from potstill.training.loop import Hooks, train
@@ -43,42 +44,41 @@ class Waits(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def steps(cast: Cast, teacher: Any = None, on_step: Callable[..., None] = lambda *_: None) -> None:
+def steps(setup: RunSetup, teacher: Any = None, on_step: Callable[..., None] = lambda *_: None) -> None:
     hooks = Hooks(lambda step: NEVER, on_step, lambda *_: None)
-    order = cast.corpus.order(cast.recipe.train.seed)
-    train(cast.student, teacher or cast.teacher, cast.corpus.train, order, cast.recipe, hooks)
+    train(setup.student, teacher or setup.teacher, setup.data(), setup.recipe, hooks)
 
 
-def weights(cast: Cast) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in cast.student.named_parameters()}
+def weights(setup: RunSetup) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in setup.student.named_parameters()}
 
 
 @pytest.mark.parametrize("objective", ["{}", "{divergence: jsd, temperature: 2.0}"])
 def test_a_step_waits_for_its_device_once(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
-    cast = assemble(load_recipe(tiny_recipe(train=TRAIN, objective=objective)), lambda text: None)
+    setup = set_up(resolve(load_recipe(tiny_recipe(train=TRAIN, objective=objective))), lambda text: None)
     monkeypatch.setattr(causal_lm, "is_asynchronous", lambda device: True)
     with Waits() as waits:
         before = waits.seen.copy()
         counts: list[Counter[str]] = []
-        steps(cast, on_step=lambda *_: counts.append(waits.seen.copy()))
+        steps(setup, on_step=lambda *_: counts.append(waits.seen.copy()))
     each = [after - earlier for earlier, after in zip([before, *counts], counts, strict=False)]
     assert each == [Counter(tolist=1)] * 3
 
 
 def test_a_wait_in_a_micro_batch_is_seen(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    cast = assemble(load_recipe(tiny_recipe(train=TRAIN)), lambda text: None)
-    forward = cast.student.forward
+    setup = set_up(resolve(load_recipe(tiny_recipe(train=TRAIN))), lambda text: None)
+    forward = setup.student.forward
 
     def waiting(batch: Batch, targets: Any) -> dict[str, Tensor]:
         terms = forward(batch, targets)
         float(terms["loss"].detach())
         return terms
 
-    monkeypatch.setattr(cast.student, "forward", waiting)
+    monkeypatch.setattr(setup.student, "forward", waiting)
     with Waits() as waits:
-        steps(cast)
+        steps(setup)
     assert waits.seen["__float__"] == 6
 
 
@@ -86,17 +86,19 @@ def test_rows_taken_as_packed_give_the_same_numbers(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One document in a row, too, for which Transformers would do without a mask."""
-    cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
-    ids_BT = cast.corpus.train.batch([0, 1]).input_ids_BT
+    setup = set_up(resolve(load_recipe(tiny_recipe())), lambda text: None)
+    ids_BT = setup.corpus.train.batch([0, 1]).input_ids_BT
     for positions_BT in (torch.arange(32).expand(2, 32), torch.arange(32).remainder(13).expand(2, 32)):
-        plain = cast.student.model.hidden(ids_BT, positions_BT)
+        plain = setup.student.model.hidden(ids_BT, positions_BT)
         with monkeypatch.context() as patch:
             patch.setattr(causal_lm, "is_asynchronous", lambda device: True)
-            assert torch.allclose(cast.student.model.hidden(ids_BT, positions_BT), plain, atol=1e-6)
+            assert torch.allclose(setup.student.model.hidden(ids_BT, positions_BT), plain, atol=1e-6)
 
 
 class Noting:
     """A teacher that says which rows it was asked for."""
+
+    reads_on_cpu = False
 
     def __init__(self, inner: Any, told: list[Any]) -> None:
         self.inner, self.told = inner, told
@@ -106,17 +108,17 @@ class Noting:
         return self.inner.targets(batch)
 
 
-def prefetched(cast: Cast, patch: pytest.MonkeyPatch, ahead: bool) -> list[Any]:
+def prefetched(setup: RunSetup, patch: pytest.MonkeyPatch, ahead: bool) -> list[Any]:
     told: list[Any] = []
-    forward = cast.student.forward
+    forward = setup.student.forward
 
     def noted(batch: Batch, targets: Any) -> dict[str, Tensor]:
         told.append(("trained", batch.rows_B.tolist()))
         return forward(batch, targets)
 
-    patch.setattr(cast.student, "forward", noted)
+    patch.setattr(setup.student, "forward", noted)
     patch.setattr(loop, "Prefetch", lambda *given: Prefetch(*given, is_ahead=ahead))
-    steps(cast, Noting(cast.teacher, told))
+    steps(setup, Noting(setup.teacher, told))
     return told
 
 
@@ -126,22 +128,22 @@ def test_the_teacher_is_one_micro_batch_ahead_and_changes_no_bit(
     recipe = load_recipe(tiny_recipe(train=TRAIN))
     found = {}
     for ahead in (False, True):
-        cast = assemble(recipe, lambda text: None)
+        setup = set_up(resolve(recipe), lambda text: None)
         with monkeypatch.context() as patch:
-            told = prefetched(cast, patch, ahead)
+            told = prefetched(setup, patch, ahead)
         asked, trained = ([rows for what, rows in told if what == kind] for kind in ("asked", "trained"))
         assert asked == trained and len(asked) == 6
         kinds = [what for what, _ in told]
         in_turn = ["asked", "trained"] * 6
         assert kinds == (["asked", *["asked", "trained"] * 5, "trained"] if ahead else in_turn)
-        found[ahead] = weights(cast)
+        found[ahead] = weights(setup)
     assert all(torch.equal(found[True][name], found[False][name]) for name in found[True])
 
 
 def test_a_teacher_that_fails_ahead_is_told_at_its_turn(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cast = assemble(load_recipe(tiny_recipe(train=TRAIN)), lambda text: None)
+    setup = set_up(resolve(load_recipe(tiny_recipe(train=TRAIN))), lambda text: None)
     trained: list[int] = []
 
     class Failing(Noting):
@@ -154,7 +156,7 @@ def test_a_teacher_that_fails_ahead_is_told_at_its_turn(
     with pytest.raises(
         UserError, match=r"^step 2: the teacher failed on rows \[\d+, \d+\]: RuntimeError: no more"
     ):
-        steps(cast, Failing(cast.teacher, []), lambda step, metrics: trained.append(step))
+        steps(setup, Failing(setup.teacher, []), lambda step, metrics: trained.append(step))
     assert trained == [1]  # the fourth micro-batch, which is the second step's last
 
 
@@ -166,9 +168,9 @@ def test_compiled_bodies_train_the_same_student(tiny_recipe: Recipe, monkeypatch
         recipe = load_recipe(
             tiny_recipe(train=TRAIN), [f"train.compile={str(is_compiled).lower()}", "train.steps=2"]
         )
-        cast = assemble(recipe, lambda text: None)
-        assert (cast.student.model.compiled_body is not None) == is_compiled
-        steps(cast, on_step=lambda step, metrics, of=of: of.append(metrics["train/loss"]))
+        setup = set_up(resolve(recipe), lambda text: None)
+        assert (setup.student.model.compiled_body is not None) == is_compiled
+        steps(setup, on_step=lambda step, metrics, of=of: of.append(metrics["train/loss"]))
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
 
 
@@ -191,10 +193,10 @@ def test_on_cuda_a_step_waits_once_and_the_teacher_has_its_stream(tiny_recipe: R
     recipe = load_recipe(tiny_recipe(train=TRAIN.replace("cpu", "cuda")))
     found = {}
     for ahead in (False, True):
-        cast = assemble(recipe, lambda text: None)
+        setup = set_up(resolve(recipe), lambda text: None)
         with pytest.MonkeyPatch.context() as patch, Waits() as waits:
             patch.setattr(loop, "Prefetch", lambda *given, ahead=ahead: Prefetch(*given, is_ahead=ahead))
-            steps(cast)
+            steps(setup)
         assert waits.seen["tolist"] == 3
-        found[ahead] = weights(cast)
+        found[ahead] = weights(setup)
     assert all(torch.allclose(found[True][name], found[False][name], atol=1e-6) for name in found[True])

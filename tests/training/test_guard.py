@@ -15,16 +15,18 @@ import pytest
 import torch
 
 from potstill import UserError, distill, load_recipe
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
-from potstill.data.packing import Order
+from potstill.data.fixed import Order
 from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student
 from potstill.preflight.checks import Checked
 from potstill.preflight.trial_steps import smoke
 from potstill.teachers.hf import TorchTeacher
-from potstill.training.loop import Hooks, offending, train
-from potstill.training.watchdog import Watch
+from potstill.training.guard import rows_at_fault
+from potstill.training.loop import Hooks, train
+from potstill.training.watchdog import Watchdog
 from potstill.workflows.distill import RunDir
 
 Recipe = Callable[..., Path]
@@ -32,29 +34,29 @@ NAN = float("nan")
 FAULTY = 3  # the step, from 1, that goes wrong in the tests of a whole run
 
 
-def cast_of(recipe: Path) -> Cast:
-    return assemble(load_recipe(recipe), lambda text: None)
+def setup_of(recipe: Path) -> RunSetup:
+    return set_up(resolve(load_recipe(recipe)), lambda text: None)
 
 
 def hooks(**others: Any) -> Hooks:
     return Hooks(lambda step: {"heldout/loss": 1.0}, lambda *_: None, lambda *_: None, **others)
 
 
-def run_steps(cast: Cast) -> None:
-    train(cast.student, cast.teacher, cast.corpus.train, cast.corpus.order(0), cast.recipe, hooks())
+def run_steps(setup: RunSetup) -> None:
+    train(setup.student, setup.teacher, setup.data(), setup.recipe, hooks())
 
 
-def plant(cast: Cast, where: str) -> None:
+def plant(setup: RunSetup, where: str) -> None:
     if where == "loss":
-        objective = cast.student.objective
+        objective = setup.student.objective
         nan = lambda student_NS, teacher_NS: objective.divergence(student_NS, teacher_NS) * NAN  # noqa: E731
-        cast.student.objective = type(objective)(nan, chunk=objective.chunk)
+        setup.student.objective = type(objective)(nan, chunk=objective.chunk)
     elif where == "gradient":
-        weight = cast.student.model.hf.model.layers[1].mlp.up_proj.weight
+        weight = setup.student.model.hf.model.layers[1].mlp.up_proj.weight
         weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), NAN))
     else:
-        assert isinstance(cast.teacher, TorchTeacher)
-        targets = cast.teacher.targets
+        assert isinstance(setup.teacher, TorchTeacher)
+        targets = setup.teacher.targets
 
         def spoiled(batch: Any) -> HiddenTargets:
             found = targets(batch)
@@ -69,45 +71,45 @@ def plant(cast: Cast, where: str) -> None:
 
             return HiddenTargets(found.hidden_NE, head)
 
-        cast.teacher.targets = spoiled  # type: ignore[method-assign]
+        setup.teacher.targets = spoiled  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "a target row", "the teacher's logits"])
 def test_what_is_not_finite_is_noticed_in_its_step_and_no_weight_moves(
     tiny_recipe: Recipe, where: str
 ) -> None:
-    cast = cast_of(tiny_recipe())
-    plant(cast, where)
-    before = cast.student.weights_sha256()
+    setup = setup_of(tiny_recipe())
+    plant(setup, where)
+    before = setup.student.weights_sha256()
     said = r"up_proj\.weight" if where == "gradient" else "kd is nan"
     with pytest.raises(UserError, match=rf"step 1, rows \[\d+, .*{said}.* The weights are those before"):
-        run_steps(cast)
-    assert cast.student.weights_sha256() == before
+        run_steps(setup)
+    assert setup.student.weights_sha256() == before
 
 
 def test_a_loss_above_its_ceiling_is_refused_and_one_below_is_not(tiny_recipe: Recipe) -> None:
-    run_steps(cast_of(tiny_recipe(guard="{loss_ceiling: 50}")))
-    cast = cast_of(tiny_recipe(guard="{loss_ceiling: 0.5}"))
-    before = cast.student.weights_sha256()
+    run_steps(setup_of(tiny_recipe(guard="{loss_ceiling: 50}")))
+    setup = setup_of(tiny_recipe(guard="{loss_ceiling: 0.5}"))
+    before = setup.student.weights_sha256()
     with pytest.raises(UserError, match=r"step 1, rows .* nats per position, above the ceiling of 0\.5"):
-        run_steps(cast)
-    assert cast.student.weights_sha256() == before
+        run_steps(setup)
+    assert setup.student.weights_sha256() == before
 
 
 def test_without_a_ceiling_an_exploded_loss_is_refused_all_the_same(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
+    setup = setup_of(tiny_recipe())
     with torch.no_grad():
-        cast.student.model.hf.model.norm.weight.mul_(1000)
+        setup.student.model.hf.model.norm.weight.mul_(1000)
     with pytest.raises(UserError, match="above the ceiling of 27"):  # 5 ln 258
-        run_steps(cast)
+        run_steps(setup)
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planted here goes wrong on the way; the checks before a run see none of it."""
-    for module in ("line", "proof.rehearsal"):
+    for module in ("workflows.distill", "preflight.trial_steps"):
         monkeypatch.setattr(
-            f"potstill.{module}.require_sound", lambda cast, place: Checked("not planned", [])
+            f"potstill.{module}.require_sound", lambda setup, place: Checked("not planned", [])
         )
 
 
@@ -197,34 +199,32 @@ def test_every_row_that_goes_wrong_is_in_the_record_with_its_value(
 
 
 def test_a_gradient_that_is_not_finite_names_its_rows(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
-    plant(cast, "gradient")
+    setup = setup_of(tiny_recipe())
+    plant(setup, "gradient")
     told: list[Any] = []
     with pytest.raises(UserError):
         train(
-            cast.student,
-            cast.teacher,
-            cast.corpus.train,
-            cast.corpus.order(0),
-            cast.recipe,
+            setup.student,
+            setup.teacher,
+            setup.data(),
+            setup.recipe,
             hooks(on_fault=lambda *what: told.append(what)),
         )
     ((step, _, rows),) = told
-    assert step == 1 and rows == [{"row": r, "grad_norm": "nan"} for r in cast.corpus.order(0).rows(0, 4)]
+    assert step == 1 and rows == [{"row": r, "grad_norm": "nan"} for r in setup.corpus.order(0).rows(0, 4)]
 
 
 def test_looking_for_the_rows_leaves_the_random_state_as_it_was(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
+    setup = setup_of(tiny_recipe())
     before = torch.get_rng_state()
-    forward = cast.student.forward
+    forward = setup.student.forward
 
     def drawing(*arguments: Any) -> dict[str, torch.Tensor]:
         torch.rand(1)
         return forward(*arguments)
 
-    cast.student.forward = drawing  # type: ignore[method-assign]
-    rows = cast.corpus.order(0).rows(0, 4)
-    assert offending(cast.student, cast.teacher, cast.corpus.train, rows, 1e9, lambda: None) == []
+    setup.student.forward = drawing  # type: ignore[method-assign]
+    assert rows_at_fault(setup.student, setup.teacher, setup.data().step(0), 1e9, lambda: None) == []
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -352,7 +352,7 @@ def test_a_run_that_hangs_writes_its_stacks_and_ends(
     assert len(told) == 1 and f"guard.{field} is 3" in told[0] and "stall.txt" in told[0]
 
 
-@pytest.mark.parametrize("where", ["potstill.data.packing.build", "potstill.build.setup.make_teacher"])
+@pytest.mark.parametrize("where", ["potstill.data.packing.build", "potstill.build.setup.load_teacher"])
 def test_a_hang_before_the_run_has_a_folder_shows_its_stacks_and_ends(
     where: str,
     tiny_recipe: Recipe,
@@ -384,7 +384,7 @@ def test_a_hang_before_the_run_has_a_folder_shows_its_stacks_and_ends(
 
 def test_a_document_is_a_sign_of_life(tiny_recipe: Recipe) -> None:
     beats: list[int] = []
-    assemble(load_recipe(tiny_recipe()), lambda text: None, beat=lambda: beats.append(1))
+    set_up(resolve(load_recipe(tiny_recipe())), lambda text: None, beat=lambda: beats.append(1))
     assert len(beats) == 40
 
 
@@ -401,16 +401,16 @@ def test_a_signal_during_an_evaluation_cuts_it_short_and_loses_nothing(
     distill(recipe, out=tmp_path / "whole")
     arguments = ["distill", str(recipe), "--out", str(tmp_path / "cut")]
     polled: list[int] = []
-    poll = Watch.poll
+    poll = Watchdog.poll
 
-    def signalling(self: Watch) -> None:
+    def signalling(self: Watchdog) -> None:
         polled.append(1)
         if len(polled) == 4 * at_step // 2 + 2:  # the second of an evaluation's four batches
             signal.raise_signal(signal.SIGTERM)
         poll(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "poll", signalling)
+        patch.setattr(Watchdog, "poll", signalling)
         assert main(arguments) == 143
     assert len(polled) == 4 * at_step // 2 + 2
     assert RunDir(tmp_path / "cut").status()["state"] == "stopped"
@@ -455,12 +455,12 @@ def test_a_signal_before_the_run_directory_exists_leaves_nothing(
 def test_a_second_signal_ends_the_process_at_once(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, rows_per_micro_batch: 1, lr: 1e-3, device: cpu}")
     program = (
-        "import signal, sys; from potstill.cli.main import main; from potstill.training.watchdog import Watch\n"
-        "beat = Watch.beat\n"
+        "import signal, sys; from potstill.cli.main import main; from potstill.training.watchdog import Watchdog\n"
+        "beat = Watchdog.beat\n"
         "def signalling(self):\n"
         "    beat(self)\n"
-        "    if self._begun: signal.raise_signal(signal.SIGTERM)\n"
-        "Watch.beat = signalling\n"
+        "    if self._in_loop: signal.raise_signal(signal.SIGTERM)\n"
+        "Watchdog.beat = signalling\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = [sys.executable, "-c", program, "distill", str(recipe), "--out", str(tmp_path / "run")]

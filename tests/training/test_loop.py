@@ -17,7 +17,8 @@ from conftest import make_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 from potstill import UserError, distill, load_recipe
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.io.terminal import Display
 from potstill.training.loop import Hooks, train
 from potstill.training.optim import lr_at, make_optimizer
@@ -40,8 +41,8 @@ def test_the_learning_rate_read_back_is_the_schedule(tiny_recipe: Recipe, tmp_pa
 
 def test_one_step_moves_every_trainable_tensor_and_keeps_ties(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(train="{steps: 1, rows_per_step: 4, lr: 1e-3, device: cpu}")
-    cast = assemble(load_recipe(recipe), lambda text: None)
-    before = {name: p.detach().clone() for name, p in cast.student.model.hf.named_parameters()}
+    setup = set_up(resolve(load_recipe(recipe)), lambda text: None)
+    before = {name: p.detach().clone() for name, p in setup.student.model.hf.named_parameters()}
     run = distill(recipe, out=tmp_path / "run")
     after = load_file(run.student / "model.safetensors")
     assert before.keys() == after.keys()
@@ -60,10 +61,9 @@ def test_each_step_writes_one_line_whose_terms_add_up(tiny_recipe: Recipe, tmp_p
     for line in lines:
         assert line["train/loss"] == pytest.approx(0.2 * line["train/ce"] + 0.7 * line["train/kd"], rel=1e-6)
         assert line["train/kd"] > 0 and line["train/grad_norm"] > 0 and line["speed/tokens_per_s"] > 0
-    cast = assemble(load_recipe(run.resolved), lambda text: None)
-    order = cast.corpus.order(0)
+    setup = set_up(resolve(load_recipe(run.resolved)), lambda text: None)
     assert [line["train/positions"] for line in lines] == [
-        len(cast.corpus.train.batch(order.rows(step, 4)).positions_N) for step in range(4)
+        sum(len(batch.positions_N) for batch in setup.data().step(step)) for step in range(4)
     ]
 
 
@@ -85,7 +85,7 @@ def test_the_same_recipe_gives_the_same_bits(tiny_recipe: Recipe, tmp_path: Path
 
 def test_best_is_the_lowest_held_out_loss_and_nothing_else(tiny_recipe: Recipe) -> None:
     """Four evaluations, the third one best; other metrics say otherwise and are not asked."""
-    cast = assemble(load_recipe(tiny_recipe(), ["train.steps=3", "eval.every=1"]), lambda text: None)
+    setup = set_up(resolve(load_recipe(tiny_recipe(), ["train.steps=3", "eval.every=1"])), lambda text: None)
     losses = iter([4.0, 3.0, 2.0, 2.5])
     kept: list[int] = []
 
@@ -93,7 +93,7 @@ def test_best_is_the_lowest_held_out_loss_and_nothing_else(tiny_recipe: Recipe) 
         return {"heldout/loss": next(losses), "heldout/ce": -float(step)}
 
     hooks = Hooks(evaluate, lambda step, metrics: None, lambda step, metrics: kept.append(step))
-    outcome = train(cast.student, cast.teacher, cast.corpus.train, cast.corpus.order(0), cast.recipe, hooks)
+    outcome = train(setup.student, setup.teacher, setup.data(), setup.recipe, hooks)
     assert kept == [0, 1, 2] and outcome.best_step == 2
     assert outcome.best["heldout/loss"] == 2.0 and outcome.last["heldout/loss"] == 2.5
 
@@ -152,56 +152,60 @@ def test_bfloat16_products_stay_close_to_float32(tiny_recipe: Recipe, tmp_path: 
     "fault", [RuntimeError("the engine stalled"), ValueError("no such row"), OSError("disk gone")]
 )
 def test_a_teacher_that_fails_ends_the_run_by_name(tiny_recipe: Recipe, fault: Exception) -> None:
-    cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
+    setup = set_up(resolve(load_recipe(tiny_recipe())), lambda text: None)
 
     class Broken:
+        reads_on_cpu = False
+
         def targets(self, batch: Any) -> Any:
             raise fault
 
-    before = cast.student.weights_sha256()
+    before = setup.student.weights_sha256()
     with pytest.raises(
         UserError, match=rf"step 1: the teacher failed on rows \[.*\]: {type(fault).__name__}: {fault}"
     ):
-        run_loop(cast, Broken())
-    assert cast.student.weights_sha256() == before
+        run_loop(setup, Broken())
+    assert setup.student.weights_sha256() == before
 
 
 def test_a_teacher_that_answers_for_other_positions_ends_the_run(tiny_recipe: Recipe) -> None:
-    cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
+    setup = set_up(resolve(load_recipe(tiny_recipe())), lambda text: None)
 
     class Short:
+        reads_on_cpu = False
+
         def targets(self, batch: Any) -> Any:
-            return cast.teacher.targets(batch)[: len(batch.positions_N) - 1]
+            return setup.teacher.targets(batch)[: len(batch.positions_N) - 1]
 
     with pytest.raises(UserError, match="the teacher gave targets for"):
-        run_loop(cast, Short())
+        run_loop(setup, Short())
 
 
 @pytest.mark.parametrize("where", ["teacher", "student"])
 def test_logits_that_are_not_finite_stop_the_step_with_its_rows_and_touch_no_weight(
     tiny_recipe: Recipe, where: str
 ) -> None:
-    cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
-    broken = (cast.teacher.model if where == "teacher" else cast.student.model).hf
+    setup = set_up(resolve(load_recipe(tiny_recipe())), lambda text: None)
+    broken = (setup.teacher.model if where == "teacher" else setup.student.model).hf
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
-    before = cast.student.weights_sha256()
+    before = setup.student.weights_sha256()
     with pytest.raises(UserError, match=r"step 1, rows \[\d+, \d+, \d+, \d+\]: objective: \w+ is nan over"):
-        run_loop(cast, cast.teacher)
-    assert cast.student.weights_sha256() == before
+        run_loop(setup, setup.teacher)
+    assert setup.student.weights_sha256() == before
 
 
-def run_loop(cast: Any, teacher: Any) -> None:
+def run_loop(setup: Any, teacher: Any) -> None:
     hooks = Hooks(lambda step: {"heldout/loss": 1.0}, lambda step, metrics: None, lambda step, metrics: None)
-    train(cast.student, teacher, cast.corpus.train, cast.corpus.order(0), cast.recipe, hooks)
+    train(setup.student, teacher, setup.data(), setup.recipe, hooks)
 
 
 def test_norms_and_biases_do_not_decay(tiny_recipe: Recipe) -> None:
-    cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
-    decayed, kept = make_optimizer(cast.student, cast.recipe.train).param_groups
+    setup = set_up(resolve(load_recipe(tiny_recipe())), lambda text: None)
+    decayed, kept = make_optimizer(setup.student, setup.recipe.train).param_groups
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
     assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in kept["params"]} == {1}
-    assert len(decayed["params"]) + len(kept["params"]) == len(list(cast.student.parameters()))
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(setup.student.parameters()))
 
 
 def test_a_schedule_without_decay_is_constant(tiny_recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from potstill.build.resolve import Resolved
 from potstill.build.vocabulary import Shared, match_vocabularies
 from potstill.data import packing, token_cache, tokenizers
 from potstill.data.decontamination import summary
+from potstill.data.fixed import FixedRows
 from potstill.errors import UserError
 from potstill.io.cpu_matmul import matmul_with, return_freed_memory
 from potstill.losses.objective import Objective
@@ -58,6 +59,11 @@ class RunSetup:
     @property
     def device(self) -> torch.device:
         return self.resolved.device
+
+    def data(self, world: int = 1) -> FixedRows:
+        """What the loop trains on, cut so that each of `world` ranks has a share of every step."""
+        plan = self.recipe.train
+        return self.corpus.steps(plan.seed, plan.rows_per_step, plan.micro_batch_rows, world)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Documents packed into rows, split into training and held-out, in an order that is a function of the seed.
+"""Documents packed into rows and split into training and held-out.
 
 A row is `tokens_per_row` consecutive tokens of one long stream of documents. Labels are decided here, once:
 the label of token i is token i+1 of the same document, if that may be predicted; nothing downstream shifts or
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from potstill.data.fixed import FixedRows, Order
 from potstill.data.memmap import Stream, hashed, in_blocks, require_ids
 from potstill.data.readers import Reading
 from potstill.errors import UserError
 from potstill.types import Batch, Vocab
 
 TRAIN, HELDOUT = "train", "heldout"
-MAX_EPOCHS_PER_STEP = 1000  # a step may see a row twice, but no one means this
 SPREAD = 8  # held-out rows come from up to so many times their tokens, or a twentieth of the corpus
 
 
@@ -115,36 +114,6 @@ class PackedRows:
 
 
 @dataclass(frozen=True)
-class Order:
-    """Which rows a step takes: every epoch all of them once, in an order of (seed, epoch) alone."""
-
-    num_rows: int
-    seed: int
-
-    def rows(self, step: int, rows_per_step: int) -> list[int]:
-        if rows_per_step > MAX_EPOCHS_PER_STEP * self.num_rows:
-            raise UserError(
-                f"train.rows_per_step: {rows_per_step} rows in a step, of {self.num_rows} training rows: each"
-                f" more than {MAX_EPOCHS_PER_STEP} times over. Set it lower."
-            )
-        first = step * rows_per_step
-        return [self._row(position) for position in range(first, first + rows_per_step)]
-
-    def epoch(self, step: int, rows_per_step: int) -> int:
-        """Of the step's last row; the first epoch is 0."""
-        return ((step + 1) * rows_per_step - 1) // self.num_rows
-
-    def _row(self, position: int) -> int:
-        epoch, place = divmod(position, self.num_rows)
-        return int(_permutation(self.num_rows, self.seed, epoch)[place])
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
-
-
-@dataclass(frozen=True)
 class Corpus:
     train: PackedRows
     heldout: PackedRows
@@ -158,6 +127,10 @@ class Corpus:
 
     def order(self, seed: int) -> Order:
         return Order(len(self.train), seed)
+
+    def steps(self, seed: int, rows_per_step: int, rows_per_micro_batch: int, world: int = 1) -> FixedRows:
+        """The training rows in that order, step by step."""
+        return FixedRows(self.train, self.order(seed), rows_per_step, rows_per_micro_batch, world)
 
 
 def _supervised(bears: NDArray[np.bool_], tokens_per_row: int) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from potstill.models.load import weights_sha256
 from potstill.preflight.plan import Plan, available, plan
 from potstill.preflight.probe_batches import Pull, window
 from potstill.preflight.same_model import ADVICE_IDENTICAL, SAME, rounding_kl, same_weights
-from potstill.training.prefetch import ask
+from potstill.training.prefetch import checked_targets
 from potstill.types import Batch, Finding, Targets
 
 BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
@@ -230,7 +230,7 @@ def cross_entropy_is_the_library_s(setup: RunSetup, batch: Batch) -> Finding:
 def measure_a_little(setup: RunSetup) -> dict[str, float]:
     """CE and KL over up to two held-out rows, nats per position."""
     batch = setup.corpus.heldout.batch(range(min(2, len(setup.corpus.heldout)))).to(setup.device)
-    sums = setup.student.measure(batch, ask(setup.teacher, batch, BEFORE))
+    sums = setup.student.measure(batch, checked_targets(setup.teacher, batch, BEFORE))
     return {name: float(value) / len(batch.labels_N) for name, value in sums.items()}
 
 
@@ -323,7 +323,7 @@ def _targets(setup: RunSetup, batch: Batch) -> Targets:
     """The teacher's at a window's positions; one that knows whole rows alone is replaced by a known pull."""
     if not setup.teacher.reads_new_text:
         return Pull(torch.ones(len(batch.positions_N), device=setup.device))
-    return ask(setup.teacher, batch, BEFORE)
+    return checked_targets(setup.teacher, batch, BEFORE)
 
 
 def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
@@ -336,7 +336,7 @@ def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
 
 
 def _teacher_logp(setup: RunSetup, batch: Batch) -> torch.Tensor:
-    targets = ask(setup.teacher, batch, BEFORE)[:16]
+    targets = checked_targets(setup.teacher, batch, BEFORE)[:16]
     nothing_NV = torch.zeros(len(targets), setup.student.model.head.num_ids, device=setup.device)
     at = getattr(targets, "temperature", 1.0)  # few ids know one temperature alone
     return targets.on_support(nothing_NV, at)[1].clamp_min(-100)

@@ -28,7 +28,7 @@ from potstill.io.silence import quiet_transformers
 from potstill.models.load import without_data
 from potstill.models.lora import LoraLM
 from potstill.models.student import Student
-from potstill.preflight.memory_tracker import Answers, FakeOrder, FakeRows, MemoryTracker, WatchedObjective
+from potstill.preflight.memory_tracker import Answers, FakeData, FakeRows, MemoryTracker, WatchedObjective
 from potstill.recipe.load import Recipe
 from potstill.training.loop import Hooks, train
 from potstill.types import Teacher
@@ -97,8 +97,9 @@ def _trace(resolved: Resolved) -> Traced:
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(tracker.gradient)  # type: ignore[no-untyped-call]
         hooks = _watching(resolved, teacher, student, trained, tracker, has_moments=full.steps > 1)
-        rows = FakeRows(recipe.corpus.tokens_per_row, 1)
-        train(student, teacher if recipe.objective.kd_weight else None, rows, FakeOrder(), recipe, hooks)
+        rows, few = FakeRows(recipe.corpus.tokens_per_row, 1), recipe.train.rows_per_step
+        data = FakeData(rows, few, min(full.micro_batch_rows, few))
+        train(student, teacher if recipe.objective.kd_weight else None, data, recipe, hooks)
     return Traced(
         tracker.peak_phase,
         tracker.at_peak,

@@ -163,9 +163,17 @@ class FakeRows:
         return Batch(rows_B, ids_BT, ids_BT.clone(), positions_N, positions_N.clone())
 
 
-class FakeOrder:
-    def rows(self, step: int, rows_per_step: int) -> list[int]:
-        return range(rows_per_step)  # type: ignore[return-value]  # a billion of them take no memory
+@dataclass(frozen=True)
+class FakeData:
+    rows: FakeRows
+    rows_per_step: int
+    rows_per_micro_batch: int
 
-    def epoch(self, step: int, rows_per_step: int) -> int:
+    fixed = True
+
+    def step(self, step: int) -> list[Batch]:
+        rows, size = range(self.rows_per_step), self.rows_per_micro_batch  # a billion rows take no memory
+        return [self.rows.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def epoch(self, step: int) -> int:
         return 0

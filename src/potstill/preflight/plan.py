@@ -31,7 +31,7 @@ from potstill.preflight.plan_disk import (
 )
 from potstill.recipe.load import Recipe
 from potstill.store.codecs import planned_bytes
-from potstill.training.checkpoint import KEPT
+from potstill.training.checkpoint import CHECKPOINTS_KEPT
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ def _plan(resolved: Resolved) -> Plan:
     written = train.steps // train.save_every if train.save_every else 0
     written += recipe.guard.policy == "rollback"  # the state before the first step
     # A signal, too, saves one, whatever save_every says.
-    at_once = min(max(written, 1), KEPT + 1)
+    at_once = min(max(written, 1), CHECKPOINTS_KEPT + 1)
     shards = shards_bytes(recipe)
-    peak = shards + max(2 * saved + min(at_once, KEPT) * checkpoint, saved + at_once * checkpoint)
+    peak = shards + max(2 * saved + min(at_once, CHECKPOINTS_KEPT) * checkpoint, saved + at_once * checkpoint)
     return Plan(
         device=str(device),
         phase=traced.phase,
@@ -173,7 +173,7 @@ def _plan(resolved: Resolved) -> Plan:
         student_disk_bytes=saved,
         checkpoint_disk_bytes=checkpoint,
         shards_disk_bytes=shards,
-        disk_bytes=shards + saved + min(written, KEPT) * checkpoint,
+        disk_bytes=shards + saved + min(written, CHECKPOINTS_KEPT) * checkpoint,
         disk_peak_bytes=max(2 * shards, peak),
         time_s=None,
     )

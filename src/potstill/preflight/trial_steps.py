@@ -20,6 +20,7 @@ from torch import Tensor
 
 from potstill.build.resolve import Resolved
 from potstill.build.setup import RunSetup, make_objective, process_of, set_up
+from potstill.data.fixed import FixedRows
 from potstill.errors import UserError
 from potstill.evals.heldout import heldout
 from potstill.io.memory import peak_gib
@@ -32,9 +33,10 @@ from potstill.preflight.plan import Plan, available
 from potstill.preflight.probe_batches import window
 from potstill.recipe.load import Recipe
 from potstill.runs.run_dir import default_path
-from potstill.training.loop import Hooks, Metrics, train
+from potstill.training.checkpoint import Metrics
+from potstill.training.loop import Hooks, train
 from potstill.training.optim import lr_at, rates
-from potstill.types import Batch, Finding, Order
+from potstill.types import Batch, Finding
 
 STEPS = 10
 WHOLE_STEPS = 3
@@ -111,14 +113,16 @@ def saved_is_what_was_trained(setup: RunSetup, batch: Batch) -> Finding:
 class _Thinned:
     """The recipe's rows, after the first steps only a quarter of each step's."""
 
-    order: Order
+    data: FixedRows
 
-    def rows(self, step: int, rows_per_step: int) -> list[int]:
-        rows = self.order.rows(step, rows_per_step)
-        return rows if step < WHOLE_STEPS else rows[: max(len(rows) // 4, 1)]
+    fixed = True
 
-    def epoch(self, step: int, rows_per_step: int) -> int:
-        return self.order.epoch(step, rows_per_step)
+    def step(self, step: int) -> list[Batch]:
+        rows = self.data.rows(step)
+        return self.data.pack(rows if step < WHOLE_STEPS else rows[: max(len(rows) // 4, 1)])
+
+    def epoch(self, step: int) -> int:
+        return self.data.epoch(step)
 
 
 class _Watcher:
@@ -178,8 +182,7 @@ def steps_do_what_the_recipe_says(setup: RunSetup) -> Iterator[Finding]:
     """Real steps on real rows: what moves, at which rate, how fast."""
     plan, seen = setup.recipe.train, _Watcher(setup)
     teacher = setup.teacher if setup.recipe.objective.kd_weight else None
-    order = _Thinned(setup.corpus.order(plan.seed))
-    train(setup.student, teacher, setup.corpus.train, order, _strict(setup.recipe), seen.hooks())
+    train(setup.student, teacher, _Thinned(setup.data()), _strict(setup.recipe), seen.hooks())
 
     lines = seen.lines
     yield what_is_trained_moves(
@@ -310,8 +313,7 @@ def _smoke_steps(setup: RunSetup, steps: int, display: Display) -> tuple[list[Me
 
     hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(lines) == steps)
     teacher = setup.teacher if recipe.objective.kd_weight else None
-    order = setup.corpus.order(recipe.train.seed)
-    train(setup.student, teacher, setup.corpus.train, order, _strict(recipe), hooks)
+    train(setup.student, teacher, setup.data(), _strict(recipe), hooks)
     return lines, evaluations
 
 
@@ -338,8 +340,7 @@ def _first_steps(setup: RunSetup, recipe: Recipe) -> list[Metrics]:
         should_stop=lambda: len(lines) == WHOLE_STEPS,
     )
     teacher = setup.teacher if recipe.objective.kd_weight else None
-    order = setup.corpus.order(recipe.train.seed)
-    train(setup.student, teacher, setup.corpus.train, order, _strict(recipe), hooks)
+    train(setup.student, teacher, setup.data(), _strict(recipe), hooks)
     return lines
 
 

@@ -6,8 +6,8 @@
 
 A checkpoint is written beside its place, flushed to the disk, renamed and read back; only then is an older
 one deleted. Loading takes the newest that verifies, and says so when that is not the newest. Nothing in it
-can run code. The schedule and the order of rows are functions of the step, so they need no saving. What the
-system does not let be read may be sound: it ends the resume, and is never deleted.
+can run code. The schedule and the order of rows are functions of the step, so they need no saving. A file
+that the system does not let be read may be sound: it ends the resume, and is never deleted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from potstill.models.safetensors_files import check_safetensors
 from potstill.models.student import Student
 from potstill.training.distributed import ALONE, Ranks, full, placed_as
 
-KEPT = 2
+CHECKPOINTS_KEPT = 2
 READABLE = "Make it readable, or move its checkpoint away to go on from the one before."
 FILES = ("tensors.safetensors", "state.json")
 
@@ -50,7 +50,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass
 class Outcome:
-    """What the loop knows beside weights; part of every checkpoint."""
+    """What the loop knows beside weights and moments; part of every checkpoint."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     step: Natural = 0
@@ -62,7 +62,7 @@ class Outcome:
     best_step: Natural = 0
     """Optimizer steps that the best student has seen; chosen by held-out loss alone."""
     evaluated: int = -1
-    """Step of the last evaluation: one that a signal cut short is made up for on resume."""
+    """Step of the last finished evaluation. One that a signal cut short is done on resume."""
     left_out: list[int] = dataclasses.field(default_factory=list)
     """Steps whose update the guard refused, counted from 1."""
     positions: Natural = 0
@@ -90,9 +90,9 @@ class Checkpoints:
 
     folder: Path
     inputs: dict[str, str]
-    tell: Callable[[str], None]
+    note: Callable[[str], None]
     ranks: Ranks = ALONE
-    """All of them call `save` and `load`; the first alone writes and deletes."""
+    """All of them call `save` and `load`. The first alone writes and deletes."""
 
     def save(self, student: Student, optimizer: torch.optim.Optimizer, outcome: Outcome) -> None:
         """Write the state after `outcome.step` steps.
@@ -100,45 +100,48 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
         """
-        tensors = _tensors(student, optimizer)
-        self.ranks.only_first(lambda: self._write(tensors, outcome))
+        tensors = _tensors(student, optimizer)  # on every rank: shards are gathered from all of them
+        self.ranks.on_first(lambda: self._write(tensors, outcome))
 
     def _write(self, tensors: dict[str, Tensor], outcome: Outcome) -> None:
         place = self.folder / f"{outcome.step:08d}"
-        beside = self.folder / f"{outcome.step:08d}.new"
+        fresh = self.folder / f"{outcome.step:08d}.new"
         try:
             if not self.folder.exists():
                 self.folder.mkdir()
                 flush(self.folder.parent)
-            remove(beside)
-            beside.mkdir()
-            save_file(tensors, beside / FILES[0])
+            remove(fresh)
+            fresh.mkdir()
+            # Tensors, state, manifest: the last has the hashes of the others. All are on the disk before the
+            # folder takes its name, so a folder with a number is whole, or was damaged later.
+            save_file(tensors, fresh / FILES[0])
             state = dataclasses.asdict(State(outcome, self.inputs))
-            (beside / FILES[1]).write_text(json.dumps(state))
+            (fresh / FILES[1]).write_text(json.dumps(state))
             manifest = {
-                name: {"bytes": (beside / name).stat().st_size, "sha256": file_sha256(beside / name)}
+                name: {"bytes": (fresh / name).stat().st_size, "sha256": file_sha256(fresh / name)}
                 for name in FILES
             }
-            (beside / "manifest.json").write_text(json.dumps(manifest))
-            for path in (*beside.iterdir(), beside):
+            (fresh / "manifest.json").write_text(json.dumps(manifest))
+            for path in (*fresh.iterdir(), fresh):
                 flush(path)
             remove(place)
-            beside.rename(place)
-            flush(self.folder)
+            fresh.rename(place)
+            flush(self.folder)  # the name itself
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(fresh, ignore_errors=True)
             needed = sum(tensor.nbytes for tensor in tensors.values())
             raise UserError(
                 f"{place}: the checkpoint of {needed} bytes cannot be written: {error}."
                 " Earlier ones are untouched. Make room, then run again with --resume."
             ) from error
+        # Older ones go last, when this one has been read back: until then they are what a resume needs.
         try:
             verify(place)
         except UserError as error:
             raise UserError(
                 f"{place}: read back, the checkpoint is damaged: {error} The disk is not sound."
             ) from error
-        for old in self._found()[KEPT:]:
+        for old in self._newest_first()[CHECKPOINTS_KEPT:]:
             remove(old)
 
     def load(self, student: Student, optimizer: torch.optim.Optimizer) -> Outcome | None:
@@ -148,10 +151,10 @@ class Checkpoints:
             UserError: no checkpoint is sound, one cannot be read, or the run is made of other things than the
                 checkpoint.
         """
-        self.ranks.only_first(self._remove_leftovers)
-        found = self._found()
+        self.ranks.on_first(self._remove_leftovers)
+        places = self._newest_first()
         faults = []
-        for number, place in enumerate(found):
+        for number, place in enumerate(places):
             try:
                 verify(place)
                 state = _read_state(place)
@@ -163,7 +166,7 @@ class Checkpoints:
             except UserError as error:
                 fault = str(error).removeprefix(f"{place}{os.sep}")
                 faults.append(f"{place.name}: {fault}")
-                self.tell(f"warning: {place}: damaged, the one before is taken: {fault}")
+                self.note(f"warning: {place}: damaged, the one before is taken: {fault}")
                 continue
             if differing:
                 raise UserError(
@@ -171,14 +174,15 @@ class Checkpoints:
                     " or start a new run."
                 )
             _restore(tensors, student, optimizer)
-            # Damaged ones would count among those kept; older ones are what a kill left half deleted.
-            stale = [*found[:number], *found[number + KEPT :]]
-            self.ranks.only_first(partial(_remove_all, stale))
-            self.tell(f"resumed from {place}")
+            # Damaged ones would count among those kept. Older ones are there where a kill came before the
+            # deletion. Neither goes before the state of this one is in place.
+            stale = [*places[:number], *places[number + CHECKPOINTS_KEPT :]]
+            self.ranks.on_first(partial(_remove_all, stale))
+            self.note(f"resumed from {place}")
             return state.outcome
-        if found:
+        if places:
             raise UserError(
-                f"{self.folder}: none of {len(found)} checkpoints is sound: {faults[0]} Start a new run."
+                f"{self.folder}: none of {len(places)} checkpoints is sound: {faults[0]} Start a new run."
             )
         return None
 
@@ -188,15 +192,14 @@ class Checkpoints:
                 remove(Path(leftover.path))
 
     def _differing(self, state: State) -> list[str]:
-        """What the run is made of now and was not then, with both hashes."""
+        """Inputs that are not those of the checkpoint, with both hashes."""
         return [
             f"{name} ({str(state.inputs.get(name))[:12]} -> {str(self.inputs.get(name))[:12]})"
             for name in sorted(self.inputs | state.inputs)
             if state.inputs.get(name) != self.inputs.get(name)
         ]
 
-    def _found(self) -> list[Path]:
-        """Checkpoints, newest first."""
+    def _newest_first(self) -> list[Path]:
         entries = [entry for entry in listed(self.folder) if entry.name.isdecimal() and entry.is_dir()]
         return [Path(entry.path) for entry in sorted(entries, key=lambda e: int(e.name), reverse=True)]
 
@@ -207,12 +210,12 @@ def _remove_all(places: list[Path]) -> None:
 
 
 def _trained(student: Student) -> list[tuple[str, Tensor]]:
-    """What is frozen is what the run began with, whose hash is among its inputs."""
+    """Frozen weights are not saved: the run started with them, and their hash is among its inputs."""
     return [(name, p) for name, p in student.named_parameters() if p.requires_grad]
 
 
 def _tensors(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Whole ones, whatever lies in shards."""
+    """Weights, moments and random state; whole, also where the run has them in shards."""
     tensors = {f"weights/{name}": full(tensor.detach()) for name, tensor in _trained(student)}
     for number, moments in optimizer.state_dict()["state"].items():
         tensors |= {
@@ -242,11 +245,11 @@ def _restore(tensors: dict[str, Tensor], student: Student, optimizer: torch.opti
 
 
 def verify(place: Path) -> None:
-    """Each file has the bytes and the hash that the manifest says."""
+    """UserError unless each file has the size and the hash that the manifest gives."""
     manifest = read_object(place / "manifest.json", "It was written last.")
     for name in FILES:
-        said = manifest.get(name)
-        if not isinstance(said, dict) or type(said.get("bytes")) is not int or "sha256" not in said:
+        entry = manifest.get(name)
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or "sha256" not in entry:
             raise UserError(f"manifest.json: it does not give bytes and sha256 of {name}.")
         try:
             size, digest = (place / name).stat().st_size, file_sha256(place / name)
@@ -254,14 +257,14 @@ def verify(place: Path) -> None:
             if error.errno in NO_FILE:
                 raise UserError(f"{name}: cannot be read: {error.strerror}.") from error
             raise unreadable(place / name, error, "") from error
-        if size != said["bytes"]:
-            raise UserError(f"{name}: it has {size} bytes, written were {said['bytes']}.")
-        if digest != said["sha256"]:
+        if size != entry["bytes"]:
+            raise UserError(f"{name}: it has {size} bytes, written were {entry['bytes']}.")
+        if digest != entry["sha256"]:
             raise UserError(f"{name}: it does not have the hash it was written with.")
 
 
 def _read_state(place: Path) -> State:
-    """`state.json`, when it is one: a hash says that it is as it was written, not that it was right."""
+    """`state.json`, checked: its hash shows that it is as it was written, not that it was right."""
     read = read_object(place / FILES[1], "It was damaged before it was written.")
     try:
         state = _STATE.validate_json(json.dumps(read), strict=True)
@@ -275,40 +278,40 @@ def _read_state(place: Path) -> State:
             f"{FILES[1]}: outcome.step is {outcome.step}, outcome.best_step {outcome.best_step}, and the"
             f" folder says {int(place.name)}."
         )
-    wanted = set(outcome.first) if outcome.evaluated >= 0 else set()
+    expected = set(outcome.first) if outcome.evaluated >= 0 else set()
     for name in ("first", "last", "best"):
-        found = set(getattr(outcome, name))
-        if found != wanted or (outcome.evaluated >= 0 and "heldout/loss" not in found):
-            raise UserError(f"{FILES[1]}: outcome.{name}: not the metrics of an evaluation: {sorted(found)}.")
+        names = set(getattr(outcome, name))
+        if names != expected or (outcome.evaluated >= 0 and "heldout/loss" not in names):
+            raise UserError(f"{FILES[1]}: outcome.{name}: not the metrics of an evaluation: {sorted(names)}.")
     return state
 
 
 def _read_tensors(
     place: Path, outcome: Outcome, student: Student, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """The tensors, when they are what `_tensors` writes for this student and optimizer; UserError else."""
+    """The tensors; UserError unless they are what `_tensors` writes for this student and optimizer."""
     check_safetensors(place / FILES[0])
     try:
         tensors = load_file(place / FILES[0])
     except OSError as error:
         raise unreadable(place / FILES[0], error, "") from error
     weights = {f"weights/{name}": parameter for name, parameter in _trained(student)}
-    wanted: dict[str, Tensor] = {**weights, "random/cpu": torch.get_rng_state()}
+    expected: dict[str, Tensor] = {**weights, "random/cpu": torch.get_rng_state()}
     numbers = {name.split("/")[1] for name in tensors if name.startswith("optimizer/")}
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
     stepped = outcome.step > len(outcome.left_out)
     for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if is_adamw and (str(number) in numbers or (stepped and not numbers)):
             moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter) | {"step": torch.zeros(())}
-            wanted |= {f"optimizer/{number}/{moment}": like for moment, like in moments.items()}
-    if odd := sorted((wanted.keys() ^ tensors.keys()) - {"random/cuda"}):
-        side = "missing" if odd[0] in wanted else "no tensor of this student or its optimizer"
-        raise UserError(f"{FILES[0]}: {odd[0]:.200}: {side}.")
-    for name, like in wanted.items():
-        found = tensors[name]
-        if (found.shape, found.dtype) != (like.shape, like.dtype):
-            found_is, like_is = (f"{t.dtype} {list(t.shape)}" for t in (found, like))
-            raise UserError(f"{FILES[0]}: {name}: {found_is}, and the run's own is {like_is}.")
-        if bool(found.isnan().any()):
+            expected |= {f"optimizer/{number}/{moment}": like for moment, like in moments.items()}
+    if unexpected := sorted((expected.keys() ^ tensors.keys()) - {"random/cuda"}):
+        side = "missing" if unexpected[0] in expected else "no tensor of this student or its optimizer"
+        raise UserError(f"{FILES[0]}: {unexpected[0]:.200}: {side}.")
+    for name, like in expected.items():
+        tensor = tensors[name]
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            saved, own = (f"{t.dtype} {list(t.shape)}" for t in (tensor, like))
+            raise UserError(f"{FILES[0]}: {name}: {saved}, and the run's own is {own}.")
+        if bool(tensor.isnan().any()):
             raise UserError(f"{FILES[0]}: {name}: not all of it are numbers.")
     return tensors

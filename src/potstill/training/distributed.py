@@ -1,11 +1,11 @@
 """Ranks: the processes of one run that torchrun started. One process is a world of one, where nothing here
-does anything; beside this file only `checkpoint.py` sees that a tensor may lie in shards.
+does anything. Of the other files `checkpoint.py` and `step.py` know that a tensor may lie in shards.
 
-Every rank makes the whole student from the same recipe, takes its share of each step's micro-batches, and
-comes to every decision (stop, best, a refused step) with the others: what it is made of is summed over ranks
-or told by the first. The first alone writes. DDP keeps a whole student on each rank, FSDP2 (`fully_shard`;
-Zhao et al. 2023) a share of weights, gradients and moments; both average gradients over ranks, of which the
-loop makes a sum again.
+Every rank builds the whole student from the same recipe and takes its share of each step's micro-batches. All
+come to the same decision (stop, best, a refused step), because it is made of numbers that are summed over
+ranks or broadcast by the first, which alone writes. DDP keeps a whole student on each rank, FSDP2
+(`fully_shard`; Zhao et al. 2023) a share of weights, gradients and moments. Both average gradients over
+ranks, and the loop multiplies by their number.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.student import Student
 from potstill.types import Batch
 
-Kind = Literal["ddp", "fsdp"]
-PATIENCE = datetime.timedelta(minutes=30)  # for a rank that is slower; one that ended is noticed at once
+Parallel = Literal["ddp", "fsdp"]
+TIMEOUT = datetime.timedelta(minutes=30)  # for a rank that is slower; one that ended is noticed at once
 CPU = torch.device("cpu")
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ T = TypeVar("T")
 class Ranks:
     rank: int = 0
     world: int = 1
-    kind: Kind = "ddp"
+    parallel: Parallel = "ddp"
     device: torch.device = CPU
 
     @property
@@ -52,7 +52,7 @@ class Ranks:
         """For the receipt."""
         if self.world == 1:
             return {"world": 1}
-        return {"world": self.world, "parallel": self.kind, "backend": dist.get_backend()}
+        return {"world": self.world, "parallel": self.parallel, "backend": dist.get_backend()}
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
         """This rank's of a step's micro-batches, as many on each: the last may be one without labels."""
@@ -62,30 +62,28 @@ class Ranks:
             mine.append(replace(first, positions_N=first.positions_N[:0], labels_N=first.labels_N[:0]))
         return mine
 
-    def rows_at_once(self, micro_batch_rows: int, rows_per_step: int) -> int:
-        """Rows of a micro-batch, so that every rank has one."""
-        return min(micro_batch_rows, -(-rows_per_step // self.world))
-
-    def spread(self, student: Student) -> Callable[..., Any]:
-        """What to call for a step in the place of `student`, whose weights may now lie in shards."""
+    def parallelize(self, student: Student) -> Callable[..., Any]:
+        """What to call for a forward in the place of `student`, whose weights may now lie in shards."""
         if self.world == 1:
             student.model.sum_tied_gradients_in_place()
             return student
-        if self.kind == "ddp":
-            known = inspect.signature(DistributedDataParallel).parameters
-            is_new = "forward_sync_buffers" in known  # the name from PyTorch 2.13 on
+        if self.parallel == "ddp":
+            parameters = inspect.signature(DistributedDataParallel).parameters
+            is_new = "forward_sync_buffers" in parameters  # the name from PyTorch 2.13 on
             unsynced: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
             return DistributedDataParallel(student, **unsynced)
         mesh = init_device_mesh(self.device.type, (self.world,))
+        # Layers first: the call on the root takes what no other has taken.
         for layer in _layers(student):
             fully_shard(layer, mesh=mesh)
         fully_shard(student, mesh=mesh)
         student.model.in_shards = True
-        # The root must be the first that is run, and the first is an evaluation.
+        # Whatever runs first becomes the root and sets up the others. That is an evaluation, which calls
+        # `measure` and not `forward`: unregistered, it would start at a layer, and the layer be the root.
         register_fsdp_forward_method(student, "measure")
         return student
 
-    def spread_teacher(self, model: CausalLM) -> None:
+    def shard_teacher(self, model: CausalLM) -> None:
         """Its layers in shards; what is not of a layer stays whole on each rank."""
         if self.world > 1:
             mesh = init_device_mesh(self.device.type, (self.world,))
@@ -93,15 +91,19 @@ class Ranks:
                 fully_shard(layer, mesh=mesh)
             model.in_shards = True
 
-    def until_last(self, step: Callable[..., Any], is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are exchanged once a step: in the backward of the last micro-batch."""
-        if isinstance(step, DistributedDataParallel) and not is_last:
-            return step.no_sync()
+    def no_sync_before_last(
+        self, forward: Callable[..., Any], is_last: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        """DDP exchanges gradients once a step: in the backward of its last micro-batch. FSDP has no room for
+        whole gradients, and reduces them in every backward.
+        """
+        if isinstance(forward, DistributedDataParallel) and not is_last:
+            return forward.no_sync()
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Inside, every weight is there as in a single process. Every rank must go in."""
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """Inside, every rank has every weight, as a single process has. Every rank must enter."""
         sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
         for part in sharded:
             part.unshard()
@@ -122,37 +124,37 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         return bool(self.total({"flag": float(flag)})["flag"])
 
-    def first_says(self, value: T) -> T:
-        """What the first rank has; others have theirs replaced."""
+    def broadcast(self, value: T) -> T:
+        """The first rank's value, on all of them."""
         if self.world == 1:
             return value
-        told = [value if self.is_first else None]
-        dist.broadcast_object_list(told, src=0, device=self.device)
-        return told[0]  # type: ignore[return-value]
+        values = [value if self.is_first else None]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]  # type: ignore[return-value]
 
-    def only_first(self, act: Callable[[], object]) -> None:
-        """Done by the first while the others wait. Its UserError is then everyone's."""
-        said: tuple[str, ...] = ()
+    def on_first(self, act: Callable[[], object]) -> None:
+        """Done by the first while the others wait. Its UserError is raised on all, so that they end alike."""
+        mistakes: tuple[str, ...] = ()
         if self.is_first:
             try:
                 act()
             except UserError as error:
                 if self.world == 1:
                     raise
-                said = error.mistakes
-        if said := self.first_says(said):
-            raise UserError(*said)
+                mistakes = error.mistakes
+        if mistakes := self.broadcast(mistakes):
+            raise UserError(*mistakes)
 
 
 ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def started(kind: Kind, device: torch.device) -> Iterator[Ranks]:
+def process_group(parallel: Parallel, device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun started, or a world of one.
 
     Raises:
-        UserError: another rank ended in the middle; told by one of those that are left.
+        UserError: another rank ended in the middle; reported by one of those that are left.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -160,13 +162,13 @@ def started(kind: Kind, device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    ranks = Ranks(dist.get_rank(), world, kind, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    ranks = Ranks(dist.get_rank(), world, parallel, device)
     try:
         yield ranks
-        dist.barrier()
+        dist.barrier()  # the group is not taken down while another rank still works
     except OfOneRank as error:
-        error.is_told = _claims()
+        error.is_told = _is_first_report()
         raise
     except RuntimeError as error:
         if not _is_lost(error):
@@ -175,14 +177,14 @@ def started(kind: Kind, device: torch.device) -> Iterator[Ranks]:
             f"rank {ranks.rank} of {world}: another rank has ended: {one_line(error):.200}"
             " Start the same command again with --resume: it goes on from the last checkpoint."
         )
-        lost.is_told = _claims()
+        lost.is_told = _is_first_report()
         raise lost from error
     finally:
         dist.destroy_process_group()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may lie in shards; every rank must ask."""
+    """The whole of a tensor that may lie in shards. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -194,14 +196,14 @@ def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    said = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(
-        word in said for word in ("connection closed", "connection reset", "timed out", "gloo")
+        word in message for word in ("connection closed", "connection reset", "timed out", "gloo")
     )
 
 
-def _claims() -> bool:
-    """Whether this rank is the first to say it, where ranks can still be asked."""
+def _is_first_report() -> bool:
+    """Whether no other rank has reported it. Where the group's store is gone: better twice than never."""
     try:
         return int(dist.distributed_c10d._get_default_store().add("potstill/lost", 1)) == 1
     except RuntimeError:

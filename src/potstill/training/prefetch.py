@@ -1,35 +1,38 @@
-"""Micro-batches on their device with the teacher's targets, the teacher one micro-batch ahead of the student.
+"""Steps in order, and their micro-batches on the device with the teacher's targets.
 
-On CUDA the copy and the teacher's forward are queued on a stream of their own before the student's step is:
-while the student trains on one micro-batch, the device has the next one's targets to fill its gaps with, over
-the end of a step too. On the CPU each is asked for in its turn. Either way every micro-batch is asked for
-once, in order, and the numbers are the same. The loop iterates over it.
+On CUDA the teacher works one micro-batch ahead of the student: copy and forward are queued on a stream of
+their own, so that the device has them to fill the gaps of the student's kernels with, over the end of a step
+too where the next step's rows are fixed. On the CPU everything is asked for at its turn. Either way each step
+and each target is asked for once, in the same order, and the numbers are the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from potstill.errors import OfOneRank, UserError
-from potstill.types import Batch, Targets, Teacher
+from potstill.training.distributed import Ranks
+from potstill.training.step import Step
+from potstill.types import Batch, Data, Targets, Teacher
+
+OnDevice = tuple[Batch, Targets | None]
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What was asked for before its turn."""
+class _Queued:
+    """A micro-batch whose targets were asked for before its turn."""
 
-    rows: list[int]
-    step: int
-    found: tuple[Batch, Targets | None] | Exception
+    batch: Batch
+    result: OnDevice | UserError | torch.OutOfMemoryError
     done: torch.cuda.Event | None
 
 
 class Prefetch:
-    """`first_of` gives the first micro-batch of a step, None where no step follows.
+    """`is_taken` says whether the run takes a step: it has an end, and the guard leaves steps out.
 
     `is_ahead` is for tests: by default it is what the device says.
     """
@@ -37,77 +40,96 @@ class Prefetch:
     def __init__(
         self,
         teacher: Teacher | None,
+        data: Data,
+        ranks: Ranks,
         device: torch.device,
-        first_of: Callable[[int], Batch | None],
+        is_taken: Callable[[int], bool],
         is_ahead: bool | None = None,
     ) -> None:
-        self.teacher, self.device, self.first_of = teacher, device, first_of
+        self.teacher, self.data, self.ranks, self.device = teacher, data, ranks, device
+        self.is_taken = is_taken
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.is_ahead = device.type == "cuda" if is_ahead is None else is_ahead
-        self._next: _Asked | None = None
+        self._next_step: Step | None = None
+        self._queued: _Queued | None = None
 
-    def step(self, step: int, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Targets | None]]:
-        """The micro-batches of a step, which are on the CPU, on the device.
+    def step(self, number: int) -> Step:
+        """The step with its micro-batches, made now unless it was made ahead."""
+        made, self._next_step = self._next_step, None
+        if made is not None and made.number == number:
+            return made
+        return self._make(number)
+
+    def with_targets(self, step: Step) -> Iterator[OnDevice]:
+        """This rank's micro-batches of the step, on the device.
 
         Raises:
             UserError: the teacher failed; at the turn of the micro-batch that it failed on.
         """
-        for number, batch in enumerate(batches):
-            taken = self._take(batch, step)
+        for number, batch in enumerate(step.share):
+            current = self._take(batch, step.number)
             if self.is_ahead:
-                is_last = number + 1 == len(batches)
-                following = self.first_of(step + 1) if is_last else batches[number + 1]
-                self._next = None if following is None else self._ask_ahead(following, step + is_last)
-            yield taken
+                # Queued before the student's kernels of `current`, which the caller queues after this yield.
+                if number + 1 < len(step.share):
+                    self._queued = self._queue(step.share[number + 1], step.number)
+                elif self.data.fixed and self.is_taken(step.number + 1):
+                    self._next_step = self._make(step.number + 1)
+                    self._queued = self._queue(self._next_step.share[0], step.number + 1)
+            yield current
 
-    def _take(self, batch: Batch, step: int) -> tuple[Batch, Targets | None]:
-        asked, self._next = self._next, None
-        if asked is None or (asked.rows, asked.step) != (batch.rows_B.tolist(), step):
-            return self._ask(batch, step)  # the first of a run, or the guard chose another step
-        if asked.done is not None:
-            torch.cuda.current_stream(self.device).wait_event(asked.done)
-        if isinstance(asked.found, Exception):
-            raise asked.found
-        return asked.found
+    def _make(self, number: int) -> Step:
+        return Step(number, self.data.step(number), self.ranks)
 
-    def _ask_ahead(self, batch: Batch, step: int) -> _Asked:
-        found: tuple[Batch, Targets | None] | Exception
+    def _take(self, batch: Batch, number: int) -> OnDevice:
+        queued, self._queued = self._queued, None
+        if queued is None or queued.batch is not batch:  # the guard may have chosen another step
+            return self._to_device(batch, number)
+        if queued.done is not None:
+            # The student's stream waits; this thread does not.
+            torch.cuda.current_stream(self.device).wait_event(queued.done)
+        if isinstance(queued.result, Exception):
+            raise queued.result
+        return queued.result
+
+    def _queue(self, batch: Batch, number: int) -> _Queued:
+        result: OnDevice | UserError | torch.OutOfMemoryError
         done = None
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             if self.stream is not None:
-                # What is freed on this stream may be read on the student's, which does not tell the
-                # allocator. It was freed before now, so it is read before what was queued until now is done.
+                # Memory that is freed on this stream is given out again to this stream, while kernels of the
+                # student's, which the allocator knows nothing of, may still be to read it. They were queued
+                # before it was freed, so waiting for what is queued until now is enough.
                 self.stream.wait_stream(torch.cuda.default_stream(self.device))
             try:
-                found = self._ask(batch, step)
+                result = self._to_device(batch, number)
             except (UserError, torch.OutOfMemoryError) as error:
-                found = error
+                result = error  # the current micro-batch is sound: raised at the next one's turn
             if self.stream is not None:
                 done = self.stream.record_event()
-        return _Asked(batch.rows_B.tolist(), step, found, done)
+        return _Queued(batch, result, done)
 
-    def _ask(self, batch: Batch, step: int) -> tuple[Batch, Targets | None]:
+    def _to_device(self, batch: Batch, number: int) -> OnDevice:
         on_device = batch.to(self.device)
         if self.teacher is None:
             return on_device, None
-        is_read = getattr(self.teacher, "reads_on_the_cpu", False)
-        return on_device, ask(self.teacher, batch if is_read else on_device, step)
+        read = batch if self.teacher.reads_on_cpu else on_device
+        return on_device, checked_targets(self.teacher, read, number)
 
 
-def ask(teacher: Teacher, batch: Batch, step: int) -> Targets:
-    """The teacher's targets, or the end of the run with a name: never a step without them."""
+def checked_targets(teacher: Teacher, batch: Batch, number: int) -> Targets:
+    """The teacher's targets, or the end of the run by name: never a step without them."""
     try:
         targets = teacher.targets(batch)
     except torch.OutOfMemoryError:
         raise  # it has advice of its own
     except (RuntimeError, ValueError, IndexError, TypeError, OSError) as error:
         raise OfOneRank(
-            f"step {step + 1}: the teacher failed on rows {batch.rows_B.tolist()}: {type(error).__name__}:"
+            f"step {number + 1}: the teacher failed on rows {batch.rows_B.tolist()}: {type(error).__name__}:"
             f" {error}"
         ) from error
     if len(targets) != len(batch.positions_N):
         raise OfOneRank(
-            f"step {step + 1}: the teacher gave targets for {len(targets)} positions,"
-            f" {len(batch.positions_N)} were asked."
+            f"step {number + 1}: the teacher gave targets for {len(targets)} positions, and the batch has"
+            f" {len(batch.positions_N)}."
         )
     return targets

@@ -1,9 +1,10 @@
-"""Signals and deadlines: a run that is asked to stop stops whole, and a run that hangs says where.
+"""Signals and deadlines: a run that is asked to stop stops at a place to resume from, and one that hangs says
+where.
 
-Until `begin` there is nothing to save, and SIGTERM or SIGINT ends whatever is being done. After it they are
-noted, and every long loop asks: `stopping` after a step, `poll` inside an evaluation. A second signal ends
-the process at once. From the start on a thread waits for signs of life; where none comes within the recipe's
-deadline, it hands the stacks of all threads to `on_stall`.
+Until `enter_loop` there is nothing to save, and SIGTERM or SIGINT ends whatever is being done. From then on
+they only set a flag, which the loop reads after each step (`stopping`) and an evaluation after each batch
+(`poll`). A second signal ends the process at once. From the start on a thread waits for signs of life; where
+none comes within the recipe's deadline, it hands the stacks of all threads to `on_stall`.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ def cleaning() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Watch:
-    """A context: the process's handlers are ours inside it. `on_stall` gets a diagnosis and the stacks."""
+class Watchdog:
+    """A context that handles the process's signals. `on_stall` gets a diagnosis and the stacks."""
 
     def __init__(self, guard: GuardConfig, on_stall: Callable[[str, str], None]) -> None:
         self.guard, self.on_stall = guard, on_stall
         self.stopping = False
-        self._begun = False
-        self._life = time.monotonic()
-        self._field = "first_step_s"
+        self._in_loop = False
+        self._last_beat = time.monotonic()
+        self._deadline = "first_step_s"  # a field of `guard`
         self._done = threading.Event()
         self._before: dict[int, Any] = {}
 
@@ -60,7 +61,7 @@ class Watch:
         if threading.current_thread() is threading.main_thread():  # elsewhere signals are not ours to take
             self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self.beat()
-        threading.Thread(target=self._wait, name="potstill-watch", daemon=True).start()
+        threading.Thread(target=self._wait, name="potstill-watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -68,22 +69,22 @@ class Watch:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def begin(self) -> None:
-        """From here on there is something to save."""
-        self._begun = True
+    def enter_loop(self) -> None:
+        """From here on a stop is a checkpoint."""
+        self._in_loop = True
         self.beat()
 
     def beat(self) -> None:
         """A sign of life."""
-        self._life = time.monotonic()
+        self._last_beat = time.monotonic()
 
     def stepped(self) -> None:
-        """A step is done: the deadline of the first one is past."""
+        """A step is done: from the first one on, which may compile, the deadline is the shorter one."""
         self.beat()
-        self._field = "stall_s"
+        self._deadline = "stall_s"
 
-    def end(self) -> None:
-        """Nothing is waited for any more: the receipt takes what it takes."""
+    def leave_loop(self) -> None:
+        """No deadline any more: the receipt takes what it takes."""
         self._done.set()
 
     def poll(self) -> None:
@@ -96,39 +97,39 @@ class Watch:
         if self.stopping:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.stopping = True
+        self.stopping = True  # before the message: writing it may fail
         when = (
             "after this step; once more ends at once"
-            if self._begun
+            if self._in_loop
             else "before the first step; nothing is lost"
         )
         # Not through the display: it may be what the signal interrupted, and streams are not reentrant.
         with contextlib.suppress(OSError):
             restore_stderr()
             os.write(2, f"{signal.Signals(number).name}: stopping {when}\n".encode())
-        if not self._begun:
+        if not self._in_loop:
             raise Stopped
 
     def _wait(self) -> None:
-        seen, silent_s = self._life, 0.0
+        seen, silent_s = self._last_beat, 0.0
         while True:
-            limit = float(getattr(self.guard, self._field))
+            limit = float(getattr(self.guard, self._deadline))
             tick = min(1.0, limit / 4)
             if self._done.wait(tick):
                 return
             # Ticks are counted and not the clock: a process that was suspended was not silent meanwhile.
-            silent_s = silent_s + tick if self._life == seen else 0.0
-            seen = self._life
+            silent_s = silent_s + tick if self._last_beat == seen else 0.0
+            seen = self._last_beat
             if silent_s > limit:
                 with tempfile.TemporaryFile("w+") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                     file.seek(0)
                     stacks = file.read()
                 waited_for = (
-                    "step and no batch of an evaluation" if self._begun else "sign of life at the start"
+                    "step and no batch of an evaluation" if self._in_loop else "sign of life at the start"
                 )
                 restore_stderr()
                 self.on_stall(
-                    f"no {waited_for} for {silent_s:.3g} s; guard.{self._field} is {limit:g}", stacks
+                    f"no {waited_for} for {silent_s:.3g} s; guard.{self._deadline} is {limit:g}", stacks
                 )
                 return

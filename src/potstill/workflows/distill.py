@@ -32,10 +32,10 @@ from potstill.recipe.load import Recipe
 from potstill.runs.inputs import file_hashes
 from potstill.runs.run_dir import RunDir, code, default_path, newest_path
 from potstill.runs.trackers import logging_to
-from potstill.training.checkpoint import Checkpoints, Outcome
-from potstill.training.distributed import Ranks, started
-from potstill.training.loop import Hooks, Metrics, train
-from potstill.training.watchdog import Watch
+from potstill.training.checkpoint import Checkpoints, Metrics, Outcome
+from potstill.training.distributed import Ranks, process_group
+from potstill.training.loop import Hooks, train
+from potstill.training.watchdog import Watchdog
 from potstill.workflows.receipt import Finished, hashes, receipt_of
 
 Json = dict[str, Any]
@@ -75,7 +75,7 @@ def distill(
     for sink in loaded.sinks:
         sink.require()
     resolved = resolve(loaded)
-    with started(loaded.train.parallel, resolved.device) as ranks:
+    with process_group(loaded.train.parallel, resolved.device) as ranks:
         return _distill(recipe, resolved, out, resume, display, ranks)
 
 
@@ -97,17 +97,17 @@ def _distill(
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     text = recipes.dump(resolved.recipe).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     if resume:
-        start = _resumed(resolved, ranks.first_says(out or newest_path(name)), text)
+        start = _resumed(resolved, ranks.broadcast(out or newest_path(name)), text)
         if start.run is not None and start.run.status().get("state") == "finished":
             start.run.whole_student()
             display.note(f"{start.path}: finished already")
             return start.run
     else:
-        start = _new(resolved, ranks.first_says(out or default_path(name)), text, display, ranks)
+        start = _new(resolved, ranks.broadcast(out or default_path(name)), text, display, ranks)
     locked: list[RunDir] = []
     guard = start.resolved.recipe.guard
     with (
-        Watch(guard, partial(_on_stall, start.path, locked, display)) as watch,
+        Watchdog(guard, partial(_on_stall, start.path, locked, display)) as watch,
         process_of(start.resolved.recipe),
         _memory_advice(start.resolved.recipe),
     ):
@@ -123,9 +123,9 @@ def _distill(
 
 def _new(resolved: Resolved, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
     """A run that starts: its folder is free, and nothing is left to choose."""
-    ranks.only_first(lambda: RunDir.require_free(path))
-    chunk = ranks.first_says(choose_chunk(resolved, display.note))
-    backend = ranks.first_says(choose_backend(resolved, display.note))
+    ranks.on_first(lambda: RunDir.require_free(path))
+    chunk = ranks.broadcast(choose_chunk(resolved, display.note))
+    backend = ranks.broadcast(choose_backend(resolved, display.note))
     settled = with_matmul(with_chunk(resolved.recipe, chunk.used), backend)
     return _Start(path, resolved.with_recipe(settled), text, chunk.as_dict(), None)
 
@@ -145,7 +145,7 @@ def _run(
     start: _Start,
     note: Callable[[str], None],
     display: Display,
-    watch: Watch,
+    watch: Watchdog,
     ranks: Ranks,
     locked: list[RunDir],
 ) -> RunDir:
@@ -160,7 +160,7 @@ def _run(
         # Only now: whatever was refused above has left no folder behind.
         kept: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
         make = partial(RunDir.create, start.path, recipe=start.recipe_text, **kept, chunk=start.chunk)
-        ranks.only_first(make)
+        ranks.on_first(make)
     run = start.run or RunDir(start.path)
     note(f"run: {run.path}")
     with contextlib.ExitStack() as held:
@@ -170,7 +170,7 @@ def _run(
             held.enter_context(logging_to(recipe.sinks, run, display.warn))
             locked.append(run)
         if start.run is not None:
-            ranks.only_first(lambda: run.set_status("running"))
+            ranks.on_first(lambda: run.set_status("running"))
         is_resumed = start.run is not None
         _Running(setup, run, display, watch, inputs, ranks, is_resumed=is_resumed).to_its_receipt(checked)
     return run
@@ -236,7 +236,7 @@ class _Running:
         setup: RunSetup,
         run: RunDir,
         display: Display,
-        watch: Watch,
+        watch: Watchdog,
         inputs: dict[str, str],
         ranks: Ranks,
         *,
@@ -258,11 +258,11 @@ class _Running:
         source = code()  # now, while it is what was loaded
         samples = {"before": _sample(setup)}
         if setup.teacher.is_sharded and setup.teacher.model is not None:
-            self.ranks.spread_teacher(setup.teacher.model)
+            self.ranks.shard_teacher(setup.teacher.model)
         outcome = self.train()
         if outcome.evaluated < recipe.train.steps:
             why = f"by a signal after step {outcome.step}; --resume goes on"
-            self.ranks.only_first(lambda: run.set_status("stopped", why))
+            self.ranks.on_first(lambda: run.set_status("stopped", why))
             self.display.note(
                 f"stopped after step {outcome.step}, checkpoint saved; the same command with"
                 f" --resume --out {run.path} goes on"
@@ -271,7 +271,7 @@ class _Running:
         with contextlib.ExitStack() as whole:
             for module in (setup.student, setup.teacher.model):
                 if module is not None:
-                    whole.enter_context(self.ranks.whole(module))
+                    whole.enter_context(self.ranks.gathered(module))
             samples["after"] = _sample(setup)
 
             def finish() -> None:
@@ -283,7 +283,7 @@ class _Running:
                 run.write_receipt(receipt | {"ranks": self.ranks.described()})
                 run.set_status("finished")
 
-            self.ranks.only_first(finish)
+            self.ranks.on_first(finish)
         _summarize(setup, run, outcome, samples, self.display)
 
     def evaluations(self) -> dict[str, Any]:
@@ -321,20 +321,11 @@ class _Running:
             on_fault=self.on_fault,
             beat=self.watch.beat,
         )
-        teacher = (
-            setup.teacher if recipe.objective.kd_weight else None
-        )  # no answer is asked that nobody reads
-        self.watch.begin()
-        outcome = train(
-            setup.student,
-            teacher,
-            setup.corpus.train,
-            setup.corpus.order(recipe.train.seed),
-            recipe,
-            hooks,
-            self.ranks,
-        )
-        self.watch.end()
+        # Without a KD term nothing reads the teacher's targets.
+        teacher = setup.teacher if recipe.objective.kd_weight else None
+        self.watch.enter_loop()
+        outcome = train(setup.student, teacher, setup.data(self.ranks.world), recipe, hooks, self.ranks)
+        self.watch.leave_loop()
         return outcome
 
     def evaluate(self, step: int) -> Metrics:
@@ -360,7 +351,7 @@ class _Running:
         self.display.step_line(step, self.setup.recipe.train.steps, metrics, left_s)
 
     def on_best(self, step: int, metrics: Metrics) -> None:
-        self.ranks.only_first(self.write_student)
+        self.ranks.on_first(self.write_student)
 
     def write_student(self) -> None:
         student = self.setup.student
@@ -371,7 +362,7 @@ class _Running:
     def resume(self, optimizer: Optimizer) -> Outcome | None:
         """At the begin, and when the guard goes back: the fault it goes back for is not forgotten."""
         outcome = self.checkpoints.load(self.setup.student, optimizer)
-        self.ranks.only_first(lambda: self.rewind(outcome))
+        self.ranks.on_first(lambda: self.rewind(outcome))
         self.has_started = True
         return outcome
 
@@ -388,11 +379,11 @@ class _Running:
             self.run.rewind_faults(at.step, at.left_out)
 
     def save(self, optimizer: Optimizer, outcome: Outcome) -> None:
-        self.ranks.only_first(self.run.flush)
+        self.ranks.on_first(self.run.flush)
         self.checkpoints.save(self.setup.student, optimizer, outcome)
 
     def on_fault(self, step: int, what: str, rows: list[dict[str, Any]]) -> None:
-        self.ranks.only_first(lambda: self.run.log_fault(step, what, rows))
+        self.ranks.on_first(lambda: self.run.log_fault(step, what, rows))
         self.display.warn(f"{what} guard.policy: {self.setup.recipe.guard.policy}")
 
 

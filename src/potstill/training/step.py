@@ -1,0 +1,115 @@
+"""One optimizer step: its micro-batches, what they came to, and the figures that are logged of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from potstill.errors import UserError
+from potstill.models.student import Student
+from potstill.training.checkpoint import Metrics
+from potstill.training.distributed import Ranks, full
+from potstill.types import Batch
+
+
+class Step:
+    """`number` counts from 0; messages and logs count from 1."""
+
+    def __init__(self, number: int, batches: list[Batch], ranks: Ranks) -> None:
+        self.number, self.batches, self.ranks = number, batches, ranks
+        self.share = ranks.share(batches)
+        """This rank's micro-batches."""
+        self.positions = sum(len(batch.positions_N) for batch in batches)
+        """Supervised positions of all ranks: the divisor of the loss, known before any backward."""
+        self._terms: list[dict[str, Tensor]] = []
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(batch.rows_B) for batch in self.batches)
+
+    @property
+    def is_at_last_batch(self) -> bool:
+        return len(self._terms) + 1 == len(self.share)
+
+    def require_labels(self, student: Student) -> None:
+        for batch in self.share:
+            with error_context(self.number, batch):
+                student.require_labels(batch)
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Keep the sums of a micro-batch, on the device: nothing waits for them before `totals`."""
+        self._terms.append({name: value.detach() for name, value in terms.items()})
+
+    def totals(self, student: Student) -> Totals:
+        """Of all micro-batches and ranks. The step waits for its device here, and nowhere else."""
+        parameters = [p for p in student.parameters() if p.grad is not None]
+        total_norm = norm_of_gradients(parameters)
+        of_batches, grad_norm = read(self._terms, total_norm)
+        sums: Metrics = {}
+        for of_batch in of_batches:
+            for name, value in of_batch.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return Totals(of_batches, self.ranks.total(sums), grad_norm, total_norm, parameters)
+
+    def metrics(self, totals: Totals, lr: float, epoch: int, seconds: float) -> Metrics:
+        losses = {f"train/{name}": value / self.positions for name, value in totals.sums.items()}
+        return losses | {
+            "train/lr": lr,
+            "train/grad_norm": totals.grad_norm,
+            "train/positions": self.positions,
+            "train/epoch": epoch,
+            "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in self.batches) / seconds,
+            "speed/step_s": seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a step came to."""
+
+    of_batches: list[Metrics]
+    """Sums over each of this rank's micro-batches, in nats."""
+    sums: Metrics
+    """Over all positions of the step, on all ranks."""
+    grad_norm: float
+    total_norm: Tensor
+    """The same on the device, where clipping needs it."""
+    parameters: list[nn.Parameter]
+    """Those that have a gradient."""
+
+    def clip(self, limit: float | None) -> None:
+        """Scale the gradients down to a norm of `limit`, None for no limit."""
+        if limit is not None:
+            clip_grads_with_norm_(self.parameters, limit, self.total_norm)
+
+
+def norm_of_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Of all of them together, on the device, and in shards where they are."""
+    return get_total_norm(p.grad for p in parameters if p.grad is not None)
+
+
+def read(terms: list[dict[str, Tensor]], total_norm: Tensor) -> tuple[list[Metrics], float]:
+    """The terms of each micro-batch and the gradient norm as numbers, in one transfer from the device."""
+    on_device = [value for of_batch in terms for value in of_batch.values()]
+    numbers = iter(torch.stack([value.double() for value in (*on_device, full(total_norm))]).tolist())
+    return [{name: next(numbers) for name in of_batch} for of_batch in terms], next(numbers)
+
+
+@contextlib.contextmanager
+def error_context(number: int, *batches: Batch) -> Iterator[None]:
+    """Say which step and which rows an error is about."""
+    try:
+        yield
+    except UserError as error:
+        rows = [row for batch in batches for row in batch.rows_B.tolist()]
+        raise type(error)(f"step {number + 1}, rows [{abbreviated(rows)}]: {error}") from error
+
+
+def abbreviated(numbers: list[int]) -> str:
+    """At most 16 of them."""
+    return ", ".join(map(str, numbers[:16])) + (f", … {len(numbers)} in all" if numbers[16:] else "")
