@@ -174,7 +174,7 @@ def test_every_arm_s_student_is_put_to_humaneval(
         return {"status": "finished", "passed_by_problem": passed}
 
     monkeypatch.setattr("potstill.evals.humaneval.evaluate", evaluate)
-    monkeypatch.setattr(compare, "_require_humaneval", lambda: None)
+    monkeypatch.setattr(workflow, "_require_humaneval", lambda: None)
     section = "{seeds: [0, 1], budget: steps, humaneval_tokens: 7}"
     folder = compare(tiny_recipe(compare=section), out=tmp_path / "out")
     assert folder is not None
