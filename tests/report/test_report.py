@@ -21,7 +21,7 @@ from potstill.cli.main import main
 from potstill.io.terminal import Display
 from potstill.report.build import report
 from potstill.report.charts import Series, chart, log_ticks, thinned, ticks
-from potstill.report.page import Told, page
+from potstill.report.page import RunReport, page
 from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
@@ -160,7 +160,7 @@ def test_what_is_infinite_is_shown_as_such_and_is_json(run: RunDir) -> None:
         "teacher_entropy": 0.3,
     }
     rows = [[token | {"student": choices, "teacher": choices}]]
-    text = page([Told(run, {"rows": rows, "mean_kl": float("inf")})], {})
+    text = page([RunReport(run, {"rows": rows, "mean_kl": float("inf")})], {})
     assert json.loads(Elements(text).raw[1][1])[0]["kl"] is None
     assert "mean inf nats" in text
     assert 'class="t k6"' in text
@@ -183,7 +183,7 @@ def planted(run: RunDir) -> str:
     run.set_status("failed", PLANT)
     run.log_fault(2, PLANT)
     moved = run.path.rename(run.path.with_name(f"{PLANT.split('/')[0]}<script>x"))
-    return page([Told(RunDir(moved), {"rows": rows, "mean_kl": 3.0})], {})
+    return page([RunReport(RunDir(moved), {"rows": rows, "mean_kl": 3.0})], {})
 
 
 def test_no_text_of_others_becomes_part_of_the_page(run: RunDir) -> None:
@@ -225,8 +225,8 @@ def test_several_runs_stand_in_one_page_by_name_and_colour(run: RunDir, tmp_path
     assert {"line s0", "line s1"} <= {str(a.get("class")) for t, a in Elements(text).tags if t == "polyline"}
     alike = page(
         [
-            Told(run, "not run"),
-            Told(RunDir(Path(shutil.copytree(run.path, tmp_path / "x" / "run"))), "not run"),
+            RunReport(run, "not run"),
+            RunReport(RunDir(Path(shutil.copytree(run.path, tmp_path / "x" / "run"))), "not run"),
         ],
         {},
     )
@@ -272,8 +272,8 @@ def test_a_page_is_made_although_nothing_can_be_measured_any_more(gone: str, run
     said = " ".join(Elements(page_of(run, with_models=True)).sections["disagreement"].split())
     wanted = {
         "teacher": "Not run: .*no file or folder /nowhere/teacher",
-        "corpus": "Not run: .*the corpus is not the run's any more",
-        "receipt's teacher": "Not run: .*the recipe's teacher is not the one that taught this run",
+        "corpus": "Not run: .*the corpus has changed since the run",
+        "receipt's teacher": "Not run: .*the recipe's teacher is not the run's",
     }
     assert re.search(wanted[gone], said)
     assert run.disagreement() == {}
