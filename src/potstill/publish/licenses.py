@@ -56,17 +56,17 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Settled:
+class StudentLicense:
     license: str
     reason: str
 
 
-def settle(parents: Sequence[Parent], asked: str | None) -> Settled:
+def settle(parents: Sequence[Parent], requested: str | None) -> StudentLicense:
     """The student's licence, and why.
 
     Args:
         parents: the weights' own begin first, then the teacher, then the data.
-        asked: `publish.license` of the recipe.
+        requested: `publish.license` of the recipe.
 
     Raises:
         UserError: one line for each parent whose licence is unknown or lets nothing derived be shared; or
@@ -85,30 +85,30 @@ def settle(parents: Sequence[Parent], asked: str | None) -> Settled:
             binding.setdefault(one.license, f"the {one.role}'s {one.license}")
     if len(binding) > 1:
         both = " and ".join(binding.values())
-        if asked not in binding:
+        if requested not in binding:
             raise UserError(
                 f"licences: {both} ask for different terms. If one of them does not reach the student, name"
                 f" the other in the recipe: publish: {{license: {next(iter(binding))}}}, or add"
                 " publish.license=…"
             )
-        return Settled(asked, f"chosen by the publisher: {both} ask for different terms")
+        return StudentLicense(requested, f"chosen by the publisher: {both} ask for different terms")
     if binding:
         ((needed, whose),) = binding.items()
-        if asked not in (None, needed):
+        if requested not in (None, needed):
             raise UserError(
-                f"publish.license: {asked}, and {whose} asks for {needed}. Leave the line out, or state"
+                f"publish.license: {requested}, and {whose} asks for {needed}. Leave the line out, or state"
                 " another licence for that parent if you have it."
             )
-        return Settled(needed, f"{whose} asks for it")
+        return StudentLicense(needed, f"{whose} asks for it")
     own = next((one for one in parents if one.license is not None), None)
-    if asked is not None:
-        return Settled(asked, "chosen by the publisher; no parent asks for another")
+    if requested is not None:
+        return StudentLicense(requested, "chosen by the publisher; no parent asks for another")
     if own is None or own.role == "data":
         raise UserError(
             "licence of the student: no model's licence to inherit. Say it in the recipe:"
             " publish: {license: apache-2.0}, or add publish.license=…"
         )
-    return Settled(str(own.license), f"inherited from the {own.role}; no parent asks for another")
+    return StudentLicense(str(own.license), f"inherited from the {own.role}; no parent asks for another")
 
 
 def _fault(one: Parent) -> str:
@@ -125,7 +125,7 @@ def _line(role: str) -> str:
     )
 
 
-def licence_of(source: str) -> dict[str, str | None]:
+def license_of(source: str) -> dict[str, str | None]:
     """`license` as the Hub spells them, None where none is found, and `read_from`, the place that says it.
 
     Args:
@@ -141,7 +141,9 @@ def licence_of(source: str) -> dict[str, str | None]:
 def _read(source: str) -> tuple[str | None, str | None]:
     path = Path(source)
     if source.endswith(".gguf") and os.path.isfile(path):
-        return _told(check_gguf(path).metadata.get("general.license")), f"general.license in {path.name}"
+        return _identifier(
+            check_gguf(path).metadata.get("general.license")
+        ), f"general.license in {path.name}"
     if not os.path.exists(path):
         return _card_of_hub(source)
     if not os.path.isdir(path):
@@ -150,7 +152,7 @@ def _read(source: str) -> tuple[str | None, str | None]:
         return card, "README.md"
     for name in SETTINGS:
         if os.path.isfile(path / name):
-            found = _told(read_object(path / name, "It is not read for its licence.").get("license"))
+            found = _identifier(read_object(path / name, "It is not read for its licence.").get("license"))
             if found is not None:
                 return found, name
     return None, None
@@ -181,10 +183,10 @@ def _in_card(path: Path) -> str | None:
     if not isinstance(fields, dict):
         return None
     name = fields.get("license_name")
-    return _told(fields.get("license")) or _told(name)
+    return _identifier(fields.get("license")) or _identifier(name)
 
 
-def _told(value: Any) -> str | None:
+def _identifier(value: Any) -> str | None:
     """One licence; a list of several is for a person to choose from."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
