@@ -155,7 +155,7 @@ def test_what_must_not_be_published_is_refused_in_one_line(
         (["--repo", "small"], "--repo small: "),
         (["--repo", "me/small", "train.steps=9"], "a finished run is what it was"),
         (["--repo", "me/small", "publish.licence=mit"], "publish.licence: unknown key"),
-        (["--repo", "me/small", "publish.license=A licence"], "publish.license: 'A licence'"),
+        (["--repo", "me/small", "publish.license=A license"], "publish.license: 'A license'"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
@@ -199,11 +199,11 @@ SETTLED = [
 ]
 UNSETTLED = [
     ((None, CC0), None, "its files name none"),
-    (("cc-by-nd-4.0", CC0), APACHE, "lets nothing derived from it be shared"),
-    (("cc-by-nc-nd-4.0", CC0), None, "lets nothing derived from it be shared"),
-    (("gemma", "cc-by-sa-4.0"), None, "ask for different terms"),
-    (("gemma", "cc-by-sa-4.0"), MIT, "ask for different terms"),
-    (("cc-by-nc-4.0", CC0), MIT, "asks for cc-by-nc-4.0"),
+    (("cc-by-nd-4.0", CC0), APACHE, "does not permit sharing derivatives"),
+    (("cc-by-nc-nd-4.0", CC0), None, "does not permit sharing derivatives"),
+    (("gemma", "cc-by-sa-4.0"), None, "require different terms"),
+    (("gemma", "cc-by-sa-4.0"), MIT, "require different terms"),
+    (("cc-by-nc-4.0", CC0), MIT, "requires cc-by-nc-4.0"),
 ]
 
 
@@ -363,4 +363,4 @@ def test_the_demo_ends_with_its_card(
     assert f"{tmp_path / 'demo' / 'publish' / 'README.md'}\n" in capsys.readouterr().err
     (tmp_path / "demo.yaml").write_text(recipe)
     assert main(["demo", "--out", str(tmp_path / "other")]) == 0  # the run itself succeeds
-    assert "not to be published: licence of the teacher" in capsys.readouterr().err
+    assert "not to be published: license of the teacher" in capsys.readouterr().err

@@ -8,7 +8,7 @@
 
 Refused, one line each: a run that is not finished, a red check, an export that fails where others load it or
 is of another student, weights that are not finite, files that are not those of the receipt, a student behind
-the untouched one (unless that is allowed, and then stated on the card), a licence that is unknown or does not
+the untouched one (unless that is allowed, and then stated on the card), a license that is unknown or does not
 fit, and anything that looks like a token. The plan is uploaded, and nothing else.
 """
 
@@ -271,7 +271,7 @@ def _regressions(
 
 
 def _parents(tree: Mapping[str, Any], publish: PublishConfig, receipt: Mapping[str, Any]) -> list[Parent]:
-    """Whose licences bind the student: the model it started from, its teacher, its data."""
+    """Whose licenses bind the student: the model it started from, its teacher, its data."""
     sources = {
         "student": tree["student"].get("model") if tree["student"]["name"] == "checkpoint" else None,
         "teacher": receipt["teacher"].get("source") or tree["teacher"].get("path"),
