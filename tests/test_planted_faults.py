@@ -356,21 +356,21 @@ FAULTS = {
         "return settled(recipe, print) if",
         "preflight/test_auto.py::test_a_run_goes_on_with_the_number_that_it_began_with",
     ),
-    "an unknown licence is taken for a free one": Fault(
+    "an unknown license is taken for a free one": Fault(
         "publish/licenses.py",
         "        if one.license is None or NO_DERIVATIVES in one.license\n",
         "        if NO_DERIVATIVES in (one.license or '')\n",
-        "publish/test_publish.py::test_a_licence_that_does_not_follow_is_refused",
+        "publish/test_publish.py::test_a_license_that_the_parents_do_not_allow_is_refused",
     ),
     "a regression is published": Fault(
         "publish/publish.py",
-        "    if worse and not allow_regression:\n",
+        "    if regressions and not allow_regression:\n",
         "    if False:\n",
         f"{REFUSAL}[behind the untouched]",
     ),
     "another file than the receipt's is published": Fault(
         "publish/publish.py",
-        "        elif file_sha256(there[name]) != told[name]:\n",
+        "        elif file_sha256(there[name]) != recorded[name]:\n",
         "        elif False:\n",
         f"{REFUSAL}[another file]",
     ),
@@ -383,17 +383,17 @@ FAULTS = {
         "        missing = missing or list(self.plan)\n        if False:\n",
         "publish/test_hub.py::test_a_second_publish_makes_no_commit_and_sends_no_file",
     ),
-    "the token is told": Fault(
+    "the token is in a message": Fault(
         "publish/hub.py",
         'return text.replace(token, "[token]")',
         "return text",
         "publish/test_hub.py::test_the_token_is_in_the_authorization_header_and_nowhere_else",
     ),
-    "what comes back is not looked at": Fault(
+    "a download is not compared": Fault(
         "publish/hub.py",
         "            if sha256 != item.sha256:\n",
         "            if False:\n",
-        "publish/test_hub.py::test_a_file_that_comes_back_changed_is_told",
+        "publish/test_hub.py::test_a_file_served_with_other_content_is_reported",
     ),
     "the ids of a tail stand for too little": Fault(
         "store/codecs.py",

@@ -64,7 +64,7 @@ def publish(options: argparse.Namespace, display: Display) -> None:
     else:
         prepared, commit = publishing.publish(*arguments, private=options.private, note=display.note)
     if options.json:
-        display.result(json.dumps(prepared.told() | {"commit": commit}, indent=2))
+        display.result(json.dumps(prepared.as_dict() | {"commit": commit}, indent=2))
         return
     rows = [[item.path, f"{item.bytes:,}", item.sha256] for item in prepared.plan]
     display.result(aligned(["file", "bytes", "sha256"], rows))
