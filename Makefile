@@ -13,8 +13,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: $(READY)
-	$(BIN)/ruff format --check src tests bench
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench tools
+	$(BIN)/ruff check src tests bench tools
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 

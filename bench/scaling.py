@@ -83,8 +83,9 @@ def tensors(case: Case, device: Any = "cpu", dtype: Any = None) -> dict[str, Any
 
 def loss_block(case: Case, of: dict[str, Any], compiled: bool = False) -> Callable[[], None]:
     from potstill.losses.objective import Objective
+    from potstill.losses.targets import HiddenTargets
     from potstill.registry import entries
-    from potstill.types import Head, HiddenTargets
+    from potstill.types import Head
 
     objective = Objective(entries("divergence")[case.divergence], chunk=case.chunk, compiled=compiled)
     targets = HiddenTargets(of["hidden_NE"], Head(of["weight_VE"]))

@@ -37,8 +37,8 @@ from potstill.recipe.load import load
 from potstill.store import sampling
 from potstill.store.bitpack import id_bits
 from potstill.store.codecs import (
+    Codec,
     Hidden,
-    Kind,
     Sampled,
     TopK,
     distributions,
@@ -90,7 +90,7 @@ class Derived:
 
     reads_on_cpu = True
 
-    def __init__(self, hidden: StoredTeacher, kind: Kind, seed: int, renormalised: bool = False) -> None:
+    def __init__(self, hidden: StoredTeacher, kind: Codec, seed: int, renormalised: bool = False) -> None:
         self.hidden, self.kind, self.seed, self.renormalised = hidden, kind, seed, renormalised
         self.vocab, self.vocab_size = hidden.vocab, hidden.vocab_size
 
@@ -115,7 +115,7 @@ class Derived:
         return found
 
 
-def kind_at(name: str, size: int, cast: RunSetup) -> Kind:
+def kind_at(name: str, size: int, cast: RunSetup) -> Codec:
     """The kind that takes about so many bytes of a position."""
     teacher = cast.teacher
     ids, head = cast.shared.ids, teacher.head
@@ -174,7 +174,7 @@ def gradients(options: argparse.Namespace) -> None:
     source = cast.teacher.store.manifest["teacher"]["source"]
     teacher = TorchTeacher.for_inference(source)
     teacher.model.mask_from(cast.shared.ids)
-    wanted: list[tuple[str, Kind]] = [(f"hidden {d}", Hidden(d)) for d in ("bfloat16", "int8")]
+    wanted: list[tuple[str, Codec]] = [(f"hidden {d}", Hidden(d)) for d in ("bfloat16", "int8")]
     wanted += [
         (f"{name} {size}", kind_at(name, size, cast))
         for size in options.sizes
@@ -192,7 +192,7 @@ def gradients(options: argparse.Namespace) -> None:
         append(options, record | {key: round(value, 6) for key, value in found.items()})
 
 
-def bytes_of(kind: Kind, teacher: TorchTeacher, cast: RunSetup) -> float:
+def bytes_of(kind: Codec, teacher: TorchTeacher, cast: RunSetup) -> float:
     """Of a position, as they are written."""
     rows = captured(teacher, cast.corpus.heldout, range(4), kind, 0, 4)
     found = [(len(row.places_P), sum(tensor.nbytes for tensor in row.kept.values())) for row in rows]

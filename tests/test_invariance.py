@@ -23,8 +23,9 @@ from potstill.build.setup import set_up
 from potstill.io.terminal import Display
 from potstill.losses.divergences import forward_kl, reverse_kl
 from potstill.losses.objective import Objective
+from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student, from_checkpoint
-from potstill.types import Batch, HiddenTargets
+from potstill.types import Batch
 
 SGD = "{steps: 1, rows_per_step: 4, lr: 0.5, optimizer: sgd, weight_decay: 0.0, clip: null, final_lr_ratio: 1.0, device: cpu}"
 

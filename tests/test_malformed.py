@@ -579,7 +579,7 @@ def indexes() -> Iterator[tuple[Any, ...]]:
     yield "a shard that is not there", index(lambda m: m.update({norm: "gone.safetensors"})), "1 of 3 shards named by .*missing, first gone"
     yield "a path upwards", index(lambda m: m.update({norm: "../recipe.safetensors"})), at + r".*'\.\./recipe\.safetensors', not the name"
     yield "an absolute path", index(lambda m: m.update({norm: "/etc/x.safetensors"})), at + ".*not the name"
-    yield "a number for a shard", index(lambda m: m.update({norm: 5})), at + ".*said to be in 5, not the name"
+    yield "a number for a shard", index(lambda m: m.update({norm: 5})), at + ".*in 5, not the name"
     yield "a pickle for a shard", index(lambda m: m.update({norm: "x.bin"})), at + r".*'x\.bin', not the name"
     yield "a tensor that is nowhere", index(lambda m: m.update(odd=m[norm])), r"1 of \d+ tensors that .*first odd"
 

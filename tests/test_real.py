@@ -23,7 +23,7 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(scope="module")
 def corpus(real_teacher: Any) -> packing.Corpus:
-    reading = readers.text(Path(sysconfig.get_path("stdlib")) / "json", real_teacher.tokenizer, ["*.py"])
+    reading = readers.text.read(Path(sysconfig.get_path("stdlib")) / "json", real_teacher.tokenizer, ["*.py"])
     return packing.build(reading, tokens_per_row=128, heldout_rows=3, vocab=real_teacher.vocab)
 
 

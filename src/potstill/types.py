@@ -10,7 +10,7 @@ A tensor's name ends in its shape: `hidden_ND`, `labels_N`. Lists and scalars ca
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -124,31 +124,6 @@ class Targets(Protocol):
     def beyond_support(self) -> Tensor | None:
         """What a divergence on such ids lacks of the full one, nats_N, no gradient; None where nothing."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class HiddenTargets:
-    """A teacher in memory: its final hidden states, and the head that turns a slice of them into logits. S =
-    V.
-    """
-
-    hidden_NE: Tensor
-    head: Callable[[Tensor], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.hidden_NE)
-
-    def __getitem__(self, positions: slice) -> HiddenTargets:
-        return HiddenTargets(self.hidden_NE[positions], self.head)
-
-    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            logits_NV = self.head(self.hidden_NE)
-            teacher_logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
-        return student_logp_NV, teacher_logp_NV
-
-    def beyond_support(self) -> None:
-        return None
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ if not torch.cuda.is_available():
     cuda = "{steps: 1, rows_per_step: 1, lr: 1e-3, device: cuda}"
     WRONG["CUDA asked for and absent"] = (
         section(train=cuda),
-        "cuda was asked for and this machine has 0 CUDA device",
+        "device: is cuda, and this machine has 0 CUDA device",
     )
 
 
@@ -287,6 +287,7 @@ def test_the_schema_is_json_with_every_section(capsys: pytest.CaptureFixture[str
         "objective",
         "train",
         "eval",
+        "evaluations",
         "guard",
         "capture",
         "compare",

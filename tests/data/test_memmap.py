@@ -41,7 +41,9 @@ def test_a_result_that_cannot_be_written_is_one_line_and_code_2(
 ) -> None:
     code, told = run(f"{POTSTILL} {verb} {streams}", tmp_path)
     assert code == 2
-    lines = [f"error: stdout: the result cannot be written: {said}. Give it a place that takes it."]
+    lines = [
+        f"error: stdout: the result cannot be written: {said}. Redirect it to a file that can be written."
+    ]
     assert told.splitlines() == (lines if said else [])
 
 

@@ -97,30 +97,30 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_empty_files(
     for name in ("b.txt", "a/z.py", "a/b.txt", ".hidden", ".git/x", "__pycache__/x.pyc"):
         write(tmp_path / name, name)
     write(tmp_path / "empty.txt", "")
-    reading = readers.text(tmp_path, tokenizer)
+    reading = readers.text.read(tmp_path, tokenizer)
     assert texts_of(reading, tokenizer) == ["a/b.txt", "a/z.py", "b.txt"]
 
 
 def test_empty_files_do_not_end_the_reading(tmp_path: Path, tokenizer: Any) -> None:
-    for number in range(readers.TEXTS_PER_CALL + 5):
+    for number in range(readers.reading.TEXTS_PER_CALL + 5):
         write(tmp_path / f"{number:03}", "")
     write(tmp_path / "999", "at last")
-    assert texts_of(readers.text(tmp_path, tokenizer), tokenizer) == ["at last"]
+    assert texts_of(readers.text.read(tmp_path, tokenizer), tokenizer) == ["at last"]
 
 
 def test_patterns_match_a_name_or_a_path(tmp_path: Path, tokenizer: Any) -> None:
     for name in ("keep.py", "deep/er/keep.py", "test/no.py", "note.md"):
         write(tmp_path / name, name)
-    reading = readers.text(tmp_path, tokenizer, include=["*.py"], exclude=["test/*"])
+    reading = readers.text.read(tmp_path, tokenizer, include=["*.py"], exclude=["test/*"])
     assert texts_of(reading, tokenizer) == ["deep/er/keep.py", "keep.py"]
-    only = readers.text(tmp_path, tokenizer, include=["deep/er/*"])
+    only = readers.text.read(tmp_path, tokenizer, include=["deep/er/*"])
     assert texts_of(only, tokenizer) == ["deep/er/keep.py"]
 
 
 def test_one_file_is_one_document_and_every_file_is_hashed(tmp_path: Path, tokenizer: Any) -> None:
     content = "two lines\r\nof té́xt\n".encode()
     file = write(tmp_path / "one.txt", content)
-    reading = readers.text(file, tokenizer)
+    reading = readers.text.read(file, tokenizer)
     assert texts_of(reading, tokenizer) == [content.decode()]
     expected = {"path": str(file), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert reading.files == [expected]
@@ -129,7 +129,7 @@ def test_one_file_is_one_document_and_every_file_is_hashed(tmp_path: Path, token
 def test_special_tokens_spelled_in_a_text_stay_text(tmp_path: Path, tokenizer: Any) -> None:
     file = write(tmp_path / "x", "say <eos> and <pad>")
     assert tokenizer("<eos>", add_special_tokens=False)["input_ids"] == [EOS]
-    assert texts_of(readers.text(file, tokenizer), tokenizer) == ["say <eos> and <pad>"]
+    assert texts_of(readers.text.read(file, tokenizer), tokenizer) == ["say <eos> and <pad>"]
     # ... and the tokenizer is left as it was, for the chat templates that need them.
     assert tokenizer("<eos>", add_special_tokens=False)["input_ids"] == [EOS]
 
@@ -139,7 +139,7 @@ def test_a_text_longer_than_the_model_is_read_whole_and_without_a_word(
 ) -> None:
     short = make_tokenizer()
     short.model_max_length = 4
-    assert texts_of(readers.text(write(tmp_path / "x", "much longer than four"), short), short) == [
+    assert texts_of(readers.text.read(write(tmp_path / "x", "much longer than four"), short), short) == [
         "much longer than four"
     ]
     assert capfd.readouterr() == ("", "")
@@ -148,7 +148,7 @@ def test_a_text_longer_than_the_model_is_read_whole_and_without_a_word(
 def test_a_tokenizer_without_eos_adds_nothing(tmp_path: Path) -> None:
     endless = make_tokenizer()
     endless.eos_token = None
-    (found,) = readers.text(write(tmp_path / "x", "ab"), endless).documents
+    (found,) = readers.text.read(write(tmp_path / "x", "ab"), endless).documents
     assert found.ids.tolist() == endless("ab", add_special_tokens=False)["input_ids"]
 
 
@@ -163,11 +163,11 @@ def test_jsonl_is_one_document_a_line_and_only_jsonl_files_of_a_folder_are_read(
         tmp_path / "a.jsonl", '{"text": "one"}\n\n{"text": ""}\n{"text": "two\\u2028lines \\ud83d\\ude00"}\n'
     )
     write(tmp_path / "info.json", "{\n}")
-    reading = readers.jsonl(tmp_path, tokenizer)
+    reading = readers.jsonl.read(tmp_path, tokenizer)
     assert texts_of(reading, tokenizer) == ["one", "two\u2028lines 😀", "three"]
     assert reading.files[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert [f["bytes"] for f in reading.files] == [file.stat().st_size, 29]
-    assert [source for source, _ in read(readers.jsonl(file, tokenizer))] == [f"{file}:1", f"{file}:4"]
+    assert [source for source, _ in read(readers.jsonl.read(file, tokenizer))] == [f"{file}:1", f"{file}:4"]
 
 
 # ---- chat
@@ -192,7 +192,7 @@ def shown(document: readers.Document) -> str:
 
 
 def test_only_the_assistant_s_tokens_and_its_end_of_turn_bear_loss(tmp_path: Path) -> None:
-    (found,) = readers.chat(conversation(tmp_path), word_tokenizer(CHATML)).documents
+    (found,) = readers.chat.read(conversation(tmp_path), word_tokenizer(CHATML)).documents
     assert shown(found) == (
         "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / [yo] [now] [<|im_end|>] [/]"
         " <|im_start|> user / bye <|im_end|> / <|im_start|> assistant / [ok] [<|im_end|>] [/]"
@@ -202,7 +202,7 @@ def test_only_the_assistant_s_tokens_and_its_end_of_turn_bear_loss(tmp_path: Pat
 def test_a_generation_block_says_what_the_assistant_s_tokens_are_and_the_end_of_turn_is_added(
     tmp_path: Path,
 ) -> None:
-    (found,) = readers.chat(conversation(tmp_path), word_tokenizer(GENERATION)).documents
+    (found,) = readers.chat.read(conversation(tmp_path), word_tokenizer(GENERATION)).documents
     assert shown(found) == (
         "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / [yo] [now] [<|im_end|>] /"
         " <|im_start|> user / bye <|im_end|> / <|im_start|> assistant / [ok] [<|im_end|>] /"
@@ -221,13 +221,13 @@ def test_an_answer_that_merges_with_the_prompt_is_still_told_apart(tmp_path: Pat
         "{% if add_generation_prompt %}a\n{% endif %}"
     )
     file = conversation(tmp_path, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\na"}])
-    (found,) = readers.chat(file, joining).documents
+    (found,) = readers.chat.read(file, joining).documents
     assert found.ids.tolist() == [5, 0, 4, 2, 4, 0]
     assert found.labels is not None and found.labels.tolist() == [False] * 4 + [True] * 2
 
 
 def test_a_conversation_without_an_answer_bears_no_loss(tmp_path: Path) -> None:
-    (found,) = readers.chat(conversation(tmp_path, CHAT[:1]), word_tokenizer(CHATML)).documents
+    (found,) = readers.chat.read(conversation(tmp_path, CHAT[:1]), word_tokenizer(CHATML)).documents
     assert found.labels is not None and not found.labels.any()
 
 
@@ -237,7 +237,7 @@ def test_the_real_tokenizer_s_template_marks_the_answers(tmp_path: Path) -> None
     if path is None:
         pytest.skip("real tokenizer: the demo extra is not installed; not run")
     tokenizer = load_tokenizer(path)
-    (found,) = readers.chat(conversation(tmp_path), tokenizer).documents
+    (found,) = readers.chat.read(conversation(tmp_path), tokenizer).documents
     assert found.labels is not None
     assert tokenizer.decode(found.ids[found.labels]) == "yo now<|im_end|>\nok<|im_end|>\n"
 
@@ -265,19 +265,19 @@ def test_parquet_is_one_document_a_record(tmp_path: Path, tokenizer: Any) -> Non
     many = [f"number {i}" for i in range(150)]
     parquet_file(tmp_path / "b.parquet", {"body": ["last"]})
     file = parquet_file(tmp_path / "a.parquet", {"body": many, "n": list(range(150))})
-    reading = readers.parquet(tmp_path, tokenizer, column="body")
+    reading = readers.parquet.read(tmp_path, tokenizer, column="body")
     assert texts_of(reading, tokenizer) == [*many, "last"]
     assert reading.files[0]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert read(readers.parquet(file, tokenizer, column="body"))[149][0] == f"{file}:149"
+    assert read(readers.parquet.read(file, tokenizer, column="body"))[149][0] == f"{file}:149"
 
 
 def test_a_dataset_is_one_document_a_record_and_its_split_s_files_are_hashed(
     tmp_path: Path, tokenizer: Any
 ) -> None:
     columns = {"body": ["one", "two"], "n": [1, 2]}
-    plain = readers.hf(dataset_folder(tmp_path / "plain", columns), tokenizer, column="body")
+    plain = readers.hf.read(dataset_folder(tmp_path / "plain", columns), tokenizer, column="body")
     assert texts_of(plain, tokenizer) == ["one", "two"]
-    split = readers.hf(
+    split = readers.hf.read(
         dataset_folder(tmp_path / "two", columns, ("train", "test")), tokenizer, "test", "body"
     )
     assert texts_of(split, tokenizer) == ["one", "two"]
@@ -291,7 +291,7 @@ def test_a_dataset_is_one_document_a_record_and_its_split_s_files_are_hashed(
         }
         for file in (*names, *folder.glob("*.arrow"))
     ]
-    only = readers.hf(dataset_folder(tmp_path / "one", columns, ("train",)), tokenizer, column="body")
+    only = readers.hf.read(dataset_folder(tmp_path / "one", columns, ("train",)), tokenizer, column="body")
     assert texts_of(only, tokenizer) == ["one", "two"]
 
 
@@ -307,14 +307,14 @@ def shard(path: Path, ids: list[int], dtype: str = "uint16") -> Path:
 )
 def test_shards_are_little_endian_whatever_the_machine(tmp_path: Path, dtype: str, raw: str) -> None:
     file = write(tmp_path / "x.bin", bytes.fromhex(raw))
-    assert read(readers.tokens(file, dtype, 256, None, 4)) == [(f"{file}:0", [1, 255, 2])]
+    assert read(readers.tokens.read(file, dtype, 256, None, 4)) == [(f"{file}:0", [1, 255, 2])]
 
 
 def test_a_document_ends_after_its_end_id_and_with_its_shard(tmp_path: Path) -> None:
     first = shard(tmp_path / "0.bin", [1, 2, 9, 3, 9, 4])
     second = shard(tmp_path / "1.bin", [5, 9])
     write(tmp_path / "index.json", "{}")
-    reading = readers.tokens(tmp_path, "uint16", 10, 9, 4)
+    reading = readers.tokens.read(tmp_path, "uint16", 10, 9, 4)
     assert read(reading) == [
         (f"{first}:0", [1, 2, 9]), (f"{first}:3", [3, 9]), (f"{first}:5", [4]), (f"{second}:0", [5, 9]),
     ]  # fmt: skip
@@ -328,7 +328,7 @@ def test_a_shard_without_document_ends_is_cut_so_that_some_can_be_held_out(
 ) -> None:
     ids = (np.arange(150) % 90).tolist()
     file = shard(tmp_path / "all", ids)
-    found = read(readers.tokens(tmp_path, "uint16", 100, document_end, tokens_per_row=4))
+    found = read(readers.tokens.read(tmp_path, "uint16", 100, document_end, tokens_per_row=4))
     assert [source for source, _ in found] == [f"{file}:0", f"{file}:64", f"{file}:128"]
     assert [id_ for _, part in found for id_ in part] == ids
 
@@ -337,32 +337,34 @@ def test_a_shard_without_document_ends_is_cut_so_that_some_can_be_held_out(
 
 
 def text_of(name: str, content: str | bytes) -> Callable[[Path], readers.Reading]:
-    return lambda folder: readers.text(
+    return lambda folder: readers.text.read(
         write(folder / name, content).parent, make_tokenizer(), include=["*.txt"]
     )
 
 
 def jsonl_of(content: str | bytes) -> Callable[[Path], readers.Reading]:
-    return lambda folder: readers.jsonl(write(folder / "x.jsonl", content), make_tokenizer())
+    return lambda folder: readers.jsonl.read(write(folder / "x.jsonl", content), make_tokenizer())
 
 
 def chat_of(content: str, template: str | None = CHATML) -> Callable[[Path], readers.Reading]:
-    return lambda folder: readers.chat(write(folder / "x.jsonl", content), word_tokenizer(template))
+    return lambda folder: readers.chat.read(write(folder / "x.jsonl", content), word_tokenizer(template))
 
 
 def tokens_of(raw: bytes, dtype: str = "uint16", document_end: int | None = None) -> Callable[[Path], Any]:
-    return lambda folder: readers.tokens(write(folder / "x.bin", raw).parent, dtype, 300, document_end, 4)
+    return lambda folder: readers.tokens.read(
+        write(folder / "x.bin", raw).parent, dtype, 300, document_end, 4
+    )
 
 
 def dangling(folder: Path) -> readers.Reading:
     shard(folder / "0.bin", [1, 2])
     (folder / "1.bin").symlink_to(folder / "gone")
-    return readers.tokens(folder, "uint16", 10, None, 4)
+    return readers.tokens.read(folder, "uint16", 10, None, 4)
 
 
 def hf_of(split: str | None, column: str, splits: tuple[str, ...]) -> Callable[[Path], readers.Reading]:
     def make(folder: Path) -> readers.Reading:
-        return readers.hf(
+        return readers.hf.read(
             dataset_folder(folder / "d", {"text": ["a"]}, splits), make_tokenizer(), split, column
         )
 
@@ -373,12 +375,12 @@ def cut_dataset(folder: Path) -> readers.Reading:
     path = dataset_folder(folder / "d", {"text": ["a", "b"]})
     (file,) = path.glob("*.arrow")
     file.write_bytes(file.read_bytes()[:40])
-    return readers.hf(path, make_tokenizer())
+    return readers.hf.read(path, make_tokenizer())
 
 
 GOOD = json.dumps({"messages": CHAT})
 REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
-    "no such path": (lambda f: readers.text(f / "gone", make_tokenizer()), "corpus.path: no file or folder {f}/gone."),
+    "no such path": (lambda f: readers.text.read(f / "gone", make_tokenizer()), "corpus.path: no file or folder {f}/gone."),
     "no file matches": (text_of("x.md", "a"), "corpus.path: no file of {f} matches *.txt."),
     "not UTF-8": (text_of("x.txt", b"abc\xff"), "{f}/x.txt: not UTF-8 text at byte 3 of 4. Leave it out with corpus.include"),
     "half a line of JSON": (jsonl_of('{"text": "a"}\n{"text": "b'), "{f}/x.jsonl:2: not a line of JSON: "),
@@ -405,29 +407,29 @@ REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
     ),
     "an answer to nothing": (
         chat_of('{"messages": [{"role": "assistant", "content": "yo"}]}'),
-        "{f}/x.jsonl:1: message 0 is the assistant's, and answers nothing.",
+        "{f}/x.jsonl:1: message 0 is the assistant's",
     ),
     "a template that rewrites": (chat_of(GOOD, REWRITES), "{f}/x.jsonl:1: the chat template rewrites earlier turns"),
     "a template that refuses": (
         chat_of(GOOD, REFUSES), "{f}/x.jsonl:1: the chat template refuses this conversation: roles must alternate."
     ),
     "not a Parquet file": (
-        lambda f: readers.parquet(write(f / "x.parquet", "text"), make_tokenizer()),
+        lambda f: readers.parquet.read(write(f / "x.parquet", "text"), make_tokenizer()),
         "{f}/x.parquet: not a readable Parquet file: ",
     ),
     "no such Parquet column": (
-        lambda f: readers.parquet(parquet_file(f / "x.parquet", {"body": ["a"], "n": [1]}), make_tokenizer()),
+        lambda f: readers.parquet.read(parquet_file(f / "x.parquet", {"body": ["a"], "n": [1]}), make_tokenizer()),
         "{f}/x.parquet: no column 'text'; found body, n. Set corpus.column.",
     ),
     "a Parquet record without text": (
-        lambda f: readers.parquet(parquet_file(f / "x.parquet", {"text": ["a", None]}), make_tokenizer()),
+        lambda f: readers.parquet.read(parquet_file(f / "x.parquet", {"text": ["a", None]}), make_tokenizer()),
         "{f}/x.parquet:1: 'text' is NoneType, not a string",
     ),
-    "not a dataset": (lambda f: readers.hf(f, make_tokenizer()), "{f}: not a dataset that save_to_disk wrote: "),
+    "not a dataset": (lambda f: readers.hf.read(f, make_tokenizer()), "{f}: not a dataset that save_to_disk wrote: "),
     "a dataset cut off": (cut_dataset, "{f}/d: not a dataset that save_to_disk wrote: "),
-    "no split named": (hf_of(None, "text", ("train", "test")), "corpus.split: {f}/d has the splits train, test; none was"),
-    "no such split": (hf_of("dev", "text", ("train",)), "corpus.split: {f}/d has the splits train; 'dev' was asked for."),
-    "a split of none": (hf_of("train", "text", ()), "corpus.split: {f}/d is one dataset without splits; 'train' was"),
+    "no split named": (hf_of(None, "text", ("train", "test")), "corpus.split: {f}/d has the splits train, test; the recipe names none."),
+    "no such split": (hf_of("dev", "text", ("train",)), "corpus.split: {f}/d has the splits train; the recipe names 'dev'."),
+    "a split of none": (hf_of("train", "text", ()), "corpus.split: {f}/d is one dataset without splits; "),
     "no such column": (hf_of(None, "body", ()), "{f}/d: no column 'body'; found text. Set corpus.column."),
     "an empty shard": (tokens_of(b""), "{f}/x.bin: an empty shard."),
     "an odd byte": (tokens_of(bytes(5)), "{f}/x.bin: 5 bytes are not a whole number of uint16 ids of 2 bytes."),
@@ -453,7 +455,7 @@ def test_it_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
     assert str(refused.value).startswith(said.replace("{f}", str(tmp_path)))
 
 
-@pytest.mark.parametrize("reader", [readers.text, readers.jsonl])
+@pytest.mark.parametrize("reader", [readers.text.read, readers.jsonl.read])
 def test_a_file_that_cannot_be_opened_is_named(
     reader: Callable[..., readers.Reading], tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,7 +470,9 @@ def test_a_file_that_cannot_be_opened_is_named(
     assert str(refused.value).startswith(str(file))
 
 
-@pytest.mark.parametrize(("reader", "library"), [(readers.parquet, "pyarrow"), (readers.hf, "datasets")])
+@pytest.mark.parametrize(
+    ("reader", "library"), [(readers.parquet.read, "pyarrow"), (readers.hf.read, "datasets")]
+)
 def test_without_the_data_extra_its_command_is_named(
     reader: Callable[..., readers.Reading], library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

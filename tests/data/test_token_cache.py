@@ -26,7 +26,7 @@ from potstill.build.resolve import resolve
 from potstill.cli import main
 from potstill.data import packing
 from potstill.data.readers import Document, Reading
-from potstill.data.token_cache import BEGUN
+from potstill.data.token_cache import MARKER
 from potstill.recipe.load import Recipe, parse
 from potstill.runs.run_dir import RunDir
 from potstill.types import Vocab
@@ -156,7 +156,7 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(
 ) -> None:
     recipe, kept = recipe_of(lab, CORPORA["text"], tmp_path / "kept"), tmp_path / "kept"
     kept.mkdir()
-    for name in (BEGUN, "train.ids"):
+    for name in (MARKER, "train.ids"):
         (kept / name).write_bytes(b"half")  # what a kill -9 leaves
     with monkeypatch.context() as patch:
         pack = packing.pack

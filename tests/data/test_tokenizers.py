@@ -56,7 +56,7 @@ def test_the_token_list_is_by_id_with_holes_empty() -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         load_tokenizer(tmp_path)
-    assert str(refused.value).startswith(f"{tmp_path}: no tokenizer there. Name a folder")
+    assert str(refused.value).startswith(f"{tmp_path}: has no tokenizer.")
 
 
 @pytest.mark.parametrize("damage", ["{", "", '{"model": 3}', "[]"])
@@ -178,14 +178,14 @@ def test_another_vocabulary_is_refused_at_its_first_difference(student: Vocab, s
     [
         (
             {"eos_id": 2},
-            "EOS token: the teacher has id 0 ('a'), the student id 2 ('c'): documents are closed",
+            "EOS token: the teacher has id 0 ('a'), the student id 2 ('c')",
         ),
         ({"bos_id": None}, "BOS token: the teacher has id 1 ('b'), the student none: prompts start"),
         ({"pad_id": 0}, "PAD token: the teacher has id 2 ('c'), the student id 0"),
         ({"chat_template": None}, "chat templates of teacher and student differ"),
         (
             {"added": frozenset({1})},
-            "1 tokens are added ones on one side alone, first id 1 ('b'): the student's",
+            "1 tokens are added ones on one side only, first id 1 ('b'): the student's",
         ),
     ],
 )

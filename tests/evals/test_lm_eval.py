@@ -14,8 +14,9 @@ from conftest import make_model
 from scripted import ids_of
 
 from potstill.cli.main import main
-from potstill.evals import lm_eval
+from potstill.evals.lm_eval import LmEvalSettings, evaluate, table_rows
 from potstill.models.load import load_causal_lm
+from potstill.runs.run_dir import RunDir
 
 ABSENT = importlib.util.find_spec("lm_eval") is None
 needs_lm_eval = pytest.mark.skipif(ABSENT, reason="lm-eval: the package is not installed; not run")
@@ -65,7 +66,7 @@ def tasks(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("harness") / "tiny", seed=4)
+    return make_model(tmp_path_factory.mktemp("lm_eval") / "tiny", seed=4)
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> str:
@@ -77,13 +78,13 @@ def errors(capsys: pytest.CaptureFixture[str]) -> str:
 
 def likelier(folder: Path, document: dict[str, Any], known: int) -> int:
     """The choice with the higher log-probability, by one plain forward of each."""
-    model, found = load_causal_lm(folder), []
+    model, scores = load_causal_lm(folder), []
     for choice in document["choices"]:
         before, ids = ids_of(document["query"]), ids_of(document["query"] + choice)
         with torch.no_grad():
             logp = model.hf(torch.tensor([ids])).logits[0, :, :known].double().log_softmax(-1)
-        found.append(sum(float(logp[at - 1, ids[at]]) for at in range(len(before), len(ids))))
-    return int(found[1] > found[0])
+        scores.append(sum(float(logp[at - 1, ids[at]]) for at in range(len(before), len(ids))))
+    return int(scores[1] > scores[0])
 
 
 @needs_lm_eval
@@ -104,11 +105,11 @@ def test_a_task_of_ones_own_gives_the_number_made_by_hand(
         str(out),
     ]
     assert main(["eval", str(model), *flags, "--json"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     right = [likelier(model, document, 258) == document["gold"] for document in DOCUMENTS]
     assert 0 < sum(right) < len(right)
     result = json.loads((out / "result.json").read_text())
-    assert json.loads(told[told.index("{") :]) == result
+    assert json.loads(printed[printed.index("{") :]) == result
     assert result["results"]["cats"]["acc,none"] == pytest.approx(sum(right) / len(right))
     assert result["versions"] == {"cats": 3.0}
     assert result["configs"]["cats"]["doc_to_text"] == "query"
@@ -130,51 +131,57 @@ def test_ids_that_mean_nothing_have_no_probability_there_either(tasks: str, tmp_
     right = [likelier(folder, document, 258) == document["gold"] for document in DOCUMENTS]
     padded = [likelier(folder, document, 300) == document["gold"] for document in DOCUMENTS]
     assert right != padded
-    found = lm_eval.evaluate(folder, tmp_path / "out", ["cats"], lm_eval_tasks=Path(tasks))
-    assert found["results"]["cats"]["acc,none"] == pytest.approx(sum(right) / 5)
+    result = evaluate(folder, LmEvalSettings(tasks=("cats",), lm_eval_tasks=Path(tasks)), tmp_path / "out")
+    assert result["results"]["cats"]["acc,none"] == pytest.approx(sum(right) / 5)
     assert sum(right) != sum(padded)
 
 
 @needs_lm_eval
-def test_a_runs_result_lies_in_the_run_and_a_subset_is_told_as_one(
+def test_a_runs_result_is_in_the_run_and_a_subset_is_marked_as_one(
     model: Path, tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    make_model(run / "student", seed=4)
+    run.mkdir()
+    RunDir(run).replace_student(lambda place: make_model(place, seed=4))
     (run / "resolved.yaml").write_text("{}\n")
     assert main(["eval", str(run), "--lm-eval", "cats", "--lm-eval-tasks", tasks, "--limit", "2"]) == 0
-    assert "only the first documents of each task: no score of it" in capsys.readouterr().out
+    assert "only the first documents of each task" in capsys.readouterr().out
     result = json.loads((run / "evals" / "lm-eval" / "result.json").read_text())
     assert (result["whole"], result["n-samples"]["cats"]["effective"]) == (False, 2)
 
 
 @needs_lm_eval
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (["--lm-eval", "cat"], "has no task 'cat'. `lm-eval ls tasks` lists them"),
+        (["--lm-eval", "cat"], "has no task 'cat'"),
         (["--lm-eval", "cats,"], "has no task ''."),
         (
             ["--lm-eval", "runs_code"],
-            "lm-eval fails: Attempted to run task: runs_code which is marked as unsafe",
+            "runs_code which is marked as unsafe",
         ),
-        (["--lm-eval", "cats", "--lm-eval-tasks", "nowhere"], "--lm-eval-tasks nowhere: no such folder"),
-        (["--lm-eval", "cats", "--limit", "0"], "--limit 0: must be at least 1."),
-        (["--lm-eval", "cats", "--batch-rows", "0"], "--batch-rows 0: must be at least 1."),
-        (["--lm-eval", "cats", "--samples", "3"], "--samples: says nothing to --lm-eval. Leave it out."),
-        (["--lm-eval", "cats", "--recipe", "a.yaml"], "--lm-eval: takes no recipe and no overrides"),
+        (["--lm-eval", "cats", "--lm-eval-tasks", "nowhere"], "--lm-eval-tasks nowhere: "),
+        (["--lm-eval", "cats", "--limit", "0"], "--limit 0: "),
+        (["--lm-eval", "cats", "--batch-rows", "0"], "--batch-rows 0: "),
+        (["--lm-eval", "cats", "--samples", "3"], "--samples: has no effect with --lm-eval"),
+        (["--lm-eval", "cats", "--recipe", "a.yaml"], "--lm-eval: "),
     ],
 )
 def test_what_cannot_run_is_one_line_and_leaves_nothing(
-    flags: list[str], said: str, model: Path, tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    message: str,
+    model: Path,
+    tasks: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     own = [] if "--lm-eval-tasks" in flags else ["--lm-eval-tasks", tasks]
     assert main(["eval", str(model), *flags, *own, "--out", str(tmp_path / "out")]) == 2
-    assert said in errors(capsys)
+    assert message in errors(capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_package_the_command_that_brings_it_is_told(
+def test_without_the_package_the_error_names_the_command_that_installs_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
@@ -182,15 +189,13 @@ def test_without_the_package_the_command_that_brings_it_is_told(
         importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a)
     )
     assert main(["eval", str(model), "--lm-eval", "hellaswag", "--out", str(tmp_path / "out")]) == 2
-    assert errors(capsys).endswith(
-        "the package lm-eval is not installed. Run: pip install 'potstill[lm-eval]'"
-    )
+    assert errors(capsys).endswith("pip install 'potstill[lm-eval]'")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_flag_of_lm_eval_says_nothing_without_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_of_lm_eval_is_refused_without_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(model), "--lm-eval-tasks", "folder"]) == 2
-    assert "--lm-eval-tasks: says nothing without --lm-eval." in errors(capsys)
+    assert "--lm-eval-tasks: has no effect without --lm-eval." in errors(capsys)
 
 
 def test_two_benchmarks_at_once_are_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,4 +218,4 @@ def test_a_table_has_each_metric_with_its_standard_error() -> None:
         },
         "whole": True,
     }
-    assert lm_eval.told(result) == [["cats", "acc", "0.2500 ± 0.1250"], ["cats", "em (strict)", "1.0000"]]
+    assert table_rows(result) == [["cats", "acc", "0.2500 ± 0.1250"], ["cats", "em (strict)", "1.0000"]]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from potstill.errors import UserError
-from potstill.evals.pass_at_k import RESULT, compare, compared, pass_at_k, scores, wilson
+from potstill.evals.pass_at_k import RESULT, compare, paired_difference, pass_at_k, scores, wilson
 
 SETTINGS = {
     "task": "potstill-humaneval-1",
@@ -92,8 +92,8 @@ def test_wilsons_interval_holds_the_published_example() -> None:
 
 
 @pytest.mark.parametrize(("passed", "n"), [(0, 0), (3, 2), (-1, 2)])
-def test_what_is_no_share_has_no_interval(passed: int, n: int) -> None:
-    with pytest.raises(ValueError, match="is no share"):
+def test_more_passes_than_problems_have_no_interval(passed: int, n: int) -> None:
+    with pytest.raises(ValueError, match="must be from 0 to n"):
         wilson(passed, n)
 
 
@@ -137,7 +137,7 @@ def test_the_paired_bootstrap_holds_the_true_difference_19_times_in_20() -> None
     for _ in range(200):
         easy = rng.uniform(size=120) * 0.9
         first, second = rng.uniform(size=120) < easy, rng.uniform(size=120) < easy + 0.1
-        found = compared(first.astype(float).tolist(), second.astype(float).tolist())
+        found = paired_difference(first.astype(float).tolist(), second.astype(float).tolist())
         held += found.low <= 0.1 <= found.high
     assert held / 200 == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 200))
 
@@ -145,7 +145,7 @@ def test_the_paired_bootstrap_holds_the_true_difference_19_times_in_20() -> None
 def test_pairing_shows_what_two_intervals_apart_do_not() -> None:
     first = [float(i % 2) for i in range(164)]
     second = [1.0 if i < 20 else value for i, value in enumerate(first)]
-    found = compared(first, second)
+    found = paired_difference(first, second)
     assert (found.gained, found.lost, found.problems) == (10, 0, 164)
     assert found.difference == pytest.approx(10 / 164)
     assert 0 < found.low < found.difference < found.high
@@ -155,16 +155,16 @@ def test_pairing_shows_what_two_intervals_apart_do_not() -> None:
 def test_a_draw_is_not_called_a_win() -> None:
     first = [float(i < 20) for i in range(164)]
     second = [float(5 <= i < 26) for i in range(164)]
-    found = compared(first, second)
+    found = paired_difference(first, second)
     assert (found.gained, found.lost) == (6, 5)
     assert found.low < 0 < found.high
 
 
 def test_the_bootstrap_says_the_same_each_time() -> None:
     first, second = [0.0, 1.0, 0.5, 0.25] * 20, [0.5, 1.0, 0.0, 0.75] * 20
-    assert compared(first, second) == compared(first, second)
-    backwards = compared(second, first)
-    assert backwards.difference == -compared(first, second).difference
+    assert paired_difference(first, second) == paired_difference(first, second)
+    backwards = paired_difference(second, first)
+    assert backwards.difference == -paired_difference(first, second).difference
 
 
 def result_file(folder: Path, passed: dict[str, int], **changes: Any) -> Path:
@@ -176,7 +176,7 @@ def result_file(folder: Path, passed: dict[str, int], **changes: Any) -> Path:
     return folder
 
 
-def test_two_results_are_compared_problem_by_problem_whatever_their_order(tmp_path: Path) -> None:
+def test_two_results_are_paired_difference_problem_by_problem_whatever_their_order(tmp_path: Path) -> None:
     one = result_file(tmp_path / "one", {"HumanEval/0": 1, "HumanEval/1": 0, "HumanEval/2": 0})
     two = result_file(tmp_path / "two", {"HumanEval/2": 4, "HumanEval/0": 3, "HumanEval/1": 0}, samples=4)
     found = compare(one, two / RESULT)
@@ -196,7 +196,7 @@ def test_two_results_are_compared_problem_by_problem_whatever_their_order(tmp_pa
         ("max_new_tokens", 64),
     ],
 )
-def test_results_of_another_test_are_not_compared(name: str, value: Any, tmp_path: Path) -> None:
+def test_results_of_another_test_are_not_paired_difference(name: str, value: Any, tmp_path: Path) -> None:
     passed = {f"HumanEval/{i}": 1 for i in range(3)}
     one, two = result_file(tmp_path / "one", passed), result_file(tmp_path / "two", passed, **{name: value})
     with pytest.raises(UserError) as refused:
@@ -218,16 +218,16 @@ def another_file(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (damaged, "damaged"),
         (failed, "inference_failed. Nothing to compare"),
-        (another_file, "no result of HumanEval. Nothing to compare"),
+        (another_file, "Nothing to compare"),
         (Path.unlink, "no such file"),
     ],
 )
 def test_what_is_no_finished_result_is_refused_in_one_line(
-    fault: Callable[[Path], None], said: str, tmp_path: Path
+    fault: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
     one = result_file(tmp_path / "one", {"HumanEval/0": 1})
     two = result_file(tmp_path / "two", {"HumanEval/0": 1})
@@ -235,4 +235,4 @@ def test_what_is_no_finished_result_is_refused_in_one_line(
     with pytest.raises(UserError) as refused:
         compare(one, two)
     (line,) = refused.value.mistakes
-    assert said in line and str(two / RESULT) in line and "\n" not in line
+    assert message in line and str(two / RESULT) in line and "\n" not in line

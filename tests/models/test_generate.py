@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from potstill.models.causal_lm import CausalLM
 from potstill.models.generate import (
-    Ask,
     Completion,
     InferenceFailed,
+    Request,
     complete,
-    context_of,
+    context_length,
+    describe_settings,
     make_settings,
-    read_back,
 )
 from potstill.models.load import load_causal_lm
 
@@ -44,8 +44,8 @@ def never(text: str) -> bool:
     return False
 
 
-def asks_of(prompts: list[str], is_whole: Callable[[str], bool] = never) -> list[Ask]:
-    return [Ask(f"{number}", ids_of(prompt), is_whole) for number, prompt in enumerate(prompts)]
+def requests_of(prompts: list[str], should_stop: Callable[[str], bool] = never) -> list[Request]:
+    return [Request(f"{number}", ids_of(prompt), should_stop) for number, prompt in enumerate(prompts)]
 
 
 def settings_of(
@@ -62,7 +62,9 @@ def settings_of(
 
 
 def texts(model: CausalLM, prompts: list[str], seed: int = 0, **options: Any) -> list[str]:
-    return [c.text for c in complete(model, TOKENIZER, settings_of(model, **options), asks_of(prompts), seed)]
+    return [
+        c.text for c in complete(model, TOKENIZER, settings_of(model, **options), requests_of(prompts), seed)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_greedy_tokens_are_those_of_transformers_row_by_row(kind: str, tmp_path:
         wanted.append(new[ids.shape[1] :].tolist())
     # Bytes that are no text are all shown alike, so that ids are compared.
     new_ids: dict[str, list[int]] = {}
-    found = complete(model, Recorder(new_ids), settings_of(model, tokens=48), asks_of(PROMPTS))
+    found = complete(model, Recorder(new_ids), settings_of(model, tokens=48), requests_of(PROMPTS))
     for prompt, completion, ids in zip(PROMPTS, found, wanted, strict=True):
         assert new_ids.get(prompt, []) == [i for i in ids if i != EOS]
         assert (completion.finish == "eos") == (EOS in ids)
@@ -138,23 +140,26 @@ def test_an_id_that_means_nothing_is_never_written(tmp_path: Path) -> None:
     model.mask_from(258)
     for options in ({}, {"temperature": 1.0}):
         taken: dict[str, list[int]] = {}
-        complete(model, Recorder(taken), settings_of(model, **options), asks_of(PROMPTS))
+        complete(model, Recorder(taken), settings_of(model, **options), requests_of(PROMPTS))
         assert taken and all(i < 258 for ids in taken.values() for i in ids)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9}])
 def test_rows_of_unequal_lengths_answer_as_each_would_alone(options: dict[str, Any], tiny: CausalLM) -> None:
-    together = complete(tiny, TOKENIZER, settings_of(tiny, **options), asks_of(PROMPTS))
-    alone = [complete(tiny, TOKENIZER, settings_of(tiny, **options), [ask])[0] for ask in asks_of(PROMPTS)]
+    together = complete(tiny, TOKENIZER, settings_of(tiny, **options), requests_of(PROMPTS))
+    alone = [
+        complete(tiny, TOKENIZER, settings_of(tiny, **options), [request])[0]
+        for request in requests_of(PROMPTS)
+    ]
     assert together == alone
 
 
 def test_a_row_that_ended_changes_nothing_for_the_others(tiny: CausalLM) -> None:
     whole = texts(tiny, PROMPTS)
     for early in range(0, len(PROMPTS), 3):
-        asks = asks_of(PROMPTS)
-        asks[early] = Ask(asks[early].name, asks[early].prompt_ids, lambda text: True)
-        found = complete(tiny, TOKENIZER, settings_of(tiny), asks)
+        requests = requests_of(PROMPTS)
+        requests[early] = Request(requests[early].name, requests[early].prompt_ids, lambda text: True)
+        found = complete(tiny, TOKENIZER, settings_of(tiny), requests)
         assert (found[early].finish, found[early].tokens) == ("stop", 1)
         assert [c.text for i, c in enumerate(found) if i != early] == [
             t for i, t in enumerate(whole) if i != early
@@ -163,13 +168,15 @@ def test_a_row_that_ended_changes_nothing_for_the_others(tiny: CausalLM) -> None
 
 def test_a_sample_depends_on_its_name_and_the_seed_alone(tiny: CausalLM) -> None:
     settings = settings_of(tiny, temperature=1.0)
-    asks = asks_of(PROMPTS)
-    first = [c.text for c in complete(tiny, TOKENIZER, settings, asks, seed=4)]
+    requests = requests_of(PROMPTS)
+    first = [c.text for c in complete(tiny, TOKENIZER, settings, requests, seed=4)]
     torch.manual_seed(99)
-    backwards = [c.text for c in complete(tiny, TOKENIZER, settings, asks[::-1], seed=4)]
+    backwards = [c.text for c in complete(tiny, TOKENIZER, settings, requests[::-1], seed=4)]
     assert backwards[::-1] == first
-    assert [c.text for c in complete(tiny, TOKENIZER, settings, asks, seed=5)] != first
-    twice = [Ask(name, ids_of("The cat"), never) for name in ("HumanEval/0 sample 0", "HumanEval/0 sample 1")]
+    assert [c.text for c in complete(tiny, TOKENIZER, settings, requests, seed=5)] != first
+    twice = [
+        Request(name, ids_of("The cat"), never) for name in ("HumanEval/0 sample 0", "HumanEval/0 sample 1")
+    ]
     one, two = complete(tiny, TOKENIZER, settings, twice, seed=4)
     assert one.text != two.text
 
@@ -209,8 +216,8 @@ def first_tokens(model: CausalLM, number: int, **options: Any) -> torch.Tensor:
                 counts[ids[-1]] += 1
             return super().decode(ids, **options)
 
-    asks = [Ask(f"sample {i}", ids_of("The cat"), never) for i in range(number)]
-    found = complete(model, Counter({}), settings_of(model, tokens=1, **options), asks)
+    requests = [Request(f"sample {i}", ids_of("The cat"), never) for i in range(number)]
+    found = complete(model, Counter({}), settings_of(model, tokens=1, **options), requests)
     counts[EOS] += sum(c.finish == "eos" for c in found)
     return counts
 
@@ -253,8 +260,8 @@ def test_frequencies_are_those_of_the_softmax(temperature: float, top_p: float, 
 )
 def test_a_row_ends_by_what_happened_to_it(answer: str, options: dict[str, Any], wanted: Completion) -> None:
     model = scripted({"Q:": answer, "another": "x" * 30})
-    asks = asks_of(["Q:", "another"], lambda text: "\ndef" in text)
-    found = complete(model, TOKENIZER, settings_of(model, **options), asks)
+    requests = requests_of(["Q:", "another"], lambda text: "\ndef" in text)
+    found = complete(model, TOKENIZER, settings_of(model, **options), requests)
     assert found[0] == wanted
 
 
@@ -270,11 +277,11 @@ def test_a_row_ends_by_what_happened_to_it(answer: str, options: dict[str, Any],
 def test_the_models_context_is_an_end(context: int, wanted: Completion) -> None:
     """A prompt of two tokens; one as long as the context, or longer, has an empty completion."""
     model = scripted({"Q:": "yes!?"}, context=context)
-    assert complete(model, TOKENIZER, settings_of(model), asks_of(["Q:"])) == [wanted]
-    assert context_of(model) == context
+    assert complete(model, TOKENIZER, settings_of(model), requests_of(["Q:"])) == [wanted]
+    assert context_length(model) == context
 
 
-def test_every_id_that_anyone_calls_an_end_is_one() -> None:
+def test_every_end_id_of_model_tokenizer_and_caller_ends_a_row() -> None:
     """The config names one, the model's generation config another, the tokenizer a third, the caller a
     fourth.
     """
@@ -286,23 +293,23 @@ def test_every_id_that_anyone_calls_an_end_is_one() -> None:
         model.hf.config.eos_token_id = letters["a"]
         model.hf.generation_config.eos_token_id = [letters["b"]]
         settings = settings_of(model, tokenizer=tokenizer, end_ids=[letters["d"]])
-        (found,) = complete(model, TOKENIZER, settings, asks_of(["Q:"]))
+        (found,) = complete(model, TOKENIZER, settings, requests_of(["Q:"]))
         assert (found.text, found.finish) == ("yes", "eos"), name
-        assert read_back(settings, model)["eos_token_ids"] == sorted(letters.values())
+        assert describe_settings(settings, model)["eos_token_ids"] == sorted(letters.values())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_end_it_with_the_names_of_row_and_place(
+def test_logits_that_are_not_finite_are_an_error_that_names_row_and_position(
     value: float, tiny: CausalLM
 ) -> None:
     model = copy.deepcopy(tiny)
     with torch.no_grad():
         model.hf.model.norm.weight[0] = value
     with pytest.raises(InferenceFailed, match=r"^0: logits are not finite after 0 new tokens"):
-        complete(model, TOKENIZER, settings_of(model), asks_of(PROMPTS))
+        complete(model, TOKENIZER, settings_of(model), requests_of(PROMPTS))
 
 
-def test_one_row_that_turns_nan_later_is_told_apart_from_its_neighbours() -> None:
+def test_one_row_that_turns_nan_later_is_named() -> None:
     model = scripted({"good": "y" * 9, "bad": "y" * 9})
     body = model.hf.base_model
 
@@ -313,7 +320,7 @@ def test_one_row_that_turns_nan_later_is_told_apart_from_its_neighbours() -> Non
 
     body.register_forward_hook(spoil)
     with pytest.raises(InferenceFailed, match=r"^1: logits are not finite after 4 new tokens"):
-        complete(model, TOKENIZER, settings_of(model), asks_of(["good", "bad"]))
+        complete(model, TOKENIZER, settings_of(model), requests_of(["good", "bad"]))
 
 
 def test_the_cache_goes_by_the_name_that_this_transformers_has_for_it() -> None:
@@ -332,7 +339,7 @@ def test_the_cache_goes_by_the_name_that_this_transformers_has_for_it() -> None:
         return SimpleNamespace(last_hidden_state=out.last_hidden_state, past_key_values=out.cache)
 
     model.hf.base_model.forward = old
-    found = complete(model, TOKENIZER, settings_of(model), asks_of(["Q:", "other"]))
+    found = complete(model, TOKENIZER, settings_of(model), requests_of(["Q:", "other"]))
     assert [c.text for c in found] == ["yes", "no"]
 
 
@@ -340,36 +347,41 @@ def test_a_model_that_keeps_no_cache_is_refused() -> None:
     model = scripted({"Q:": "yes"})
     model.hf.base_model.register_forward_hook(lambda m, a, output: setattr(output, "cache", None))
     with pytest.raises(InferenceFailed, match="keeps no key-value cache"):
-        complete(model, TOKENIZER, settings_of(model), asks_of(["Q:"]))
+        complete(model, TOKENIZER, settings_of(model), requests_of(["Q:"]))
 
 
-def test_the_settings_read_back_are_those_that_the_loop_reads(tiny: CausalLM) -> None:
+def test_the_described_settings_are_those_the_loop_uses(tiny: CausalLM) -> None:
     settings = settings_of(tiny, tokens=7, temperature=0.5, top_p=0.9)
-    told = read_back(settings, tiny)
-    assert (told["do_sample"], told["temperature"], told["top_p"], told["max_new_tokens"]) == (
+    described = describe_settings(settings, tiny)
+    assert (
+        described["do_sample"],
+        described["temperature"],
+        described["top_p"],
+        described["max_new_tokens"],
+    ) == (
         True,
         0.5,
         0.9,
         7,
     )
-    before = complete(tiny, TOKENIZER, settings, asks_of(PROMPTS))
+    before = complete(tiny, TOKENIZER, settings, requests_of(PROMPTS))
     assert max(c.tokens for c in before) == 7
     settings.temperature, settings.max_new_tokens = 3.0, 5
-    after = complete(tiny, TOKENIZER, settings, asks_of(PROMPTS))
-    assert (read_back(settings, tiny)["temperature"], max(c.tokens for c in after)) == (3.0, 5)
+    after = complete(tiny, TOKENIZER, settings, requests_of(PROMPTS))
+    assert (describe_settings(settings, tiny)["temperature"], max(c.tokens for c in after)) == (3.0, 5)
     assert [c.text[:3] for c in after] != [c.text[:3] for c in before]
 
 
-def test_greedy_is_told_as_greedy_and_what_the_model_asks_for_beside_is_told_and_not_done(
+def test_greedy_is_described_as_greedy_and_the_models_own_config_is_listed_but_not_applied(
     tiny: CausalLM,
 ) -> None:
     model = copy.deepcopy(tiny)
     plain = texts(tiny, PROMPTS)
     own = model.hf.generation_config
     own.do_sample, own.temperature, own.repetition_penalty, own.top_k = True, 0.3, 1.9, 3
-    told = read_back(settings_of(model), model)
-    assert (told["do_sample"], told["temperature"], told["top_p"]) == (False, 0.0, 1.0)
-    assert told["model_settings_not_followed"].items() >= {"repetition_penalty": 1.9, "top_k": 3}.items()
+    described = describe_settings(settings_of(model), model)
+    assert (described["do_sample"], described["temperature"], described["top_p"]) == (False, 0.0, 1.0)
+    assert described["model_settings_not_followed"].items() >= {"repetition_penalty": 1.9, "top_k": 3}.items()
     assert texts(model, PROMPTS) == plain
 
 
@@ -386,8 +398,8 @@ def test_a_character_of_several_tokens_is_whole_once_they_are_there() -> None:
     """Bytes are tokens here: é has two, € three. Cut off, it is no wrong character but a missing one."""
     model = scripted({"Q:": "né 5€\n", "é": "é"})
     seen: list[str] = []
-    asks = asks_of(["Q:", "é"], lambda text: bool(seen.append(text)))
-    found = complete(model, TOKENIZER, settings_of(model), asks)
+    requests = requests_of(["Q:", "é"], lambda text: bool(seen.append(text)))
+    found = complete(model, TOKENIZER, settings_of(model), requests)
     assert [c.text for c in found] == ["né 5€\n", "é"]
     assert [text.rstrip("\N{REPLACEMENT CHARACTER}") for text in seen if text.startswith("n")][:4] == [
         "n",
@@ -395,7 +407,7 @@ def test_a_character_of_several_tokens_is_whole_once_they_are_there() -> None:
         "né",
         "né ",
     ]
-    (cut,) = complete(model, TOKENIZER, settings_of(model, tokens=2), asks_of(["Q:"]))
+    (cut,) = complete(model, TOKENIZER, settings_of(model, tokens=2), requests_of(["Q:"]))
     assert (cut.text.rstrip("\N{REPLACEMENT CHARACTER}"), cut.tokens) == ("n", 2)
 
 
@@ -413,11 +425,11 @@ def test_the_space_that_a_completion_begins_with_is_kept() -> None:
     assert tokenizer.decode([5]) == "x"  # the trap
     model = scripted({})
     model.hf.base_model.table = {(3, 6, 8): [10, 4, 5, EOS]}
-    (found,) = complete(model, tokenizer, settings_of(model), [Ask("one", [3, 6, 8], never)])
+    (found,) = complete(model, tokenizer, settings_of(model), [Request("one", [3, 6, 8], never)])
     assert found.text == "     return x"
 
 
-def test_no_asks_have_no_completions(tiny: CausalLM) -> None:
+def test_no_requests_have_no_completions(tiny: CausalLM) -> None:
     assert complete(tiny, TOKENIZER, settings_of(tiny), []) == []
 
 
@@ -440,7 +452,7 @@ def test_the_real_model_writes_what_transformers_writes(real_teacher: Any) -> No
         model,
         tokenizer,
         settings_of(model, tokens=24, tokenizer=tokenizer),
-        [Ask(str(number), one, never) for number, one in enumerate(ids)],
+        [Request(str(number), one, never) for number, one in enumerate(ids)],
     )
     for one, completion in zip(ids, found, strict=True):
         row = torch.tensor([one])

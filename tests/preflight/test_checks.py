@@ -25,6 +25,7 @@ from potstill import UserError, distill, load_recipe
 from potstill.build.resolve import resolve
 from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
+from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student
 from potstill.preflight.checks import (
     cheap,
@@ -37,7 +38,7 @@ from potstill.preflight.checks import (
 from potstill.preflight.same_model import SAME, rounding_kl
 from potstill.preflight.trial_steps import check, rehearsal
 from potstill.training.optim import rates, set_lr
-from potstill.types import Batch, HiddenTargets
+from potstill.types import Batch
 
 Recipe = Callable[..., Path]
 NOWHERE = Path("runs/not-there")

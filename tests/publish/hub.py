@@ -2,7 +2,7 @@
 
 Repositories with commits and trees, large files by hash, uploads, downloads; and faults, planted by number of
 request: an error status, silence, a connection that is reset before or after the work is done. Every request
-is kept, so that a test can look for what should not be in one.
+is kept, so that a test can search it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Repo:
         return self.commits[-1][1] if revision == "main" else dict(self.commits)[revision]
 
     def commit(self, tree: Tree, message: str) -> str:
-        said = json.dumps([len(self.commits), message, {p: git_oid(c) for p, c in sorted(tree.items())}])
-        self.commits.append((hashlib.sha1(said.encode()).hexdigest(), tree))
+        content = json.dumps([len(self.commits), message, {p: git_oid(c) for p, c in sorted(tree.items())}])
+        self.commits.append((hashlib.sha1(content.encode()).hexdigest(), tree))
         self.messages.append(message)
         return self.head
 
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass
 class Hub:
-    """`faults` maps the number of a request, from 0, to what is done to it."""
+    """`faults` maps the number of a request, from 0, to the fault planted into it."""
 
     url: str
     token: str
@@ -66,13 +66,13 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     faults: dict[int, str] = field(default_factory=dict)
-    met: list[str] = field(default_factory=list)
-    """Faults that a request came to."""
+    faults_met: list[str] = field(default_factory=list)
+    """Faults that a request ran into."""
     before: Callable[[int, Request], str | None] = lambda number, request: None
-    """Called with each request; a fault that it names is done to that request."""
+    """Called with each request; a fault that it returns is planted into that request."""
     echoes_token: bool = False
     corrupts: str | None = None
-    """A path that comes back with a byte changed."""
+    """A path that is served with one byte changed."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     closing: threading.Event = field(default_factory=threading.Event)
 
@@ -103,9 +103,9 @@ def loopback(token: str) -> Iterator[Hub]:
 
 
 class Refused(Exception):
-    def __init__(self, status: int, said: str, code: str = "", **more: str) -> None:
-        super().__init__(said)
-        self.status, self.said, self.code, self.more = status, said, code, more
+    def __init__(self, status: int, message: str, code: str = "", **more: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.more = status, message, code, more
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             number = len(hub.requests)
             hub.requests.append(request)
         if fault := hub.before(number, request) or hub.faults.get(number, ""):
-            hub.met.append(fault)
+            hub.faults_met.append(fault)
         if fault == "reset":
             return self._reset()
         if fault == "silence":
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         if fault in ("429", "500", "503"):
             headers = {"Retry-After": "0"} if fault == "429" else {}
-            return self._answer(int(fault), {"error": self._said(f"planted {fault}")}, headers)
+            return self._answer(int(fault), {"error": self._message(f"planted {fault}")}, headers)
         try:
             with hub.lock:
                 status, answer, headers = self._route(request)
@@ -143,16 +143,16 @@ class _Handler(BaseHTTPRequestHandler):
             code = {"X-Error-Code": refused.code} if refused.code else {}
             status, answer, headers = (
                 refused.status,
-                {"error": self._said(refused.said), **refused.more},
+                {"error": self._message(refused.message), **refused.more},
                 code,
             )
-        if fault == "lost":  # the work is done, and nobody is told
+        if fault == "lost":  # the work is done, and the client never learns of it
             return self._reset()
         self._answer(status, answer, headers)
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _serve
 
-    def _said(self, text: str) -> str:
+    def _message(self, text: str) -> str:
         return f"{text}; you sent {self.headers.get('Authorization')}" if self.hub.echoes_token else text
 
     def _body(self) -> bytes:
@@ -214,11 +214,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return answer(found[1], repo, request, *found.groups()[1:])
         raise Refused(404, f"this hub has no {path} {parse_qs(url.query)}")
 
-    def _create(self, asked: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+    def _create(self, options: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
+        name = f"{options.get('organization') or 'me'}/{options['name']}"
         if name in self.hub.repos:
             raise Refused(409, "You already created this model repo", url=f"{self.hub.url}/{name}")
-        repo = self.hub.repos[name] = Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
+        repo = self.hub.repos[name] = Repo(
+            options.get("visibility") == "private" or bool(options.get("private"))
+        )
         repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
         return 200, {"url": f"{self.hub.url}/{name}", "name": name}, {}
 

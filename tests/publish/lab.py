@@ -17,17 +17,17 @@ from publish.hub import Hub, Tree, sha256
 
 REPO = "me/small"
 TOKEN = "hf_" + "planted" * 5
-SAID = ("publish.teacher_license=apache-2.0", "publish.data_license=cc0-1.0")
+LICENSES = ("publish.teacher_license=apache-2.0", "publish.data_license=cc0-1.0")
 FAULTS = ("500", "503", "429", "reset", "lost", "silence")
 COMMIT = "Publish with potstill"
 
 
-def publish(run: Path, *more: str, said: tuple[str, ...] = SAID) -> int:
-    return main(["publish", str(run), "--repo", REPO, *said, *more])
+def publish(run: Path, *more: str, overrides: tuple[str, ...] = LICENSES) -> int:
+    return main(["publish", str(run), "--repo", REPO, *overrides, *more])
 
 
 def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and its like do in a new process; and no wait is long."""
+    """What HF_ENDPOINT and similar variables do in a new process, and short waits."""
     constants = huggingface_hub.constants
     for name, value in {
         "ENDPOINT": hub.url,
@@ -45,7 +45,7 @@ def point_at(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """Of a process of its own, with what a user sets."""
+    """Of a process of its own, with the variables that a user sets."""
     source = Path(client.__file__).parents[2]
     return {
         "PYTHONPATH": str(source),
@@ -60,8 +60,8 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 
 def planned(run: Path) -> dict[str, str]:
     """Path -> sha256, of `plan.json`."""
-    found = json.loads((run / "publish" / "plan.json").read_text())
-    return {file["path"]: file["sha256"] for file in found["files"]}
+    plan = json.loads((run / "publish" / "plan.json").read_text())
+    return {file["path"]: file["sha256"] for file in plan["files"]}
 
 
 def remote(hub: Hub) -> dict[str, str]:
@@ -76,11 +76,11 @@ def require_whole(hub: Hub, run: Path) -> None:
 
 
 def some_faults(seed: int, requests: int = 32) -> dict[int, str]:
-    """One to four, anywhere in a publish; silence is dear and comes once at most."""
+    """One to four, anywhere in a publish; silence takes long and comes once at most."""
     choose = random.Random(seed)
-    found = {choose.randrange(requests): choose.choice(FAULTS) for _ in range(choose.randint(1, 4))}
-    silent = [number for number, kind in found.items() if kind == "silence"]
-    return found | dict.fromkeys(silent[1:], "reset")
+    faults = {choose.randrange(requests): choose.choice(FAULTS) for _ in range(choose.randint(1, 4))}
+    silent = [number for number, kind in faults.items() if kind == "silence"]
+    return faults | dict.fromkeys(silent[1:], "reset")
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -1,4 +1,4 @@
-"""What is published and what is refused: the card says what the run's files say, and each reason is one line."""
+"""What is published, with a card of the run's own numbers, and what is refused, with one line for each reason."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
-from potstill.models.safetensors_files import folder_sha256
-from potstill.publish.licenses import Parent, licence_of, settle
+from potstill.models.model_files import folder_sha256
+from potstill.publish.licenses import Parent, license_of, settle
 from publish.lab import edit, planned, publish
 
 Change = Callable[[Path], None]
@@ -63,7 +63,7 @@ def worse(run: Path) -> None:
 
 
 def record(run: Path, **more: Any) -> dict[str, Any]:
-    """As `potstill export` writes one of a GGUF file; the file's content is of no matter here."""
+    """As `potstill export` writes one of a GGUF file; the content of the file does not matter here."""
     place = run / "exports" / "small-F16.gguf"
     place.parent.mkdir(exist_ok=True)
     place.write_bytes(gguf())
@@ -118,21 +118,21 @@ def untouched_is_ahead(run: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "not finished": (not_finished, "the run is not finished but stopped"),
-    "no receipt": (lambda run: (run / "receipt.json").unlink(), "the run is not finished"),
-    "red check": (in_receipt(check_red=["labels"]), "the check `labels` is red"),
+    "not finished": (not_finished, "the run is stopped"),
+    "no receipt": (lambda run: (run / "receipt.json").unlink(), "not finished"),
+    "red check": (in_receipt(check_red=["labels"]), "the check `labels`"),
     "no check": (in_receipt(check={}), "its receipt has no check"),
     "weights not finite": (with_nan, "has a value that is not finite"),
-    "another file": (changed, "generation_config.json: is not the one of the receipt"),
+    "another file": (changed, "generation_config.json: is not the file of the receipt"),
     "one file more": (one_more, "notes.txt: is not in the receipt"),
-    "one file less": (one_less, "tokenizer.json: is gone"),
+    "one file less": (one_less, "tokenizer.json: is missing"),
     "behind the untouched": (worse, "heldout/kl is 2.3"),
     "nothing learned": (in_receipt(student_is_of_step=0), "no evaluation was better"),
     "behind in the comparison": (untouched_is_ahead, "ahead of KD in pass@1"),
     "another's score": (humaneval_of_another, "the evaluation of another student"),
     "failed path": (failed_path, "fails when llama.cpp loads it: top-1 equal on 3 of 4"),
-    "stale export": (stale_export, "was made of another student"),
-    "changed export": (changed_export, "gone, or not the file that was exported"),
+    "stale export": (stale_export, "another student"),
+    "changed export": (changed_export, "small-F16.gguf: missing, or not the file"),
     "a token": (token_in_the_recipe, "holds what looks like a token"),
 }
 
@@ -141,40 +141,40 @@ REFUSED: dict[str, tuple[Change, str]] = {
 def test_what_must_not_be_published_is_refused_in_one_line(
     name: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change, said = REFUSED[name]
+    change, reason = REFUSED[name]
     change(run)
     assert publish(run, "--dry-run") == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and told[0].startswith("error: ") and said in told[0]
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and reason in error
     assert not (run / "publish" / "plan.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("options", "reason"),
     [
-        (["--repo", "small"], "--repo small: is no name of a repository"),
+        (["--repo", "small"], "--repo small: "),
         (["--repo", "me/small", "train.steps=9"], "a finished run is what it was"),
         (["--repo", "me/small", "publish.licence=mit"], "publish.licence: unknown key"),
-        (["--repo", "me/small", "publish.license=A licence"], "publish.license: 'A licence' is no licence"),
+        (["--repo", "me/small", "publish.license=A license"], "publish.license: 'A license'"),
     ],
 )
-def test_a_wrong_word_is_refused(
-    said: list[str], told: str, run: Path, capsys: pytest.CaptureFixture[str]
+def test_options_that_make_no_sense_are_refused(
+    options: list[str], reason: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["publish", str(run), "--dry-run", *said]) == 2
-    assert told in capsys.readouterr().err
+    assert main(["publish", str(run), "--dry-run", *options]) == 2
+    assert reason in capsys.readouterr().err
 
 
-def test_a_comparison_is_several_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "comparison.json").write_text("{}")
     assert publish(run, "--dry-run") == 2
-    assert "Give one of them, such as" in capsys.readouterr().err
+    assert str(run / "kd-0") in capsys.readouterr().err
 
 
-def test_a_licence_that_no_file_names_is_refused_with_the_line_that_settles_it(
+def test_an_unknown_license_is_refused_with_the_recipe_line_to_add(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert publish(run, "--dry-run", said=()) == 2
+    assert publish(run, "--dry-run", overrides=()) == 2
     teacher, data = capsys.readouterr().err.splitlines()
     assert "publish: {teacher_license: apache-2.0}" in teacher and "publish: {data_license:" in data
     resolved = run / "resolved.yaml"
@@ -183,7 +183,7 @@ def test_a_licence_that_no_file_names_is_refused_with_the_line_that_settles_it(
         .replace("teacher_license: null", "teacher_license: mit")
         .replace("data_license: null", "data_license: cc0-1.0")
     )
-    assert publish(run, "--dry-run", said=()) == 0
+    assert publish(run, "--dry-run", overrides=()) == 0
     assert "license: mit\n" in (run / "publish" / "README.md").read_text()
 
 
@@ -199,43 +199,43 @@ SETTLED = [
 ]
 UNSETTLED = [
     ((None, CC0), None, "its files name none"),
-    (("cc-by-nd-4.0", CC0), APACHE, "lets nothing derived from it be shared"),
-    (("cc-by-nc-nd-4.0", CC0), None, "lets nothing derived from it be shared"),
-    (("gemma", "cc-by-sa-4.0"), None, "ask for different terms"),
-    (("gemma", "cc-by-sa-4.0"), MIT, "ask for different terms"),
-    (("cc-by-nc-4.0", CC0), MIT, "asks for cc-by-nc-4.0"),
+    (("cc-by-nd-4.0", CC0), APACHE, "does not permit sharing derivatives"),
+    (("cc-by-nc-nd-4.0", CC0), None, "does not permit sharing derivatives"),
+    (("gemma", "cc-by-sa-4.0"), None, "require different terms"),
+    (("gemma", "cc-by-sa-4.0"), MIT, "require different terms"),
+    (("cc-by-nc-4.0", CC0), MIT, "requires cc-by-nc-4.0"),
 ]
 
 
-def parents(licences: tuple[str | None, ...]) -> list[Parent]:
-    roles = ("student", "teacher", "data")[-len(licences) :]
-    return [Parent(role, "x", licence, "y") for role, licence in zip(roles, licences, strict=True)]
+def parents(licenses: tuple[str | None, ...]) -> list[Parent]:
+    roles = ("student", "teacher", "data")[-len(licenses) :]
+    return [Parent(role, "x", license, "y") for role, license in zip(roles, licenses, strict=True)]
 
 
-@pytest.mark.parametrize(("licences", "asked", "settled"), SETTLED)
-def test_a_licence_follows_from_the_parents(
-    licences: tuple[str | None, ...], asked: str | None, settled: str
+@pytest.mark.parametrize(("licenses", "requested", "settled"), SETTLED)
+def test_the_license_follows_from_the_parents(
+    licenses: tuple[str | None, ...], requested: str | None, settled: str
 ) -> None:
-    assert settle(parents(licences), asked).license == settled
+    assert settle(parents(licenses), requested).license == settled
 
 
-@pytest.mark.parametrize(("licences", "asked", "said"), UNSETTLED)
-def test_a_licence_that_does_not_follow_is_refused(
-    licences: tuple[str | None, ...], asked: str | None, said: str
+@pytest.mark.parametrize(("licenses", "requested", "reason"), UNSETTLED)
+def test_a_license_that_the_parents_do_not_allow_is_refused(
+    licenses: tuple[str | None, ...], requested: str | None, reason: str
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        settle(parents(licences), asked)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        settle(parents(licenses), requested)
 
 
-def test_a_licence_is_read_from_a_card_a_config_and_gguf_metadata(tmp_path: Path) -> None:
+def test_a_license_is_read_from_a_card_and_a_config(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: MIT\n---\n# x\n")
-    assert licence_of(str(tmp_path)) == {"license": "mit", "read_from": "README.md"}
+    assert license_of(str(tmp_path)) == {"license": "mit", "read_from": "README.md"}
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: qwen-research\n---\n")
-    assert licence_of(str(tmp_path))["license"] == "qwen-research"
+    assert license_of(str(tmp_path))["license"] == "qwen-research"
     (tmp_path / "README.md").write_text("---\nlicense: [mit, gpl-3.0]\n---\n")
     (tmp_path / "config.json").write_text('{"license": "apache-2.0"}')
-    assert licence_of(str(tmp_path)) == {"license": "apache-2.0", "read_from": "config.json"}
-    assert licence_of(str(tmp_path / "nothing"))["license"] is None
+    assert license_of(str(tmp_path)) == {"license": "apache-2.0", "read_from": "config.json"}
+    assert license_of(str(tmp_path / "nothing"))["license"] is None
 
 
 def test_the_card_s_numbers_are_those_of_the_receipt_and_what_was_not_measured_is_not_run(run: Path) -> None:
@@ -245,8 +245,8 @@ def test_the_card_s_numbers_are_those_of_the_receipt_and_what_was_not_measured_i
     for when in ("heldout_first", "heldout_best"):
         for name in ("heldout/kl", "heldout/ce", "heldout/agreement"):
             assert f"| {receipt[when][name]:.4f} |" in card
-    for said in ("HumanEval: not run.", "Other benchmarks: not run.", "95 % interval: not run"):
-        assert said in card
+    for sentence in ("HumanEval: not run.", "Other benchmarks: not run.", "95 % interval: not run"):
+        assert sentence in card
     assert "2 of 4 layers and 48 of 64 channels of each MLP of the teacher, cut out" in card
     assert f"{receipt['positions']:,}" in card and receipt["objective"] in card
     assert all(name in card for name in receipt["check"])
@@ -265,14 +265,14 @@ def test_the_card_s_numbers_are_those_of_the_receipt_and_what_was_not_measured_i
     assert provenance["recipe_sha256"] == file_sha256(run / "recipe.yaml")
 
 
-def test_the_hub_s_names_of_teacher_and_begin_are_in_the_metadata(run: Path) -> None:
+def test_hub_ids_of_teacher_and_base_model_are_in_the_metadata(run: Path) -> None:
     assert publish(run, "--dry-run", "publish.teacher=them/large") == 0
     front = yaml.safe_load((run / "publish" / "README.md").read_text().split("---\n")[1])
     assert front["base_model"] == front["distilled_from"] == "them/large"
     assert front["base_model_relation"] == "finetune"
 
 
-def test_a_regression_that_is_allowed_is_told_on_the_card(run: Path) -> None:
+def test_an_allowed_regression_is_stated_on_the_card(run: Path) -> None:
     worse(run)
     assert publish(run, "--dry-run", "--allow-regression") == 0
     card = (run / "publish" / "README.md").read_text()
@@ -312,7 +312,7 @@ def test_an_exported_gguf_file_comes_with_a_modelfile_and_its_three_paths(run: P
     assert "ollama create small -f Modelfile" in card
 
 
-def test_an_export_that_fails_and_is_removed_is_told_and_not_published(run: Path) -> None:
+def test_an_export_that_fails_and_is_removed_is_reported_and_not_published(run: Path) -> None:
     failed_path(run)
     (run / "exports" / "small-F16.gguf").unlink()
     assert publish(run, "--dry-run") == 0
@@ -358,9 +358,9 @@ def test_the_demo_ends_with_its_card(
     recipe = (finished / "recipe.yaml").read_text()
     lines = "publish: {teacher_license: apache-2.0, data_license: cc0-1.0}\n"
     (tmp_path / "demo.yaml").write_text(recipe + lines)
-    monkeypatch.setattr("potstill.cli.main.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("potstill.cli.distill.resources.files", lambda package: tmp_path)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     assert f"{tmp_path / 'demo' / 'publish' / 'README.md'}\n" in capsys.readouterr().err
     (tmp_path / "demo.yaml").write_text(recipe)
-    assert main(["demo", "--out", str(tmp_path / "other")]) == 0  # the run is done all the same
-    assert "not to be published: licence of the teacher" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path / "other")]) == 0  # the run itself succeeds
+    assert "not to be published: license of the teacher" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A store of targets goes to a Hub on this machine and comes back, as plain files and equal byte for byte."""
+"""A store of targets is pushed to a Hub on this machine and pulled again, as plain files, byte for byte."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_a_store_that_was_pushed_is_pulled_as_it_was(
+def test_a_pushed_store_is_pulled_unchanged(
     store: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["store", "push", str(store), "--repo", REPO, "--private"]) == 0
@@ -40,7 +40,7 @@ def test_a_store_that_was_pushed_is_pulled_as_it_was(
     assert len(hub.repos[REPO].messages) == 2  # the second push found everything there
 
 
-def test_what_was_damaged_is_not_pushed_and_what_comes_back_damaged_is_told(
+def test_a_damaged_store_is_not_pushed_and_a_damaged_download_is_reported(
     store: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shard = store / "00000.safetensors"
@@ -57,12 +57,12 @@ def test_what_was_damaged_is_not_pushed_and_what_comes_back_damaged_is_told(
     assert "00000.safetensors: damaged" in capsys.readouterr().err
 
 
-def test_a_repository_that_is_not_there_is_one_line(
+def test_a_missing_repository_is_one_line(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["store", "pull", str(tmp_path / "back"), "--repo", "me/nothing"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "me/nothing" in said and TOKEN not in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "me/nothing" in error and TOKEN not in error
 
 
 def test_flags_go_with_their_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The page of a run: everything that was measured is on it, nothing else is, and it needs nothing but itself."""
+"""The report of a run: everything measured is on it, nothing else, and it loads no other resource."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from potstill.cli.main import main
 from potstill.io.terminal import Display
 from potstill.report.build import report
 from potstill.report.charts import Series, chart, log_ticks, thinned, ticks
-from potstill.report.page import Told, page
+from potstill.report.page import RunReport, page
 from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
@@ -32,7 +32,7 @@ QUIET = Display(quiet=True)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
-    """A run whose documents and prompt try to get out of the text that they are."""
+    """A run whose documents and prompt try to break out into markup."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text").mkdir()
     for number in range(40):
@@ -106,7 +106,7 @@ def test_every_section_is_there_with_what_the_run_measured(run: RunDir) -> None:
     )
 
 
-def test_what_was_not_run_is_told_as_not_run(run: RunDir) -> None:
+def test_what_was_not_run_is_shown_as_not_run(run: RunDir) -> None:
     """A run in its first steps: no receipt, no student, no benchmark, no memory in its metrics."""
     (run.path / "receipt.json").unlink()
     shutil.rmtree(run.student)
@@ -116,7 +116,7 @@ def test_what_was_not_run_is_told_as_not_run(run: RunDir) -> None:
     sections = Elements(page_of(run)).sections
     assert "running" in sections[""]
     assert "Memory GiB per step" in " ".join(sections["curves"].split())
-    for name, said in {
+    for name, expected in {
         "disagreement": "Not run: the run has no student yet.",
         "humaneval": "Not run.",
         "arms": "Not run: give the folder",
@@ -126,7 +126,7 @@ def test_what_was_not_run_is_told_as_not_run(run: RunDir) -> None:
         "samples": "this one is running",
         "receipt": "this one is running",
     }.items():
-        assert said in " ".join(sections[name].split()), name
+        assert expected in " ".join(sections[name].split()), name
 
 
 def test_a_run_that_logged_nothing_yet_has_a_page(run: RunDir) -> None:
@@ -134,7 +134,7 @@ def test_a_run_that_logged_nothing_yet_has_a_page(run: RunDir) -> None:
     assert "No step is logged yet." in Elements(page_of(run)).sections["curves"]
 
 
-def test_a_damaged_line_is_told_with_its_place(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_line_is_reported_with_its_place(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "train/ce": "low"}\n')
     number = len((run.path / "metrics.jsonl").read_text().splitlines())
@@ -148,7 +148,7 @@ def test_refused_steps_are_listed(run: RunDir) -> None:
     assert "3 loss is nan <b>" in " ".join(Elements(page_of(run)).sections["guard"].split())
 
 
-def test_what_is_infinite_is_shown_as_such_and_is_json(run: RunDir) -> None:
+def test_an_infinite_kl_is_shown_as_such_and_is_valid_json(run: RunDir) -> None:
     choices = [[1, "a", 1.0]]
     token = {
         "id": 1,
@@ -160,14 +160,14 @@ def test_what_is_infinite_is_shown_as_such_and_is_json(run: RunDir) -> None:
         "teacher_entropy": 0.3,
     }
     rows = [[token | {"student": choices, "teacher": choices}]]
-    text = page([Told(run, {"rows": rows, "mean_kl": float("inf")})], {})
+    text = page([RunReport(run, {"rows": rows, "mean_kl": float("inf")})], {})
     assert json.loads(Elements(text).raw[1][1])[0]["kl"] is None
     assert "mean inf nats" in text
     assert 'class="t k6"' in text
 
 
 def planted(run: RunDir) -> str:
-    """The page of a run that has the plant wherever text of others can stand."""
+    """The page of a run with the planted markup wherever untrusted text can stand."""
     token = {
         "id": 1,
         "text": PLANT,
@@ -183,10 +183,10 @@ def planted(run: RunDir) -> str:
     run.set_status("failed", PLANT)
     run.log_fault(2, PLANT)
     moved = run.path.rename(run.path.with_name(f"{PLANT.split('/')[0]}<script>x"))
-    return page([Told(RunDir(moved), {"rows": rows, "mean_kl": 3.0})], {})
+    return page([RunReport(RunDir(moved), {"rows": rows, "mean_kl": 3.0})], {})
 
 
-def test_no_text_of_others_becomes_part_of_the_page(run: RunDir) -> None:
+def test_untrusted_text_does_not_become_markup(run: RunDir) -> None:
     text = planted(run)
     found = Elements(text)
     assert [tag for tag, _ in found.raw] == ["style", "script", "script"]
@@ -198,7 +198,7 @@ def test_no_text_of_others_becomes_part_of_the_page(run: RunDir) -> None:
     assert "\u202e" not in html.unescape(text)
 
 
-def test_the_page_needs_nothing_but_itself_and_says_so(run: RunDir) -> None:
+def test_the_page_loads_nothing_and_its_security_policy_says_so(run: RunDir) -> None:
     text = page_of(run, with_models=True)
     found = Elements(text)
     for tag, attributes in found.tags:
@@ -217,7 +217,7 @@ def test_the_page_needs_nothing_but_itself_and_says_so(run: RunDir) -> None:
     assert str(policy).startswith("default-src 'none'; ")
 
 
-def test_several_runs_stand_in_one_page_by_name_and_colour(run: RunDir, tmp_path: Path) -> None:
+def test_several_runs_are_told_apart_by_name_and_color(run: RunDir, tmp_path: Path) -> None:
     other = RunDir(Path(shutil.copytree(run.path, tmp_path / "other")))
     text = page_of(run, other)
     for name in ("run", "other"):
@@ -225,8 +225,8 @@ def test_several_runs_stand_in_one_page_by_name_and_colour(run: RunDir, tmp_path
     assert {"line s0", "line s1"} <= {str(a.get("class")) for t, a in Elements(text).tags if t == "polyline"}
     alike = page(
         [
-            Told(run, "not run"),
-            Told(RunDir(Path(shutil.copytree(run.path, tmp_path / "x" / "run"))), "not run"),
+            RunReport(run, "not run"),
+            RunReport(RunDir(Path(shutil.copytree(run.path, tmp_path / "x" / "run"))), "not run"),
         ],
         {},
     )
@@ -251,8 +251,8 @@ def test_a_second_report_loads_no_model_and_another_student_is_measured(
     changed[-2] ^= 1
     (run.student / "model.safetensors").write_bytes(changed)
     assert "Not run: --no-models." in Elements(page_of(run)).sections["disagreement"]
-    said = Elements(page_of(run, with_models=True)).sections["disagreement"]
-    assert "model.safetensors: damaged" in " ".join(said.split()) and run.disagreement() == known
+    shown = Elements(page_of(run, with_models=True)).sections["disagreement"]
+    assert "model.safetensors: damaged" in " ".join(shown.split()) and run.disagreement() == known
     run.write_receipt({**run.receipt(), "output": None})
     run.replace_student(lambda folder: shutil.copytree(run.student, folder) and None)
     page_of(run, with_models=True)
@@ -260,7 +260,7 @@ def test_a_second_report_loads_no_model_and_another_student_is_measured(
 
 
 @pytest.mark.parametrize("gone", ["teacher", "corpus", "receipt's teacher"])
-def test_a_page_is_made_although_nothing_can_be_measured_any_more(gone: str, run: RunDir) -> None:
+def test_the_page_is_made_although_the_disagreement_can_no_longer_be_measured(gone: str, run: RunDir) -> None:
     text = run.resolved.read_text()
     if gone == "teacher":
         text = re.sub(r"model: .*", "model: /nowhere/teacher", text)
@@ -269,13 +269,13 @@ def test_a_page_is_made_although_nothing_can_be_measured_any_more(gone: str, run
     else:
         run.write_receipt(run.receipt() | {"teacher": {"weights_sha256": "0" * 64}})
     run.resolved.write_text(text)
-    said = " ".join(Elements(page_of(run, with_models=True)).sections["disagreement"].split())
+    shown = " ".join(Elements(page_of(run, with_models=True)).sections["disagreement"].split())
     wanted = {
         "teacher": "Not run: .*no file or folder /nowhere/teacher",
-        "corpus": "Not run: .*the corpus is not the run's any more",
-        "receipt's teacher": "Not run: .*the recipe's teacher is not the one that taught this run",
+        "corpus": "Not run: .*the corpus has changed since the run",
+        "receipt's teacher": "Not run: .*the recipe's teacher is not the run's",
     }
-    assert re.search(wanted[gone], said)
+    assert re.search(wanted[gone], shown)
     assert run.disagreement() == {}
 
 
@@ -301,16 +301,16 @@ def humaneval_of(run: RunDir) -> None:
     (folder / "base.samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
-def test_humaneval_is_there_problem_by_problem(run: RunDir) -> None:
+def test_humaneval_is_shown_problem_by_problem(run: RunDir) -> None:
     humaneval_of(run)
     text = page_of(run)
     found = Elements(text)
-    said = " ".join(found.sections["humaneval"].split())
-    assert "pass@1 33.3 %, 95 % interval 6.1–79.2 %" in said
+    shown = " ".join(found.sections["humaneval"].split())
+    assert "pass@1 33.3 %, 95 % interval 6.1–79.2 %" in shown
     assert "33.3 % 95 % interval" in " ".join(found.sections[""].split())
-    assert "def f(): return 1" in said
-    assert said.count(PLANT) >= 8
-    assert "ab" * 32 in said
+    assert "def f(): return 1" in shown
+    assert shown.count(PLANT) >= 8
+    assert "ab" * 32 in shown
     kinds = text[text.index('<ul class="cells">') :].split("<li")[1:4]
     assert [kind.startswith(' class="pass"') for kind in kinds] == [True, False, False]
     assert [kind.startswith(' class="other"') for kind in kinds] == [
@@ -325,7 +325,7 @@ def test_humaneval_is_there_problem_by_problem(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "said"),
+    ("result", "expected"),
     [
         (
             {"status": "inference_failed", "why": "out of <memory>"},
@@ -337,15 +337,15 @@ def test_humaneval_is_there_problem_by_problem(run: RunDir) -> None:
         ),
     ],
 )
-def test_humaneval_without_a_score_has_no_number(result: dict[str, Any], said: str, run: RunDir) -> None:
+def test_humaneval_without_a_score_has_no_number(result: dict[str, Any], expected: str, run: RunDir) -> None:
     humaneval_of(run)
     (run.evals / "humaneval" / "base.json").write_text(json.dumps(result))
     sections = Elements(page_of(run)).sections
-    assert said in " ".join(sections["humaneval"].split())
+    assert expected in " ".join(sections["humaneval"].split())
     assert "HumanEval pass@1 – no score" in " ".join(sections[""].split())
 
 
-def test_damaged_samples_are_told_with_their_line(run: RunDir) -> None:
+def test_damaged_samples_are_reported_with_their_line(run: RunDir) -> None:
     humaneval_of(run)
     with (run.evals / "humaneval" / "base.samples.jsonl").open("a") as file:
         file.write("[1]\n")
@@ -371,14 +371,14 @@ def test_a_comparison_has_its_sentence_its_table_and_its_intervals(tmp_path: Pat
     found |= {"warnings": [f"unequal {PLANT}"], "differences": differences}
     (tmp_path / "comparison.json").write_text(json.dumps(found))
     text = report([tmp_path], None, 48, False, QUIET).read_text()
-    said = " ".join(Elements(text).sections["arms"].split())
-    assert f"KD is ahead {PLANT}" in said
-    assert "untouched – – 4.5 not run" in said
-    assert f"unequal {PLANT}" in said
-    assert f"heldout/kl -0.5 [-0.75, -0.25] {PLANT} ahead" in said
-    assert said.count("not shown") == 1
-    assert "1.25 [1.125, 1.5]" in said
-    assert "budget.seconds 600" in said
+    shown = " ".join(Elements(text).sections["arms"].split())
+    assert f"KD is ahead {PLANT}" in shown
+    assert "untouched – – 4.5 not run" in shown
+    assert f"unequal {PLANT}" in shown
+    assert f"heldout/kl -0.5 [-0.75, -0.25] {PLANT} ahead" in shown
+    assert shown.count("not shown") == 1
+    assert "1.25 [1.125, 1.5]" in shown
+    assert "budget.seconds 600" in shown
     whiskers = [a for t, a in Elements(text).tags if a.get("class") == "whisker s1"]
     assert re.search(r">4\.5 ▸<", text)  # an arm far off does not squeeze the others' intervals
     assert float(str(whiskers[0]["x2"])) - float(str(whiskers[0]["x1"])) > 100
@@ -393,14 +393,14 @@ def test_the_verb_prints_where_the_page_is(
     assert json.loads(capsys.readouterr().out) == {"report": str(run.path / "report.html")}
     assert main(["report", str(run.path), "--no-models", "--out", str(tmp_path / "x.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'x.html'}\n"
-    for options, said in {
+    for options, reason in {
         (str(tmp_path),): "not a run directory",
         (str(run.path), "--tokens", "0"): "--tokens 0: must be 1 or more",
         (str(run.path), "--out", str(tmp_path)): f"--out {tmp_path}: a folder",
         (str(run.path), "--out", str(tmp_path / "no" / "x.html")): f"there is no folder {tmp_path / 'no'}",
     }.items():
         assert main(["report", *options]) == 2
-        assert said in capsys.readouterr().err
+        assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -439,14 +439,14 @@ const look = (frame) => {
   one.panels = [...page.querySelectorAll(".reader")].map((reader) => {
     const panel = reader.querySelector(".panel"), tokens = [...reader.querySelectorAll(".t")];
     const send = (on, event) => { on.dispatchEvent(event); return panel.textContent; };
-    const said = { first: panel.textContent, stops: reader.querySelectorAll(".t[tabindex='0']").length };
+    const shown = { first: panel.textContent, stops: reader.querySelectorAll(".t[tabindex='0']").length };
     const at = (number) => tokens[Math.min(number, tokens.length - 1)];
-    said.hover = send(at(3), new PointerEvent("pointerover", { bubbles: true }));
-    said.touch = send(at(5), new MouseEvent("click", { bubbles: true }));
+    shown.hover = send(at(3), new PointerEvent("pointerover", { bubbles: true }));
+    shown.touch = send(at(5), new MouseEvent("click", { bubbles: true }));
     at(5).focus();
-    said.key = send(at(5), new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true, cancelable: true }));
-    said.at = tokens.indexOf(page.activeElement);
-    return said;
+    shown.key = send(at(5), new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true, cancelable: true }));
+    shown.at = tokens.indexOf(page.activeElement);
+    return shown;
   });
   one.tips = [...page.querySelectorAll(".chart svg")].map((svg) => {
     svg.focus();
@@ -480,7 +480,7 @@ for (const width of widths) {
 
 
 def in_chromium(folder: Path, *options: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """What PROBE found in `page.html` at both widths, and all that the browser's console said."""
+    """What PROBE found in `page.html` at both widths, and all that the browser's console printed."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("chromium is not installed; the page was not looked at in a browser: not run")
@@ -495,7 +495,7 @@ def in_chromium(folder: Path, *options: str) -> tuple[list[dict[str, Any]], list
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser_nothing_overflows_and_every_way_to_a_token_fills_the_panel(
+def test_in_a_browser_nothing_overflows_and_hover_touch_and_keys_fill_the_panel(
     scheme: str, run: RunDir
 ) -> None:
     humaneval_of(run)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from publish.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
+from export.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 
 from potstill import TorchTeacher, UserError
 from potstill.build.resolve import resolve

@@ -17,11 +17,11 @@ from potstill.build.resolve import resolve
 from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.errors import UserError
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.recipe import load as recipes
 from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import StoredTeacher
-from potstill.types import Batch, HiddenTargets
+from potstill.types import Batch
 
 Recipe = Callable[..., Path]
 CAPTURES = {

@@ -19,6 +19,7 @@ from potstill.build.resolve import resolve
 from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.data.fixed import Order
+from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student
 from potstill.preflight.checks import Checked
 from potstill.preflight.trial_steps import smoke
@@ -26,7 +27,6 @@ from potstill.teachers.hf import TorchTeacher
 from potstill.training.guard import rows_at_fault
 from potstill.training.loop import Hooks, train
 from potstill.training.watchdog import Watchdog
-from potstill.types import HiddenTargets
 from potstill.workflows.distill import RunDir
 
 Recipe = Callable[..., Path]

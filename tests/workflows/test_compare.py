@@ -166,15 +166,15 @@ def test_every_arm_s_student_is_put_to_humaneval(
     """By the harness, whose own tests are elsewhere: here it passes the second problem for KD students alone."""
     asked = []
 
-    def harness(source: Path, out: Path, options: Any, note: Any) -> dict[str, Any]:
+    def evaluate(source: Path, config: Any, out: Path, note: Any) -> dict[str, Any]:
         asked.append(
-            (str(source.relative_to(tmp_path)), str(out.relative_to(tmp_path)), options.max_new_tokens)
+            (str(source.relative_to(tmp_path)), str(out.relative_to(tmp_path)), config.max_new_tokens)
         )
         passed = {f"HumanEval/{n}": int(n == 1 and source.parent.name.startswith("kd")) for n in range(164)}
         return {"status": "finished", "passed_by_problem": passed}
 
-    monkeypatch.setattr("potstill.evals.humaneval.evaluate", harness)
-    monkeypatch.setattr(compare, "_require_humaneval", lambda: None)
+    monkeypatch.setattr("potstill.evals.humaneval.evaluate", evaluate)
+    monkeypatch.setattr(workflow, "_require_humaneval", lambda: None)
     section = "{seeds: [0, 1], budget: steps, humaneval_tokens: 7}"
     folder = compare(tiny_recipe(compare=section), out=tmp_path / "out")
     assert folder is not None

@@ -13,8 +13,8 @@ from potstill.build.resolve import Resolved
 from potstill.data import packing, readers, token_cache, tokenizers
 from potstill.data.decontamination import Decontamination, EvaluationTexts
 from potstill.errors import UserError
+from potstill.models.gguf_files import check_gguf
 from potstill.models.load import local_copy
-from potstill.models.safetensors_files import check_gguf
 from potstill.types import Vocab
 
 
@@ -33,7 +33,7 @@ def make_corpus(
         reading = config.read(tokenizer, vocabulary)
         documents = dataclasses.replace(reading, documents=_alive(reading.documents, beat))
         corpus = packing.build(
-            documents if comparison is None else comparison.of(documents, tokenizer),
+            documents if comparison is None else comparison.apply(documents, tokenizer),
             tokens_per_row=config.tokens_per_row,
             heldout_rows=config.heldout_rows,
             vocab=vocabulary,
@@ -45,8 +45,8 @@ def make_corpus(
     if config.shards is None:
         return build(None), tokenizer
     against = None if comparison is None else comparison.texts.files
-    made_of = token_cache.made_of(config, tokenizer, vocabulary, against)
-    return token_cache.kept(config, made_of, build, beat), tokenizer
+    made_of = token_cache.provenance(config, tokenizer, vocabulary, against)
+    return token_cache.load_or_build(config, made_of, build, beat), tokenizer
 
 
 def _tokenizer(resolved: Resolved) -> Any | None:

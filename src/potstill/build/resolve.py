@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from potstill.models.load import choose_device, plain_config
-from potstill.models.model_files import ModelFiles
 from potstill.models.pruning import cut_config, layers_to_keep
+from potstill.models.source import ModelFiles
 from potstill.recipe.load import AnyStudent, Recipe
 from potstill.recipe.sections_models import CheckpointStudentConfig
 from potstill.teachers.base import TeacherSource, refuse_cut, source_of
@@ -99,7 +99,7 @@ class Resolved:
         return self.teacher.inputs | self.student.inputs | reader
 
     def with_recipe(self, recipe: Recipe) -> Resolved:
-        """The same models with another recipe about them."""
+        """The same models, whose files stay looked at, with another recipe about them."""
         teacher = copy.copy(self.teacher)
         teacher.config = recipe.teacher
         return dataclasses.replace(self, recipe=recipe, teacher=teacher)

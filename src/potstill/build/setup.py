@@ -19,7 +19,7 @@ from potstill.build.corpus import make_corpus
 from potstill.build.resolve import Resolved
 from potstill.build.vocabulary import Shared, match_vocabularies
 from potstill.data import packing, token_cache, tokenizers
-from potstill.data.decontamination import told
+from potstill.data.decontamination import summary
 from potstill.data.fixed import FixedRows
 from potstill.errors import UserError
 from potstill.io.cpu_matmul import matmul_with, return_freed_memory
@@ -136,7 +136,7 @@ def read_corpus(
         f" {recipe.corpus.tokens_per_row}: {len(corpus.train)} to train on, {len(corpus.heldout)} held out"
     )
     if counts["decontamination"] is not None:
-        note(f"decontamination: {told(counts['decontamination'])}")
+        note(f"decontamination: {summary(counts['decontamination'])}")
     if recipe.eval.sample_prompt is not None and tokenizer is None:
         raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
     return corpus, tokenizer

@@ -80,8 +80,8 @@ def _check_sandbox(options: argparse.Namespace, display: Display) -> int:
         return 0 if used else 2
     for tier in tiers:
         display.result(f"{tier['tier']}: {'holds' if tier['holds'] else 'not here: ' + tier['why']}")
-        for canary in tier["canaries"]:
-            display.result(f"  {'ok ' if canary['shut'] else 'RED'}  {canary['name']}: {canary['found']}")
+        for probe in tier["canaries"]:
+            display.result(f"  {'ok ' if probe['shut'] else 'RED'}  {probe['name']}: {probe['found']}")
     display.result(f"used: {used or 'none; no program is run on this machine. See docs/sandbox.md'}")
     return 0 if used else 2
 

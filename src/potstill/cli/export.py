@@ -1,4 +1,4 @@
-"""The verbs that hand a student on: `potstill export` and `potstill publish`."""
+"""The verbs that hand out a student: `potstill export` and `potstill publish`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from potstill.io.terminal import Display, aligned
 
 def add_export_flags(export: argparse.ArgumentParser) -> None:
     export.add_argument("run", type=Path, metavar="RUN")
-    export.add_argument("--format", choices=("hf", "gguf"), help="one of the two alone; default both")
+    export.add_argument("--format", choices=("hf", "gguf"), help="write only this one; default both")
     export.add_argument(
         "--quantize",
         metavar="TYPE,…",
-        help="of the GGUF files: f32,f16,bf16,q8_0,q4_0,q4_k,q6_k; default f16",
+        help="types of the GGUF files: f32,f16,bf16,q8_0,q4_0,q4_k,q6_k; default f16",
     )
     export.add_argument("--out", type=Path, metavar="FOLDER", help="default RUN/exports")
 
@@ -31,40 +31,40 @@ def add_publish_flags(pub: argparse.ArgumentParser) -> None:
 
 
 def export(options: argparse.Namespace, display: Display) -> int:
-    """Exit code 2 where a path failed: the file is there, and the record says what is wrong with it."""
+    """Exit code 2 where a round trip failed: the file is there, and its record says what is wrong."""
     if options.format == "hf" and options.quantize is not None:
-        raise UserError("--quantize: says nothing to --format hf. Leave one out.")
+        raise UserError("--quantize: given with --format hf, which writes no GGUF file. Leave one out.")
     from potstill.export.export import export_run, verdict
 
     quantize = [word.strip() for word in (options.quantize or "f16").split(",")]
     formats = [*(["hf"] if options.format != "gguf" else []), *(quantize if options.format != "hf" else [])]
-    found = export_run(options.run, options.out, formats, note=display.note)
+    exported = export_run(options.run, options.out, formats, note=display.note)
     if options.json:
-        display.result(json.dumps(found.records, indent=2))
+        display.result(json.dumps(exported.records, indent=2))
     else:
         rows = [
-            [each["file"], *(path["status"] for path in each["three_path"].values())]
-            for each in found.records
+            [record["file"], *(path["status"] for path in record["three_path"].values())]
+            for record in exported.records
         ]
-        display.result(aligned(["file", *found.records[0]["three_path"]], rows))
-    failed = [each for each in found.records if verdict(each) == "failed"]
-    for each in failed:
-        for name, path in each["three_path"].items():
+        display.result(aligned(["file", *exported.records[0]["three_path"]], rows))
+    failed = [record for record in exported.records if verdict(record) == "failed"]
+    for record in failed:
+        for name, path in record["three_path"].items():
             if path["status"] == "failed":
-                display.error((f"{each['file']}: {name}: {path['why']}",))
+                display.error((f"{record['file']}: {name}: {path['why']}",))
     return 2 if failed else 0
 
 
 def publish(options: argparse.Namespace, display: Display) -> None:
-    from potstill.publish import publish as shipping
+    from potstill.publish import publish as publishing
 
-    commit, asked = None, (options.run, options.repo, options.overrides, options.allow_regression)
+    commit, arguments = None, (options.run, options.repo, options.overrides, options.allow_regression)
     if options.dry_run:
-        prepared = shipping.prepare(*asked)
+        prepared = publishing.prepare(*arguments)
     else:
-        prepared, commit = shipping.publish(*asked, private=options.private, note=display.note)
+        prepared, commit = publishing.publish(*arguments, private=options.private, note=display.note)
     if options.json:
-        display.result(json.dumps(prepared.told() | {"commit": commit}, indent=2))
+        display.result(json.dumps(prepared.as_dict() | {"commit": commit}, indent=2))
         return
     rows = [[item.path, f"{item.bytes:,}", item.sha256] for item in prepared.plan]
     display.result(aligned(["file", "bytes", "sha256"], rows))

@@ -1,6 +1,7 @@
-"""The roof: the verbs. Torch is imported only inside one that needs it: --help and a typo answer at once.
+"""The command line: its parser and its exit codes. Torch is imported only inside a verb that needs it, so that --help
+and a typo answer at once.
 
-Exit codes: 0 done; 2 the user's mistake, one line each on stderr, a red check, or a plan that does not fit;
+Exit codes: 0 done; 2 the user's mistake, one line each on stderr, a failed check, or a plan that does not fit;
 130 interrupted before training; 143 stopped by a signal after a saved checkpoint; anything else is a bug and
 shows its traceback.
 Results go to stdout, progress to stderr, so that `--json` may be piped.
@@ -9,27 +10,25 @@ Results go to stdout, progress to stderr, so that `--json` may be piped.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, gather
+from potstill.cli import capture, check, distill, evaluate, export, report
 from potstill.errors import OfOneRank, Stopped, UserError
-from potstill.io.terminal import Display, aligned, hold_streams, let_go_of_streams
+from potstill.io.terminal import Display, flush_streams, reserve_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     code = None
-    hold_streams()
+    reserve_streams()
     try:
         code = _run_verb(arguments)
         return code
     finally:
-        lost = let_go_of_streams()
+        lost = flush_streams()
         if lost and code != 2:  # not told yet
             Display().error((lost,))
             raise SystemExit(2)
@@ -103,17 +102,13 @@ def _parser() -> argparse.ArgumentParser:
         verb("store", capture.run_store, "verify, show or merge folders of captured targets"),
     )
 
-    gather.add_flags(
-        verb("gather", gather.run_gather, "a corpus of the sources of packages, with their licences")
+    evaluate.add_flags(
+        verb(
+            "eval",
+            evaluate.run_eval,
+            "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model",
+        )
     )
-
-    held = verb(
-        "eval", _eval, "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model"
-    )
-    held.add_argument("target", metavar="RUN|MODEL", help="run directory, or a model with --recipe")
-    held.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
-    held.add_argument("--recipe", type=Path, help="whose held-out rows and teacher; default the run's own")
-    evaluate.add_flags(held)
 
     export.add_export_flags(
         verb("export", export.export, "a run's student as others run it: a folder and GGUF files")
@@ -122,80 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         verb("publish", export.publish, "a finished run to the Hub: card, licence, hashes; or why not")
     )
 
-    show = verb("show", _show, "what a run was: receipt, and first, best and last of each metric")
-    show.add_argument("run", type=Path, metavar="RUN")
-
-    report = verb("report", _report, "runs or a comparison as one HTML page that needs nothing else")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or a comparison's")
-    report.add_argument(
-        "--out", type=Path, metavar="FILE", help="default RUN/report.html, of several ./report.html"
+    report.add_flags(
+        verb("show", report.run_show, "what a run was: receipt, and first, best and last of each metric"),
+        verb("report", report.run_report, "runs or a comparison as one HTML page without external resources"),
     )
-    report.add_argument(
-        "--tokens", type=int, default=512, metavar="N", help="held-out tokens to look at; default 512"
-    )
-    report.add_argument(
-        "--no-models", action="store_true", help="load no model: no disagreement but a known one"
-    )
-
-    verb("schema", _schema, "the JSON schema of a recipe, for editors")
+    verb("schema", report.run_schema, "the JSON schema of a recipe, for editors")
     return parser
-
-
-def _eval(options: argparse.Namespace, display: Display) -> int:
-    if evaluate.asked(options):
-        return evaluate.run(options, display)
-    from potstill.recipe.load import load
-    from potstill.runs.run_dir import RunDir
-
-    target = Path(options.target)
-    if options.recipe is None:
-        run = RunDir.open(target)
-        recipe, model = load(run.resolved, options.overrides), run.whole_student()
-    else:
-        recipe, model = load(options.recipe, options.overrides), options.target
-    from potstill.workflows.distill import evaluate as measure
-
-    metrics = measure(recipe, model, display)
-    if options.json:
-        display.result(json.dumps(metrics, indent=2))
-    else:
-        display.result(f"held-out evaluation of {model}")
-        display.result(
-            aligned(["metric", "value"], [[name, f"{value:.6f}"] for name, value in metrics.items()])
-        )
-    return 0
-
-
-def _show(options: argparse.Namespace, display: Display) -> None:
-    from potstill.runs.run_dir import RunDir, summary
-
-    run = RunDir.open(options.run)
-    found = summary(run)
-    if options.json:
-        display.result(
-            json.dumps({"status": run.status(), "receipt": run.receipt(), "metrics": found}, indent=2)
-        )
-        return
-    display.result(
-        f"{run.path}: {run.status().get('state', 'unknown')} {run.status().get('why', '')}".rstrip()
-    )
-    for key, value in run.receipt().items():
-        display.result(f"  {key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
-    rows = [[name, *(f"{of[when]:.6g}" for when in ("first", "best", "last"))] for name, of in found.items()]
-    display.result(aligned(["metric", "first", "best", "last"], rows))
-
-
-def _report(options: argparse.Namespace, display: Display) -> None:
-    from potstill.report.build import report
-
-    place = report(options.runs, options.out, options.tokens, not options.no_models, display)
-    display.result(json.dumps({"report": str(place)}, indent=2) if options.json else str(place))
-
-
-def _schema(options: argparse.Namespace, display: Display) -> None:
-    from potstill.recipe.load import json_schema
-
-    display.result(json.dumps(json_schema(), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Documents that hold what a model will be examined on: found, and listed, dropped or refused.
+"""Documents that contain evaluation texts: found, and then listed, dropped or refused.
 
 Text is reduced to its words, runs of letters and digits in lower case: whitespace, case, punctuation and
-quotes are gone, and identifiers in snake case are several words. A text of the evaluation set is found in
-two ways: by `ngram` of its words in a row, and by a whole part of it with its words run together, wherever
-they were divided. Both are looked for in a document as it is, and without the comments at the end of its
-lines. What neither can tell is counted and not guessed. Called by the assembly, with the documents as the
-tokenizer reads them back.
+quotes are gone, and an identifier in snake case is several words. An evaluation text is found in two ways: by
+`ngram` consecutive words, and by a whole part of it as one string of letters, wherever it was divided into
+words. Both are looked for in a document as it is, and without the comments at the ends of its lines. Texts
+too short for either are counted. The documents compared are those that the tokenizer decodes.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ from typing import Any
 
 from potstill.data.readers import Document, Reading
 from potstill.errors import UserError
-from potstill.io.safe_open import json_lines, opened, shown, unpacked
+from potstill.io.safe_open import json_lines, opened, printable_name, unpacked
 
 ADVICE = "Give JSON lines (.jsonl, .jsonl.gz) or a text file."
 WORD = re.compile(r"[^\W_]+")
 COMMENT = re.compile(r"(?<!\S)(?:#|//).*")
 TRIPLE_QUOTES = re.compile("\"\"\"|'''")
-LEAST_LETTERS = 30
-"""Of a part that is found whole. `return sorted(list(set(l)))` has 20 and is anybody's."""
-LISTED, LISTED_OF_ONE, TOLD = 200, 5, 3
-WORDS_SHOWN = 80
+MIN_LETTERS = 30
+"""Of a part that is compared whole. `return sorted(list(set(l)))` has 20 and proves nothing."""
+MAX_LISTED, MAX_LISTED_OF_ONE, MAX_EXAMPLES = 200, 5, 3
+MAX_WORDS = 80  # characters
 
 Gram = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Hit:
-    """What a document shares with one text of the evaluation set."""
+    """What a document shares with one evaluation text."""
 
     document: str
-    """Its file, and line or row."""
+    """Its file, and line or row number."""
     text: str
     """The problem and its field."""
     kind: str
@@ -52,13 +51,13 @@ class Hit:
 
 
 class EvaluationTexts:
-    """The texts of some files, to be looked for in documents; memory is that of these files.
+    """The evaluation texts of some files, indexed for search; takes memory in proportion to these files.
 
-    Of JSON lines every string is a text, named by the line's `task_id` or else its place, and by its key; any
+    In JSON lines every string is a text, named by the line's `task_id`, or else its number, and its key. Any
     other file is one text.
 
     Raises:
-        UserError: a file that is damaged, or with nothing in it long enough to be told.
+        UserError: a file is damaged, or has no text that is long enough to compare.
     """
 
     def __init__(self, paths: Sequence[Path], ngram: int) -> None:
@@ -76,51 +75,53 @@ class EvaluationTexts:
             if texts == short:
                 raise UserError(
                     f"{path}: none of its {texts} texts is long enough to compare with: {ngram} words in a"
-                    f" row, half of them different, or {LEAST_LETTERS} letters. {ADVICE}"
+                    f" row, half of them different, or {MIN_LETTERS} letters. {ADVICE}"
                 )
             with opened(path, "texts", ADVICE) as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                 self.files.append({"path": str(path), "bytes": file.tell(), "sha256": sha256, "texts": texts})
 
     def hits(self, document: str, text: str) -> list[Hit]:
-        """What the text of a document shares with these, the most first."""
-        found: dict[tuple[int, str], dict[object, str]] = {}
+        """What a document shares with these texts, the largest overlap first."""
+        matches: dict[tuple[int, str], dict[object, str]] = {}
         for words in _forms(text):
             for gram in _grams(words, self.ngram):
                 for number in self._grams.get(gram, ()):
-                    found.setdefault((number, "ngram"), {})[gram] = " ".join(gram)
+                    matches.setdefault((number, "ngram"), {})[gram] = " ".join(gram)
             letters = "".join(words)
-            for at in range(len(letters) - LEAST_LETTERS + 1):
-                for number, part, as_words in self._parts.get(letters[at : at + LEAST_LETTERS], ()):
+            for at in range(len(letters) - MIN_LETTERS + 1):
+                for number, part, as_words in self._parts.get(letters[at : at + MIN_LETTERS], ()):
                     if letters.startswith(part, at):
-                        found.setdefault((number, "normalised"), {})[part] = as_words
-        ranked = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+                        matches.setdefault((number, "normalised"), {})[part] = as_words
+        ranked = sorted(matches.items(), key=lambda item: (-len(item[1]), item[0]))
         return [
-            Hit(document, self.names[number], kind, next(iter(same.values()))[:WORDS_SHOWN], len(same))
+            Hit(document, self.names[number], kind, next(iter(same.values()))[:MAX_WORDS], len(same))
             for (number, kind), same in ranked
         ]
 
     def _add(self, name: str, text: str) -> None:
         number = len(self.names)
         self.names.append(name)
-        grams = {gram for words in _forms(text) for gram in _grams(words, self.ngram) if _tells(gram)}
+        grams = {
+            gram for words in _forms(text) for gram in _grams(words, self.ngram) if _is_distinctive(gram)
+        }
         parts = {}
-        for part in TRIPLE_QUOTES.split(text):  # a docstring and what is around it: a copy may lack either
+        for part in TRIPLE_QUOTES.split(text):  # a docstring and the code around it: a copy may lack either
             for words in _forms(part):
-                if len(letters := "".join(words)) >= LEAST_LETTERS:
+                if len(letters := "".join(words)) >= MIN_LETTERS:
                     parts[letters] = " ".join(words)
         for gram in grams:
             self._grams.setdefault(gram, []).append(number)
         for letters, as_words in parts.items():
-            self._parts.setdefault(letters[:LEAST_LETTERS], []).append((number, letters, as_words))
+            self._parts.setdefault(letters[:MIN_LETTERS], []).append((number, letters, as_words))
         self.too_short += not grams and not parts
 
 
 class Decontamination:
-    """What is done about a corpus's documents that share something with evaluation texts.
+    """Finds a corpus's documents that overlap with evaluation texts, and acts on them.
 
     Args:
-        action: list (they stay), drop (they leave, from both sides of the split) or refuse.
+        action: list (keep them), drop (from both sides of the split) or refuse.
     """
 
     def __init__(self, texts: EvaluationTexts, action: str) -> None:
@@ -128,11 +129,11 @@ class Decontamination:
         self.documents = self.documents_hit = self.num_hits = 0
         self.listed: list[Hit] = []
 
-    def of(self, reading: Reading, tokenizer: Any) -> Reading:
-        """The reading with the action taken, while it is read.
+    def apply(self, reading: Reading, tokenizer: Any) -> Reading:
+        """The reading without the documents to drop; the comparison happens while it is consumed.
 
         Raises:
-            UserError: when all of it is read, and there are hits to refuse, or nothing is left.
+            UserError: at the end of the reading, if there are hits to refuse or no document is left.
         """
         return Reading(self._kept(reading, tokenizer), reading.files)
 
@@ -143,7 +144,7 @@ class Decontamination:
             self.documents += 1
             self.documents_hit += bool(hits)
             self.num_hits += len(hits)
-            self.listed += hits[: min(LISTED_OF_ONE, LISTED - len(self.listed))]
+            self.listed += hits[: min(MAX_LISTED_OF_ONE, MAX_LISTED - len(self.listed))]
             if self.action != "drop" or not hits:
                 yield document
         if self.action == "refuse" and self.documents_hit:
@@ -158,7 +159,7 @@ class Decontamination:
             )
 
     def manifest(self) -> dict[str, Any]:
-        """What was compared and what was found, once the reading is used up."""
+        """What was compared and found, once the reading is consumed."""
         return {
             "against": self.texts.files,
             "ngram": self.texts.ngram,
@@ -173,42 +174,42 @@ class Decontamination:
         }
 
     def _counted(self) -> str:
-        return counted(self.manifest())
+        return overlap(self.manifest())
 
     def _examples(self) -> str:
-        of = list({hit.document: hit for hit in reversed(self.listed)}.values())[::-1]
-        first = [f"{h.document} has {h.text} ({h.kind}: {h.words!r})" for h in of[:TOLD]]
-        more = [f"and {self.documents_hit - TOLD} more"] if self.documents_hit > TOLD else []
-        return ", ".join([*first, *more])
+        by_document = list({hit.document: hit for hit in reversed(self.listed)}.values())[::-1]
+        first = [f"{h.document} has {h.text} ({h.kind}: {h.words!r})" for h in by_document[:MAX_EXAMPLES]]
+        more = self.documents_hit - MAX_EXAMPLES
+        return ", ".join([*first, *([f"and {more} more"] if more > 0 else [])])
 
 
-def counted(manifest: dict[str, Any]) -> str:
-    """The count in words, of a `decontamination` entry of a corpus's manifest."""
+def overlap(manifest: dict[str, Any]) -> str:
+    """How many documents overlap, in words, from the `decontamination` entry of a corpus's manifest."""
     against = ", ".join(Path(file["path"]).name for file in manifest["against"])
     return f"{manifest['documents_hit']} of {manifest['documents']} documents overlap with {against}"
 
 
-def told(manifest: dict[str, Any] | None) -> str:
-    """The count, and what was done about it, in one line."""
+def summary(manifest: dict[str, Any] | None) -> str:
+    """How many documents overlap and what was done with them, in one line."""
     if manifest is None:
         return "not run"
     if not manifest["documents_hit"]:
-        return counted(manifest)
+        return overlap(manifest)
     dropped = manifest["action"] == "drop"
-    return f"{counted(manifest)}; {'dropped' if dropped else 'kept'}, corpus.json lists them"
+    return f"{overlap(manifest)}; {'dropped' if dropped else 'kept'}, corpus.json lists them"
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Each text of a file with its name."""
+    """Name and content of each text of a file."""
     if ".jsonl" in path.suffixes:
         for where, record in json_lines(path, ADVICE):
             task = record.get("task_id")
             task = task if isinstance(task, str | int) else f"{path.name}:{where.rpartition(':')[2]}"
             stack: list[tuple[str, Any]] = [(str(task), {k: v for k, v in record.items() if k != "task_id"})]
-            while stack:  # JSON may be nested deeper than Python calls
+            while stack:  # no recursion: JSON may be nested deeper than Python's stack
                 name, value = stack.pop()
                 if isinstance(value, str):
-                    yield shown(name), value
+                    yield printable_name(name), value
                 elif isinstance(value, dict | list):
                     inside = value.items() if isinstance(value, dict) else enumerate(value)
                     stack += reversed([(f"{name} {key}", each) for key, each in inside])
@@ -224,11 +225,11 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
     if "\0" in text:
         raise UserError(f"{path}: not a text: zero byte at {content.index(0)} of {len(content)}. {ADVICE}")
-    yield shown(path.name), text
+    yield printable_name(path.name), text
 
 
 def _forms(text: str) -> list[list[str]]:
-    """The words of a text, and without its comments if they are others."""
+    """The words of a text, and those without its comments if they differ."""
     text = unicodedata.normalize("NFKC", text).casefold()
     whole, code = WORD.findall(text), WORD.findall(COMMENT.sub("", text))
     return [whole] if len(whole) == len(code) else [whole, code]
@@ -238,6 +239,6 @@ def _grams(words: list[str], n: int) -> Iterator[Gram]:
     return zip(*(islice(words, start, None) for start in range(n)), strict=False)
 
 
-def _tells(gram: Gram) -> bool:
-    """Half of its words are different ones of two letters or more: no row of numbers, no head of a loop."""
+def _is_distinctive(gram: Gram) -> bool:
+    """Whether half its words are distinct ones of two letters or more: no row of numbers, no loop head."""
     return len({word for word in gram if len(word) > 1 and word.isalpha()}) >= len(gram) // 2

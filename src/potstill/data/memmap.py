@@ -1,7 +1,7 @@
 """Documents of token ids end to end: in memory, or in two files of a folder, memory-mapped.
 
-Files hold what memory would, without a header: ids in four bytes, little-endian, and a byte for each that
-says whether it may be predicted.
+The files hold what memory would, without a header: ids in four bytes, little-endian, and a byte for each id
+that is 1 where it may be predicted.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from potstill.errors import UserError
 
 ID, BEARS, PLACE = np.dtype("<u4"), np.dtype(np.bool_), np.dtype("<i8")
 BLOCK = 2**17
-"""Numbers looked at together, where an array may be larger than memory."""
+"""Numbers processed at a time, where an array may be larger than memory."""
 
 
 class Stream:
-    """Appended to, then read; `folder` None keeps it in memory."""
+    """Appended to, then read. `folder` None keeps it in memory."""
 
     def __init__(self, folder: Path | None, name: str) -> None:
         self.lengths = array("q")
@@ -71,7 +71,7 @@ class Stream:
         return self._files[1].whole()
 
     def discard(self) -> None:
-        """Remove its files; what was read of it stays."""
+        """Remove its files; arrays already read stay valid."""
         for file in self._files:
             file.discard()
 
@@ -107,9 +107,9 @@ class _Numbers:
 
 
 def mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The numbers of a file, read as they are asked for."""
+    """The numbers of a file, memory-mapped."""
     if path.stat().st_size == 0:
-        return np.zeros(0, dtype)  # nothing cannot be mapped
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
     return np.asarray(np.memmap(path, dtype, "r"))
 
 
@@ -129,11 +129,11 @@ def in_blocks(array: NDArray[Any], whole: int = 1) -> Iterator[tuple[int, NDArra
 
 
 def places_after(array_: NDArray[Any], number: int) -> array[int]:
-    """The place after each such number of an array that may be larger than memory."""
-    found = array("q")
+    """The index after each occurrence of `number` in an array that may be larger than memory."""
+    places = array("q")
     for start, block in in_blocks(array_):
-        found.extend((np.flatnonzero(block == number) + start + 1).tolist())
-    return found
+        places.extend((np.flatnonzero(block == number) + start + 1).tolist())
+    return places
 
 
 def require_ids(where: str, ids: NDArray[np.uint32], vocab_size: int, offset: int = 0) -> None:
@@ -142,5 +142,5 @@ def require_ids(where: str, ids: NDArray[np.uint32], vocab_size: int, offset: in
         at = int(np.argmax(ids >= vocab_size))
         raise UserError(
             f"{where}: id {int(ids[at])} at token {offset + at} is outside the vocabulary of {vocab_size}"
-            " ids. The corpus and the teacher do not belong together, or the dtype is another."
+            " ids. The corpus was tokenized for another teacher, or has another dtype."
         )

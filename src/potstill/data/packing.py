@@ -1,10 +1,9 @@
 """Documents packed into rows and split into training and held-out.
 
-A row is `tokens_per_row` neighbours of one long stream of documents. What a position's label is, and whether
-it has one, is decided here once: the label of token i is token i+1 of the same document, if it may be
-predicted; nothing downstream shifts or masks. Positions restart at 0 with each document and each row, which
-is how attention is kept inside a document. Refuses a corpus too small to hold rows out. Called by the
-assembly.
+A row is `tokens_per_row` consecutive tokens of one long stream of documents. Labels are decided here, once:
+the label of token i is token i+1 of the same document, if that may be predicted; nothing downstream shifts or
+masks. Positions restart at 0 with each document and each row, which is how attention stays inside a document.
+A corpus too small to hold rows out is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from potstill.errors import UserError
 from potstill.types import Batch, Vocab
 
 TRAIN, HELDOUT = "train", "heldout"
-SPREAD = 8  # held-out rows are drawn from up to so many times their tokens, or a twentieth of the corpus
+SPREAD = 8  # held-out rows come from up to so many times their tokens, or a twentieth of the corpus
 
 
 class PackedRows:
@@ -47,10 +46,12 @@ class PackedRows:
     ) -> None:
         self.ids, self.starts, self.bears, self.tokens_per_row = ids, starts, bears, tokens_per_row
         self.first_row = 0
-        """What row 0 is called in a batch: a store of targets has one number for each row of both splits."""
+        """The number of row 0 in a batch: a store of targets numbers the rows of both splits in one sequence.
+        """
         self.supervised_per_row = _supervised(bears, tokens_per_row)
         self.kept = np.flatnonzero(self.supervised_per_row)
-        """Rows that teach something, as numbers in the stream; row r of this object is stream row kept[r]."""
+        """Rows that have a label, by their numbers in the stream: row r of this object is stream row kept[r].
+        """
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -97,9 +98,9 @@ class PackedRows:
         return self.ids[first : first + self.tokens_per_row].tobytes()
 
     def drop(self, other: PackedRows) -> int:
-        """Leave out the rows whose tokens are those of a row of `other`; returns how many there were."""
-        theirs = {other.row_tokens(row) for row in range(len(other))}
-        keep = np.array([self.row_tokens(row) not in theirs for row in range(len(self))], dtype=np.bool_)
+        """Leave out the rows with the same tokens as a row of `other`; returns how many there were."""
+        other_rows = {other.row_tokens(row) for row in range(len(other))}
+        keep = np.array([self.row_tokens(row) not in other_rows for row in range(len(self))], dtype=np.bool_)
         self.kept = self.kept[keep]
         return int((~keep).sum())
 
@@ -133,12 +134,12 @@ class Corpus:
 
 
 def _supervised(bears: NDArray[np.bool_], tokens_per_row: int) -> NDArray[np.int64]:
-    """Labels of each row. One counts for the position before it; a lone last token is no such position."""
-    found = np.zeros(-(-max(len(bears) - 1, 0) // tokens_per_row), dtype=np.int64)
+    """Labels per row. A label belongs to the position before its token, so a lone last token has none."""
+    counts = np.zeros(-(-max(len(bears) - 1, 0) // tokens_per_row), dtype=np.int64)
     for first, block in in_blocks(bears[1:], tokens_per_row):
         starts = np.arange(0, len(block), tokens_per_row)
-        found[first // tokens_per_row :][: len(starts)] = np.add.reduceat(block, starts, dtype=np.int64)
-    return found
+        counts[first // tokens_per_row :][: len(starts)] = np.add.reduceat(block, starts, dtype=np.int64)
+    return counts
 
 
 def build(
@@ -158,7 +159,7 @@ def build(
         raise
     if not len(documents):
         raise UserError(
-            "corpus.path: not one document with text in it. Look at the path, the field and the patterns."
+            "corpus.path: not one document with text in it. Check the path, the field and the patterns."
         )
     total = documents.num_tokens
     if tokens_per_row > total:  # before a row of that length is allocated
@@ -207,7 +208,7 @@ def split(
 
     Documents go there in the order of their hash, so that the split depends on content and not on names, and
     the same text is never on both sides, whichever of its tokens bear loss. The rows are drawn from more
-    documents than they need, so that no single one speaks for all; these documents' other rows go unused.
+    documents than needed, so that no single one dominates; the other rows of these documents go unused.
     """
     each = (hashed(documents[number][0]) for number in range(len(documents)))
     digests = np.fromiter(each, "S32", len(documents))
@@ -221,7 +222,7 @@ def split(
             tokens += documents.lengths[order[count]]
             count += 1
         heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT)
-        # Rows without a label do not count, so that much prompt and little answer may need more documents.
+        # Rows without a label do not count: long prompts with short answers may need more documents.
         wanted = 2 * tokens
     by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
     heldout.kept = heldout.kept[sorted(by_content)]

@@ -1,9 +1,8 @@
-"""`corpus.shards`: a corpus kept as token shards, written at its first reading, memory-mapped from then on.
+"""`corpus.shards`: a corpus as packed token files, written when it is first read, memory-mapped from then on.
 
-Tokens go from the reader through files into the folder, and a run maps it: memory does not grow with the
-corpus. What the shards were made of is compared at each start, by hash, without a tokenizer having to read it
-again: the source files, the recipe's section, the tokenizer, the evaluation's texts. The folder is whole or
-not there. Called by `corpora`.
+Tokens go from the reader through files into the folder, and a run maps them: memory does not grow with the
+corpus. What the cache was made of is compared by hash at each start, without tokenizing again: source files,
+the recipe's section, the tokenizer, the evaluation texts. The folder is whole or not there.
 """
 
 from __future__ import annotations
@@ -20,29 +19,30 @@ from potstill.data.memmap import BEARS, ID, PLACE, mapped
 from potstill.data.packing import HELDOUT, TRAIN, Corpus, PackedRows
 from potstill.data.tokenizers import behaviour_sha256
 from potstill.errors import UserError
-from potstill.io.atomic import SUMS, alone, listed, require_whole, seal, writing
+from potstill.io.atomic import SUMS, listed, require_whole, seal, writing
 from potstill.io.hashing import file_sha256
+from potstill.io.locks import LOCK, locked
 from potstill.io.safe_open import read_object
 from potstill.types import Vocab
 
 SCHEMA = 2
 MANIFEST = "corpus.json"
-BEGUN = "potstill-shards"  # there before anything else: what lies beside it is ours to remove
+MARKER = "potstill-shards"  # written first: files of ours beside it may be removed
 PARTS = ("ids", "bears", "starts", "kept")
 WHOLE = {MANIFEST, *(f"{split}.{part}" for split in (TRAIN, HELDOUT) for part in PARTS)}
-OURS = WHOLE | {BEGUN, SUMS, f"{SUMS}.new", *(f"documents.{part}" for part in PARTS)}
+OURS = WHOLE | {MARKER, LOCK, SUMS, f"{SUMS}.new", *(f"documents.{part}" for part in PARTS)}
 AGAIN = "Remove the folder to have it written again, or name another in corpus.shards."
 
 Json = dict[str, Any]
 
 
-def made_of(asked: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[Json] | None) -> Json:
-    """All beside the source files that the rows depend on. `against`: the evaluation's texts, by file."""
-    section = {name: value for name, value in asdict(asked).items() if name != "shards"}
-    if against is not None:  # the texts count, and not where they lie
+def provenance(config: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[Json] | None) -> Json:
+    """Everything but the source files that the rows depend on. `against`: the evaluation texts, by file."""
+    section = {name: value for name, value in asdict(config).items() if name != "shards"}
+    if against is not None:  # their content counts, and not their paths
         section["decontaminate"].pop("against")
         against = [{name: text[name] for name in ("sha256", "texts")} for text in against]
-    said = {
+    made_of = {
         "schema": SCHEMA,
         "corpus": section,
         "tokenizer": {
@@ -51,41 +51,45 @@ def made_of(asked: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[
         },
         "evaluation": against,
     }
-    return dict(json.loads(json.dumps(said)))
+    return dict(json.loads(json.dumps(made_of)))
 
 
-def kept(asked: Any, said: Json, build: Callable[[Path], Corpus], beat: Callable[[], None]) -> Corpus:
-    """The corpus in `asked.shards`; `build` makes it in a folder where it is not there yet. Of several
-    processes that would write it one does, and the others wait, which `beat` is told, and read.
+def load_or_build(
+    config: Any, made_of: Json, build: Callable[[Path], Corpus], heartbeat: Callable[[], None]
+) -> Corpus:
+    """The corpus in `config.shards`; where there is none yet, `build` writes it into that folder.
+
+    Of several processes at once one writes; the others wait, calling `heartbeat`, and then read.
 
     Raises:
-        UserError: shards of something else, damaged, of files that changed; a folder with other things in it.
+        UserError: the cache is of something else, damaged, or of files that have changed since; the folder
+            holds other things.
     """
-    folder = Path(asked.shards)
-    inner, outer = (Path(os.path.realpath(path)) for path in (folder, asked.origin))
+    folder = Path(config.shards)
+    inner, outer = (Path(os.path.realpath(path)) for path in (folder, config.origin))
     if inner.is_relative_to(outer):
         raise UserError(
-            f"corpus.shards: {folder} lies in corpus.path, whose files are read. Name another folder."
+            f"corpus.shards: {folder} lies in corpus.path, all of which is read. Name another folder."
         )
     with writing(folder):
         made = [each for each in (folder, *folder.parents) if not each.exists()]
     _require_ours(folder, names := _names(folder))
     if SUMS not in names:
         try:
-            with alone(folder / BEGUN, beat):
+            with locked(folder, on_wait=heartbeat):
                 _require_ours(folder, names := _names(folder))
                 if SUMS not in names:
-                    _write(folder, names, said, build)
+                    _write(folder, names, made_of, build)
         except BaseException:
             for each in made:
-                with contextlib.suppress(OSError):  # another's are in it
+                with contextlib.suppress(OSError):  # not empty: another process uses it
                     each.rmdir()
             raise
-    return _read(folder, asked, said)
+    return _read(folder, config, made_of)
 
 
 def is_whole(folder: str | Path) -> bool:
-    """Whether there are shards: a start would read them and not its corpus."""
+    """Whether the cache is complete, so that a start reads it instead of the corpus."""
     return (Path(folder) / SUMS).exists()
 
 
@@ -94,50 +98,51 @@ def _names(folder: Path) -> set[str]:
 
 
 def _require_ours(folder: Path, names: set[str]) -> None:
-    """UserError where a folder without shards has something in it that is not what a killed start left."""
-    whole = {MANIFEST, SUMS} <= names
-    if foreign := sorted(set() if whole else names - OURS if BEGUN in names else names):
+    """Refuse a folder that holds anything but a cache, or what a killed start left of one."""
+    is_cache = {MANIFEST, SUMS} <= names
+    if foreign := sorted(set() if is_cache else names - OURS if MARKER in names else names - {LOCK}):
         raise UserError(
             f"corpus.shards: {folder} holds other things, {foreign[0]} for one. Name another folder."
         )
 
 
-def _write(folder: Path, names: set[str], said: Json, build: Callable[[Path], Corpus]) -> None:
-    """Under the lock. What is removed is what a killed start of ours has left."""
+def _write(folder: Path, names: set[str], made_of: Json, build: Callable[[Path], Corpus]) -> None:
+    """Under the lock. Removes what a killed start left; leaves nothing when it fails."""
     try:
         with writing(folder):
-            for name in names - {BEGUN}:
+            (folder / MARKER).touch()
+            for name in names - {MARKER, LOCK}:
                 (folder / name).unlink()
-            _finish(folder, build(folder), said)
-        seal(folder)
+            _finish(folder, build(folder), made_of)
+        seal(folder, leave_out={LOCK})
     except BaseException:
-        for name in sorted(_names(folder) & OURS, key=BEGUN.__eq__):  # that one last
+        for name in sorted((_names(folder) & OURS) - {LOCK}, key=MARKER.__eq__):  # the marker last
             (folder / name).unlink(missing_ok=True)
         raise
 
 
-def _finish(folder: Path, corpus: Corpus, said: Json) -> None:
+def _finish(folder: Path, corpus: Corpus, made_of: Json) -> None:
     for name, rows in _splits(corpus):
         rows.starts.astype(PLACE).tofile(folder / f"{name}.starts")
         rows.kept.astype(PLACE).tofile(folder / f"{name}.kept")
-    found = {name: corpus.manifest[name] for name in ("tokens", "train_tokens", "heldout_tokens")}
-    if found["train_tokens"] + found["heldout_tokens"] != found["tokens"]:
-        raise AssertionError(f"{folder}: tokens were lost on the way: {found}")
-    (folder / MANIFEST).write_text(json.dumps({"made_of": said, "manifest": corpus.manifest}, indent=1))
+    counts = {name: corpus.manifest[name] for name in ("tokens", "train_tokens", "heldout_tokens")}
+    if counts["train_tokens"] + counts["heldout_tokens"] != counts["tokens"]:
+        raise AssertionError(f"{folder}: tokens were lost on the way: {counts}")
+    (folder / MANIFEST).write_text(json.dumps({"made_of": made_of, "manifest": corpus.manifest}, indent=1))
 
 
 def _splits(corpus: Corpus) -> tuple[tuple[str, PackedRows], ...]:
     return (TRAIN, corpus.train), (HELDOUT, corpus.heldout)
 
 
-def _read(folder: Path, asked: Any, said: Json) -> Corpus:
-    kept = read_object(folder / MANIFEST, AGAIN)
-    for name, was, now in _differences(kept.get("made_of"), said):
+def _read(folder: Path, config: Any, made_of: Json) -> Corpus:
+    recorded = read_object(folder / MANIFEST, AGAIN)
+    for name, was, now in _differences(recorded.get("made_of"), made_of):
         raise UserError(f"{folder}: {name} was {was!r:.80} when it was written, is {now!r:.80}. {AGAIN}")
     require_whole(folder, None, AGAIN, WHOLE)
-    manifest = kept["manifest"]
-    _require_same_files(folder, asked.sources(manifest["files"]), manifest["files"])
-    train, heldout = (_rows(folder, name, asked.tokens_per_row) for name in (TRAIN, HELDOUT))
+    manifest = recorded["manifest"]
+    _require_same_files(folder, config.sources(manifest["files"]), manifest["files"])
+    train, heldout = (_rows(folder, name, config.tokens_per_row) for name in (TRAIN, HELDOUT))
     heldout.first_row = len(train)
     return Corpus(train, heldout, manifest)
 
@@ -159,12 +164,12 @@ def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any,
 
 
 def _require_same_files(folder: Path, now: list[Path], files: list[Json]) -> None:
-    """UserError where a source file came, went or changed."""
+    """Refuse source files that were added, removed or changed."""
     was = {str(file["path"]): file["sha256"] for file in files}
     for path in now:
         if str(path) not in was:
             raise UserError(f"{folder}: {path} was not there when it was written. {AGAIN}")
-        if (found := file_sha256(path)) != was.pop(str(path)):
-            raise UserError(f"{folder}: {path} has changed since: its sha256 is now {found[:12]}…. {AGAIN}")
+        if (sha256 := file_sha256(path)) != was.pop(str(path)):
+            raise UserError(f"{folder}: {path} has changed since: its sha256 is now {sha256[:12]}…. {AGAIN}")
     if was:
         raise UserError(f"{folder}: {next(iter(was))} was read when it was written, and is gone. {AGAIN}")

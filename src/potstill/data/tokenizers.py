@@ -1,8 +1,8 @@
 """What ids mean: tokenizers read from a folder or a GGUF file, and two vocabularies compared id by id.
 
-Token-level distillation is only right where both models mean the same token by the same id, so lists are
-compared and not sizes. A model that came without a tokenizer can only be compared by its size. Refuses two
-lists that differ, with the first id that does. Called by the assembly and by teachers.
+Token-level distillation is only right where both models mean the same token by the same id, so token lists
+are compared, not sizes. A model without a tokenizer can only be compared by size. Two lists that differ are
+refused, with the first id that does.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from potstill.io.safe_open import opened, read_object, require_plain
 from potstill.io.silence import quiet_process, quiet_transformers
 from potstill.types import Vocab
 
-# Read as JSON before a library reads them: of two equal keys it would take the last, unseen.
+# Read as JSON first: of two equal keys a library would silently use the last.
 SETTINGS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SPARE_IDS = 1024
-"""Holes that a list may have beside as many as its tokens: more is a damaged id, and fills the memory."""
+"""Unused ids that a list may have beyond twice its tokens: more is a damaged id, and would fill the memory.
+"""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -35,12 +36,12 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def behaviour_sha256(tokenizer: Any) -> str:
-    """sha256 of all that a tokenizer does to a text, which its list of tokens does not say. One that is
-    written in Python says it by the files that it saves.
+    """sha256 of everything a tokenizer does to a text, beyond its list of tokens. Of one written in Python,
+    that of the files it saves.
     """
     if hasattr(tokenizer, "backend_tokenizer"):
-        said = str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
-        return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
+        settings = str(tokenizer.backend_tokenizer.to_str()) + str(tokenizer.chat_template)
+        return hashlib.sha256(settings.encode("utf-8", "surrogatepass")).hexdigest()
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, Path(folder))
@@ -60,29 +61,29 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The fast tokenizer of a Hugging Face folder or of a GGUF file; code that comes with it is never run.
+    """The tokenizer of a Hugging Face folder or a GGUF file; code that comes with it is never run.
 
-    Whoever asks again gets the same one, as long as its files are: corpus and teacher mostly share theirs,
-    and one of a GGUF file takes seconds and tens of MiB.
+    Cached as long as its files are unchanged: corpus and teacher mostly share one, and reading one from a
+    GGUF file takes seconds and tens of MiB.
     """
     if not has_tokenizer(path):
         raise UserError(
-            f"{path}: no tokenizer there. Name a folder with tokenizer.json, a hub id or a GGUF file."
+            f"{path}: has no tokenizer. Name a folder with tokenizer.json, a hub id or a GGUF file."
         )
     try:
         files = [path] if path.suffix == ".gguf" else sorted(path.iterdir())
         stats = [os.stat(file) for file in files if file.exists()]
         return _read(path, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
-    except BaseException as error:  # the tokenizers library raises bare Exception, and panics that are none
-        if not _is_told(error):
+    except BaseException as error:  # the tokenizers library raises bare Exception, and panics
+        if not _is_library_error(error):
             raise
-        said = str(error).removeprefix(f"{path}{os.sep}") if isinstance(error, UserError) else one_line(error)
-        raise UserError(f"{path}: its tokenizer cannot be read: {said}") from error
+        what = str(error).removeprefix(f"{path}{os.sep}") if isinstance(error, UserError) else one_line(error)
+        raise UserError(f"{path}: its tokenizer cannot be read: {what}") from error
 
 
 @lru_cache(maxsize=2)
 def _read(path: Path, files: tuple[tuple[int, int, int], ...]) -> Any:
-    """`files`, their inodes, sizes and times, are a part of the question."""
+    """`files` has their inodes, sizes and times: the part of the cache key that changes with them."""
     settings = _settings(path)
     with quiet_transformers(), quiet_process():
         if path.suffix == ".gguf":
@@ -104,48 +105,48 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _require_added(tokenizer: Any, added: list[Any]) -> None:
-    """The library numbers a token anew when its id is taken or out of line."""
+    """The library silently renumbers an added token whose id is taken or out of order."""
     known = tokenizer.get_vocab()
     for entry in added:
         if known.get(entry["content"]) != entry["id"]:
-            found = known.get(entry["content"])
+            loaded = known.get(entry["content"])
             raise UserError(
-                f"tokenizer.json: the added token {entry['content']!r:.60} has id {entry['id']}, and {found}"
-                " once it is loaded: that id is another token's or out of line. Fetch it again."
+                f"tokenizer.json: the added token {entry['content']!r:.60} has id {entry['id']}, and {loaded}"
+                " once it is loaded: that id is another token's or out of order. Fetch it again."
             )
 
 
 def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
-    """The ids of each text, nothing added; `where` is the first text's place."""
+    """The ids of each text, without special tokens added; `where` names the first text, for errors."""
     try:
         with quiet_transformers(), quiet_process():
             encoded = tokenizer(contents, add_special_tokens=False, split_special_tokens=True)
     except BaseException as error:
-        if not _is_told(error):
+        if not _is_library_error(error):
             raise
         more = f" or a document of the {len(contents) - 1} after it" if len(contents) > 1 else ""
         raise UserError(
             f"{tokenizer.name_or_path}: its tokenizer fails on {where}{more}: {one_line(error)}"
-            " Set corpus.tokenizer to a sound one."
+            " Set corpus.tokenizer to one that works."
         ) from error
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
-def _is_told(error: BaseException) -> bool:
-    """Whether it is the user's to hear of: a panic of the tokenizers library, too, which is no Exception."""
+def _is_library_error(error: BaseException) -> bool:
+    """Whether a library failed: a panic of tokenizers, too, which is a BaseException."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def label_by_template(
     where: str, messages: list[dict[str, str]], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
-    """Ids, and labels where the template says the assistant speaks, with the end-of-turn token after it."""
+    """Ids, and labels where the template marks the assistant's text, with the end-of-turn token after it."""
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ids, spoken = encoded["input_ids"], [bool(said) for said in encoded["assistant_masks"]]
-    # Many templates close the block before the end of turn; a student that is never taught it never stops.
-    ends = [i > 0 and spoken[i - 1] and id_ == tokenizer.eos_token_id for i, id_ in enumerate(ids)]
-    return ids, [said or end for said, end in zip(spoken, ends, strict=True)]
+    ids, marked = encoded["input_ids"], [bool(mask) for mask in encoded["assistant_masks"]]
+    # Many templates end the block before the end of turn; a student never trained on that token never stops.
+    ends = [i > 0 and marked[i - 1] and id_ == tokenizer.eos_token_id for i, id_ in enumerate(ids)]
+    return ids, [mark or end for mark, end in zip(marked, ends, strict=True)]
 
 
 def label_by_prefix(
@@ -153,7 +154,7 @@ def label_by_prefix(
 ) -> tuple[list[int], list[bool]]:
     """Ids, and labels on what each of the assistant's messages adds to the text.
 
-    Texts are compared and not ids: a tokenizer may merge the prompt's last character with the answer's first.
+    Texts are compared, not ids: a tokenizer may merge the prompt's last character with the answer's first.
     """
 
     def render(upto: int, prompt: bool) -> str:
@@ -168,7 +169,7 @@ def label_by_prefix(
     labels = np.zeros(len(begins), dtype=np.bool_)
     if messages[0]["role"] == "assistant":
         raise UserError(
-            f"{where}: message 0 is the assistant's, and answers nothing. Put a user's before it."
+            f"{where}: message 0 is the assistant's, with nothing to answer. Put a user's before it."
         )
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -183,16 +184,16 @@ def label_by_prefix(
 
 
 def vocab_of(tokenizer: Any, size: int) -> Vocab:
-    """The tokenizer's list, '' for ids it does not use; `size` is the width of the model's logits.
+    """The tokenizer's list, '' for unused ids; `size` is the width of the model's logits.
 
-    A GGUF file writes the padded end of a vocabulary into its list, as [PAD151665]; here it is no token.
+    A GGUF file lists the padding at a vocabulary's end, as [PAD151665]; here these are no tokens.
     """
     known, name = tokenizer.get_vocab(), getattr(tokenizer, "name_or_path", "tokenizer")
-    furthest = max(known, key=known.__getitem__, default="")
-    if known and known[furthest] >= 2 * max(len(known), size) + SPARE_IDS:
+    last = max(known, key=known.__getitem__, default="")
+    if known and known[last] >= 2 * max(len(known), size) + SPARE_IDS:
         raise UserError(
-            f"{name}: its tokenizer gives {furthest!r:.60} the id {known[furthest]}, in a list of"
-            f" {len(known)} tokens. Take the tokenizer that came with the model."
+            f"{name}: its tokenizer gives {last!r:.60} the id {known[last]}, in a list of"
+            f" {len(known)} tokens. Use the tokenizer that came with the model."
         )
     tokens = [""] * (max(known.values(), default=-1) + 1)
     for token, i in known.items():
@@ -200,7 +201,7 @@ def vocab_of(tokenizer: Any, size: int) -> Vocab:
             both = " and ".join(sorted(f"{each!r:.60}" for each in (tokens[i], token)))
             raise UserError(
                 f"{name}: its tokenizer gives {both} the same id {i}."
-                " Take the tokenizer that came with the model."
+                " Use the tokenizer that came with the model."
             )
         tokens[i] = token
     while tokens and tokens[-1] in ("", f"[PAD{len(tokens) - 1}]"):
@@ -218,22 +219,21 @@ def vocab_of(tokenizer: Any, size: int) -> Vocab:
 
 
 def require_same(one: Vocab, other: Vocab, one_name: str, other_name: str) -> int:
-    """The number of ids that two vocabularies share: all that mean something, of one list.
+    """The number of ids that two vocabularies share: those with a meaning, when both have the same list.
 
     Logits may be wider than the list on either side (Qwen2.5 has 151,936 or 152,064 for 151,665 tokens).
 
-    Raises:
-        UserError: the lists differ, or a model has no logits for a token of it, or there is no list to tell
-            which of the wider one's ids are padding.
+    Raises: UserError: the lists differ; or a model has no logits for one of the tokens; or sizes differ and
+    there is no list that shows which ids are padding.
     """
     if one.tokens is not None and other.tokens is not None:
-        for i, (theirs, ours) in enumerate(zip_longest(one.tokens, other.tokens)):
-            if theirs != ours:
-                shown = ["no such id" if token is None else repr(token) for token in (theirs, ours)]
+        for i, pair in enumerate(zip_longest(one.tokens, other.tokens)):
+            if pair[0] != pair[1]:
+                first, second = ("no such id" if token is None else repr(token) for token in pair)
                 raise UserError(
-                    f"{one_name} and {other_name} use different tokenizers: id {i} is {shown[0]} in"
-                    f" the one and {shown[1]} in the other. Token-level distillation needs one vocabulary;"
-                    " take a student of the teacher's family."
+                    f"{one_name} and {other_name} use different tokenizers: id {i} is {first} in"
+                    f" the one and {second} in the other. Token-level distillation needs one vocabulary:"
+                    " use a student of the teacher's family."
                 )
     tokens = one.tokens if one.tokens is not None else other.tokens
     if one.size == other.size:
@@ -241,8 +241,8 @@ def require_same(one: Vocab, other: Vocab, one_name: str, other_name: str) -> in
     wider, narrower = sorted((one.size, other.size), reverse=True)
     if tokens is None or (one.tokens is None) != (other.tokens is None):
         raise UserError(
-            f"{one_name} has logits for {one.size} ids and {other_name} for {other.size}, and not both bring"
-            " a tokenizer that would tell which ids are padding. Give each its tokenizer's files, or take a"
+            f"{one_name} has logits for {one.size} ids and {other_name} for {other.size}, and not both have"
+            " a tokenizer, which would show which ids are padding. Give each its tokenizer's files, or use a"
             " student with as many ids as its teacher."
         )
     if narrower < len(tokens):
@@ -250,57 +250,56 @@ def require_same(one: Vocab, other: Vocab, one_name: str, other_name: str) -> in
         raise UserError(
             f"{name} has logits for {narrower} of the {len(tokens)} tokens, the other side for {wider} ids;"
             f" the first without is id {narrower}, {tokens[narrower]!r}. Token-level distillation needs one"
-            " vocabulary; take a student with room for it."
+            " vocabulary: use a student with logits for all of it."
         )
     return len(tokens)
 
 
 def not_compared(missing: dict[str, str]) -> list[str]:
-    """That token lists were not compared; `missing` has who brings none, and the line that would give one."""
+    """Warnings that token lists were not compared, for each model without one and the recipe line that adds
+    it.
+    """
     return [
-        f"token lists not compared: the {who} brings none, and sizes are all that is known; where its ids"
-        f" mean other tokens, it is trained to nonsense while the loss falls; {line} settles it."
+        f"token lists not compared: the {who} has none, only its size is known; if its ids mean other tokens,"
+        f" training yields nonsense while the loss falls; {line} settles it."
         for who, line in missing.items()
     ]
 
 
 def special_differences(teacher: Vocab, other: Vocab, settled: str, other_name: str = "student") -> list[str]:
-    """What differs beside the token list: what it will cause, and what settles it.
+    """What differs beside the token list, with its effect and the recipe line `settled` that decides it."""
 
-    `settled` is the line of the recipe that does, or would, and what it does.
-    """
-
-    def shown(vocab: Vocab, i: int | None) -> str:
+    def named(vocab: Vocab, i: int | None) -> str:
         if i is None:
             return "none"
         return f"id {i} ({vocab.tokens[i]!r})" if vocab.tokens and i < len(vocab.tokens) else f"id {i}"
 
-    found = []
+    differences = []
     for name, effect in (
         (
             "eos_id",
-            "documents are closed with the corpus's, and the student may not stop where it was made to",
+            "documents end with the corpus's, and the student may not stop where its base did",
         ),
         ("bos_id", "prompts start differently"),
         ("pad_id", "batches of prompts are padded differently"),
     ):
-        theirs, ours = getattr(teacher, name), getattr(other, name)
-        if theirs != ours:
+        teacher_id, other_id = getattr(teacher, name), getattr(other, name)
+        if teacher_id != other_id:
             token = name.removesuffix("_id").upper()
-            found.append(
-                f"{token} token: the teacher has {shown(teacher, theirs)}, the {other_name}"
-                f" {shown(other, ours)}: {effect}"
+            differences.append(
+                f"{token} token: the teacher has {named(teacher, teacher_id)}, the {other_name}"
+                f" {named(other, other_id)}: {effect}"
             )
     if teacher.chat_template != other.chat_template:
-        found.append(
+        differences.append(
             f"chat templates of teacher and {other_name} differ: conversations are written with the corpus's"
         )
     if differing := sorted(teacher.added ^ other.added):
         has, has_not = "teacher", other_name
         if differing[0] in other.added:
             has, has_not = has_not, has
-        found.append(
-            f"{len(differing)} tokens are added ones on one side alone, first {shown(teacher, differing[0])}:"
+        differences.append(
+            f"{len(differing)} tokens are added ones on one side only, first {named(teacher, differing[0])}:"
             f" the {has}'s tokenizer takes it whole and the {has_not}'s in pieces"
         )
-    return [f"{what}; {settled}." for what in found]
+    return [f"{what}; {settled}." for what in differences]

@@ -1,11 +1,11 @@
 """Where a student disagrees with its teacher: held-out text, token by token, with both models' first choices.
 
-Every value is of the distribution *before* a token, given all before it: how far the two models were apart
-when this token was to come, and what each would have said instead.
+Every value is of the next-token distribution at the position before the token: how far apart the two models
+were when they predicted it, and what each would have predicted instead.
 
 kl               KL(teacher || student) at temperature 1, nats
-ce, teacher_ce   each model's cross-entropy with the token that did come, nats
-entropy, teacher_entropy   each model's own uncertainty, nats
+ce, teacher_ce   each model's cross-entropy with the actual token, nats
+entropy, teacher_entropy   the entropy of each model's distribution, nats
 student, teacher           each model's first choices: id, text, probability
 """
 
@@ -30,27 +30,25 @@ def disagreement(
 ) -> list[list[Token]]:
     """At most `tokens` held-out tokens, in rows spread evenly over `rows`; each with its text and values.
 
-    A token that nobody predicts, as the first of a document, has its text alone. Logits exist for one chunk
-    of one row at a time.
+    A token without a prediction, such as the first of a document, has only its text. Logits exist for one
+    chunk of one row at a time.
     """
     was_training = student.training
     student.eval()
     try:
-        found: list[list[Token]] = []
+        pieces: list[list[Token]] = []
         per_row = rows.batch([0]).input_ids_BT.shape[1]
-        wanted = min(len(rows), -(-tokens // per_row))
-        for number in range(wanted):
-            batch = _first(
-                rows.batch([number * len(rows) // wanted]), min(per_row, tokens - number * per_row)
-            )
-            found.append(_row(student, teacher, batch.to(student.model.device), tokenizer))
+        count = min(len(rows), -(-tokens // per_row))
+        for number in range(count):
+            batch = _first(rows.batch([number * len(rows) // count]), min(per_row, tokens - number * per_row))
+            pieces.append(_row(student, teacher, batch.to(student.model.device), tokenizer))
     finally:
         student.train(was_training)
-    return found
+    return pieces
 
 
 def _first(batch: Batch, tokens: int) -> Batch:
-    """The first tokens of a batch of one row: the models read from left to right, so nothing else changes."""
+    """The first tokens of a batch of one row. Causal models do not look ahead, so no value changes."""
     kept_N = batch.positions_N < tokens
     return Batch(
         batch.rows_B,
@@ -63,28 +61,30 @@ def _first(batch: Batch, tokens: int) -> Batch:
 
 def _row(student: Student, teacher: Teacher, batch: Batch, tokenizer: Any | None) -> list[Token]:
     ids = batch.input_ids_BT[0].tolist()
-    places, labels = batch.positions_N.tolist(), batch.labels_N.tolist()
-    if places and places[-1] == len(ids) - 1:  # its next token is the last one's label, in no row's input
+    positions, labels = batch.positions_N.tolist(), batch.labels_N.tolist()
+    if positions and positions[-1] == len(ids) - 1:  # the last position's label is not in the input
         ids.append(labels[-1])
-    row: list[Token] = [{"id": id, "text": _text(tokenizer, ids[:place], id)} for place, id in enumerate(ids)]
+    row: list[Token] = [{"id": id, "text": _text(tokenizer, ids[:at], id)} for at, id in enumerate(ids)]
     targets = teacher.targets(batch)
     for part, logits_CV in student.logits(batch):
         pair = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
-        for place, values in zip(places[part], _values(*pair, batch.labels_N[part]), strict=True):
-            for who in ("student", "teacher"):
-                values[who] = [[id, _text(tokenizer, ids[: place + 1], id), p] for id, p in values[who]]
-            row[place + 1] |= values
+        for position, values in zip(positions[part], _values(*pair, batch.labels_N[part]), strict=True):
+            for model in ("student", "teacher"):
+                values[model] = [
+                    [id, _text(tokenizer, ids[: position + 1], id), p] for id, p in values[model]
+                ]
+            row[position + 1] |= values
     return row
 
 
 def _values(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor) -> list[Token]:
     """The values of each position of a chunk; choices are (id, probability)."""
     columns: dict[str, list[Any]] = {"kl": forward_kl(student_CV, teacher_CV).tolist()}
-    for who, prefix, logp_CV in (("student", "", student_CV), ("teacher", "teacher_", teacher_CV)):
+    for model, prefix, logp_CV in (("student", "", student_CV), ("teacher", "teacher_", teacher_CV)):
         columns[f"{prefix}ce"] = (-logp_CV.gather(-1, labels_C[:, None]).squeeze(-1)).tolist()
         columns[f"{prefix}entropy"] = torch.special.entr(logp_CV.exp()).sum(-1).tolist()
         best = logp_CV.topk(min(CHOICES, logp_CV.shape[-1]))
-        columns[who] = [
+        columns[model] = [
             list(zip(ids, p, strict=True))
             for ids, p in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
         ]
@@ -92,7 +92,7 @@ def _values(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor) -> list[To
 
 
 def _text(tokenizer: Any | None, before: list[int], id: int) -> str:
-    """What the token adds to the text. Alone, a SentencePiece token would lose the space in front of it."""
+    """The text that a token adds. Decoded alone, a SentencePiece token would lose its leading space."""
     if tokenizer is None:
         return f"[{id}]"
 

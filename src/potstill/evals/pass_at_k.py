@@ -1,7 +1,7 @@
-"""pass@k and what it is worth: the unbiased estimator, and intervals over the problems.
+"""pass@k: the unbiased estimator, with confidence intervals over the problems.
 
-An interval here says how far the score could lie from the model's own rate because the problems are few, not
-because sampling is random: a greedy run repeats exactly and still has one.
+An interval covers the uncertainty from having few problems, not from sampling: a greedy run repeats exactly
+and still has one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Z_95 = 1.959963984540054
 RESAMPLES = 10_000
 RESULT = "humaneval.json"
 KS = (1, 5, 10, 100)
-ALIKE = (
+TEST_SETTINGS = (
     *("task", "data_sha256", "problems", "prompt"),
     *("temperature", "top_p", "max_new_tokens"),
 )
-"""Settings that two results must share to be compared."""
+"""Settings that two results must share to be comparable."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share of problems, with its 95 % interval and where the interval comes from."""
+    """A share of problems with its 95 % interval; `interval` names the method."""
 
     value: float
     low: float
@@ -57,7 +57,7 @@ class Comparison:
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
-    """Chance that at least one of k samples passes, drawn without replacement from n of which `passed` pass.
+    """Probability that one of k samples passes, drawn without replacement from n of which `passed` do.
 
     1 - C(n - passed, k) / C(n, k): unbiased for every k up to n (Chen et al. 2021, equation 1), where
     1 - (1 - passed / n)^k is not.
@@ -73,7 +73,7 @@ def wilson(passed: float, n: int) -> tuple[float, float]:
     `passed` may be a mean over several runs.
     """
     if not (n > 0 and 0 <= passed <= n):
-        raise ValueError(f"{passed} of {n} is no share")
+        raise ValueError(f"{passed} of {n}: must be from 0 to n, and n above 0")
     share, z2 = passed / n, Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
@@ -81,82 +81,86 @@ def wilson(passed: float, n: int) -> tuple[float, float]:
 
 
 def scores(passed: Sequence[int], n: int) -> dict[str, Score]:
-    """pass@k for the usual k up to n, over problems each with n samples of which `passed` passed.
+    """pass@k for the usual k up to n; each problem has n samples, of which `passed` passed.
 
-    With one sample a problem is passed or not, and the interval is Wilson's; with more, problems are
-    resampled, unless all or none passed.
+    The interval is Wilson's for one sample per problem, else a bootstrap over problems.
     """
-    found = {}
+    by_k = {}
     for k in (k for k in KS if k <= n):
         each = [pass_at_k(n, count, k) for count in passed]
         value = sum(each) / len(each)
-        if n == 1 or value in (0.0, 1.0):  # what is all alike stays so however it is resampled
-            found[f"pass@{k}"] = Score(value, *wilson(round(sum(each)), len(each)), "Wilson, 95 %")
+        if n == 1 or value in (0.0, 1.0):  # resampling equal values would give an interval of width 0
+            by_k[f"pass@{k}"] = Score(value, *wilson(round(sum(each)), len(each)), "Wilson, 95 %")
         else:
-            found[f"pass@{k}"] = Score(value, *_bootstrap(each), "bootstrap over problems, 95 %")
-    return found
+            by_k[f"pass@{k}"] = Score(value, *_bootstrap(each), "bootstrap over problems, 95 %")
+    return by_k
 
 
-def scored(
+def summarize(
     tasks: Sequence[str], lines: Sequence[Mapping[str, Any]], extra: Sequence[str], whole: bool
 ) -> dict[str, Any]:
-    """Scores, counts and reservations. A subset has a share, and nothing that is called pass@1.
+    """Scores, counts and notes. A subset has a pass rate, and nothing that is called pass@1.
 
     Args:
         tasks: ids of the problems.
-        lines: one for each sample, as many for each task.
-        extra: those of the tasks that have extra tests.
-        whole: all of HumanEval.
+        lines: one per sample, the same number for each task.
+        extra: the tasks that have extra tests.
+        whole: whether `tasks` is all of HumanEval.
     """
-    each = len(lines) // len(tasks)
+    samples = len(lines) // len(tasks)
     passed = dict.fromkeys(tasks, 0)
-    both = {task: 0 for task in tasks if task in extra}
+    passed_extra = {task: 0 for task in tasks if task in extra}
     for line in lines:
         passed[line["task_id"]] += line["passed"]
-        if line["task_id"] in both:
-            both[line["task_id"]] += line["passed"] and line["extra_passed"]
+        if line["task_id"] in passed_extra:
+            passed_extra[line["task_id"]] += line["passed"] and line["extra_passed"]
 
     def table(counts: dict[str, int]) -> dict[str, Any]:
-        found = scores([*counts.values()], each)
-        return {name: dataclasses.asdict(score) for name, score in found.items()}
+        by_k = scores([*counts.values()], samples)
+        return {name: dataclasses.asdict(score) for name, score in by_k.items()}
 
-    told: dict[str, Any] = {"passed_by_problem": passed}
+    summary: dict[str, Any] = {"passed_by_problem": passed}
     if whole:
-        told["scores"] = table(passed)
+        summary["scores"] = table(passed)
     else:
-        told["subset"] = {
+        summary["subset"] = {
             "problems": len(passed),
             "samples": len(lines),
             "samples_passed": sum(passed.values()),
         }
-    if both:
-        told["with_extra_tests"] = {"problems": len(both), "samples_passed": sum(both.values())}
-        if whole and len(both) == len(passed):
-            told["with_extra_tests"]["scores"] = table(both)
+    if passed_extra:
+        summary["with_extra_tests"] = {
+            "problems": len(passed_extra),
+            "samples_passed": sum(passed_extra.values()),
+        }
+        if whole and len(passed_extra) == len(passed):
+            summary["with_extra_tests"]["scores"] = table(passed_extra)
     cut = sorted(line["task_id"] for line in lines if line["finish"] == "context")
-    told["programs_that_parse"] = sum(line["parses"] for line in lines) / len(lines)
-    told["verdicts"] = dict(Counter(line["verdict"] for line in lines))
-    told["finishes"] = dict(Counter(line["finish"] for line in lines))
-    told["notes"] = [f"the model's context ended the completion of {task}" for task in cut]
-    return told
+    summary["programs_that_parse"] = sum(line["parses"] for line in lines) / len(lines)
+    summary["verdicts"] = dict(Counter(line["verdict"] for line in lines))
+    summary["finishes"] = dict(Counter(line["finish"] for line in lines))
+    summary["notes"] = [f"the model's context ended the completion of {task}" for task in cut]
+    return summary
 
 
-def told(result: Mapping[str, Any]) -> list[list[str]]:
+def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """A finished result as rows of a table."""
 
-    def shown(score: dict[str, Any]) -> str:
+    def with_interval(score: dict[str, Any]) -> str:
         interval = f"{score['low']:.1%} to {score['high']:.1%}, {score['interval']}"
         return f"{score['value']:.1%} ({interval})"
 
     settings, extra = result["settings"], result.get("with_extra_tests", {})
-    rows = [[name, shown(score)] for name, score in result.get("scores", {}).items()]
+    rows = [[name, with_interval(score)] for name, score in result.get("scores", {}).items()]
     if "subset" in result:
-        of = result["subset"]
-        rows.append(["subset, no score", f"{of['samples_passed']} of {of['samples']} samples passed"])
+        subset = result["subset"]
+        passed = f"{subset['samples_passed']} of {subset['samples']} samples passed"
+        rows.append(["subset, no score", passed])
     if extra:
-        rows.append(["extra tests passed, too", f"{extra['samples_passed']} on {extra['problems']} problems"])
+        rows.append(["extra tests passed too", f"{extra['samples_passed']} on {extra['problems']} problems"])
         rows += [
-            [f"{name} with extra tests", shown(score)] for name, score in extra.get("scores", {}).items()
+            [f"{name} with extra tests", with_interval(score)]
+            for name, score in extra.get("scores", {}).items()
         ]
     rows.append(["verdicts", ", ".join(f"{n} {v}" for v, n in sorted(result["verdicts"].items()))])
     rows.append(
@@ -165,20 +169,20 @@ def told(result: Mapping[str, Any]) -> list[list[str]]:
     controls = result["controls"]
     rows.append(["controls", f"published {controls['canonical']}, empty {controls['empty']}"])
     sampling = f"temperature {settings['temperature']}, top-p {settings['top_p']}"
-    how = sampling if settings["do_sample"] else "greedy"
-    rows.append(["settings", f"{settings['prompt']} prompts, {how}, {settings['samples']} per problem"])
+    method = sampling if settings["do_sample"] else "greedy"
+    rows.append(["settings", f"{settings['prompt']} prompts, {method}, {settings['samples']} per problem"])
     rows += [["note", note] for note in result["notes"]]
     return rows
 
 
-def compared(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """Paired bootstrap of two results on the same problems, each a share of samples that passed.
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Comparison:
+    """Paired bootstrap of two results on the same problems; each value is a share of samples that passed.
 
-    Resampling the differences keeps what both results share, a problem's difficulty, out of the interval
+    Resampling the differences keeps the problems' difficulty, which both results share, out of the interval
     (Efron & Tibshirani 1993, chapter 8).
     """
     if len(first) != len(second) or not first:
-        raise ValueError(f"{len(first)} problems beside {len(second)}")
+        raise ValueError(f"{len(first)} and {len(second)} problems: must be equal and above 0")
     differences = [two - one for one, two in zip(first, second, strict=True)]
     return Comparison(
         sum(differences) / len(differences),
@@ -190,34 +194,34 @@ def compared(first: Sequence[float], second: Sequence[float]) -> Comparison:
 
 
 def compare(first: Path, second: Path) -> Comparison:
-    """Two results of HumanEval, the second minus the first.
+    """Two HumanEval results, the second minus the first.
 
     Args:
         first, second: `humaneval.json` files, or the folders they are in.
 
     Raises:
-        UserError: a result is not finished, or they are not of the same test and problems.
+        UserError: a result is not finished, or the two are not of the same test and problems.
     """
     (one, one_test), (two, two_test) = _shares(first), _shares(second)
     if differing := [name for name in one_test if one_test[name] != two_test[name]]:
         name = differing[0]
         raise UserError(
             f"{second}: its {name} is {two_test[name]!s:.80}, that of {first} is {one_test[name]!s:.80}."
-            " They are not the same test; evaluate both alike."
+            " They are different tests. Evaluate both with the same settings."
         )
-    return compared([*one.values()], [two[task] for task in one])
+    return paired_difference([*one.values()], [two[task] for task in one])
 
 
 def _shares(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """Of each problem the share of samples that passed; and what was asked."""
+    """Each problem's share of samples that passed, and the settings that define the test."""
     file = path / RESULT if path.is_dir() else path
-    found = read_object(file, f"Give a {RESULT}.")
-    if found.get("status") != "finished":
-        raise UserError(f"{file}: {found.get('status', 'no result of HumanEval')!s:.60}. Nothing to compare.")
+    result = read_object(file, f"Give a {RESULT}.")
+    if result.get("status") != "finished":
+        raise UserError(f"{file}: {result.get('status', 'no HumanEval result')!s:.60}. Nothing to compare.")
     try:
-        settings, passed = found["settings"], found["passed_by_problem"]
+        settings, passed = result["settings"], result["passed_by_problem"]
         shares = {task: count / settings["samples"] for task, count in passed.items()}
-        return shares, {name: settings[name] for name in ALIKE}
+        return shares, {name: settings[name] for name in TEST_SETTINGS}
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{file}: damaged: {one_line(error)} Give a {RESULT}.") from error
 

@@ -1,1 +1,1 @@
-"""A student in the formats that other programs run, and the round trip through each of them."""
+"""A student in the formats that other programs run, each read back by those programs."""

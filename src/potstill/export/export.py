@@ -1,8 +1,8 @@
-"""A run's student as a Hugging Face folder and as GGUF files, each read back on the paths that others take.
+"""A run's student as a Hugging Face folder and as GGUF files, each read back by the programs that run them.
 
-Nothing is guessed: an architecture or a pre-tokenizer that is not known here by name is refused before
-anything is written, and a file takes its place only when it is whole. What was written, and what each path
-found, goes into the run's receipt under `exports`.
+Nothing is guessed: an architecture or a pre-tokenizer that is not listed here is refused before anything is
+written, and a file takes its name only when it is whole. What was written, and the result of each round trip,
+goes into the run's receipt under `exports`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from potstill.io.atomic import SUMS
 from potstill.io.hashing import file_sha256
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm, write_portable_config
-from potstill.models.safetensors_files import folder_sha256
+from potstill.models.model_files import folder_sha256
 from potstill.runs.run_dir import RunDir
 
 Record = dict[str, Any]
@@ -54,25 +54,25 @@ def export_run(
 
     Args:
         run: a finished run.
-        formats: of `FORMATS`. One that lies there already is replaced.
-        check: read each back on three paths; without it they are recorded as not run.
+        formats: of `FORMATS`. An existing export of the same format is replaced.
+        check: read each back on three paths; otherwise these are recorded as not run.
 
     Raises:
-        UserError: no finished run, or its student is not the receipt's; an unknown format, architecture or
-            pre-tokenizer; a quantiser that is not installed. Nothing is left half-written.
+        UserError: the run is not finished, or its student is not the receipt's; an unknown format,
+            architecture or pre-tokenizer; a missing quantiser. Nothing is left half-written.
     """
     formats = list(dict.fromkeys(formats))
-    if unknown := [form for form in formats if form not in FORMATS]:
+    if unknown := [name for name in formats if name not in FORMATS]:
         raise UserError(f"export: no format {unknown[0]!r}. Known: {', '.join(FORMATS)}.")
-    opened = RunDir.open(run)
-    with opened.locked():
-        return _export(opened, out or opened.exports, formats, check, note)
+    run_dir = RunDir.open(run)
+    with run_dir.locked():
+        return _export(run_dir, out or run_dir.exports, formats, check, note)
 
 
 def verdict(record: Record) -> Literal["passed", "failed", "not run"]:
-    """Of a record's three paths: `failed` if one did, `not run` if none ran, else `passed`."""
-    found = {path["status"] for path in record["three_path"].values()}
-    return "failed" if "failed" in found else "passed" if "passed" in found else "not run"
+    """A record's three paths in one word: `failed` if one did, `not run` if none ran, else `passed`."""
+    statuses = {path["status"] for path in record["three_path"].values()}
+    return "failed" if "failed" in statuses else "passed" if "passed" in statuses else "not run"
 
 
 def _export(
@@ -84,23 +84,23 @@ def _export(
     model, tokenizer = load_causal_lm(run.student), load_tokenizer(run.student)
     model.name = str(run.student)
     tokens = None
-    if wanted := [form for form in formats if form != "hf"]:
+    if gguf_types := [form for form in formats if form != "hf"]:
         require_known(model)
-        require_quantiser(model, wanted)
+        require_quantiser(model, gguf_types)
         configs = [model.hf.generation_config, model.hf.config]
         tokens = token_list(str(run.student), tokenizer, model.hf.config.vocab_size, configs)
     reference = Reference.of(model, tokenizer) if check else None
-    student, records = folder_sha256(run.student), []
+    student_sha256, records = folder_sha256(run.student), []
     for form in formats:
-        record = _write(run, out, form, model, tokens, receipt) | {"student_sha256": student}
+        record = _write(run, out, form, model, tokens, receipt) | {"student_sha256": student_sha256}
         place = out / Path(record["file"]).name
         note(f"{form}: {place}, {record['bytes'] / 2**20:.1f} MiB")
         if reference is None:
-            found = not_run("was not asked for")
+            paths = not_run("was not asked for")
         else:
-            found = check_paths(form, place, reference.of_written(model, place, form))
-        records.append(record | {"three_path": found})
-        others = [each for each in receipt.get("exports", []) if each["format"] != form]
+            paths = check_paths(form, place, reference.of_written(model, place, form))
+        records.append(record | {"three_path": paths})
+        others = [other for other in receipt.get("exports", []) if other["format"] != form]
         receipt["exports"] = [*others, records[-1]]
         run.write_receipt(receipt)
     return Exported(out, records)
@@ -126,17 +126,17 @@ def _write(
         "file": str(place.resolve().relative_to(run.path.resolve()) if inside else place),
     }
     if tokens is None or form == "hf":
-        with _taking_its_place(place) as fresh:
+        with _replacing(place) as fresh:
             _copy_student(run.student, fresh, model)
-        return record | _of_folder(place)
-    with _taking_its_place(place) as fresh:
-        told = write_gguf(model, tokens, fresh, form, name, _inherited_license(receipt))
-    return record | {"sha256": file_sha256(place), "bytes": place.stat().st_size} | told
+        return record | _folder_record(place)
+    with _replacing(place) as fresh:
+        contents = write_gguf(model, tokens, fresh, form, name, _inherited_license(receipt))
+    return record | {"sha256": file_sha256(place), "bytes": place.stat().st_size} | contents
 
 
 @contextmanager
-def _taking_its_place(place: Path) -> Iterator[Path]:
-    """A name beside `place` to write to; the old one goes only when the new one is whole."""
+def _replacing(place: Path) -> Iterator[Path]:
+    """A path beside `place` to write to; what was at `place` is removed only when the new one is whole."""
     fresh, old = place.with_name(place.name + ".new"), place.with_name(place.name + ".old")
     try:
         for stale in (fresh, old):
@@ -152,9 +152,9 @@ def _taking_its_place(place: Path) -> Iterator[Path]:
         if os.path.lexists(old) and not os.path.lexists(place):
             old.rename(place)
         if isinstance(error, OSError):
-            said = error.strerror or one_line(error)
+            reason = error.strerror or one_line(error)
             raise UserError(
-                f"{place}: cannot be written: {said}. Make room, or give --out another folder."
+                f"{place}: cannot be written: {reason}. Make room, or give --out another folder."
             ) from error
         raise
 
@@ -167,7 +167,7 @@ def _remove(path: Path) -> None:
 
 
 def _copy_student(student: Path, to: Path, model: CausalLM) -> None:
-    """Byte for byte; a generation config is added where there was none. Its sums are in the record."""
+    """Byte for byte, with a generation config where there was none. The sums go into the record instead."""
     to.mkdir()
     for file in sorted(student.iterdir()):
         if file.is_file() and file.name != SUMS:
@@ -177,19 +177,18 @@ def _copy_student(student: Path, to: Path, model: CausalLM) -> None:
     write_portable_config(to)
 
 
-def _of_folder(folder: Path) -> Record:
-    files = {file.name: file for file in sorted(folder.iterdir())}
-    hashes = {name: file_sha256(file) for name, file in files.items()}
+def _folder_record(folder: Path) -> Record:
+    hashes = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+    sizes = {name: (folder / name).stat().st_size for name in hashes}
     lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
-    told = {name: {"sha256": hashes[name], "bytes": file.stat().st_size} for name, file in files.items()}
     return {
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
-        "bytes": sum(each["bytes"] for each in told.values() if isinstance(each["bytes"], int)),
-        "files": told,
+        "bytes": sum(sizes.values()),
+        "files": {name: {"sha256": hashes[name], "bytes": sizes[name]} for name in hashes},
     }
 
 
 def _inherited_license(receipt: dict[str, Any]) -> str | None:
-    """That of teacher and student base, where they say one and the same."""
-    said = {each["license"] for role, each in receipt.get("licences", {}).items() if role != "data"}
-    return said.pop() if len(said) == 1 else None
+    """The licence of teacher and student base, where it is the same one."""
+    parents = {each["license"] for role, each in receipt.get("licences", {}).items() if role != "data"}
+    return parents.pop() if len(parents) == 1 else None

@@ -1,8 +1,8 @@
 """A student as one GGUF file: the tensors under llama.cpp's names, in its order and types, and its metadata.
 
-Three architectures are known: llama (SmolLM too), qwen2, qwen3. Whatever of a config has no place in a GGUF
-file of that architecture is refused by name: llama.cpp would run the model without it and say nothing. Rows
-that a block type cannot hold take one that can, and the record says so.
+Three architectures are written: llama (SmolLM too), qwen2, qwen3. A setting that a GGUF file of the
+architecture cannot hold is refused by name: llama.cpp would silently run the model without it. Rows that a
+block type cannot hold get one that can, and the record lists them. K-quants are llama.cpp's own quantiser's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from potstill.errors import UserError
 from potstill.export.gguf_tokenizer import REFUSED, TokenList
 from potstill.models.causal_lm import CausalLM
-from potstill.models.safetensors_files import check_gguf
+from potstill.models.gguf_files import check_gguf
 
 Type = GGMLQuantizationType
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
@@ -43,26 +43,27 @@ FILES = {
     "q4_k": (Type.Q4_K, LlamaFileType.MOSTLY_Q4_K_M, "Q4_K_M"),
     "q6_k": (Type.Q6_K, LlamaFileType.MOSTLY_Q6_K, "Q6_K"),
 }
-"""Type of the matrices, what the file is called inside, and by its name."""
+"""Type of the matrices, file type in the metadata, and the part of the file's name."""
 K_QUANTS = (Type.Q4_K, Type.Q6_K)
-INSTEAD = {Type.Q4_K: Type.Q8_0, Type.Q6_K: Type.Q8_0}
+FALLBACK = {Type.Q4_K: Type.Q8_0, Type.Q6_K: Type.Q8_0}
 """For rows that are not whole blocks of 256. llama.cpp's own quantiser takes Q5_0 for Q4_K, which loses more:
 0.062 nats against 0.023 on the demo's student, whose rows are 576 wide."""
 ROPE = {"default", "linear", "yarn", "llama3"}
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """A tensor of the file, under its name there and Transformers', its rows in the file's order. `num_heads`
-    is None where that is Transformers' too. `chosen` is the type that rows of any length would have had.
-    """
+class FileTensor:
+    """A tensor as the file holds it, its rows in the file's order."""
 
     name: str
-    theirs: str
+    hf_name: str
+    """Transformers' name; empty for a tensor that it computes."""
     tensor: Tensor
     num_heads: int | None
+    """Of rows that are reordered within each head; None where the order is Transformers'."""
     type: GGMLQuantizationType
-    chosen: GGMLQuantizationType
+    preferred: GGMLQuantizationType
+    """What it would have been, had its rows been whole blocks of that type."""
 
     @property
     def num_bytes(self) -> int:
@@ -73,63 +74,68 @@ class Placed:
 def write_gguf(
     model: CausalLM, tokens: TokenList, path: Path, quantize: str, name: str, license_id: str | None
 ) -> dict[str, Any]:
-    """Write the file and read its header again; what the record says of it.
+    """Write the file and read its header back; returns the file's part of the export record.
 
     Raises:
-        UserError: a number that is not finite, or not one of that type.
+        UserError: a number that is not finite, or too large for the type.
     """
     config = model.hf.config
-    placed = list(_placed(model, quantize))
+    tensors = list(_file_tensors(model, quantize))
     writer = GGUFWriter(path, config.model_type)
     try:
         _write_metadata(
-            writer, config, quantize, name, license_id, sum(each.tensor.numel() for each in placed)
+            writer, config, quantize, name, license_id, sum(each.tensor.numel() for each in tensors)
         )
         tokens.write(writer)
-        for each in placed:
+        for each in tensors:
             writer.add_tensor_info(
                 each.name, tuple(each.tensor.shape), np.dtype(np.float32), each.num_bytes, raw_dtype=each.type
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for each in placed:
+        for each in tensors:
             writer.write_tensor_data(quantised(each.name, each.tensor, each.type))
         writer.flush()
     finally:
         writer.close()
-    found = check_gguf(path)
-    types = [type_ for type_, _ in found.tensors.values()]
+    info = check_gguf(path)
+    types = [type_ for type_, _ in info.tensors.values()]
     return {
-        "architecture": found.architecture,
+        "architecture": info.architecture,
         "pre_tokenizer": tokens.pre,
         "license": license_id,
         "tensor_types": {type_: types.count(type_) for type_ in sorted(set(types))},
         "other_types": [
-            {"tensor": p.name, "wanted": p.chosen.name, "used": p.type.name, "row": p.tensor.shape[-1]}
-            for p in placed
-            if p.type != p.chosen
+            {
+                "tensor": each.name,
+                "wanted": each.preferred.name,
+                "used": each.type.name,
+                "row": each.tensor.shape[-1],
+            }
+            for each in tensors
+            if each.type != each.preferred
         ],
         "remarks": tokens.remarks,
     }
 
 
 def require_known(model: CausalLM) -> None:
-    """Refuse what llama.cpp would leave out of this model, before anything is written."""
+    """Refuse a model of which llama.cpp would ignore something, before anything is written."""
     config, head = model.hf.config, model.head
     kind = config.model_type
     where = f"{model.name}: {kind}"
     if kind not in ARCHITECTURES:
-        _refuse(where, f"no architecture that is known here: {', '.join(ARCHITECTURES)}")
+        _refuse(where, f"not one of the architectures that are written: {', '.join(ARCHITECTURES)}")
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ROPE or (rope_type == "llama3" and kind != "llama"):
-        _refuse(where, f"rope_type {rope_type!r} is none of {', '.join(sorted(ROPE))} that it can have there")
+        _refuse(where, f"rope_type {rope_type!r} is not one that a GGUF file of it can have")
     given = {k for k, v in rope.items() if v is not None}
     extra = given - {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
     extra -= {"low_freq_factor", "high_freq_factor"} if rope_type == "llama3" else set()
     if extra:
-        _refuse(where, f"rope_parameters has {', '.join(sorted(extra))}, which has no place there")
+        _refuse(where, f"rope_parameters has {', '.join(sorted(extra))}, which a GGUF file has no field for")
     if config.hidden_act != "silu":
         _refuse(where, f"hidden_act is {config.hidden_act!r}, not 'silu'")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -143,7 +149,7 @@ def require_known(model: CausalLM) -> None:
 
 def require_quantiser(model: CausalLM, quantize: list[str]) -> None:
     """Refuse K-quants without llama.cpp's quantiser, before anything is written."""
-    if any(each.type in K_QUANTS for each_type in quantize for each in _placed(model, each_type)):
+    if any(each.type in K_QUANTS for each_type in quantize for each in _file_tensors(model, each_type)):
         _llama_cpp_quantiser()
 
 
@@ -179,8 +185,8 @@ def _write_metadata(
         writer.add_rope_scaling_orig_ctx_len(length)
 
 
-def _placed(model: CausalLM, quantize: str) -> Iterator[Placed]:
-    """Every tensor once: of tied embeddings there is no `output.weight`, and llama.cpp takes the other."""
+def _file_tensors(model: CausalLM, quantize: str) -> Iterator[FileTensor]:
+    """Every tensor once: a tied head has no `output.weight`, and llama.cpp uses the embedding."""
     config = model.hf.config
     kind, layers = config.model_type, config.num_hidden_layers
     names = gguf.get_tensor_name_map(ARCHITECTURES[kind], layers)
@@ -190,45 +196,49 @@ def _placed(model: CausalLM, quantize: str) -> Iterator[Placed]:
     heads = heads if kind == "llama" else {}
     factors = _rope_factors(model)
     if factors is not None:
-        yield Placed("rope_freqs.weight", "", factors, None, Type.F32, Type.F32)
-    for theirs, tensor in parameters.items():
-        name = names.get_name(theirs, (".weight", ".bias"))
+        yield FileTensor("rope_freqs.weight", "", factors, None, Type.F32, Type.F32)
+    for hf_name, tensor in parameters.items():
+        name = names.get_name(hf_name, (".weight", ".bias"))
         part = (name or "").removesuffix(".bias").split(".")[-1]
         if name is None or (name.endswith(".bias") and part not in BIASES[kind]):
-            _refuse(f"{model.name}: {kind}", f"tensor {theirs} has no place there")
+            _refuse(f"{model.name}: {kind}", f"tensor {hf_name} has no name in a GGUF file")
         tensor, num_heads = tensor.detach(), heads.get(name.split(".")[-2])
         if num_heads is not None:
-            tensor = _swapped(tensor, num_heads, 2)
-        chosen = _chosen(name, tensor, quantize, tied, layers)
-        yield Placed(name, theirs, tensor, num_heads, _that_holds(tensor.shape[-1], chosen), chosen)
+            tensor = _interleaved(tensor, num_heads, 2)
+        preferred = _preferred_type(name, tensor, quantize, tied, layers)
+        yield FileTensor(
+            name, hf_name, tensor, num_heads, _type_for_row(tensor.shape[-1], preferred), preferred
+        )
 
 
-def _swapped(tensor: Tensor, num_heads: int, parts: int) -> Tensor:
-    """Rows of each head as `parts` runs of equal length, interleaved: two turn Transformers' halves into the
-    pairs that llama.cpp's llama rotates together, half of a head's rows turn them back.
+def _interleaved(tensor: Tensor, num_heads: int, parts: int) -> Tensor:
+    """The rows of each head cut into `parts` runs of equal length, and these interleaved.
+
+    Two runs turn Transformers' halves into the pairs that llama.cpp's llama rotates together; as many runs as
+    half a head has rows turn them back.
     """
-    each = tensor.shape[0] // num_heads // parts
-    return tensor.reshape(num_heads, parts, each, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
+    run_length = tensor.shape[0] // num_heads // parts
+    return tensor.reshape(num_heads, parts, run_length, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 def as_written(model: CausalLM, path: Path, quantize: str) -> Any:
-    """The Transformers model of the file's own numbers: what its types' rounding alone makes of it."""
+    """The Transformers model with the file's own weights: what the rounding of its types alone changes."""
     hf = copy.deepcopy(model.hf)
     parameters = dict(hf.named_parameters())
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for each in _placed(model, quantize):
-        if each.theirs:
-            found = written[each.name]
-            array = gguf.quants.dequantize(found.data, found.tensor_type)
+    for each in _file_tensors(model, quantize):
+        if each.hf_name:
+            stored = written[each.name]
+            array = gguf.quants.dequantize(stored.data, stored.tensor_type)
             tensor = torch.from_numpy(np.array(array, dtype=np.float32)).reshape(each.tensor.shape)
             if each.num_heads is not None:
-                tensor = _swapped(tensor, each.num_heads, tensor.shape[0] // each.num_heads // 2)
-            parameters[each.theirs].data.copy_(tensor)
+                tensor = _interleaved(tensor, each.num_heads, tensor.shape[0] // each.num_heads // 2)
+            parameters[each.hf_name].data.copy_(tensor)
     return hf
 
 
 def _rope_factors(model: CausalLM) -> Tensor | None:
-    """By what llama3's rule divides each frequency, read back from the model itself."""
+    """What llama3's rule divides each frequency by, read back from the model itself."""
     config = model.hf.config
     rope = config.rope_parameters or {}
     if rope.get("rope_type") != "llama3":
@@ -246,13 +256,15 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _chosen(name: str, tensor: Tensor, quantize: str, tied: bool, layers: int) -> GGMLQuantizationType:
-    """The mixture of llama.cpp's quantiser: what writes the logits, and half of the values, get more bits."""
+def _preferred_type(
+    name: str, tensor: Tensor, quantize: str, tied: bool, layers: int
+) -> GGMLQuantizationType:
+    """llama.cpp's mixture of types: the head, and half of the value and down projections, get more bits."""
     if tensor.ndim == 1:
         return Type.F32
     wanted = FILES[quantize][0]
     if name == "output.weight" or (tied and name == "token_embd.weight"):
-        # Q6_K there too, but Q4_0 is to need no quantiser besides the gguf package's.
+        # llama.cpp has Q6_K here for Q4_0 too, but Q4_0 must not need more than the gguf package.
         return {Type.Q4_K: Type.Q6_K, Type.Q4_0: Type.Q8_0}.get(wanted, wanted)
     if wanted is Type.Q4_K and name.endswith((".attn_v.weight", ".ffn_down.weight")):
         layer, eighth = int(name.split(".")[1]), layers // 8
@@ -261,25 +273,25 @@ def _chosen(name: str, tensor: Tensor, quantize: str, tied: bool, layers: int) -
     return wanted
 
 
-def _that_holds(row: int, chosen: GGMLQuantizationType) -> GGMLQuantizationType:
-    for each in (chosen, INSTEAD.get(chosen, Type.F16), Type.F16):
+def _type_for_row(row: int, preferred: GGMLQuantizationType) -> GGMLQuantizationType:
+    for each in (preferred, FALLBACK.get(preferred, Type.F16), Type.F16):
         if row % GGML_QUANT_SIZES[each][0] == 0:
             return each
     raise AssertionError("F16 holds rows of any length")
 
 
 def quantised(name: str, tensor: Tensor, to: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    """The tensor's numbers as that type; bytes of whole blocks where it is one of blocks."""
+    """The tensor in that type; the bytes of whole blocks where it is a block type."""
     array = np.ascontiguousarray(tensor.float().cpu().numpy())
     if not np.isfinite(array).all():
         _refuse(name, f"{int((~np.isfinite(array)).sum())} of its {array.size} numbers are not finite")
     largest = float(np.abs(array).max(initial=0.0))
     if to is Type.F16 and largest > float(np.finfo(np.float16).max):
-        raise UserError(f"{name}: {largest:.6g} is more than F16 holds, 65504. Take bf16 or f32.")
+        raise UserError(f"{name}: {largest:.6g} is more than F16 holds, 65504. Use bf16 or f32.")
     if to in K_QUANTS:
         return _by_llama_cpp(array, to)
-    found: np.ndarray[Any, Any] = gguf.quants.quantize(array, to)
-    return found
+    blocks: np.ndarray[Any, Any] = gguf.quants.quantize(array, to)
+    return blocks
 
 
 def _by_llama_cpp(array: np.ndarray[Any, Any], to: GGMLQuantizationType) -> np.ndarray[Any, Any]:
@@ -294,23 +306,25 @@ def _by_llama_cpp(array: np.ndarray[Any, Any], to: GGMLQuantizationType) -> np.n
 
 
 def _llama_cpp_quantiser() -> Any:
-    """`ggml_quantize_chunk` of the shared library in xllamacpp's wheel: bytes written, of type, source,
-    destination, first row, rows, numbers in a row, importance matrix.
+    """`ggml_quantize_chunk` of the shared library in xllamacpp's wheel.
+
+    Its arguments are type, source, destination, first row, rows, columns and importance matrix; it returns
+    the number of bytes written.
     """
-    todo = "Q4_K and Q6_K need llama.cpp's quantiser: pip install 'potstill[gguf]'. Or take q4_0 or q8_0."
+    todo = "Q4_K and Q6_K need llama.cpp's quantiser: pip install 'potstill[gguf]'. Or use q4_0 or q8_0."
     spec = importlib.util.find_spec("xllamacpp")
     places = map(Path, (spec.submodule_search_locations or ()) if spec else ())
     libraries = [file for place in places for file in sorted(place.glob("xllamacpp*.so"))]
     if not libraries:
         raise UserError(f"xllamacpp: not installed. {todo}")
     try:
-        found = ctypes.CDLL(os.fspath(libraries[0])).ggml_quantize_chunk
+        quantize_chunk = ctypes.CDLL(os.fspath(libraries[0])).ggml_quantize_chunk
     except (OSError, AttributeError) as error:
         raise UserError(f"{libraries[0]}: has no quantiser: {error}. {todo}") from error
-    found.restype = ctypes.c_size_t
-    whole, place = ctypes.c_int64, ctypes.c_void_p
-    found.argtypes = [ctypes.c_int, place, place, whole, whole, whole, place]
-    return found
+    int64, pointer = ctypes.c_int64, ctypes.c_void_p
+    quantize_chunk.restype = ctypes.c_size_t
+    quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
+    return quantize_chunk
 
 
 def _refuse(where: str, what: str) -> NoReturn:

@@ -1,8 +1,8 @@
-"""A tokenizer as a GGUF file holds it: tokens with their kinds, merges, the name of a pre-tokenizer, ends.
+"""A tokenizer as a GGUF file holds it: tokens with their types, merges, a pre-tokenizer's name, end tokens.
 
-llama.cpp knows a pre-tokenizer by its name alone and would take a wrong one without a word. The name is found
-by what the tokenizer does: its pieces of many texts against those of each pre-tokenizer that is known here.
-One that behaves like none of them is refused, and so is all that llama.cpp would do otherwise.
+llama.cpp picks a pre-tokenizer by name and would silently use a wrong one. The name is found by behaviour:
+how the tokenizer splits many texts, against each pre-tokenizer listed here. One that splits like none of them
+is refused, and so is everything else that llama.cpp would do differently.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, bool]] = {
     "llama-bpe": (_split(r"\p{N}{1,3}"), True),
     "qwen2": (_split(r"\p{N}"), False),
 }
-"""llama.cpp's name -> what it does, and whether a piece that is a token is taken without its merges."""
+"""llama.cpp's name -> how it splits, and whether a piece that is a token is taken whole, without merges."""
 
 SNIPPETS = (
     "The quick brown fox doesn't jump; we'll see, they'VE said, it's 3.14159 or 1,234,567.",
@@ -68,7 +68,7 @@ ALPHABETS = (
 
 @dataclass(slots=True)
 class TokenList:
-    """What a GGUF file says of a tokenizer. `ends` has EOS first."""
+    """The tokenizer section of a GGUF file. `ends` has EOS first."""
 
     pre: str
     tokens: list[str]
@@ -90,7 +90,7 @@ class TokenList:
         writer.add_token_types(self.types)
         writer.add_token_merges(self.merges)
         writer.add_eos_token_id(self.ends[0])
-        # Without one llama.cpp would take id 11 for it.
+        # Without one llama.cpp would use id 11.
         writer.add_bos_token_id(self.ends[0] if self.bos is None else self.bos)
         for add, number in zip(
             (writer.add_eot_token_id, writer.add_eom_token_id), self.ends[1:], strict=False
@@ -110,7 +110,7 @@ class TokenList:
 def probe_texts(count: int, special: list[str], seed: int = 0) -> list[str]:
     """Texts on which tokenizers differ: prose, code, whitespace, digits, scripts, emoji, special tokens.
 
-    The first of them are whole snippets, the rest are drawn: a function of the three arguments alone.
+    The first are whole snippets, the rest are random, and the same for the same three arguments.
     """
     draw = random.Random(seed)
     texts = [*SNIPPETS, *(f"one{token}two {token} {token}{token}\n" for token in special[:4])]
@@ -135,17 +135,17 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def token_list(where: str, tokenizer: Any, size: int, configs: list[Any]) -> TokenList:
-    """Everything that `where`'s tokenizer needs in a file whose embedding has `size` rows.
+    """What the file needs of the tokenizer of `where`, with an embedding of `size` rows.
 
     Args:
-        configs: the model's config and generation config, either of which may name ends.
+        configs: the model's config and generation config, either of which may name end tokens.
 
     Raises:
-        UserError: what it does has no name in llama.cpp, or not one that is known here.
+        UserError: llama.cpp cannot do what it does, or not under a name that is listed here.
     """
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if inner is None:
-        _refuse(where, f"{type(tokenizer).__name__} is no fast tokenizer")
+        _refuse(where, f"{type(tokenizer).__name__} is not a fast tokenizer")
     model = json.loads(inner.to_str())["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or model.get("dropout"):
         _refuse(where, f"a {model['type']} tokenizer, not a byte-level BPE")
@@ -194,7 +194,7 @@ def token_list(where: str, tokenizer: Any, size: int, configs: list[Any]) -> Tok
 
 
 def name_pre_tokenizer(where: str, tokenizer: Any) -> str:
-    """llama.cpp's name of the one known pre-tokenizer that cuts every probe as this tokenizer does."""
+    """llama.cpp's name of the pre-tokenizer that splits every probe text as this tokenizer does."""
     inner = tokenizer.backend_tokenizer
     whole_first = bool(json.loads(inner.to_str())["model"].get("ignore_merges"))
     texts = probe_texts(400, [])
@@ -217,7 +217,7 @@ def name_pre_tokenizer(where: str, tokenizer: Any) -> str:
 
 
 def _ends(where: str, tokenizer: Any, configs: list[Any]) -> list[int]:
-    """EOS as the tokenizer has it, then what else ends a text by the model's configs."""
+    """The tokenizer's EOS, then the other end tokens of the model's configs."""
     found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for config in configs:
         named = getattr(config, "eos_token_id", None)
@@ -228,7 +228,7 @@ def _ends(where: str, tokenizer: Any, configs: list[Any]) -> list[int]:
 
 
 def _additions(where: str, tokenizer: Any) -> tuple[bool, bool]:
-    """Whether a text is given BOS in front and EOS behind."""
+    """Whether it adds BOS in front and EOS behind."""
     plain, full = (tokenizer("a b", add_special_tokens=which)["input_ids"] for which in (False, True))
     for bos in ([], [tokenizer.bos_token_id]):
         for eos in ([], [tokenizer.eos_token_id]):

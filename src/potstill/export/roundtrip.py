@@ -1,9 +1,9 @@
-"""Does an exported model run as the student does, where people run models? Three paths, three processes.
+"""Does an exported model behave as the student does in the programs that people use? Three paths.
 
-potstill and Transformers read the folder, llama.cpp reads the GGUF files, from a clean folder that holds
-nothing else. Each tokenises the same texts, gives its distribution of the next token after the same ids, and
-generates; ids and distributions are compared with those of the student in the run directory. A path that is
-not there is recorded as not run, with the reason; it never counts as passed.
+potstill and Transformers read the folder, llama.cpp reads the GGUF files, each in a process of its own and
+from a clean folder with nothing else in it. Each tokenises the same texts, gives the next-token distribution
+after the same ids, and generates; ids and distributions are compared with those of the student in the run
+directory. A path that is not available is recorded as not run, with the reason; it never counts as passed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from potstill.models.causal_lm import CausalLM
 PATHS = ("potstill", "transformers", "llama.cpp")
 MEAN_KL = {"hf": 1e-6, "f32": 1e-6, "f16": 1e-4, "bf16": 1e-3}
 """Nats: how far a path may be from the student's own next-token distribution, mean over the prompts."""
-OF_WRITTEN = 2e-2
-"""Nats, for forms that round more: from the student with the file's own numbers. What llama.cpp adds is the
-rounding of activations, up to 0.004 on the demo's student; a tensor in the wrong order adds whole nats."""
+MEAN_KL_TO_WRITTEN = 2e-2
+"""Nats, for coarser types: from the student with the file's own weights. llama.cpp adds the rounding of
+activations, up to 0.004 on the demo's student; a tensor in the wrong order adds whole nats."""
 EQUAL_TOP1 = ("hf", "f32")
-"""Forms whose likeliest token is always the student's."""
+"""Formats whose likeliest token must always be the student's."""
 TEXTS = 200
 PROMPTS = (
     "The quick brown fox jumps over the",
@@ -67,24 +67,24 @@ NO_LLAMA_CPP = "xllamacpp is not installed: pip install 'potstill[gguf]'"
 
 @dataclass(frozen=True)
 class Reference:
-    """What the student itself says, and what each path is asked."""
+    """The inputs given to each path, and the student's own answers."""
 
     texts: list[str]
     tokens: list[list[int]]
     ids: list[list[int]]
     logp_PV: torch.Tensor
     written_PV: torch.Tensor | None = None
-    """What the numbers of a quantised file give, without any rounding of activations."""
+    """The student's with the weights of a quantised file, activations unrounded."""
 
     @classmethod
     def of(
         cls, model: CausalLM, tokenizer: Any, *, texts: int = TEXTS, prompts: Sequence[str] = PROMPTS
     ) -> Reference:
-        """Float32 and one prompt at a time, as each path will do it."""
-        asked = probe_texts(texts, special_tokens(tokenizer))
+        """In float32 and one prompt at a time, as on each path."""
+        probes = probe_texts(texts, special_tokens(tokenizer))
         ids = [tokenizer(text)["input_ids"][:MAX_IDS] for text in prompts]
-        tokens = [tokenizer(text)["input_ids"] for text in asked]
-        return cls(asked, tokens, ids, _logp(model.hf, ids))
+        tokens = [tokenizer(text)["input_ids"] for text in probes]
+        return cls(probes, tokens, ids, _logp(model.hf, ids))
 
     def of_written(self, model: CausalLM, file: Path, form: str) -> Reference:
         if form in MEAN_KL:
@@ -99,19 +99,19 @@ def _logp(hf: Any, prompts: list[list[int]]) -> torch.Tensor:
 
 
 def check_paths(form: str, file: Path, reference: Reference) -> dict[str, dict[str, Any]]:
-    """What each path found in the exported `file`, a folder or a GGUF; no path that is missing raises."""
-    found = {}
+    """The record of each path for the exported `file`, a folder or a GGUF; a missing path does not raise."""
+    records = {}
     for path in PATHS:
-        why = _why_not(path, form)
-        found[path] = {"status": "not run", "why": why} if why else _run(path, form, file, reference)
-    return found
+        why = _why_not_run(path, form)
+        records[path] = {"status": "not run", "why": why} if why else _run(path, form, file, reference)
+    return records
 
 
 def not_run(why: str) -> dict[str, dict[str, Any]]:
     return {path: {"status": "not run", "why": why} for path in PATHS}
 
 
-def _why_not(path: str, form: str) -> str:
+def _why_not_run(path: str, form: str) -> str:
     if path == "llama.cpp":
         if form == "hf":
             return "llama.cpp reads GGUF, not a folder"
@@ -121,19 +121,19 @@ def _why_not(path: str, form: str) -> str:
 
 def _run(path: str, form: str, file: Path, reference: Reference) -> dict[str, Any]:
     try:
-        logits_PV, told = ask(path, file, reference)
+        logits_PV, answer = ask(path, file, reference)
     except UserError as error:
         return {"status": "failed", "why": str(error)}
-    return compare(form, logits_PV, told, reference)
+    return compare(form, logits_PV, answer, reference)
 
 
 def ask(
     path: str, file: Path, reference: Reference, environment: dict[str, str] | None = None
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """logits_PV (or log-probabilities) and what else the path said, from a process and a folder of its own.
+    """logits_PV (or log-probabilities) and the rest of the answer, from a process and a folder of its own.
 
     Raises:
-        UserError: the process failed; its last line says how.
+        UserError: the process failed; with its last line.
     """
     with tempfile.TemporaryDirectory(prefix="potstill-path-") as folder:
         clean = Path(folder) / file.name
@@ -144,13 +144,13 @@ def ask(
         else:
             _link(file, clean)
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.safetensors"
-        asked = {
+        inputs = {
             "texts": reference.texts,
             "ids": reference.ids,
             "prompt": PROMPT,
             "width": reference.logp_PV.shape[1],
         }
-        request.write_text(json.dumps(asked), encoding="utf-8")
+        request.write_text(json.dumps(inputs), encoding="utf-8")
         command = [sys.executable, "-P", str(READER), path, str(clean), str(request), str(answer)]
         try:
             done = subprocess.run(
@@ -166,59 +166,61 @@ def ask(
         except subprocess.TimeoutExpired as error:
             raise UserError(f"{path}: no answer within {DEADLINE_S} s.") from error
         if done.returncode or not answer.exists():
-            last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{path}: ended with code {done.returncode}: {one_line(RuntimeError(last))}")
-        with safe_open(answer, framework="pt") as found:
-            return found.get_tensor("logits"), json.loads(found.metadata()["told"])
+        with safe_open(answer, framework="pt") as tensors:
+            return tensors.get_tensor("logits"), json.loads(tensors.metadata()["answer"])
 
 
-def compare(form: str, logits_PV: torch.Tensor, told: dict[str, Any], reference: Reference) -> dict[str, Any]:
+def compare(
+    form: str, logits_PV: torch.Tensor, answer: dict[str, Any], reference: Reference
+) -> dict[str, Any]:
     """The path's record. It passed if every text has the student's ids and KL(student‖path) is in bounds."""
     logp_PV = F.log_softmax(logits_PV.double(), dim=-1)
     kl_P = _kl(reference.logp_PV, logp_PV)
-    own, limit = kl_P, MEAN_KL.get(form, OF_WRITTEN)
+    judged_P, limit = kl_P, MEAN_KL.get(form, MEAN_KL_TO_WRITTEN)
     if form not in MEAN_KL:
         if reference.written_PV is None:
-            raise ValueError(f"{form}: a reference of the file as it was written is needed")
-        own = _kl(reference.written_PV, logp_PV)
+            raise ValueError(f"{form}: needs a reference with the weights as written: Reference.of_written")
+        judged_P = _kl(reference.written_PV, logp_PV)
     same_top = int((logp_PV.argmax(-1) == reference.logp_PV.argmax(-1)).sum())
-    pairs = list(zip(told["tokens"], reference.tokens, strict=True))
-    odd = next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), None)
-    judged, prompts = float(own.mean()), len(reference.ids)
+    pairs = list(zip(answer["tokens"], reference.tokens, strict=True))
+    first = next((i for i, (path_ids, own_ids) in enumerate(pairs) if path_ids != own_ids), None)
+    mean_kl, prompts = float(judged_P.mean()), len(reference.ids)
     faults = []
-    if odd is not None:
+    if first is not None:
         faults.append(
-            f"other tokens for {reference.texts[odd]!r:.60}: {pairs[odd][0]} and not {pairs[odd][1]}"
+            f"other tokens for {reference.texts[first]!r:.60}: {pairs[first][0]} and not {pairs[first][1]}"
         )
-    if not judged <= limit:
-        of = "the student" if form in MEAN_KL else "the file's own numbers"
-        faults.append(f"mean KL to {of} {judged:.3g} nats, above {limit:.0e}")
+    if not mean_kl <= limit:
+        of = "the student" if form in MEAN_KL else "the file's own weights"
+        faults.append(f"mean KL to {of} {mean_kl:.3g} nats, above {limit:.0e}")
     if form in EQUAL_TOP1 and same_top < prompts:
         faults.append(f"another likeliest token after {prompts - same_top} of {prompts} prompts")
     return {
         "status": "failed" if faults else "passed",
         **({"why": "; ".join(faults)} if faults else {}),
-        "version": told["version"],
+        "version": answer["version"],
         "texts": len(pairs),
-        "tokens_equal": sum(theirs == ours for theirs, ours in pairs),
+        "tokens_equal": sum(path_ids == own_ids for path_ids, own_ids in pairs),
         "prompts": prompts,
         "top1_equal": same_top,
-        "mean_kl": _finite(judged),
-        "max_kl": _finite(float(own.max())),
+        "mean_kl": _finite(mean_kl),
+        "max_kl": _finite(float(judged_P.max())),
         "mean_kl_limit": limit,
         "mean_kl_to_student": _finite(float(kl_P.mean())),
         "prompt": PROMPT,
-        "generated": told["generated"],
+        "generated": answer["generated"],
     }
 
 
 def _kl(logp_PV: torch.Tensor, other_PV: torch.Tensor) -> torch.Tensor:
-    """KL(first‖second) of each prompt in nats; infinite where the second leaves out what the first has."""
+    """KL(first‖second) of each prompt in nats; infinite where the second is 0 and the first is not."""
     return F.kl_div(other_PV, logp_PV, reduction="none", log_target=True).sum(-1)
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no word for what is not."""
+    """JSON has no infinity and no NaN."""
     return value if math.isfinite(value) else None
 
 

@@ -1,10 +1,10 @@
-"""One path to an exported model, a program of its own: load, tokenise, ask for the next token, generate.
+"""One path to an exported model, as a program of its own: load, tokenise, next-token distributions, generate.
 
     python -P roundtrip_reader.py potstill|transformers|llama.cpp MODEL REQUEST ANSWER
 
-REQUEST is JSON: texts to tokenise, ids whose next token is asked for, a prompt to go on from, and the width
-of the distributions. ANSWER is a safetensors file of what was found. It imports numpy, safetensors and the
-one library whose path it is, and potstill on potstill's own path alone, so that any version can be asked.
+REQUEST is JSON: texts to tokenise, ids to predict the next token after, a prompt to continue, and the width
+of the distributions. ANSWER is a safetensors file. Only numpy, safetensors and the library of the path are
+imported, potstill on its own path alone, so that any version of the others can be tried.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 GENERATED = 16
-"""Greedy tokens that each path writes after the prompt."""
+"""Tokens that each path decodes greedily after the prompt."""
 
 
 class Reader(Protocol):
@@ -99,7 +99,7 @@ class LlamaCppReader:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
         self.server = xllamacpp.Server(params)
         self.open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        self.drawn = self.tokenise("a", special=False)[0]
+        self.sampled = self.tokenise("a", special=False)[0]
 
     def tokenise(self, text: str, special: bool = True) -> list[int]:
         body = {"content": text, "add_special": special, "parse_special": special}
@@ -113,39 +113,39 @@ class LlamaCppReader:
         return ids
 
     def logits(self, ids: list[int]) -> Any:
-        """Log-probabilities: logits up to a number that they all share.
+        """Log-probabilities: logits up to a constant.
 
-        They are the model's own, whatever is drawn after them. The server tells none with a token that ends
-        the text or is half a character, so that an `a` is made to be drawn.
+        They are the model's own, whatever token is sampled. The server returns none with a token that ends
+        the text or is part of a character, so a bias makes it sample an `a`.
         """
-        first = self._complete(ids, 1, n_probs=self.width, logit_bias=[[self.drawn, 1e9]])
-        found = np.full(self.width, -np.inf, dtype=np.float32)
+        first = self._complete(ids, 1, n_probs=self.width, logit_bias=[[self.sampled, 1e9]])
+        logp_V = np.full(self.width, -np.inf, dtype=np.float32)
         for token in first["logprobs"]["content"][0]["top_logprobs"]:
-            found[token["id"]] = token["logprob"]
-        return found
+            logp_V[token["id"]] = token["logprob"]
+        return logp_V
 
     def generate(self, prompt: str) -> str:
         return str(self._complete(prompt, GENERATED)["text"])
 
     def _complete(self, prompt: Any, tokens: int, **more: Any) -> Any:
-        asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False, **more}
-        return self.server.handle_completions(asked)["choices"][0]
+        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False, **more}
+        return self.server.handle_completions(request)["choices"][0]
 
 
 def main(path: str, model: Path, request: Path, answer: Path) -> None:
-    asked = json.loads(request.read_text(encoding="utf-8"))
+    inputs = json.loads(request.read_text(encoding="utf-8"))
     reader: Reader
     if path == "llama.cpp":
-        reader = LlamaCppReader(model, asked["width"])
+        reader = LlamaCppReader(model, inputs["width"])
     else:
         reader = {"potstill": PotstillReader, "transformers": TransformersReader}[path](model)
-    told = {
+    found = {
         "version": reader.version,
-        "tokens": [reader.tokenise(text) for text in asked["texts"]],
-        "generated": reader.generate(asked["prompt"]),
+        "tokens": [reader.tokenise(text) for text in inputs["texts"]],
+        "generated": reader.generate(inputs["prompt"]),
     }
-    logits_PV = np.stack([reader.logits(ids) for ids in asked["ids"]])
-    save_file({"logits": logits_PV}, answer, metadata={"told": json.dumps(told)})
+    logits_PV = np.stack([reader.logits(ids) for ids in inputs["ids"]])
+    save_file({"logits": logits_PV}, answer, metadata={"answer": json.dumps(found)})
 
 
 if __name__ == "__main__":

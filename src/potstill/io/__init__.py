@@ -1,1 +1,1 @@
-"""Files, terminal, BLAS: what any program needs, and nothing that knows a model."""
+"""Files, terminal, BLAS: what any program needs; nothing here knows a model."""

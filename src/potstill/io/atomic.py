@@ -1,30 +1,27 @@
-"""Files and folders that are whole or not there, after a kill and after the power went, too.
+"""Files and folders that are whole or not there, after a kill or a power failure too.
 
-What is written goes beside its place and onto the disk, only then takes its name, and then the name goes onto
-the disk. A folder so written lists its files in `SHA256SUMS`, which `sha256sum -c` reads too. What the system
-refuses is the user's to mend, and one line.
+Content is written beside its place and flushed to the disk, then renamed, then the rename is flushed. A
+folder written this way lists its files in `SHA256SUMS`, which `sha256sum -c` reads too. What the system
+refuses is the user's to fix: a UserError of one line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
-from potstill.io.safe_open import opened, shown
+from potstill.io.safe_open import opened, printable_name
 
 SUMS = "SHA256SUMS"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-WAIT_S = 0.2  # between two looks at a lock that another holds
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 
 
@@ -40,62 +37,18 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full disk is the user's to mend."""
+    """What the system refuses to write, a full disk for one, as a UserError."""
     try:
         yield
     except OSError as error:
-        todo = "Make room" if error.errno in FULL else "Make it writable"
+        todo = "Make room" if error.errno in DISK_FULL else "Make it writable"
         raise UserError(
             f"{path}: cannot be written: {error.strerror}. {todo}, then start or resume the run again."
         ) from error
 
 
-@contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Writers of a folder that begin or end together wait for each other; a kill frees the next."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def alone(path: Path, beat: Callable[[], None]) -> Iterator[None]:
-    """The same for hours of work: a file is the lock, made where there is none, and `beat` is called while
-    another holds it.
-    """
-    while True:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab")
-        with file:
-            while not _locked(file.fileno()):
-                beat()
-                time.sleep(WAIT_S)
-            if _is_at(path, file.fileno()):  # else who held it has removed it, and the next has made another
-                yield
-                return
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
 def flush(path: Path) -> None:
-    """Onto the disk, a folder's entries too: a rename is only safe after what it names."""
+    """Force a file, or a folder's entries, onto the disk: a rename is only safe after what it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,21 +57,21 @@ def flush(path: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """The folder with all in it, where there is one."""
+    """Delete the folder with all in it, if there is one."""
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
         pass
     except OSError as error:
         raise UserError(
-            f"{folder}: left over, and it cannot be removed: {error.strerror}. Remove it, then start or"
-            " resume the run again."
+            f"{folder}: left over from an earlier start, and cannot be removed: {error.strerror}. Remove it,"
+            " then start or resume the run again."
         ) from error
 
 
 def listed(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name; nothing where there is no folder. One that may not be read is not taken
-    for an empty one.
+    """The entries of a folder by name, none where there is no folder. A folder that cannot be read is an
+    error, and not taken for an empty one.
     """
     try:
         with os.scandir(folder) as entries:
@@ -149,25 +102,31 @@ def replace_folder(place: Path, save: Callable[[Path], None]) -> None:
     remove(old)
 
 
-def seal(folder: Path) -> None:
-    """The same for a folder that is filled in its place: whole once its `SHA256SUMS` is there."""
+def seal(folder: Path, leave_out: Container[str] = ()) -> None:
+    """The same for a folder that was filled in place, and is whole once it has its `SHA256SUMS`: the sums of
+    all files but those named in `leave_out`.
+    """
     with writing(folder):
-        files = _summed(folder, f"{SUMS}.new")
+        files = _summed(folder, f"{SUMS}.new", leave_out)
         for path in (*files, folder / f"{SUMS}.new"):
             flush(path)
         (folder / f"{SUMS}.new").rename(folder / SUMS)
         flush(folder)
 
 
-def _summed(folder: Path, name: str = SUMS) -> list[Path]:
-    """The files of a folder, whose sums are now in its file of that name."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != name)
+def _summed(folder: Path, name: str = SUMS, leave_out: Container[str] = ()) -> list[Path]:
+    """Write the sums of a folder's files into its file `name`; returns these files."""
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.name != name and path.name not in leave_out
+    )
     (folder / name).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
     return files
 
 
 def repair_folder(place: Path) -> None:
-    """Undo what a kill left half done in `replace_folder`."""
+    """Finish or undo a `replace_folder` that a kill interrupted."""
     fresh, old = _beside(place)
     remove(fresh)
     if old.exists() and not place.exists():
@@ -176,21 +135,21 @@ def repair_folder(place: Path) -> None:
     remove(old)
 
 
-def require_whole(folder: Path, said: Any, todo: str, holds: Iterable[str] = ()) -> None:
-    """Each file has the sha256 that `said` or else the folder's own `SHA256SUMS` says, and all that `holds`
-    names are among them; UserError else.
+def require_whole(folder: Path, recorded: Any, todo: str, names: Iterable[str] = ()) -> None:
+    """Refuse a folder unless each file has its sha256, by `recorded` or else the folder's own `SHA256SUMS`,
+    and all of `names` are among them.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, and the run saved its student there. {todo}")
-    sums: dict[str, Any] = said if isinstance(said, dict) and said else _sums(folder / SUMS, todo)
-    if unsaid := sorted(set(holds) - set(sums)):
-        raise UserError(f"{folder / SUMS}: damaged: it has no line for {unsaid[0]}. {todo}")
+    sums: dict[str, Any] = recorded if isinstance(recorded, dict) and recorded else _sums(folder / SUMS, todo)
+    if unlisted := sorted(set(names) - set(sums)):
+        raise UserError(f"{folder / SUMS}: damaged: it has no line for {unlisted[0]}. {todo}")
     for name, sha256 in sums.items():
         if not (folder / name).exists():
             raise UserError(f"{folder / name}: missing, and the run saved it. {todo}")
-        if (found := file_sha256(folder / name)) != sha256:
+        if (actual := file_sha256(folder / name)) != sha256:
             raise UserError(
-                f"{folder / name}: damaged: its sha256 is {found[:12]}…, written was"
+                f"{folder / name}: damaged: its sha256 is {actual[:12]}…, that of the file as written was"
                 f" {str(sha256)[:12]}…. {todo}"
             )
 
@@ -198,11 +157,11 @@ def require_whole(folder: Path, said: Any, todo: str, holds: Iterable[str] = ())
 def _sums(path: Path, todo: str) -> dict[str, str]:
     with opened(path, "a list of sums", todo) as file:
         lines = file.read().decode("utf-8", "backslashreplace").splitlines()
-    found = {match[2]: match[1] for line in lines if (match := _LINE.fullmatch(line))}
-    if not lines or len(found) < len(lines):
-        odd = next((line for line in lines if not _LINE.fullmatch(line)), "nothing")
-        raise UserError(f"{path}: damaged: no list of sums: {shown(odd)}. {todo}")
-    return found
+    sums = {match[2]: match[1] for line in lines if (match := _LINE.fullmatch(line))}
+    if not lines or len(sums) < len(lines):
+        wrong = next((line for line in lines if not _LINE.fullmatch(line)), "nothing")
+        raise UserError(f"{path}: damaged: not a list of sums: {printable_name(wrong)}. {todo}")
+    return sums
 
 
 def _beside(place: Path) -> tuple[Path, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from potstill.io.safe_open import opened
+from potstill.io.safe_open import FETCH_AGAIN, opened
 
 
 def file_sha256(path: Path) -> str:
@@ -14,5 +14,5 @@ def file_sha256(path: Path) -> str:
     Raises:
         UserError: no such file, or one that is not a plain file.
     """
-    with opened(path, "plain data", "Fetch or export it again.") as file:
+    with opened(path, "plain data", FETCH_AGAIN) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

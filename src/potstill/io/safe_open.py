@@ -1,8 +1,8 @@
-"""Files that others wrote: plain ones alone are opened, JSON has one meaning, pickles are told by content.
+"""Files of unknown origin: only plain ones are opened, JSON has one meaning, pickles are known by content.
 
-A FIFO in a file's place would hold the process for ever, a device would fill its memory. A pickle can run
-code when it is loaded, whatever its name: none is ever loaded here, and what reads as one is refused as one.
-Every wing that reads what it did not write comes through here.
+A FIFO in a file's place would block the process for ever, a device would fill its memory. A pickle can run
+code when it is loaded, whatever its name: none is ever loaded here, and what parses as one is refused.
+Whatever this process did not write itself is opened through this module.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from typing import Any, NoReturn, cast
 
 from potstill.errors import Unreadable, UserError, one_line
 
+FETCH_AGAIN = "Fetch or export it again."
 NO_PICKLE = "a pickle can run code"
 WINDOW = 1 << 16
-"""Bytes of a file's start that its kind is told by."""
+"""Bytes at a file's start that decide what it is."""
 MAX_JSON_BYTES = 100_000_000
 MAX_UNPACKED_BYTES = 64 * 2**20
-"""Of a file of an evaluation's problems, tests or texts; HumanEval is 0.2 MB."""
+"""Of a file of evaluation problems, tests or texts; HumanEval has 0.2 MB."""
+LFS_POINTER = b"version "
 ZIP, OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
 SPECIAL = {
@@ -41,11 +43,11 @@ SPECIAL = {
 
 
 NO_FILE = {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
-"""Where there cannot be a file to read, whoever asks."""
+"""Errors that mean there is no such file, whatever the permissions."""
 
 
 class KeyTwice(ValueError):
-    """A JSON object gives a key twice."""
+    """A JSON object has a key twice."""
 
 
 @contextmanager
@@ -55,14 +57,14 @@ def opened(path: Path, wanted: str, todo: str) -> Iterator[BufferedReader]:
     """
     try:
         if kind := _special(os.stat(path).st_mode):
-            _refuse(path, f"{kind}, not a file", todo)
+            refuse(path, f"{kind}, not a file", todo)
         file = cast(BufferedReader, path.open("rb", WINDOW))
     except FileNotFoundError:
-        _refuse(path, "no such file", todo)
+        refuse(path, "no such file", todo)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         if isinstance(error, OSError) and error.errno not in NO_FILE:
             raise unreadable(path, error, todo) from error
-        _refuse(path, f"cannot be read: {_said(error)}", todo)
+        refuse(path, f"cannot be read: {_said(error)}", todo)
     with file:
         try:
             size = os.fstat(file.fileno()).st_size
@@ -70,7 +72,7 @@ def opened(path: Path, wanted: str, todo: str) -> Iterator[BufferedReader]:
         except OSError as error:
             raise unreadable(path, error, todo) from error
         if kind:
-            _refuse(path, f"not {wanted} but {kind}: {NO_PICKLE}", todo)
+            refuse(path, f"not {wanted} but {kind}: {NO_PICKLE}", todo)
         yield file
 
 
@@ -86,7 +88,7 @@ def read_object(path: Path, todo: str) -> dict[str, Any]:
         except OSError as error:
             raise unreadable(path, error, todo) from error
     if len(text) > MAX_JSON_BYTES:
-        _refuse(path, f"more than {MAX_JSON_BYTES} bytes of JSON", todo)
+        refuse(path, f"more than {MAX_JSON_BYTES} bytes of JSON", todo)
     return object_of(text, str(path), todo)
 
 
@@ -99,7 +101,7 @@ def unpacked(path: Path, wanted: str, todo: str) -> bytes:
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: damaged: {one_line(error)} {todo}") from error
     if len(content) > MAX_UNPACKED_BYTES:
-        _refuse(path, f"more than {MAX_UNPACKED_BYTES} bytes", todo)
+        refuse(path, f"more than {MAX_UNPACKED_BYTES} bytes", todo)
     return content
 
 
@@ -114,7 +116,7 @@ def json_lines(path: Path, todo: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             raise UserError(f"{where}: not a line of JSON: {one_line(error)} {todo}") from error
         if not isinstance(value, dict):
-            _refuse(where, f"{type(value).__name__}, not an object with named fields", todo)
+            refuse(where, f"{type(value).__name__}, not an object with named fields", todo)
         yield where, value
 
 
@@ -123,11 +125,11 @@ def object_of(text: bytes, where: str, todo: str) -> dict[str, Any]:
     try:
         fields = parse_json(text)
     except KeyTwice as error:
-        _refuse(where, str(error), todo)
+        refuse(where, str(error), todo)
     except ValueError as error:
-        _refuse(where, f"not JSON: {error}", todo)
+        refuse(where, f"not JSON: {error}", todo)
     if not isinstance(fields, dict):
-        _refuse(where, f"a JSON {type(fields).__name__}, not an object", todo)
+        refuse(where, f"a JSON {type(fields).__name__}, not an object", todo)
     return fields
 
 
@@ -152,14 +154,14 @@ def require_plain(folder: Path, todo: str) -> None:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        _refuse(folder, f"cannot be read: {_said(error)}", todo)
+        refuse(folder, f"cannot be read: {_said(error)}", todo)
     for name in names:
         try:
             mode = os.stat(folder / name).st_mode
         except OSError:
             continue  # a link that leads nowhere is refused by whoever needs the file
         if not stat.S_ISDIR(mode) and (kind := _special(mode)):
-            _refuse(folder / name, f"{kind}, not a file", todo)
+            refuse(folder / name, f"{kind}, not a file", todo)
 
 
 def pickle_in(start: bytes, size: int) -> str:
@@ -186,7 +188,7 @@ def pickle_in(start: bytes, size: int) -> str:
     return "a pickle" if has_protocol or not CALLS.isdisjoint(names) else ""
 
 
-def shown(name: str) -> str:
+def printable_name(name: str) -> str:
     """A name from a file of unknown origin, fit for one line of a terminal."""
     name = name if len(name) <= 80 else f"{name[:77]}..."
     return name if name and name.isprintable() else ascii(name)
@@ -197,7 +199,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         seen: set[str] = set()
         key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise KeyTwice(f"{shown(key)} is there twice, and only one would be read")
+        raise KeyTwice(f"{printable_name(key)} is there twice, and only one would be read")
     return fields
 
 
@@ -209,5 +211,12 @@ def _said(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def _refuse(where: object, what: str, todo: str) -> NoReturn:
+def require_size(path: Path, needed: int, size: int) -> None:
+    """Refuse a file of `size` bytes whose header needs another number of them."""
+    if needed != size:
+        fault = "ends early" if size < needed else "too long"
+        refuse(path, f"{fault}: its header needs {needed} bytes, the file has {size}")
+
+
+def refuse(where: object, what: str, todo: str = FETCH_AGAIN) -> NoReturn:
     raise UserError(f"{where}: {what}. {todo}")

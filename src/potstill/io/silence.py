@@ -1,4 +1,4 @@
-"""Transformers without its notices and bars: what matters of them is refused by us."""
+"""Libraries without their notices and progress bars: what matters of these is an error of ours."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from collections.abc import Iterator
 
 import transformers
 
-TALKERS = ("gguf.gguf_reader", "torch.utils._pytree")
-"""Of arrays that it skips; of classes that torchao registers."""
+NOISY_LOGGERS = ("gguf.gguf_reader", "torch.utils._pytree")
+"""They warn of arrays that the reader skips, and of classes that torchao registers."""
 
-_heard: list[int] = []
-"""What stderr is outside, while `quiet_process` keeps it quiet."""
+_saved_stderr: list[int] = []
+"""Copies of stderr, while `quiet_process` has it redirected."""
 
 
 @contextlib.contextmanager
 def quiet_process() -> Iterator[None]:
-    """Nothing on stderr, whoever writes: the tokenizers library tells there of a panic before it raises,
-    torchao of each kernel that this machine has no device for.
+    """Nothing on stderr, not from native code either: the tokenizers library prints a panic there before it
+    raises, torchao each kernel that this machine has no device for.
     """
     try:
         saved = os.dup(2)
-    except OSError:  # there is no stderr to keep quiet
+    except OSError:  # no stderr
         yield
         return
-    _heard.append(saved)
+    _saved_stderr.append(saved)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(saved, 2)
-        _heard.remove(saved)
+        _saved_stderr.remove(saved)
         os.close(saved)
 
 
-def speak() -> None:
-    """End the quiet: for who stops the process, from a signal or another thread, and has to say so."""
-    if _heard:
-        os.dup2(_heard[0], 2)
+def restore_stderr() -> None:
+    """End `quiet_process` early: for a signal handler or thread that ends the process and must print why."""
+    if _saved_stderr:
+        os.dup2(_saved_stderr[0], 2)
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
-    talkers = [logging.getLogger(name) for name in TALKERS]
-    levels = [logger.level for logger in talkers]
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for logger in talkers:
+    for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that no switch turns off
+        with contextlib.redirect_stderr(io.StringIO()):  # the bar of the GGUF reader has no switch
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        for logger, level in zip(talkers, levels, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()

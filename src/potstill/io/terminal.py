@@ -1,8 +1,8 @@
-"""What a person sees: step lines, tables, messages. The only importer of rich, for terminals.
+"""The terminal: step lines, tables, messages. The only importer of rich.
 
 Everything goes to stderr except results, which go to stdout and may be piped. On a terminal there is a bar
 with the figures of the step; on a pipe, one plain line a step. Text from files and models cannot drive the
-terminal: markup is not read, control characters are escaped. Used by the command line and `workflows/`.
+terminal: markup is not interpreted, control characters are escaped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FIGURES = {
 
 
 class Display:
-    """`quiet` drops everything but errors."""
+    """What the commands print. `quiet` drops everything but errors."""
 
     def __init__(self, quiet: bool = False, *, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.quiet = quiet
@@ -72,14 +72,14 @@ class Display:
         self.note(f"warning: {text}")
 
     def error(self, mistakes: Sequence[str]) -> None:
-        """One line each, whatever a mistake quotes."""
+        """One line for each mistake, whatever text it quotes."""
         self.close()
         for mistake in mistakes:
-            with contextlib.suppress(OSError):  # the exit code still says it
+            with contextlib.suppress(OSError):  # the exit code remains
                 _write(self._err, f"error: {printable(mistake, keep='')}")
 
     def result(self, text: str) -> None:
-        """What was asked for, on stdout."""
+        """The result of the command, on stdout."""
         if not self.quiet:
             self.close()
             try:
@@ -115,7 +115,9 @@ class Display:
                 _write(self._err, text)
             except BrokenPipeError:
                 raise
-            except OSError:  # a full disk of a log: the run goes on, its own record has all of this
+            except (
+                OSError
+            ):  # say, a log on a full disk: the run goes on, and its directory records all of this
                 pass
         else:  # above the bar, which stays
             self._bar[0].console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -193,9 +195,9 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return "".join(c if c in keep or unicodedata.category(c) not in hidden else repr(c)[1:-1] for c in text)
 
 
-def hold_streams() -> None:
-    """Without it the first file that is opened would be stdout or stderr, where the process was started with
-    that one closed, and be written into.
+def reserve_streams() -> None:
+    """Open the standard streams that the process was started without: else the first file it opens would take
+    the number of one, and be written into.
     """
     for number in range(3):
         try:
@@ -204,9 +206,11 @@ def hold_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
-def let_go_of_streams() -> str:
-    """Flush; what cannot be written is dropped, so that the interpreter's own end does not stumble over it.
-    Returns the mistake where results were lost, empty where none were.
+def flush_streams() -> str:
+    """Flush, and drop what cannot be written, so that the interpreter's shutdown does not fail on it.
+
+    Returns:
+        The error where results were lost, else an empty string.
     """
     lost = ""
     for stream in (sys.stdout, sys.stderr):
@@ -222,7 +226,9 @@ def let_go_of_streams() -> str:
 
 
 def _lost(error: OSError) -> str:
-    return f"stdout: the result cannot be written: {error.strerror}. Give it a place that takes it."
+    return (
+        f"stdout: the result cannot be written: {error.strerror}. Redirect it to a file that can be written."
+    )
 
 
 def _write(stream: TextIO | None, text: str) -> None:

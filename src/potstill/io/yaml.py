@@ -1,8 +1,8 @@
 """YAML with one meaning: the scalars of YAML 1.2's core schema, one document, text keys, each key once.
 
 Refused, with line and column: anchors, aliases, merge keys, tags, several documents, deep nesting, large
-files and bytes that are not UTF-8. A key given twice is told beside the tree, so that a caller can go on and
-find the other mistakes. Called by `recipe/load.py` alone.
+files and bytes that are not UTF-8. A key given twice is reported beside the tree, so that a caller can go on
+to find the other mistakes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def read(text: str, where: str) -> tuple[Any, list[str]]:
-    """What the text says, in dicts, lists and scalars; and a mistake for every key that is given twice."""
+    """The text as dicts, lists and scalars; and a mistake for every key that is given twice."""
     loader = _Loader(text, where)
     try:
         if not loader.check_node():
@@ -67,11 +67,13 @@ def read(text: str, where: str) -> tuple[Any, list[str]]:
             event = loader.peek_event()  # type: ignore[no-untyped-call]
             _refuse(where, event.start_mark, "a second document starts. One file is one recipe.")
     except yaml.MarkedYAMLError as error:
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        hint = next((advice for sign, advice in ADVICE.items() if sign in said), "Mend the YAML there.")
-        _refuse(where, error.problem_mark or error.context_mark, f"{said}. {hint}", error)
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        hint = next((advice for sign, advice in ADVICE.items() if sign in what), "Correct the YAML there.")
+        _refuse(where, error.problem_mark or error.context_mark, f"{what}. {hint}", error)
     except (ValueError, OverflowError) as error:  # PyYAML's own int() and chr() on escapes and directives
-        _refuse(where, loader.get_mark(), "a character or number out of range. Mend the YAML there.", error)
+        _refuse(
+            where, loader.get_mark(), "a character or number out of range. Correct the YAML there.", error
+        )
     finally:
         loader.dispose()
     twice: list[str] = []
@@ -139,7 +141,9 @@ def _require_entry(node: Any, step: str, path: list[str], where: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's scanner, parser and composer. Its constructors, where 1.1's meanings live, are not used."""
+    """PyYAML's scanner, parser and composer; not its constructors, which give scalars their meaning of YAML
+    1.1.
+    """
 
     def __init__(self, text: str, where: str) -> None:
         self.where = where
@@ -187,8 +191,8 @@ def _build(node: yaml.Node, path: tuple[str, ...], where: str, twice: list[str])
         if key == "<<" and key_node.style is None:
             _refuse(where, key_node.start_mark, "merge keys (<<) are not read. Write the fields out.")
         if not isinstance(key, str):
-            shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or a mapping"
-            _refuse(where, key_node.start_mark, f"the key is {shown:.60}, not text. Keys are field names.")
+            found = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or a mapping"
+            _refuse(where, key_node.start_mark, f"the key is {found:.60}, not text. Keys are field names.")
         here = (*path, key)
         if key in built:
             lines_of_both = f"line {line}" if lines[key] == line else f"lines {lines[key]} and {line}"
@@ -225,7 +229,7 @@ def _refuse(where: str, mark: Any, what: str, cause: Exception | None = None) ->
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what a reader of either version would not take for text."""
+    """Quotes what a reader of either version would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

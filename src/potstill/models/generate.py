@@ -1,9 +1,8 @@
-"""Completions from a model, many prompts at once: left-padded rows over a key-value cache, out of which a row
-is dropped as soon as it ends.
+"""Batched generation: left-padded prompts over a key-value cache, from which a row is removed once it ends.
 
-Transformers' `generate` keeps every row until the last one ends, and quietly adds what a model's generation
-config asks for (a repetition penalty, a top-k). Here the settings are one object that the loop reads, and
-that the result is written from.
+Transformers' `generate` keeps every row until the last one ends, and silently applies whatever the model's
+own generation config contains (a repetition penalty, a top-k). Here one settings object drives the loop, and
+the settings in a result are read from that same object.
 """
 
 from __future__ import annotations
@@ -25,28 +24,29 @@ from transformers import (
 
 from potstill.models.causal_lm import CausalLM
 
-PRECEDING = 8
-"""Tokens of the prompt that are decoded before a completion: a decoder may eat the space it begins with."""
-FOLLOWED = {"eos_token_id", "suppress_tokens"}
-NO_MATTER = {"bos_token_id", "pad_token_id", "transformers_version", "use_cache"}
+DECODE_CONTEXT = 8
+"""Prompt tokens decoded together with a completion: some decoders drop the space that a text starts with."""
+APPLIED = {"eos_token_id", "suppress_tokens"}
+IRRELEVANT = {"bos_token_id", "pad_token_id", "transformers_version", "use_cache"}
+"""Fields of a model's own generation config: those that apply here, and those that change no token."""
 
 
 class InferenceFailed(Exception):
-    """The model gave no completion that could be judged."""
+    """The model produced nothing that could be scored."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One completion that is wanted. `is_whole` says of the text so far whether more of it would be cut."""
+class Request:
+    """One prompt to complete. Generation ends once `should_stop` is true of the text so far."""
 
     name: str
     prompt_ids: list[int]
-    is_whole: Callable[[str], bool]
+    should_stop: Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """`finish` is eos, stop (the text was whole), length (`max_new_tokens`) or context (of the model)."""
+    """`finish` is eos, stop (`should_stop`), length (`max_new_tokens`) or context (the model's is full)."""
 
     text: str
     tokens: int
@@ -62,10 +62,10 @@ def make_settings(
     top_p: float,
     end_ids: Sequence[int] = (),
 ) -> GenerationConfig:
-    """What the loop will read. Temperature 0 is greedy.
+    """The settings that the loop reads. Temperature 0 is greedy.
 
-    Generation ends at every id that the model, its tokenizer or `end_ids` calls an end: chat models are
-    published whose config names only the end of a text, and not of a turn.
+    Every id that the model, its tokenizer or `end_ids` names as an end ends a row: some published chat models
+    have a config that names only the end of the text, not the end of a turn.
     """
     own = model.hf.generation_config
     ends = {*end_ids, *_ids(own.eos_token_id), *_ids(model.hf.config.get_text_config().eos_token_id)}
@@ -82,10 +82,10 @@ def make_settings(
     )
 
 
-def read_back(settings: GenerationConfig, model: CausalLM) -> dict[str, Any]:
-    """The settings as the loop has them, and those of the model's own config that it does not follow."""
+def describe_settings(settings: GenerationConfig, model: CausalLM) -> dict[str, Any]:
+    """The settings in effect, and those of the model's own config that are not applied."""
     own = model.hf.generation_config.to_diff_dict()
-    aside = FOLLOWED | NO_MATTER | {name for name in own if name.startswith(("_", "output_"))}
+    omitted = APPLIED | IRRELEVANT | {name for name in own if name.startswith(("_", "output_"))}
     return {
         "do_sample": settings.do_sample,
         "temperature": settings.temperature if settings.do_sample else 0.0,
@@ -93,24 +93,25 @@ def read_back(settings: GenerationConfig, model: CausalLM) -> dict[str, Any]:
         "max_new_tokens": settings.max_new_tokens,
         "eos_token_ids": settings.eos_token_id,
         "suppressed_ids": len(settings.suppress_tokens or ()),
-        "context": context_of(model),
+        "context": context_length(model),
         "dtype": str(model.hf.dtype).removeprefix("torch."),
-        "model_settings_not_followed": {n: v for n, v in sorted(own.items()) if n not in aside},
+        "model_settings_not_followed": {n: v for n, v in sorted(own.items()) if n not in omitted},
     }
 
 
-def context_of(model: CausalLM) -> int | None:
-    """Tokens that the model can see; None where its config does not say."""
+def context_length(model: CausalLM) -> int | None:
+    """The model's maximum length in tokens; None if its config does not give one."""
     config = model.hf.config.get_text_config()
-    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return int(found) if found else None
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(length) if length else None
 
 
 @dataclass
 class _Row:
-    ask: Ask
-    room: int
-    out_of_room: str
+    request: Request
+    max_new: int
+    limit: str
+    """Which limit `max_new` is: the `finish` of a row that reaches it."""
     uniforms: list[float]
     new: list[int] = field(default_factory=list)
     text: str = ""
@@ -119,11 +120,11 @@ class _Row:
 
 @torch.no_grad()
 def complete(
-    model: CausalLM, tokenizer: Any, settings: GenerationConfig, asks: Sequence[Ask], seed: int = 0
+    model: CausalLM, tokenizer: Any, settings: GenerationConfig, requests: Sequence[Request], seed: int = 0
 ) -> list[Completion]:
-    """One completion for each of `asks`, all of them in one batch.
+    """One completion for each request, all of them in one batch.
 
-    What is sampled is a function of the logits, the seed and an ask's name, and not of its neighbours.
+    What is sampled depends on the logits, the seed and the request's name, not on the rest of the batch.
 
     Raises:
         InferenceFailed: a logit is not finite.
@@ -131,21 +132,43 @@ def complete(
     was_training = model.training
     model.eval()
     try:
-        rows = [_row(ask, settings, context_of(model), seed) for ask in asks]
-        _run(model, tokenizer, settings, [row for row in rows if not row.finish])
+        rows = [_start(request, settings, context_length(model), seed) for request in requests]
+        _generate(model, tokenizer, settings, [row for row in rows if not row.finish])
     finally:
         model.train(was_training)
     return [Completion(row.text, len(row.new), row.finish) for row in rows]
 
 
-def _run(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live: list[_Row]) -> None:
+@torch.no_grad()
+def greedy_text(model: CausalLM, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """A sample for a person to read: what the model writes after `prompt`, up to its EOS.
+
+    By Transformers' own `generate`, so this one does follow the model's generation config.
+    """
+    was_training = model.training
+    model.eval()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    ids_BT = model.hf.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    model.train(was_training)
+    text: str = tokenizer.decode(ids_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def _generate(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live: list[_Row]) -> None:
     if not live:
         return
-    ids_BT, mask_BT = _left_padded([row.ask.prompt_ids for row in live], settings.pad_token_id, model.device)
+    ids_BT, mask_BT = _left_padded(
+        [row.request.prompt_ids for row in live], settings.pad_token_id, model.device
+    )
     warpers, ends, cache = _warpers(settings), set(_ids(settings.eos_token_id)), None
-    # Transformers calls it `cache` from 5.24 on, and warns of the old name.
-    known = inspect.signature(model.hf.base_model.forward).parameters
-    cache_name = "cache" if "cache" in known else "past_key_values"
+    # Transformers calls it `cache` since 5.24 and warns about the old name.
+    parameters = inspect.signature(model.hf.base_model.forward).parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"
     while live:
         positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
         out = model.hf.base_model(
@@ -157,10 +180,12 @@ def _run(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live: list
         )
         cache = getattr(out, cache_name, None)
         if cache is None:
-            raise InferenceFailed(f"{live[0].ask.name}: {type(model.hf).__name__} keeps no key-value cache")
-        next_B = _choose(model, settings, warpers, out.last_hidden_state[:, -1], live)
+            raise InferenceFailed(
+                f"{live[0].request.name}: {type(model.hf).__name__} keeps no key-value cache"
+            )
+        next_B = _next_tokens(model, settings, warpers, out.last_hidden_state[:, -1], live)
         for row, token in zip(live, next_B.tolist(), strict=True):
-            _take(row, token, tokenizer, ends)
+            _append(row, token, tokenizer, ends)
         kept = [i for i, row in enumerate(live) if not row.finish]
         if len(kept) < len(live):
             kept_B = torch.tensor(kept, dtype=torch.long, device=next_B.device)
@@ -172,38 +197,38 @@ def _run(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live: list
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], 1)
 
 
-def _row(ask: Ask, settings: GenerationConfig, context: int | None, seed: int) -> _Row:
-    limit = int(settings.max_new_tokens)
-    room = limit if context is None else min(limit, context - len(ask.prompt_ids))
-    reason = "length" if room == limit else "context"
+def _start(request: Request, settings: GenerationConfig, context: int | None, seed: int) -> _Row:
+    wanted = int(settings.max_new_tokens)
+    max_new = wanted if context is None else min(wanted, context - len(request.prompt_ids))
+    limit = "length" if max_new == wanted else "context"
     uniforms: list[float] = []
-    if settings.do_sample and room > 0:
-        digest = hashlib.sha256(f"{seed} {ask.name}".encode()).digest()
+    if settings.do_sample and max_new > 0:
+        digest = hashlib.sha256(f"{seed} {request.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        uniforms = torch.rand(room, generator=generator, dtype=torch.float64).tolist()
-    return _Row(ask, room, reason, uniforms, finish="" if room > 0 else reason)
+        uniforms = torch.rand(max_new, generator=generator, dtype=torch.float64).tolist()
+    return _Row(request, max_new, limit, uniforms, finish="" if max_new > 0 else limit)
 
 
-def _take(row: _Row, token: int, tokenizer: Any, ends: set[int]) -> None:
+def _append(row: _Row, token: int, tokenizer: Any, ends: set[int]) -> None:
     if token in ends:
         row.finish = "eos"
         return
     row.new.append(token)
-    row.text = _decoded(tokenizer, row.ask.prompt_ids[-PRECEDING:], row.new)
-    if row.ask.is_whole(row.text):
+    row.text = _decode(tokenizer, row.request.prompt_ids[-DECODE_CONTEXT:], row.new)
+    if row.request.should_stop(row.text):
         row.finish = "stop"
-    elif len(row.new) >= row.room:
-        row.finish = row.out_of_room
+    elif len(row.new) >= row.max_new:
+        row.finish = row.limit
 
 
-def _decoded(tokenizer: Any, before: list[int], new: list[int]) -> str:
-    """The text of `new` as it stands after `before`, with the white space that it begins with."""
+def _decode(tokenizer: Any, before: list[int], new: list[int]) -> str:
+    """The text of `new` as it reads after `before`, leading white space included."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text: str = tokenizer.decode([*before, *new], **options)
     return text[len(tokenizer.decode(before, **options)) :]
 
 
-def _choose(
+def _next_tokens(
     model: CausalLM,
     settings: GenerationConfig,
     warpers: LogitsProcessorList,
@@ -211,23 +236,20 @@ def _choose(
     live: list[_Row],
 ) -> Tensor:
     logits_BV = model.logits(hidden_BD)
-    if not bool(torch.isfinite(logits_BV[:, : model.known]).all()):
-        names = [r.ask.name for r, v in zip(live, logits_BV[:, : model.known], strict=True) if _odd(v)]
-        raise InferenceFailed(f"{names[0]}: logits are not finite after {len(live[0].new)} new tokens")
+    finite_B = torch.isfinite(logits_BV[:, : model.known]).all(-1)
+    if not bool(finite_B.all()):
+        name = live[int(finite_B.int().argmin())].request.name
+        raise InferenceFailed(f"{name}: logits are not finite after {len(live[0].new)} new tokens")
     if settings.suppress_tokens:
         logits_BV[:, settings.suppress_tokens] = -torch.inf
     if not settings.do_sample:
         return logits_BV.argmax(-1)
-    # One uniform number a row, from the row's own generator, through the inverse of its distribution.
+    # Inverse transform sampling, from the row's own uniforms: the rest of the batch has no influence.
     warped_BV = warpers(logits_BV.new_zeros(len(live), 0).long(), logits_BV)
     cumulated_BV = warped_BV.double().softmax(-1).cumsum(-1)
     uniform_B1 = cumulated_BV.new_tensor([[row.uniforms[len(row.new)]] for row in live])
     drawn_B = torch.searchsorted(cumulated_BV, uniform_B1 * cumulated_BV[:, -1:], right=True)[:, 0]
     return drawn_B.clamp_max(logits_BV.shape[1] - 1)
-
-
-def _odd(logits_V: Tensor) -> bool:
-    return not bool(torch.isfinite(logits_V).all())
 
 
 def _warpers(settings: GenerationConfig) -> LogitsProcessorList:
@@ -246,8 +268,8 @@ def _left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> tu
     return ids_BT.to(device), mask_BT.to(device)
 
 
-def _ids(one_or_more: Any) -> list[int]:
-    """Transformers lets an id be one number, a list of them, or none."""
-    if one_or_more is None:
+def _ids(value: Any) -> list[int]:
+    """Transformers allows one id, a list of ids, or None."""
+    if value is None:
         return []
-    return list(one_or_more) if isinstance(one_or_more, list | tuple) else [one_or_more]
+    return list(value) if isinstance(value, list | tuple) else [value]

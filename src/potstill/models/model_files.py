@@ -1,56 +1,121 @@
-"""A checkpoint before its weights are loaded: where it lies, its config, its vocabulary, its tokenizer."""
+"""A model's files, verified before any library opens them: a Hugging Face folder or a GGUF file.
+
+Refused by name: what is missing, damaged or contradicts itself, and pickles, which can run code. Called by
+`load` before Transformers, and for shapes and hashes alone.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
+import hashlib
+import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
-from potstill.data.tokenizers import has_tokenizer, load_tokenizer
-from potstill.models.load import load_config, local_copy, vocab_size_of
-from potstill.models.safetensors_files import check_model_files
+from potstill.io.hashing import file_sha256
+from potstill.io.safe_open import FETCH_AGAIN, printable_name, read_object, refuse, require_plain
+from potstill.models.gguf_files import MODEL_IS, check_gguf, require_layers
+from potstill.models.safetensors_files import Shape, check_safetensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NO_PICKLE = "a pickle can run code; convert to safetensors"
+# Beside config.json; Transformers takes a damaged one of some of them for a missing one.
+SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
 
-class ModelFiles:
-    """Every file of a run's models is opened through one of these, and each at most once.
+def check_model_files(source: Path) -> None:
+    """Refuse a folder or GGUF file that is not a whole model, by the file at fault."""
+    if os.path.isdir(source):
+        require_plain(source, FETCH_AGAIN)
+        if "config.json" not in (names := _names(source)):
+            needs = f"a Hugging Face folder needs config.json; found: {_listed(names)}"
+            refuse(source, f"not a model: {needs}", MODEL_IS)
+        config = read_object(source / "config.json", FETCH_AGAIN)
+        if not (config.get("model_type") or config.get("architectures")):
+            what = "neither model_type nor architectures is set"
+            refuse(source / "config.json", what, "Take the config that came with the model.")
+        for name in SETTINGS:
+            if os.path.lexists(source / name):
+                read_object(source / name, FETCH_AGAIN)
+        _require_floats(source, config)
+    if not tensor_shapes(source):
+        refuse(source, "its weight files hold 0 tensors")
+    if not os.path.isdir(source):
+        if source.suffix != ".gguf":
+            refuse(source, f"a GGUF file whose name ends in '{source.suffix}'", "Let it end in .gguf.")
+        require_layers(source)
 
-    Args:
-        source: Hugging Face folder, hub id or GGUF file.
-    """
 
-    def __init__(self, source: str | Path) -> None:
-        self.source = str(source)
-        self._is_verified = False
+def tensor_shapes(source: Path) -> dict[str, Shape]:
+    """Shape of every tensor in PyTorch's order, from the verified headers of a folder or a GGUF file."""
+    if not os.path.isdir(source):
+        return {name: shape[::-1] for name, (_, shape) in check_gguf(source).tensors.items()}
+    shapes: dict[str, Shape] = {}
+    file_of: dict[str, str] = {}
+    for file, indexed in _weight_files(source).items():
+        tensors = check_safetensors(source / file)
+        if missing := sorted(indexed - tensors.keys()):
+            count = f"{len(missing)} of {len(indexed)} tensors that {INDEX} says it has are missing"
+            refuse(source / file, f"{count}, first {printable_name(missing[0])}")
+        for name, (_, shape) in tensors.items():
+            if name in file_of:
+                refuse(source, f"tensor {printable_name(name)} is both in {file_of[name]} and in {file}")
+            file_of[name], shapes[name] = file, shape
+    return shapes
 
-    @cached_property
-    def path(self) -> Path:
-        """On this machine; a hub id is fetched."""
-        return local_copy(self.source)
 
-    @cached_property
-    def config(self) -> Any:
-        """The Transformers config. From a GGUF file that takes seconds."""
-        return load_config(self.path)
+def folder_sha256(source: Path) -> str:
+    """A file's sha256; for a folder, that of the lines `name sha256` of its config and weights, sorted."""
+    if not os.path.isdir(source):
+        return file_sha256(source)
+    names = sorted(["config.json", *_weight_files(source)])
+    lines = "".join(f"{name} {file_sha256(source / name)}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """Width of its logits, from the header of its weights."""
-        return vocab_size_of(self.path)
 
-    @cached_property
-    def tokenizer(self) -> Any | None:
-        return load_tokenizer(self.path) if has_tokenizer(self.path) else None
+def _require_floats(folder: Path, config: dict[str, Any]) -> None:
+    """Integers are weights only where the config says how they were quantised: Transformers casts others."""
+    for file in _weight_files(folder) if "quantization_config" not in config else ():
+        for name, (dtype, _) in check_safetensors(folder / file).items():
+            if name.endswith(".weight") and dtype in INTEGERS:
+                refuse(folder / file, f"tensor {printable_name(name)} is of integers ({dtype})")
 
-    @property
-    def bytes_of_file(self) -> int:
-        """Of a GGUF file; 0 for a folder."""
-        return self.path.stat().st_size if self.path.is_file() else 0
 
-    def verify(self) -> None:
-        """UserError for files that are not a whole model, before a library opens them."""
-        if self._is_verified:
-            return
-        check_model_files(self.path)
-        self._is_verified = True
-        if self.path.is_dir():  # of a GGUF file the config is read when it is needed
-            _ = self.config
+def _weight_files(folder: Path) -> dict[str, set[str]]:
+    """File name -> tensors that the index lists for it; a single file wins, as in Transformers."""
+    names = _names(folder)
+    if SINGLE in names:
+        return {SINGLE: set()}
+    if INDEX not in names:
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        what = f"only {pickles[0]}: {NO_PICKLE}" if pickles else f"no weights; found: {_listed(names)}"
+        refuse(folder, what, f"Needed: {SINGLE}, or {INDEX} and its shards.")
+    index = folder / INDEX
+    weight_map = read_object(index, FETCH_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        refuse(index, "weight_map is not a table of tensor name to file")
+    shards: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        # A path such as ../x would open a file that is not part of the model.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            where = f"tensor {printable_name(name)} is listed in {reprlib.repr(file)}"
+            refuse(index, f"{where}, not the name of a .safetensors file beside it")
+        shards.setdefault(file, set()).add(name)
+    if missing := sorted(shards.keys() - set(names)):
+        count = f"{len(missing)} of {len(shards)} shards"
+        refuse(folder, f"{count} named by {INDEX} are missing, first {printable_name(missing[0])}")
+    return dict(sorted(shards.items()))
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        refuse(folder, f"cannot be read: {error.strerror}", "Change its permissions or copy it.")
+
+
+def _listed(names: list[str]) -> str:
+    more = [f"and {len(names) - 8} more"] if len(names) > 8 else []
+    return ", ".join([*map(printable_name, names[:8]), *more]) or "nothing"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from potstill.build.setup import RunSetup
-from potstill.data.decontamination import told
+from potstill.data.decontamination import summary
 from potstill.errors import UserError, one_line
 from potstill.io.terminal import size
 from potstill.losses.divergences import forward_kl
@@ -105,7 +105,7 @@ def files_are_whole(setup: RunSetup) -> Finding:
 
 def corpus_is_compared(setup: RunSetup) -> Finding:
     """Never red: the recipe says what is done about an overlap, and what it refuses does not come here."""
-    return Finding("decontamination", told(setup.corpus.manifest["decontamination"]), True)
+    return Finding("decontamination", summary(setup.corpus.manifest["decontamination"]), True)
 
 
 def the_machine_suffices(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding]:

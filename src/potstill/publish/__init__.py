@@ -1,1 +1,1 @@
-"""A finished run on the Hub: plan, licence, model card, upload and the comparison of hashes."""
+"""A finished run on the Hub: plan, license, model card, upload and comparison of hashes."""

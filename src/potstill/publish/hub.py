@@ -1,11 +1,11 @@
-"""The Hub: the metadata that it reads, and an upload that ends whole or can be run again.
+"""Uploads to the Hub that complete or can be run again, and downloads of whole repositories.
 
-One commit holds the whole plan. What is there already is not sent again, and where the remote files are those
-of the plan no commit is made. A commit whose answer was lost is looked for before it is tried again, and it
-names its parent, so that it cannot be made twice. At the end every file is fetched back and hashed.
+One commit holds the whole plan. Files already there are not sent again, and no commit is made where the
+repository already holds the plan. A commit whose answer was lost is looked for before another attempt, and it
+names its parent, so that it cannot be made twice. At the end every file is downloaded and hashed.
 
-The token is the environment's (HF_TOKEN) or that of the Hub's own login; it is in no message of ours,
-whatever a server says. HF_ENDPOINT is honoured. Called by `publish.py`.
+The token is the environment's (HF_TOKEN) or that of the Hub's own login, and is removed from every message,
+whatever a server answers. HF_ENDPOINT is honored.
 """
 
 from __future__ import annotations
@@ -23,35 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    EvalResult,
-    EvalResultEntry,
-    HfApi,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-    get_session,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging
+from huggingface_hub.utils.sha import git_hash
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from potstill.errors import UserError, one_line
 from potstill.io.safe_open import read_object
-from potstill.publish.licenses import HUB
-from potstill.publish.model_card import HELDOUT, Known, scores, setting
 
-HUMANEVAL = ("openai/openai_humaneval", "openai_humaneval")
-"""The data set on the Hub, and its task."""
 MANIFEST = "manifest.json"
 TIMEOUT_S = 120.0
 """Longest silence of the server; the library's own clients wait for ever."""
-TRIES, FIRST_WAIT_S = 4, 1.0
+ATTEMPTS, FIRST_WAIT_S = 4, 1.0
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 TRANSPORT = {"TransportError", "ConnectionError", "LocalEntryNotFoundError"}
-"""Names, since the library has changed its HTTP client twice."""
+"""Names of exceptions, since the library has changed its HTTP client twice."""
 
 Note = Callable[[str], None]
 
@@ -67,74 +54,15 @@ class Item:
     sha256: str
 
 
-def metadata(known: Known) -> str:
-    """The YAML that the Hub reads."""
-    listed = known.licence.license in HUB
-    extra: dict[str, Any] = {} if listed else {"license_name": known.licence.license}
-    if known.base is not None:
-        extra |= {"base_model_relation": "finetune"}  # the Hub has no word for a distilled model
-    if known.taught and known.teacher is not None:
-        extra |= {"distilled_from": known.teacher}
-    data = ModelCardData(
-        license=known.licence.license if listed else "other",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[*(["distillation"] if known.taught else []), "potstill"],
-        base_model=known.base,
-        model_name=known.name,
-        eval_results=[*_results(known)],
-        **extra,
-    )
-    return str(data.to_yaml()).strip()
-
-
-def _results(known: Known) -> Iterator[EvalResult]:
-    task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
-    rows = f"{known.corpus['heldout_rows']} held-out rows of the corpus"
-    for metric, told in HELDOUT.items():
-        value = known.receipt["heldout_best"].get(metric)
-        if value is not None:
-            kind = metric.removeprefix("heldout/")
-            place: dict[str, Any] = {"dataset_type": "held-out", "dataset_name": rows}
-            yield EvalResult(**task, **place, metric_type=kind, metric_name=told, metric_value=float(value))
-    for name, score in scores(known):
-        place = {"dataset_type": HUMANEVAL[0], "dataset_name": "HumanEval", "dataset_split": "test"}
-        yield EvalResult(
-            **task, **place, metric_type=name, metric_name=name, metric_value=float(score["value"])
-        )
-
-
-def eval_results(known: Known) -> str | None:
-    """`.eval_results/humaneval.yaml`; None where HumanEval gave no score."""
-    entries = [
-        EvalResultEntry(
-            dataset_id=HUMANEVAL[0],
-            task_id=HUMANEVAL[1],
-            value=round(100 * score["value"], 4),
-            notes=f"pass@1 in percent, {setting(known.humaneval or {})},"
-            f" 95 % interval {100 * score['low']:.1f} to {100 * score['high']:.1f}",
-        )
-        for name, score in scores(known)
-        if name == "pass@1"
-    ]
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
-
-
-def modelfile(file: str, has_template: bool) -> str:
-    """For `ollama create NAME -f Modelfile`; the prompt's form comes from the GGUF file."""
-    form = "" if has_template else "TEMPLATE {{ .Prompt }}\n"
-    return f"FROM ./{file}\n{form}PARAMETER temperature 0\n"
-
-
 def upload(repo: str, plan: Sequence[Item], *, private: bool, folder: Path, note: Note) -> str:
     """Make the repository's files those of the plan; returns the commit that holds them.
 
     Args:
-        private: a new repository is made private; one that is there and public is refused.
-        folder: where files that are fetched back lie for a moment.
+        private: a new repository is made private; an existing public one is refused.
+        folder: for the files that are downloaded again, one at a time.
 
     Raises:
-        UserError: no token, or the Hub refuses, fails or is silent; running it again goes on.
+        UserError: no token, or the Hub refuses, fails or is silent; running it again continues.
     """
     token = huggingface_hub.get_token()
     if token is None:
@@ -143,64 +71,65 @@ def upload(repo: str, plan: Sequence[Item], *, private: bool, folder: Path, note
         )
     disable_progress_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    with _told_without(token, repo), _warnings_noted(token, note):
-        return _Upload(HfApi(token=token, library_name="potstill"), repo, plan, folder, note).run(private)
+    again = "Run the same command again: files already uploaded are not sent twice."
+    api = HfApi(token=token, library_name="potstill")
+    with (
+        _errors_in_one_line(f"publish {repo}: upload to the Hub failed", again, token),
+        _warnings_noted(token, note),
+    ):
+        return _Upload(api, repo, plan, folder, note).run(private)
 
 
 def fetch(repo: str, out: Path) -> None:
-    """All files of a repository into a folder that is not there yet, or one that a cut left half full."""
+    """Download all files of a repository into a new folder, or one that an interruption left incomplete."""
     disable_progress_bars()
     token = huggingface_hub.get_token()
-    try:
+    with _errors_in_one_line(f"{repo}: download from the Hub failed", "Run the same command again.", token):
         huggingface_hub.snapshot_download(
             repo, local_dir=out, token=token, ignore_patterns=[".gitattributes"]
         )
-    except Exception as error:  # a network fails in many ways; each means the same to the user
-        said = one_line(_cause(error))
-        said = said if token is None else _redacted(said, token)
-        raise UserError(f"{repo}: the Hub did not give it: {said} Run the same command again.") from None
-    shutil.rmtree(out / ".cache", ignore_errors=True)  # the library's own notes of what it has fetched
+    shutil.rmtree(out / ".cache", ignore_errors=True)  # the library's record of what it has downloaded
 
 
 @contextlib.contextmanager
-def _told_without(token: str, repo: str) -> Iterator[None]:
+def _errors_in_one_line(what: str, advice: str, token: str | None) -> Iterator[None]:
     """Whatever the library or a server says becomes one line, without the token and without a traceback."""
     try:
         yield
     except UserError as error:
         raise UserError(*(_redacted(mistake, token) for mistake in error.mistakes)) from None
-    except Exception as error:
-        said = _redacted(one_line(_cause(error)), token)
-        todo = "Run the same command again: what is uploaded is not sent twice."
+    except Exception as error:  # a network fails in many ways; each means the same to the user
         if any(_status(one) in (401, 403) for one in _chain(error)):
-            todo = "Look at the token and what it may write."
-        raise UserError(f"publish {repo}: the Hub did not take it: {said} {todo}") from None
+            advice = "Check the token and what it may access."
+        raise UserError(f"{what}: {_redacted(one_line(_cause(error)), token)} {advice}") from None
 
 
 @contextlib.contextmanager
 def _warnings_noted(token: str, note: Note) -> Iterator[None]:
-    """What the Hub remarks on the card is for the publisher; what the library deprecates is not."""
+    """The Hub's remarks on the card are for the publisher; the library's deprecations are not."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         yield
-    for said in seen:
-        if said.category is UserWarning:
-            note(_redacted(" ".join(str(said.message).split()), token))
+    for warning in seen:
+        if warning.category is UserWarning:
+            note(_redacted(" ".join(str(warning.message).split()), token))
 
 
-def _redacted(text: str, token: str) -> str:
+def _redacted(text: str, token: str | None) -> str:
+    if token is None:
+        return text
     return text.replace(token, "[token]")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The one that says why: the library wraps what an upload's thread met."""
+    """The one that says why: the library wraps the errors of its upload threads."""
     wraps = type(error).__name__ in ("RuntimeError", "LocalEntryNotFoundError")
     return error.__cause__ if wraps and error.__cause__ else error
 
@@ -213,7 +142,7 @@ def _is_transient(error: BaseException) -> bool:
     for one in _chain(error):
         if (status := _status(one)) is not None:
             return status in TRANSIENT
-        if TRANSPORT & {kind.__name__ for kind in type(one).__mro__}:
+        if TRANSPORT & {each.__name__ for each in type(one).__mro__}:
             return True
     return False
 
@@ -227,100 +156,91 @@ class _Upload:
     note: Note
 
     def run(self, private: bool) -> str:
-        who = self.patiently(self.api.whoami)["name"]
-        self.note(f"{self.api.endpoint}: {self.repo}, as {who}")
-        self.patiently(lambda: self.api.create_repo(self.repo, private=private or None, exist_ok=True))
-        if private and not self.patiently(lambda: self.api.repo_info(self.repo)).private:
+        user = self.retried(self.api.whoami)["name"]
+        self.note(f"{self.api.endpoint}: {self.repo}, as {user}")
+        self.retried(lambda: self.api.create_repo(self.repo, private=private or None, exist_ok=True))
+        if private and not self.retried(lambda: self.api.repo_info(self.repo)).private:
             raise UserError(
-                f"--private: {self.repo} is there already and is public. Make it private on the Hub first,"
-                " or name another."
+                f"--private: {self.repo} already exists and is public. Make it private on the Hub first, or give"
+                " another name."
             )
-        commit: str = self.patiently(self.committed)
-        self.pull_back(commit)
+        commit: str = self.retried(self.commit)
+        self.verify(commit)
         return commit
 
-    def patiently(self, call: Callable[[], Any]) -> Any:
-        """A call that may be made twice, again after a failure that passes."""
-        for number in range(TRIES):
+    # The library retries the transfers of large files alone: no commit, whose answer may be lost after it was
+    # made, and no other request of the API.
+    def retried(self, call: Callable[[], Any]) -> Any:
+        """The result of a call that is safe to repeat, repeated after transient failures."""
+        for attempt in range(ATTEMPTS):
             get_session().timeout = TIMEOUT_S  # after a failed connection the library makes a new client
             try:
                 return call()
             except Exception as error:
-                if number == TRIES - 1 or not _is_transient(error):
+                if attempt == ATTEMPTS - 1 or not _is_transient(error):
                     raise
-            time.sleep(FIRST_WAIT_S * 2**number)
+            time.sleep(FIRST_WAIT_S * 2**attempt)
         raise AssertionError("unreachable")
 
-    def committed(self) -> str:
-        """The commit that holds the plan: the remote's last, or one made now on top of it."""
+    def commit(self) -> str:
+        """The commit that holds the plan: the remote's head, or one made now on top of it."""
         head = self.api.repo_info(self.repo).sha
         remote = self.remote(head) if head else {}
+        # `create_commit` also leaves unchanged files out, but only after uploading the large ones again.
         missing = [item for item in self.plan if not _is_there(item, remote.get(item.path))]
         stale = self.stale(remote, head)
+        others = remote.keys() - {item.path for item in self.plan} - {*stale, ".gitattributes"}
+        if others:
+            names = ", ".join(sorted(others)[:5])
+            self.note(f"{self.repo}: {len(others)} files from elsewhere stay there: {names}")
         if not missing and not stale and head:
-            self.note(f"{self.repo}: nothing to send, commit {head[:12]} holds it all")
+            self.note(f"{self.repo}: nothing to send, commit {head[:12]} holds everything")
             return head
-        if missing:
-            size = sum(item.bytes for item in missing)
-            self.note(f"{self.repo}: sending {len(missing)} files, {size / 2**20:.1f} MiB")
-        self.api.create_commit(
+        size = sum(item.bytes for item in missing)
+        self.note(f"{self.repo}: sending {len(missing)} files, {size / 2**20:.1f} MiB")
+        additions = [CommitOperationAdd(item.path, str(item.file)) for item in missing]
+        deletions = [CommitOperationDelete(path, is_folder=False) for path in stale]
+        done = self.api.create_commit(
             self.repo,
-            [
-                *(CommitOperationAdd(item.path, str(item.file)) for item in missing),
-                *(CommitOperationDelete(path, is_folder=False) for path in stale),
-            ],
+            [*additions, *deletions],
             commit_message="Publish with potstill",
             parent_commit=head,
         )
-        return self.committed_now()
+        return done.oid
 
-    def committed_now(self) -> str:
-        """The head, which must hold the plan: what was sent is not what lies there until it is looked at."""
-        head = self.api.repo_info(self.repo).sha
-        remote = self.remote(head)
-        if wrong := [item.path for item in self.plan if not _is_there(item, remote.get(item.path))]:
-            raise UserError(
-                f"publish {self.repo}: commit {head} holds another {wrong[0]} than the plan. The file changed"
-                " while it was sent, or someone else wrote there. Run the same command again."
-            )
-        others = sorted(remote.keys() - {item.path for item in self.plan} - {".gitattributes"})
-        if others:
-            self.note(f"{self.repo}: {len(others)} files of others stay there: {', '.join(others[:5])}")
-        return str(head)
-
-    def remote(self, head: str | None) -> dict[str, RepoFile]:
-        found = self.api.list_repo_tree(self.repo, recursive=True, revision=head)
-        return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
+    def remote(self, revision: str | None) -> dict[str, RepoFile]:
+        tree = self.api.list_repo_tree(self.repo, recursive=True, revision=revision)
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def stale(self, remote: Mapping[str, RepoFile], head: str | None) -> list[str]:
-        """Files of an earlier publish that the plan has no more: weights left beside new ones get loaded."""
+        """Files of an earlier publish that the plan lacks: old weights beside new ones would be loaded."""
         planned = {item.path: item for item in self.plan}
         if MANIFEST not in remote or _is_there(planned[MANIFEST], remote[MANIFEST]):
             return []
-        with self.fetched(MANIFEST, head) as file:
+        with self.downloaded(MANIFEST, head) as file:
             try:
                 files = read_object(file, "").get("files")
             except UserError:  # another tool's manifest
                 return []
         return sorted(files.keys() & remote.keys() - planned.keys()) if isinstance(files, dict) else []
 
-    def pull_back(self, commit: str) -> None:
-        """Every file of the commit, fetched and hashed."""
+    def verify(self, commit: str) -> None:
+        """Download and hash every file: the Hub's own listing shows what it was sent, not what it serves."""
         for item in self.plan:
-            sha256 = self.patiently(partial(self.fetched_sha256, item.path, commit))
+            sha256 = self.retried(partial(self.downloaded_sha256, item.path, commit))
             if sha256 != item.sha256:
                 raise UserError(
-                    f"publish {self.repo}: {item.path} comes back from commit {commit} with sha256"
-                    f" {sha256[:12]}, sent was {item.sha256[:12]}. Do not use that commit; publish again."
+                    f"publish {self.repo}: {item.path} of commit {commit} has sha256 {sha256[:12]}, the plan"
+                    f" {item.sha256[:12]}. Do not use that commit; publish again."
                 )
-        self.note(f"{self.repo}: {len(self.plan)} files fetched back, all equal by sha256")
+        self.note(f"{self.repo}: {len(self.plan)} files downloaded again, all equal by sha256")
 
-    def fetched_sha256(self, path: str, commit: str) -> str:
-        with self.fetched(path, commit) as file, open(file, "rb") as content:
+    def downloaded_sha256(self, path: str, commit: str) -> str:
+        with self.downloaded(path, commit) as file, open(file, "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
 
     @contextlib.contextmanager
-    def fetched(self, path: str, revision: str | None) -> Iterator[Path]:
+    def downloaded(self, path: str, revision: str | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="back-") as place:
             yield Path(self.api.hf_hub_download(self.repo, path, revision=revision, local_dir=place))
 
@@ -331,7 +251,4 @@ def _is_there(item: Item, remote: RepoFile | None) -> bool:
         return False
     if remote.lfs is not None:
         return str(remote.lfs.sha256) == item.sha256
-    if remote.size != item.bytes:
-        return False
-    content = item.file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id
+    return remote.size == item.bytes and git_hash(item.file.read_bytes()) == remote.blob_id

@@ -1,8 +1,8 @@
-"""Licences: what a parent's own files say, and which one a student of such parents may carry.
+"""Licenses: what a parent's own files state, and which one a student of such parents may carry.
 
-Read are GGUF metadata, cards and configs; the text of a licence is not read for its meaning, and where no
-file names one, none is known. Settled cautiously: whatever a parent asks for is asked of the student, the
-corpus included. This is no legal advice; it keeps a licence from being lost in silence, and what it cannot
+Sources are GGUF metadata, model cards and configs; license texts are not interpreted, and where no file names
+a license, none is known. The choice is cautious: what any parent requires, the corpus included, is required
+of the student. This is no legal advice. It keeps a license from being lost silently, and what it cannot
 settle, a line of the recipe does. Called when a receipt is written, since a parent's files may be gone later,
 and by `publish.py`.
 """
@@ -20,10 +20,10 @@ import yaml
 
 from potstill.errors import UserError
 from potstill.io.safe_open import opened, read_object
-from potstill.models.safetensors_files import check_gguf
+from potstill.models.gguf_files import check_gguf
 
 NO_ANSWER = {"other", "unknown", "cc", "gpl", "lgpl", "gfdl"}
-"""What the Hub takes for a licence and says nothing of what may be done."""
+"""Accepted by the Hub as a license, without stating what is permitted."""
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 MAX_CARD_BYTES = 2**20
 SETTINGS = ("config.json", "dataset_info.json")
@@ -33,7 +33,7 @@ _PERMISSIVE = (
     " cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 odc-by pddl etalab-2.0"
 )
 PERMISSIVE = frozenset(_PERMISSIVE.split())
-"""Ask for a notice at most: they bind the student to nothing."""
+"""They require a notice at most, and bind the student to nothing."""
 NO_DERIVATIVES = "-nd-"
 _BINDING = (
     "openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 c-uda"
@@ -43,37 +43,37 @@ _BINDING = (
     " apple-amlr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma"
 )
 HUB = PERMISSIVE - {"psf-2.0", "python-2.0", "0bsd"} | frozenset(_BINDING.split())
-"""Identifiers that the Hub lists; another one is `other` there, with its name beside."""
+"""Identifiers that the Hub lists; any other is `other` there, with `license_name` beside."""
 
 
 @dataclass(frozen=True)
 class Parent:
     role: str
-    """teacher, student or data: also the name of its line in the recipe, with `_license` behind."""
+    """teacher, student or data: also, followed by `_license`, the name of its field in the recipe."""
     what: str
     license: str | None
     read_from: str | None
 
 
 @dataclass(frozen=True)
-class Settled:
+class StudentLicense:
     license: str
     reason: str
 
 
-def settle(parents: Sequence[Parent], asked: str | None) -> Settled:
-    """The student's licence, and why.
+def settle(parents: Sequence[Parent], requested: str | None) -> StudentLicense:
+    """The student's license, and why.
 
     Args:
-        parents: the weights' own begin first, then the teacher, then the data.
-        asked: `publish.license` of the recipe.
+        parents: the model that the weights come from first, then the teacher, then the data.
+        requested: `publish.license` of the recipe.
 
     Raises:
-        UserError: one line for each parent whose licence is unknown or lets nothing derived be shared; or
-            parents ask for different terms, or the recipe asks for what they do not grant.
+        UserError: one line for each parent whose license is unknown or forbids derivatives; or parents require
+            different terms, or the recipe names a license that they do not allow.
     """
     mistakes = [
-        f"licence of the {one.role} ({one.what}): {_fault(one)} {_line(one.role)}"
+        f"license of the {one.role} ({one.what}): {_fault(one)} {_advice(one.role)}"
         for one in parents
         if one.license is None or NO_DERIVATIVES in one.license
     ]
@@ -85,55 +85,55 @@ def settle(parents: Sequence[Parent], asked: str | None) -> Settled:
             binding.setdefault(one.license, f"the {one.role}'s {one.license}")
     if len(binding) > 1:
         both = " and ".join(binding.values())
-        if asked not in binding:
+        if requested not in binding:
             raise UserError(
-                f"licences: {both} ask for different terms. If one of them does not reach the student, name"
+                f"licenses: {both} require different terms. If one of them does not extend to the student, name"
                 f" the other in the recipe: publish: {{license: {next(iter(binding))}}}, or add"
                 " publish.license=…"
             )
-        return Settled(asked, f"chosen by the publisher: {both} ask for different terms")
+        return StudentLicense(requested, f"chosen by the publisher: {both} require different terms")
     if binding:
         ((needed, whose),) = binding.items()
-        if asked not in (None, needed):
+        if requested not in (None, needed):
             raise UserError(
-                f"publish.license: {asked}, and {whose} asks for {needed}. Leave the line out, or state"
-                " another licence for that parent if you have it."
+                f"publish.license: {requested}, but {whose} requires {needed}. Remove the line, or state another"
+                " license for that parent if you have one."
             )
-        return Settled(needed, f"{whose} asks for it")
+        return StudentLicense(needed, f"required by {whose}")
     own = next((one for one in parents if one.license is not None), None)
-    if asked is not None:
-        return Settled(asked, "chosen by the publisher; no parent asks for another")
+    if requested is not None:
+        return StudentLicense(requested, "chosen by the publisher; no parent requires another")
     if own is None or own.role == "data":
         raise UserError(
-            "licence of the student: no model's licence to inherit. Say it in the recipe:"
+            "license of the student: no model's license to inherit. State one in the recipe:"
             " publish: {license: apache-2.0}, or add publish.license=…"
         )
-    return Settled(str(own.license), f"inherited from the {own.role}; no parent asks for another")
+    return StudentLicense(str(own.license), f"inherited from the {own.role}; no parent requires another")
 
 
 def _fault(one: Parent) -> str:
     if one.license is None:
         return "its files name none."
-    return f"{one.license} lets nothing derived from it be shared."
+    return f"{one.license} does not permit sharing derivatives."
 
 
-def _line(role: str) -> str:
+def _advice(role: str) -> str:
     example = "cc-by-4.0" if role == "data" else "apache-2.0"
     return (
-        f"Say the one you have it under in the recipe, say publish: {{{role}_license: {example}}},"
+        f"State the one that you use it under in the recipe, such as publish: {{{role}_license: {example}}},"
         f" or add publish.{role}_license=…"
     )
 
 
-def licence_of(source: str) -> dict[str, str | None]:
-    """`license` as the Hub spells them, None where none is found, and `read_from`, the place that says it.
+def license_of(source: str) -> dict[str, str | None]:
+    """`license`, as the Hub spells it, or None where none is found, and `read_from`, the file that states it.
 
     Args:
         source: a Hugging Face folder or a hub id, of which the local copy is read; a GGUF file; a corpus.
     """
     try:
         found, where = _read(source)
-    except UserError:  # a damaged file says nothing; whoever needs the file refuses it
+    except UserError:  # a damaged file states nothing; whoever needs the file refuses it
         found, where = None, None
     return {"license": found, "read_from": where}
 
@@ -141,7 +141,9 @@ def licence_of(source: str) -> dict[str, str | None]:
 def _read(source: str) -> tuple[str | None, str | None]:
     path = Path(source)
     if source.endswith(".gguf") and os.path.isfile(path):
-        return _told(check_gguf(path).metadata.get("general.license")), f"general.license in {path.name}"
+        return _identifier(
+            check_gguf(path).metadata.get("general.license")
+        ), f"general.license in {path.name}"
     if not os.path.exists(path):
         return _card_of_hub(source)
     if not os.path.isdir(path):
@@ -150,7 +152,7 @@ def _read(source: str) -> tuple[str | None, str | None]:
         return card, "README.md"
     for name in SETTINGS:
         if os.path.isfile(path / name):
-            found = _told(read_object(path / name, "It is not read for its licence.").get("license"))
+            found = _identifier(read_object(path / name, "Its license is not read.").get("license"))
             if found is not None:
                 return found, name
     return None, None
@@ -163,7 +165,7 @@ def _card_of_hub(source: str) -> tuple[str | None, str | None]:
 
     try:
         card = Path(hf_hub_download(source, "README.md"))
-    except Exception:  # no network, no such card: the recipe can say it
+    except Exception:  # no network, or no such card: the recipe can state it
         return None, None
     return _in_card(card), f"the card of {source}"
 
@@ -171,7 +173,7 @@ def _card_of_hub(source: str) -> tuple[str | None, str | None]:
 def _in_card(path: Path) -> str | None:
     if not os.path.isfile(path):
         return None
-    with opened(path, "a card", "It is not read for its licence.") as file:
+    with opened(path, "a card", "Its license is not read.") as file:
         text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
     front = FRONT_MATTER.match(text)
     try:
@@ -181,11 +183,11 @@ def _in_card(path: Path) -> str | None:
     if not isinstance(fields, dict):
         return None
     name = fields.get("license_name")
-    return _told(fields.get("license")) or _told(name)
+    return _identifier(fields.get("license")) or _identifier(name)
 
 
-def _told(value: Any) -> str | None:
-    """One licence; a list of several is for a person to choose from."""
+def _identifier(value: Any) -> str | None:
+    """One license identifier; from a list of several, a person has to choose."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", value.strip().lower()):

@@ -8,8 +8,8 @@
 
 Refused, one line each: a run that is not finished, a red check, an export that fails where others load it or
 is of another student, weights that are not finite, files that are not those of the receipt, a student behind
-the untouched one (unless it is allowed, and then told on the card), a licence that is unknown or does not
-fit, and anything that looks like a token. What is uploaded is the plan, and nothing else.
+the untouched one (unless that is allowed, and then stated on the card), a license that is unknown or does not
+fit, and anything that looks like a token. The plan is uploaded, and nothing else.
 """
 
 from __future__ import annotations
@@ -28,16 +28,14 @@ from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
-from potstill.models.safetensors_files import (
-    check_gguf,
-    check_safetensors,
-    folder_sha256,
-    tensor_shapes,
-)
+from potstill.models.gguf_files import check_gguf
+from potstill.models.model_files import folder_sha256, tensor_shapes
+from potstill.models.safetensors_files import check_safetensors
 from potstill.publish import hub
 from potstill.publish.hub import MANIFEST, Item
-from potstill.publish.licenses import Parent, licence_of, settle
-from potstill.publish.model_card import Known, card
+from potstill.publish.licenses import Parent, license_of, settle
+from potstill.publish.metadata import eval_results, metadata, modelfile
+from potstill.publish.model_card import CardInputs, card
 from potstill.recipe.load import publish_section
 from potstill.recipe.sections_training import PublishConfig
 from potstill.runs.comparison import RESULT, read_comparison
@@ -48,14 +46,14 @@ REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}\b")
 MAX_TEXT_BYTES = 32 * 2**20
 EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
-"""Of each type, the bits that are all set in what is infinite or no number."""
+"""Of each type, the exponent bits, which are all set in an infinity or a NaN."""
 PIECE = 2**24
 BETTER = {"heldout/kl": min, "heldout/ce": min, "heldout/agreement": max}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that may be published: its plan, the files of which lie still."""
+    """A run that may be published, and its plan; its files are not touched while it is locked."""
 
     run: RunDir
     repo: str
@@ -65,20 +63,25 @@ class Prepared:
     def card(self) -> Path:
         return self.run.path / FOLDER / CARD
 
-    def told(self) -> dict[str, Any]:
-        """`plan.json`."""
-        return {"repo": self.repo, "files": [_told(item, self.run.path) for item in self.plan]}
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `plan.json`."""
+        files = []
+        for item in self.plan:
+            inside = item.file.is_relative_to(self.run.path)
+            file = item.file.relative_to(self.run.path) if inside else item.file.name
+            files.append(asdict(item) | {"file": str(file)})
+        return {"repo": self.repo, "files": files}
 
 
 def prepare(path: Path, repo: str, overrides: Sequence[str] = (), allow_regression: bool = False) -> Prepared:
-    """Look at everything, write RUN/publish/ and touch no network.
+    """Check the run and write RUN/publish/, without any network.
 
     Args:
         overrides: `publish.…=value`, over the run's own recipe.
-        allow_regression: publish a student that is behind the untouched one, and say so on the card.
+        allow_regression: publish a student that is behind the untouched one, stated on the card.
 
     Raises:
-        UserError: a line for each reason not to.
+        UserError: one line for each reason not to publish.
     """
     run = _opened(path, repo)
     with run.locked():
@@ -94,10 +97,10 @@ def publish(
     private: bool = False,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[Prepared, str]:
-    """Prepare, upload, fetch back; returns the plan and the commit that holds it.
+    """Prepare, upload and download again to compare; returns the plan and the commit that holds it.
 
     Raises:
-        UserError: a reason not to publish, or the Hub fails. The same call again goes on.
+        UserError: a reason not to publish, or the Hub fails. The same call again continues.
     """
     run = _opened(path, repo)
     with run.locked():
@@ -110,7 +113,7 @@ def note_card(path: Path, display: Display) -> None:
     """The end of a demo: what `potstill publish RUN --repo you/demo --dry-run` does."""
     try:
         prepared = prepare(path, "you/demo")
-    except UserError as error:  # overrides can make a demo that is nothing to show; it ran all the same
+    except UserError as error:  # overrides can make a demo unfit to publish; the run itself is done
         display.warn(f"not to be published: {error.mistakes[0]}")
     else:
         display.note(f"model card, as `potstill publish {path} --dry-run` writes it: {prepared.card}")
@@ -118,9 +121,9 @@ def note_card(path: Path, display: Display) -> None:
 
 def _opened(path: Path, repo: str) -> RunDir:
     if not REPO.fullmatch(repo):
-        raise UserError(f"--repo {repo:.200}: is no name of a repository. Give OWNER/NAME.")
+        raise UserError(f"--repo {repo:.200}: not a repository name. Give OWNER/NAME.")
     if (path / RESULT).is_file():
-        raise UserError(f"{path}: a comparison, of several runs. Give one of them, such as {path / 'kd-0'}.")
+        raise UserError(f"{path}: a comparison of several runs. Give one of them, such as {path / 'kd-0'}.")
     return RunDir.open(path)
 
 
@@ -129,7 +132,9 @@ def _prepared(run: RunDir, repo: str, overrides: Sequence[str], allow_regression
     state = run.status().get("state", "unknown")
     receipt = run.receipt()
     if state != "finished" or not receipt:
-        raise UserError(f"{path}: the run is not finished but {state}. --resume goes on; then publish it.")
+        raise UserError(
+            f"{path}: the run is {state}, not finished. Continue it with --resume, then publish it."
+        )
     given = run.path / "recipe.yaml"
     tree, publish = publish_section(run.resolved.read_text("utf-8"), str(run.resolved), overrides)
     files = _sound_files(run, receipt)
@@ -139,15 +144,17 @@ def _prepared(run: RunDir, repo: str, overrides: Sequence[str], allow_regression
     comparison = read_comparison(path.absolute().parent)
     if comparison is not None and path.absolute().name not in comparison.get("runs", []):
         comparison = None
-    worse = list(_regressions(receipt, tree, comparison))
-    if worse and not allow_regression:
-        raise UserError(*(f"{path}: {one}. --allow-regression publishes it and says so." for one in worse))
+    regressions = list(_regressions(receipt, tree, comparison))
+    if regressions and not allow_regression:
+        raise UserError(
+            *(f"{path}: {one}. --allow-regression publishes it and says so." for one in regressions)
+        )
     if (red := receipt.get("check_red", [])) or not receipt.get("check"):
-        said = f"the check `{red[0]}` is red" if red else "its receipt has no check"
-        raise UserError(f"{path}: {said}. Such a run proves nothing; mend the recipe and run it again.")
+        why = f"the check `{red[0]}` failed" if red else "its receipt has no check"
+        raise UserError(f"{path}: {why}, so its numbers prove nothing. Correct the recipe and run it again.")
     parents = _parents(tree, publish, receipt)
     student = run.student / "config.json"
-    known = Known(
+    inputs = CardInputs(
         repo=repo,
         recipe=given.read_text("utf-8", "replace"),
         resolved=tree,
@@ -162,28 +169,28 @@ def _prepared(run: RunDir, repo: str, overrides: Sequence[str], allow_regression
         lm_eval=_result(run.evals / "lm-eval" / "result.json"),
         comparison=comparison,
         gguf=gguf,
-        licence=settle(parents, publish.license),
+        license=settle(parents, publish.license),
         parents=parents,
-        worse=worse,
+        regressions=regressions,
     )
-    return _written(run, known, files)
+    return _written(run, inputs, files)
 
 
 def _sound_files(run: RunDir, receipt: Mapping[str, Any]) -> dict[str, Path]:
     """The student's files by their names in the repository: those of the receipt, with finite weights."""
-    told = receipt.get("output", {})
+    recorded = receipt.get("output", {})
     there = {file.name: file for file in sorted(run.student.iterdir())} if run.student.is_dir() else {}
-    for name in sorted(told.keys() | there.keys()):
+    for name in sorted(recorded.keys() | there.keys()):
         what = ""
         if name not in there:
-            what = "is gone"
-        elif name not in told:
+            what = "is missing"
+        elif name not in recorded:
             what = "is not in the receipt"
-        elif file_sha256(there[name]) != told[name]:
-            what = "is not the one of the receipt: its sha256 differs"
+        elif file_sha256(there[name]) != recorded[name]:
+            what = "is not the file of the receipt: its sha256 differs"
         if what:
             raise UserError(
-                f"{run.student / name}: {what}. Only what the run wrote is published; put its files back."
+                f"{run.student / name}: {what}. Only what the run wrote is published; restore its files."
             )
     for name, file in there.items():
         if name.endswith(".safetensors") and (tensor := not_finite(file)):
@@ -194,7 +201,7 @@ def _sound_files(run: RunDir, receipt: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def not_finite(file: Path) -> str | None:
-    """Name of the first tensor of a safetensors file with an infinite value or no number in it."""
+    """Name of the first tensor of a safetensors file that holds an infinity or a NaN."""
     check_safetensors(file)
     content = np.memmap(file, np.uint8, "r")
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
@@ -221,22 +228,22 @@ def _sound_exports(run: RunDir, receipt: Mapping[str, Any]) -> tuple[dict[str, P
         place = run.path / record["file"]
         where = f"{place}: export {record['format']}"
         if record["student_sha256"] != student:
-            raise UserError(f"{where} was made of another student. {again}")
+            raise UserError(f"{where} was made from another student. {again}")
         failed = [one for one in record.get("three_path", {}).items() if one[1]["status"] == "failed"]
         if failed and ("files" in record or place.exists()):
-            ((name, of), *_) = failed
+            ((name, result), *_) = failed
             todo = "Remove the file to publish without it; the card says so."
             raise UserError(
-                f"{where} fails when {name} loads it: {of.get('why', 'it says no reason')}."
+                f"{where} fails when {name} loads it: {result.get('why', 'no reason was recorded')}."
                 f" {again if 'files' in record else todo}"
             )
         if failed:
             continue
         parts = record.get("files") or {place.name: record}
-        for name, of in parts.items():
+        for name, part in parts.items():
             file = place / name if "files" in record else place
-            if not file.is_file() or file_sha256(file) != of["sha256"]:
-                raise UserError(f"{file}: gone, or not the file that was exported. {again}")
+            if not file.is_file() or file_sha256(file) != part["sha256"]:
+                raise UserError(f"{file}: missing, or not the file that was exported. {again}")
             files[name] = file
             if name.endswith(".safetensors") and (tensor := not_finite(file)):
                 raise UserError(f"{file}: tensor {tensor} has a value that is not finite. {again}")
@@ -248,7 +255,7 @@ def _sound_exports(run: RunDir, receipt: Mapping[str, Any]) -> tuple[dict[str, P
 def _regressions(
     receipt: Mapping[str, Any], tree: Mapping[str, Any], comparison: Mapping[str, Any] | None
 ) -> Iterator[str]:
-    """Where the student is behind the untouched one; what the recipe gives no weight to is no regression."""
+    """Where the student is behind the untouched one, in what the recipe gives weight to."""
     first, best = receipt["heldout_first"], receipt["heldout_best"]
     if receipt["student_is_of_step"] == 0:
         yield "no evaluation was better than the untouched student, which is the one that was saved"
@@ -264,54 +271,56 @@ def _regressions(
 
 
 def _parents(tree: Mapping[str, Any], publish: PublishConfig, receipt: Mapping[str, Any]) -> list[Parent]:
-    """Whose licences bind the student: the model it began from, its teacher, its data."""
+    """Whose licenses bind the student: the model it started from, its teacher, its data."""
     sources = {
         "student": tree["student"].get("model") if tree["student"]["name"] == "checkpoint" else None,
         "teacher": receipt["teacher"].get("source") or tree["teacher"].get("path"),
         "data": tree["corpus"]["path"],
     }
-    found = []
+    parents = []
     for role, source in sources.items():
-        if source is None:  # cut from the teacher, made of a config, or a teacher without weights
+        if source is None:  # cut from the teacher, made from a config, or a teacher without weights
             continue
-        said = getattr(publish, f"{role}_license")
-        read = receipt.get("licences", {}).get(role) or licence_of(source)
+        stated = getattr(publish, f"{role}_license")
+        read = receipt.get("licences", {}).get(role) or license_of(source)
         name = getattr(publish, role) or source.rstrip("/").rsplit("/", 1)[-1]
-        if said is not None:
-            read = {"license": said, "read_from": "the publisher's word"}
-        found.append(Parent(role, name, read["license"], read["read_from"]))
-    return found
+        if stated is not None:
+            read = {"license": stated, "read_from": "the publisher's word"}
+        parents.append(Parent(role, name, read["license"], read["read_from"]))
+    return parents
 
 
 def _humaneval(path: Path, receipt: Mapping[str, Any]) -> dict[str, Any] | None:
     """Its result; refused where it is seen to be another student's."""
-    found = _result(path)
-    of = (found or {}).get("settings", {})
-    known = receipt["student_is_of_step"] == receipt["steps"] and of.get("dtype") == receipt["weights_dtype"]
-    if known and of.get("weights_sha256") != receipt["student"]["weights_sha256_end"]:
+    result = _result(path)
+    settings = (result or {}).get("settings", {})
+    # Only the last step's weights have a hash in the receipt, and it holds for one dtype.
+    is_last = receipt["student_is_of_step"] == receipt["steps"]
+    comparable = is_last and settings.get("dtype") == receipt["weights_dtype"]
+    if comparable and settings.get("weights_sha256") != receipt["student"]["weights_sha256_end"]:
         raise UserError(f"{path}: the evaluation of another student. Evaluate this run again, or remove it.")
-    return found
+    return result
 
 
 def _result(path: Path) -> dict[str, Any] | None:
     return read_object(path, READABLE) if path.is_file() else None
 
 
-def _written(run: RunDir, known: Known, files: Mapping[str, Path]) -> Prepared:
-    """RUN/publish/, anew, and the plan of everything."""
+def _written(run: RunDir, inputs: CardInputs, files: Mapping[str, Path]) -> Prepared:
+    """Write RUN/publish/ afresh, and plan what is uploaded."""
     folder = run.path / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     texts = {
-        CARD: card(known, hub.metadata(known)),
-        PROVENANCE: json.dumps(_provenance(known), indent=2) + "\n",
-        "recipe.yaml": known.recipe,
+        CARD: card(inputs, metadata(inputs)),
+        PROVENANCE: json.dumps(_provenance(inputs), indent=2) + "\n",
+        "recipe.yaml": inputs.recipe,
     }
-    if (results := hub.eval_results(known)) is not None:
+    if (results := eval_results(inputs)) is not None:
         texts[".eval_results/humaneval.yaml"] = results
-    if known.gguf:
-        template = check_gguf(files[known.gguf[0]]).metadata.get("tokenizer.chat_template")
-        texts["Modelfile"] = hub.modelfile(known.gguf[0], template is not None)
+    if inputs.gguf:
+        template = check_gguf(files[inputs.gguf[0]]).metadata.get("tokenizer.chat_template")
+        texts["Modelfile"] = modelfile(inputs.gguf[0], template is not None)
     for name, content in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_whole(folder / name, content.encode("utf-8", "backslashreplace"))
@@ -322,10 +331,10 @@ def _written(run: RunDir, known: Known, files: Mapping[str, Path]) -> Prepared:
     for item in plan:
         if item.bytes <= MAX_TEXT_BYTES and TOKEN.search(item.file.read_bytes()):
             raise UserError(
-                f"{item.file}: holds what looks like a token of the Hub. Take it out; it stays here."
+                f"{item.file}: holds what looks like a token of the Hub. Remove it; nothing was uploaded."
             )
-    prepared = Prepared(run, known.repo, plan)
-    write_whole(folder / "plan.json", (json.dumps(prepared.told(), indent=2) + "\n").encode())
+    prepared = Prepared(run, inputs.repo, plan)
+    write_whole(folder / "plan.json", (json.dumps(prepared.as_dict(), indent=2) + "\n").encode())
     return prepared
 
 
@@ -333,26 +342,21 @@ def _item(path: str, file: Path) -> Item:
     return Item(path, file, file.stat().st_size, file_sha256(file))
 
 
-def _told(item: Item, run: Path) -> dict[str, Any]:
-    return asdict(item) | {
-        "file": str(item.file.relative_to(run)) if item.file.is_relative_to(run) else item.file.name
-    }
-
-
-def _provenance(known: Known) -> dict[str, Any]:
-    """Hashes of all that the student came from, and of the code that made it."""
-    receipt = known.receipt
+def _provenance(inputs: CardInputs) -> dict[str, Any]:
+    """Hashes of everything that the student came from, and of the code that made it."""
+    receipt = inputs.receipt
     plain = ("potstill", "commit", "uncommitted_changes", "recipe_sha256", "corpus_fingerprint")
     exports = [
-        {name: of for name, of in record.items() if name != "file"} for record in receipt.get("exports", [])
+        {name: value for name, value in record.items() if name != "file"}
+        for record in receipt.get("exports", [])
     ]
     return {
         **{name: receipt.get(name) for name in (*plain, "tokenizer_sha256", "seed", "steps", "positions")},
-        "license": known.licence.license,
-        "parents": [asdict(parent) for parent in known.parents],
-        "teacher": {"id": known.teacher, "weights_sha256": receipt["teacher"].get("weights_sha256")},
+        "license": inputs.license.license,
+        "parents": [asdict(parent) for parent in inputs.parents],
+        "teacher": {"id": inputs.teacher, "weights_sha256": receipt["teacher"].get("weights_sha256")},
         "student": {
-            "base": known.base,
+            "base": inputs.base,
             "weights_sha256_start": receipt["student"]["weights_sha256_start"],
             "is_of_step": receipt["student_is_of_step"],
             "files": receipt["output"],

@@ -67,7 +67,9 @@ class CorpusConfig(Config):
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         """Documents as token ids, and the files that they come from."""
-        return cast("Reading", implementation("potstill.data.readers:from_texts")(self.texts(), tokenizer))
+        return cast(
+            "Reading", implementation("potstill.data.readers.reading:from_texts")(self.texts(), tokenizer)
+        )
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
         """The files that a reading would open now; `files` are those of an earlier one."""
@@ -75,7 +77,8 @@ class CorpusConfig(Config):
 
 
 def _reader(name: str) -> Any:
-    return implementation(f"potstill.data.readers:{name}")
+    """`FORMAT:function` of the readers."""
+    return implementation(f"potstill.data.readers.{name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +92,10 @@ class FileCorpusConfig(CorpusConfig, _Path):
     """Base of a corpus that is read from files."""
 
     patterns: ClassVar[str] = ""
-    """Where in `data.readers` the names of its files stand."""
+    """Where the reader has the names of its files."""
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return list(_reader("files_of")(Path(self.path), _reader(self.patterns)))
+        return list(_reader("reading:files_of")(Path(self.path), _reader(self.patterns)))
 
 
 @register("corpus")
@@ -106,10 +109,10 @@ class TextCorpusConfig(FileCorpusConfig):
     """Patterns of file names to leave out, relative to the path."""
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        return cast("Reading", _reader("text")(Path(self.path), tokenizer, self.include, self.exclude))
+        return cast("Reading", _reader("text:read")(Path(self.path), tokenizer, self.include, self.exclude))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return list(_reader("files_of")(Path(self.path), self.include, self.exclude))
+        return list(_reader("reading:files_of")(Path(self.path), self.include, self.exclude))
 
 
 @register("corpus")
@@ -120,10 +123,10 @@ class JsonlCorpusConfig(FileCorpusConfig):
     field: str = "text"
     """Key of the text in each object."""
 
-    patterns: ClassVar[str] = "JSONL"
+    patterns: ClassVar[str] = "jsonl:PATTERNS"
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        return cast("Reading", _reader("jsonl")(Path(self.path), tokenizer, self.field))
+        return cast("Reading", _reader("jsonl:read")(Path(self.path), tokenizer, self.field))
 
 
 @register("corpus")
@@ -134,10 +137,10 @@ class ChatCorpusConfig(FileCorpusConfig):
     field: str = "messages"
     """Key of the list of messages in each object."""
 
-    patterns: ClassVar[str] = "JSONL"
+    patterns: ClassVar[str] = "jsonl:PATTERNS"
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        return cast("Reading", _reader("chat")(Path(self.path), tokenizer, self.field))
+        return cast("Reading", _reader("chat:read")(Path(self.path), tokenizer, self.field))
 
 
 @register("corpus")
@@ -148,10 +151,10 @@ class ParquetCorpusConfig(FileCorpusConfig):
     column: str = "text"
     """Column of the text."""
 
-    patterns: ClassVar[str] = "PARQUET"
+    patterns: ClassVar[str] = "parquet:PATTERNS"
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        return cast("Reading", _reader("parquet")(Path(self.path), tokenizer, self.column))
+        return cast("Reading", _reader("parquet:read")(Path(self.path), tokenizer, self.column))
 
 
 @register("corpus")
@@ -165,7 +168,7 @@ class HfCorpusConfig(FileCorpusConfig):
     """Column of the text."""
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        return cast("Reading", _reader("hf")(Path(self.path), tokenizer, self.split, self.column))
+        return cast("Reading", _reader("hf:read")(Path(self.path), tokenizer, self.split, self.column))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
         # Its state.json, which is one of them, lists the others: none can be added without it changing.
@@ -186,8 +189,8 @@ class TokensCorpusConfig(FileCorpusConfig):
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         end = vocab.eos_id if self.document_end is None else self.document_end
-        reading = _reader("tokens")(Path(self.path), self.dtype, vocab.size, end, self.tokens_per_row)
+        reading = _reader("tokens:read")(Path(self.path), self.dtype, vocab.size, end, self.tokens_per_row)
         return cast("Reading", reading)
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return list(_reader("shards_of")(Path(self.path)))
+        return list(_reader("tokens:shards_of")(Path(self.path)))

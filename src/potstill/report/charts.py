@@ -1,6 +1,6 @@
 """Curves as inline SVG: axes with round ticks, several runs over one another, nothing that needs a script.
 
-A chart's numbers are in its own units, 420 by 220, and it scales with its column. Colours and fonts come from
+A chart's numbers are in its own units, 420 by 220, and it scales with its column. Colors and fonts come from
 `report.css` by class: `s0`, `s1` … . What is not finite is not drawn, and is counted in the
 chart's caption.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape as escape_html
 from typing import Literal
+
+from potstill.io.terminal import printable
 
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 34
@@ -19,8 +21,13 @@ MOST_POINTS = 300
 """Columns that a longer line is thinned to; each keeps its lowest and its highest value."""
 LOG_FROM = 30.0
 """Ratio of the highest to the lowest value from which an axis is logarithmic."""
-COLOURS = 6
+COLORS = 6
 Point = tuple[float, float]
+
+
+def escape(text: str) -> str:
+    """Text of unknown origin, safe between tags and in quoted attributes; hidden characters written out."""
+    return escape_html(printable(text), quote=True)
 
 
 @dataclass(frozen=True)
@@ -28,14 +35,14 @@ class Series:
     """A metric of one run. `line` joins the points, `points` also marks them, `level` is a constant."""
 
     label: str
-    colour: int
+    color: int
     kind: Literal["line", "points", "level"]
     points: Sequence[Point]
 
 
 def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool = False) -> str:
-    """A figure of its title, a key, and the curves over the steps; says so where nothing was logged."""
-    kept = [Series(s.label, s.colour, s.kind, [p for p in s.points if math.isfinite(p[1])]) for s in series]
+    """A figure with its title, a key, and the curves over the steps, or a note that nothing was logged."""
+    kept = [Series(s.label, s.color, s.kind, [p for p in s.points if math.isfinite(p[1])]) for s in series]
     lost = sum(len(s.points) for s in series) - sum(len(s.points) for s in kept)
     kept = [s for s in kept if s.points]
     head = f"<b>{escape(title)}</b> <span>{escape(unit)}</span>"
@@ -51,7 +58,7 @@ def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool =
     parts = [scale.grid(y_ticks, x_ticks), *(scale.draw(s) for s in kept)]
     notes = [*(["log scale"] if is_log else []), *([f"{lost} values not finite"] if lost else [])]
     key = "".join(f'<li class="{k}">{escape(label)}</li>' for k, label in _key(kept))
-    label = escape(f"{title}, {unit}, over {last:g} steps: {_ends(kept)}", quote=True)
+    label = escape(f"{title}, {unit}, over {last:g} steps: {_ends(kept)}")
     return (
         f'<figure class="chart"><figcaption>{head}<ul class="key">{key}'
         + "".join(f"<li>{escape(note)}</li>" for note in notes)
@@ -63,12 +70,12 @@ def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool =
 
 
 def intervals(title: str, arms: Sequence[tuple[str, tuple[float, float, float] | None]]) -> str:
-    """A figure with a row an arm: a dot at its mean, a line from the low to the high end of its interval."""
+    """A figure with a row for each arm: a dot at its mean, a line across its interval."""
     known = [value for _, value in arms if value is not None]
     head = f"<figcaption><b>{escape(title)}</b></figcaption>"
     if not known:
         return f'<figure class="chart none">{head}<p>not run</p></figure>'
-    # An arm without an interval that is far from the others would squeeze theirs to a point: it is written.
+    # A distant arm without an interval would squeeze those of the others to a point: it is written as text.
     wide = [value for value in known if value[1] < value[2]] or known
     lowest, highest = min(low for _, low, _ in wide), max(high for _, _, high in wide)
     reach = 2 * (highest - lowest)
@@ -82,7 +89,7 @@ def intervals(title: str, arms: Sequence[tuple[str, tuple[float, float, float] |
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="4" y2="{bottom}"/>')
         parts.append(f'<text class="x" x="{x}" y="{bottom + 15}">{number(mark)}</text>')
     for row, (name, value) in enumerate(arms):
-        y, colour = 20 + 26 * row, f"s{row % COLOURS}"
+        y, color = 20 + 26 * row, f"s{row % COLORS}"
         short = name if len(name) <= 18 else f"{name[:17]}…"
         parts.append(f'<text class="y" x="{left - 10}" y="{y + 4}">{escape(short)}</text>')
         if value is None:
@@ -95,12 +102,12 @@ def intervals(title: str, arms: Sequence[tuple[str, tuple[float, float, float] |
             parts.append(f'<text class="{kind}" x="{x}" y="{y + 4}">{where}</text>')
             continue
         mean, low, high = (round(left + (v - marks[0]) * per_unit, 1) for v in value)
-        parts.append(f'<line class="whisker {colour}" x1="{low}" x2="{high}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<circle class="dot {colour}" cx="{mean}" cy="{y}" r="4"/>')
-    told = "; ".join(f"{n} {v[0]:.4g} from {v[1]:.4g} to {v[2]:.4g}" for n, v in arms if v is not None)
+        parts.append(f'<line class="whisker {color}" x1="{low}" x2="{high}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="dot {color}" cx="{mean}" cy="{y}" r="4"/>')
+    values = "; ".join(f"{n} {v[0]:.4g} from {v[1]:.4g} to {v[2]:.4g}" for n, v in arms if v is not None)
     return (
         f'<figure class="arms">{head}<svg role="img" viewBox="0 0 {WIDTH} {bottom + 22}"'
-        f' aria-label="{escape(title)}: {escape(told)}">{"".join(parts)}</svg></figure>'
+        f' aria-label="{escape(title)}: {escape(values)}">{"".join(parts)}</svg></figure>'
     )
 
 
@@ -126,15 +133,15 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most twice MOST_POINTS points, the lowest and the highest of each column: no spike is lost."""
+    """At most twice MOST_POINTS points, the lowest and the highest of each column: spikes stay."""
     if len(points) <= 2 * MOST_POINTS:
         return list(points)
-    found: list[Point] = []
+    kept: list[Point] = []
     for column in range(MOST_POINTS):
         part = points[column * len(points) // MOST_POINTS : (column + 1) * len(points) // MOST_POINTS]
         ends = min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])
-        found += sorted({*ends})
-    return found
+        kept += sorted({*ends})
+    return kept
 
 
 def number(value: float) -> str:
@@ -148,7 +155,7 @@ def number(value: float) -> str:
 
 
 def grouped(value: float) -> str:
-    """Digits in threes, with narrow spaces that do not break."""
+    """Digits in groups of three, with narrow non-breaking spaces."""
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
@@ -184,33 +191,33 @@ class _Scale:
 
     def draw(self, series: Series) -> str:
         at = [(self.x(x), self.y(y)) for x, y in thinned(series.points)]
-        colour = f"s{series.colour % COLOURS}"
+        color = f"s{series.color % COLORS}"
         if series.kind == "level":
             y = round(at[-1][1], 1)
-            return f'<line class="level {colour}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+            return f'<line class="level {color}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         values = " ".join(f"{x:g}:{y:.4g}" for x, y in thinned(series.points))
         label = escape(series.label)
-        told = f'points="{joined}" data-name="{label}" data-at="{values}"'
-        line = f'<polyline class="{series.kind} {colour}" {told}/>'
+        data = f'points="{joined}" data-name="{label}" data-at="{values}"'
+        line = f'<polyline class="{series.kind} {color}" {data}/>'
         if series.kind == "points":
             line += "".join(
-                f'<circle class="{colour}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.2">'
+                f'<circle class="{color}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.2">'
                 f"<title>{label}, step {x:g}: {y:.6g}</title></circle>"
                 for x, y in thinned(series.points)
             )
         elif len(at) == 1:
-            line += f'<circle class="dot {colour}" cx="{at[0][0]:.1f}" cy="{at[0][1]:.1f}" r="2.4"/>'
+            line += f'<circle class="dot {color}" cx="{at[0][0]:.1f}" cy="{at[0][1]:.1f}" r="2.4"/>'
         return line
 
 
 def _key(series: Sequence[Series]) -> list[tuple[str, str]]:
-    """What each kind of line is, once, in its colour where it has one; runs are named above the charts."""
-    found = []
+    """(CSS class, label) of each kind of line, in its color where that is the same for all runs."""
+    keys = []
     for kind, label in dict.fromkeys((s.kind, s.label) for s in series):
-        colours = {s.colour for s in series if s.kind == kind}
-        found.append((f"k-{kind} s{colours.pop() % COLOURS}" if len(colours) == 1 else f"k-{kind}", label))
-    return found
+        colors = {s.color for s in series if s.kind == kind}
+        keys.append((f"k-{kind} s{colors.pop() % COLORS}" if len(colors) == 1 else f"k-{kind}", label))
+    return keys
 
 
 def _ends(series: Sequence[Series]) -> str:

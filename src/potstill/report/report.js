@@ -59,7 +59,7 @@ for (const reader of document.querySelectorAll(".reader")) {
 for (const svg of document.querySelectorAll(".chart svg")) {
   const lines = [...svg.querySelectorAll("polyline")].map((line) => ({
     name: line.dataset.name,
-    colour: line.classList[1],
+    color: line.classList[1],
     xs: line.getAttribute("points").split(" ").map((point) => parseFloat(point)),
     at: line.dataset.at.split(" ").map((pair) => pair.split(":")),
   }));
@@ -76,7 +76,7 @@ for (const svg of document.querySelectorAll(".chart svg")) {
     tip.replaceChildren(made("p", `step ${here[0][0].at[here[0][1]][0]}`));
     for (const [line, i] of here) {
       const p = made("p", ""), value = line.at[i][1];
-      p.append(made("i", "", "swatch", line.colour), `${line.name} ${value}`);
+      p.append(made("i", "", "swatch", line.color), `${line.name} ${value}`);
       tip.append(p);
     }
     tip.style.setProperty("--x", (100 * x) / width + "%");

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from potstill.data import tokenizers
 from potstill.io.hashing import file_sha256
-from potstill.models import safetensors_files
+from potstill.models import model_files
 from potstill.recipe.plugins import plugin_sha256
 
 SETTINGS = {
     *("config.json", "chat_template.jinja", "chat_template.json", "merges.txt"),
-    *safetensors_files.SETTINGS,
+    *model_files.SETTINGS,
     *tokenizers.SETTINGS,
     *tokenizers.TOKENIZER_FILES,
 }

@@ -19,6 +19,7 @@
     evals/lm-eval/    result of `potstill eval RUN --lm-eval`
     adapter/          of a LoRA student, what was trained, in peft's format
     checkpoints/      the last two states of the training, for --resume
+    .lock             while a process writes here
 
 Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
 """
@@ -26,7 +27,6 @@ Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -41,6 +41,7 @@ from typing import Any
 from potstill.errors import UserError
 from potstill.io.atomic import flush, listed, repair_folder, replace_folder, require_whole, writing
 from potstill.io.atomic import write_whole as write_whole
+from potstill.io.locks import locked
 from potstill.io.safe_open import KeyTwice, object_of, opened, parse_json, read_object
 
 READABLE = "the run's other files are still readable."
@@ -147,20 +148,13 @@ class RunDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time writes here; a killed one holds no lock."""
-        with writing(self.path):
-            descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise UserError(
-                f"{self.path}: another process is at work on this run. Wait for it, or stop it."
-            ) from error
-        try:
+        """One process at a time writes here; a second one is refused."""
+
+        def refuse() -> None:
+            raise UserError(f"{self.path}: another process is at work on this run. Wait for it, or stop it.")
+
+        with locked(self.path, on_wait=refuse):
             yield
-        finally:
-            os.close(descriptor)
 
     def flush(self) -> None:
         """The metrics so far onto the disk: a checkpoint is not to outlive the lines before it."""

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
+from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
-from potstill.models.model_files import ModelFiles
+from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import TeacherConfig
 from potstill.registry import implementation
-from potstill.types import Batch, Finding, HiddenTargets, Teacher, Vocab
+from potstill.types import Batch, Finding, Teacher, Vocab
 
 if TYPE_CHECKING:
     from potstill.build.setup import RunSetup

@@ -7,7 +7,6 @@ no gradient, eval mode, and a hash that is the same after training as before.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from potstill.data.tokenizers import vocab_of
 from potstill.errors import UserError
+from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.models.llama_cpp import LlamaCppLM
 from potstill.models.load import (
@@ -27,14 +27,14 @@ from potstill.models.load import (
     weights_sha256,
     without_data,
 )
-from potstill.models.model_files import ModelFiles
 from potstill.models.quantization import pack_for_plan, quantisation
+from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import HfTeacherConfig
 from potstill.teachers.backends import FULL, Choice, choose
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource
 from potstill.teachers.quantization_gap import quantization_gap
 from potstill.teachers.toy import as_tensor, require_ids, require_known, require_last
-from potstill.types import Batch, Finding, HiddenTargets, Vocab
+from potstill.types import Batch, Finding, Vocab
 
 if TYPE_CHECKING:
     from potstill.build.setup import RunSetup
@@ -229,18 +229,15 @@ class HfSource(TeacherSource):
     config: HfTeacherConfig
     lacks_tokenizer = "a folder with its tokenizer's files in teacher.model"
 
-    @cached_property
-    def files(self) -> ModelFiles:
-        return ModelFiles(self.config.model)
-
-    @cached_property
-    def reference(self) -> ModelFiles:
+    def __init__(self, config: HfTeacherConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.files = ModelFiles(config.model)
+        self.reference = self.files if config.reference is None else ModelFiles(config.reference)
         """The full weights that fewer bits are measured against."""
-        return self.files if self.config.reference is None else ModelFiles(self.config.reference)
 
     @property
     def checkpoints(self) -> list[ModelFiles]:
-        return [self.files] if self.config.reference is None else [self.files, self.reference]
+        return list(dict.fromkeys([self.files, self.reference]))
 
     @property
     def vocab_size(self) -> int:

@@ -19,16 +19,17 @@ from torch.nn import functional as F
 
 from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import local_copy
-from potstill.models.model_files import ModelFiles
+from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import StoreTeacherConfig
 from potstill.store.codecs import Hidden
-from potstill.store.reader import HELDOUT_KIND, ROWS_ADVICE, Store, read_manifest
+from potstill.store.layout import HELDOUT_CODEC
+from potstill.store.reader import ROWS_ADVICE, Store, read_manifest
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource
 from potstill.teachers.hf import TorchTeacher
-from potstill.types import Batch, Head, HiddenTargets, Targets, Vocab
+from potstill.types import Batch, Head, Targets, Vocab
 
 OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows", "documents", "tokens")
 """What of a corpus is compared by name before its fingerprint, which says only that something differs."""
@@ -96,11 +97,11 @@ class StoredTeacher(BaseTeacher):
                 self._refuse(f"corpus: {name} was {_short(theirs[name])}, is {_short(corpus[name])}.")
         if ids != kept["vocabulary"]["ids"]:
             self._refuse(f"vocabulary: {kept['vocabulary']['ids']} shared ids then, {ids} with this student.")
-        if kept["rows"] < theirs["train_rows"] and (missing := self.store.without(rows)):
+        if kept["rows"] < theirs["train_rows"] and (missing := self.store.missing(rows)):
             self._refuse(
                 f"rows: {len(missing)} of this run's are not in it, one is {missing[0]}.", ROWS_ADVICE
             )
-        if isinstance(self.store.kind, Hidden):
+        if isinstance(self.store.codec, Hidden):
             return
         name = kept["kind"]["name"]
         if objective.temperature != kept["temperature"]:
@@ -163,11 +164,11 @@ class StoredTeacher(BaseTeacher):
 
     def _row(self, row: int, asked_P: Tensor) -> Targets:
         places_P, kept = self.store.row(row)
-        kind = HELDOUT_KIND if self.store.is_heldout(row) else self.store.kind
+        codec = HELDOUT_CODEC if self.store.is_heldout(row) else self.store.codec
         index_P = torch.searchsorted(places_P, asked_P).clamp_max(max(len(places_P) - 1, 0))
         if len(asked_P) and not (len(places_P) and torch.equal(places_P[index_P], asked_P)):
             self._refuse(f"row {row}: asked for positions that it has no targets for.")
-        targets = kind.decode(kept, self.head)
+        targets = codec.decode(kept, self.head)
         return targets if torch.equal(places_P, asked_P) else _picked(targets, index_P)
 
     def _refuse_ids(self) -> NoReturn:

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from potstill.errors import UserError, one_line
+from potstill.losses.targets import HiddenTargets
 from potstill.models.safetensors_files import check_safetensors
 from potstill.recipe.sections_models import FixtureTeacherConfig, TableTeacherConfig
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource
-from potstill.types import Batch, HiddenTargets, Vocab
+from potstill.types import Batch, Vocab
 
 PEAK = 10.0  # the logit of the id that the fixture points at; every other id has 0
 

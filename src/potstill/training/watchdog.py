@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, Self
 
 from potstill.errors import Stopped
-from potstill.io.silence import speak
+from potstill.io.silence import restore_stderr
 from potstill.recipe.sections_training import GuardConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -105,7 +105,7 @@ class Watchdog:
         )
         # Not through the display: it may be what the signal interrupted, and streams are not reentrant.
         with contextlib.suppress(OSError):
-            speak()
+            restore_stderr()
             os.write(2, f"{signal.Signals(number).name}: stopping {when}\n".encode())
         if not self._in_loop:
             raise Stopped
@@ -128,7 +128,7 @@ class Watchdog:
                 waited_for = (
                     "step and no batch of an evaluation" if self._in_loop else "sign of life at the start"
                 )
-                speak()
+                restore_stderr()
                 self.on_stall(
                     f"no {waited_for} for {silent_s:.3g} s; guard.{self._deadline} is {limit:g}", stacks
                 )

@@ -17,30 +17,30 @@ from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import UserError
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display, clock, size
+from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.preflight.auto import settle
 from potstill.preflight.plan import available
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
 from potstill.store.codecs import DEFAULT_BYTES, k_of, planned_bytes, threshold_of
-from potstill.store.reader import (
+from potstill.store.layout import (
     CAPTURE,
     CERTIFICATE,
     HEAD,
     HELDOUT,
-    HELDOUT_KIND,
+    HELDOUT_CODEC,
     SCHEMA,
     Files,
-    StoreWriter,
-    kind_of,
-    read_manifest,
-    write_json,
+    codec_of,
 )
+from potstill.store.reader import read_manifest
 from potstill.store.shards import AGAIN
+from potstill.store.writer import StoreWriter, write_json
 from potstill.teachers.backends import FULL
 from potstill.teachers.capture_rows import Captured, capture_shard
 from potstill.teachers.stored import OF_CORPUS
-from potstill.types import HiddenTargets, Teacher
+from potstill.types import Teacher
 from potstill.workflows.capture_fidelity import certificate
 
 MOST_SHARDS = 1000  # where the recipe does not say how many rows a file has
@@ -82,21 +82,21 @@ def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Displ
     mine = range((number - 1) * shards // parts, number * shards // parts)
     _announce(settings, setup, out, mine, display)
     writer = StoreWriter.open(out, settings)
-    with writer.only(mine, first=number == 1):
+    with writer.exclusive(mine, first=number == 1):
         if number == 1:
             writer.write_head(head)
             writer.write_tokenizer(setup.tokenizer)
             writer.write(
                 out / HELDOUT,
                 lambda file: capture_shard(
-                    file, teacher, held, range(len(held)), HELDOUT_KIND, 0, rows_per_batch
+                    file, teacher, held, range(len(held)), HELDOUT_CODEC, 0, rows_per_batch
                 ),
             )
         _capture_shards(setup, settings, writer, mine, display)
         if number == 1 and not (out / CERTIFICATE).exists():
             display.note("certificate: on the held-out rows")
             seed = settings["kind"].get("seed", 0)
-            figures = certificate(setup.student, teacher, held, kind_of(settings), seed)
+            figures = certificate(setup.student, teacher, held, codec_of(settings), seed)
             student = {**setup.origin, "weights_sha256": setup.student.weights_sha256()}
             write_json(out / CERTIFICATE, figures | {"student": student})
     return read_manifest(out) if writer.finish() else None
@@ -211,7 +211,7 @@ def _row_numbers(setup: RunSetup) -> list[int]:
 def _capture_shards(
     setup: RunSetup, settings: Json, writer: StoreWriter, mine: range, display: Display
 ) -> None:
-    teacher, numbers, kind = setup.teacher, _row_numbers(setup), kind_of(settings)
+    teacher, numbers, codec = setup.teacher, _row_numbers(setup), codec_of(settings)
     each, seed = settings["rows_per_shard"], settings["kind"].get("seed", 0)
     todo = set(writer.missing(mine))
     left = sum(len(numbers[n * each : (n + 1) * each]) for n in todo)
@@ -232,7 +232,7 @@ def _capture_shards(
         writer.write(
             writer.files.shard(shard),
             lambda file, rows=rows: capture_shard(  # type: ignore[misc]
-                file, teacher, setup.corpus.train, rows, kind, seed, settings["rows_per_batch"], on_row
+                file, teacher, setup.corpus.train, rows, codec, seed, settings["rows_per_batch"], on_row
             ),
         )
 

@@ -28,12 +28,12 @@ from torch import Tensor
 from potstill.losses.divergences import forward_kl
 from potstill.losses.targets import SparseTargets
 from potstill.models.student import Student
-from potstill.store.codecs import Kind
+from potstill.store.codecs import Codec
 from potstill.teachers.capture_rows import captured
 from potstill.types import Rows, Targets, Teacher
 
 
-def certificate(student: Student, teacher: Teacher, rows: Rows, kind: Kind, seed: int) -> dict[str, Any]:
+def certificate(student: Student, teacher: Teacher, rows: Rows, codec: Codec, seed: int) -> dict[str, Any]:
     """Row by row over `rows`; the student is as it is, and left so."""
     assert teacher.model is not None
     objective = replace(student.objective, kd_weight=1.0, ce_weight=0.0)
@@ -43,8 +43,8 @@ def certificate(student: Student, teacher: Teacher, rows: Rows, kind: Kind, seed
     student.eval()
     for number in range(len(rows)):
         batch = rows.batch([number]).to(student.model.device)
-        (one,) = captured(teacher, rows, [number], kind, seed, 1)
-        stored = kind.decode(one.kept, teacher.model.head)
+        (one,) = captured(teacher, rows, [number], codec, seed, 1)
+        stored = codec.decode(one.kept, teacher.model.head)
         if isinstance(stored, SparseTargets):
             stored = stored.to(student.model.device)
         pair = teacher.targets(batch), stored

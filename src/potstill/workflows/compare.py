@@ -327,11 +327,13 @@ class _Comparison:
 
     def humaneval(self, folder: Path) -> list[float]:
         """Of each problem, 1 where the greedy sample passed."""
-        from potstill.evals.humaneval import Options, evaluate
+        from potstill.evals.humaneval import HumanEvalSettings, evaluate
 
         out = RunDir(folder.parent).evals / "humaneval"
-        options = Options(max_new_tokens=self.asked.humaneval_tokens, device=self.recipe.train.device)
-        found = evaluate(folder, out, options, self.display.note)
+        config = HumanEvalSettings(
+            max_new_tokens=self.asked.humaneval_tokens, device=self.recipe.train.device
+        )
+        found = evaluate(folder, config, out, self.display.note)
         if found["status"] != "finished":
             raise UserError(f"{folder}: HumanEval: inference failed, there is no score: {found['why']}")
         return [float(count) for count in found["passed_by_problem"].values()]

@@ -23,7 +23,7 @@ from potstill.evals.heldout import heldout
 from potstill.evals.subject import Subject
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display
-from potstill.models.complete import complete
+from potstill.models.generate import greedy_text
 from potstill.models.lora import LoraLM
 from potstill.preflight.auto import as_started, choose_backend, choose_chunk, settle, with_chunk, with_matmul
 from potstill.preflight.checks import Checked, require_sound
@@ -456,4 +456,4 @@ def _sample(setup: RunSetup) -> str:
     plan = setup.recipe.eval
     if plan.sample_prompt is None or setup.tokenizer is None:
         return ""
-    return complete(setup.student.model, setup.tokenizer, plan.sample_prompt, plan.sample_tokens)
+    return greedy_text(setup.student.model, setup.tokenizer, plan.sample_prompt, plan.sample_tokens)

@@ -10,7 +10,7 @@ from potstill.io.hashing import file_sha256
 from potstill.io.memory import peak_gib
 from potstill.preflight.checks import Checked
 from potstill.preflight.plan import Plan
-from potstill.publish.licenses import licence_of
+from potstill.publish.licenses import license_of
 from potstill.runs.run_dir import RunDir, environment
 from potstill.training.checkpoint import Outcome
 
@@ -138,7 +138,7 @@ def _licenses(setup: RunSetup) -> dict[str, dict[str, str | None]]:
         "student": student.model if student.name == "checkpoint" else None,
         "data": setup.recipe.corpus.origin,
     }
-    return {role: licence_of(source) for role, source in sources.items() if source is not None}
+    return {role: license_of(source) for role, source in sources.items() if source is not None}
 
 
 def _without_list(overlaps: dict[str, Any] | None) -> dict[str, Any] | str:

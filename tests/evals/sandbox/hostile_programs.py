@@ -59,7 +59,7 @@ def send_raw(fields):
     write_all(framed(body.encode()))
 """
 
-GONE = "died: it ended before it had answered"
+GONE = "died: it exited before it answered"
 EXITS = [
     Hostile("exit at import", "import sys\nsys.exit(0)", "error: it raised SystemExit"),
     Hostile("SystemExit at import", "raise SystemExit(0)", "error: it raised SystemExit"),
@@ -90,7 +90,7 @@ KINDS = ["int", "float", "complex", "str", "bytes", "list", "tuple", "dict", "se
 
 def lies(name: str, kind: str, value: str, test: str = GUESS, body: str = EQUAL) -> Hostile:
     source = f"class Liar({kind}):\n    {body}    __hash__ = lambda _: 0\ndef f(x):\n    return {value}\n"
-    return Hostile(name, source, "error: it answered: a .+ is no plain literal", test)
+    return Hostile(name, source, "error: it answered: a .+ is not a plain literal", test)
 
 
 LIES = [
@@ -139,27 +139,27 @@ for number in range(3, 64):
 """
 PROTOCOL = [
     Hostile("verdict on every descriptor", f"{RAW}DATA = {FORGED.encode()!r}{EVERYWHERE}def f(x): return 1", "died: broken protocol"),
-    Hostile("framed verdict on every descriptor", f"{RAW}DATA = framed({FORGED.encode()!r}){EVERYWHERE}def f(x): return 1", "died: broken protocol: an answer to no question"),
+    Hostile("framed verdict on every descriptor", f"{RAW}DATA = framed({FORGED.encode()!r}){EVERYWHERE}def f(x): return 1", "died: broken protocol: an answer to no request"),
     Hostile("verdict on standard output", f"{RAW}\ndef f(x):\n    for n in (0, 1, 2):\n        os.write(n, {FORGED.encode()!r})\n    print({FORGED!r}, flush=True)\n    return 1", "failed: an assertion"),
-    Hostile("ready before it was asked", f"{RAW}os.write(4, framed(b'{{\"id\": \"0\", \"ready\": true}}'))\ndef f(x): return 1", "died: broken protocol: an answer to no question"),
+    Hostile("ready before it was asked", f"{RAW}os.write(4, framed(b'{{\"id\": \"0\", \"ready\": true}}'))\ndef f(x): return 1", "died: broken protocol: an answer to no request"),
     Hostile("goodbye in place of ready", f"{RAW}send_raw('\"end\": true')\nos._exit(0)", "error: it raised None"),
     answers("goodbye in place of an answer", "'\"end\": true'", "error: it raised None"),
     answers("ready again", "'\"ready\": true'", "error: it raised None"),
     answers("an answer and a goodbye", "'\"end\": true, \"value\": 1'", "failed: an assertion"),
-    Hostile("an answer twice", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    return 42", "died: broken protocol: an answer to no question", DOUBLE),
+    Hostile("an answer twice", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    return 42", "died: broken protocol: an answer to no request", DOUBLE),
     Hostile("a byte after the answer", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    os.write(4, b' ')\n    os._exit(0)", GONE, DOUBLE),
     Hostile("leaves after the right answer", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    os._exit(0)", GONE, DOUBLE),
     Hostile("answers, and a goodbye with the old id", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    send_raw('\"end\": true')\n    os._exit(0)", "died", DOUBLE),
     Hostile("answers, and a goodbye with the old id once it is asked for", f"{RAW}def f(x):\n    send_raw('\"value\": 42')\n    send_raw('\"end\": true')\n    os.read(3, 1)\n    os._exit(0)", "died", DOUBLE),
-    Hostile("a byte after the goodbye", f"{RAW}leave = os._exit\ndef more(code):\n    os.write(4, b'x')\n    leave(0)\nos._exit = more\ndef f(x): return 42", "died: it said more than it was asked", DOUBLE),
-    Hostile("a frame after the goodbye", f"{RAW}leave = os._exit\ndef more(code):\n    write_all(framed(b'{{}}'))\n    leave(0)\nos._exit = more\ndef f(x): return 42", "died: it said more than it was asked", DOUBLE),
+    Hostile("a byte after the goodbye", f"{RAW}leave = os._exit\ndef more(code):\n    os.write(4, b'x')\n    leave(0)\nos._exit = more\ndef f(x): return 42", "died: it sent more than was requested", DOUBLE),
+    Hostile("a frame after the goodbye", f"{RAW}leave = os._exit\ndef more(code):\n    write_all(framed(b'{{}}'))\n    leave(0)\nos._exit = more\ndef f(x): return 42", "died: it sent more than was requested", DOUBLE),
     Hostile("stays after the goodbye", f"{RAW}os._exit = lambda code: time.sleep(99)\ndef f(x): return 42", "timeout", DOUBLE, 0.05),
     Hostile("says no goodbye", f"{RAW}leave = os._exit\ndef f(x):\n    threading.Thread(target=lambda: (time.sleep(0.5), leave(0))).start()\n    frame_of_main().f_globals['send'] = lambda write, m: 'end' in m or send(write, m)\n    return 42\nsend = frame_of_main().f_globals['send']", GONE, DOUBLE),
     Hostile("a thread that answers later", f"{RAW}def later():\n    while True: os.write(4, framed(b'{{\"id\": \"0\", \"value\": 42}}'))\ndef f(x):\n    threading.Thread(target=later, daemon=True).start()\n    time.sleep(0.1)\n    return 42", "died: broken protocol", DOUBLE),
     Hostile("a frame of 4 GiB", f"{RAW}def f(x): os.write(4, b'\\xff' * 8)", "died: broken protocol: a frame of"),
     Hostile("endless answer", f"{RAW}def f(x):\n    while True: os.write(4, b'\\0\\0' * 9999)", "died: broken protocol", GUESS),
     Hostile("an empty frame", f"{RAW}def f(x): os.write(4, b'\\0' * 4)", "died: broken protocol: a frame that is not JSON"),
-    Hostile("a frame that is a list", f"{RAW}def f(x): write_all(framed(b'[]'))", "died: broken protocol: a frame that is no message"),
+    Hostile("a frame that is a list", f"{RAW}def f(x): write_all(framed(b'[]'))", "died: broken protocol: a frame that is not a message"),
     Hostile("a frame of brackets", f"{RAW}def f(x): write_all(framed(b'[' * (3 << 20)))", "died: broken protocol: a frame that is not JSON"),
     Hostile("half a frame", f"{RAW}def f(x):\n    os.write(4, b'\\0\\0\\1\\0half')\n    os._exit(0)", GONE),
     Hostile("half a frame, then silence", f"{RAW}def f(x):\n    os.write(4, b'\\0\\0\\1\\0half')\n    time.sleep(99)", "timeout", GUESS, 0.05),
@@ -179,7 +179,7 @@ PROTOCOL = [
     answers("raises a list", "'\"raised\": [[]]'", r"error: it raised \[\[\]\]"),
     answers("raises by a dotted name", "'\"raised\": \"os.system\"'", "error: it raised os.system"),
     answers("raises what is no exception", "'\"raised\": \"print\"'", "error: it raised print"),
-    answers("raises our own", "'\"raised\": \"Ended\", \"text\": \"passed\"'", "error: it raised Ended: passed"),
+    answers("raises our own", "'\"raised\": \"GuestFailed\", \"text\": \"passed\"'", "error: it raised GuestFailed: passed"),
     Hostile("closes the answers", f"{RAW}def f(x):\n    os.close(4)\n    time.sleep(99)", GONE),
     Hostile("closes everything", f"{RAW}def f(x):\n    os.closerange(0, 64)\n    time.sleep(99)", GONE),
     Hostile("closes the requests", f"{RAW}def f(x):\n    os.close(3)\n    return 42", GONE, DOUBLE),
@@ -190,13 +190,13 @@ PROTOCOL = [
 ]  # fmt: skip
 
 TAMPERS = [
-    Hostile("json", "import json\njson.dumps = lambda *_, **__: '{\"status\": \"passed\"}'\ndef f(x): return 1", "died: broken protocol: an answer to no question"),
-    Hostile("json's reader", "import json\njson.loads = lambda *_: {'id': '0', 'end': True}\ndef f(x): return 1", "died: broken protocol: an answer to no question"),
-    Hostile("os.write", "import os\nw = os.write\nos.write = lambda n, d: (w(n, d), w(n, d))[0]\ndef f(x): return 42", "died: (broken protocol|it said more)", DOUBLE),
+    Hostile("json", "import json\njson.dumps = lambda *_, **__: '{\"status\": \"passed\"}'\ndef f(x): return 1", "died: broken protocol: an answer to no request"),
+    Hostile("json's reader", "import json\njson.loads = lambda *_: {'id': '0', 'end': True}\ndef f(x): return 1", "died: broken protocol: an answer to no request"),
+    Hostile("os.write", "import os\nw = os.write\nos.write = lambda n, d: (w(n, d), w(n, d))[0]\ndef f(x): return 42", "died: (broken protocol|it sent more)", DOUBLE),
     Hostile("os.read", "import os\nos.read = lambda *_: b''\ndef f(x): return 42", GONE, DOUBLE),
     Hostile("builtins", "import builtins\nfor n in ('len', 'type', 'isinstance', 'abs', 'hex'): setattr(builtins, n, lambda *_: 42)\ndef f(x): return object()", "(died|error)"),
     Hostile("modules", "import sys\nsys.modules.clear()\ndef f(x): return 1", "(failed|died|error)"),
-    Hostile("wire", "import sys\nm = sys.modules['potstill.evals.sandbox.protocol']\nm.pack = m._pack = lambda *_: True\ndef f(x): return object()", "(failed|died|error)"),
+    Hostile("protocol", "import sys\nm = sys.modules['potstill.evals.sandbox.protocol']\nm.pack = m._pack = lambda *_: True\ndef f(x): return object()", "(failed|died|error)"),
     Hostile("everybody's namespace", "import gc\nfor d in gc.get_objects():\n    if type(d) is dict and 'pack' in d: d['pack'] = lambda v: {'value': 1, 'passed': True}\ndef f(x): return 1", "error: not an encoded literal"),
     Hostile("a verdict in the answer", "def f(x): return {'status': 'passed', 'detail': ''}", "failed: an assertion"),
     Hostile("its own check", "def check(candidate): pass\ndef f(x): return 1\nimport sys\nsys.modules['test'] = sys.modules['__main__'] = sys.modules[__name__ if __name__ in sys.modules else 'sys']", "failed: an assertion"),
@@ -210,14 +210,14 @@ EXCEPTIONS = [
     Hostile("text that raises", MADE % ("Exception", "def __str__(self): raise SystemExit"), "error: Exception"),
     Hostile("text that is no text", MADE % ("Exception", "def __str__(self): return 1"), "error: Exception"),
     Hostile("text of 100 MB", MADE % ("Exception", "def __str__(self): return 'x' * 10**8"), "error: Exception: x"),
-    Hostile("a class in our module", "class E(Exception):\n    pass\nE.__module__, E.__name__ = 'builtins', 'Ended'\ndef f(x): raise E('passed')", "error: it raised Ended"),
+    Hostile("a class in our module", "class E(Exception):\n    pass\nE.__module__, E.__name__ = 'builtins', 'GuestFailed'\ndef f(x): raise E('passed')", "error: it raised GuestFailed"),
     Hostile("a class that hides its bases", "class M(type):\n    __mro__ = property(lambda c: (c, int))\nclass E(Exception, metaclass=M): pass\ndef f(x): raise E", "(error|died)"),
     calls("an assertion of its own", "raise AssertionError('passed')", "failed: passed"),
     calls("an assertion with control characters", "raise AssertionError('\\x1b[2J\\x9b\\u202epassed\\r\\n' + chr(0xd800))", r"failed: \\x1b\[2J\\x9b\\u202epassed\\r\\n\\ud800"),
     calls("stops an iteration", "raise StopIteration", "(error|failed)", "def check(candidate):\n    assert TOKEN in [candidate(i) for i in range(3)]\n"),
     calls("stops a generator", "raise StopIteration", "error: RuntimeError", "def check(candidate):\n    assert all(candidate(i) for i in range(3))\n"),
-    calls("a group", "raise ExceptionGroup('passed', [ValueError()])", "error: Raised: ExceptionGroup"),
-    calls("an exception of five arguments", "b'\\xff'.decode()", "error: Raised: UnicodeDecodeError"),
+    calls("a group", "raise ExceptionGroup('passed', [ValueError()])", "error: CandidateError: ExceptionGroup"),
+    calls("an exception of five arguments", "b'\\xff'.decode()", "error: CandidateError: UnicodeDecodeError"),
     calls("a test that catches everything", "os._exit(0)", GONE, "def check(candidate):\n    try:\n        candidate(21)\n    except:\n        return\n"),
     calls("a test that catches everything, and a lie", "return object()", "error: it answered", "def check(candidate):\n    try:\n        candidate(21)\n    except BaseException:\n        pass\n    finally:\n        return\n"),
     calls("memory, caught by the test", "return object()", "error: it answered", "def check(candidate):\n    for i in range(3):\n        try: candidate(i)\n        except: continue\n"),

@@ -1,4 +1,4 @@
-"""The harness that tests/evals/sandbox/test_sandbox.py starts, perhaps as another user, perhaps with another Python:
+"""The program that tests/evals/sandbox/test_sandbox.py starts, perhaps as another user, perhaps with another Python:
 runs the hostile programs in one tier and prints what came of each, and what they left, as JSON.
 
     python hostile_run.py TIER PLACES_AS_JSON [NAME_OF_A_PROGRAM ...]
@@ -18,7 +18,7 @@ from pathlib import Path
 from hostile_programs import PROGRAMS, Hostile
 from hostile_reaches import MARK, REACHES
 
-from potstill.evals.sandbox.sandbox import SOUND, Limits, Sandbox, SandboxRefused, Verdict
+from potstill.evals.sandbox.sandbox import TRIVIAL, Limits, Sandbox, SandboxRefused, Verdict
 
 PR_SET_CHILD_SUBREAPER = 36
 TOKEN = secrets.randbits(58) + 2**58
@@ -65,7 +65,7 @@ def main() -> None:
             verdicts = list(pool.map(lambda program: run(sandbox, program, places), programs))
         left = processes_left()
         changed = sorted(set(before.items()) ^ set(seen(stage).items()))
-        alive = sandbox.judge(**SOUND, cpu_s=5.0).status
+        alive = sandbox.judge(**TRIVIAL, cpu_s=5.0).status
     marks = [
         str(path)
         for folder in (
@@ -80,7 +80,7 @@ def main() -> None:
         )
         for path in Path(folder).glob(f"*{MARK}*")
     ]
-    told = {
+    report = {
         "verdicts": {p.name: [v.status, v.detail] for p, v in zip(programs, verdicts, strict=True)},
         "processes": left,
         "changed": changed,
@@ -89,7 +89,7 @@ def main() -> None:
         "alive": alive,
         "token": TOKEN,
     }
-    print(json.dumps(told))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Programs that a model wrote, run where they can do no harm, with a verdict that they cannot forge."""
+"""Runs model-written programs in isolation, with verdicts that the programs cannot forge."""

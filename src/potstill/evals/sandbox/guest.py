@@ -1,9 +1,10 @@
-"""Inside the sandbox: shut every door behind oneself, then run the untrusted program.
+"""Inside the sandbox: give up all rights that are not needed, then run the untrusted program.
 
-Started by `sandbox.py` as `python -c`, the descriptors of requests and answers as arguments. The doors are
-the kernel's and cannot be opened again: resource limits, no new privileges, Landlock (no file is written,
-none read but Python's own), seccomp (a list of allowed system calls: no socket, no new process, no signal to
-another). What the program does to this interpreter is its own affair: the other end trusts nothing here.
+Started by `sandbox.py` as `python -c`, with the descriptors of requests and answers as arguments. The kernel
+enforces the restrictions and cannot be asked to lift them: resource limits, no new privileges, Landlock (no
+file is written, only Python's own are read), seccomp (a list of allowed system calls: no socket, no new
+process, no signal to another). The program may do anything to this interpreter: the other end trusts none of
+it.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import struct
 import sys
 from typing import Any
 
-from potstill.evals.sandbox.protocol import Odd, pack, receive, send, unpack
+from potstill.evals.sandbox.protocol import ProtocolError, pack, receive, send, unpack
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 1, 38, 22, 2
 SIGKILL = 9
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 EXECUTE, READ_FILE, READ_DIR = 1 << 0, 1 << 2, 1 << 3
 FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""Rights that each Landlock ABI knows, counted from bit 0."""
+"""Number of file rights in each Landlock ABI, counted from bit 0."""
 EPERM, ENOSYS = 1, 38
 SIGNALS_BY_FCNTL = (8, 10, 15)
-"""F_SETOWN, F_SETSIG, F_SETOWN_EX: a signal to another process by way of a pipe."""
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX: they could signal another process through a pipe."""
 CLONE_THREAD, CLONE_NEW = 0x10000, 0x7E020000
-"""A thread; any namespace of its own."""
+"""A thread; any new namespace."""
 ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 ALLOWED = """
     read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62,
@@ -49,20 +50,20 @@ ALLOWED = """
     291 20, dup3 292 24, pipe2 293 59, getrandom 318 278, membarrier 324 283, statx 332 291, rseq 334
     293, faccessat2 439 439, epoll_pwait2 441 441
 """
-"""System calls of an interpreter without files to write, children or network: on x86_64, on aarch64."""
-SOMETIMES = {
+"""All that an interpreter needs without writing, children or network: name, number on x86_64, on aarch64."""
+BY_ARGUMENT = {
     "x86_64": {"clone": 56, "clone3": 435, "fcntl": 72},
     "aarch64": {"clone": 220, "clone3": 435, "fcntl": 25},
 }
-"""Those whose arguments decide."""
+"""System calls that are allowed for some arguments only."""
 
 
 def lock_down(limits: dict[str, int], readable: list[str]) -> None:
-    """Raise OSError where a door does not shut."""
+    """Raises OSError if a restriction cannot be applied."""
     libc = ctypes.CDLL(None, use_errno=True)
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
-    if libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0):  # a program may sleep for ever
+    if libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0):  # or a sleeping program outlives its parent
         raise OSError(ctypes.get_errno(), "end with the parent")
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "no new privileges")
@@ -71,11 +72,11 @@ def lock_down(limits: dict[str, int], readable: list[str]) -> None:
 
 
 def _landlock(libc: Any, readable: list[str]) -> None:
-    """Only files under `readable` are read, none is written, no TCP port is bound or reached."""
+    """Only files under `readable` can be read, none written, no TCP port bound or connected to."""
     abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
     if abi < 1:
         if readable == ["/"]:
-            return  # bubblewrap has already taken every other file away
+            return  # bubblewrap has already removed every other file
         raise OSError(ctypes.get_errno(), "Landlock")
     rights = (1 << FS_RIGHTS.get(abi, FS_RIGHTS[max(FS_RIGHTS)])) - 1
     attributes = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
@@ -85,39 +86,39 @@ def _landlock(libc: Any, readable: list[str]) -> None:
         raise OSError(ctypes.get_errno(), "a Landlock ruleset")
     for path in readable:
         try:
-            place = os.open(path, os.O_PATH)
+            descriptor = os.open(path, os.O_PATH)
         except FileNotFoundError:
             continue
         allowed = READ_FILE | EXECUTE | (READ_DIR if os.path.isdir(path) else 0)
-        if libc.syscall(LANDLOCK_ADD_RULE, rules, 1, struct.pack("=Qi", allowed, place), 0):
+        if libc.syscall(LANDLOCK_ADD_RULE, rules, 1, struct.pack("=Qi", allowed, descriptor), 0):
             raise OSError(ctypes.get_errno(), f"a Landlock rule for {path}")
-        os.close(place)
+        os.close(descriptor)
     if libc.syscall(LANDLOCK_RESTRICT_SELF, rules, 0):
         raise OSError(ctypes.get_errno(), "Landlock")
     os.close(rules)
 
 
 def _seccomp(libc: Any) -> None:
-    """Every system call that is not on the list gives EPERM; `clone` may only start a thread."""
+    """Every system call that is not listed fails with EPERM; `clone` may only start a thread."""
     machine = os.uname().machine
-    calls = SOMETIMES[machine]
-    column = list(SOMETIMES).index(machine) + 1
+    calls = BY_ARGUMENT[machine]
+    column = list(BY_ARGUMENT).index(machine) + 1
     allowed = [number for call in ALLOWED.split(",") if (number := call.split()[column]) != "-"]
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    load, equal, at_least, ret = 0x20, 0x15, 0x35, 0x06
     masked, allow, refuse, kill = 0x54, 0x7FFF0000, 0x00050000 | EPERM, 0x80000000
-    program = [(load, 0, 0, 4), (equal, 1, 0, ARCH[machine]), (answer, 0, 0, kill), (load, 0, 0, 0)]
+    program = [(load, 0, 0, 4), (equal, 1, 0, ARCH[machine]), (ret, 0, 0, kill), (load, 0, 0, 0)]
     if machine == "x86_64":
-        program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]  # the x32 numbering
+        program += [(at_least, 0, 1, 0x40000000), (ret, 0, 0, kill)]  # x32 system calls
     for number in allowed:
-        program += [(equal, 0, 1, int(number)), (answer, 0, 0, allow)]
+        program += [(equal, 0, 1, int(number)), (ret, 0, 0, allow)]
     commands = [(equal, len(SIGNALS_BY_FCNTL) - i, 0, c) for i, c in enumerate(SIGNALS_BY_FCNTL)]
     program += [(equal, 0, len(commands) + 3, calls["fcntl"]), (load, 0, 0, 24), *commands]
-    program += [(answer, 0, 0, allow), (answer, 0, 0, refuse)]
-    # The C library falls back to `clone`, whose flags a filter can see.
-    program += [(equal, 0, 1, calls["clone3"]), (answer, 0, 0, 0x00050000 | ENOSYS)]
+    program += [(ret, 0, 0, allow), (ret, 0, 0, refuse)]
+    # The flags of clone3 are in memory, where a filter cannot look. ENOSYS makes libc fall back to `clone`.
+    program += [(equal, 0, 1, calls["clone3"]), (ret, 0, 0, 0x00050000 | ENOSYS)]
     program += [(equal, 0, 4, calls["clone"]), (load, 0, 0, 16), (masked, 0, 0, CLONE_THREAD | CLONE_NEW)]
-    program += [(equal, 0, 1, CLONE_THREAD), (answer, 0, 0, allow), (answer, 0, 0, refuse)]
-    code = b"".join(struct.pack("HBBI", *line) for line in program)
+    program += [(equal, 0, 1, CLONE_THREAD), (ret, 0, 0, allow), (ret, 0, 0, refuse)]
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code)
     filters = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))
     if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filters, 0, 0):
@@ -125,13 +126,13 @@ def _seccomp(libc: Any) -> None:
 
 
 def main() -> None:
-    os.environ.clear()  # bubblewrap and the locale leave a word each
-    given = [int(number) for number in sys.argv[1:]]
-    far = [fcntl.fcntl(number, fcntl.F_DUPFD, 5) for number in given]
-    requests, answers = os.dup2(far[0], 3), os.dup2(far[1], 4)
-    for number in {*given, *far} - {3, 4}:
+    os.environ.clear()  # bubblewrap and the locale each leave a variable
+    inherited = [int(number) for number in sys.argv[1:]]
+    copies = [fcntl.fcntl(number, fcntl.F_DUPFD, 5) for number in inherited]
+    requests, answers = os.dup2(copies[0], 3), os.dup2(copies[1], 4)
+    for number in {*inherited, *copies} - {3, 4}:
         os.close(number)
-    if os.getpid() == 1 and (child := os.fork()):  # signals that end others do not end a namespace's first
+    if os.getpid() == 1 and (child := os.fork()):  # the kernel shields PID 1 from signals
         os.closerange(3, 5)
         os.waitpid(child, 0)
         os._exit(0)
@@ -139,8 +140,8 @@ def main() -> None:
     def read(size: int) -> bytes:
         return os.read(requests, min(size, 1 << 16))
 
-    def answer(request: dict[str, Any], **said: Any) -> None:
-        send(lambda data: os.write(answers, data), {"id": request["id"], **said})
+    def answer(request: dict[str, Any], **fields: Any) -> None:
+        send(lambda data: os.write(answers, data), {"id": request["id"], **fields})
 
     request = receive(read)
     lock_down(request["limits"], request["readable"])
@@ -157,8 +158,8 @@ def main() -> None:
         args, kwargs = unpack(request["call"])
         try:
             answer(request, value=pack(candidate(*args, **kwargs)))
-        except Odd as error:
-            answer(request, odd=str(error))
+        except ProtocolError as error:
+            answer(request, not_sendable=str(error))
         except BaseException as error:
             answer(request, raised=_name(error), text=_text(error))
     answer(request, end=True)
@@ -166,7 +167,7 @@ def main() -> None:
 
 
 def _name(error: BaseException) -> str:
-    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    return next(base.__name__ for base in type(error).__mro__ if base.__module__ == "builtins")
 
 
 def _text(error: BaseException) -> str:

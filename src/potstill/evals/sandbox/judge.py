@@ -1,8 +1,8 @@
-"""The trusted half of a verdict: it holds the helpers and the test, and sees of the candidate only values.
+"""The trusted side: it holds the helpers and the test, and gets nothing but values from the candidate.
 
-Started by `sandbox.py` as `python -c`, with what to judge on descriptor 0, the verdict on 1, and the
-numbers of the two pipes to the inmate as arguments. It says `passed` after the test has returned, the inmate
-has said goodbye to a number it could not know before, and its pipe has ended without another byte.
+Started by `sandbox.py` as `python -c`, with the specification on descriptor 0, the verdict on 1, and the
+numbers of the two pipes to the guest as arguments. The verdict is `passed` only after the test has returned,
+the guest has answered the final request with its random id, and its pipe has ended without another byte.
 """
 
 from __future__ import annotations
@@ -15,108 +15,108 @@ import resource
 import sys
 from typing import Any, NoReturn
 
-from potstill.evals.sandbox.protocol import Odd, pack, receive, send, unpack
+from potstill.evals.sandbox.protocol import ProtocolError, pack, receive, send, unpack
 
 MEMORY_BYTES = 2 << 30
-GONE = "it ended before it had answered"
+GONE = "it exited before it answered"
 
 
-class Ended(BaseException):
-    """The inmate is gone, or has broken the protocol; no `except Exception` of a test hides it."""
+class GuestFailed(BaseException):
+    """The guest has exited or broken the protocol. No `except Exception` in a test hides it."""
 
     def __init__(self, status: str, detail: str) -> None:
         super().__init__(detail)
         self.status, self.detail = status, detail
 
 
-class Raised(Exception):
-    """The candidate raised something of its own."""
+class CandidateError(Exception):
+    """The candidate raised an exception that cannot be rebuilt here."""
 
 
-class Inmate:
-    """The other end of the two pipes. `ended` keeps the first thing that went wrong for good."""
+class Guest:
+    """The other end of the two pipes. `failure` is the first thing that went wrong, and is final."""
 
     def __init__(self, requests: int, answers: int) -> None:
         self.requests, self.answers = requests, answers
-        self.ended: Ended | None = None
+        self.failure: GuestFailed | None = None
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        if self.ended is not None:  # a test with a bare `except:` goes on all the same
-            raise self.ended
+    def request(self, **fields: Any) -> dict[str, Any]:
+        if self.failure is not None:  # a test with a bare `except:` continues after it
+            raise self.failure
         number = os.urandom(8).hex()
         try:
-            send(lambda data: os.write(self.requests, data), {"id": number, **request})
-        except Odd as error:
-            raise self.over("error", f"the test asked: {error}") from error
+            send(lambda data: os.write(self.requests, data), {"id": number, **fields})
+        except ProtocolError as error:
+            raise self.failed("error", f"the test sent: {error}") from error
         except BrokenPipeError as error:
-            raise self.over("died", GONE) from error
+            raise self.failed("died", GONE) from error
         try:
-            said = receive(lambda size: os.read(self.answers, min(size, 1 << 16)))
-            if said.pop("id", None) != number:
-                raise Odd("an answer to no question")
-        except Odd as error:
-            raise self.over("died", f"broken protocol: {error}") from error
+            answer = receive(lambda size: os.read(self.answers, min(size, 1 << 16)))
+            if answer.pop("id", None) != number:
+                raise ProtocolError("an answer to no request")
+        except ProtocolError as error:
+            raise self.failed("died", f"broken protocol: {error}") from error
         except EOFError as error:
-            raise self.over("died", GONE) from error
-        return said
+            raise self.failed("died", GONE) from error
+        return answer
 
-    def over(self, status: str, detail: str) -> Ended:
-        self.ended = self.ended or Ended(status, detail)
-        return self.ended
+    def failed(self, status: str, detail: str) -> GuestFailed:
+        self.failure = self.failure or GuestFailed(status, detail)
+        return self.failure
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """What the candidate is to the test."""
+        """The candidate, as the test sees it."""
         try:
             packed = pack((args, kwargs))
-        except Odd as error:  # the test's own fault: its `except` must not make a verdict of it
-            raise self.over("error", f"the test asked: {error}") from error
-        said = self.ask(call=packed)
-        if "value" not in said:
-            self.raise_what(said)
+        except ProtocolError as error:  # the test's own mistake, which its `except` must not hide
+            raise self.failed("error", f"the test sent: {error}") from error
+        answer = self.request(call=packed)
+        if "value" not in answer:
+            self.raise_from(answer)
         try:
-            return unpack(said["value"])
-        except Odd as error:
-            raise self.over("error", str(error)) from error
+            return unpack(answer["value"])
+        except ProtocolError as error:
+            raise self.failed("error", str(error)) from error
 
-    def raise_what(self, said: dict[str, Any]) -> NoReturn:
-        if "odd" in said:
-            raise self.over("error", f"it answered: {said['odd']}")
-        name, text = str(said.get("raised"))[:60], str(said.get("text", ""))[:500]
-        kind = getattr(builtins, name, None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            raise _made(kind, text)
-        raise self.over("error", f"it raised {name}: {text}")
+    def raise_from(self, answer: dict[str, Any]) -> NoReturn:
+        if "not_sendable" in answer:
+            raise self.failed("error", f"it answered: {answer['not_sendable']}")
+        name, text = str(answer.get("raised"))[:60], str(answer.get("text", ""))[:500]
+        error_type = getattr(builtins, name, None)
+        if isinstance(error_type, type) and issubclass(error_type, Exception):
+            raise _rebuilt(error_type, text)
+        raise self.failed("error", f"it raised {name}: {text}")
 
     def end(self) -> None:
-        """Raises Ended unless the inmate takes its leave, and nothing comes after it."""
-        if self.ask(end=True) != {"end": True} or os.read(self.answers, 1):
-            raise Ended("died", "it said more than it was asked")
+        """Raises GuestFailed unless the guest confirms the end and sends nothing after it."""
+        if self.request(end=True) != {"end": True} or os.read(self.answers, 1):
+            raise GuestFailed("died", "it sent more than was requested")
 
 
-def _made(kind: type[Exception], text: str) -> Exception:
+def _rebuilt(error_type: type[Exception], text: str) -> Exception:
     try:
-        return kind(text)
-    except Exception:  # UnicodeDecodeError and its like want more than a text
-        return Raised(f"{kind.__name__}: {text}")
+        return error_type(text)
+    except Exception:  # UnicodeDecodeError, for one, takes more than a text
+        return CandidateError(f"{error_type.__name__}: {text}")
 
 
-def judge(spec: dict[str, Any], inmate: Inmate) -> tuple[str, str]:
+def judge(spec: dict[str, Any], guest: Guest) -> tuple[str, str]:
     """The verdict's status and detail."""
     namespace: dict[str, Any] = {"__name__": "test"}
     try:
         exec(compile(spec["helpers"], "helpers", "exec"), namespace)
         exec(compile(spec["test"], "test", "exec"), namespace)
     except Exception as error:
-        return "error", f"the test itself cannot be read: {type(error).__name__}: {error}"
+        return "error", f"the test itself does not run: {type(error).__name__}: {error}"
     try:
-        begun = inmate.ask(**spec["inmate"])
-        if begun != {"ready": True}:
-            inmate.raise_what(begun)
-        namespace[spec["inmate"]["entry_point"]] = inmate.call
-        namespace["check"](inmate.call)
-        inmate.end()
-    except Ended as ended:
-        return ended.status, ended.detail
+        answer = guest.request(**spec["guest"])
+        if answer != {"ready": True}:
+            guest.raise_from(answer)
+        namespace[spec["guest"]["entry_point"]] = guest.call
+        namespace["check"](guest.call)
+        guest.end()
+    except GuestFailed as failure:
+        return failure.status, failure.detail
     except AssertionError as error:
         return "failed", str(error) or "an assertion is false"
     except Exception as error:
@@ -130,10 +130,10 @@ def main() -> None:
     spec = json.loads(sys.stdin.buffer.read())
     seconds = spec["cpu_s"]
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    random.seed(0)  # tests that draw their cases draw the same ones each time
+    random.seed(0)  # tests with random cases get the same ones each time
     verdict = os.dup(1)
     os.dup2(2, 1)  # a test may print
-    status, detail = judge(spec, Inmate(int(sys.argv[1]), int(sys.argv[2])))
+    status, detail = judge(spec, Guest(int(sys.argv[1]), int(sys.argv[2])))
     os.write(verdict, json.dumps({"status": status, "detail": detail[:2000]}).encode())
     os._exit(0)
 

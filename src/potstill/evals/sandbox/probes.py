@@ -1,5 +1,5 @@
-"""What a sandbox must not let happen, tried for real before it is used: `Sandbox` refuses a tier where one of
-these bodies of a function comes through. Data only.
+"""What a sandbox must prevent: `Sandbox` tries each of these function bodies before it is used, and rejects a
+tier in which one succeeds. Data only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ return f'{found}'"""
 EQUAL_TO_ALL = """class Equal(int):
     __eq__ = lambda *_: True
 return Equal()"""
-CANARIES = [
+PROBES = [
     ("network", "import socket\n" + _refused("socket.socket()"), "refused"),
     ("writing a file", _refused("open('/canary', 'w')"), "refused"),
     ("reading a file", _refused("open('/etc/passwd').read()"), "refused"),
@@ -36,6 +36,6 @@ CANARIES = [
     ("environment", "import os\nreturn f'{sorted(os.environ)}'", "[]"),
     ("descriptors", OPEN_FILES, "[0, 1, 2, 3, 4]"),
     ("early exit", "import os\nos._exit(0)", "died"),
-    ("an answer that equals all", EQUAL_TO_ALL, "no plain literal"),
+    ("an answer that equals all", EQUAL_TO_ALL, "not a plain literal"),
 ]
-"""What is tried, as the body of a function, and a word of what must come of it."""
+"""Name, function body, and a text that the outcome must contain."""

@@ -1,0 +1,6 @@
+"""Files into documents of token ids, a module for each format: `readers.FORMAT.read(path, …) -> Reading`."""
+
+from potstill.data.readers import chat, hf, jsonl, parquet, text, tokens
+from potstill.data.readers.reading import Document, Reading, files_of
+
+__all__ = ["Document", "Reading", "chat", "files_of", "hf", "jsonl", "parquet", "text", "tokens"]

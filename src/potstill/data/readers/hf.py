@@ -1,0 +1,57 @@
+"""Datasets that `save_to_disk` of Hugging Face's datasets wrote, one document a record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from potstill.data.readers.reading import (
+    Reading,
+    add_file,
+    import_extra,
+    require_column,
+    string_field,
+    tokenize,
+)
+from potstill.errors import UserError, one_line
+
+
+def read(path: Path, tokenizer: Any, split: str | None = None, column: str = "text") -> Reading:
+    """One document a record of a dataset that `save_to_disk` wrote; the only split needs no name."""
+    datasets = import_extra("datasets")
+    reading = Reading(iter(()))
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a dataset that save_to_disk wrote: {one_line(error)}") from error
+    described, folder = [], path
+    if isinstance(data, datasets.DatasetDict):
+        chosen = next(iter(data)) if split is None and len(data) == 1 else split
+        if chosen not in data:
+            given = "none" if split is None else repr(split)
+            raise UserError(
+                f"corpus.split: {path} has the splits {', '.join(data)}; the recipe names {given}."
+            )
+        data, described, folder = data[chosen], [path / "dataset_dict.json"], path / str(chosen)
+    elif split is not None:
+        raise UserError(f"corpus.split: {path} is one dataset without splits; the recipe names {split!r}.")
+    require_column(path, column, data.column_names)
+
+    def texts() -> Iterator[tuple[str, str]]:
+        # state.json lists the data files; what `.map()` caches beside them is not data.
+        described.extend(folder / name for name in ("state.json", "dataset_info.json"))
+        for file in (*described, *(Path(each["filename"]) for each in data.cache_files)):
+            add_file(file, reading)
+        where = str(path)
+        try:
+            for number, record in enumerate(data.select_columns([column])):
+                where = f"{path}:{number}"
+                yield where, string_field(where, record, column)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged table raises many things, and only once it is read
+            raise UserError(f"{where}: not a readable dataset: {one_line(error)}") from error
+
+    reading.documents = tokenize(texts(), tokenizer)
+    return reading

@@ -1,0 +1,43 @@
+"""Text files, one document each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from potstill.data.readers.reading import Reading, files_of, lines_of, tokenize
+from potstill.errors import UserError
+
+MAX_TEXT_BYTES = 2**28
+
+
+def read(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Reading:
+    """One document a file. Patterns match a file's name or its path in the folder; hidden files are none."""
+    reading = Reading(iter(()))
+
+    def texts() -> Iterator[tuple[str, str]]:
+        for file in files_of(path, include, exclude):
+            if os.path.isfile(file) and (size := os.path.getsize(file)) > MAX_TEXT_BYTES:
+                raise UserError(
+                    f"{file}: a document of {size} bytes, at most {MAX_TEXT_BYTES} are read."
+                    " Split it, or write a document a line as JSONL."
+                )
+            content = b"".join(lines_of(file, reading, whole=True))
+            try:
+                decoded = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file}: not UTF-8 text at byte {error.start} of {len(content)}."
+                    " Leave it out with corpus.include or corpus.exclude."
+                ) from error
+            if b"\0" in content:
+                raise UserError(
+                    f"{file}: not a text: zero byte at {content.index(0)} of {len(content)}."
+                    " Leave it out with corpus.include or corpus.exclude."
+                )
+            yield str(file), decoded
+
+    reading.documents = tokenize(texts(), tokenizer)
+    return reading
