@@ -24,6 +24,7 @@ def anonymous_mib() -> float:
 
 def read(recipe: str, overrides: list[str]) -> None:
     from potstill.build.corpus import make_corpus
+    from potstill.build.resolve import resolve
     from potstill.recipe.load import load
 
     asked = load(Path(recipe), overrides)
@@ -36,7 +37,7 @@ def read(recipe: str, overrides: list[str]) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begun = time.perf_counter()
-    corpus, _ = make_corpus(asked)
+    corpus, _ = make_corpus(resolve(asked))
     seconds = time.perf_counter() - begun
     done.set()
     watcher.join()

@@ -372,10 +372,10 @@ def traced_only() -> Iterator[None]:
 
     with (
         mock.patch.object(torch, "compile", traced),
-        mock.patch.object(objective, "gains", lambda device: True),
+        mock.patch.object(objective, "is_compiling_faster", lambda device: True),
     ):
         yield
-    objective.few_kernels.cache_clear()
+    objective.compiled_fused.cache_clear()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from potstill.build.setup import assemble, make_objective
+from potstill.build.resolve import resolve
+from potstill.build.setup import make_objective, set_up
 from potstill.data.packing import Order
 from potstill.data.tokenizers import require_same
 from potstill.models.causal_lm import CausalLM
@@ -33,8 +34,9 @@ from potstill.models.compile import compile_body
 from potstill.models.student import Student
 from potstill.preflight.auto import MOST_POSITIONS
 from potstill.recipe.load import Recipe, load
-from potstill.recipe.sections import FixtureTeacher, Objective, TokensCorpus, Train
-from potstill.recipe.sections_students import CutStudent
+from potstill.recipe.sections_data import TokensCorpusConfig
+from potstill.recipe.sections_models import CutStudentConfig, FixtureTeacherConfig
+from potstill.recipe.sections_training import ObjectiveConfig, TrainConfig
 from potstill.teachers.hf import TorchTeacher
 from potstill.training.loop import Hooks, train
 from potstill.types import Batch, Vocab
@@ -168,11 +170,11 @@ def qwen(B: int, T: int, steps: int, device: torch.device, tiny: bool) -> Pair:
     for model in models:
         model.mask_from(ids)
     recipe = Recipe(
-        corpus=TokensCorpus(path="", dtype="uint32", tokens_per_row=T),
-        teacher=FixtureTeacher(vocab_size=ids),
-        student=CutStudent(layers=1),
-        objective=Objective(kd_weight=0.5, ce_weight=0.5, chunk=MOST_POSITIONS[device.type]),
-        train=Train(steps=steps, rows_per_step=B, lr=1e-4, precision="bfloat16", save_every=0),
+        corpus=TokensCorpusConfig(path="", dtype="uint32", tokens_per_row=T),
+        teacher=FixtureTeacherConfig(vocab_size=ids),
+        student=CutStudentConfig(layers=1),
+        objective=ObjectiveConfig(kd_weight=0.5, ce_weight=0.5, chunk=MOST_POSITIONS[device.type]),
+        train=TrainConfig(steps=steps, rows_per_step=B, lr=1e-4, precision="bfloat16", save_every=0),
     )
     return Pair(TorchTeacher(models[0], None), models[1], RandomRows(ids, T), recipe, device)
 
@@ -183,7 +185,7 @@ def demo(B: int, T: int, steps: int, device: torch.device, tiny: bool) -> Pair:
     given += ["teacher.dtype=bfloat16", "train.precision=bfloat16", f"train.device={device.type}"]
     given += ["objective.kd_weight=0.5", "objective.ce_weight=0.5", "corpus.include=[a*.py]"]
     given += [f"objective.chunk={MOST_POSITIONS[device.type]}"]  # what `auto` is where memory allows it
-    cast = assemble(load(DEMO, given), lambda text: None)
+    cast = set_up(resolve(load(DEMO, given)), lambda text: None)
     assert isinstance(cast.teacher, TorchTeacher)
     return Pair(cast.teacher, cast.student.model, cast.corpus.train, cast.recipe, cast.device)
 

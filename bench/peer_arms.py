@@ -7,6 +7,7 @@ trainer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -76,10 +77,12 @@ def apart(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     import torch
     from scaling import Case, bare_matmuls
 
-    from potstill.io.cpu_matmul import choose_matmul, multiply_by
+    from potstill.io.cpu_matmul import choose_matmul, matmul_with
 
     settings, batches, teacher, student = step.pair(step.RECIPE, overrides)
-    multiply_by(choose_matmul(settings.train.matmul, torch.device("cpu"))[0])  # by whom ours are made, too
+    # The library that our own runs multiply with, too.
+    held = contextlib.ExitStack()  # until the function returns
+    held.enter_context(matmul_with(choose_matmul(settings.train.matmul, torch.device("cpu"))[0]))
     weights = {
         name: model.get_output_embeddings().weight.detach()
         for name, model in (("weight_VD", student), ("weight_VE", teacher))
@@ -219,17 +222,16 @@ def offline(make: Callable[[], SparseLoss]) -> Run:
     """Logits and sparse targets to KL. Targets are in memory before the first step: reading them is free."""
 
     def run(options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-        import torch
         from torch.nn import functional as F
 
-        from potstill.build.setup import make_teacher
+        from potstill.build.resolve import resolve
         from potstill.recipe.load import load
 
         kl = make()
         stored = load(step.RECIPE, [*overrides, *from_store(options, "topk")])
         settings, batches, teacher, student = step.pair(step.RECIPE, overrides)
         del teacher
-        store = make_teacher(stored, torch.device("cpu"))
+        store = resolve(stored).teacher.load(stored.corpus.tokens_per_row)
         items = [(batch, store.targets(batch)) for batch in batches]
 
         def loss(item: Any) -> Any:

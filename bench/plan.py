@@ -73,10 +73,11 @@ def cases() -> list[tuple[str, int, int, list[str]]]:
 
 
 def predict(recipe: Path, overrides: list[str]) -> dict:
+    from potstill.build.resolve import resolve
     from potstill.preflight.plan import plan
     from potstill.recipe.load import load
 
-    found = plan(load(recipe, overrides))
+    found = plan(resolve(load(recipe, overrides)))
     return {"gib": found.peak_bytes / 2**30, "parts_mib": {k: v / 2**20 for k, v in found.parts.items()}}
 
 

@@ -14,6 +14,7 @@ Where others are at work on the machine, `--clock processor` counts the seconds 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -82,8 +83,9 @@ def tensors(case: Case, device: Any = "cpu", dtype: Any = None) -> dict[str, Any
 
 def loss_block(case: Case, of: dict[str, Any], compiled: bool = False) -> Callable[[], None]:
     from potstill.losses.objective import Objective
+    from potstill.losses.targets import HiddenTargets
     from potstill.registry import entries
-    from potstill.types import Head, HiddenTargets
+    from potstill.types import Head
 
     objective = Objective(entries("divergence")[case.divergence], chunk=case.chunk, compiled=compiled)
     targets = HiddenTargets(of["hidden_NE"], Head(of["weight_VE"]))
@@ -115,7 +117,7 @@ def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
         for start in range(0, case.N, case.chunk):
             part = slice(start, start + case.chunk)
             size = len(hidden_ND[part])
-            if cpu_matmul.multiplier() == "onednn":
+            if cpu_matmul.matmul_backend() == "onednn":
                 student_CV, teacher_CV = hidden_ND[part] @ weight_VD.T, of["hidden_NE"][part] @ weight_VE.T
                 grad_ND[part] = student_CV @ weight_VD
             else:
@@ -130,9 +132,11 @@ def bare_matmuls(case: Case, of: dict[str, Any]) -> Callable[[], None]:
 def speed(case: Case, rounds: int, clock: str) -> dict[str, Any]:
     import torch
 
-    from potstill.io.cpu_matmul import choose_matmul, multiplier, multiply_by
+    from potstill.io.cpu_matmul import choose_matmul, matmul_backend, matmul_with
 
-    multiply_by(choose_matmul("auto", torch.device("cpu"))[0])  # both, as a run would
+    # Both arms multiply as a run would.
+    held = contextlib.ExitStack()  # until the function returns
+    held.enter_context(matmul_with(choose_matmul("auto", torch.device("cpu"))[0]))
     of = tensors(case)
     ours, bare = loss_block(case, of), bare_matmuls(case, of)
     seconds: dict[str, list[float]] = {"loss_s": [], "matmuls_s": []}
@@ -147,7 +151,7 @@ def speed(case: Case, rounds: int, clock: str) -> dict[str, Any]:
     return {name: statistics.median(of_all) for name, of_all in seconds.items()} | {
         "ratio": statistics.median(ratios),
         "threads": threads(),
-        "matmul": multiplier(),
+        "matmul": matmul_backend(),
         "clock": clock,
     }
 

@@ -42,12 +42,13 @@ def pair(recipe: Path, overrides: list[str]) -> tuple[Any, list[Any], Any, Any]:
     from transformers import AutoModelForCausalLM
 
     from potstill.build.corpus import make_corpus
+    from potstill.build.resolve import resolve
     from potstill.data.packing import Order
     from potstill.recipe.load import load
 
     settings = load(recipe, overrides)
     plan = settings.train
-    corpus, _ = make_corpus(settings)
+    corpus, _ = make_corpus(resolve(settings))
     order = Order(len(corpus.train), plan.seed)
     batches = [corpus.train.batch(order.rows(step, plan.rows_per_step)) for step in range(plan.steps)]
     gguf = Path(settings.teacher.model)

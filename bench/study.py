@@ -22,7 +22,8 @@ from typing import Any
 
 import targets
 
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.evals.heldout import heldout
 from potstill.recipe.load import load
 from potstill.training.loop import Hooks, train
@@ -49,14 +50,14 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def cast_of(options: argparse.Namespace, arm: str, seed: int, steps: int) -> Cast:
+def cast_of(options: argparse.Namespace, arm: str, seed: int, steps: int) -> RunSetup:
     store = f"teacher={{name: store, path: {targets.the_store(options).absolute()}}}"
     given = [*targets.overrides(options), store, f"train.seed={seed}", "train.rows_per_step=2", *ARMS[arm]]
     warmup = f"train.warmup={max(steps // 10, 1)}"
-    return assemble(load(targets.RECIPE, [*given, f"train.steps={steps}", warmup]), lambda text: None)
+    return set_up(resolve(load(targets.RECIPE, [*given, f"train.steps={steps}", warmup])), lambda text: None)
 
 
-def trained(cast: Cast, seed: int) -> float:
+def trained(cast: RunSetup, seed: int) -> float:
     """Seconds of processor time of a step, the first left out."""
     clock: list[float] = []
     hooks = Hooks(

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from potstill.build.setup import Cast, assemble, make_objective
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, make_objective, set_up
 from potstill.cli.main import main as potstill
 from potstill.evals.heldout import heldout
 from potstill.preflight.trial_steps import step_seconds
@@ -36,8 +37,8 @@ from potstill.recipe.load import load
 from potstill.store import sampling
 from potstill.store.bitpack import id_bits
 from potstill.store.codecs import (
+    Codec,
     Hidden,
-    Kind,
     Sampled,
     TopK,
     distributions,
@@ -78,16 +79,16 @@ def the_store(options: argparse.Namespace) -> Path:
     return options.store
 
 
-def cast_of(options: argparse.Namespace, seed: int = 0) -> Cast:
+def cast_of(options: argparse.Namespace, seed: int = 0) -> RunSetup:
     store = f"teacher={{name: store, path: {the_store(options).absolute()}}}"
     recipe = load(RECIPE, [*overrides(options), store, f"train.seed={seed}"])
-    return assemble(recipe, lambda text: None)
+    return set_up(resolve(recipe), lambda text: None)
 
 
 class Derived:
     """A stored teacher of hidden states, whose training rows answer as another kind would."""
 
-    def __init__(self, hidden: StoredTeacher, kind: Kind, seed: int, renormalised: bool = False) -> None:
+    def __init__(self, hidden: StoredTeacher, kind: Codec, seed: int, renormalised: bool = False) -> None:
         self.hidden, self.kind, self.seed, self.renormalised = hidden, kind, seed, renormalised
         self.vocab, self.vocab_size = hidden.vocab, hidden.vocab_size
 
@@ -112,7 +113,7 @@ class Derived:
         return found
 
 
-def kind_at(name: str, size: int, cast: Cast) -> Kind:
+def kind_at(name: str, size: int, cast: RunSetup) -> Codec:
     """The kind that takes about so many bytes of a position."""
     teacher = cast.teacher
     ids, head = cast.shared.ids, teacher.head
@@ -171,7 +172,7 @@ def gradients(options: argparse.Namespace) -> None:
     source = cast.teacher.store.manifest["teacher"]["source"]
     teacher = TorchTeacher.for_inference(source)
     teacher.model.mask_from(cast.shared.ids)
-    wanted: list[tuple[str, Kind]] = [(f"hidden {d}", Hidden(d)) for d in ("bfloat16", "int8")]
+    wanted: list[tuple[str, Codec]] = [(f"hidden {d}", Hidden(d)) for d in ("bfloat16", "int8")]
     wanted += [
         (f"{name} {size}", kind_at(name, size, cast))
         for size in options.sizes
@@ -189,7 +190,7 @@ def gradients(options: argparse.Namespace) -> None:
         append(options, record | {key: round(value, 6) for key, value in found.items()})
 
 
-def bytes_of(kind: Kind, teacher: TorchTeacher, cast: Cast) -> float:
+def bytes_of(kind: Codec, teacher: TorchTeacher, cast: RunSetup) -> float:
     """Of a position, as they are written."""
     rows = captured(teacher, cast.corpus.heldout, range(4), kind, 0, 4)
     found = [(len(row.places_P), sum(tensor.nbytes for tensor in row.kept.values())) for row in rows]
@@ -245,7 +246,7 @@ def step(options: argparse.Namespace) -> None:
         if potstill(["capture", str(RECIPE), *given, "--out", str(store)]):
             sys.exit(1)
     recipe = load(RECIPE, [*overrides(options), f"teacher={{name: store, path: {store.absolute()}}}"])
-    cast = assemble(recipe, lambda text: None)
+    cast = set_up(resolve(recipe), lambda text: None)
     plain = replace(recipe, objective=replace(recipe.objective, kd_weight=0.0, ce_weight=1.0))
     seconds = step_seconds(cast, {"store": recipe, "ce": plain})
     record = {name: round(value, 3) for name, value in seconds.items()}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from potstill import load_recipe
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.evals.heldout import heldout
 from potstill.losses.objective import Objective
 from potstill.models import pruning
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="to rank by, and to measure on")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, [f"corpus.heldout_rows={options.rows}", "teacher.dtype=float32"])
-    cast = assemble(recipe, lambda text: None)
+    cast = set_up(resolve(recipe), lambda text: None)
     teacher: Any = cast.teacher
     batches = [cast.corpus.train.batch([row]) for row in range(options.rows)]
     width = pruning.ffn_width_of(teacher.model.hf.config)

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from potstill import distill, load_recipe
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.io.terminal import Display
 from potstill.losses.divergences import forward_kl, reverse_kl
 from potstill.losses.objective import Objective
+from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student, from_checkpoint
-from potstill.types import Batch, HiddenTargets
+from potstill.types import Batch
 
 SGD = "{steps: 1, rows_per_step: 4, lr: 0.5, optimizer: sgd, weight_decay: 0.0, clip: null, final_lr_ratio: 1.0, device: cpu}"
 
@@ -39,7 +41,7 @@ def plain_step(
     recipe: Path, kd: float, ce: float, temperature: float, reverse: bool
 ) -> dict[str, torch.Tensor]:
     """The same step by whole logits and autograd, in float64, on the library's own forward."""
-    cast = assemble(load_recipe(recipe), lambda text: None)
+    cast = set_up(resolve(load_recipe(recipe)), lambda text: None)
     batch = cast.corpus.train.batch(cast.corpus.order(0).rows(0, 4))
     teacher = transformers.AutoModelForCausalLM.from_pretrained(
         cast.recipe.teacher.model, dtype=torch.float64

@@ -14,7 +14,8 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file
 
 from potstill import UserError, distill, load_recipe
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.evals.heldout import heldout
 from potstill.models.complete import complete
@@ -48,12 +49,12 @@ def pair(tmp_path: Path, teacher_folder: Path) -> dict[str, Path]:
     }
 
 
-def cast_of(tiny_recipe: Recipe, teacher: Path, student: Path) -> Cast:
+def cast_of(tiny_recipe: Recipe, teacher: Path, student: Path) -> RunSetup:
     sections = {
         "teacher": f"{{name: torch, model: {teacher}}}",
         "student": f"{{name: checkpoint, model: {student}}}",
     }
-    return assemble(load_recipe(tiny_recipe(**sections)), lambda text: None)
+    return set_up(resolve(load_recipe(tiny_recipe(**sections))), lambda text: None)
 
 
 COMBINATIONS = [
@@ -154,19 +155,19 @@ def test_a_cut_student_of_a_padded_teacher_and_one_of_another_width(
     tiny_recipe: Recipe, pair: dict[str, Path], tmp_path: Path
 ) -> None:
     teacher = f"{{name: torch, model: {pair['padded teacher']}}}"
-    cast = assemble(load_recipe(tiny_recipe(teacher=teacher)), lambda text: None)
+    cast = set_up(resolve(load_recipe(tiny_recipe(teacher=teacher))), lambda text: None)
     assert (cast.shared.ids, cast.shared.masked_in_student) == (KNOWN, 62)
     config = json.loads((pair["student"] / "config.json").read_text())
     for size, ids in ((KNOWN, KNOWN), (KNOWN + 30, KNOWN)):
         (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
         student = f"{{name: config, model: {tmp_path / 'config.json'}}}"
-        cast = assemble(load_recipe(tiny_recipe(teacher=teacher, student=student)), lambda text: None)
+        cast = set_up(resolve(load_recipe(tiny_recipe(teacher=teacher, student=student))), lambda text: None)
         assert (cast.shared.ids, cast.shared.masked_in_student) == (ids, size - ids)
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
     with pytest.raises(
         UserError, match=r"has logits for 200 of the 258 tokens.* the first without is id 200"
     ):
-        assemble(load_recipe(tiny_recipe(teacher=teacher, student=student)), lambda text: None)
+        set_up(resolve(load_recipe(tiny_recipe(teacher=teacher, student=student))), lambda text: None)
 
 
 def test_a_student_without_a_tokenizer_and_of_another_width_is_refused(
@@ -186,7 +187,7 @@ def test_a_token_shard_may_not_hold_an_id_of_the_padded_end(
     corpus = f"{{name: tokens, path: {tmp_path / 'shard.bin'}, dtype: uint16, tokens_per_row: 32, heldout_rows: 4}}"
     recipe = tiny_recipe(corpus=corpus, teacher=f"{{name: torch, model: {pair['padded teacher']}}}")
     with pytest.raises(UserError, match=f"{KNOWN + 3}.*{KNOWN}"):
-        assemble(load_recipe(recipe), lambda text: None)
+        set_up(resolve(load_recipe(recipe)), lambda text: None)
 
 
 @pytest.mark.parametrize(("teacher", "student"), COMBINATIONS)
@@ -255,5 +256,5 @@ def test_lists_that_were_not_compared_are_no_lists_that_agree(
     for who, line in zip(["teacher", "student"] if bare == "both" else [bare], found, strict=True):
         assert line.startswith(f"token lists not compared: the {who} ")
         assert line.endswith(f"files in {who}.model settles it.")
-    cast = assemble(load_recipe(recipe), lambda text: None)
+    cast = set_up(resolve(load_recipe(recipe)), lambda text: None)
     assert "token lists not compared" in vocabulary_is_shared(cast).figure

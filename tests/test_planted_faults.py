@@ -29,7 +29,7 @@ class Fault:
 STEP = "test_invariance.py::test_a_step_is_plain_autograd_s"
 ENGINES = "losses/test_fused.py::test_the_two_engines_agree"
 SANDBOX = "evals/sandbox/test_sandbox.py::test_"
-KINDS = "store/test_codecs.py::test_"
+CODECS = "store/test_codecs.py::test_"
 STORE = "store/test_store.py::test_"
 REFUSAL = "publish/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
 FAULTS = {
@@ -41,7 +41,7 @@ FAULTS = {
     ),
     "missing T squared": Fault("losses/objective.py", "kd_C = T**2 * kd_C", "kd_C = 1 * kd_C", ENGINES),
     "temperature on one side only": Fault(
-        "types.py", "logits_NV / temperature, dim=-1", "logits_NV, dim=-1", ENGINES
+        "losses/targets.py", "logits_NV / temperature, dim=-1", "logits_NV, dim=-1", ENGINES
     ),
     "reversed KL, written out": Fault(
         "losses/fused.py",
@@ -61,10 +61,10 @@ FAULTS = {
         "q_CV = shifted_CV.exp()",
         "test_invariance.py::test_a_student_equal_to_its_teacher_has_no_kl_and_no_gradient",
     ),
-    "a slope without the softmax's part": Fault(
+    "a derivative without the softmax's part": Fault(
         "losses/fused.py",
-        "slope_CV.sub_(softened_CV * slope_CV.sum(-1, keepdim=True)).mul_(T * weights.kd)",
-        "slope_CV.mul_(T * weights.kd)",
+        "grad_logq_CV.sub_(softened_CV * grad_logq_CV.sum(-1, keepdim=True)).mul_(T * weights.kd)",
+        "grad_logq_CV.mul_(T * weights.kd)",
         ENGINES,
     ),
     "the temperature's chain lost for other divergences": Fault(
@@ -92,13 +92,13 @@ FAULTS = {
         "models/load.py",
         'rope.get("rope_type", "default") != "default"',
         'rope.get("rope_type") == "default"',
-        "models/test_student.py::test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks",
+        "models/test_student.py::test_an_older_transformers_finds_the_rope_scaling",
     ),
     "the least channels kept": Fault(
         "models/pruning.py",
         ".sort(descending=True, stable=True)",
         ".sort(descending=False, stable=True)",
-        "models/test_width.py::test_channels_that_add_nothing_go_first",
+        "models/test_width.py::test_channels_that_add_nothing_are_dropped_first",
     ),
     "last row only": Fault(
         "models/student.py",
@@ -361,52 +361,52 @@ FAULTS = {
         "store/codecs.py",
         "each_P = tail_P / drawn_P.clamp_min(1)",
         "each_P = tail_P / (drawn_P + 1)",
-        f"{KINDS}a_stored_sample_is_right_on_average_and_sums_to_one",
+        f"{CODECS}a_stored_sample_is_right_on_average_and_sums_to_one",
     ),
     "the entropy of the full distribution is left out": Fault(
         "losses/fused.py",
-        "return cross_C - taught.entropy()",
+        "return cross_C - teacher.entropy()",
         "return cross_C",
-        f"{KINDS}its_loss_and_its_gradient_are_the_full_ones_on_average",
+        f"{CODECS}the_loss_and_gradient_of_samples_are_the_full_ones_on_average",
     ),
     "where all is kept a sum above one keeps nothing": Fault(
         "store/sampling.py",
         "(1 - (p_CK.double().cumsum(-1) - p_CK)).clamp_min(0)",
         "(1 - (p_CK.double().cumsum(-1) - p_CK))",
-        "store/test_sampling.py::test_a_draw_keeps_what_it_should_and_a_reader_knows_how_many_were_drawn",
+        "store/test_sampling.py::test_a_draw_keeps_the_right_ids_and_its_tail_gives_the_number_of_drawn_ones",
     ),
     "kept probabilities are rounded each for itself": Fault(
         "store/bitpack.py",
         "share_CK.cumsum(-1) + uniforms_C[:, None]).floor()",
         "share_CK + uniforms_C[:, None]).floor().cumsum(-1)",
-        "store/test_bitpack.py::test_a_probability_becomes_one_of_its_two_neighbours_right_on_average",
+        "store/test_bitpack.py::test_a_probability_is_rounded_to_a_neighbouring_level_without_bias",
     ),
     "a block is not looked at": Fault(
         "store/shards.py",
         "if block_hash(block) != self.record.blocks[number]:",
         "if False:",
-        f"{STORE}a_flip_in_a_block_that_is_read_is_found_before_use_and_another_is_not",
+        f"{STORE}a_flipped_bit_is_found_when_its_block_is_read_and_not_before",
     ),
     "a shard is taken for the one that its place says": Fault(
         "store/reader.py",
-        "if found is None or found.rows[number : number + 1] != [row]:",
-        "if found is None:",
-        f"{STORE}a_shard_in_another_s_place_is_found_even_where_the_manifest_says_so",
+        "if holder is None or holder.rows[number : number + 1] != [row]:",
+        "if holder is None:",
+        f"{STORE}a_shard_under_another_s_name_is_found_even_where_the_manifest_agrees",
     ),
     "the manifest comes before the shards": Fault(
-        "store/reader.py",
+        "store/writer.py",
         "if not (path / CERTIFICATE).exists() or any(record is None for record in records):",
         "if not (path / CERTIFICATE).exists():",
-        f"{STORE}the_manifest_is_written_when_all_is_there_and_last",
+        f"{STORE}the_manifest_is_written_last_and_only_when_every_file_is_there",
     ),
     "a torn shard is kept": Fault(
-        "store/reader.py",
+        "store/writer.py",
         "if known is not None and not list(flaws(file, known)):",
         "if known is not None:",
         f"{STORE}what_is_not_whole_is_written_again",
     ),
     "two write one shard": Fault(
-        "store/reader.py",
+        "store/writer.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB, count, begin",
         "fcntl.LOCK_UN",
         f"{STORE}a_second_writer_of_a_shard_is_refused_while_the_first_lives",

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from potstill.errors import UserError as UserError
     from potstill.recipe.load import load as load_recipe
+    from potstill.recipe.sections_data import CorpusConfig as CorpusConfig
+    from potstill.recipe.sections_evaluation import EvaluationConfig as EvaluationConfig
+    from potstill.recipe.sections_evaluation import SinkConfig as SinkConfig
+    from potstill.recipe.sections_models import TeacherConfig as TeacherConfig
     from potstill.registry import register as register
+    from potstill.teachers.base import BaseTeacher as BaseTeacher
     from potstill.teachers.hf import CudaTrainerTeacher as CudaTrainerTeacher
     from potstill.teachers.hf import TorchTeacher as TorchTeacher
     from potstill.teachers.toy import FixtureTeacher as FixtureTeacher
@@ -25,9 +30,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BaseTeacher": "potstill.teachers.base",
+    "CorpusConfig": "potstill.recipe.sections_data",
     "CudaTrainerTeacher": "potstill.teachers.hf",
+    "EvaluationConfig": "potstill.recipe.sections_evaluation",
     "FixtureTeacher": "potstill.teachers.toy",
+    "SinkConfig": "potstill.recipe.sections_evaluation",
     "TableTeacher": "potstill.teachers.toy",
+    "TeacherConfig": "potstill.recipe.sections_models",
     "TorchTeacher": "potstill.teachers.hf",
     "UserError": "potstill.errors",
     "compare": "potstill.workflows.compare",
@@ -37,9 +47,14 @@ _HOMES = {
     "register": "potstill.registry",
 }
 __all__ = [
+    "BaseTeacher",
+    "CorpusConfig",
     "CudaTrainerTeacher",
+    "EvaluationConfig",
     "FixtureTeacher",
+    "SinkConfig",
     "TableTeacher",
+    "TeacherConfig",
     "TorchTeacher",
     "UserError",
     "compare",

@@ -1,17 +1,29 @@
-"""Name -> function, for what a recipe may name and a user may add. Torch-free: recipes are checked at once.
+"""What a recipe may name and a user may add: divergences, teachers, corpora, evaluations, sinks.
 
-A divergence is a function of two log-distributions; its keyword-only parameters are its options in the YAML,
-with their types, bounds and defaults. Registering the function is all there is to do:
+Torch-free, so that a recipe is checked at once. A divergence is registered as a function; its keyword-only parameters
+are its options in the YAML, with their types, bounds and defaults:
 
     @register("divergence")
     def jsd(student_logp_NS: "Tensor", teacher_logp_NS: "Tensor", *, beta: OpenUnit = 0.5) -> "Tensor": ...
 
-A user's own file is named under `plugins:` in the recipe and imported by `load_plugin` before names are
-looked up.
+Every other kind is registered as its config class, a frozen dataclass whose fields are its options and whose methods
+make the real thing when it is needed; see docs/extending.md:
+
+    @register("teacher")
+    @dataclass(frozen=True, kw_only=True)
+    class CounterTeacherConfig(TeacherConfig):
+        name: Literal["counter"] = "counter"
+        start: int = 0
+
+        def load(self, device): ...
+
+Ours are registered the same way. A user's own file is listed under `plugins:` in the recipe and imported by
+`load_plugin` before names are looked up.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -26,31 +38,62 @@ from potstill.errors import UserError, one_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Where the built-in entries of a kind register themselves when imported.
-HOMES = {"divergence": "potstill.losses.divergences"}
+HOMES = {
+    "divergence": "potstill.losses.divergences",
+    "teacher": "potstill.recipe.sections_models",
+    "corpus": "potstill.recipe.sections_data",
+    "evaluation": "potstill.recipe.sections_evaluation",
+    "sink": "potstill.recipe.sections_evaluation",
+}
+"""Kind -> the module whose import registers the built-in entries."""
 _entries: dict[str, dict[str, Callable[..., Any]]] = {kind: {} for kind in HOMES}
 
 
 def register(kind: str) -> Callable[[F], F]:
-    """Make a function known to recipes under its own name."""
+    """Make a function or a config class known to recipes: a function under its own name, a class under that of its
+    field `name`.
 
-    def keep(function: F) -> F:
-        known = _entries[kind].get(function.__name__)
-        if known is not None and known.__module__ != function.__module__:
-            raise UserError(
-                f"{kind} {function.__name__}: registered twice, by {known.__module__} and"
-                f" {function.__module__}."
-            )
-        _entries[kind][function.__name__] = function
-        return function
+    Raises:
+        UserError: an unknown kind, a name that another module has registered, or a class that is no config.
+    """
+    if kind not in HOMES:
+        raise UserError(f"register: no kind {kind!r}.{nearest(str(kind), HOMES)}")
 
-    return keep
+    def add(entry: F) -> F:
+        name = entry.__name__ if kind == "divergence" else _name_of(kind, entry)
+        known = _entries[kind].get(name)
+        if known is not None and known.__module__ != entry.__module__:
+            raise UserError(f"{kind} {name}: registered twice, by {known.__module__} and {entry.__module__}.")
+        _entries[kind][name] = entry
+        return entry
+
+    return add
 
 
-def entries(kind: str) -> dict[str, Callable[..., Any]]:
-    """Every registered function of a kind, by name."""
+def _name_of(kind: str, entry: Any) -> str:
+    """The default of a config class's field `name`."""
+    fields = dataclasses.fields(entry) if dataclasses.is_dataclass(entry) else ()
+    name = next((f.default for f in fields if f.name == "name"), None)
+    if not isinstance(entry, type) or not isinstance(name, str):
+        raise UserError(
+            f"{kind} {getattr(entry, '__name__', entry)}: not a config class. Register a frozen dataclass with a field"
+            ' name: Literal["…"] = "…".'
+        )
+    return name
+
+
+def entries(kind: str) -> dict[str, Any]:
+    """Every registered entry of a kind, by name."""
     importlib.import_module(HOMES[kind])
     return dict(sorted(_entries[kind].items()))
+
+
+def implementation(reference: str) -> Any:
+    """The object that `module:name` refers to. A config class names what it configures so, since importing it would
+    import torch.
+    """
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def options_type(name: str, function: Callable[..., Any]) -> type:
@@ -77,11 +120,12 @@ def load_plugin(path: Path) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a refusal leaves no file beside theirs
+    sys.modules[spec.name] = module  # dataclasses and pydantic look up a class's module by name
     try:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's file raises is told, with its place
+    except (Exception, SystemExit) as error:  # a user's file may raise anything: report it with its place
         raise UserError(
             f"plugins: {path}: {type(error).__name__}: {one_line(error)} The file must import cleanly."
         ) from error

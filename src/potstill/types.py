@@ -10,13 +10,17 @@ A tensor's name ends in its shape: `hidden_ND`, `labels_N`. Lists and scalars ca
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from potstill.build.setup import RunSetup
+    from potstill.models.causal_lm import CausalLM
 
 ALIGNED = 64  # numbers: 128 bytes in bfloat16
 
@@ -108,31 +112,6 @@ class Targets(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class HiddenTargets:
-    """A teacher in memory: its final hidden states, and the head that turns a slice of them into logits. S =
-    V.
-    """
-
-    hidden_NE: Tensor
-    head: Callable[[Tensor], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.hidden_NE)
-
-    def __getitem__(self, positions: slice) -> HiddenTargets:
-        return HiddenTargets(self.hidden_NE[positions], self.head)
-
-    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            logits_NV = self.head(self.hidden_NE)
-            teacher_logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
-        return student_logp_NV, teacher_logp_NV
-
-    def beyond_support(self) -> None:
-        return None
-
-
 @dataclass(frozen=True)
 class Vocab:
     """What the ids of a model mean. `tokens` is None for a model that came without a tokenizer."""
@@ -178,14 +157,100 @@ class TeacherLogitsProvider(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One check of `potstill check`: what was looked at, the figure, and whether a run may go on."""
+
+    name: str
+    figure: str
+    ok: bool
+    advice: str = ""
+    """What to do where it failed."""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """The figure for machines."""
+
+
 @runtime_checkable
 class Teacher(TeacherLogitsProvider, Protocol):
-    """Whoever can also teach: `targets` is what the loop calls, and never makes [N, V]."""
+    """What can also teach: `targets` is what the loop calls, and never makes [N, V].
+
+    A model in memory, targets on disk and a server are the same thing to everyone else: nobody asks which of them a
+    teacher is. `teachers.base.BaseTeacher` has a default for all but `vocab` and `targets`.
+    """
 
     @property
     def vocab(self) -> Vocab: ...
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest row that it reads; None: any."""
+        ...
+
+    @property
+    def model(self) -> CausalLM | None:
+        """Its weights in this process: what a student may be cut from. None: they are elsewhere, or there are none."""
+        ...
+
+    @property
+    def reads_new_text(self) -> bool:
+        """Whether it answers for any tokens, or only for rows that it has answered for before."""
+        ...
+
+    @property
+    def reads_on_cpu(self) -> bool:
+        """Whether `targets` wants its batch on the CPU: what it answers with is read from a disk or a network."""
+        ...
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each of several processes is to keep a part of every layer."""
+        ...
+
     def targets(self, batch: Batch) -> Targets: ...
+
+    def share_ids(self, ids: int) -> int:
+        """Take notice that ids from `ids` on mean nothing to the student, and give them probability 0; returns how
+        many ids its targets are over.
+        """
+        ...
+
+    def require_fits(self, corpus: Mapping[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
+        """UserError where it cannot answer for this run: `corpus` is the manifest, `objective` the recipe's section,
+        `ids` the shared ones, `rows` the training rows that will be asked for.
+        """
+        ...
+
+    def to_cut_from(self) -> tuple[CausalLM, str]:
+        """The model whose layers a student is cut from, in full precision, and where it lies; UserError where there is
+        none.
+        """
+        ...
+
+    def confirm(self) -> None:
+        """UserError where the recipe says of it what is not true; called where no student is cut from it."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """For the terminal, the receipt and the model card."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """What --resume compares, by name; the same after training as before."""
+        ...
+
+    def weights_sha256(self) -> str | None:
+        """Of the model that answers, or that answered once; None where there is none."""
+        ...
+
+    def checks(self, setup: RunSetup, student_kl: float) -> Iterator[Finding]:
+        """Its own lines of `potstill check`; `student_kl` is the student's distance from it before training, in nats
+        per position.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what is not memory: processes, connections."""
+        ...
 
 
 class Divergence(Protocol):

@@ -198,7 +198,7 @@ if not torch.cuda.is_available():
     cuda = "{steps: 1, rows_per_step: 1, lr: 1e-3, device: cuda}"
     WRONG["CUDA asked for and absent"] = (
         section(train=cuda),
-        "cuda was asked for and this machine has 0 CUDA device",
+        "device: is cuda, and this machine has 0 CUDA device",
     )
 
 
@@ -319,14 +319,14 @@ def test_a_bug_keeps_its_traceback(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("potstill.workflows.distill.assemble", broken)
+    monkeypatch.setattr("potstill.workflows.distill.set_up", broken)
     with pytest.raises(ZeroDivisionError):
         main(["distill", str(tiny_recipe()), "--out", str(tmp_path / "run")])
 
 
 def test_a_plug_in_divergence_trains(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """In a process of its own: what a plug-in registers stays registered."""
-    page = (Path(__file__).parent.parent / "docs" / "losses.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "losses.md").read_text()
     (tmp_path / "my_alpha.py").write_text(page.split("```python\n")[1].split("```")[0])
     recipe = tiny_recipe(
         objective="{divergence: {name: alpha_divergence, alpha: 0.3}}", plugins="[my_alpha.py]"

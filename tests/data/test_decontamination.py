@@ -21,6 +21,7 @@ from conftest import make_corpus, make_tokenizer
 
 from potstill import distill
 from potstill.build.corpus import make_corpus as corpus_of
+from potstill.build.resolve import resolve
 from potstill.cli.main import main
 from potstill.data import decontamination
 from potstill.data.decontamination import EvaluationTexts
@@ -231,7 +232,7 @@ def built(tiny_recipe: Recipe, planted: Path, problems: Path) -> Callable[..., A
     def build(decontaminate: str | None, more: str = "") -> dict[str, Any]:
         asked = f", decontaminate: {decontaminate}" if decontaminate else ""
         section = f"{{name: text, path: {planted}, tokens_per_row: 32, heldout_rows: 4{more}{asked}}}"
-        return corpus_of(load.load(tiny_recipe(corpus=section)))[0].manifest
+        return corpus_of(resolve(load.load(tiny_recipe(corpus=section))))[0].manifest
 
     return build
 
@@ -317,7 +318,7 @@ def test_every_reader_is_compared(tiny_recipe: Recipe, problems: Path, tmp_path:
     for name, more in (("jsonl", ""), ("bin", "name: tokens, dtype: uint16, ")):
         section = f"{more or 'name: jsonl, '}path: {tmp_path}/c.{name}, tokens_per_row: 32, heldout_rows: 4"
         path = tiny_recipe(corpus=f"{{{section}, decontaminate: {{against: [{problems}]}}}}")
-        found = corpus_of(load.load(path))[0].manifest["decontamination"]
+        found = corpus_of(resolve(load.load(path)))[0].manifest["decontamination"]
         assert (found["documents"], found["documents_dropped"]) == (21, 1)
         place = 21 if name == "jsonl" else len(ids) - len(tokenizer(SOLUTION)["input_ids"]) - 1
         assert found["first_hits"][0]["document"] == f"{tmp_path}/c.{name}:{place}"
@@ -334,7 +335,7 @@ def test_token_shards_that_nobody_can_read_are_refused(
     with pytest.raises(
         UserError, match=r"^corpus\.decontaminate: texts are compared, and neither teacher fixture .*"
     ):
-        corpus_of(load.load(path))
+        corpus_of(resolve(load.load(path)))
 
 
 def test_the_receipt_has_the_count_and_the_terminal_a_line(
@@ -443,7 +444,7 @@ def test_a_damaged_file_of_texts_is_one_line_with_its_place(
     file = write(tmp_path / name, content)
     path = tiny_recipe(corpus=f"{{name: text, path: {corpus_folder}, decontaminate: {{against: [{file}]}}}}")
     with pytest.raises(UserError) as refused:
-        corpus_of(load.load(path))
+        corpus_of(resolve(load.load(path)))
     (mistake,) = refused.value.mistakes
     assert mistake.startswith(f"{tmp_path}/") and said in mistake and "\n" not in mistake
 

@@ -22,6 +22,7 @@ from conftest import make_corpus, make_model, make_tokenizer
 from potstill import UserError, distill
 from potstill.build import corpus
 from potstill.build.corpus import make_corpus as read_corpus
+from potstill.build.resolve import resolve
 from potstill.cli import main
 from potstill.data import packing
 from potstill.data.readers import Document, Reading
@@ -92,16 +93,16 @@ def assert_same(one: packing.Corpus, other: packing.Corpus) -> None:
 def test_shards_are_the_corpus_that_memory_would_hold(
     kind: str, lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_memory, _ = read_corpus(recipe_of(lab, CORPORA[kind]))
+    in_memory, _ = read_corpus(resolve(recipe_of(lab, CORPORA[kind])))
     with_shards = recipe_of(lab, CORPORA[kind], tmp_path / "kept")
-    first, _ = read_corpus(with_shards)
+    first, _ = read_corpus(resolve(with_shards))
     assert_same(in_memory, first)
 
     def no_more(*args: object) -> Any:
         raise AssertionError("read again")
 
     monkeypatch.setattr(corpus, "read_documents", no_more)
-    again, _ = read_corpus(with_shards)
+    again, _ = read_corpus(resolve(with_shards))
     assert_same(in_memory, again)
 
 
@@ -167,9 +168,9 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(
 
         patch.setattr(packing, "pack", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            read_corpus(recipe)
+            read_corpus(resolve(recipe))
     assert list(kept.iterdir()) == []
-    assert_same(read_corpus(recipe)[0], read_corpus(recipe_of(lab, CORPORA["text"]))[0])
+    assert_same(read_corpus(resolve(recipe))[0], read_corpus(resolve(recipe_of(lab, CORPORA["text"])))[0])
 
 
 def flip(path: Path) -> None:
@@ -208,11 +209,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damaged_shards_are_refused(what: str, lab: Path, tmp_path: Path) -> None:
     recipe = recipe_of(lab, CORPORA["text"], tmp_path / "kept")
-    read_corpus(recipe)
+    read_corpus(resolve(recipe))
     damage, said = DAMAGE[what]
     damage(tmp_path / "kept")
     with pytest.raises(UserError, match=said):
-        read_corpus(recipe)
+        read_corpus(resolve(recipe))
 
 
 @pytest.mark.parametrize(
@@ -226,9 +227,9 @@ def test_damaged_shards_are_refused(what: str, lab: Path, tmp_path: Path) -> Non
 def test_another_recipe_does_not_take_them(more: str, said: str, lab: Path, tmp_path: Path) -> None:
     other = make_tokenizer()
     other.save_pretrained(lab / "other")
-    read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept"))
+    read_corpus(resolve(recipe_of(lab, CORPORA["text"], tmp_path / "kept")))
     with pytest.raises(UserError, match=said):
-        read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept", more))
+        read_corpus(resolve(recipe_of(lab, CORPORA["text"], tmp_path / "kept", more)))
 
 
 def test_a_tokenizer_that_reads_otherwise_with_the_same_list_does_not_take_them(
@@ -236,13 +237,13 @@ def test_a_tokenizer_that_reads_otherwise_with_the_same_list_does_not_take_them(
 ) -> None:
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     recipe = recipe_of(lab, CORPORA["text"], tmp_path / "kept", f", tokenizer: {tmp_path / 'tokenizer'}")
-    read_corpus(recipe)
+    read_corpus(resolve(recipe))
     file = tmp_path / "tokenizer" / "tokenizer.json"
     said = json.loads(file.read_text())
     said["normalizer"] = {"type": "Lowercase"}
     file.write_text(json.dumps(said))
     with pytest.raises(UserError, match=r"tokenizer\.behaviour was '"):
-        read_corpus(recipe)
+        read_corpus(resolve(recipe))
 
 
 def test_a_tokenizer_written_in_python_has_its_shards_too(lab: Path, tmp_path: Path) -> None:
@@ -251,11 +252,11 @@ def test_a_tokenizer_written_in_python_has_its_shards_too(lab: Path, tmp_path: P
     tokenizer = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
     tokenizer.save_pretrained(tmp_path / "esm")
     recipe = recipe_of(lab, CORPORA["text"], tmp_path / "kept", f", tokenizer: {tmp_path / 'esm'}")
-    assert_same(read_corpus(recipe)[0], read_corpus(recipe)[0])
+    assert_same(read_corpus(resolve(recipe))[0], read_corpus(resolve(recipe))[0])
     settings = tmp_path / "esm" / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"split_special_tokens": True}))
     with pytest.raises(UserError, match=r"tokenizer\.behaviour was '"):
-        read_corpus(recipe)
+        read_corpus(resolve(recipe))
 
 
 def test_of_a_dataset_its_state_counts_and_what_map_leaves_beside_it_does_not(
@@ -263,33 +264,33 @@ def test_of_a_dataset_its_state_counts_and_what_map_leaves_beside_it_does_not(
 ) -> None:
     shutil.copytree(lab / "hf", tmp_path / "hf")
     recipe = recipe_of(lab, f"name: hf, path: {tmp_path / 'hf'}", tmp_path / "kept")
-    whole = read_corpus(recipe)[0]
+    whole = read_corpus(resolve(recipe))[0]
     datasets.load_from_disk(str(tmp_path / "hf")).map(lambda record: {"text": record["text"].upper()})
     assert list((tmp_path / "hf").glob("cache-*.arrow"))
-    assert_same(read_corpus(recipe)[0], whole)
+    assert_same(read_corpus(resolve(recipe))[0], whole)
     state = tmp_path / "hf" / "state.json"
     said = json.loads(state.read_text())
     state.write_text(json.dumps(said | {"_data_files": said["_data_files"][:1]}))
     with pytest.raises(UserError, match=r"state\.json has changed since"):
-        read_corpus(recipe)
+        read_corpus(resolve(recipe))
 
 
 def test_source_files_that_changed_came_or_went_are_refused(lab: Path, tmp_path: Path) -> None:
     texts = make_corpus(tmp_path / "text")
     corpus = f"name: text, path: {texts}"
     recipe = recipe_of(lab, corpus, tmp_path / "kept")
-    read_corpus(recipe)
+    read_corpus(resolve(recipe))
     first, content = texts / "000.txt", (texts / "000.txt").read_text()
     first.write_text(content + "!")
     with pytest.raises(UserError, match=r"000.txt has changed since.*Remove the folder"):
-        read_corpus(recipe)
+        read_corpus(resolve(recipe))
     first.unlink()
     with pytest.raises(UserError, match=r"000.txt was read when it was written, and is gone"):
-        read_corpus(recipe)
+        read_corpus(resolve(recipe))
     first.write_text(content)
     (texts / "new.txt").write_text("more")
     with pytest.raises(UserError, match=r"new.txt was not there when it was written"):
-        read_corpus(recipe)
+        read_corpus(resolve(recipe))
 
 
 def test_of_two_starts_at_once_one_writes_and_the_other_reads(
@@ -321,7 +322,10 @@ def test_of_two_starts_at_once_one_writes_and_the_other_reads(
         assert_same(first.result()[0], second.result()[0])
     assert len(builds) == 1 and beats
     monkeypatch.undo()
-    in_memory, shards = read_corpus(recipe_of(lab, CORPORA["text"]))[0], read_corpus(recipe)[0]
+    in_memory, shards = (
+        read_corpus(resolve(recipe_of(lab, CORPORA["text"])))[0],
+        read_corpus(resolve(recipe))[0],
+    )
     assert_same(in_memory, shards)
 
 
@@ -335,7 +339,7 @@ def test_tokens_that_would_be_lost_on_the_way_are_noticed(
 
     monkeypatch.setattr(packing, "pack", losing)
     with pytest.raises(AssertionError, match="tokens were lost on the way"):
-        read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept"))
+        read_corpus(resolve(recipe_of(lab, CORPORA["text"], tmp_path / "kept")))
     assert not (tmp_path / "kept").exists()
 
 
@@ -344,9 +348,9 @@ def test_what_is_the_user_s_stays(lab: Path, tmp_path: Path) -> None:
     for file in mine:
         file.parent.mkdir()
         file.write_text("precious")
-    read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "kept"))
+    read_corpus(resolve(recipe_of(lab, CORPORA["text"], tmp_path / "kept")))
     with pytest.raises(UserError, match="other holds other things, mine for one"):
-        read_corpus(recipe_of(lab, CORPORA["text"], tmp_path / "other"))
+        read_corpus(resolve(recipe_of(lab, CORPORA["text"], tmp_path / "other")))
     for names in (("corpus.json", "train.ids"), ("SHA256SUMS", "model.safetensors")):  # of our names
         folder = tmp_path / names[0]
         folder.mkdir()
@@ -354,7 +358,7 @@ def test_what_is_the_user_s_stays(lab: Path, tmp_path: Path) -> None:
         for name in names:
             (folder / name).write_text("precious")
         with pytest.raises(UserError, match=f"{names[0]} holds other things"):
-            read_corpus(recipe_of(lab, CORPORA["text"], folder))
+            read_corpus(resolve(recipe_of(lab, CORPORA["text"], folder)))
     assert [file.read_text() for file in mine] == ["precious"] * 7
 
 
@@ -364,22 +368,24 @@ def test_places_that_cannot_be_are_one_line(lab: Path, tmp_path: Path) -> None:
         recipe_of(lab, CORPORA["text"], tmp_path / "file")
     texts = make_corpus(tmp_path / "text")
     with pytest.raises(UserError, match=r"corpus.shards: .*tok lies in corpus.path"):
-        read_corpus(recipe_of(lab, f"name: text, path: {texts}", texts / "tok"))
+        read_corpus(resolve(recipe_of(lab, f"name: text, path: {texts}", texts / "tok")))
     with pytest.raises(UserError, match=r"corpus.shards: / holds other things"):
-        read_corpus(recipe_of(lab, CORPORA["text"], Path("/")))
+        read_corpus(resolve(recipe_of(lab, CORPORA["text"], Path("/"))))
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     with pytest.raises(UserError, match=r"loop.*(Too many levels|File exists)"):
-        read_corpus(recipe_of(lab, CORPORA["text"], loop / "kept"))
+        read_corpus(resolve(recipe_of(lab, CORPORA["text"], loop / "kept")))
     empty = tmp_path / "empty.jsonl"
     empty.write_text("{}\n")
     with pytest.raises(UserError, match="'text' is missing"):
-        read_corpus(recipe_of(lab, f"name: jsonl, path: {empty}", tmp_path / "made" / "on" / "the way"))
+        read_corpus(
+            resolve(recipe_of(lab, f"name: jsonl, path: {empty}", tmp_path / "made" / "on" / "the way"))
+        )
     assert not (tmp_path / "made").exists()
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
     linked = recipe_of(lab, CORPORA["text"], tmp_path / "link")
-    assert_same(read_corpus(linked)[0], read_corpus(linked)[0])
+    assert_same(read_corpus(resolve(linked))[0], read_corpus(resolve(linked))[0])
     assert (tmp_path / "disk" / "SHA256SUMS").exists()
 
 
@@ -410,7 +416,7 @@ def test_an_evaluation_s_texts_count_and_not_where_they_lie(lab: Path, tmp_path:
 
     def read(against: Path, texts: str) -> packing.Corpus:
         more = f", decontaminate: {{against: [{against}], action: list}}"
-        return read_corpus(recipe_of(lab, CORPORA[texts], tmp_path / "kept", more))[0]
+        return read_corpus(resolve(recipe_of(lab, CORPORA[texts], tmp_path / "kept", more)))[0]
 
     assert_same(read(lab / "lines.jsonl", "text"), read(copy, "text"))
     copy.write_text(copy.read_text().replace("the", "The", 1))

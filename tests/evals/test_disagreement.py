@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.evals.disagreement import CHOICES, disagreement
 from potstill.evals.heldout import heldout
 from potstill.recipe import load
@@ -17,12 +18,12 @@ from potstill.recipe import load
 Recipe = Callable[..., Path]
 
 
-def cast_of(path: Path) -> Cast:
-    return assemble(load.load(path), lambda text: None)
+def cast_of(path: Path) -> RunSetup:
+    return set_up(resolve(load.load(path)), lambda text: None)
 
 
 @pytest.fixture
-def cast(tiny_recipe: Recipe) -> Cast:
+def cast(tiny_recipe: Recipe) -> RunSetup:
     return cast_of(tiny_recipe(objective="{chunk: 7, temperature: 2.0}"))
 
 
@@ -30,7 +31,7 @@ def valued(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [token for row in rows for token in row if "kl" in token]
 
 
-def test_its_means_are_those_of_the_held_out_evaluation(cast: Cast) -> None:
+def test_its_means_are_those_of_the_held_out_evaluation(cast: RunSetup) -> None:
     found = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 10**6, cast.tokenizer)
     tokens, means = valued(found), heldout(cast.student, cast.teacher, cast.corpus.heldout, 4)
     assert len(found) == 4
@@ -41,7 +42,7 @@ def test_its_means_are_those_of_the_held_out_evaluation(cast: Cast) -> None:
     assert agree == pytest.approx(means["heldout/agreement"])
 
 
-def test_each_value_is_of_the_token_that_it_stands_at(cast: Cast) -> None:
+def test_each_value_is_of_the_token_that_it_stands_at(cast: RunSetup) -> None:
     """Against plain logits of one row, position by position."""
     (row, *_) = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 32, cast.tokenizer)
     batch = cast.corpus.heldout.batch([0])
@@ -63,7 +64,7 @@ def test_each_value_is_of_the_token_that_it_stands_at(cast: Cast) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_no_more_tokens_than_asked_and_the_same_as_of_all(cast: Cast, tokens: int) -> None:
+def test_no_more_tokens_than_asked_and_the_same_as_of_all(cast: RunSetup, tokens: int) -> None:
     some = disagreement(cast.student, cast.teacher, cast.corpus.heldout, tokens, cast.tokenizer)
     whole = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 32 * len(some), cast.tokenizer)
     assert 0 < len(valued(some)) <= tokens
@@ -74,7 +75,7 @@ def test_no_more_tokens_than_asked_and_the_same_as_of_all(cast: Cast, tokens: in
         )
 
 
-def test_logits_exist_for_one_chunk_at_a_time(cast: Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_exist_for_one_chunk_at_a_time(cast: RunSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     softmax = torch.Tensor.log_softmax
 
@@ -95,7 +96,7 @@ def test_without_a_tokenizer_tokens_are_their_ids() -> None:
     assert [token["text"] for token in row[:8]] == [f"[{id}]" for id in ids[:8]]
 
 
-def test_the_student_is_left_in_the_mode_it_was_in(cast: Cast) -> None:
+def test_the_student_is_left_in_the_mode_it_was_in(cast: RunSetup) -> None:
     for mode in (True, False):
         cast.student.train(mode)
         disagreement(cast.student, cast.teacher, cast.corpus.heldout, 8, cast.tokenizer)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from potstill import load_recipe
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.evals.heldout import heldout
 
 
@@ -47,7 +48,7 @@ def test_held_out_numbers_are_those_of_whole_logits(
     tiny_recipe: Callable[..., Path], rows_per_batch: int, temperature: float
 ) -> None:
     objective = f"{{kd_weight: 0.6, ce_weight: 0.3, temperature: {temperature}, chunk: 7}}"
-    cast = assemble(load_recipe(tiny_recipe(objective=objective)), lambda text: None)
+    cast = set_up(resolve(load_recipe(tiny_recipe(objective=objective))), lambda text: None)
     found = heldout(cast.student, cast.teacher, cast.corpus.heldout, rows_per_batch)
     expected = by_hand(cast, temperature)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -55,7 +56,7 @@ def test_held_out_numbers_are_those_of_whole_logits(
 
 
 def test_measuring_leaves_the_student_as_it_was(tiny_recipe: Callable[..., Path]) -> None:
-    cast = assemble(load_recipe(tiny_recipe()), lambda text: None)
+    cast = set_up(resolve(load_recipe(tiny_recipe())), lambda text: None)
     cast.student.train()
     before = cast.student.weights_sha256()
     heldout(cast.student, cast.teacher, cast.corpus.heldout, 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,20 +14,23 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 from potstill import UserError, distill, load_recipe
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.io import cpu_matmul
-from potstill.io.cpu_matmul import choose_matmul, multiply_by
+from potstill.io.cpu_matmul import choose_matmul, matmul_backend, matmul_with
+from potstill.runs.run_dir import RunDir
 from potstill.workflows.distill import evaluate
 
 CPU = torch.device("cpu")
 ONEDNN, BLAS = "mkldnn::_linear_pointwise", "blas"
-HERE = pytest.mark.skipif(not cpu_matmul._has_onednn(), reason="this PyTorch lends out no oneDNN; not run")
+HERE = pytest.mark.skipif(not cpu_matmul._has_onednn(), reason="this build of PyTorch has no oneDNN; not run")
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    yield
-    multiply_by("blas")
+@pytest.fixture
+def multiply_by() -> Iterator[Callable[[Any], None]]:
+    """Choose a library for the rest of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda backend: stack.enter_context(matmul_with(backend))
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def asked_of_onednn(compute: Callable[[], object]) -> int:
+def products_by_onednn(compute: Callable[[], object]) -> int:
     with profile() as seen:
         compute()
     return sum(event.count for event in seen.key_averages() if event.key == ONEDNN)
@@ -53,7 +58,9 @@ def asked_of_onednn(compute: Callable[[], object]) -> int:
 
 @HERE
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_values_and_gradients_are_float64_s_but_for_rounding(has_bias: bool) -> None:
+def test_values_and_gradients_are_float64_s_but_for_rounding(
+    has_bias: bool, multiply_by: Callable[[Any], None]
+) -> None:
     layer = nn.Linear(256, 512, bias=has_bias)
     inputs_BTD, upstream_BTF = normal(2, 128, 256), normal(2, 128, 512)
     inputs_BTD.requires_grad_()
@@ -62,7 +69,7 @@ def test_values_and_gradients_are_float64_s_but_for_rounding(has_bias: bool) -> 
     def both_ways() -> None:
         layer(inputs_BTD).backward(upstream_BTF)
 
-    assert asked_of_onednn(both_ways) == 2  # the layer's product, and the gradient of what came in
+    assert products_by_onednn(both_ways) == 2  # the layer's product, and the gradient of what came in
     x_ND, g_NF = (t.detach().double().flatten(0, 1).numpy() for t in (inputs_BTD, upstream_BTF))
     w_FD = layer.weight.detach().double().numpy()
     b_F = layer.bias.detach().double().numpy() if has_bias else 0.0
@@ -77,7 +84,7 @@ def test_values_and_gradients_are_float64_s_but_for_rounding(has_bias: bool) -> 
 
 
 @HERE
-def test_every_other_product_is_made_as_ever() -> None:
+def test_every_other_product_is_made_as_ever(multiply_by: Callable[[Any], None]) -> None:
     """Bit for bit, and refused in the same words."""
     large_MK, large_KN, bias_N = normal(300, 300), normal(300, 300), normal(300)
     cases: dict[str, Callable[[], Tensor]] = {
@@ -97,7 +104,7 @@ def test_every_other_product_is_made_as_ever() -> None:
     for name, compute in cases.items():
         assert torch.equal(compute(), plain[name]), name
         if name != "bfloat16":  # which PyTorch has oneDNN make
-            assert asked_of_onednn(compute) == 0, name
+            assert products_by_onednn(compute) == 0, name
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         large_MK @ normal(299, 300)
     with pytest.raises(RuntimeError, match="must be a matrix"):
@@ -106,12 +113,12 @@ def test_every_other_product_is_made_as_ever() -> None:
         torch.addmm(bias_N, large_MK, bias_N)
     with pytest.raises(RuntimeError, match="same dtype"):
         large_MK @ large_KN.double()
-    assert asked_of_onednn(lambda: large_MK @ large_KN) == 1
+    assert products_by_onednn(lambda: large_MK @ large_KN) == 1
     multiply_by("blas")
-    assert asked_of_onednn(lambda: large_MK @ large_KN) == 0
+    assert products_by_onednn(lambda: large_MK @ large_KN) == 0
 
 
-def test_who_multiplies_is_a_table(
+def test_the_library_is_chosen_by_a_table(
     slow_with_mkl: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_matmul, "_has_onednn", lambda: True)
@@ -123,15 +130,26 @@ def test_who_multiplies_is_a_table(
     assert choose_matmul("blas", CPU) == ("blas", "as the recipe says")
     assert choose_matmul("auto", torch.device("cuda"))[0] == "blas"
     slow_with_mkl(False)
-    assert choose_matmul("auto", CPU) == ("blas", "auto: what PyTorch asks")
+    assert choose_matmul("auto", CPU) == ("blas", "auto: what PyTorch calls")
     assert choose_matmul("onednn", CPU) == ("onednn", "as the recipe says")
     slow_with_mkl(True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert choose_matmul("auto", CPU)[0] == "blas"
     monkeypatch.setattr(cpu_matmul, "_has_onednn", lambda: False)
     assert choose_matmul("auto", CPU)[0] == "blas"
-    with pytest.raises(UserError, match=r"train\.matmul: is onednn, which this PyTorch does not lend out"):
-        multiply_by("onednn")
+    with pytest.raises(UserError, match=r"train\.matmul: onednn"), matmul_with("onednn"):
+        pass
+
+
+@HERE
+def test_a_choice_ends_with_its_block_whatever_ends_it() -> None:
+    with matmul_with("onednn"):
+        with matmul_with("blas"):
+            assert matmul_backend() == "blas"
+        assert matmul_backend() == "onednn"
+    with pytest.raises(KeyError), matmul_with("onednn"):
+        raise KeyError
+    assert matmul_backend() == "blas"
 
 
 @pytest.mark.parametrize(
@@ -157,11 +175,12 @@ def test_a_run_takes_it_keeps_it_and_goes_on_with_it(
 ) -> None:
     recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, save_every: 2}")
     slow_with_mkl(True)
-    run = distill(recipe, out=tmp_path / "chosen")
-    assert cpu_matmul.multiplier() == "onednn"
+    runs: list[RunDir] = []
+    assert products_by_onednn(lambda: runs.append(distill(recipe, out=tmp_path / "chosen"))) > 0
+    assert matmul_backend() == "blas"  # a program that goes on multiplies as it did before
     slow_with_mkl(False)
-    other = distill(recipe, out=tmp_path / "other")
-    assert cpu_matmul.multiplier() == "blas"
+    assert products_by_onednn(lambda: runs.append(distill(recipe, out=tmp_path / "other"))) == 0
+    run, other = runs
     for found, used in ((run, "onednn"), (other, BLAS)):
         assert found.receipt()["matmul"] == used == load_recipe(found.resolved).train.matmul
     ours, theirs = (
@@ -194,14 +213,15 @@ def test_every_rank_takes_the_first_one_s(
 
 @HERE
 def test_a_run_asks_onednn_for_its_layers_and_its_loss(
-    of_any_size: None, tiny_recipe: Callable[..., Path]
+    of_any_size: None, multiply_by: Callable[[Any], None], tiny_recipe: Callable[..., Path]
 ) -> None:
     recipe = tiny_recipe(train="{steps: 1, rows_per_step: 4, lr: 1e-3, device: cpu, matmul: onednn}")
-    cast = assemble(load_recipe(recipe), lambda text: None)
+    multiply_by("onednn")
+    cast = set_up(resolve(load_recipe(recipe)), lambda text: None)
     batch = cast.corpus.train.batch([0, 1, 2, 3])
-    assert asked_of_onednn(lambda: cast.teacher.targets(batch)) == 4 * 7  # type: ignore[attr-defined]
+    assert products_by_onednn(lambda: cast.teacher.targets(batch)) == 4 * 7  # type: ignore[attr-defined]
     targets, positions = cast.teacher.targets(batch), len(batch.positions_N)
     chunks = -(-positions // 16)
     # Of the student's two layers there and back; of each chunk both logits and the way back.
-    made = asked_of_onednn(lambda: (cast.student(batch, targets)["loss"] / positions).backward())
+    made = products_by_onednn(lambda: (cast.student(batch, targets)["loss"] / positions).backward())
     assert made == 2 * 7 * 2 + chunks * 3

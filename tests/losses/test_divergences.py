@@ -1,4 +1,4 @@
-"""The formulas: values and gradients from elsewhere, and the laws that every divergence keeps."""
+"""The formulas: independent golden values and gradients, and the laws that every divergence obeys."""
 
 from __future__ import annotations
 
@@ -68,23 +68,23 @@ def value_and_gradient(formula: Formula, student: Tensor, teacher: Tensor) -> tu
     return values.detach(), gradient
 
 
-def off_golden(row: dict[str, Any], formula: Formula) -> float:
+def golden_error(row: dict[str, Any], formula: Formula) -> float:
     """The largest error of value and gradient, in units of the larger of 1 and the value."""
     case = STORED["cases"][row["case"]]
     student, teacher = (torch.tensor([case[side]], dtype=torch.float64) for side in ("student", "teacher"))
     value, gradient = value_and_gradient(formula, student, teacher)
-    ours = torch.cat([value, gradient[0]])
-    theirs = torch.tensor([row["value"], *row["gradient"]], dtype=torch.float64)
-    return float((ours - theirs).abs().max()) / max(1.0, row["value"])
+    actual = torch.cat([value, gradient[0]])
+    golden = torch.tensor([row["value"], *row["gradient"]], dtype=torch.float64)
+    return float((actual - golden).abs().max()) / max(1.0, row["value"])
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda r: f"{r['divergence']} {r['options'] or ''} {r['case']}")
 def test_value_and_gradient_equal_the_golden_ones(row: dict[str, Any]) -> None:
     formula = partial(entries("divergence")[row["divergence"]], **row["options"])
-    assert off_golden(row, formula) < 1e-13
+    assert golden_error(row, formula) < 1e-13
 
 
-def test_small_values_are_right_in_relative_terms_too() -> None:
+def test_small_values_are_right_in_relative_terms() -> None:
     for row in GOLDEN:
         if row["case"] == "nearly equal":
             case = STORED["cases"][row["case"]]
@@ -105,7 +105,7 @@ def test_a_reversed_kl_does_not_pass_the_golden_rows() -> None:
     for right, wrong in ((forward_kl, reverse_kl), (reverse_kl, forward_kl)):
         chosen = [row for row in rows if row["divergence"] == right.__name__]
         assert len(chosen) == 3
-        assert min(off_golden(row, wrong) for row in chosen) > 1e-4
+        assert min(golden_error(row, wrong) for row in chosen) > 1e-4
 
 
 @given(pair=pairs())
@@ -208,7 +208,7 @@ def test_jsd_weighs_the_kl_of_the_teacher_with_beta() -> None:
     assert gap(jsd(student, teacher, beta=1e-8) / 1e-8, forward_kl(student, teacher)) < 1e-6
 
 
-def test_an_id_that_only_the_teacher_has_makes_forward_kl_infinite_and_not_zero() -> None:
+def test_an_id_impossible_for_the_student_alone_makes_forward_kl_infinite() -> None:
     student = torch.tensor([[0.0, -math.inf]])
     teacher = torch.tensor([[0.5, 0.5]]).log()
     assert forward_kl(student, teacher).tolist() == [math.inf]
@@ -233,7 +233,7 @@ def test_an_option_out_of_range_is_refused(
             accepts({option: value})
 
 
-def test_the_formulas_are_known_by_name_without_torch() -> None:
+def test_formulas_are_registered_without_importing_torch() -> None:
     program = "import sys; from potstill.registry import entries as known; "
     program += "print(*known('divergence'), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The sums and their gradients: against a dense float64 reference, numeric differences, and their laws."""
+"""Sums and gradients against a dense float64 reference, numeric differences, and the laws they obey."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from potstill.errors import UserError
 from potstill.losses.divergences import forward_kl, jsd, reverse_kl, skew_kl, tvd
 from potstill.losses.objective import Objective
-from potstill.types import Divergence, Head, HiddenTargets, Targets
+from potstill.losses.targets import HiddenTargets
+from potstill.types import Divergence, Head, Targets
 
 Array = NDArray[np.float64]
 Sums = dict[str, Tensor]
@@ -139,13 +140,13 @@ def reference(case: Case, name: str, kd_weight: float, ce_weight: float, T: floa
     return Reference(ce, kd, ce_weight * ce + kd_weight * kd, gradients[: 3 if case.bias else 2])
 
 
-def gap(ours: Tensor, theirs: Array | Tensor) -> float:
-    """The largest difference, in units of the larger of 1 and what is expected."""
-    theirs = torch.as_tensor(theirs).double()
-    assert ours.shape == theirs.shape
-    if not theirs.numel():
+def gap(actual: Tensor, expected: Array | Tensor) -> float:
+    """The largest difference, relative to the largest expected entry or to 1."""
+    expected = torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape
+    if not expected.numel():
         return 0.0
-    return float((ours.detach().double() - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
+    return float((actual.detach().double() - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 SHAPES = [
@@ -170,8 +171,8 @@ def test_sums_and_gradients_equal_the_dense_reference(case: Case, chunk: int, T:
     for term in ("loss", "ce", "kd"):
         assert sums[term].item() == pytest.approx(getattr(expected, term), rel=1e-12, abs=1e-12)
     assert [g.shape for g in case.gradients(objective)] == [leaf.shape for leaf in case.leaves]
-    for ours, theirs in zip(case.gradients(objective), expected.gradients, strict=True):
-        assert gap(ours, theirs) < 1e-12
+    for gradient, exact in zip(case.gradients(objective), expected.gradients, strict=True):
+        assert gap(gradient, exact) < 1e-12
 
 
 @each_divergence
@@ -180,9 +181,9 @@ def test_in_float32_they_equal_it_within_1e_5(name: str) -> None:
     objective = Objective(DIVERGENCES[name], 0.7, 0.2, 2.0, 4)
     expected = reference(case, name, 0.7, 0.2, 2.0)
     assert case.sums(objective)["loss"].item() == pytest.approx(expected.loss, rel=1e-5)
-    for ours, theirs in zip(case.gradients(objective), expected.gradients, strict=True):
-        assert ours.dtype == torch.float32
-        assert gap(ours, theirs) < 1e-5
+    for gradient, exact in zip(case.gradients(objective), expected.gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert gap(gradient, exact) < 1e-5
 
 
 def test_swapped_weights_a_missing_square_and_a_reversed_kl_would_be_seen() -> None:
@@ -236,23 +237,23 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
     dense = torch.nn.functional.cross_entropy(case.head(case.hidden_ND), case.labels_N, reduction="sum")
     assert sums.keys() == {"loss", "ce"}
     assert sums["ce"].item() == pytest.approx(dense.item(), rel=1e-13)
-    theirs = torch.autograd.grad(2.0 * dense, case.leaves)
-    for a, b in zip(torch.autograd.grad(sums["loss"], case.leaves), theirs, strict=True):
+    expected = torch.autograd.grad(2.0 * dense, case.leaves)
+    for a, b in zip(torch.autograd.grad(sums["loss"], case.leaves), expected, strict=True):
         assert gap(a, b) < 1e-13
 
 
 @pytest.mark.parametrize("upstream", [-3.7, 0.0])
-def test_the_gradient_is_scaled_by_what_comes_from_above(upstream: float) -> None:
+def test_the_gradient_is_scaled_by_the_upstream_gradient(upstream: float) -> None:
     case = Case()
     plain = case.gradients(Objective())
     loss = case.sums(Objective())["loss"]
-    for _ in range(2):  # a second time, too: what is stored must not have been changed
+    for _ in range(2):  # twice: what the forward pass stored must not have been overwritten
         scaled = torch.autograd.grad(loss * upstream, case.leaves, retain_graph=True)
         for a, b in zip(scaled, plain, strict=True):
             assert gap(a, upstream * b) < 1e-15
 
 
-def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+def test_a_second_derivative_is_refused() -> None:
     case = Case(N=2)
     squared = case.sums(Objective())["loss"] ** 2
     (gradient, *_) = torch.autograd.grad(squared, case.leaves, create_graph=True)
@@ -261,7 +262,7 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
 
 
 @pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}])
-def test_only_what_learns_gets_a_gradient(wanted: set[int]) -> None:
+def test_only_leaves_that_require_one_get_a_gradient(wanted: set[int]) -> None:
     case = Case()
     whole = case.gradients(Objective(chunk=3))
     for i, leaf in enumerate(case.leaves):
@@ -270,7 +271,7 @@ def test_only_what_learns_gets_a_gradient(wanted: set[int]) -> None:
         assert gap(a, whole[i]) < 1e-15
 
 
-def test_positions_add_up_and_do_not_see_each_other() -> None:
+def test_sums_over_positions_add_up_and_positions_do_not_interact() -> None:
     case, objective = Case(), Objective(DIVERGENCES["jsd"], temperature=2.0, chunk=2)
     subset = torch.tensor([1, 4, 5])
     rest = torch.tensor([0, 2, 3, 6])
@@ -290,7 +291,7 @@ def test_positions_add_up_and_do_not_see_each_other() -> None:
 
 @each_divergence
 @pytest.mark.parametrize("T", [1.0, 3.0])
-def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name: str, T: float) -> None:
+def test_a_student_equal_to_its_teacher_has_no_kd_and_no_gradient(name: str, T: float) -> None:
     case = Case()
     teacher = HiddenTargets(case.hidden_ND.detach(), case.head)
     objective = Objective(DIVERGENCES[name], kd_weight=1.0, ce_weight=0.0, temperature=T, chunk=7)
@@ -302,14 +303,14 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name: str, T: fl
     assert (abs(measured["kl"].item()) < 1e-12, measured["agreement"].item()) == (True, 7)
 
 
-def test_padded_ids_of_both_sides_carry_no_probability_and_no_gradient() -> None:
+def test_ids_padded_on_both_sides_have_no_probability_and_no_gradient() -> None:
     plain = Case(V=20, softcap=None)
     padding = torch.full((4,), -math.inf, dtype=torch.float64)
     for name, formula in DIVERGENCES.items():
         case = Case(V=24, softcap=None)
         with torch.no_grad():
-            for mine, theirs in zip(case.leaves, plain.leaves, strict=True):
-                mine[: len(theirs)] = theirs
+            for padded_leaf, leaf in zip(case.leaves, plain.leaves, strict=True):
+                padded_leaf[: len(leaf)] = leaf
             case.head.bias_V[20:] = padding  # type: ignore[index]
         weight_VE = torch.cat([plain.targets.head.weight_VD, torch.ones(4, 5).double()])  # type: ignore[attr-defined]
         teacher = Head(weight_VE, torch.cat([torch.zeros(20).double(), padding]))
@@ -318,9 +319,9 @@ def test_padded_ids_of_both_sides_carry_no_probability_and_no_gradient() -> None
         sums = objective(case.hidden_ND, case.head, plain.labels_N, targets)
         assert sums["loss"].item() == pytest.approx(plain.sums(objective)["loss"].item(), rel=1e-13), name
         padded = torch.autograd.grad(sums["loss"], case.leaves)
-        for ours, unpadded in zip(padded, plain.gradients(objective), strict=True):
-            assert gap(ours[: len(unpadded)], unpadded) < 1e-13
-            assert not bool(ours[len(unpadded) :].any())
+        for gradient, unpadded in zip(padded, plain.gradients(objective), strict=True):
+            assert gap(gradient[: len(unpadded)], unpadded) < 1e-13
+            assert not bool(gradient[len(unpadded) :].any())
 
 
 @each_divergence
@@ -341,7 +342,7 @@ def test_it_is_finite_at_logits_of_ten_thousand_in_bfloat16(name: str, T: float)
 
 
 def naive(case: Case, formula: Divergence, T: float) -> tuple[Tensor, list[Tensor]]:
-    """Everything in the dtype of the case, the whole [N, V] at once: what one would write first."""
+    """Everything in the dtype of the case, the whole [N, V] at once: the straightforward implementation."""
     head = case.head
     logits = (case.hidden_ND @ head.weight_VD.T) * head.scale
     student = (logits / T).log_softmax(-1)
@@ -354,9 +355,7 @@ def naive(case: Case, formula: Divergence, T: float) -> tuple[Tensor, list[Tenso
 @each_divergence
 @pytest.mark.parametrize("T", [1.0, 2.0])
 @pytest.mark.parametrize(("N", "V"), [(3, 47), (33, 123), (64, 1000)])
-def test_in_bfloat16_it_is_no_further_from_float64_than_naive_bfloat16(
-    N: int, V: int, T: float, name: str
-) -> None:
+def test_in_bfloat16_it_is_as_close_to_float64_as_naive_bfloat16(N: int, V: int, T: float, name: str) -> None:
     case = Case(N=N, V=V, D=16, E=16, dtype=torch.bfloat16, bias=False, softcap=None, scale=1.0, spread=0.8)
     objective = Objective(DIVERGENCES[name], temperature=T, chunk=16)
     exact = reference(case, name, 0.9, 0.1, T)
@@ -365,16 +364,16 @@ def test_in_bfloat16_it_is_no_further_from_float64_than_naive_bfloat16(
     assert loss_error <= abs(naive_loss.item() - exact.loss) + 2.0**-8 * exact.loss
     if name == "tvd":
         return  # its gradient jumps where p = q: whether one rounding or another crosses that is luck
-    for ours, theirs, right in zip(
+    for gradient, naive_gradient, right in zip(
         case.gradients(objective), naive_gradients, map(torch.as_tensor, exact.gradients), strict=True
     ):
-        error, naive_error = ((x.double() - right).abs() for x in (ours, theirs))
+        error, naive_error = ((x.double() - right).abs() for x in (gradient, naive_gradient))
         # Both start from logits rounded to bfloat16, and single elements of the naive result are right by
         # luck: two roundings of the largest element are allowed, but none for the whole.
         excess = error - naive_error - 2 * 2.0**-8 * right.abs().max()
         worst = int(excess.argmax())
-        shown = [x.flatten()[worst].item() for x in (ours, theirs, right)]
-        assert float(excess.max()) <= 0, f"ours, naive, float64: {shown}"
+        entries = [x.flatten()[worst].item() for x in (gradient, naive_gradient, right)]
+        assert float(excess.max()) <= 0, f"chunked, naive, float64: {entries}"
         assert float(error.norm()) <= float(naive_error.norm())
 
 
@@ -404,44 +403,44 @@ def test_matmul_dtype_is_what_the_products_run_in() -> None:
     case = Case(N=8, dtype=torch.float32, bias=False)
     exact = reference(case, "forward_kl", 0.9, 0.1, 1.0)
     low = Objective(matmul_dtype=torch.bfloat16, chunk=3)
-    for ours, theirs in zip(case.gradients(low), exact.gradients, strict=True):
-        assert ours.dtype == torch.float32
-        assert 1e-5 < gap(ours, theirs) < 2e-2
+    for gradient, expected in zip(case.gradients(low), exact.gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert 1e-5 < gap(gradient, expected) < 2e-2
     assert case.sums(low)["loss"].dtype == torch.float32
 
 
 @dataclass
 class CountedTargets:
-    """Passes on what another gives, and keeps the sizes that it was asked for."""
+    """Delegates to `inner` and records the size and temperature of each call."""
 
     inner: Targets
-    asked: list[tuple[int, float]] = field(default_factory=list)
+    calls: list[tuple[int, float]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def __getitem__(self, positions: slice) -> CountedTargets:
-        return CountedTargets(self.inner[positions], self.asked)
+        return CountedTargets(self.inner[positions], self.calls)
 
     def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        self.asked.append((len(student_logp_NV), temperature))
+        self.calls.append((len(student_logp_NV), temperature))
         return self.inner.on_support(student_logp_NV, temperature)
 
     def beyond_support(self) -> Tensor | None:
         return self.inner.beyond_support()
 
 
-def test_the_teacher_is_asked_once_a_chunk() -> None:
+def test_targets_are_evaluated_once_a_chunk() -> None:
     case, targets = Case(), CountedTargets(Case().targets)
     Objective(temperature=2.0, chunk=3)(case.hidden_ND, case.head, case.labels_N, targets)["loss"].backward()
-    assert targets.asked == [(3, 2.0), (3, 2.0), (1, 2.0)]
-    targets.asked.clear()
+    assert targets.calls == [(3, 2.0), (3, 2.0), (1, 2.0)]
+    targets.calls.clear()
     Objective(chunk=4).measure(case.hidden_ND, case.head, case.labels_N, targets)
-    assert targets.asked == [(4, 1.0), (3, 1.0)]
+    assert targets.calls == [(4, 1.0), (3, 1.0)]
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the name and the size of every tensor that any operation makes."""
+    """Records the name of every operation and the size of each tensor that it makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -474,7 +473,7 @@ def test_no_tensor_of_positions_times_vocabulary_is_made() -> None:
     assert recorder.largest == chunk * V
     with Recorder() as recorder, torch.no_grad():
         case.head(case.hidden_ND)
-    assert recorder.largest == N * V  # what the recorder would have seen
+    assert recorder.largest == N * V  # so the recorder does see a large one
 
 
 def test_the_head_is_cast_once_a_call_and_not_once_a_chunk() -> None:
@@ -507,12 +506,12 @@ def test_every_product_is_computed_once(T: float) -> None:
 def test_without_gradients_the_sums_are_the_same() -> None:
     case = Case()
     with torch.no_grad():
-        quiet = case.sums(Objective(chunk=2))
-    assert not any(value.requires_grad for value in quiet.values())
-    loud = case.sums(Objective(chunk=2))
-    assert quiet.keys() == loud.keys()
-    for name, value in quiet.items():  # by the formula, and by what was written out beside its gradient
-        torch.testing.assert_close(value, loud[name].detach(), rtol=1e-14, atol=0)
+        evaluated = case.sums(Objective(chunk=2))
+    assert not any(value.requires_grad for value in evaluated.values())
+    trained = case.sums(Objective(chunk=2))
+    assert evaluated.keys() == trained.keys()
+    for name, value in evaluated.items():  # by the formula, and written out beside its gradient
+        torch.testing.assert_close(value, trained[name].detach(), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0])
@@ -532,7 +531,7 @@ def test_measuring_gives_the_sums_of_training_and_kl_agreement_and_teacher_ce(T:
     assert measured == {}
 
 
-def test_measuring_nothing_gives_zeros() -> None:
+def test_measuring_no_positions_gives_zeros() -> None:
     case = Case(N=0)
     measured = Objective().measure(case.hidden_ND, case.head, case.labels_N, case.targets)
     assert {value.item() for value in measured.values()} == {0.0}
@@ -559,7 +558,7 @@ def test_a_setting_out_of_range_is_refused(options: dict[str, Any], complaint: s
 
 
 @pytest.mark.parametrize("act", [Objective.__call__, Objective.measure], ids=["training", "measuring"])
-def test_what_does_not_fit_is_refused_with_its_numbers(act: Callable[..., Sums]) -> None:
+def test_mismatched_inputs_are_refused_with_both_numbers(act: Callable[..., Sums]) -> None:
     case = Case(N=4, V=9)
     hidden_ND, head, labels_N, targets = case.hidden_ND, case.head, case.labels_N, case.targets
 
@@ -580,7 +579,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers(act: Callable[..., Sums])
 
 
 @pytest.mark.parametrize("act", [Objective.__call__, Objective.measure], ids=["training", "measuring"])
-def test_what_is_not_finite_is_refused_and_named(act: Callable[..., Sums]) -> None:
+def test_a_sum_that_is_not_finite_is_refused_by_name(act: Callable[..., Sums]) -> None:
     case = Case(N=4, V=9, softcap=None)
     hidden_ND, head, labels_N, targets = case.hidden_ND.detach(), case.head, case.labels_N, case.targets
 
@@ -588,17 +587,17 @@ def test_what_is_not_finite_is_refused_and_named(act: Callable[..., Sums]) -> No
         with pytest.raises(UserError, match=complaint):
             act(Objective(chunk=3), *args)
 
-    spoilt_ND = hidden_ND.clone()
-    spoilt_ND[3, 0] = math.nan
-    refused("objective: ce is nan over 4 positions", spoilt_ND, head, labels_N, targets)
-    spoilt_NE = targets.hidden_NE.clone()
-    spoilt_NE[0, 0] = math.nan
+    damaged_ND = hidden_ND.clone()
+    damaged_ND[3, 0] = math.nan
+    refused("objective: ce is nan over 4 positions", damaged_ND, head, labels_N, targets)
+    damaged_NE = targets.hidden_NE.clone()
+    damaged_NE[0, 0] = math.nan
     refused(
         "objective: kd is nan over 4 positions",
         hidden_ND,
         head,
         labels_N,
-        HiddenTargets(spoilt_NE, targets.head),
+        HiddenTargets(damaged_NE, targets.head),
     )
     excluded_V = torch.zeros(9, dtype=torch.float64)
     excluded_V[labels_N[1]] = -math.inf

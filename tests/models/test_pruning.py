@@ -1,4 +1,4 @@
-"""A student cut from its teacher is those layers and no others, and the rules keep what they say."""
+"""A student cut from its teacher has the chosen layers and no others; impossible cuts are refused."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from potstill.models.pruning import cut, layers_to_keep
         (12, 12, "even", list(range(12))),
     ],
 )
-def test_rules_keep_the_layers_they_name(total: int, count: int, rule: str, kept: list[int]) -> None:
+def test_each_rule_keeps_its_layers(total: int, count: int, rule: str, kept: list[int]) -> None:
     assert layers_to_keep(total, count, rule) == kept
 
 
 @pytest.mark.parametrize("count", [0, 5, -1])
-def test_a_number_of_layers_that_the_teacher_has_not_is_refused(count: int) -> None:
+def test_an_impossible_number_of_layers_is_refused(count: int) -> None:
     with pytest.raises(UserError, match=f"{count} layers cannot be kept of the teacher's 4"):
         layers_to_keep(4, count, "first_last")
 
 
 @pytest.mark.parametrize("keep", [[], [1, 0], [0, 0], [0, 4], [-1, 2]])
-def test_a_list_of_layers_that_makes_no_sense_is_refused(teacher_folder: Path, keep: list[int]) -> None:
+def test_an_impossible_list_of_layers_is_refused(teacher_folder: Path, keep: list[int]) -> None:
     with pytest.raises(UserError, match="rising layer numbers of the teacher's 4"):
         cut(load_causal_lm(teacher_folder), keep)
 
@@ -77,11 +77,11 @@ def test_a_cut_student_is_the_teacher_with_its_other_layers_skipped(family: str,
     layers = next(m for m in teacher.hf.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
     skipped = [_Skip() if i in (1, 2) else layer for i, layer in enumerate(layers)]
     with torch.no_grad():
-        ours_BTV = student.head(student.hidden(ids_BT))
+        student_BTV = student.head(student.hidden(ids_BT))
         for i, layer in enumerate(skipped):
             layers[i] = layer
         expected_BTV = teacher.hf(input_ids=ids_BT, use_cache=False).logits
-    assert torch.equal(ours_BTV, expected_BTV)
+    assert torch.equal(student_BTV, expected_BTV)
 
 
 class _Skip(torch.nn.Module):
@@ -106,8 +106,8 @@ def test_a_model_without_one_stack_of_layers_is_refused(tmp_path: Path) -> None:
         cut(CausalLM(model.hf, "x"), [0])
 
 
-def test_a_stack_that_its_library_will_not_have_shortened_is_refused() -> None:
-    """Gemma 3n: later layers use the caches of earlier ones, which a cut takes away."""
+def test_a_stack_that_cannot_be_shortened_is_refused() -> None:
+    """Gemma 3n: later layers use the caches of earlier ones, which a cut removes."""
     config = transformers.Gemma3nTextConfig(
         vocab_size=64,
         vocab_size_per_layer_input=64,

@@ -34,7 +34,7 @@ def test_a_saved_student_loads_anywhere_with_equal_logits(tmp_path: Path, tied: 
     )
 
 
-def test_an_older_transformers_finds_the_rope_base_where_it_looks(tmp_path: Path) -> None:
+def test_an_older_transformers_finds_the_rope_base(tmp_path: Path) -> None:
     model = from_checkpoint(
         make_model(tmp_path / "model", rope_parameters={"rope_type": "default", "rope_theta": 77777.0}), CPU
     )
@@ -44,7 +44,7 @@ def test_an_older_transformers_finds_the_rope_base_where_it_looks(tmp_path: Path
     assert load_causal_lm(tmp_path / "saved").hf.config.rope_parameters["rope_theta"] == 77777.0
 
 
-def test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks(tmp_path: Path) -> None:
+def test_an_older_transformers_finds_the_rope_scaling(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 77777.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 128}
     model = from_checkpoint(make_model(tmp_path / "model", rope_parameters=rope), CPU)
@@ -54,7 +54,7 @@ def test_an_older_transformers_finds_the_scale_of_a_rope_where_it_looks(tmp_path
     assert load_causal_lm(tmp_path / "saved").hf.config.rope_parameters == rope
 
 
-def test_an_older_transformers_finds_a_tokenizer_that_it_knows(tmp_path: Path) -> None:
+def test_an_older_transformers_finds_a_tokenizer_class_that_it_has(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|side|>", "<|änd|>"]})
     model = from_checkpoint(make_model(tmp_path / "model"), CPU)
@@ -68,7 +68,7 @@ def test_an_older_transformers_finds_a_tokenizer_that_it_knows(tmp_path: Path) -
     assert again("a<|side|>b<|änd|>")["input_ids"] == tokenizer("a<|side|>b<|änd|>")["input_ids"]
 
 
-def test_a_student_of_a_config_is_random_and_repeats_by_its_seed(tmp_path: Path) -> None:
+def test_a_student_from_a_config_is_a_function_of_the_seed(tmp_path: Path) -> None:
     tiny_config().save_pretrained(tmp_path)
     hashes = []
     for seed in (1, 1, 2):
@@ -83,7 +83,7 @@ def test_a_config_of_no_causal_lm_is_refused(tmp_path: Path) -> None:
         from_config(tmp_path, CPU)
 
 
-def test_the_hash_of_the_weights_sees_one_changed_bit(tmp_path: Path) -> None:
+def test_one_changed_bit_changes_the_hash_of_the_weights(tmp_path: Path) -> None:
     student = Student(from_checkpoint(make_model(tmp_path / "m"), CPU), Objective())
     before = student.weights_sha256()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A tied embedding's gradient goes into the head's: the sum that autograd makes, without a second buffer."""
+"""A tied embedding's gradient is added into the head's: autograd's sum, without a second buffer."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def batches() -> list[Batch]:
     return found
 
 
-class MadeOfThatSize(TorchDispatchMode):
-    """Counts the storages of V × D numbers that come to life."""
+class DenseStorages(TorchDispatchMode):
+    """Counts the storages of V x D numbers that are allocated."""
 
     def __init__(self) -> None:
         super().__init__()
         self.known: set[int] = set()
-        self.kept: list[torch.Tensor] = []  # or an address would be given twice
+        self.kept: list[torch.Tensor] = []  # alive, or an address would be reused
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,32 +59,32 @@ class MadeOfThatSize(TorchDispatchMode):
 
 
 def gradients(student: Student) -> tuple[dict[str, torch.Tensor], int]:
-    made = MadeOfThatSize()
+    storages = DenseStorages()
     for batch in batches():
         loss = student(batch, None)["loss"]
-        with made:
+        with storages:
             (loss / 28).backward()
-    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, made.count
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}, storages.count
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_sum_is_the_one_that_autograd_makes(tied: bool, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", with_tokenizer=False, tie_word_embeddings=tied)
-    plain, ours = (
+    plain, in_place = (
         Student(load_causal_lm(folder), Objective(kd_weight=0, ce_weight=1, chunk=5)) for _ in range(2)
     )
-    ours.model.sum_tied_gradients_in_place()
-    (expected, made_by_autograd), (found, made) = gradients(plain), gradients(ours)
-    assert expected.keys() == found.keys()
+    in_place.model.sum_tied_gradients_in_place()
+    (expected, dense_by_autograd), (summed, dense) = gradients(plain), gradients(in_place)
+    assert expected.keys() == summed.keys()
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6), name
-    assert made == 0 < made_by_autograd if tied else made == made_by_autograd
+        assert torch.allclose(summed[name], gradient, rtol=1e-5, atol=1e-6), name
+    assert dense == 0 < dense_by_autograd if tied else dense == dense_by_autograd
 
 
-def test_the_loop_asks_for_it_and_not_where_another_would_miss_it(
+def test_training_enables_it_except_with_several_ranks_or_a_compiled_body(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several ranks exchange the gradient before it is whole; what is compiled holds the embedding."""
+    """DDP reduces the gradient before the embedding's part is in; a compiled body's graph has the embedding."""
 
     def hooks(ranks: Ranks, compiled: bool) -> int:
         student = Student(load_causal_lm(folder), Objective())
@@ -121,7 +121,7 @@ def test_frozen_weights_stay_without_a_gradient(tmp_path: Path) -> None:
     assert weight_VD.grad is None
 
 
-def test_a_graph_that_is_kept_gives_its_gradients_twice(tmp_path: Path) -> None:
+def test_a_retained_graph_gives_its_gradients_twice(tmp_path: Path) -> None:
     student = Student(
         load_causal_lm(make_model(tmp_path / "model", with_tokenizer=False)), Objective(kd_weight=0)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from potstill import distill, load_recipe
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.preflight import auto as choosing
-from potstill.preflight.auto import choose, with_chunk
+from potstill.preflight.auto import choose_chunk, with_chunk
 from potstill.preflight.checks import Checked
 from potstill.preflight.plan import plan
 from potstill.runs.run_dir import RunDir
@@ -34,7 +36,7 @@ def auto(tiny_recipe: Write) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is planned, and nothing looked at before a run."""
-    monkeypatch.setattr(choosing, "plan_with", lambda *_: SimpleNamespace(peak_bytes=0))
+    monkeypatch.setattr(choosing, "plan", lambda *_: SimpleNamespace(peak_bytes=0))
     monkeypatch.setattr(
         "potstill.workflows.distill.require_sound", lambda cast, place: Checked("not planned", [])
     )
@@ -58,29 +60,29 @@ def test_the_logits_take_an_eighth_of_what_the_plan_leaves(
     auto: Path, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(auto)
-    planned = plan(with_chunk(recipe, 32))
+    planned = plan(resolve(recipe).with_recipe(with_chunk(recipe, 32)))
     asked: list[object] = []
-    monkeypatch.setattr(choosing, "plan_with", lambda recipe, *_: asked.append(recipe) or planned)
+    monkeypatch.setattr(choosing, "plan", lambda resolved: asked.append(resolved.recipe) or planned)
     share, never = choosing.AMPLE, 2**60
     monkeypatch.setattr(choosing, "AMPLE", never)
     for positions in (32, 64, 128, 256):
         just = planned.peak_bytes + 8 * (2 * 4 * positions * 258)  # float32 of two models of 258 ids
         free(just)
-        found = choose(recipe)
+        found = choose_chunk(resolve(recipe))
         assert (found.asked, found.used) == ("auto", positions)
         free(just - 1)
-        assert choose(recipe).used == max(positions // 2, 32)
+        assert choose_chunk(resolve(recipe)).used == max(positions // 2, 32)
     assert asked == [with_chunk(recipe, 32)] * 8
     asked.clear()
     monkeypatch.setattr(choosing, "AMPLE", share)
     free(NONE)
-    assert choose(recipe).used == 32
+    assert choose_chunk(resolve(recipe)).used == 32
     free(AMPLE)
-    assert choose(recipe).used == 256
-    monkeypatch.setattr(choosing, "choose_device", lambda name: torch.device("cuda"))
-    assert choose(recipe).used == 1024
+    assert choose_chunk(resolve(recipe)).used == 256
+    on_cuda = dataclasses.replace(resolve(recipe), device=torch.device("cuda"))
+    assert choose_chunk(on_cuda).used == 1024
     free(32 * (2 * 4 * 1024 * 258))
-    assert (choose(recipe).used, asked) == (
+    assert (choose_chunk(on_cuda).used, asked) == (
         1024,
         [with_chunk(recipe, 32)],
     )  # that of NONE: no plan where it is ample
@@ -89,15 +91,15 @@ def test_the_logits_take_an_eighth_of_what_the_plan_leaves(
 def test_a_number_is_taken_as_it_is_and_what_cannot_be_planned_has_the_usual_one(
     tiny_recipe: Write, auto: Path, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = choose(load_recipe(tiny_recipe("set.yaml", objective="{chunk: 7}")))
+    found = choose_chunk(resolve(load_recipe(tiny_recipe("set.yaml", objective="{chunk: 7}"))))
     assert (found.asked, found.used) == (7, 7)
 
     def cannot(*_: object) -> None:
         raise RuntimeError("a layer without a fake\nsecond line")
 
-    monkeypatch.setattr(choosing, "plan_with", cannot)
+    monkeypatch.setattr(choosing, "plan", cannot)
     free(NONE)
-    found = choose(load_recipe(auto))
+    found = choose_chunk(resolve(load_recipe(auto)))
     assert found.used == 256 and "not planned: a layer without a fake" in found.why
 
 
@@ -151,16 +153,17 @@ def test_whatever_runs_a_recipe_has_a_number(
     seen: list[int] = []
 
     def watched(*given: object, **named: object) -> object:
-        cast = assemble(*given, **named)  # type: ignore[arg-type]
+        cast = set_up(*given, **named)  # type: ignore[arg-type]
         seen.append(cast.student.objective.chunk)
         return cast
 
-    monkeypatch.setattr("potstill.workflows.distill.assemble", watched)
-    monkeypatch.setattr("potstill.preflight.trial_steps.assemble", watched)
+    monkeypatch.setattr("potstill.workflows.distill.set_up", watched)
+    monkeypatch.setattr("potstill.preflight.trial_steps.set_up", watched)
     evaluate(load_recipe(auto), teacher_folder)
     assert main(["distill", str(auto), "--smoke", "1"]) == 0
     assert seen == [32, 32]
-    assert assemble(load_recipe(auto), lambda text: None).student.objective.chunk == 256  # nobody chose
+    untouched = set_up(resolve(load_recipe(auto)), lambda text: None)
+    assert untouched.student.objective.chunk == 256  # nobody chose
 
 
 def test_plan_says_the_number_and_why(

@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from test_malformed import gguf_file, gguf_tensors
 
 from potstill import UserError, distill, load_recipe
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
+from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student
 from potstill.preflight.checks import (
     cheap,
@@ -36,18 +38,18 @@ from potstill.preflight.checks import (
 from potstill.preflight.same_model import SAME, rounding_kl
 from potstill.preflight.trial_steps import check, rehearsal
 from potstill.training.optim import rates, set_lr
-from potstill.types import Batch, HiddenTargets
+from potstill.types import Batch
 
 Recipe = Callable[..., Path]
 NOWHERE = Path("runs/not-there")
 
 
-def red(cast: Cast) -> list[str]:
+def red(cast: RunSetup) -> list[str]:
     return [finding.name for finding in check(cast, NOWHERE) if not finding.ok]
 
 
-def cast_of(recipe: Path) -> Cast:
-    return assemble(load_recipe(recipe), lambda text: None)
+def cast_of(recipe: Path) -> RunSetup:
+    return set_up(resolve(load_recipe(recipe)), lambda text: None)
 
 
 def test_a_sound_recipe_has_no_red_line(tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from potstill import distill, load_recipe
 from potstill.build.corpus import make_corpus as read_corpus
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.preflight import fake_step
 from potstill.preflight import plan as planning
-from potstill.preflight.memory_tracker import Ledger
+from potstill.preflight.memory_tracker import MemoryTracker
 from potstill.preflight.plan import Plan, plan
 from potstill.preflight.plan_advice import advice
 from potstill.preflight.plan_disk import TOKENIZER_FILE_BYTES_PER_ID
@@ -62,7 +63,7 @@ def changed(recipe: Recipe, section: str, **fields: Any) -> Recipe:
     return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **fields)})
 
 
-def differing(found: Plan, cast: Cast) -> list[str]:
+def differing(found: Plan, cast: RunSetup) -> list[str]:
     """Parts of a plan that are not the sizes of the models which the run made."""
     size = {
         name: sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
@@ -77,7 +78,7 @@ def differing(found: Plan, cast: Cast) -> list[str]:
 @pytest.mark.parametrize("width", [None, 100])
 def test_weights_moments_and_gradients_are_those_of_the_real_models(width: int | None, wide: Write) -> None:
     recipe = changed(load_recipe(wide()), "student", ffn_width=width)
-    found, cast = plan(recipe), assemble(recipe, lambda text: None)
+    found, cast = plan(resolve(recipe)), set_up(resolve(recipe), lambda text: None)
     assert differing(found, cast) == []
     weights = sum(p.nbytes for p in cast.student.parameters())
     assert found.student_disk_bytes - weights == TOKENIZER_FILE_BYTES_PER_ID * 258
@@ -86,8 +87,8 @@ def test_weights_moments_and_gradients_are_those_of_the_real_models(width: int |
 @pytest.mark.parametrize("part", ["teacher", "student", "optimizer"])
 def test_a_plan_that_forgets_a_part_is_seen(part: str, wide: Write) -> None:
     recipe = load_recipe(wide())
-    forgetful = dataclasses.replace(plan(recipe), **{part: 0})
-    assert differing(forgetful, assemble(recipe, lambda text: None)) == [part]
+    forgetful = dataclasses.replace(plan(resolve(recipe)), **{part: 0})
+    assert differing(forgetful, set_up(resolve(recipe), lambda text: None)) == [part]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -95,7 +96,7 @@ def test_a_plan_that_forgets_a_part_is_seen(part: str, wide: Write) -> None:
 def test_activations_are_what_a_real_forward_saves(checkpointing: bool, precision: str, wide: Write) -> None:
     train = {"activation_checkpointing": checkpointing, "precision": precision}
     recipe = changed(load_recipe(wide(objective="{chunk: 512}")), "train", **train)
-    cast = assemble(recipe, lambda text: None)
+    cast = set_up(resolve(recipe), lambda text: None)
     batch = cast.corpus.train.batch(range(8))
     weights = {p.untyped_storage().data_ptr() for p in cast.student.parameters()}
     saved: dict[int, tuple[int, Any]] = {}
@@ -112,10 +113,13 @@ def test_activations_are_what_a_real_forward_saves(checkpointing: bool, precisio
     counted = sum(size for size, _ in saved.values())
     beside = 2 * hidden_ND.nbytes  # the student's and the teacher's at the supervised positions
     beside += sum(getattr(batch, f.name).nbytes for f in dataclasses.fields(batch))
-    found = plan(recipe)
+    found = plan(resolve(recipe))
     if checkpointing:  # layers' inputs are kept, and the peak may be in the way back
         assert found.largest["activations"] >= counted
-        assert counted < 0.3 * plan(changed(recipe, "train", activation_checkpointing=False)).activations
+        assert (
+            counted
+            < 0.3 * plan(resolve(changed(recipe, "train", activation_checkpointing=False))).activations
+        )
     else:
         assert found.phase == "training step"
         assert found.activations == pytest.approx(counted + beside, rel=0.08)
@@ -125,12 +129,12 @@ def test_activations_are_what_a_real_forward_saves(checkpointing: bool, precisio
 def test_full_weights_are_beside_the_packed_ones_before_the_first_step(weights: str, wide: Write) -> None:
     """Where the step itself needs little: one row at a time, and no moments."""
     recipe = load_recipe(wide(train="{steps: 2, rows_per_step: 1, lr: 1e-3, device: cpu, optimizer: sgd}"))
-    full = assemble(recipe, lambda text: None).teacher
-    found = plan(changed(recipe, "teacher", weights=weights))
+    full = set_up(resolve(recipe), lambda text: None).teacher
+    found = plan(resolve(changed(recipe, "teacher", weights=weights)))
     bytes_ = sum(p.nbytes for p in full.model.parameters())
     packed = found.largest["teacher"] - bytes_
     assert 0.1 * bytes_ < packed < 0.6 * bytes_
-    step = plan(recipe)
+    step = plan(resolve(recipe))
     assert step.largest["teacher"] == pytest.approx(bytes_, rel=0.05)
     if weights == "int8":  # the larger of the two
         assert found.phase == "measuring the teacher's bits"
@@ -139,7 +143,7 @@ def test_full_weights_are_beside_the_packed_ones_before_the_first_step(weights: 
 class Counting(TorchDispatchMode):
     """Shows a ledger the tensors of a real step, whose numbers and kernels are the real ones."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: MemoryTracker) -> None:
         super().__init__()
         self.ledger = ledger
 
@@ -172,7 +176,7 @@ def test_a_step_without_data_holds_what_the_same_step_with_data_holds(kind: str)
                 input_ids=ids_BT, position_ids=positions_BT, use_cache=False
             ).last_hidden_state.sum().backward()
 
-    real, fake = Ledger(), Ledger()
+    real, fake = MemoryTracker(), MemoryTracker()
     step(Counting(real))
     with FakeTensorMode():
         step(fake)
@@ -181,41 +185,43 @@ def test_a_step_without_data_holds_what_the_same_step_with_data_holds(kind: str)
 
 def test_smaller_chunks_and_micro_batches_need_less(wide: Write) -> None:
     recipe = load_recipe(wide())
-    chunks = [plan(changed(recipe, "objective", chunk=chunk)).largest["loss_chunk"] for chunk in (64, 256)]
+    chunks = [
+        plan(resolve(changed(recipe, "objective", chunk=chunk))).largest["loss_chunk"] for chunk in (64, 256)
+    ]
     assert chunks == sorted(set(chunks))
-    rows = [plan(changed(recipe, "train", rows_per_micro_batch=rows)).activations for rows in (2, 4)]
+    rows = [plan(resolve(changed(recipe, "train", rows_per_micro_batch=rows))).activations for rows in (2, 4)]
     assert rows == sorted(set(rows))
 
 
 def test_the_gradients_of_earlier_micro_batches_are_there(wide: Write) -> None:
     recipe = load_recipe(wide())
-    alone = plan(recipe)
+    alone = plan(resolve(recipe))
     assert alone.gradients < 0.2 * alone.student  # they grow while activations go
-    several = plan(changed(recipe, "train", rows_per_micro_batch=4))
+    several = plan(resolve(changed(recipe, "train", rows_per_micro_batch=4)))
     assert several.gradients == pytest.approx(several.student, rel=0.01)
 
 
 def test_advice_lowers_the_peak_and_is_what_a_plan_of_it_says(wide: Write) -> None:
     path = wide(objective="{chunk: 512}")
-    now = plan(load_recipe(path))
-    told = advice(load_recipe(path), now)
+    now = plan(resolve(load_recipe(path)))
+    told = advice(resolve(load_recipe(path)), now)
     fields = {setting.split("=")[0] for change in told for setting in change.settings}
     assert {"train.rows_per_micro_batch", "objective.chunk", "train.activation_checkpointing"} <= fields
     assert all(change.peak_bytes < now.peak_bytes for change in told)
     assert told[-1].peak_bytes == min(change.peak_bytes for change in told)
-    again = dataclasses.replace(plan(load_recipe(path, told[0].settings)), libraries=now.libraries)
+    again = dataclasses.replace(plan(resolve(load_recipe(path, told[0].settings))), libraries=now.libraries)
     assert again.peak_bytes == told[0].peak_bytes
 
 
 def test_advice_turns_a_field_as_little_as_makes_the_run_fit(wide: Write) -> None:
     recipe = load_recipe(wide(objective="{chunk: 512}"))
-    now = plan(recipe)
+    now = plan(resolve(recipe))
 
     def peak(rows: int) -> int:
-        then = plan(changed(recipe, "train", rows_per_micro_batch=rows))
+        then = plan(resolve(changed(recipe, "train", rows_per_micro_batch=rows)))
         return dataclasses.replace(then, libraries=now.libraries).peak_bytes
 
-    first, *others = advice(recipe, now, peak(2))
+    first, *others = advice(resolve(recipe), now, peak(2))
     assert first.fits and all(len(change.settings) == 1 for change in (first, *others))
     told = {change.settings[0]: change for change in (first, *others)}
     assert told["train.rows_per_micro_batch=2"].fits and peak(4) > peak(2)
@@ -226,13 +232,13 @@ def test_advice_puts_changes_together_where_none_alone_suffices(wide: Write, wid
     path = wide(objective="{chunk: 512}", teacher=f"{{name: torch, model: {wide_folder}, dtype: bfloat16}}")
     path.write_text(path.read_text().replace("save_every: 2", "precision: bfloat16, return_memory: true"))
     recipe = load_recipe(path)
-    now = plan(recipe)
-    *alone, every = advice(recipe, now)
+    now = plan(resolve(recipe))
+    *alone, every = advice(resolve(recipe), now)
     memory = every.peak_bytes + 2**16
     assert memory < min(change.peak_bytes for change in alone)
-    *alone, together = advice(recipe, now, memory)
+    *alone, together = advice(resolve(recipe), now, memory)
     assert together.fits and not any(change.fits for change in alone) and len(together.settings) > 1
-    again = dataclasses.replace(plan(load_recipe(path, together.settings)), libraries=now.libraries)
+    again = dataclasses.replace(plan(resolve(load_recipe(path, together.settings))), libraries=now.libraries)
     assert again.peak_bytes == together.peak_bytes <= memory
 
 
@@ -268,7 +274,7 @@ def test_disk_is_what_a_run_leaves(optimizer: str, wide: Write, tmp_path: Path) 
     path = wide(train=train)
     run = distill(path, out=tmp_path / "run")
     left = [f for of in (run.student, run.checkpoints) for f in of.rglob("*") if f.is_file()]
-    found = plan(load_recipe(path))
+    found = plan(resolve(load_recipe(path)))
     assert found.disk_bytes == pytest.approx(sum(f.stat().st_size for f in left), rel=0.03)
     assert found.disk_peak_bytes >= found.disk_bytes + found.checkpoint_disk_bytes
 
@@ -279,14 +285,14 @@ def test_shards_are_counted_on_the_disk_until_they_are_there(wide: Write, tmp_pa
     generator.integers(3, 250, 200_000).astype(np.uint16).tofile(tmp_path / "ids" / "a.bin")
     kept = tmp_path / "kept"
     corpus = f"name: tokens, path: {tmp_path / 'ids'}, dtype: uint16, tokens_per_row: 64, heldout_rows: 4"
-    without = plan(load_recipe(wide(corpus=f"{{{corpus}}}")))
+    without = plan(resolve(load_recipe(wide(corpus=f"{{{corpus}}}"))))
     recipe = load_recipe(wide(corpus=f"{{{corpus}, shards: {kept}}}"))
-    found = plan(recipe)
-    read_corpus(recipe)
+    found = plan(resolve(recipe))
+    read_corpus(resolve(recipe))
     written = sum(file.stat().st_size for file in kept.iterdir())
     assert found.shards_disk_bytes == pytest.approx(written, rel=0.15)
     assert found.disk_bytes - without.disk_bytes == found.shards_disk_bytes
-    assert plan(recipe).disk_bytes == without.disk_bytes
+    assert plan(resolve(recipe)).disk_bytes == without.disk_bytes
 
 
 def test_what_is_known_already_is_not_traced_again(wide: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,8 +302,8 @@ def test_what_is_known_already_is_not_traced_again(wide: Write, monkeypatch: pyt
     monkeypatch.setattr(
         fake_step, "_trace", lambda recipe, *rest: traces.append(recipe) or whole(recipe, *rest)
     )
-    first = plan(load_recipe(wide()))
-    again = plan(load_recipe(wide(), ["train.lr=0.5", "train.seed=7", "train.steps=500"]))
+    first = plan(resolve(load_recipe(wide())))
+    again = plan(resolve(load_recipe(wide(), ["train.lr=0.5", "train.seed=7", "train.steps=500"])))
     assert len(traces) == 1 and again.parts.items() - first.parts.items() <= {("libraries", again.libraries)}
     for change in (
         "train.rows_per_step=9",
@@ -305,7 +311,7 @@ def test_what_is_known_already_is_not_traced_again(wide: Write, monkeypatch: pyt
         "teacher.dtype=bfloat16",
         "student.layers=1",
     ):
-        plan(load_recipe(wide(), [change]))
+        plan(resolve(load_recipe(wide(), [change])))
     assert len(traces) == 5
 
 
@@ -314,7 +320,7 @@ def test_no_weight_is_read_and_no_random_number_is_drawn(wide: Write, tmp_path: 
     make_model(tmp_path / "bare", with_tokenizer=False)
     (tmp_path / "bare" / "model.safetensors").unlink()
     state = torch.get_rng_state()
-    found = plan(load_recipe(wide(teacher=f"{{name: torch, model: {tmp_path / 'bare'}}}")))
+    found = plan(resolve(load_recipe(wide(teacher=f"{{name: torch, model: {tmp_path / 'bare'}}}"))))
     assert found.teacher > 0
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -325,7 +331,7 @@ def test_seven_billion_parameters_are_planned_on_a_small_machine(wide: Write, tm
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
         num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
     ).save_pretrained(folder)  # fmt: skip
-    found = plan(load_recipe(wide(teacher=f"{{name: torch, model: {folder}, dtype: bfloat16}}")))
+    found = plan(resolve(load_recipe(wide(teacher=f"{{name: torch, model: {folder}, dtype: bfloat16}}"))))
     assert found.teacher == pytest.approx(2 * 7.616e9, rel=0.001)  # its card says 7.61 B
     assert found.student > 0.4 * 2 * found.teacher / 28
 
@@ -339,7 +345,7 @@ def test_a_teacher_without_weights_of_a_config(
     save_file({"logits": torch.zeros(258, 258)}, tmp_path / "table.safetensors")
     teachers = {"fixture": "vocab_size: 258", "table": f"path: {tmp_path / 'table.safetensors'}"}
     student = f"{{name: checkpoint, model: {wide_folder}}}"
-    found = plan(load_recipe(wide(teacher=f"{{name: {name}, {teachers[name]}}}", student=student)))
+    found = plan(resolve(load_recipe(wide(teacher=f"{{name: {name}, {teachers[name]}}}", student=student))))
     assert found.teacher == (258 * 258 * 4 if name == "table" else 0)
 
 
@@ -362,8 +368,8 @@ def test_the_verb_prints_a_table_and_says_whether_it_fits(
 
 def test_after_assembly_rows_and_tokenizer_are_measured(wide: Write) -> None:
     recipe = load_recipe(wide())
-    cast = assemble(recipe, lambda text: None)
-    found = plan(recipe, teacher_config=cast.teacher.model.hf.config, assembled=True)
+    cast = set_up(resolve(recipe), lambda text: None)
+    found = plan(cast.resolved, is_set_up=True)
     assert found.corpus == 0
     assert found.libraries + found.teacher + found.student == pytest.approx(
         planning.resident_bytes(), rel=0.05

@@ -147,10 +147,9 @@ def test_every_name_loads_with_its_options_and_comes_back_from_its_own_dump(
 
 
 def test_the_names_tested_are_all_the_names_there_are() -> None:
-    known = {
-        s: [k.name for k in typing.get_args(getattr(recipes, s.title()))]
-        for s in ("corpus", "teacher", "capture", "student")
-    }
+    unions = {"capture": recipes.AnyCapture, "student": recipes.AnyStudent}
+    known = {section: [kind.name for kind in typing.get_args(union)] for section, union in unions.items()}
+    known |= {kind: list(registry.entries(kind)) for kind in ("corpus", "teacher")}
     known["objective.divergence"] = list(registry.entries("divergence"))
     assert {s: sorted(kinds) for s, kinds in KINDS.items()} == {
         s: sorted(names) for s, names in known.items()
@@ -233,6 +232,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "license": None,
         },
         "allow_identical": False,
+        "evaluations": [],
         "sinks": [],
         "plugins": [],
     }
@@ -375,7 +375,7 @@ def test_the_json_schema_describes_every_field() -> None:
     assert [name for name, is_described in described.items() if not is_described] == []
     assert [place for place, d in places.items() if d["additionalProperties"] is not False] == []
     assert schema["$defs"]["jsd"]["properties"]["beta"]["exclusiveMaximum"] == 1
-    assert "forward_kl" in schema["$defs"]["Objective"]["properties"]["divergence"]["anyOf"][0]["enum"]
+    assert "forward_kl" in schema["$defs"]["ObjectiveConfig"]["properties"]["divergence"]["anyOf"][0]["enum"]
 
 
 # --- mistakes
@@ -457,11 +457,11 @@ UNKNOWN = [
     ),
     (
         {"zzz": "{steps: 1}"},
-        "zzz: unknown key. Known: allow_identical, capture, compare, corpus, eval, guard, objective, plugins, publish, sinks, student, teacher, train.",
+        "zzz: unknown key. Known: allow_identical, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, sinks, student, teacher, train.",
     ),
     (
         {"on": "1"},
-        "on: unknown key. Known: allow_identical, capture, compare, corpus, eval, guard, objective, plugins, publish, sinks, student, teacher, train.",
+        "on: unknown key. Known: allow_identical, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, sinks, student, teacher, train.",
     ),
     (
         {"objective": "{divergence: {name: jsd, zzz: 1}}"},

@@ -243,7 +243,7 @@ def test_a_second_report_loads_no_model_and_another_student_is_measured(
         raise AssertionError("a model was loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("potstill.build.setup.assemble", loaded)
+        patch.setattr("potstill.build.setup.set_up", loaded)
         assert page_of(run, with_models=True) == first == page_of(run, with_models=False)
     (run.path / "disagreement.json").write_text("{")  # a cache that is damaged is none
     assert page_of(run, with_models=True) == first

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from potstill.errors import UserError
-from potstill.store.reader import HEAD, HELDOUT, Store, verify
+from potstill.store.layout import HEAD, HELDOUT
+from potstill.store.reader import Store, verify
 from soak.forkserver import End
 from soak.lab import KILLED, SHORT, Lab, count
 

@@ -48,13 +48,13 @@ def test_the_bits_are_little_endian() -> None:
 
 
 @pytest.mark.parametrize("ids", [[-1], [512], [0, 2**40]])
-def test_an_id_that_does_not_fit_is_no_id(ids: list[int]) -> None:
+def test_an_id_that_does_not_fit_is_refused(ids: list[int]) -> None:
     with pytest.raises(ValueError, match="in 9 bits"):
         pack_ids(np.array(ids), 9)
 
 
 @pytest.mark.parametrize("smallest", [5e-5, 0.01, 0.25, 0.5])
-def test_a_probability_becomes_one_of_its_two_neighbours_right_on_average(smallest: float) -> None:
+def test_a_probability_is_rounded_to_a_neighbouring_level_without_bias(smallest: float) -> None:
     p = torch.linspace(1, smallest, 40, dtype=torch.float64)
     p = torch.cat([p, level(torch.arange(LEVELS + 1), smallest)])
     p = p.sort(descending=True).values.clamp(smallest, 1)
@@ -67,11 +67,11 @@ def test_a_probability_becomes_one_of_its_two_neighbours_right_on_average(smalle
     assert ((found_CK / p).log().abs() <= math.log(step) * (1 + 1e-9)).all()
     off_K = found_CK.mean(0) - p
     assert (off_K.abs() <= 5 * (step - 1) * p / 2 / math.sqrt(count)).all()
-    # One for the other: together they are off by one step, not by one each.
+    # Errors cancel: a row's sum is off by one step, not by one for each entry.
     assert float((found_CK - p).sum(-1).abs().max()) <= (step - 1) * float(p[0])
 
 
-def test_no_probabilities_are_none() -> None:
+def test_no_probabilities_make_no_codes() -> None:
     assert to_levels(torch.zeros(3, 0), 0.01, torch.zeros(3, dtype=torch.float64)).shape == (3, 0)
 
 
@@ -104,7 +104,7 @@ def test_zeros_stay_zeros_beside_numbers() -> None:
     assert to_int8(torch.zeros(0, 8))[0].shape == (0, 8)
 
 
-def test_what_int8_cannot_hold_is_refused() -> None:
+def test_a_state_beyond_int8_is_refused() -> None:
     hidden_NE = torch.ones(3, 70)
     hidden_NE[2, 69] = 9e6
     with pytest.raises(UserError, match=r"9e\+06 is beyond int8. Set capture.dtype: bfloat16"):

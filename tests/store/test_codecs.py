@@ -1,4 +1,4 @@
-"""Each kind of targets written, read and put to the objective, against the full distributions."""
+"""Each codec, written, read and given to the objective, against the full distributions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.registry import entries
 from potstill.store import codecs
 from potstill.store.bitpack import id_bits
 from potstill.store.codecs import (
+    Codec,
     Hidden,
-    Kind,
     Sampled,
     TopK,
     k_of,
@@ -25,7 +25,7 @@ from potstill.store.codecs import (
     threshold_of,
 )
 from potstill.store.sampling import Uniforms, ids_per_position
-from potstill.types import Head, HiddenTargets, Targets
+from potstill.types import Head, Targets
 
 V, E, D = 300, 48, 24
 DIVERGENCES = sorted(entries("divergence"))
@@ -42,12 +42,12 @@ def uniforms(count: int, seed: int = 0, row: int = 0) -> Uniforms:
     return Uniforms(seed, row, np.arange(count))
 
 
-def kept(kind: Kind, hidden_PE: Tensor, seed: int = 0, head: Head = HEAD) -> Targets:
-    return kind.decode(kind.encode(hidden_PE, head, uniforms(len(hidden_PE), seed)), head)
+def kept(codec: Codec, hidden_PE: Tensor, seed: int = 0, head: Head = HEAD) -> Targets:
+    return codec.decode(codec.encode(hidden_PE, head, uniforms(len(hidden_PE), seed)), head)
 
 
-def sparse(kind: Kind, hidden_PE: Tensor, seed: int = 0, head: Head = HEAD) -> SparseTargets:
-    found = kept(kind, hidden_PE, seed, head)
+def sparse(codec: Codec, hidden_PE: Tensor, seed: int = 0, head: Head = HEAD) -> SparseTargets:
+    found = kept(codec, hidden_PE, seed, head)
     assert isinstance(found, SparseTargets)
     return found
 
@@ -94,8 +94,8 @@ def test_a_stored_sample_is_right_on_average_and_sums_to_one(threshold: float, t
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_its_loss_and_its_gradient_are_the_full_ones_on_average(temperature: float) -> None:
-    """R33: what a training makes of samples tends to what it makes of the full distributions."""
+def test_the_loss_and_gradient_of_samples_are_the_full_ones_on_average(temperature: float) -> None:
+    """Training on samples tends to training on the full distributions."""
     count = 3000
     hidden_PE = normal(1, E, seed=5, scale=1.5).expand(count, -1)
     stored = sparse(Sampled(0.03, V, temperature), hidden_PE)
@@ -120,19 +120,19 @@ def test_its_loss_and_its_gradient_are_the_full_ones_on_average(temperature: flo
     assert beyond is not None and temperature**2 * abs(float(beyond.mean())) > 10 * allowed
 
 
-def test_the_seed_and_the_place_of_a_position_are_its_draw() -> None:
-    kind, hidden_PE = Sampled(0.03, V, 1.0), normal(100, E, seed=6, scale=1.5)
-    ids = [sparse(kind, hidden_PE, seed).ids_NK for seed in (0, 0, 1)]
+def test_a_draw_is_a_function_of_the_seed_and_the_place_of_a_position() -> None:
+    codec, hidden_PE = Sampled(0.03, V, 1.0), normal(100, E, seed=6, scale=1.5)
+    ids = [sparse(codec, hidden_PE, seed).ids_NK for seed in (0, 0, 1)]
     assert torch.equal(ids[0], ids[1]) and not torch.equal(ids[0][:, :5], ids[2][:, :5])
-    whole, part = kind.encode(hidden_PE, HEAD, uniforms(100)), slice(30, 70)
-    some = kind.decode(kind.encode(hidden_PE[part], HEAD, uniforms(100)[part]), HEAD)
+    whole, part = codec.encode(hidden_PE, HEAD, uniforms(100)), slice(30, 70)
+    some = codec.decode(codec.encode(hidden_PE[part], HEAD, uniforms(100)[part]), HEAD)
     K = some.ids_NK.shape[1]
-    assert torch.equal(kind.decode(whole, HEAD).ids_NK[part, :K], some.ids_NK)
+    assert torch.equal(codec.decode(whole, HEAD).ids_NK[part, :K], some.ids_NK)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_top_of_all_ids_is_the_live_teacher(name: str, temperature: float) -> None:
+def test_top_k_of_all_ids_is_the_live_teacher(name: str, temperature: float) -> None:
     hidden_PE = normal(40, E, seed=7, scale=1.5)
     stored = sparse(TopK(V, "float32", V, temperature), hidden_PE)
     ours, wanted = (put(of, name, temperature) for of in (stored, HiddenTargets(hidden_PE, HEAD)))
@@ -143,7 +143,7 @@ def test_the_top_of_all_ids_is_the_live_teacher(name: str, temperature: float) -
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("k", [1, 5, 64])
-def test_the_bucket_is_never_above_the_full_divergence(name: str, dtype: str, k: int) -> None:
+def test_a_divergence_with_a_bucket_is_a_lower_bound(name: str, dtype: str, k: int) -> None:
     hidden_PE = normal(60, E, seed=8, scale=1.5)
     for temperature in (1.0, 2.0):
         stored, live = (
@@ -158,7 +158,7 @@ def test_the_bucket_is_never_above_the_full_divergence(name: str, dtype: str, k:
             assert all(g.isfinite().all() for g in put(stored[at], name, temperature))
 
 
-def test_the_top_is_stored_as_it_is() -> None:
+def test_top_k_stores_the_largest_probabilities() -> None:
     hidden_PE = normal(30, E, seed=9, scale=1.5)
     stored = sparse(TopK(7, "float32", V, 2.0), hidden_PE)
     p_PK, ids_PK = full_p(hidden_PE, 2.0).sort(dim=-1, descending=True)
@@ -166,7 +166,7 @@ def test_the_top_is_stored_as_it_is() -> None:
     assert torch.allclose(stored.logp_NK.exp().double(), p_PK[:, :7], atol=1e-6)
 
 
-def test_hidden_states_in_float32_are_the_live_teacher_itself() -> None:
+def test_hidden_states_in_float32_are_the_live_teacher() -> None:
     hidden_PE = normal(40, E, seed=10, scale=1.5)
     stored = kept(Hidden("float32"), hidden_PE)
     for name in DIVERGENCES:
@@ -176,7 +176,7 @@ def test_hidden_states_in_float32_are_the_live_teacher_itself() -> None:
 
 # Measured on these states: 1.21e-5, 1.9e-7 and 1.38e-4 nats; half as much again is allowed.
 @pytest.mark.parametrize("dtype, most", [("bfloat16", 1.8e-5), ("float16", 3e-7), ("int8", 2.1e-4)])
-def test_hidden_states_in_fewer_bits_are_off_by_what_was_measured(dtype: str, most: float) -> None:
+def test_hidden_states_in_fewer_bits_are_off_by_no_more_than_measured(dtype: str, most: float) -> None:
     hidden_PE = normal(200, E, seed=11, scale=1.5)
     stored = kept(Hidden(dtype), hidden_PE)
     assert isinstance(stored, HiddenTargets)
@@ -185,34 +185,34 @@ def test_hidden_states_in_fewer_bits_are_off_by_what_was_measured(dtype: str, mo
     assert 0 < kl <= most
 
 
-def test_few_ids_know_one_temperature() -> None:
+def test_sparse_targets_have_one_temperature() -> None:
     hidden_PE = normal(4, E)
-    for kind in (Sampled(0.05, V, 2.0), TopK(3, "float16", V, 2.0)):
-        with pytest.raises(UserError, match=r"made at temperature 2.0, asked at 1.0"):
-            put(kept(kind, hidden_PE), temperature=1.0)
+    for codec in (Sampled(0.05, V, 2.0), TopK(3, "float16", V, 2.0)):
+        with pytest.raises(UserError, match=r"is 1.0.*2.0"):
+            put(kept(codec, hidden_PE), temperature=1.0)
 
 
 def test_impossible_ids_stay_impossible_and_no_gradient_is_nan() -> None:
     """A padded end, masked with -inf, and a student for which an id is impossible as well."""
     head = Head(HEAD.weight_VD, torch.zeros(V).index_fill(0, torch.arange(200, V), -math.inf))
     hidden_PE = normal(50, E, seed=12, scale=1.5)
-    for kind in (Sampled(0.02, V, 1.0), TopK(64, "float16", V, 1.0), TopK(V, "float32", V, 1.0)):
-        stored = sparse(kind, hidden_PE, head=head)
+    for codec in (Sampled(0.02, V, 1.0), TopK(64, "float16", V, 1.0), TopK(V, "float32", V, 1.0)):
+        stored = sparse(codec, hidden_PE, head=head)
         likely = (stored.ids_NK >= 0) & (stored.logp_NK > -1e3)
         assert int(stored.ids_NK[likely].max()) < 200
         student = normal(50, V, seed=13).index_fill(1, torch.arange(200, V), -math.inf).requires_grad_()
-        ours, theirs = stored.on_support(student.log_softmax(-1), 1.0)
-        kd = entries("divergence")["forward_kl"](ours, theirs).sum()
+        student_NS, teacher_NS = stored.on_support(student.log_softmax(-1), 1.0)
+        kd = entries("divergence")["forward_kl"](student_NS, teacher_NS).sum()
         kd.backward()
         assert kd.isfinite() and student.grad is not None and student.grad.isfinite().all()
 
 
-def row_bytes(kind: Kind, hidden_PE: Tensor) -> float:
-    row = kind.encode(hidden_PE, HEAD, uniforms(len(hidden_PE)))
+def row_bytes(codec: Codec, hidden_PE: Tensor) -> float:
+    row = codec.encode(hidden_PE, HEAD, uniforms(len(hidden_PE)))
     return sum(tensor.nbytes for tensor in row.values()) / len(hidden_PE)
 
 
-def test_what_a_position_takes_is_what_was_planned() -> None:
+def test_bytes_per_position_are_as_planned() -> None:
     hidden_PE = normal(128, E, seed=14, scale=1.5)
     for dtype in ("float32", "bfloat16", "int8"):
         section = {"name": "hidden", "dtype": dtype}
@@ -227,7 +227,7 @@ def test_what_a_position_takes_is_what_was_planned() -> None:
 
 @pytest.mark.parametrize("wanted", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_threshold_is_found_for_the_bytes_that_are_asked_for(wanted: float, temperature: float) -> None:
+def test_a_threshold_fits_the_bytes_per_position(wanted: float, temperature: float) -> None:
     hidden_PE = normal(512, E, seed=15, scale=1.5)
     threshold = threshold_of(wanted, hidden_PE, HEAD, temperature)
     assert float(f"{threshold:.3g}") == threshold
@@ -236,7 +236,7 @@ def test_a_threshold_is_found_for_the_bytes_that_are_asked_for(wanted: float, te
     assert (0.96 if wanted > 8 else 0.9) * wanted <= taken <= 1.005 * wanted
 
 
-def test_bytes_that_hold_no_id_are_refused() -> None:
+def test_too_few_bytes_for_one_id_are_refused() -> None:
     hidden_PE = normal(8, E)
     with pytest.raises(UserError, match=r"capture.bytes_per_position: 5, and one id of 300 takes 6.12"):
         threshold_of(5, hidden_PE, HEAD, 1.0)
@@ -245,8 +245,8 @@ def test_bytes_that_hold_no_id_are_refused() -> None:
     assert k_of(4, V, "float16") == 1 and k_of(1e6, V, "float16") == V
 
 
-def test_counts_have_room_for_the_most_that_can_be_kept() -> None:
-    for threshold in (codecs.FINEST, 0.005, 0.009, 0.5, 1.0):
+def test_counts_do_not_overflow() -> None:
+    for threshold in (codecs.MIN_THRESHOLD, 0.005, 0.009, 0.5, 1.0):
         most = torch.iinfo(Sampled(threshold, V, 1.0).count_dtype).max
         for size in (int(1 / threshold) - 1, int(2 / threshold) - 1):
             p_CV = torch.full((1, max(size, 1)), 1 / max(size, 1))
@@ -254,7 +254,7 @@ def test_counts_have_room_for_the_most_that_can_be_kept() -> None:
             assert int(kept_C) <= most and int(kept_C + drawn_C) <= 1 / threshold + 1
 
 
-def test_a_masked_vocabulary_is_packed_by_its_own_size() -> None:
+def test_ids_of_a_masked_vocabulary_are_packed_by_its_size() -> None:
     head = Head(HEAD.weight_VD, known=200)
     row = TopK(5, "float16", 200, 1.0).encode(normal(16, E), head, uniforms(16))
     assert id_bits(200) == 8 and len(row["ids"]) == 16 * 5

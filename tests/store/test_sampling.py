@@ -1,4 +1,4 @@
-"""Threshold sampling against what its docstring says, computed here in float64 by other means."""
+"""Threshold sampling against its definition, computed here in float64 by other means."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def places(count: int, first: int = 0) -> NDArray[np.int64]:
 
 
 def estimates(p_CV: Tensor, sample: Sample, threshold: float) -> Tensor:
-    """What each draw says of every id, float64."""
+    """Each draw's estimate of every id's probability, float64."""
     m_C = num_drawn(sample.tail_C, threshold)
     each_C = sample.tail_C.double() / TAIL_LEVELS / m_C.clamp_min(1)
     drawn = (sample.drawn_ids_CM >= 0).double() * each_C[:, None]
@@ -132,7 +132,7 @@ def test_no_more_variance_than_multinomial_sampling_at_the_same_number_of_ids(
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_a_draw_keeps_what_it_should_and_a_reader_knows_how_many_were_drawn(
+def test_a_draw_keeps_the_right_ids_and_its_tail_gives_the_number_of_drawn_ones(
     name: str, threshold: float
 ) -> None:
     p, count = DISTRIBUTIONS[name], 40
@@ -167,7 +167,7 @@ def test_a_uniform_distribution_is_drawn_evenly() -> None:
     assert (sample.drawn_ids_CM.diff(dim=-1) - 20).abs().max() <= 1
 
 
-def test_a_sure_position_costs_one_id() -> None:
+def test_a_certain_position_costs_one_id() -> None:
     p_CV = torch.eye(500)[[3, 499, 0]]
     sample = threshold_sample(p_CV, 0.05, Uniforms(0, 0, places(3)))
     assert sample.kept_ids_CK.tolist() == [[3], [499], [0]] and sample.kept_p_CK.tolist() == [[1], [1], [1]]
@@ -198,13 +198,13 @@ def test_every_id_of_a_vocabulary_of_any_size_can_be_drawn(size: int) -> None:
 
 
 def same(one: Sample, other: Sample, row: int, at: int) -> bool:
-    """Row of one against row of the other; what fills up may differ."""
+    """Row of one against row of the other, without padding."""
     ours = (one.kept_ids_CK[row], one.drawn_ids_CM[row], one.tail_C[row : row + 1])
     theirs = (other.kept_ids_CK[at], other.drawn_ids_CM[at], other.tail_C[at : at + 1])
     return all(torch.equal(a[a >= 0], b[b >= 0]) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_draw_is_the_same_whatever_else_is_in_the_batch() -> None:
+def test_a_draw_does_not_depend_on_the_rest_of_the_batch() -> None:
     p_CV = torch.stack([peaked(300, seed, 0.5 + seed / 8) for seed in range(32)]).float()
     uniforms = Uniforms(9, 2, places(32, 7))
     whole = threshold_sample(p_CV, 0.03, uniforms)
@@ -213,10 +213,12 @@ def test_a_draw_is_the_same_whatever_else_is_in_the_batch() -> None:
         assert all(same(whole, some, row, row - part.start) for row in range(part.start, part.stop))
 
 
-def test_a_draw_is_the_same_however_many_ids_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draw_does_not_depend_on_how_many_ids_are_looked_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     p_CV = torch.stack([peaked(300, seed, 1.0) for seed in range(8)]).float()
     whole = threshold_sample(p_CV, 0.01, Uniforms(9, 2, places(8)))
-    monkeypatch.setattr(sampling, "LOOKED_INTO", 8 * sampling.BLOCK * 3)
+    monkeypatch.setattr(sampling, "IDS_AT_ONCE", 8 * sampling.BLOCK * 3)
     parts = threshold_sample(p_CV, 0.01, Uniforms(9, 2, places(8)))
     assert torch.equal(whole.drawn_ids_CM, parts.drawn_ids_CM)
 
@@ -235,7 +237,7 @@ def mixed(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def test_random_numbers_are_those_of_every_earlier_version() -> None:
+def test_random_numbers_are_those_of_earlier_versions() -> None:
     """SplitMix64 over seed, row, place and stream, in Python's own integers."""
     found = Uniforms(2**63 - 1, 2**40, np.array([0, 5, 2**20])).get(2)
     for number, place in zip(found.tolist(), (0, 5, 2**20), strict=True):
@@ -245,7 +247,7 @@ def test_random_numbers_are_those_of_every_earlier_version() -> None:
         assert number == (state >> 11) / 2**53
 
 
-def test_random_numbers_are_uniform_and_their_streams_are_not_alike() -> None:
+def test_random_numbers_are_uniform_and_their_streams_uncorrelated() -> None:
     count = 20_000
     streams = torch.stack([Uniforms(0, 0, places(count)).get(stream) for stream in range(3)])
     streams = torch.cat([streams, Uniforms(0, 1, places(count)).get(0)[None]])
@@ -256,7 +258,7 @@ def test_random_numbers_are_uniform_and_their_streams_are_not_alike() -> None:
     assert (torch.corrcoef(streams) - torch.eye(4)).abs().max() < 5 / math.sqrt(count)
 
 
-def test_top_k_are_the_largest_falling_and_no_more_than_there_are() -> None:
+def test_top_k_are_the_largest_in_falling_order() -> None:
     p_CV = torch.stack([peaked(50, 1), peaked(50, 2)]).float()
     ids_CK, p_CK = top_k(p_CV, 7)
     assert torch.equal(p_CK, p_CV.sort(dim=-1, descending=True).values[:, :7])

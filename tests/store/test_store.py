@@ -1,4 +1,4 @@
-"""The folder of targets: whatever is not as it was written is found, by whoever reads it and by verify."""
+"""A store on disk: any damage is found, when it is read and by `verify`; kills and several writers are harmless."""
 
 from __future__ import annotations
 
@@ -22,22 +22,11 @@ from conftest import make_tokenizer
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.store import reader as stores
-from potstill.store.reader import (
-    CAPTURE,
-    CERTIFICATE,
-    HEAD,
-    HELDOUT,
-    MANIFEST,
-    Store,
-    StoreWriter,
-    merge,
-    read_manifest,
-    seal,
-    verify,
-    write_json,
-)
+from potstill.store import writer as writing
+from potstill.store.layout import CAPTURE, CERTIFICATE, HEAD, HELDOUT, MANIFEST, SCHEMA, seal
+from potstill.store.reader import Store, read_manifest, verify
 from potstill.store.shards import BLOCK_BYTES, FileRecord, Shard, VerifiedFile, write_shard
+from potstill.store.writer import StoreWriter, merge, write_json
 from potstill.types import Head
 
 T, E, V = 64, 24, 40
@@ -47,7 +36,7 @@ TRAIN, HELD, EACH = 50, 2, 20
 
 def settings(**changes: Any) -> dict[str, Any]:
     return {
-        "schema": stores.SCHEMA,
+        "schema": SCHEMA,
         "kind": {"name": "hidden", "dtype": "float32"},
         "temperature": None,
         "teacher": {"source": "teacher", "weights_sha256": "0" * 64, "dtype": "float32"},
@@ -116,7 +105,7 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
         file.write(bytes([byte ^ 1 << bit]))
 
 
-def told(path: Path) -> list[str]:
+def verdict(path: Path) -> list[str]:
     try:
         return list(verify(path))
     except UserError as error:
@@ -131,9 +120,9 @@ FILES = [
 ]
 
 
-def test_these_are_all_the_files_of_a_store(sound: Path) -> None:
+def test_a_store_has_these_files(sound: Path) -> None:
     assert sorted(content(sound)) == sorted(FILES)
-    assert told(sound) == []
+    assert verdict(sound) == []
 
 
 def test_what_was_written_is_read(sound: Path) -> None:
@@ -151,7 +140,7 @@ def test_what_was_written_is_read(sound: Path) -> None:
             reader.row(row)
 
 
-def test_rows_of_some_steps_alone_are_found_and_the_others_are_not(tmp_path: Path) -> None:
+def test_a_store_of_some_rows_returns_those_and_refuses_others(tmp_path: Path) -> None:
     rows = [3, 4, 5, 11, 20, 21, 49]
     runs = [[3, 5], [11, 11], [20, 21], [49, 49]]
     path = tmp_path / "some"
@@ -165,13 +154,13 @@ def test_rows_of_some_steps_alone_are_found_and_the_others_are_not(tmp_path: Pat
     reader = Store(path)
     for row in (*rows, 50, 51):
         assert torch.equal(reader.row(row)[1]["hidden"], hidden(row))
-    assert reader.without([49, 2, 3, 7, 2]) == [2, 7]
+    assert reader.missing([49, 2, 3, 7, 2]) == [2, 7]
     for row in (0, 6, 12, 48, 52):
         with pytest.raises(UserError, match=f"has no targets for row {row}"):
             reader.row(row)
 
 
-def test_a_flip_in_a_block_that_is_read_is_found_before_use_and_another_is_not(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_when_its_block_is_read_and_not_before(tmp_path: Path) -> None:
     """Rows 8 to 15 of a shard lie in its second block, which no other row touches."""
     store = make(tmp_path / "wide", width=WIDE)
     assert len(read_manifest(store)["files"][3]["blocks"]) == 3
@@ -186,32 +175,32 @@ def test_a_flip_in_a_block_that_is_read_is_found_before_use_and_another_is_not(t
 
 
 @pytest.mark.parametrize("at", [0, 5, 9, 40, 200, 400, 900])
-def test_a_flip_in_a_header_or_an_index_is_found_before_a_row_is_read(store: Path, at: int) -> None:
+def test_a_flipped_bit_in_a_header_or_an_index_is_found_before_a_row_is_read(store: Path, at: int) -> None:
     flip(store / "00000.safetensors", at)
     with pytest.raises(UserError, match=r"00000.safetensors: damaged: block 0"):
         Store(store).row(3)
 
 
-def test_a_flip_in_the_head_is_found_before_it_is_used(store: Path) -> None:
+def test_a_flipped_bit_in_the_head_is_found_before_it_is_used(store: Path) -> None:
     flip(store / HEAD, 3000)
     reader = Store(store)
     with pytest.raises(UserError, match=r"head.safetensors: damaged: block 0"):
         _ = reader.head
 
 
-def test_a_flip_in_the_tokenizer_is_found_before_it_is_used(store: Path) -> None:
+def test_a_flipped_bit_in_the_tokenizer_is_found_before_it_is_used(store: Path) -> None:
     flip(store / "tokenizer/tokenizer.json", 300)
     with pytest.raises(UserError, match=r"tokenizer.json: damaged: block 0"):
         _ = Store(store).tokenizer_folder
 
 
-def test_a_file_that_came_to_the_tokenizer_is_found_before_it_is_used(store: Path) -> None:
+def test_a_file_added_to_the_tokenizer_is_found_before_it_is_used(store: Path) -> None:
     (store / "tokenizer/added_tokens.json").write_text('{"new": 258}')
     with pytest.raises(UserError, match=r"added_tokens.json: not in the manifest"):
         _ = Store(store).tokenizer_folder
 
 
-def test_a_shard_without_a_file_descriptor_each(sound: Path) -> None:
+def test_shards_hold_no_file_descriptors(sound: Path) -> None:
     """A corpus of a hundred million tokens has more shards than a process may have files open."""
     open_files = Path("/proc/self/fd")
     if not open_files.exists():
@@ -229,44 +218,44 @@ def test_verify_finds_a_flipped_bit_anywhere(store: Path, name: str) -> None:
     for at in (0, size - 1, *(generator.randrange(size) for _ in range(6 if size < 10_000 else 2))):
         bit = generator.randrange(8)
         flip(file, at, bit)
-        (first, *_) = told(store) or [f"bit {bit} of byte {at} flipped, and nobody noticed"]
+        (first, *_) = verdict(store) or [f"bit {bit} of byte {at} flipped, undetected"]
         assert first.startswith(f"{file}: "), first
         flip(file, at, bit)
-    assert told(store) == []
+    assert verdict(store) == []
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_verify_finds_a_file_that_is_cut_or_not_there(store: Path, name: str) -> None:
+def test_verify_finds_a_file_that_is_truncated_or_missing(store: Path, name: str) -> None:
     file = store / name
     whole = file.read_bytes()
     for size in (len(whole) - 1, len(whole) // 2, 0):
         file.write_bytes(whole[:size])
-        assert any(line.startswith(f"{file}: ") for line in told(store))
+        assert any(line.startswith(f"{file}: ") for line in verdict(store))
     file.write_bytes(whole + b"\n")
-    assert any(line.startswith(f"{file}: ") for line in told(store))
+    assert any(line.startswith(f"{file}: ") for line in verdict(store))
     file.unlink()
-    (line,) = told(store)
+    (line,) = verdict(store)
     assert line.startswith(f"{store}: " if name == MANIFEST else f"{file}: no such file")
 
 
 @pytest.mark.parametrize("with_records", [False, True])
-def test_swapped_and_doubled_shards_are_found(store: Path, with_records: bool) -> None:
+def test_swapped_and_duplicated_shards_are_found(store: Path, with_records: bool) -> None:
     suffixes = (".safetensors", ".json") if with_records else (".safetensors",)
     for suffix in suffixes:
         one, other = store / f"00000{suffix}", store / f"00001{suffix}"
         one.rename(store / "aside"), other.rename(one), (store / "aside").rename(other)
-    assert len(told(store)) == 2 * len(suffixes)
+    assert len(verdict(store)) == 2 * len(suffixes)
     with pytest.raises(UserError, match=r"00000.safetensors: damaged"):
         Store(store).row(0)
     for suffix in suffixes:
         shutil.copy(store / f"00001{suffix}", store / f"00000{suffix}")
-    assert len(told(store)) == len(suffixes)
+    assert len(verdict(store)) == len(suffixes)
     with pytest.raises(UserError, match=r"00001.safetensors"):
         Store(store).row(20)
 
 
-def test_a_shard_in_another_s_place_is_found_even_where_the_manifest_says_so(tmp_path: Path) -> None:
-    """What a shard says of its rows is compared with what its place says."""
+def test_a_shard_under_another_s_name_is_found_even_where_the_manifest_agrees(tmp_path: Path) -> None:
+    """The rows that a shard lists are compared with those that its name implies."""
     path, writer = tmp_path / "odd", StoreWriter.open(tmp_path / "odd", settings())
     writer.write_head(Head(torch.ones(V, E)))
     writer.write(path / HELDOUT, save([50, 51]))
@@ -283,12 +272,12 @@ def test_a_shard_in_another_s_place_is_found_even_where_the_manifest_says_so(tmp
 def test_verify_finds_what_the_manifest_does_not_name(store: Path, name: str) -> None:
     (store / name).parent.mkdir(exist_ok=True)
     (store / name).write_bytes(b"{}")
-    (line,) = told(store)
+    (line,) = verdict(store)
     assert line.startswith(f"{store / name.removesuffix('/x')}: not in the manifest")
 
 
 @pytest.mark.parametrize("name", ["00002.safetensors", HELDOUT])
-def test_a_missing_or_cut_shard_is_refused_when_the_store_is_opened(store: Path, name: str) -> None:
+def test_a_missing_or_truncated_shard_is_refused_when_the_store_is_opened(store: Path, name: str) -> None:
     with (store / name).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match=f"{name}: has 1000 bytes, the manifest says"):
@@ -298,7 +287,7 @@ def test_a_missing_or_cut_shard_is_refused_when_the_store_is_opened(store: Path,
         Store(store)
 
 
-def test_several_read_one_store(sound: Path) -> None:
+def test_several_readers_share_a_store(sound: Path) -> None:
     readers = [Store(sound) for _ in range(2)]
     with ThreadPoolExecutor(4) as pool:
         rows = [(reader, row) for row in range(0, 52, 3) for reader in readers]
@@ -323,7 +312,7 @@ def resealed(path: Path, **changes: Any) -> None:
         7,
     ],
 )
-def test_a_record_that_is_none_is_refused(store: Path, record: Any) -> None:
+def test_a_malformed_record_is_refused(store: Path, record: Any) -> None:
     resealed(store, files=[record])
     with pytest.raises(UserError, match=r"manifest.json: damaged: no record of a file"):
         Store(store)
@@ -334,13 +323,13 @@ def test_a_manifest_of_another_version_or_another_content_is_refused(store: Path
     write_json(store / MANIFEST, manifest | {"temperature": 2.0})
     with pytest.raises(UserError, match=r"manifest.json: damaged: it is not what was written"):
         read_manifest(store)
-    resealed_manifest = manifest | {"schema": stores.SCHEMA + 1}
+    resealed_manifest = manifest | {"schema": SCHEMA + 1}
     write_json(store / MANIFEST, resealed_manifest)
-    with pytest.raises(UserError, match=f"schema {stores.SCHEMA + 1}, this version reads {stores.SCHEMA}"):
+    with pytest.raises(UserError, match=f"schema {SCHEMA + 1}, this version reads {SCHEMA}"):
         read_manifest(store)
 
 
-def test_a_folder_without_a_manifest_is_no_store(store: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_not_a_store(store: Path, tmp_path: Path) -> None:
     (store / MANIFEST).unlink()
     with pytest.raises(UserError, match="a capture that is not finished"):
         Store(store)
@@ -352,7 +341,7 @@ def test_a_folder_without_a_manifest_is_no_store(store: Path, tmp_path: Path) ->
 # --- writing
 
 
-def test_the_manifest_is_written_when_all_is_there_and_last(
+def test_the_manifest_is_written_last_and_only_when_every_file_is_there(
     tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replaced, replace = [], os.replace
@@ -401,29 +390,31 @@ def test_what_is_whole_is_not_written_again(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, field, recorded, given",
     [
-        ({"kind": {"name": "hidden", "dtype": "int8"}}, "another kind.dtype: 'float32', not 'int8'"),
-        ({"temperature": 2.0}, "another temperature: None, not 2.0"),
-        ({"rows_per_shard": 10}, "another rows_per_shard: 20, not 10"),
-        ({"teacher": {"source": "x"}}, "another teacher.dtype: 'float32', not None"),
+        ({"kind": {"name": "hidden", "dtype": "int8"}}, "kind.dtype", "float32", "int8"),
+        ({"temperature": 2.0}, "temperature", None, 2.0),
+        ({"rows_per_shard": 10}, "rows_per_shard", 20, 10),
+        ({"teacher": {"source": "x"}}, "teacher.dtype", "float32", None),
     ],
 )
-def test_another_capture_does_not_go_on_with_this_one(store: Path, changes: Any, said: str) -> None:
+def test_a_capture_does_not_resume_another(
+    store: Path, changes: Any, field: str, recorded: Any, given: Any
+) -> None:
     before = content(store)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=rf" {field}: {recorded!r}.*{given!r}"):
         StoreWriter.open(store, settings(**changes))
     assert content(store) == before
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists and is no capture"):
         StoreWriter.open(tmp_path, settings())
     assert content(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_a_kill_at_the_very_first_write_leaves_a_folder_to_go_on_with(tmp_path: Path) -> None:
+def test_a_capture_killed_at_its_first_write_resumes(tmp_path: Path) -> None:
     (tmp_path / f"{CAPTURE}.new").write_bytes(b"{")
     StoreWriter.open(tmp_path, settings())
     assert list(content(tmp_path)) == [CAPTURE]
@@ -444,23 +435,23 @@ def test_a_second_writer_of_a_shard_is_refused_while_the_first_lives(tmp_path: P
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for shards in (range(3), range(1, 2), range(1, 3)):
-            with pytest.raises(UserError, match="another process captures shards"), writer.only(shards):
+            with pytest.raises(UserError, match="another process captures shards"), writer.exclusive(shards):
                 pass
         # Parts without a shard are in nobody's way, the first part's other files included.
         for shards, first in ((range(1), True), (range(2, 3), False), (range(1, 1), False), (range(0), True)):
-            with writer.only(shards, first):
+            with writer.exclusive(shards, first):
                 pass
         other.communicate()
-    with writer.only(range(3)):
+    with writer.exclusive(range(3)):
         probe = subprocess.run(held, capture_output=True, text=True, input="")
     assert "BlockingIOError" in probe.stderr
     assert subprocess.run(held, capture_output=True, text=True, input="").stdout == "held\n"
 
 
-def test_writers_that_begin_or_end_together_wait_for_each_other(
+def test_writers_that_start_or_finish_together_wait_for_each_other(
     tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, most, write = [0], [0], stores.write_json
+    inside, most, write = [0], [0], writing.write_json
     counting = threading.Lock()
 
     def slow(path: Path, tree: Any) -> None:
@@ -472,7 +463,7 @@ def test_writers_that_begin_or_end_together_wait_for_each_other(
         with counting:
             inside[0] -= 1
 
-    monkeypatch.setattr(stores, "write_json", slow)
+    monkeypatch.setattr(writing, "write_json", slow)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: StoreWriter.open(tmp_path / "store", settings()), range(4)))
     assert most == [1]
@@ -491,13 +482,13 @@ def test_parts_of_two_folders_merge_to_the_single_store_byte_for_byte(sound: Pat
     assert merge([one], tmp_path / "whole") == 2
     assert not (tmp_path / "whole" / MANIFEST).exists()
     assert merge([other, one], tmp_path / "whole") == 0
-    assert content(tmp_path / "whole") == content(sound) and told(tmp_path / "whole") == []
+    assert content(tmp_path / "whole") == content(sound) and verdict(tmp_path / "whole") == []
 
 
 def test_parts_of_different_captures_do_not_merge(tmp_path: Path) -> None:
     one = make(tmp_path / "1", [0])
     other = make(tmp_path / "2", [1, 2], first=False, teacher={"weights_sha256": "1" * 64})
-    with pytest.raises(UserError, match=r"2: begun with another teacher.dtype"):
+    with pytest.raises(UserError, match=r"2: .*teacher.dtype: None.*'float32'"):
         merge([one, other], tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 
@@ -511,22 +502,22 @@ def test_a_damaged_part_does_not_merge(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "whole" / MANIFEST).exists()
 
 
-def test_a_folder_that_is_no_part_does_not_merge(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_capture_does_not_merge(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match=r"capture.json: no such file"):
         merge([make(tmp_path / "1", [0]), tmp_path / "x"], tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 
 
-def test_the_manifest_is_json_for_anyone(sound: Path) -> None:
-    told_of = json.loads((sound / MANIFEST).read_text())
-    assert [one["file"] for one in told_of["files"]] == [HEAD, HELDOUT, *FILES[:3]]
-    assert told_of["certificate"] == {"positions": 7, "gradient_cosine": 0.5}
+def test_the_manifest_is_plain_json(sound: Path) -> None:
+    manifest = json.loads((sound / MANIFEST).read_text())
+    assert [one["file"] for one in manifest["files"]] == [HEAD, HELDOUT, *FILES[:3]]
+    assert manifest["certificate"] == {"positions": 7, "gradient_cosine": 0.5}
 
 
 @pytest.mark.parametrize("offsets", [[[0], [10**9]], [[5], [3]], [[-4], [2]]])
-def test_offsets_that_lead_out_of_a_file_are_one_line(tmp_path: Path, offsets: list[list[int]]) -> None:
-    """Hashes of its own make a hostile file as good as any other; a number in it is not believed either."""
+def test_offsets_outside_a_file_are_refused(tmp_path: Path, offsets: list[list[int]]) -> None:
+    """A hostile file may come with a manifest of its own, so that its hashes agree."""
     tensors = {
         "rows": torch.zeros(1, dtype=torch.int64),
         "places": torch.zeros(1, 1, dtype=torch.uint8),

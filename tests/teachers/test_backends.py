@@ -18,6 +18,7 @@ import transformers
 from export.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
 
 from potstill import TorchTeacher, UserError
+from potstill.build.resolve import resolve
 from potstill.cli import main
 from potstill.export.export import export_run
 from potstill.models import llama_cpp, load
@@ -235,18 +236,18 @@ def test_a_library_that_cannot_be_imported_is_one_line(
 def test_the_loss_of_bits_is_that_of_an_independent_computation(
     tiny_recipe: Callable[..., Path], teacher_folder: Path, tmp_path: Path
 ) -> None:
-    from potstill.build.setup import assemble
-    from potstill.preflight.teacher_quantization import gap
+    from potstill.build.setup import set_up
     from potstill.recipe.load import load as load_recipe
+    from potstill.teachers.quantization_gap import quantization_gap
 
     recipe = tiny_recipe(teacher=f"{{name: torch, model: {teacher_folder}, weights: int8}}")
-    cast = assemble(load_recipe(recipe), lambda text: None)
+    cast = set_up(resolve(load_recipe(recipe)), lambda text: None)
     batch = cast.corpus.heldout.batch([0, 1])
     assert isinstance(cast.teacher, TorchTeacher)
     full = TorchTeacher.for_inference(teacher_folder, device="cpu")
     p_NV, q_NV = (log_softmax(of, batch) for of in (full, cast.teacher))
     kl = float((np.exp(p_NV) * (p_NV - q_NV)).sum(1).mean())
-    found = gap(cast, batch)
+    found = quantization_gap(cast.teacher, full, "full", batch, cast.shared.ids)
     assert found.kl == pytest.approx(kl, rel=1e-3, abs=1e-9) and found.kl > 0
     assert found.agreement == pytest.approx(float((p_NV.argmax(1) == q_NV.argmax(1)).mean()))
     assert found.positions == len(batch.positions_N)

@@ -191,9 +191,9 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_line() -> None:
 
 @NO_CUDA
 def test_cuda_asked_for_and_absent_is_refused_and_never_runs_on_the_cpu(teacher_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"cuda was asked for and this machine has 0 CUDA device"):
+    with pytest.raises(UserError, match=r"device: .*cuda.* 0 CUDA device"):
         TorchTeacher.for_inference(teacher_folder, device="cuda")
-    with pytest.raises(UserError, match=r"cuda was asked for and this machine has 0 CUDA device"):
+    with pytest.raises(UserError, match=r"device: .*cuda.* 0 CUDA device"):
         CudaTrainerTeacher.for_inference(teacher_folder, tiny_config())
 
 
@@ -223,7 +223,7 @@ def test_a_model_whose_documents_see_each_other_is_refused(tmp_path: Path) -> No
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
-    with pytest.raises(UserError, match="Documents see each other"):
+    with pytest.raises(UserError, match=r"packed document .* neighbour"):
         TorchTeacher.for_inference(tmp_path / "opt", device="cpu")
 
 
@@ -235,9 +235,7 @@ def test_a_model_whose_positions_go_on_across_documents_is_refused() -> None:
     model.probe()
     places = model.hf.transformer.wpe
     places.forward = lambda ids_BT: places.weight[: ids_BT.shape[-1]]
-    with pytest.raises(
-        UserError, match=r"by 0\.\d+, whatever its neighbour is. Its positions do not begin again"
-    ):
+    with pytest.raises(UserError, match=r"by 0\.\d+, whatever its neighbour is"):
         model.probe()
 
 

@@ -13,14 +13,15 @@ import torch
 from conftest import make_corpus, make_model
 from torch import Tensor
 
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.errors import UserError
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.recipe import load as recipes
 from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import StoredTeacher
-from potstill.types import Batch, HiddenTargets
+from potstill.types import Batch
 
 Recipe = Callable[..., Path]
 CAPTURES = {
@@ -55,8 +56,8 @@ class Lab:
             assert main(["capture", str(self.recipe(**sections)), "--out", str(out)]) == 0
         return out
 
-    def cast(self, teacher: str, **sections: str) -> Cast:
-        return assemble(recipes.load(self.recipe(teacher=teacher, **sections)), lambda line: None)
+    def cast(self, teacher: str, **sections: str) -> RunSetup:
+        return set_up(resolve(recipes.load(self.recipe(teacher=teacher, **sections))), lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 @pytest.fixture(scope="module")
-def live(lab: Lab) -> Cast:
+def live(lab: Lab) -> RunSetup:
     return lab.cast("{name: torch, model: teacher}")
 
 
@@ -91,7 +92,7 @@ def asked(targets: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("kind", CAPTURES)
 def test_some_positions_of_some_rows_have_the_targets_that_they_have_among_all(
-    lab: Lab, live: Cast, kind: str
+    lab: Lab, live: RunSetup, kind: str
 ) -> None:
     teacher, rows = StoredTeacher.open(lab.store(kind)), live.corpus.train
     whole = rows.batch(range(len(rows)))
@@ -113,7 +114,7 @@ def test_some_positions_of_some_rows_have_the_targets_that_they_have_among_all(
 
 
 @pytest.mark.parametrize("kind", CAPTURES)
-def test_held_out_rows_are_the_live_teacher_s_exactly(lab: Lab, live: Cast, kind: str) -> None:
+def test_held_out_rows_are_the_live_teacher_s_exactly(lab: Lab, live: RunSetup, kind: str) -> None:
     teacher, batch = StoredTeacher.open(lab.store(kind)), live.corpus.heldout.batch(range(4))
     stored, model = teacher.targets(batch), live.teacher.targets(batch)
     assert isinstance(stored, HiddenTargets) and isinstance(model, HiddenTargets)
@@ -121,7 +122,7 @@ def test_held_out_rows_are_the_live_teacher_s_exactly(lab: Lab, live: Cast, kind
     assert torch.equal(stored.head(stored.hidden_NE), model.head(model.hidden_NE))
 
 
-def test_hidden_states_in_float32_are_the_live_teacher_s(lab: Lab, live: Cast) -> None:
+def test_hidden_states_in_float32_are_the_live_teacher_s(lab: Lab, live: RunSetup) -> None:
     teacher = StoredTeacher.open(lab.store("hidden"))
     for start in (0, 8, 16):  # in the batches of the capture, whose size moves last bits
         batch = live.corpus.train.batch(range(start, start + 8))
@@ -130,7 +131,7 @@ def test_hidden_states_in_float32_are_the_live_teacher_s(lab: Lab, live: Cast) -
         assert torch.equal(stored.hidden_NE, model.hidden_NE)
 
 
-def test_what_it_has_not_is_refused(lab: Lab, live: Cast) -> None:
+def test_what_it_has_not_is_refused(lab: Lab, live: RunSetup) -> None:
     teacher, rows = StoredTeacher.open(lab.store("topk")), live.corpus.train
     # A document's first token has no targets for its place: the one before it is the end of another.
     row = next(row for row in range(len(rows)) if len(rows.batch([row]).positions_N) < 32)
@@ -158,7 +159,7 @@ def test_what_it_has_not_is_refused(lab: Lab, live: Cast) -> None:
 
 
 def test_it_is_a_teacher_with_the_tokenizer_and_the_vocabulary_of_the_captured_one(
-    lab: Lab, live: Cast
+    lab: Lab, live: RunSetup
 ) -> None:
     teacher = StoredTeacher.open(lab.store("sampled"))
     assert (teacher.vocab_size, teacher.vocab.tokens) == (258, live.teacher.vocab.tokens)
@@ -227,7 +228,7 @@ def test_the_top_of_a_distribution_fits_other_divergences_and_no_other_temperatu
     lab.cast(hidden, objective="{chunk: 16, divergence: jsd, temperature: 1.5}")
 
 
-def test_another_tokenizer_is_refused_by_name(lab: Lab, live: Cast) -> None:
+def test_another_tokenizer_is_refused_by_name(lab: Lab, live: RunSetup) -> None:
     teacher = StoredTeacher.open(lab.store("sampled"))
     objective = SimpleNamespace(temperature=1.0, divergence=SimpleNamespace(name="forward_kl"))
     counts = live.corpus.manifest
@@ -264,7 +265,7 @@ def test_a_model_that_was_not_captured_is_refused_whatever_the_student(lab: Lab,
 
 
 def test_a_student_is_cut_from_the_captured_model_and_is_the_one_of_the_live_recipe(
-    lab: Lab, live: Cast
+    lab: Lab, live: RunSetup
 ) -> None:
     stored = lab.cast(f"{{name: store, path: {lab.store('hidden')}}}")
     assert stored.student.weights_sha256() == live.student.weights_sha256()

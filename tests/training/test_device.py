@@ -58,7 +58,7 @@ def test_a_step_waits_for_its_device_once(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
     cast = assemble(load_recipe(tiny_recipe(train=TRAIN, objective=objective)), lambda text: None)
-    monkeypatch.setattr(causal_lm, "is_queued", lambda device: True)
+    monkeypatch.setattr(causal_lm, "is_asynchronous", lambda device: True)
     with Waits() as waits:
         before = waits.seen.copy()
         counts: list[Counter[str]] = []
@@ -91,7 +91,7 @@ def test_rows_taken_as_packed_give_the_same_numbers(
     for positions_BT in (torch.arange(32).expand(2, 32), torch.arange(32).remainder(13).expand(2, 32)):
         plain = cast.student.model.hidden(ids_BT, positions_BT)
         with monkeypatch.context() as patch:
-            patch.setattr(causal_lm, "is_queued", lambda device: True)
+            patch.setattr(causal_lm, "is_asynchronous", lambda device: True)
             assert torch.allclose(cast.student.model.hidden(ids_BT, positions_BT), plain, atol=1e-6)
 
 

@@ -18,13 +18,13 @@ from potstill import UserError, distill, load_recipe
 from potstill.build.setup import Cast, assemble
 from potstill.cli.main import main
 from potstill.data.packing import Order
+from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student
 from potstill.preflight.checks import Checked
 from potstill.preflight.trial_steps import smoke
 from potstill.teachers.hf import TorchTeacher
 from potstill.training.loop import Hooks, offending, train
 from potstill.training.watchdog import Watch
-from potstill.types import HiddenTargets
 from potstill.workflows.distill import RunDir
 
 Recipe = Callable[..., Path]

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_cli import refusal
 
 from potstill.cli.main import main
+from potstill.losses.targets import HiddenTargets
 from potstill.runs.run_dir import RunDir
-from potstill.store.reader import MANIFEST, Store
+from potstill.store.layout import MANIFEST
+from potstill.store.reader import Store
 from potstill.teachers.hf import TorchTeacher
-from potstill.types import Batch, HiddenTargets
+from potstill.types import Batch
 
 Recipe = Callable[..., Path]
 CAPTURE = "{name: sampled, threshold: 0.05, rows_per_shard: 16}"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from potstill.build.setup import assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.losses.targets import SparseTargets
 from potstill.models.student import Student
 from potstill.recipe import load as recipes
-from potstill.store.codecs import Hidden, Kind, Sampled, TopK
+from potstill.store.codecs import Codec, Hidden, Sampled, TopK
 from potstill.teachers.capture_rows import captured
 from potstill.teachers.hf import TorchTeacher
 from potstill.types import Rows
@@ -27,12 +28,12 @@ SEED = 3
 @pytest.fixture(params=[1.0, 2.0])
 def made(request: pytest.FixtureRequest, tiny_recipe: Callable[..., Path]) -> Made:
     path = tiny_recipe(objective=f"{{chunk: 16, temperature: {request.param}}}")
-    cast = assemble(recipes.load(path), lambda line: None)
+    cast = set_up(resolve(recipes.load(path)), lambda line: None)
     assert isinstance(cast.teacher, TorchTeacher)
     return cast.student, cast.teacher, cast.corpus.heldout
 
 
-def estimate(kind: Kind, made: Made, number: int, full_NV: Tensor, q_NV: Tensor) -> tuple[Tensor, ...]:
+def estimate(kind: Codec, made: Made, number: int, full_NV: Tensor, q_NV: Tensor) -> tuple[Tensor, ...]:
     """p of the targets, what their KD term pulls towards, and which ids they have."""
     _, teacher, rows = made
     (one,) = captured(teacher, rows, [number], kind, SEED, 1)
@@ -66,7 +67,7 @@ def cosine(one: Tensor, other: Tensor) -> float:
 def test_it_says_what_the_formulas_say(made: Made, name: str) -> None:
     student, teacher, rows = made
     T = student.objective.temperature
-    kind: Kind = {"sampled": Sampled(0.05, 258, T), "topk": TopK(6, "float32", 258, T)}.get(
+    kind: Codec = {"sampled": Sampled(0.05, 258, T), "topk": TopK(6, "float32", 258, T)}.get(
         name, Hidden(name)
     )
     with torch.enable_grad():

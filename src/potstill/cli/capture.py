@@ -70,7 +70,8 @@ def run_store(options: argparse.Namespace, display: Display) -> int:
 
 
 def _merge(folders: list[Path], options: argparse.Namespace, display: Display) -> int:
-    from potstill.store.reader import merge, read_manifest
+    from potstill.store.reader import read_manifest
+    from potstill.store.writer import merge
 
     if missing := merge(folders, options.out):
         display.note(f"{options.out}: {missing} shards are missing: merge the other parts, too")

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from potstill.data import readers
 from potstill.data.memmap import BEARS, ID, PLACE, mapped
 from potstill.data.packing import HELDOUT, TRAIN, Corpus, PackedRows
 from potstill.data.tokenizers import behaviour_sha256
@@ -67,7 +66,7 @@ def load_or_build(
             holds other things.
     """
     folder = Path(config.shards)
-    inner, outer = (Path(os.path.realpath(path)) for path in (folder, config.path))
+    inner, outer = (Path(os.path.realpath(path)) for path in (folder, config.origin))
     if inner.is_relative_to(outer):
         raise UserError(
             f"corpus.shards: {folder} lies in corpus.path, all of which is read. Name another folder."
@@ -89,9 +88,9 @@ def load_or_build(
     return _read(folder, config, made_of)
 
 
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: str | Path) -> bool:
     """Whether the cache is complete, so that a start reads it instead of the corpus."""
-    return (folder / SUMS).exists()
+    return (Path(folder) / SUMS).exists()
 
 
 def _names(folder: Path) -> set[str]:
@@ -142,27 +141,10 @@ def _read(folder: Path, config: Any, made_of: Json) -> Corpus:
         raise UserError(f"{folder}: {name} was {was!r:.80} when it was written, is {now!r:.80}. {AGAIN}")
     require_whole(folder, None, AGAIN, WHOLE)
     manifest = recorded["manifest"]
-    _require_same_files(folder, _sources(config, manifest["files"]), manifest["files"])
+    _require_same_files(folder, config.sources(manifest["files"]), manifest["files"])
     train, heldout = (_rows(folder, name, config.tokens_per_row) for name in (TRAIN, HELDOUT))
     heldout.first_row = len(train)
     return Corpus(train, heldout, manifest)
-
-
-def _sources(config: Any, files: list[Json]) -> list[Path]:
-    """The files that a reader would open now."""
-    path = Path(config.path)
-    match config.name:
-        case "text":
-            return readers.files_of(path, config.include, config.exclude)
-        case "jsonl" | "chat":
-            return readers.files_of(path, readers.jsonl.PATTERNS)
-        case "parquet":
-            return readers.files_of(path, readers.parquet.PATTERNS)
-        case "tokens":
-            return readers.tokens.shards_of(path)
-        case _:
-            # Its state.json is one of the files and lists the others: none can be added without changing it.
-            return [path for file in files if (path := Path(file["path"])).exists()]
 
 
 def _rows(folder: Path, name: str, tokens_per_row: int) -> PackedRows:

@@ -1,10 +1,14 @@
-"""What a process is told before its first step: how it keeps memory, and who multiplies its matrices."""
+"""Two settings of the process: how it keeps freed memory, and which library multiplies matrices on the
+CPU.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +20,13 @@ from potstill.errors import UserError
 M_MMAP_THRESHOLD = -3  # malloc.h
 CPUINFO = Path("/proc/cpuinfo")
 LEAST_WORK = 2**24
-"""Multiplications of a product that oneDNN is asked for: below, asking costs what it gains."""
+"""Multiplications of a product that oneDNN is called for: with fewer, the call costs what it gains."""
 LEAST_ROWS = 16
 
-Multiplier = Literal["blas", "onednn"]
+MatmulBackend = Literal["blas", "onednn"]
 
-_in_force: list[torch.library.Library] = []
-"""PyTorch forgets an override with the object that made it."""
+_override: list[torch.library.Library] = []
+"""What is in force now. PyTorch forgets an override with the object that made it."""
 
 
 def return_freed_memory() -> None:
@@ -36,18 +40,18 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
-def choose_matmul(asked: Literal["auto"] | Multiplier, device: torch.device) -> tuple[Multiplier, str]:
-    """Who multiplies float32 matrices on a CPU, `blas` or `onednn`, and why. PyTorch has both and asks MKL,
-    which takes slower ways on processors that are not Intel's.
+def choose_matmul(config: Literal["auto"] | MatmulBackend, device: torch.device) -> tuple[MatmulBackend, str]:
+    """Which library multiplies float32 matrices on a CPU, `blas` or `onednn`, and why. PyTorch has both and
+    calls MKL, which takes slower paths on processors that are not Intel's.
 
-    A table and no measurement, whose noise would decide the last bits of a run.
+    A table and not a measurement, whose noise would decide the last bits of a run.
     """
-    if asked != "auto":
-        return asked, "as the recipe says"
-    asks_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    if device.type == "cpu" and asks_mkl and _has_onednn() and _is_slow_with_mkl():
+    if config != "auto":
+        return config, "as the recipe says"
+    calls_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if device.type == "cpu" and calls_mkl and _has_onednn() and _is_slow_with_mkl():
         return "onednn", "auto: faster than MKL on a processor of AMD's with AVX-512"
-    return "blas", "auto: what PyTorch asks"
+    return "blas", "auto: what PyTorch calls"
 
 
 def _has_onednn() -> bool:
@@ -61,24 +65,36 @@ def _is_slow_with_mkl() -> bool:
     return "AuthenticAMD" in text and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def multiply_by(library: Literal["auto"] | Multiplier) -> None:
-    """Have this process's products of two float32 matrices on the CPU made by it; `auto` is `blas` where
-    nobody chose.
+@contextlib.contextmanager
+def matmul_with(backend: Literal["auto"] | MatmulBackend) -> Iterator[None]:
+    """While the block runs, this process multiplies two float32 matrices on the CPU with that library; `auto`
+    is `blas` where nothing was chosen. Afterwards it multiplies as before.
 
     Raises:
-        UserError: asked for oneDNN where PyTorch has none.
+        UserError: oneDNN, where this build of PyTorch does not have it.
     """
-    if library != "onednn":
-        _in_force.clear()
-    elif not _has_onednn():
-        raise UserError("train.matmul: is onednn, which this PyTorch does not lend out. Set it to blas.")
-    elif not _in_force:
-        _in_force.append(_onednn())
+    if backend == "onednn" and not _has_onednn():
+        raise UserError(
+            "train.matmul: onednn is not available in this build of PyTorch. Set train.matmul: blas."
+        )
+    before = matmul_backend()
+    _switch(backend)
+    try:
+        yield
+    finally:
+        _switch(before)
 
 
-def multiplier() -> Multiplier:
-    """By whom they are made now."""
-    return "onednn" if _in_force else "blas"
+def matmul_backend() -> MatmulBackend:
+    """The library in use now."""
+    return "onednn" if _override else "blas"
+
+
+def _switch(backend: Literal["auto"] | MatmulBackend) -> None:
+    if backend != "onednn":
+        _override.clear()
+    elif not _override:
+        _override.append(_onednn())
 
 
 def _onednn() -> torch.library.Library:
@@ -98,7 +114,7 @@ def _onednn() -> torch.library.Library:
 
     made = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # it is meant
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # on purpose
         for name, kernel in (("mm", mm), ("addmm", addmm)):
             made.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
     return made
@@ -107,7 +123,7 @@ def _onednn() -> torch.library.Library:
 def _gains(a_MK: Tensor, b_KN: Tensor) -> bool:
     """Whether the product is one that oneDNN makes faster, of matrices that it takes as they lie."""
     if a_MK.ndim != 2 or b_KN.ndim != 2:
-        return False  # PyTorch says what is wrong with them
+        return False  # PyTorch's own error names what is wrong with them
     (M, K), N = a_MK.shape, b_KN.shape[1]
     return (
         M * K * N >= LEAST_WORK

@@ -1,1 +1,1 @@
-"""Formulas, and the one place that turns them into sums with gradients."""
+"""Divergences per position, and the objective that sums them over positions with gradients."""

@@ -1,4 +1,4 @@
-"""From hidden states to the sums that the loop divides: CE and KD over N positions, exact, a chunk at a time.
+"""From hidden states to the sums that the loop divides: CE and KD over N positions, exact, chunk by chunk.
 
     ce   = sum over positions of -log q_1(label)              q_T = softmax(student logits / T)
     kd   = sum over positions of T^2 D(p_T, q_T)              p_T = softmax(teacher logits / T)
@@ -7,12 +7,16 @@
 With V ids, widths D (student) and E (teacher) and C = `chunk`, logits exist for C positions at a time: a few
 buffers of C V numbers for both models together, and one gradient each of the head (V D) and of the hidden
 states (N D). Nothing of size N V is made. Work is N V (6 D + 2 E) floating-point operations, each product
-done once: a chunk's gradient is formed in the forward pass, while its logits are there. It is written out
-(`fused`), or, for a divergence of the user's own, autograd takes it back to the chunk's product; the two
-products that follow are written out. `backward` only scales what is stored.
+done once: a chunk's gradient is formed in the forward pass, while its logits exist. It is written out
+(`fused`), or, for a user's own divergence, autograd takes it back to the chunk's product; the two products
+that follow are written out. `backward` only scales what the forward pass stored.
 
-Refuses labels that are no ids, counts and vocabularies that differ, and sums that are not finite. `Student`
-calls it.
+    objective = Objective(forward_kl, kd_weight=0.9, ce_weight=0.1, temperature=2.0)
+    sums = objective(hidden_ND, head, labels_N, HiddenTargets(teacher_hidden_NE, teacher_head))
+    (sums["loss"] / N).backward()
+
+Refuses labels outside the vocabulary, counts and vocabularies that differ, and sums that are not finite.
+`Student` calls it.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.errors import Fault, UserError
 from potstill.losses.divergences import forward_kl
-from potstill.losses.fused import Weights, is_known, require_same_ids, with_gradient
+from potstill.losses.fused import Weights, is_supported, require_same_ids, with_gradient
 from potstill.types import Divergence, Head, Targets
 
 
@@ -38,8 +42,11 @@ from potstill.types import Divergence, Head, Targets
 class Objective:
     """What a step minimises; the recipe's `objective` section.
 
-    `matmul_dtype` is what the head's products run in (None: as the tensors are). Softmax, divergence and all
-    sums over positions stay in float32, or float64 where the tensors are.
+    `matmul_dtype` is what the head's products run in (None: the dtype of the tensors). Softmax, divergence
+    and all sums over positions stay in float32, or in float64 where the tensors are.
+
+    Raises:
+        UserError: a weight or a temperature out of range, or both weights 0.
     """
 
     divergence: Divergence = forward_kl
@@ -49,9 +56,9 @@ class Objective:
     chunk: int = 256
     matmul_dtype: torch.dtype | None = None
     engine: Literal["fused", "reference"] = "fused"
-    """`fused` has gradients written out; what it does not know is computed as by `reference`."""
+    """`fused` has gradients written out and leaves other divergences to `reference`, which is autograd."""
     compiled: bool = False
-    """Let torch.compile make few kernels of what is written out, where that gains: see `gains`."""
+    """Compile the written-out part, where that is faster: see `is_compiling_faster`."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -74,16 +81,26 @@ class Objective:
         *,
         checked: bool = True,
     ) -> dict[str, Tensor]:
-        """Sums over the N positions: `loss` carries the gradient, `ce` and `kd` are for the log.
+        """Sums over the N positions, in nats: `loss` carries the gradient, `ce` and `kd` are for the log.
 
-        `targets` may be None only where kd_weight is 0; `kd` is then absent. Not `checked`, nothing waits for
-        the device: labels and sums are then the caller's, for `require_labels` and `require_finite`.
+        Args:
+            hidden_ND: the student's final hidden states at the positions that bear loss.
+            head: the student's.
+            labels_N: the next tokens, int64.
+            targets: of the same positions; None only where kd_weight is 0, and `kd` is then absent.
+            checked: False: nothing waits for the device, and the caller checks labels and sums itself by
+                `require_labels` and `require_finite`.
+
+        Raises:
+            UserError: counts or vocabularies that differ, or a label that is not an id.
+            Fault: a sum that is not finite.
         """
         self._require_fitting(hidden_ND, head, labels_N, targets)
         if checked:
             require_labels(labels_N, head.num_ids)
         tensors = [hidden_ND, head.weight_VD, head.bias_V]
-        if not torch.is_grad_enabled():  # a Function cannot tell: inside it, this is always False
+        # Decided here: inside a Function gradients are always disabled, and what it is given decides.
+        if not torch.is_grad_enabled():
             tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
         ce, kd, loss = _SumOverPositions.apply(*tensors, self, head, labels_N, targets)  # type: ignore[no-untyped-call]
         sums = {"ce": ce, "loss": loss} if targets is None else {"ce": ce, "kd": kd, "loss": loss}
@@ -95,8 +112,12 @@ class Objective:
     def measure(self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Sums over the N positions for a held-out evaluation, without gradients.
 
-        `loss`, `ce`, `kd` as above; `kl` is KL(teacher || student) at temperature 1, `agreement` the number
-        of positions where both rank the same id first, `teacher_ce` the teacher's own cross-entropy.
+        `loss`, `ce` and `kd` as in training; `kl` is KL(teacher || student) at temperature 1, `agreement` the
+        number of positions where both rank the same id first, `teacher_ce` the teacher's cross-entropy. The
+        last needs targets on all ids, as a held-out evaluation has.
+
+        Raises:
+            UserError, Fault: as in training.
         """
         self._require_fitting(hidden_ND, head, labels_N, targets)
         require_labels(labels_N, head.num_ids)
@@ -104,10 +125,10 @@ class Objective:
         names = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
         sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in names}
         for part, logits_CV in self.logits(hidden_ND, head):
-            values, compared = self._values(logits_CV, labels_N[part], targets[part])
-            if compared is None or self.temperature != 1:
-                compared = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
-            student_CS, teacher_CS = compared
+            values, pair = self._values(logits_CV, labels_N[part], targets[part])
+            if pair is None or self.temperature != 1:
+                pair = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
+            student_CS, teacher_CS = pair
             values["kl"] = forward_kl(student_CS, teacher_CS)
             values["agreement"] = student_CS.argmax(-1) == teacher_CS.argmax(-1)
             values["teacher_ce"] = -teacher_CS.gather(-1, labels_N[part, None]).squeeze(-1)
@@ -118,7 +139,7 @@ class Objective:
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
-        """logits_CV of one chunk of positions after the other, in the types that a step computes them in."""
+        """logits_CV of each chunk of positions in turn, in the dtypes that a step computes them in."""
         matmul, exact = self._dtypes(hidden_ND, head)
         weight_VD = head.weight_VD[: head.num_ids].to(matmul)
         for part in self._parts(len(hidden_ND)):
@@ -127,7 +148,10 @@ class Objective:
     def _values(
         self, logits_CV: Tensor, labels_C: Tensor, targets: Targets | None
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
-        """`ce`, `kd` and `loss` per position, the formula once; and the distributions that `kd` compared."""
+        """`ce`, `kd` and `loss` per position by their definition, and the two log-distributions of `kd`.
+
+        The reference engine differentiates this; `fused` is held to it by a test.
+        """
         logp_CV = logits_CV.log_softmax(-1)
         ce_C = -logp_CV.gather(-1, labels_C[:, None]).squeeze(-1)
         if targets is None:
@@ -143,34 +167,42 @@ class Objective:
         loss_C = self.ce_weight * ce_C + self.kd_weight * kd_C
         return {"ce": ce_C, "kd": kd_C, "loss": loss_C}, (student_CS, teacher_CS)
 
-    def _way(self, device: torch.device, targets: Targets | None) -> Way:
-        """By which a chunk's values and the gradient of its product are found."""
-        if self.engine != "fused" or not is_known(self.divergence, targets):
+    def _engine(self, device: torch.device, targets: Targets | None) -> ChunkEngine:
+        """What computes a chunk's values and the gradient of its product."""
+        if self.engine != "fused" or not is_supported(self.divergence, targets):
             return self._by_autograd
-        return partial(few_kernels(), self) if self.compiled and gains(device) else self._fused
+        if self.compiled and is_compiling_faster(device):
+            return partial(compiled_fused(), self)
+        return self._fused
 
     def _fused(
         self, product_CV: Tensor, exact: torch.dtype, head: Head, labels_C: Tensor, targets: Targets | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Overwrites the product; its rows begin where a product is fast, and so do the gradient's."""
+        """Values and gradient written out. Overwrites the product: the gradient keeps the stride of its rows,
+        which begin at whole 16 bytes (`Head.num_rows`) so that the products that follow are fast.
+        """
         logits_CV = head.finish(product_CV.to(exact))
-        bend_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square_()
+        # d softcap tanh(x / softcap) / dx = 1 - tanh^2, from the logits before they are overwritten.
+        softcap_grad_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square_()
         kd_weight = 0.0 if targets is None else self.kd_weight
         weights = Weights(self.ce_weight, kd_weight, self.temperature)
         ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, self.divergence, weights)
         values = {"ce": ce_C, "loss": self.ce_weight * ce_C}
         if kd_C is not None:
             values |= {"kd": kd_C, "loss": values["loss"] + kd_weight * kd_C}
-        grad_CV = logits_CV if bend_CV is None else logits_CV.mul_(bend_CV)
+        # Back through the head in reverse order: softcap, then scale.
+        grad_CV = logits_CV if softcap_grad_CV is None else logits_CV.mul_(softcap_grad_CV)
         grad_CV = grad_CV if head.scale == 1.0 else grad_CV.mul_(head.scale)
-        is_rounded = head.bias_V is None and grad_CV.dtype != product_CV.dtype  # a bias's gradient is exact
+        # Rounded to the dtype of the products at once, unless a bias still needs the exact gradient.
+        is_rounded = head.bias_V is None and grad_CV.dtype != product_CV.dtype
         return values, product_CV.copy_(grad_CV) if is_rounded else grad_CV
 
     def _by_autograd(
         self, product_CV: Tensor, exact: torch.dtype, head: Head, labels_C: Tensor, targets: Targets | None
     ) -> tuple[dict[str, Tensor], Tensor]:
+        """Values by definition; autograd only down to the product: what follows is written out for all."""
         product_CV = product_CV.to(exact).requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad():  # which a Function disables
             values, _ = self._values(head.finish(product_CV), labels_C, targets)
             (grad_CV,) = torch.autograd.grad(values["loss"].sum(), product_CV)
         return {name: value_C.detach() for name, value_C in values.items()}, grad_CV
@@ -189,7 +221,7 @@ class Objective:
         return [slice(start, start + self.chunk) for start in range(0, positions, self.chunk)]
 
     def _dtypes(self, hidden_ND: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
-        """What the products run in, and what everything else does."""
+        """dtypes of the products and of everything else."""
         given = torch.promote_types(hidden_ND.dtype, head.weight_VD.dtype)
         return self.matmul_dtype or given, torch.promote_types(given, torch.float32)
 
@@ -206,30 +238,34 @@ class Objective:
                 )
 
 
-Way = Callable[..., tuple[dict[str, Tensor], Tensor | None]]
+ChunkEngine = Callable[..., tuple[dict[str, Tensor], Tensor | None]]
+"""(product_CV, exact dtype, head, labels_C, targets) to values per position and the product's gradient."""
 
 
-def gains(device: torch.device) -> bool:
-    """Whether few kernels are faster there than many: a CPU has its cache blocks."""
+def is_compiling_faster(device: torch.device) -> bool:
+    """On CUDA, where each kernel reads and writes [C, V]; on a CPU `fused` works in blocks in the cache."""
     return device.type == "cuda"
 
 
 @functools.cache
-def few_kernels() -> Way:
-    """All between a chunk's products, changes of type too, through torch.compile.
+def compiled_fused() -> ChunkEngine:
+    """Everything between a chunk's products, casts included, through torch.compile.
 
-    Not `dynamic`: that would make the weights of the terms numbers in float64 that kernels read. The length
-    of a chunk becomes one of any size with the second that is seen.
+    Not `dynamic`: that would turn the weights of the terms into float64 scalars which kernels read. The size
+    of a chunk becomes dynamic by itself with the second one that occurs.
     """
     return torch.compile(Objective._fused)
 
 
-# PyTorch's own compiler asks this before it writes into what a graph holds. Where it is gone: as if kept.
+# Private to PyTorch, whose compiler asks it before it overwrites what a graph holds. Without it: as if kept.
 _is_graph_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _SumOverPositions(torch.autograd.Function):
-    """ce, kd and loss summed over positions, and the gradient of loss, formed a chunk at a time."""
+    """ce, kd and loss summed over positions; the gradient of loss is formed in the forward pass, by chunk.
+
+    After the forward pass only gradients are kept, of the size of the inputs: no logits, and no graph.
+    """
 
     @staticmethod
     def forward(
@@ -244,6 +280,7 @@ class _SumOverPositions(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         matmul, exact = objective._dtypes(hidden_ND, head)
         V = head.num_ids  # rows of a padded end keep a gradient of zero
+        # Cast once a call, not once a chunk. R >= V rows, so that those of a product are aligned.
         cast_RD = weight_VD[: head.num_rows].to(matmul)
         cast_VD = cast_RD[:V]
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -251,27 +288,30 @@ class _SumOverPositions(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if for_weight else None
         grad_bias_V = weight_VD.new_zeros(len(weight_VD), dtype=exact) if for_bias else None
         sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in ("ce", "kd", "loss")}
-        way = objective._way(hidden_ND.device, targets)
-        differentiate: Way = way if any(ctx.needs_input_grad) else objective._values_only
+        engine = objective._engine(hidden_ND.device, targets)
+        differentiate: ChunkEngine = engine if any(ctx.needs_input_grad) else objective._values_only
 
         for part in objective._parts(len(labels_N)):
             hidden_CD = hidden_ND[part].to(matmul)
-            taught = None if targets is None else targets[part]
+            targets_C = None if targets is None else targets[part]
             product_CV = (hidden_CD @ cast_RD.T)[:, :V]
-            values, grad_CV = differentiate(product_CV, exact, head, labels_N[part], taught)
+            values, grad_CV = differentiate(product_CV, exact, head, labels_N[part], targets_C)
             for name, value_C in values.items():
                 sums[name] += value_C.sum()
             if grad_CV is None:
                 continue
-            if grad_bias_V is not None:
-                grad_bias_V[:V] += grad_CV.sum(0)  # the bias is what is added to the product
+            if (
+                grad_bias_V is not None
+            ):  # before the cast: the bias is added to the product in the exact dtype
+                grad_bias_V[:V] += grad_CV.sum(0)
             grad_CV = grad_CV.to(matmul)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[part] = grad_CV @ cast_VD
             if grad_weight_VD is not None and matmul == exact:
                 grad_weight_VD[:V].addmm_(grad_CV.T, hidden_CD)
             elif grad_weight_VD is not None:
-                grad_weight_VD[:V] += grad_CV.T @ hidden_CD  # rounded within a chunk, never across chunks
+                # The product is rounded within a chunk; the sum over chunks is exact, or small chunks vanish.
+                grad_weight_VD[:V] += grad_CV.T @ hidden_CD
 
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, weight_VD, bias_V)]
@@ -287,14 +327,16 @@ class _SumOverPositions(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In its place, or in the parameter's type at once: of a head, a copy on the way is as large as it is."""
+    """factor * grad in the parameter's dtype, in place where nothing needs the gradient again: one more copy
+    would be as large as the head.
+    """
     if grad.dtype == dtype and not _is_graph_kept():
         return grad.mul_(factor)
     return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
 
 
 def require_labels(labels_N: Tensor, V: int) -> None:
-    """Refuse labels that are no ids; on a device this waits for it."""
+    """UserError for a label that is not an id from 0 to V - 1. Waits for the device of the labels."""
     if len(labels_N):
         lowest, highest = torch.stack(torch.aminmax(labels_N)).tolist()
         if lowest < 0 or highest >= V:
@@ -303,14 +345,15 @@ def require_labels(labels_N: Tensor, V: int) -> None:
 
 
 def require_finite(sums: dict[str, float], positions: int) -> None:
+    """Fault, which names the sum, where one over these positions is not finite."""
     for name, value in sums.items():
         if not math.isfinite(value):
             raise Fault(
-                f"objective: {name} is {value} over {positions} positions. Logits are not finite, or a token"
-                " that one side or the corpus has is impossible on the other."
+                f"objective: {name} is {value} over {positions} positions. Logits are not finite, or one side"
+                " gives probability 0 to a token that the corpus or the other side has."
             )
 
 
 def _read(sums: dict[str, Tensor]) -> dict[str, float]:
-    """With one wait for all."""
+    """As numbers, with one transfer for all of them."""
     return dict(zip(sums, torch.stack([value.detach() for value in sums.values()]).tolist(), strict=True))

@@ -1,17 +1,19 @@
-"""A teacher's distributions on few ids, as the objective reads them: from a store, or from an API.
+"""The teacher's next-token distributions, as the objective reads them: `types.Targets` in its two forms.
 
-Two forms, by what is known of the other ids:
+`HiddenTargets` are exact: hidden states, and the head that makes logits of them. `SparseTargets` are few ids
+of each distribution, from a store or an API, and differ in what is known of the other ids:
 
-bucket   the ids' own probabilities and, in one last class, all the rest, on both sides: every divergence
-         stays a divergence, and a lower bound of the full one.
+bucket   the probabilities of K ids, and all others as one more class, on both sides: every divergence stays a
+         divergence, and is a lower bound of the full one (data-processing inequality).
 sampled  an unbiased estimate of the full distribution, whose rows sum to one on these ids; the student's side
-         is its own log-probability there, not renormalised. Forward KL alone is linear in the teacher, so
-         for it alone the gradient is unbiased. `entropy_N` makes its value unbiased, too.
+         is its own log-probability there, not renormalised. Only forward KL is linear in the teacher, so
+         only its gradient is unbiased. With `entropy_N` its value is unbiased, too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,19 +24,47 @@ from potstill.types import moved
 
 
 @dataclass(frozen=True, slots=True)
+class HiddenTargets:
+    """The teacher's final hidden states, and the head that makes logits of them, a slice at a time. S = V.
+
+    They hold for every temperature and every divergence: nothing of the distribution is left out.
+    """
+
+    hidden_NE: Tensor
+    """In the teacher's dtype."""
+    head: Callable[[Tensor], Tensor]
+    """hidden_NE to logits_NV: a `Head`, or a function of one's own."""
+
+    def __len__(self) -> int:
+        return len(self.hidden_NE)
+
+    def __getitem__(self, positions: slice) -> HiddenTargets:
+        return HiddenTargets(self.hidden_NE[positions], self.head)
+
+    def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits_NV = self.head(self.hidden_NE)
+            teacher_logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
+        return student_logp_NV, teacher_logp_NV
+
+    def beyond_support(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class SparseTargets:
-    """An id of -1 fills up a position that has fewer."""
+    """K ids per position, of the full V. S = K, or K + 1 with a bucket."""
 
     ids_NK: Tensor
-    """int64."""
+    """int64, padded with -1 where a position has fewer."""
     logp_NK: Tensor
-    """float32; -inf where the id is -1."""
+    """Log-probabilities, float32; -inf where the id is -1."""
     temperature: float
-    """Of the softmax that the probabilities come from."""
+    """Of the softmax that the probabilities come from: too few ids are known to change it."""
     has_bucket: bool
-    """Whether what the probabilities lack to one is a class of its own."""
+    """Whether the probability of all other ids is a class of its own."""
     entropy_N: Tensor | None = None
-    """The full distribution's own, in nats."""
+    """Entropy of the full distributions, in nats."""
 
     def __len__(self) -> int:
         return len(self.ids_NK)
@@ -51,11 +81,12 @@ class SparseTargets:
         return replace(self, ids_NK=ids_NK, logp_NK=logp_NK, entropy_N=entropy_N)
 
     def require_temperature(self, temperature: float) -> None:
+        """UserError for another temperature than that of the targets."""
         if temperature != self.temperature:
             raise UserError(
-                f"targets: made at temperature {self.temperature}, asked at {temperature}. They keep too few"
-                f" ids to change it. Set objective.temperature: {self.temperature}, or take a teacher in"
-                " memory or a store of hidden states."
+                f"objective.temperature: is {temperature}, and the targets are of temperature"
+                f" {self.temperature}. Set it to {self.temperature}, or use a teacher in memory or a store of"
+                " hidden states."
             )
 
     def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -66,32 +97,41 @@ class SparseTargets:
         logp_NK = self.logp_NK.to(student_NK.dtype)
         if not self.has_bucket:
             return student_NK, logp_NK
-        # The rest is summed over its own ids: 1 minus the kept would be noise where they are nearly all.
+        # The student's bucket is summed over its own ids: one minus the K known would be rounding noise where
+        # they are nearly all.
         taken_NV = torch.zeros_like(student_logp_NV).scatter_add_(-1, ids_NK, is_id_NK.to(logp_NK.dtype))
         rest_N = _logsumexp(student_logp_NV.masked_fill(taken_NV > 0, -math.inf))
         known_N = logp_NK.exp().sum(-1)
-        # Where all ids are kept, what the sum lacks to one is rounding.
+        # Where the K ids are the whole vocabulary, what their sum lacks to one is rounding, and no bucket.
         has_rest_N = (known_N < 1) & ~rest_N.isneginf()
         tail_N = torch.where(has_rest_N, (1 - known_N).log(), -math.inf)
         return torch.cat([student_NK, rest_N[:, None]], -1), torch.cat([logp_NK, tail_N[:, None]], -1)
 
-    def over_all_ids(self, slope_NS: Tensor, student_logp_NS: Tensor, q_NV: Tensor) -> Tensor:
-        """slope_NV: what moves the rest's log-probability moves its ids by their share of it."""
+    def over_all_ids(self, grad_logq_NS: Tensor, student_logp_NS: Tensor, q_NV: Tensor) -> Tensor:
+        """grad_logq_NV: the derivative by the bucket's log-probability goes to its ids, each by its share.
+
+        Args:
+            grad_logq_NS: by the log-probabilities that `on_support` returned, the bucket last.
+            student_logp_NS: those log-probabilities.
+            q_NV: the student's probabilities of all ids.
+        """
         ids_NK, is_id_NK = self.ids_NK.clamp_min(0), (self.ids_NK >= 0).to(q_NV.dtype)
-        of_kept_NK, of_rest_N1 = slope_NS[:, :-1], slope_NS[:, -1:]
-        share_N1 = (of_rest_N1 / student_logp_NS[:, -1:].exp()).masked_fill(of_rest_N1 == 0, 0.0)
+        of_ids_NK, of_bucket_N1 = grad_logq_NS[:, :-1], grad_logq_NS[:, -1:]
+        # An empty bucket has probability 0 and no derivative: 0 / 0 is 0 here.
+        share_N1 = (of_bucket_N1 / student_logp_NS[:, -1:].exp()).masked_fill(of_bucket_N1 == 0, 0.0)
         taken_NV = torch.zeros_like(q_NV).scatter_add_(-1, ids_NK, is_id_NK)
-        slope_NV = (q_NV * share_N1).masked_fill_(taken_NV > 0, 0.0)
-        return slope_NV.scatter_add_(-1, ids_NK, of_kept_NK * is_id_NK)
+        grad_logq_NV = (q_NV * share_N1).masked_fill_(taken_NV > 0, 0.0)
+        # Padding points to id 0, and adds 0 there.
+        return grad_logq_NV.scatter_add_(-1, ids_NK, of_ids_NK * is_id_NK)
 
     def beyond_support(self) -> Tensor | None:
-        """What forward KL on the support lacks of the one over the whole vocabulary, on average, per
-        position: the estimate's entropy minus the full distribution's. It carries no gradient.
+        """nats_N to add to forward KL on the support, so that its mean over draws is the full one: the
+        entropy of the estimate minus that of the full distribution. None where that is unknown; no gradient.
         """
         return None if self.entropy_N is None else self._entropy_of_ids() - self.entropy_N
 
     def entropy(self) -> Tensor:
-        """Of the full distributions where it is known, else of what is kept of them, per position."""
+        """nats_N: of the full distributions where it is known, else of the probabilities that are."""
         return self._entropy_of_ids() if self.entropy_N is None else self.entropy_N
 
     def _entropy_of_ids(self) -> Tensor:

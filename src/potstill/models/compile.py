@@ -1,8 +1,8 @@
 """`train.compile`: the bodies of both models through torch.compile, before the first step.
 
 What runs is the model's own code, in fewer and larger kernels; results differ by rounding. Each shape is
-compiled for itself, so that a kernel does not depend on which shapes came before it. Saving, generating and
-the probes go on without it. Refused where no compiler is at hand: PyTorch would say so in the first step.
+compiled by itself, so that a kernel does not depend on which shapes came before it. Saving, generation and
+the probes use the model as it is. A missing compiler is an error before the first step, not in it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ COMPILERS = ("g++", "clang++")
 
 
 def compile_body(model: CausalLM, backend: str = "inductor") -> None:
-    """`backend` is for tests."""
-    # Teacher and student may share their code; of each the shapes are counted apart, where PyTorch can.
+    """Set `model.compiled_body`. Other backends than inductor are for tests."""
+    # Teacher and student may share their code: without this option, which not every PyTorch has, the shapes
+    # of one would count towards the other's limit of recompilations.
     options: dict[str, Any] = {"isolate_recompiles": True}
     known = inspect.signature(torch.compile).parameters
     options = {name: value for name, value in options.items() if name in known}
@@ -40,9 +41,9 @@ def require_compiler(device: torch.device) -> None:
                 " or set it to false."
             )
         return
-    asked = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ([asked] if asked else COMPILERS)):
+    configured = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ([configured] if configured else COMPILERS)):
         raise UserError(
             f"train.compile: on the CPU PyTorch compiles with a C++ compiler, and there is no"
-            f" {asked or ' or '.join(COMPILERS)}. Install one, or set it to false."
+            f" {configured or ' or '.join(COMPILERS)}. Install one, or set it to false."
         )

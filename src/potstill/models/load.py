@@ -1,9 +1,9 @@
-"""Read a checkpoint whole, or refuse it: a Hugging Face folder, a hub id, or a GGUF file, into a
+"""Load a checkpoint completely or refuse it: a Hugging Face folder, a hub id, or a GGUF file, as a
 Transformers model.
 
 Transformers fills what a checkpoint lacks with random numbers and a warning, and drops what its config does
-not mention. Both are refused here, with the tensor and both sides named. Files are verified before a library
-opens them; code that comes with a checkpoint is never run.
+not mention. Both are refused here, with the tensor named. Files are verified before a library opens them;
+code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
 from potstill.errors import UserError, one_line
 from potstill.io.safe_open import opened, read_object, require_plain
@@ -39,43 +40,47 @@ EMBEDDINGS = (
 )
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MAX_LAYERS = 1024
-"""Of a model made from a config alone; the deepest that are trained have fewer than 200."""
-DRIFT = 2
-"""How many times the checkpoint's numbers a config may ask for. Tied weights make it less than one."""
+"""A bound on configs, which may be damaged; the deepest models in use have fewer than 200."""
+MAX_SIZE_RATIO = 2
+"""Of a config's weights to the checkpoint's; below 1 where a file has tied weights twice."""
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def choose_device(asked: str) -> torch.device:
-    """`auto` is CUDA where there is one; an explicit device is had or refused, never replaced by another.
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; an explicit device is used or refused, never replaced by another.
 
-    Of several processes on a machine, each has its own for `auto` and `cuda`.
+    With several processes on a machine, `auto` and `cuda` are a device for each.
+
+    Raises:
+        UserError: no device of that name on this machine.
     """
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and (local := os.environ.get("LOCAL_RANK")) is not None:
-        asked = f"cuda:{local}"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (local := os.environ.get("LOCAL_RANK")) is not None:
+        name = f"cuda:{local}"
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device: {asked} is not one of auto, cpu, cuda, cuda:N.") from error
+        raise UserError(f"device: {name} is not one of auto, cpu, cuda, cuda:N.") from error
     count = torch.cuda.device_count()
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= count):
         raise UserError(
-            f"device: {asked} was asked for and this machine has {count} CUDA device(s)."
-            " Set device: cpu, or run where there is one."
+            f"device: is {name}, and this machine has {count} CUDA device(s). Set device: cpu, or run on a"
+            " machine that has it."
         )
     return device
 
 
-def choose_dtype(asked: str | torch.dtype) -> torch.dtype:
-    found = DTYPES.get(asked) if isinstance(asked, str) else asked
-    if found is None or found not in DTYPES.values():
-        raise UserError(f"dtype: {asked} is not one of {', '.join(DTYPES)}.")
-    return found
+def choose_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The dtype of that name; UserError for one that models are not loaded in."""
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype is None or dtype not in DTYPES.values():
+        raise UserError(f"dtype: {name} is not one of {', '.join(DTYPES)}.")
+    return dtype
 
 
 def local_copy(source: str | Path) -> Path:
-    """A folder or file on this machine; a hub id (`owner/name`) is fetched, without code or pickles."""
+    """A folder or file on this machine; a hub id (`owner/name`) is downloaded, without code or pickles."""
     if not isinstance(source, str | Path):
         raise UserError(f"model: {source!r:.60} is no path. Give a folder, a hub id or a GGUF file.")
     path = Path(source)
@@ -86,9 +91,9 @@ def local_copy(source: str | Path) -> Path:
 
         try:
             return Path(snapshot_download(source, allow_patterns=HUB_FILES))
-        except Exception as error:  # a network fails in many ways; each means the same to the user
+        except Exception as error:  # a network fails in many ways, all the same to a user
             raise UserError(
-                f"{source}: no such folder here, and the hub did not give it: {one_line(error)}"
+                f"{source}: no such folder here, and not to be had from the hub: {one_line(error)}"
                 " Check the name and the network."
             ) from error
     raise UserError(
@@ -97,7 +102,7 @@ def local_copy(source: str | Path) -> Path:
 
 
 def vocab_size_of(path: Path) -> int:
-    """Rows of the embedding, read from the checkpoint's header without loading it."""
+    """Rows of the embedding, from the headers of the checkpoint alone; UserError where it has none."""
     sizes = [shape[0] for name, shape in tensor_shapes(path).items() if name.endswith(EMBEDDINGS)]
     if not sizes:
         raise UserError(f"{path}: no token embedding among its tensors. A causal language model is needed.")
@@ -115,21 +120,25 @@ def load_config(source: str | Path) -> Any:
                     path.parent, gguf_file=path.name, trust_remote_code=False
                 )
             return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # Transformers raises what it likes over a damaged config
+    except Exception as error:  # Transformers raises anything over a damaged config
         raise UserError(
             f"{path}: not a model config: {one_line(error)} Give a config.json that Transformers knows."
         ) from error
 
 
 def num_weights(config: Any) -> int:
-    """How many numbers a model of this config has. Nothing is allocated; what no model has is raised."""
+    """Number of weights of a model of this config, without allocating one.
+
+    Raises:
+        Exception: whatever Transformers raises over a config that fits no causal LM.
+    """
     with quiet_transformers(), torch.device("meta"):
         hf = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in hf.parameters())
 
 
 def _check_config(path: Path) -> None:
-    """What Transformers would build lists, layers or NaN of, before it is told to."""
+    """Refuse numbers that would make Transformers build endless layers, or NaN, before it reads them."""
     advice = "Give a config.json that Transformers knows."
     if path.suffix == ".gguf":
         require_layers(path)
@@ -156,41 +165,47 @@ def load_causal_lm(
     source: str | Path,
     *,
     config: Any = None,
+    own_config: Any = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantisation: Any = None,
 ) -> CausalLM:
-    """Every tensor of the checkpoint, in the model that the config describes; probed.
+    """A model with every tensor of the checkpoint and no other; its two halves are probed.
 
     Args:
-        config: what the checkpoint must be: a config, its dictionary, or a path; default is its own.
-        quantisation: Transformers' configuration of fewer bits for the layers' matrices.
+        source: a folder, a hub id or a GGUF file.
+        config: what the checkpoint must be: a config, its dictionary, or a path. Default: its own.
+        own_config: the checkpoint's config, where it has been read already.
+        dtype: of the weights in memory.
+        quantisation: a Transformers quantisation config for the matrices of the layers.
 
     Raises:
         UserError: files missing, truncated or not a model; a tensor that only one of config and checkpoint
             has, or that has another shape in each.
     """
     path = local_copy(source)
+    # From cheap to dear, and each before a library would act on it: files before any is parsed, shapes before
+    # weights are allocated. Only then is the model loaded, and what Transformers filled or dropped refused.
     check_model_files(path)
-    own_config = load_config(path)
+    own_config = load_config(path) if own_config is None else copy.deepcopy(own_config)
     config = own_config if config is None else _as_config(config, own_config)
     _require_same_vocabulary(path, config)
     _require_same_size(path, config)
     try:
         with quiet_transformers():
             options = {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
-            if quantisation is not None:  # where a matrix is packed, there it stays
+            if quantisation is not None:  # packed on the device where it stays: packed matrices do not move
                 options |= {"quantization_config": quantisation, "device_map": {"": device}}
             hf, report = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent if path.suffix == ".gguf" else path,
                 config=config,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that the report names them; refused below
+                ignore_mismatched_sizes=True,  # so that the report names them, for `_require_whole`
                 trust_remote_code=False,
                 **options,
             )
-    except Exception as error:  # and over a damaged checkpoint
+    except Exception as error:  # Transformers raises anything over a damaged checkpoint
         raise UserError(f"{path}: Transformers cannot load it: {one_line(error)}") from error
     _require_whole(path, report)
     hf = as_plain(hf).to(device) if quantisation is None else keep_layout(hf)
@@ -201,7 +216,7 @@ def load_causal_lm(
 
 
 def as_plain(hf: Any) -> Any:
-    """A model read from GGUF holds ordinary tensors but says that it is quantised and refuses to be saved."""
+    """A model read from GGUF has ordinary tensors but is flagged as quantised, and could not be saved."""
     if getattr(hf, "hf_quantizer", None) is not None:
         hf.hf_quantizer = None
         hf.is_quantized = False
@@ -209,8 +224,25 @@ def as_plain(hf: Any) -> Any:
     return hf
 
 
+def longest_row(config: Any) -> int | None:
+    """Tokens of the longest row that a model of this config takes; None where it does not say."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
+def without_data(config: Any, dtype: torch.dtype, device: torch.device, name: str) -> CausalLM:
+    """The model of a config on PyTorch's fake tensors: shapes without data."""
+    try:
+        with no_init_weights(), device:
+            hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        hf.tie_weights()
+    except Exception as error:  # Transformers raises anything over a config that fits no causal LM
+        raise UserError(f"{name}: no causal LM can be made of its config: {one_line(error)}") from error
+    return CausalLM(hf, name)
+
+
 def plain_config(config: Any) -> Any:
-    """A copy of the config without the mark that a GGUF file leaves on it."""
+    """A copy of the config without the quantisation that a GGUF file leaves in it."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -233,10 +265,10 @@ def _as_config(config: Any, own: Any) -> Any:
     if isinstance(config, transformers.PretrainedConfig):
         return config
     if not isinstance(config, dict):
-        raise UserError(f"config: {config!r:.60} is no config. Give one, its dictionary or a path.")
+        raise UserError(f"config: {config!r:.60} is not a config. Give one, its dictionary or a path.")
     try:
         return type(own).from_dict(config)
-    except Exception as error:  # Transformers raises what it likes over a damaged config
+    except Exception as error:  # Transformers raises anything over a damaged config
         raise UserError(
             f"config: not a model config: {one_line(error)} Give the checkpoint's own."
         ) from error
@@ -253,27 +285,27 @@ def _require_same_vocabulary(path: Path, config: Any) -> None:
 
 
 def _require_same_size(path: Path, config: Any) -> None:
-    """Transformers fills with random numbers what a checkpoint lacks, and only then can it be refused: a
-    damaged width would be allocated.
+    """Refuse a damaged width before it is allocated: Transformers fills with random numbers what a checkpoint
+    lacks, and reports it only afterwards.
     """
     if getattr(config, "quantization_config", None) is not None and path.suffix != ".gguf":
-        return  # several numbers in one
-    there = sum(math.prod(shape) for shape in tensor_shapes(path).values())
+        return  # its files pack several weights into one number
+    available = sum(math.prod(shape) for shape in tensor_shapes(path).values())
     try:
-        asked = num_weights(config)
-    except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
+        described = num_weights(config)
+    except Exception as error:  # Transformers raises anything over a config that fits no causal LM
         raise UserError(f"{path}: no causal LM can be made of its config: {one_line(error)}") from error
-    if asked > DRIFT * there:
+    if described > MAX_SIZE_RATIO * available:
         raise UserError(
-            f"{path}: its config describes {asked} weights, its files hold {there}."
+            f"{path}: its config describes {described} weights, its files hold {available}."
             " Config and checkpoint have drifted apart; take both from one model."
         )
 
 
 def _require_whole(path: Path, report: dict[str, Any]) -> None:
-    for name, found, wanted in sorted(report["mismatched_keys"])[:1]:
+    for name, stored, expected in sorted(report["mismatched_keys"])[:1]:
         raise UserError(
-            f"{path}: tensor {name} is {list(found)} in the checkpoint and {list(wanted)} by its config."
+            f"{path}: tensor {name} is {list(stored)} in the checkpoint and {list(expected)} by its config."
             " Config and checkpoint have drifted apart; take both from one model."
         )
     if missing := sorted(report["missing_keys"]):
@@ -289,9 +321,10 @@ def _require_whole(path: Path, report: dict[str, Any]) -> None:
 
 
 def write_portable_config(folder: Path) -> None:
-    """Let Transformers 4 read a config and a tokenizer that Transformers 5 wrote. It takes no notice of
-    rope_parameters: without a top-level rope_theta it assumes 10,000, without rope_scaling an unscaled rope.
-    A tokenizer class of 5 alone and a list of extra special tokens are errors to it.
+    """Let Transformers 4 read a config and a tokenizer that Transformers 5 wrote.
+
+    It ignores rope_parameters: without a top-level rope_theta it assumes 10,000, without rope_scaling an
+    unscaled rope. It refuses a tokenizer class that only 5 has, and a list of extra special tokens.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,12 +1,9 @@
-"""Cut a student out of its teacher: keep some layers, renumbered, some channels of their MLPs, and everything
-around them.
+"""Cut a student out of its teacher: keep some of its layers, some channels of their MLPs, and all else.
 
-Which layers matters more than how many. Right after the cut, the 30-layer SmolLM2-135M keeps a held-out CE
-of 9.1 nats with its first 8 and last 7 layers and of 13.7 to 14.6 with every second one, where chance is
-10.8: the ends of the stack read and write the residual stream, and the middle is where layers can be missed.
-Hence `first_last`.
-
-Which channels matters as much, and norms of weights do not tell: see `ffn_importance`.
+Which layers are kept matters more than how many. Right after the cut, the 30-layer SmolLM2-135M has a
+held-out CE of 9.1 nats with its first 8 and last 7 layers and of 13.7 to 14.6 with every second one, where
+chance is 10.8: the ends of the stack read and write the residual stream, and layers in the middle can be
+spared. Hence `first_last`. Which channels are kept matters as much: see `ffn_importance`.
 """
 
 from __future__ import annotations
@@ -35,14 +32,19 @@ MLPS = {
     ("fc_in",): "fc_out",  # GPT-J
     ("up_proj",): "down_proj",  # Nemotron
 }
-"""Of a layer's `mlp`: the matrices whose rows are its channels, and the one whose columns they are."""
+"""Of a layer's `mlp`: the matrices whose rows are its channels, and the one whose columns are."""
 WIDTHS = ("intermediate_size", "n_inner")
-"""What configs call the number of channels."""
+"""Names of configs for the number of channels."""
 
 
 def layers_to_keep(total: int, count: int, rule: str) -> list[int]:
-    """`first_last`: the first half, rounded up, and the last; `even`: spread over the stack, both ends
-    included.
+    """Numbers of the `count` layers to keep.
+
+    Args:
+        rule: `first_last`: the first half, rounded up, and the last; `even`: evenly spaced, with both ends.
+
+    Raises:
+        UserError: fewer than one or more than `total`.
     """
     if not 1 <= count <= total:
         raise UserError(
@@ -56,33 +58,36 @@ def layers_to_keep(total: int, count: int, rule: str) -> list[int]:
 
 
 def ffn_width_of(config: Any) -> int:
-    """Channels of each layer's MLP."""
+    """Channels of each layer's MLP; UserError where a config does not have one number for all layers."""
     text = config.get_text_config()
     field = _width_field(text)
-    found = getattr(text, field)
-    found = 4 * text.hidden_size if found is None and field == "n_inner" else found
-    if not isinstance(found, int):
+    width = getattr(text, field)
+    width = 4 * text.hidden_size if width is None and field == "n_inner" else width
+    if not isinstance(width, int):
         raise UserError(
-            f"student.ffn_width: {field} of a {text.model_type} is {found!r:.60}, not one number for all"
+            f"student.ffn_width: {field} of a {text.model_type} is {width!r:.60}, not one number for all"
             " layers. Leave ffn_width out."
         )
-    return found
+    return width
 
 
 def channels_to_keep(importance_C: Tensor, count: int) -> Tensor:
-    """Numbers of the `count` most important channels, rising; of equals the first."""
+    """Numbers of the `count` most important channels, rising; ties go to the first."""
     return importance_C.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def cut(
     teacher: CausalLM, keep: Sequence[int], ffn_width: int | None = None, batches: Sequence[Batch] = ()
 ) -> CausalLM:
-    """A float32 student of the teacher's layers `keep`, in that order, with the `ffn_width` channels of each
-    MLP that add most on the batches, None for all; every tensor a copy, ties kept.
+    """A float32 student with some of its teacher's layers; every tensor is a copy, and ties are kept.
+
+    Args:
+        keep: numbers of the layers to keep, rising.
+        ffn_width: channels of each MLP to keep, those of most importance on the batches; None: all.
 
     Raises:
-        UserError: a layer that the teacher has not, one named twice or out of order, a stack that is not one
-        list, more channels than there are, or an MLP that is not in `MLPS`.
+        UserError: layers that the teacher does not have, duplicates or another order, an architecture without
+            one stack of layers, more channels than there are, or an MLP that is not in `MLPS`.
     """
     prefix, total = _stack(teacher)
     if list(keep) != sorted(set(keep)) or not keep or not (keep[0] >= 0 and keep[-1] < total):
@@ -131,10 +136,10 @@ def _uncuttable(teacher: CausalLM, keep: Sequence[int], error: Exception) -> Use
 
 
 def cut_config(config: Any, keep: Sequence[int], total: int, ffn_width: int | None = None) -> Any:
-    """The config with fewer layers and channels; its lists that have an entry a layer lose the same entries.
+    """The config with fewer layers and channels; lists with an entry per layer lose the same entries.
 
     Raises:
-        UserError: more channels than there are, or a number of them that is not in the config.
+        UserError: more channels than there are, or a config that does not say how many there are.
     """
     config = plain_config(config)
     text = config.get_text_config()
@@ -144,48 +149,54 @@ def cut_config(config: Any, keep: Sequence[int], total: int, ffn_width: int | No
             setattr(text, key, [value[i] for i in keep])
     text.num_hidden_layers = len(keep)
     if ffn_width is not None:
-        theirs = ffn_width_of(config)
-        if not 1 <= ffn_width <= theirs:
+        teacher_width = ffn_width_of(config)
+        if not 1 <= ffn_width <= teacher_width:
             raise UserError(
-                f"student.ffn_width: {ffn_width} channels cannot be kept of the teacher's {theirs}. Give 1 to"
-                f" {theirs}."
+                f"student.ffn_width: {ffn_width} channels cannot be kept of the teacher's {teacher_width}."
+                f" Give 1 to {teacher_width}."
             )
         setattr(text, _width_field(text), ffn_width)
     return config
 
 
 def _width_field(text: Any) -> str:
-    found = [field for field in WIDTHS if hasattr(text, field)]
-    if len(found) != 1:
+    fields = [field for field in WIDTHS if hasattr(text, field)]
+    if len(fields) != 1:
         raise UserError(
-            f"student.ffn_width: the config of a {text.model_type} has not one of {', '.join(WIDTHS)}, so the"
-            " width of its MLPs is not known here. Leave ffn_width out."
+            f"student.ffn_width: the config of a {text.model_type} has {len(fields)} of {', '.join(WIDTHS)},"
+            " so the width of its MLPs is unknown. Leave ffn_width out."
         )
-    return found[0]
+    return fields[0]
 
 
 def mlp_of(state: dict[str, Tensor], place: str) -> tuple[tuple[str, ...], str]:
-    """Names of the matrices into the channels of the MLP at `place`, and of the one out of them."""
-    has = {
+    """Names of the matrices into the channels of the MLP at `place`, and of the one out of them.
+
+    Raises:
+        UserError: an MLP that is not in `MLPS`.
+    """
+    matrices = {
         name.removeprefix(f"{place}.").rpartition(".")[0] for name in state if name.startswith(f"{place}.")
     }
     for into, out in MLPS.items():
-        if has == {*into, out}:
+        if matrices == {*into, out}:
             return into, out
     raise UserError(
-        f"student.ffn_width: {place} has {', '.join(sorted(has)) or 'nothing'}: no MLP that is known here."
-        " Leave ffn_width out."
+        f"student.ffn_width: {place} has {', '.join(sorted(matrices)) or 'nothing'}, which is not an MLP"
+        " known here. Leave ffn_width out."
     )
 
 
 @torch.no_grad()
 def ffn_importance(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Of each MLP, by the name of its matrix out of the channels: what each channel adds to the hidden state,
-    as root mean square over the batches' positions, importance_C in float64. That is the RMS of its
-    activation times the norm of its column.
+    """importance_C of each MLP in float64: the root mean square, over the batches' positions, of what a
+    channel adds to the hidden state, which is the RMS of its activation times the norm of its column.
 
-    Activations on a little data are what Minitron ranks by (Muralidharan et al. 2024, arXiv:2407.14679),
-    without the column. Norms of weights alone chose worse than chance (docs/cut.md).
+    Minitron ranks by activations on a little data (Muralidharan et al. 2024, arXiv 2407.14679), without the
+    column. Norms of weights alone chose worse than chance (docs/cut.md).
+
+    Args:
+        outs: names of the matrices out of the channels, the keys of the result.
     """
     modules = {name: teacher.hf.get_submodule(name) for name in outs}
     squares = summed_inputs(
@@ -208,7 +219,7 @@ def summed_inputs(
     batches: Sequence[Batch],
     of: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """`of` what comes into each module at the batches' positions, input_NC, summed over the batches."""
+    """Sum over the batches of `of(input_NC)`, where input_NC is a module's input at the batch's positions."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, positions_N: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -227,29 +238,29 @@ def summed_inputs(
 
 
 def _by_output(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight with a row for each output, or back from that."""
+    """A weight with a row for each output, and back: GPT-2's `Conv1D` stores it transposed."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _narrowed(
     hf: Any, state: dict[str, Tensor], place: str, into: tuple[str, ...], out: str, keep_K: Tensor
 ) -> dict[str, Tensor]:
-    """The tensors of the MLP at `place` with its channels `keep_K` alone."""
+    """The tensors of the MLP at `place` with the channels `keep_K` alone."""
     matrix = partial(_by_output, hf.get_submodule(f"{place}.{out}"))
     out_DC = matrix(state[f"{place}.{out}.weight"])
-    found = {f"{place}.{out}.weight": matrix(out_DC[:, keep_K])}
+    narrowed = {f"{place}.{out}.weight": matrix(out_DC[:, keep_K])}
     for name in (f"{place}.{name}" for name in into):
         rows_RD = matrix(state[f"{name}.weight"])
-        # A matrix of both, gate and up, has a channel's two rows C apart.
+        # One matrix of gate and up has the two rows of a channel C apart.
         keep_R = torch.cat([keep_K + first for first in range(0, len(rows_RD), out_DC.shape[1])])
-        found[f"{name}.weight"] = matrix(rows_RD[keep_R])
+        narrowed[f"{name}.weight"] = matrix(rows_RD[keep_R])
         if f"{name}.bias" in state:
-            found[f"{name}.bias"] = state[f"{name}.bias"][keep_R]
-    return found
+            narrowed[f"{name}.bias"] = state[f"{name}.bias"][keep_R]
+    return narrowed
 
 
 def _stack(model: CausalLM) -> tuple[str, int]:
-    """Where the layers live in the state dict, `model.layers.`, and how many there are."""
+    """Prefix of the layers in the state dict, as `model.layers.`, and how many there are."""
     total = model.hf.config.get_text_config().num_hidden_layers
     stacks = [
         name

@@ -1,6 +1,6 @@
-"""Weights of 8 and 4 bits: Transformers hands the layers' matrices to torchao or bitsandbytes while it loads.
+"""Weights of 8 and 4 bits: torchao or bitsandbytes quantise the layers' matrices while Transformers loads.
 
-Embeddings, norms and the head keep their type, so that logits are made as of any other teacher.
+Embeddings, norms and the head keep their dtype, so that logits are computed as for any other teacher.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ NF4_BLOCK = 64
 
 
 def quantisation(library: str, weights: str, dtype: torch.dtype) -> Any:
-    """What Transformers is told. `int8`: one scale a row; `int4`: NormalFloat (Dettmers et al. 2023,
-    arXiv:2305.14314), one scale for 64 numbers.
+    """The quantisation config for Transformers.
+
+    Args:
+        weights: `int8`: one scale per row; `int4`: NormalFloat with one scale for 64 weights (Dettmers et al.
+            2023, arXiv 2305.14314).
+        dtype: that products are computed in.
+
+    Raises:
+        UserError: torchao cannot be imported.
     """
-    if library == "bitsandbytes":  # it tells of a cast in every product
+    if library == "bitsandbytes":  # it logs a cast in every product
         logging.getLogger(library).setLevel(logging.ERROR)
     if library == "torchao":
         try:
             with quiet_process(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of kernels for devices that are not here
+                warnings.simplefilter("ignore")  # about kernels for devices that this machine does not have
                 from torchao.quantization import Int8WeightOnlyConfig
         except Exception as error:  # another version, or one for another PyTorch
             raise UserError(
@@ -38,7 +45,8 @@ def quantisation(library: str, weights: str, dtype: torch.dtype) -> Any:
             ) from error
         return transformers.TorchAoConfig(Int8WeightOnlyConfig())
     if weights == "int8":
-        # Above the threshold whole columns leave the product: one document would be computed with another's.
+        # No outlier threshold: columns above it are computed apart, and which ones depends on all of a batch,
+        # so that one document would change another's numbers.
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -46,8 +54,10 @@ def quantisation(library: str, weights: str, dtype: torch.dtype) -> Any:
 
 
 def keep_layout(hf: Any) -> Any:
-    """bitsandbytes would write 4-bit matrices anew at their first product on some CPUs, scales rounded to
-    bfloat16 and of another order after `state_dict`. As they are they hash alike everywhere, and are faster.
+    """Keep 4-bit matrices as they were made, so that they hash alike on every machine, and are faster.
+
+    On some CPUs bitsandbytes would repack them at their first product, with scales rounded to bfloat16, and
+    in another order after `state_dict`.
     """
     for module in hf.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -56,7 +66,7 @@ def keep_layout(hf: Any) -> Any:
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a quantised one is made of: numbers, scales, zero points; or the tensor."""
+    """The plain tensors in a quantised one: weights, scales, zero points; of a plain tensor, itself."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -64,12 +74,12 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
 
 
 def weight_bytes(model: CausalLM) -> int:
-    """Of all that the model keeps, scales included."""
+    """Bytes of all weights of the model, scales included."""
     return sum(part.nbytes for _, tensor in model.weights() for part in parts_of(tensor))
 
 
 class PackedLinear(nn.Module):
-    """A matrix of fewer bits without its numbers, for `potstill plan`: what it holds, and what it unpacks."""
+    """Stands for a quantised matrix in `potstill plan`: allocates what it holds and what it unpacks."""
 
     def __init__(self, linear: nn.Linear, nbytes: int) -> None:
         super().__init__()
@@ -84,8 +94,11 @@ class PackedLinear(nn.Module):
 
 
 def pack_for_plan(model: CausalLM, weights: str, file_bytes: int) -> None:
-    """What a model made of its config holds with weights of int8, int4, or stored in a file of so many bytes:
-    llama.cpp maps it into memory, and the head alone is read beside it.
+    """Replace the linear layers of a model by `PackedLinear`, head excepted.
+
+    Args:
+        weights: int8, int4, or stored: llama.cpp maps the file into memory, and the head is read besides.
+        file_bytes: size of that file.
     """
     head = model.hf.get_output_embeddings()
     linears = [

@@ -1,8 +1,11 @@
-"""The model that learns. The loss runs inside its forward: sharding and compiling see an ordinary module."""
+"""The model that is trained. Its forward computes the loss, so that DDP, FSDP and torch.compile wrap a plain
+module.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +34,12 @@ from potstill.types import Batch, Targets
 class Student(nn.Module):
     """A causal LM and its objective.
 
-    `autocast` is the dtype that the body's matmuls run in, None for the weights' own; weights, their
-    gradients and the softmax stay in float32.
+        student = Student(from_checkpoint("path/to/model", device), Objective())
+        student(batch, teacher.targets(batch))["loss"].backward()
+
+    Args:
+        model: with weights in float32; gradients and the softmax stay in float32, too.
+        autocast: dtype of the body's matrix products; None: that of the weights.
     """
 
     def __init__(self, model: CausalLM, objective: Objective, autocast: torch.dtype | None = None) -> None:
@@ -42,29 +49,30 @@ class Student(nn.Module):
         self.autocast = autocast
 
     def forward(self, batch: Batch, targets: Targets | None) -> dict[str, Tensor]:
-        """Sums over the batch's N positions, in nats; `loss` carries the gradient.
+        """Sums over the batch's N positions, in nats: `loss` with a gradient, `ce`, and `kd` with targets.
 
-        Nothing waits for the device: whoever calls looks at labels before, and at sums when it needs them.
+        Nothing waits for the device: the caller checks labels on the CPU before (`require_labels`), and the
+        sums once it reads them.
         """
         hidden_ND = self.hidden_ND(batch)
         return self.objective(hidden_ND, self.model.head, batch.labels_N, targets, checked=False)
 
     def require_labels(self, batch: Batch) -> None:
-        """UserError for a label that is no id of this student's; for a batch on the CPU."""
+        """UserError for a label that is not an id of this student. For a batch on the CPU."""
         require_labels(batch.labels_N, self.model.head.num_ids)
 
     @torch.no_grad()
     def measure(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
-        """Sums over the batch's N positions for a held-out evaluation: loss, ce, kd, kl, agreement."""
+        """Sums over the batch's N positions for a held-out evaluation: see `Objective.measure`."""
         return self.objective.measure(self.hidden_ND(batch), self.model.head, batch.labels_N, targets)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
-        """logits_CV at the batch's positions, a chunk at a time, as a held-out evaluation sees them."""
+        """Slices of the batch's positions, a chunk at a time, with their logits_CV in float32."""
         yield from self.objective.logits(self.hidden_ND(batch), self.model.head)
 
     def hidden_ND(self, batch: Batch) -> Tensor:
-        """Final hidden states at the batch's positions, what the head makes logits of."""
+        """Final hidden states at the batch's N positions, in the autocast dtype."""
         with torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             hidden_BTD = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
         return hidden_BTD.flatten(0, 1)[batch.positions_N]
@@ -73,7 +81,11 @@ class Student(nn.Module):
         return weights_sha256(self.model)
 
     def save(self, folder: Path, tokenizer: Any | None) -> None:
-        """A Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits."""
+        """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         with _writing(folder):
             self.model.save(folder)
             if tokenizer is not None:
@@ -81,7 +93,7 @@ class Student(nn.Module):
             write_portable_config(folder)
 
     def save_adapter(self, folder: Path) -> None:
-        """What LoRA trains, in peft's own format."""
+        """Write the adapters alone, in the format of peft."""
         assert isinstance(self.model, LoraLM)
         with _writing(folder):
             self.model.save_adapter(folder)
@@ -93,22 +105,32 @@ def _writing(folder: Path) -> Iterator[None]:
         with quiet_transformers():
             yield
     except Exception as error:
-        # The tokenizers library raises bare Exceptions where it cannot write.
+        # The tokenizers library raises a bare Exception where it cannot write; a subclass of it is a bug.
         if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
             raise
         raise UserError(f"{folder}: the student cannot be written: {one_line(error)} Make room.") from error
 
 
-def from_checkpoint(source: str | Path, device: torch.device) -> CausalLM:
-    """Float32 weights, whatever the checkpoint holds: AdamW's small steps vanish in bfloat16."""
-    model = load_causal_lm(source, dtype=torch.float32, device=device)
+def from_checkpoint(source: str | Path, device: torch.device, own_config: Any = None) -> CausalLM:
+    """A student from a checkpoint, in float32 whatever its dtype: small updates vanish in bfloat16.
+
+    `own_config` is the checkpoint's, where it has been read already.
+    """
+    model = load_causal_lm(source, own_config=own_config, dtype=torch.float32, device=device)
     model.name = f"student {source}"
     return model
 
 
-def from_config(source: str | Path, device: torch.device) -> CausalLM:
-    """Random weights, from torch's global generator: seed it before."""
-    config = load_config(source)
+def from_config(source: str | Path, device: torch.device, config: Any = None) -> CausalLM:
+    """A student with random weights, from torch's global generator, which the caller seeds.
+
+    Args:
+        config: that of `source`, where it has been read already.
+
+    Raises:
+        UserError: a config of no causal LM, or of one that does not fit into memory.
+    """
+    config = load_config(source) if config is None else copy.deepcopy(config)
     try:
         _require_memory(source, num_weights(config))
         hf = transformers.AutoModelForCausalLM.from_config(
@@ -116,7 +138,7 @@ def from_config(source: str | Path, device: torch.device) -> CausalLM:
         )
     except UserError:
         raise
-    except Exception as error:  # Transformers raises what it likes over a config that fits no causal LM
+    except Exception as error:  # Transformers raises anything over a config that fits no causal LM
         raise UserError(
             f"student.model: {source}: no causal LM can be made of this config: {one_line(error)}"
         ) from error
@@ -126,10 +148,10 @@ def from_config(source: str | Path, device: torch.device) -> CausalLM:
 
 
 def _require_memory(source: str | Path, count: int) -> None:
-    """An allocation that the system grants and cannot keep ends the process without a word."""
-    needed, there = 4 * count, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    """Linux grants an allocation beyond its memory, and then kills the process without a message."""
+    needed, available = 4 * count, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
         raise UserError(
             f"student.model: {source}: its config describes {count} weights of {needed / 2**30:.1f} GiB, this"
-            f" machine has {there / 2**30:.1f} GiB of memory. Give a config of a smaller model."
+            f" machine has {available / 2**30:.1f} GiB of memory. Give a config of a smaller model."
         )

@@ -1,7 +1,7 @@
-"""What `auto` is, of `objective.chunk` and `train.matmul`: chosen once, before a run, and kept with it.
+"""What `auto` means for `objective.chunk` and `train.matmul`: chosen once, before a run, and kept with it.
 
-Both change results by rounding. So a run that goes on, its evaluations and its report take what it began
-with, which its `resolved.yaml` has, whatever memory is free by then and whoever made the processor.
+Both change results by rounding. So a run that is resumed, its evaluations and its report take what the run
+started with, which its `resolved.yaml` has, whatever memory is free by then and whichever processor it is.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from potstill.build.corpus import teacher_vocab_size
+from potstill.build.resolve import Resolved
 from potstill.errors import one_line
-from potstill.io.cpu_matmul import Multiplier, choose_matmul
+from potstill.io.cpu_matmul import MatmulBackend, choose_matmul
 from potstill.io.terminal import size
-from potstill.models.load import choose_device
-from potstill.preflight.plan import available, configs_of, plan_with
+from potstill.preflight.plan import available, plan
 from potstill.recipe.load import Recipe
 
 FEWEST_POSITIONS = 32
@@ -40,7 +39,7 @@ class Chunk:
     why: str
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         return f"objective.chunk: {self.used}, {self.why}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,30 +47,29 @@ class Chunk:
         return dataclasses.asdict(self)
 
 
-def choose(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> Chunk:
-    """The recipe's own number; or one that the free memory of its device allows, which is told."""
-    asked = recipe.objective.chunk
-    if asked != "auto":
-        return Chunk(asked, asked, "as the recipe says")
+def choose_chunk(resolved: Resolved, note: Callable[[str], None] = lambda text: None) -> Chunk:
+    """The recipe's own number; or one that the free memory of its device allows, which is logged."""
+    config = resolved.recipe.objective
+    if config.chunk != "auto":
+        return Chunk(config.chunk, config.chunk, "as the recipe says")
     try:
-        chosen = _by_memory(recipe)
-    except Exception as error:  # what is wrong with the recipe is told where it is assembled
-        usual = recipe.objective.positions_at_once
+        chosen = _by_memory(resolved)
+    except Exception as error:  # what is wrong with the recipe is reported where its objects are made
+        usual = config.positions_at_once
         return Chunk("auto", usual, f"auto: the memory is not planned: {one_line(error)}")
-    note(chosen.told)
+    note(chosen.summary)
     return chosen
 
 
-def _by_memory(recipe: Recipe) -> Chunk:
-    most = MOST_POSITIONS[choose_device(recipe.train.device).type]
-    there, needed = available(recipe, Path())[0], logits_bytes(most, teacher_vocab_size(recipe))
+def _by_memory(resolved: Resolved) -> Chunk:
+    most = MOST_POSITIONS[resolved.device.type]
+    there, needed = available(resolved.recipe, Path())[0], logits_bytes(most, resolved.teacher.vocab_size)
     if AMPLE * needed <= there:
         logits = f"logits of both models take {size(needed)} of {size(there)}"
         return Chunk("auto", most, f"auto: {MORE}; {logits}")
-    configs = configs_of(recipe, None)
-    planned = plan_with(with_chunk(recipe, FEWEST_POSITIONS), configs, None)
+    planned = plan(resolved.with_recipe(with_chunk(resolved.recipe, FEWEST_POSITIONS)))
     free = max(there - planned.peak_bytes, 0)
-    ids = configs.student.get_text_config().vocab_size
+    ids = resolved.student.model_config.get_text_config().vocab_size
     used = _largest(free, ids, most)
     reason = {most: MORE, FEWEST_POSITIONS: "fewer are slow"}.get(used, "as many as may be")
     logits = f"logits of both models take {size(logits_bytes(used, ids))}"
@@ -95,25 +93,27 @@ def with_chunk(recipe: Recipe, positions: int | Literal["auto"]) -> Recipe:
     return dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, chunk=positions))
 
 
-def choose_multiplier(recipe: Recipe, note: Callable[[str], None]) -> Multiplier:
-    """The recipe's own; or what this machine's processor is best at, which is told."""
-    used, why = choose_matmul(recipe.train.matmul, choose_device(recipe.train.device))
+def choose_backend(resolved: Resolved, note: Callable[[str], None]) -> MatmulBackend:
+    """The recipe's own; or what this machine's processor is best at, which is logged."""
+    config = resolved.recipe.train
+    backend, reason = choose_matmul(config.matmul, resolved.device)
+    if config.matmul == "auto":
+        note(f"train.matmul: {backend}, {reason}")
+    return backend
+
+
+def with_matmul(recipe: Recipe, backend: Literal["auto"] | MatmulBackend) -> Recipe:
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, matmul=backend))
+
+
+def settle(resolved: Resolved, note: Callable[[str], None]) -> Resolved:
+    """With nothing left to choose."""
+    recipe = with_chunk(resolved.recipe, choose_chunk(resolved, note).used)
+    return resolved.with_recipe(with_matmul(recipe, choose_backend(resolved, note)))
+
+
+def as_started(recipe: Recipe, started: Recipe) -> Recipe:
+    """The recipe of a run that goes on, with what was chosen when it started."""
     if recipe.train.matmul == "auto":
-        note(f"train.matmul: {used}, {why}")
-    return used
-
-
-def with_matmul(recipe: Recipe, used: Literal["auto"] | Multiplier) -> Recipe:
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, matmul=used))
-
-
-def settled(recipe: Recipe, note: Callable[[str], None]) -> Recipe:
-    """The recipe with nothing left to choose."""
-    return with_matmul(with_chunk(recipe, choose(recipe, note).used), choose_multiplier(recipe, note))
-
-
-def as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
-    """The recipe of a run that goes on, with what was chosen when it began."""
-    if recipe.train.matmul == "auto":
-        recipe = with_matmul(recipe, begun.train.matmul)
-    return with_chunk(recipe, begun.objective.chunk) if recipe.objective.chunk == "auto" else recipe
+        recipe = with_matmul(recipe, started.train.matmul)
+    return with_chunk(recipe, started.objective.chunk) if recipe.objective.chunk == "auto" else recipe

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from potstill.build.setup import Cast
+from potstill.build.setup import RunSetup
 from potstill.data.decontamination import summary
 from potstill.errors import UserError, one_line
 from potstill.io.terminal import size
@@ -28,62 +27,46 @@ from potstill.models.load import weights_sha256
 from potstill.preflight.plan import Plan, available, plan
 from potstill.preflight.probe_batches import Pull, window
 from potstill.preflight.same_model import ADVICE_IDENTICAL, SAME, rounding_kl, same_weights
-from potstill.preflight.teacher_quantization import gap
-from potstill.teachers.hf import TorchTeacher
-from potstill.teachers.stored import StoredTeacher
 from potstill.training.prefetch import ask
-from potstill.types import Batch, Targets
+from potstill.types import Batch, Finding, Targets
 
 BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
 
 
-@dataclass(frozen=True)
-class Finding:
-    name: str
-    figure: str
-    ok: bool
-    advice: str = ""
-    """What to do where it is red."""
-    numbers: dict[str, Any] = field(default_factory=dict)
-    """Of the figure, for machines."""
-
-
-def plan_of(cast: Cast) -> Plan | str:
+def plan_of(setup: RunSetup) -> Plan | str:
     """What the run will need, or why that is not known; to be asked before the first forward pass."""
-    config = cast.teacher.model.hf.config if isinstance(cast.teacher, TorchTeacher) else None
     try:
-        return plan(cast.recipe, teacher_config=config, assembled=True)
+        return plan(setup.resolved, is_set_up=True)
     except Exception as error:  # a model that cannot run without data, say; a run must not end over its plan
         return f"not planned: {one_line(error)}"
 
 
-def cheap(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
+def cheap(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding]:
     """What takes a few forward passes. Leaves the student's weights and the random state as they were.
 
     `place` is where the run directory is, or will be made.
     """
-    with torch.random.fork_rng(devices=[cast.device] if cast.device.type == "cuda" else []):
-        cast.student.eval()
-        batch = cast.corpus.heldout.batch([0]).to(cast.device)
-        yield recipe_is_read(cast)
-        yield files_are_whole(cast)
-        yield corpus_is_compared(cast)
-        yield from the_machine_suffices(cast, planned, place)
-        yield vocabulary_is_shared(cast)
-        yield weights_differ(cast)
-        yield labels_are_next_tokens(cast)
-        yield parameters_are_on_the_device(cast)
-        yield teacher_reads_its_input(cast, batch)
-        yield student_reads_its_input(cast, batch)
-        yield cross_entropy_is_the_library_s(cast, window(batch))
-        held = measure_a_little(cast)
-        yield student_is_not_lost(cast, held["ce"])
-        yield teacher_and_student_differ(cast, held["kl"])
-        if isinstance(cast.teacher, TorchTeacher) and not cast.teacher.choice.is_full:
-            yield fewer_bits_cost_little(cast, held["kl"])
-        two = window(cast.corpus.train.batch([0, min(1, len(cast.corpus.train) - 1)])).to(cast.device)
-        yield a_masked_position_moves_nothing(cast, two)
-        yield opposite_rows_cancel(cast, two)
+    with torch.random.fork_rng(devices=[setup.device] if setup.device.type == "cuda" else []):
+        setup.student.eval()
+        batch = setup.corpus.heldout.batch([0]).to(setup.device)
+        yield recipe_is_read(setup)
+        yield files_are_whole(setup)
+        yield corpus_is_compared(setup)
+        yield from the_machine_suffices(setup, planned, place)
+        yield vocabulary_is_shared(setup)
+        yield weights_differ(setup)
+        yield labels_are_next_tokens(setup)
+        yield parameters_are_on_the_device(setup)
+        yield teacher_reads_its_input(setup, batch)
+        yield student_reads_its_input(setup, batch)
+        yield cross_entropy_is_the_library_s(setup, window(batch))
+        held = measure_a_little(setup)
+        yield student_is_not_lost(setup, held["ce"])
+        yield teacher_and_student_differ(setup, held["kl"])
+        yield from setup.teacher.checks(setup, held["kl"])
+        two = window(setup.corpus.train.batch([0, min(1, len(setup.corpus.train) - 1)])).to(setup.device)
+        yield a_masked_position_moves_nothing(setup, two)
+        yield opposite_rows_cancel(setup, two)
 
 
 @dataclass(frozen=True)
@@ -94,43 +77,43 @@ class Checked:
     findings: list[Finding]
 
 
-def require_sound(cast: Cast, place: Path) -> Checked:
+def require_sound(setup: RunSetup, place: Path) -> Checked:
     """The cheap half; UserError where the run would be worthless."""
-    planned = plan_of(cast)
-    findings = list(cheap(cast, planned, place))
+    planned = plan_of(setup)
+    findings = list(cheap(setup, planned, place))
     if red := [f"check: {f.name}: {f.figure}. {f.advice}" for f in findings if not f.ok]:
         raise UserError(*red)
     return Checked(planned, findings)
 
 
-def recipe_is_read(cast: Cast) -> Finding:
-    plan = cast.recipe.train
-    rows = len(cast.corpus.train)
+def recipe_is_read(setup: RunSetup) -> Finding:
+    plan = setup.recipe.train
+    rows = len(setup.corpus.train)
     epochs = plan.steps * plan.rows_per_step / rows
     figure = f"{plan.steps} steps of {plan.rows_per_step} rows: {epochs:.3g} times the {rows} rows"
     return Finding("recipe", figure, True)
 
 
-def files_are_whole(cast: Cast) -> Finding:
+def files_are_whole(setup: RunSetup) -> Finding:
     """Checkpoints were verified and the corpus read to its end before this; each file read has its hash."""
-    files = cast.corpus.manifest["files"]
+    files = setup.corpus.manifest["files"]
     without = [file["path"] for file in files if not file.get("sha256")]
     read = size(sum(file["bytes"] for file in files))
     figure = f"{len(files)} of the corpus, {read}, read whole; checkpoints verified"
     return Finding("files", figure, not without, f"Not read: {without[:1]}.")
 
 
-def corpus_is_compared(cast: Cast) -> Finding:
+def corpus_is_compared(setup: RunSetup) -> Finding:
     """Never red: the recipe says what is done about an overlap, and what it refuses does not come here."""
-    return Finding("decontamination", summary(cast.corpus.manifest["decontamination"]), True)
+    return Finding("decontamination", summary(setup.corpus.manifest["decontamination"]), True)
 
 
-def the_machine_suffices(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
+def the_machine_suffices(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding]:
     """What a run that goes on has written already is not needed again."""
     if isinstance(planned, str):
         yield Finding("memory", planned, True)
         return
-    memory, disk = available(cast.recipe, place)
+    memory, disk = available(setup.recipe, place)
     figure = f"{size(planned.peak_bytes)} planned, {size(memory)} available"
     advice = "`potstill plan` lists what to change"
     yield Finding("memory", figure, planned.peak_bytes <= memory, advice)
@@ -144,42 +127,41 @@ def the_machine_suffices(cast: Cast, planned: Plan | str, place: Path) -> Iterat
     yield Finding("disk", figure, needed <= disk, "Make room, or give --out a folder on another disk")
 
 
-def vocabulary_is_shared(cast: Cast) -> Finding:
-    shared = cast.shared
+def vocabulary_is_shared(setup: RunSetup) -> Finding:
+    shared = setup.shared
     masked = f"{shared.masked_in_teacher} masked in the teacher and {shared.masked_in_student} in the student"
     figure = "; ".join([f"{shared.ids} ids shared, {masked}", *(d.rstrip(".") for d in shared.differences)])
-    highest = max(int(rows.ids.max()) for rows in (cast.corpus.train, cast.corpus.heldout))
+    highest = max(int(rows.ids.max()) for rows in (setup.corpus.train, setup.corpus.heldout))
     return Finding("vocabulary", figure, highest < shared.ids, f"The corpus has id {highest}.")
 
 
-def weights_differ(cast: Cast) -> Finding:
+def weights_differ(setup: RunSetup) -> Finding:
     """Names, files and formats do not make two models; the KD term tells what hashes cannot."""
-    ours = weights_sha256(cast.student.model)
-    if isinstance(cast.teacher, StoredTeacher):
-        theirs = cast.teacher.store.manifest["teacher"]["weights_sha256"]
-        figure = f"captured from {theirs[:12]}, student {ours[:12]}"
-        return Finding("weights", *_unless_allowed(cast, figure, ours != theirs), ADVICE_IDENTICAL)
-    if not isinstance(cast.teacher, TorchTeacher):
-        return Finding("weights", f"student {ours[:12]}; the teacher has none", True)
-    theirs = weights_sha256(cast.teacher.model)
-    figure = f"teacher {theirs[:12]}, student {ours[:12]}"
-    differ = not same_weights(cast.teacher.model, cast.student.model)
-    return Finding("weights", *_unless_allowed(cast, figure, differ), ADVICE_IDENTICAL)
+    student, teacher = weights_sha256(setup.student.model), setup.teacher.weights_sha256()
+    if teacher is None:
+        return Finding("weights", f"student {student[:12]}; the teacher has none", True)
+    model = setup.teacher.model
+    if model is None:  # they are elsewhere: a hash is all there is to compare
+        figure, differ = f"captured from {teacher[:12]}, student {student[:12]}", student != teacher
+    else:
+        figure = f"teacher {teacher[:12]}, student {student[:12]}"
+        differ = not same_weights(model, setup.student.model)
+    return Finding("weights", *_unless_allowed(setup, figure, differ), ADVICE_IDENTICAL)
 
 
-def _unless_allowed(cast: Cast, figure: str, ok: bool) -> tuple[str, bool]:
-    if not ok and cast.recipe.allow_identical:
+def _unless_allowed(setup: RunSetup, figure: str, ok: bool) -> tuple[str, bool]:
+    if not ok and setup.recipe.allow_identical:
         return f"{figure}; allowed by allow_identical", True
-    if not ok and cast.recipe.objective.kd_weight == 0:
+    if not ok and setup.recipe.objective.kd_weight == 0:
         return f"{figure}; kd_weight is 0, nothing is asked of the teacher", True
     return figure, ok
 
 
-def labels_are_next_tokens(cast: Cast) -> Finding:
+def labels_are_next_tokens(setup: RunSetup) -> Finding:
     """In every row looked at, the label of a position is the token after it, in the same document."""
     wrong = seen = 0
-    for row in range(min(len(cast.corpus.train), 64)):
-        batch = cast.corpus.train.batch([row])
+    for row in range(min(len(setup.corpus.train), 64)):
+        batch = setup.corpus.train.batch([row])
         ids_T, positions_T = batch.input_ids_BT[0], batch.position_ids_BT[0]
         inside = batch.positions_N < len(ids_T) - 1  # the last label is the next row's first token
         after_N = batch.positions_N[inside] + 1
@@ -191,34 +173,34 @@ def labels_are_next_tokens(cast: Cast) -> Finding:
     )
 
 
-def parameters_are_on_the_device(cast: Cast) -> Finding:
+def parameters_are_on_the_device(setup: RunSetup) -> Finding:
     """The student's, and those of a teacher that has any."""
-    models = [cast.student, *([cast.teacher.model] if isinstance(cast.teacher, TorchTeacher) else [])]
+    models = [setup.student, *([] if setup.teacher.model is None else [setup.teacher.model])]
     places = [(name, p.device) for model in models for name, p in model.named_parameters()]
-    at = torch.empty(0, device=cast.device).device  # cuda means the current one, say cuda:0
+    at = torch.empty(0, device=setup.device).device  # cuda means the current one, say cuda:0
     away = [name for name, device in places if device != at]
     count = len(places)
     return Finding(
-        "device", f"{count - len(away)} of {count} tensors on {cast.device}", not away, f"See {away[:1]}."
+        "device", f"{count - len(away)} of {count} tensors on {setup.device}", not away, f"See {away[:1]}."
     )
 
 
-def teacher_reads_its_input(cast: Cast, batch: Batch) -> Finding:
+def teacher_reads_its_input(setup: RunSetup, batch: Batch) -> Finding:
     """Other tokens must give other answers: logits that were never computed from the input do not."""
-    if isinstance(cast.teacher, StoredTeacher):
-        logp_NV = _teacher_logp(cast, batch)
+    if not setup.teacher.reads_new_text:
+        logp_NV = _teacher_logp(setup, batch)
         gap = float((logp_NV - logp_NV[:1]).abs().max())
         figure = f"its stored log-probabilities differ by {gap:.2g} nats from place to place"
         return Finding("teacher", figure, gap > SAME, "The store says the same everywhere. Capture it again")
-    gap = _gap(lambda b: _teacher_logp(cast, b), batch)
+    gap = _gap(lambda b: _teacher_logp(setup, b), batch)
     advice = "The teacher answers the same whatever it reads. Look at its checkpoint."
     return Finding(
         "teacher", f"its log-probabilities move by {gap:.2g} nats with its input", gap > SAME, advice
     )
 
 
-def student_reads_its_input(cast: Cast, batch: Batch) -> Finding:
-    gap = _gap(lambda b: _student_logits(cast, b).log_softmax(-1), batch)
+def student_reads_its_input(setup: RunSetup, batch: Batch) -> Finding:
+    gap = _gap(lambda b: _student_logits(setup, b).log_softmax(-1), batch)
     advice = "The student answers the same whatever it reads. Look at its checkpoint."
     return Finding(
         "student", f"its log-probabilities move by {gap:.2g} nats with its input", gap > SAME, advice
@@ -226,14 +208,14 @@ def student_reads_its_input(cast: Cast, batch: Batch) -> Finding:
 
 
 @torch.no_grad()
-def cross_entropy_is_the_library_s(cast: Cast, batch: Batch) -> Finding:
+def cross_entropy_is_the_library_s(setup: RunSetup, batch: Batch) -> Finding:
     """Ours against Transformers' own forward and PyTorch's own cross-entropy, on the same positions."""
-    targets = _targets(cast, batch)
-    ours = float(cast.student.measure(batch, targets)["ce"]) / len(batch.labels_N)
-    own_BTV = cast.student.model.hf(
+    targets = _targets(setup, batch)
+    ours = float(setup.student.measure(batch, targets)["ce"]) / len(batch.labels_N)
+    own_BTV = setup.student.model.hf(
         input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
     ).logits
-    own_NV = own_BTV.flatten(0, 1)[batch.positions_N, : cast.student.model.head.num_ids]
+    own_NV = own_BTV.flatten(0, 1)[batch.positions_N, : setup.student.model.head.num_ids]
     theirs = float(F.cross_entropy(own_NV.double(), batch.labels_N))
     figure = f"cross-entropy {ours:.4f} nats, a reference forward gives {theirs:.4f}"
     return Finding(
@@ -245,47 +227,39 @@ def cross_entropy_is_the_library_s(cast: Cast, batch: Batch) -> Finding:
 
 
 @torch.no_grad()
-def measure_a_little(cast: Cast) -> dict[str, float]:
+def measure_a_little(setup: RunSetup) -> dict[str, float]:
     """CE and KL over up to two held-out rows, nats per position."""
-    batch = cast.corpus.heldout.batch(range(min(2, len(cast.corpus.heldout)))).to(cast.device)
-    sums = cast.student.measure(batch, ask(cast.teacher, batch, BEFORE))
+    batch = setup.corpus.heldout.batch(range(min(2, len(setup.corpus.heldout)))).to(setup.device)
+    sums = setup.student.measure(batch, ask(setup.teacher, batch, BEFORE))
     return {name: float(value) / len(batch.labels_N) for name, value in sums.items()}
 
 
-def student_is_not_lost(cast: Cast, ce: float) -> Finding:
+def student_is_not_lost(setup: RunSetup, ce: float) -> Finding:
     """A trained model far above chance speaks another vocabulary than the corpus; a cut one is only cut."""
-    chance = math.log(cast.shared.ids)
+    chance = math.log(setup.shared.ids)
     figure = f"held-out cross-entropy {ce:.3f} nats, chance is {chance:.3f}"
-    if cast.origin["name"] != "checkpoint":
+    if setup.origin["name"] != "checkpoint":
         return Finding(
-            "chance", f"{figure}; a student that is {cast.origin['name']} may start above it", True
+            "chance", f"{figure}; a student that is {setup.origin['name']} may start above it", True
         )
     return Finding(
         "chance", figure, ce < 2 * chance, "Is the student's vocabulary the corpus's? See corpus.tokenizer."
     )
 
 
-def teacher_and_student_differ(cast: Cast, kl: float) -> Finding:
+def teacher_and_student_differ(setup: RunSetup, kl: float) -> Finding:
     """Equal under whatever name or format: nothing to distil."""
-    least = rounding_kl(_teacher_logp(cast, cast.corpus.heldout.batch([0]).to(cast.device)))
+    least = rounding_kl(_teacher_logp(setup, setup.corpus.heldout.batch([0]).to(setup.device)))
     figure = f"KL to the teacher {kl:.4g} nats on held-out rows, rounding alone makes {least:.1g}"
-    return Finding("KD term", *_unless_allowed(cast, figure, kl > least), ADVICE_IDENTICAL)
+    return Finding("KD term", *_unless_allowed(setup, figure, kl > least), ADVICE_IDENTICAL)
 
 
-def fewer_bits_cost_little(cast: Cast, kl: float) -> Finding:
-    """A teacher farther from its full weights than the student is from it teaches its own rounding."""
-    rows = range(min(2, len(cast.corpus.heldout)))
-    found = gap(cast, cast.corpus.heldout.batch(rows).to(cast.device))
-    advice = f"The student is only {kl:.3g} nats away. Take more bits: teacher.weights"
-    return Finding("teacher's bits", found.told(), found.kl < kl, advice, found.as_dict())
-
-
-def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:
+def a_masked_position_moves_nothing(setup: RunSetup, batch: Batch) -> Finding:
     """Half of the labels are taken away: no gradient may arrive where they were, and one in every row."""
     kept = replace(batch, positions_N=batch.positions_N[::2], labels_N=batch.labels_N[::2])
     found: list[Tensor] = []
 
-    model = cast.student.model
+    model = setup.student.model
     hidden = model.hidden
 
     def keep(*given: Tensor) -> Tensor:
@@ -295,10 +269,10 @@ def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:
 
     model.__dict__["hidden"] = keep  # no hook on the body: it may be compiled
     try:
-        cast.student(kept, _targets(cast, kept))["loss"].backward()
+        setup.student(kept, _targets(setup, kept))["loss"].backward()
     finally:
         del model.__dict__["hidden"]
-        cast.student.zero_grad(set_to_none=True)
+        setup.student.zero_grad(set_to_none=True)
     grad_BTD = found[0].grad
     assert grad_BTD is not None
     reached = (grad_BTD != 0).any(-1)
@@ -310,11 +284,11 @@ def a_masked_position_moves_nothing(cast: Cast, batch: Batch) -> Finding:
         f"gradient at {int((reached & supervised).sum())} of {int(supervised.sum())} supervised positions in"
         f" {rows_reached} of {rows} rows, and at {stray} of {int((~supervised).sum())} others"
     )
-    alive = rows_reached == rows or cast.recipe.allow_identical
+    alive = rows_reached == rows or setup.recipe.allow_identical
     return Finding("mask", figure, stray == 0 and alive, "The loss is not that of the supervised positions.")
 
 
-def opposite_rows_cancel(cast: Cast, batch: Batch) -> Finding:
+def opposite_rows_cancel(setup: RunSetup, batch: Batch) -> Finding:
     """A row twice, with targets that pull it to opposite sides: each row must count, and count the same."""
     of_row_0 = batch.positions_N < batch.input_ids_BT.shape[1]
     positions_N, labels_N = batch.positions_N[of_row_0], batch.labels_N[of_row_0]
@@ -325,19 +299,19 @@ def opposite_rows_cancel(cast: Cast, batch: Batch) -> Finding:
         torch.cat([positions_N, positions_N + batch.input_ids_BT.shape[1]]),
         labels_N.repeat(2),
     )
-    asked = cast.student.objective
-    cast.student.objective = Objective(forward_kl, 1.0, 0.0, 1.0, asked.chunk, asked.matmul_dtype)
+    asked = setup.student.objective
+    setup.student.objective = Objective(forward_kl, 1.0, 0.0, 1.0, asked.chunk, asked.matmul_dtype)
     try:
         sizes = []
         for sign in (-1.0, 1.0):  # the second row pulled against the first, and with it
-            signs_N = torch.ones(len(twice.positions_N), device=cast.device)
+            signs_N = torch.ones(len(twice.positions_N), device=setup.device)
             signs_N[len(positions_N) :] = sign
-            cast.student(twice, Pull(signs_N))["loss"].backward()
-            grads = [p.grad for p in cast.student.parameters() if p.grad is not None]
+            setup.student(twice, Pull(signs_N))["loss"].backward()
+            grads = [p.grad for p in setup.student.parameters() if p.grad is not None]
             sizes.append(float(torch.nn.utils.get_total_norm(grads)))
-            cast.student.zero_grad(set_to_none=True)
+            setup.student.zero_grad(set_to_none=True)
     finally:
-        cast.student.objective = asked
+        setup.student.objective = asked
     ratio = sizes[0] / max(sizes[1], 1e-30)
     figure = f"the gradient of a row and its opposite is {ratio:.2g} of that of the row twice"
     return Finding(
@@ -345,11 +319,11 @@ def opposite_rows_cancel(cast: Cast, batch: Batch) -> Finding:
     )
 
 
-def _targets(cast: Cast, batch: Batch) -> Targets:
-    """The teacher's at a window's positions; a store knows whole rows alone, and something else must do."""
-    if isinstance(cast.teacher, StoredTeacher):
-        return Pull(torch.ones(len(batch.positions_N), device=cast.device))
-    return ask(cast.teacher, batch, BEFORE)
+def _targets(setup: RunSetup, batch: Batch) -> Targets:
+    """The teacher's at a window's positions; one that knows whole rows alone is replaced by a known pull."""
+    if not setup.teacher.reads_new_text:
+        return Pull(torch.ones(len(batch.positions_N), device=setup.device))
+    return ask(setup.teacher, batch, BEFORE)
 
 
 def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
@@ -361,13 +335,13 @@ def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
         return float((answer(batch) - answer(backwards)).abs().max())
 
 
-def _teacher_logp(cast: Cast, batch: Batch) -> torch.Tensor:
-    targets = ask(cast.teacher, batch, BEFORE)[:16]
-    nothing_NV = torch.zeros(len(targets), cast.student.model.head.num_ids, device=cast.device)
+def _teacher_logp(setup: RunSetup, batch: Batch) -> torch.Tensor:
+    targets = ask(setup.teacher, batch, BEFORE)[:16]
+    nothing_NV = torch.zeros(len(targets), setup.student.model.head.num_ids, device=setup.device)
     at = getattr(targets, "temperature", 1.0)  # few ids know one temperature alone
     return targets.on_support(nothing_NV, at)[1].clamp_min(-100)
 
 
-def _student_logits(cast: Cast, batch: Batch) -> torch.Tensor:
-    hidden_BTD = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
-    return cast.student.model.head(hidden_BTD.flatten(0, 1)[batch.positions_N[:16]])
+def _student_logits(setup: RunSetup, batch: Batch) -> torch.Tensor:
+    hidden_BTD = setup.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+    return setup.student.model.head(hidden_BTD.flatten(0, 1)[batch.positions_N[:16]])

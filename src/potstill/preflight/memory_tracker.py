@@ -17,9 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from potstill.losses.objective import Objective
-from potstill.losses.targets import SparseTargets
-from potstill.teachers.toy import FixtureTeacher
-from potstill.types import Batch, Head, HiddenTargets, Targets
+from potstill.types import Batch, Head, Targets
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -44,7 +42,7 @@ class Answers(TorchFunctionMode):
         return [1] * args[0].numel() if func is Tensor.tolist else func(*args, **kwargs or {})
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Bytes of every storage that lives, by the part that made it; and what they were at their sum's peak."""
 
     def __init__(self) -> None:
@@ -115,7 +113,9 @@ class Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class WatchedObjective(Objective):
-    """The objective, telling what it makes. All chunks but the last are alike: three show what many do."""
+    """The objective, reporting what it allocates. All chunks but the last are alike: three show what many
+    do.
+    """
 
     part: Callable[[str], AbstractContextManager[None]] = dataclasses.field(kw_only=True)
 
@@ -161,34 +161,6 @@ class FakeRows:
         ids_BT = torch.zeros(B, T, dtype=torch.int64)
         positions_N = torch.zeros(B * T, dtype=torch.int64)
         return Batch(rows_B, ids_BT, ids_BT.clone(), positions_N, positions_N.clone())
-
-
-@dataclass(frozen=True)
-class FakeStore(FixtureTeacher):
-    """What a stored teacher holds: its head, and a batch's targets while a step has them."""
-
-    head: Head
-    num_kept: int
-    """Ids of a position at most; 0 for hidden states."""
-    temperature: float
-    part: Callable[[str], AbstractContextManager[None]]
-
-    @classmethod
-    def of(cls, kept: dict[str, Any], device: torch.device, part: Any) -> FakeStore:
-        """`kept` is the store's manifest."""
-        size, kind = kept["vocabulary"]["size"], kept["kind"]
-        dtype = getattr(torch, kept["teacher"]["dtype"])
-        head = Head(torch.zeros(size, kept["head"]["width"], dtype=dtype, device=device))
-        most = {"hidden": 0, "topk": kind.get("k")}.get(kind["name"], int(1 / kind.get("threshold", 1)) + 1)
-        return cls(size, head, most, kept["temperature"] or 1.0, part)
-
-    def targets(self, batch: Batch) -> HiddenTargets | SparseTargets:  # type: ignore[override]
-        N, weight_VE = len(batch.positions_N), self.head.weight_VD
-        with self.part("store"):
-            if not self.num_kept:
-                return HiddenTargets(weight_VE.new_zeros(N, weight_VE.shape[1]), self.head)
-            ids_NK = torch.zeros(N, self.num_kept, dtype=torch.int64, device=weight_VE.device)
-            return SparseTargets(ids_NK, ids_NK.float(), self.temperature, has_bucket=False)
 
 
 class FakeOrder:

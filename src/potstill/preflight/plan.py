@@ -9,7 +9,6 @@ tokenizer and the rows come on top. On CUDA it is the peak of the device's alloc
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import platform
 import sys
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 
+from potstill.build.resolve import Resolved
 from potstill.build.setup import require_length
 from potstill.errors import UserError
-from potstill.models.load import choose_device, load_config, plain_config
-from potstill.models.pruning import cut_config, layers_to_keep
+from potstill.models.load import choose_device, longest_row
 from potstill.preflight.fake_step import Traced, resident_bytes, trace
 from potstill.preflight.plan_disk import (
     TOKENIZER_FILE_BYTES_PER_ID,
@@ -32,8 +31,6 @@ from potstill.preflight.plan_disk import (
 )
 from potstill.recipe.load import Recipe
 from potstill.store.codecs import planned_bytes
-from potstill.store.reader import read_manifest
-from potstill.teachers.stored import captured_source
 from potstill.training.checkpoint import KEPT
 
 
@@ -98,22 +95,21 @@ MOST_POSITIONS, LONGEST_ROW = 2**36, 2**22
 """Of a micro-batch: with more, sizes in bytes leave the numbers of 64 bits."""
 
 
-def plan(
-    recipe: Recipe, *, teacher_config: Any = None, assembled: bool = False, step_s: float | None = None
-) -> Plan:
+def plan(resolved: Resolved, *, is_set_up: bool = False) -> Plan:
     """Trace the recipe's step. The process as it is counts as libraries: call it before a run loads anything.
 
     Args:
-        teacher_config: saves reading it where it is at hand; from a GGUF file that takes seconds.
-        assembled: or after all is loaded and before the first step; rows and tokenizer are then measured, not
-            estimated, and counted with the libraries.
-        step_s: measured seconds of a step.
+        is_set_up: or after everything is loaded and before the first step; rows and tokenizer are then measured,
+            not estimated, and counted with the libraries.
+
+    Raises:
+        UserError: a student that cannot be made of the teacher, or sizes that no machine has.
     """
-    found = plan_with(recipe, configs_of(recipe, teacher_config), step_s)
-    if not assembled or found.libraries == 0:
-        return found
+    traced = _plan(resolved)
+    if not is_set_up or traced.libraries == 0:
+        return traced
     return dataclasses.replace(
-        found, corpus=0, libraries=max(found.libraries - found.teacher - found.student, 0)
+        traced, corpus=0, libraries=max(traced.libraries - traced.teacher - traced.student, 0)
     )
 
 
@@ -149,43 +145,11 @@ def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(limit - int(stat["anon"]), 0)
 
 
-_read_config = functools.lru_cache(maxsize=2)(load_config)
-
-
-@dataclass(frozen=True)
-class Configs:
-    teacher: Any
-    student: Any
-    corpus_bytes: int
-
-
-def configs_of(recipe: Recipe, teacher_config: Any) -> Configs:
-    """The Transformers configs of both models; the teacher's is None for an exact double."""
-    asked = recipe.student
-    teacher = None
-    if recipe.teacher.name == "torch":
-        teacher = plain_config(teacher_config or _read_config(recipe.teacher.model))
-    elif recipe.teacher.name == "store" and asked.name == "cut":
-        kept = read_manifest(Path(recipe.teacher.path))["teacher"]
-        teacher = plain_config(_read_config(captured_source(recipe.teacher, kept)))
-    if asked.name != "cut":
-        student = plain_config(_read_config(asked.model))
-        return Configs(teacher, student, corpus_bytes(recipe, student.get_text_config().vocab_size))
-    if teacher is None:
-        raise UserError(
-            f"student.name: cut needs a teacher with layers, and teacher.name is {recipe.teacher.name}."
-        )
-    total = teacher.get_text_config().num_hidden_layers
-    keep = asked.keep or layers_to_keep(total, asked.layers or 0, asked.rule)
-    student = cut_config(teacher, keep, total, asked.ffn_width)
-    return Configs(teacher, student, corpus_bytes(recipe, teacher.get_text_config().vocab_size))
-
-
-def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
-    device = choose_device(recipe.train.device)
-    require_countable(recipe, configs)
-    traced = trace(recipe, configs.teacher, configs.student, device)
-    vocab_size = configs.student.get_text_config().vocab_size
+def _plan(resolved: Resolved) -> Plan:
+    recipe, device = resolved.recipe, resolved.device
+    _require_countable(resolved)
+    traced = trace(resolved)
+    vocab_size = resolved.student.model_config.get_text_config().vocab_size
     on_cpu = device.type == "cpu"
     train = recipe.train
     # With LoRA, too: the merged model, and the adapters beside it.
@@ -202,7 +166,7 @@ def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
         device=str(device),
         phase=traced.phase,
         **{part: traced.at_peak[part] for part in TRACED},
-        corpus=configs.corpus_bytes if on_cpu else 0,
+        corpus=corpus_bytes(recipe, _tokenizer_ids(resolved)) if on_cpu else 0,
         libraries=traced.libraries if on_cpu else 0,
         allocator=_kept_by_allocator(traced, recipe) if on_cpu else 0,
         largest={part: traced.largest[part] for part in TRACED},
@@ -211,16 +175,23 @@ def plan_with(recipe: Recipe, configs: Configs, step_s: float | None) -> Plan:
         shards_disk_bytes=shards,
         disk_bytes=shards + saved + min(written, KEPT) * checkpoint,
         disk_peak_bytes=max(2 * shards, peak),
-        time_s=None if step_s is None else step_s * train.steps,
+        time_s=None,
     )
 
 
-def require_countable(recipe: Recipe, configs: Configs) -> None:
+def _tokenizer_ids(resolved: Resolved) -> int:
+    """Ids of the tokenizer that is loaded, about."""
+    config = resolved.teacher_config if resolved.student.is_cut else resolved.student.model_config
+    return int((config or resolved.student.model_config).get_text_config().vocab_size)
+
+
+def _require_countable(resolved: Resolved) -> None:
     """UserError for rows that a model was not made for, and for sizes that no machine could address."""
+    recipe = resolved.recipe
     rows, tokens = recipe.train.micro_batch_rows, recipe.corpus.tokens_per_row
-    for name, config in (("teacher", configs.teacher), ("student", configs.student)):
+    for name, config in (("teacher", resolved.teacher_config), ("student", resolved.student.model_config)):
         if config is not None:
-            require_length(config, name, "corpus.tokens_per_row", tokens)
+            require_length(longest_row(config), name, "corpus.tokens_per_row", tokens)
     if rows * tokens > MOST_POSITIONS or tokens > LONGEST_ROW:
         raise UserError(
             f"train.rows_per_micro_batch: {rows} rows of {tokens} tokens at once are {rows * tokens}"
@@ -235,14 +206,14 @@ def _kept_by_allocator(traced: Traced, recipe: Recipe) -> int:
     return int(KEPT_BY_GLIBC * sum(traced.at_peak[part] for part in TRACED))
 
 
-def capture_size(recipe: Recipe) -> dict[str, float] | None:
+def capture_size(resolved: Resolved) -> dict[str, float] | None:
     """What `potstill capture` would write, training rows alone, tokens estimated from the size of the files;
-    None for a teacher that is not asked but read.
+    None for a teacher without hidden states in this process.
     """
-    if recipe.teacher.name != "torch":
+    recipe, config = resolved.recipe, resolved.teacher.model_config
+    if config is None:
         return None
-    configs = configs_of(recipe, None)
-    teacher, student = configs.teacher.get_text_config(), configs.student.get_text_config()
+    teacher, student = config.get_text_config(), resolved.student.model_config.get_text_config()
     ids = min(teacher.vocab_size, student.vocab_size)
     each = planned_bytes(dataclasses.asdict(recipe.capture), ids, teacher.hidden_size)
     tokens, train = corpus_tokens(recipe), recipe.train

@@ -10,8 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from potstill.build.resolve import Resolved
 from potstill.preflight.auto import FEWEST_POSITIONS
-from potstill.preflight.plan import Plan, configs_of, plan_with
+from potstill.preflight.plan import Plan, plan
 from potstill.recipe.load import Recipe
 
 SHORTEST_ROW = 128
@@ -28,17 +29,18 @@ class Advice:
     fits: bool
 
 
-def advice(recipe: Recipe, now: Plan, memory_bytes: int = 0) -> list[Advice]:
+def advice(resolved: Resolved, now: Plan, memory_bytes: int = 0) -> list[Advice]:
     """Fields that lower the peak of the plan `now`: each alone, those that suffice first; then the fewest in
     their order that suffice together, or all.
 
     Those that change no result come before those that do: `train.precision`, `teacher.dtype` and, last of
     all, `corpus.tokens_per_row`.
     """
-    configs = configs_of(recipe, None)
+    recipe = resolved.recipe
 
     def peak(changed: Recipe) -> int:
-        return dataclasses.replace(plan_with(changed, configs, None), libraries=now.libraries).peak_bytes
+        changed_plan = plan(resolved.with_recipe(changed))
+        return dataclasses.replace(changed_plan, libraries=now.libraries).peak_bytes
 
     def turned(lever: _Lever) -> tuple[Advice, Any]:
         """The lever as little turned as suffices, else as far as it goes."""

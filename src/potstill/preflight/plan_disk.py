@@ -15,10 +15,14 @@ TOKENIZER_FILE_BYTES_PER_ID = 72  # its tokenizer.json
 
 
 def corpus_tokens(recipe: Recipe) -> float:
-    asked = recipe.corpus
-    files = files_of(Path(asked.path), getattr(asked, "include", ("*",)), getattr(asked, "exclude", ()))
+    """Estimated from the size of its files; 0 for a corpus that has none."""
+    config = recipe.corpus
+    path = getattr(config, "path", None)
+    if path is None:
+        return 0.0
+    files = files_of(Path(path), getattr(config, "include", ("*",)), getattr(config, "exclude", ()))
     size = sum(file.stat().st_size for file in files if file.exists())
-    return size / {"uint16": 2.0, "uint32": 4.0}.get(getattr(asked, "dtype", ""), BYTES_PER_TOKEN_OF_TEXT)
+    return size / {"uint16": 2.0, "uint32": 4.0}.get(getattr(config, "dtype", ""), BYTES_PER_TOKEN_OF_TEXT)
 
 
 def corpus_bytes(recipe: Recipe, vocab_size: int) -> int:

@@ -18,54 +18,56 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from potstill.build.setup import Cast, assemble, make_objective
+from potstill.build.resolve import Resolved
+from potstill.build.setup import RunSetup, make_objective, process_of, set_up
 from potstill.errors import UserError
 from potstill.evals.heldout import heldout
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display, clock, size
 from potstill.models.lora import REACHED_LATE
 from potstill.models.student import from_checkpoint
-from potstill.preflight.auto import settled
-from potstill.preflight.checks import Finding, cheap, plan_of, require_sound
+from potstill.preflight.auto import settle
+from potstill.preflight.checks import cheap, plan_of, require_sound
 from potstill.preflight.plan import Plan, available
 from potstill.preflight.probe_batches import window
 from potstill.recipe.load import Recipe
 from potstill.runs.run_dir import default_path
 from potstill.training.loop import Hooks, Metrics, train
 from potstill.training.optim import lr_at, rates
-from potstill.types import Batch, Order
+from potstill.types import Batch, Finding, Order
 
 STEPS = 10
-FULL = 3
-"""Of them with all rows of a step, for the time; the others take a quarter."""
+WHOLE_STEPS = 3
+"""Of them with all rows of a step, to be timed; the others take a quarter of the rows."""
 TURNS = 3
 """Of each recipe whose steps are timed beside another's."""
 LR_SEEN = 1e-6
 """Below this rate, as in a long warm-up, float32 weights near 1 cannot move in one step."""
 
 
-def check(cast: Cast, place: Path) -> Iterator[Finding]:
-    """Every check, cheapest first, each as soon as it is known; after a red one nothing dear is tried.
+def check(setup: RunSetup, place: Path) -> Iterator[Finding]:
+    """Every check, cheapest first, each as soon as it is known; after a failed one, expensive ones are
+    skipped.
 
     The last three are what the run will take of time, memory and disk.
     """
-    sound, planned, time = True, plan_of(cast), "not measured, after a red line no step is tried"
-    for finding in cheap(cast, planned, place):
+    sound, planned, time = True, plan_of(setup), "not measured: a check failed before it"
+    for finding in cheap(setup, planned, place):
         sound = sound and finding.ok
         yield finding
-    for finding in rehearsal(cast) if sound else ():
+    for finding in trial(setup) if sound else ():
         if finding.name == "projected time":
             time = finding.figure
         else:
             yield finding
     yield Finding("projected time", time, True)
-    yield from projected(cast, planned, place)
+    yield from projected(setup, planned, place)
 
 
-def projected(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]:
+def projected(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding]:
     """Peak memory and bytes on the disk, beside what there is; never red, the cheap checks have judged."""
-    memory, disk = available(cast.recipe, place)
-    measured = f"{size(peak_gib(cast.device) * 2**30)} measured so far"
+    memory, disk = available(setup.recipe, place)
+    measured = f"{size(peak_gib(setup.device) * 2**30)} measured so far"
     if isinstance(planned, str):
         yield Finding("projected memory", f"{planned} {measured}, {size(memory)} available", True)
         yield Finding("projected disk", f"{planned} {size(disk)} free", True)
@@ -76,29 +78,29 @@ def projected(cast: Cast, planned: Plan | str, place: Path) -> Iterator[Finding]
     yield Finding("projected disk", f"{figure}, {size(disk)} free", True)
 
 
-def rehearsal(cast: Cast) -> Iterator[Finding]:
+def trial(setup: RunSetup) -> Iterator[Finding]:
     """The costly half: the student is saved and loaded, and trained for ten real steps."""
-    cast.student.eval()
-    yield saved_is_what_was_trained(cast, window(cast.corpus.heldout.batch([0])).to(cast.device))
+    setup.student.eval()
+    yield saved_is_what_was_trained(setup, window(setup.corpus.heldout.batch([0])).to(setup.device))
     try:
-        yield from steps_do_what_the_recipe_says(cast)
+        yield from steps_do_what_the_recipe_says(setup)
     except UserError as error:  # a loss that is not finite, say, told as the run would tell it
         yield Finding("steps", str(error), False, "The run would end there")
 
 
 @torch.no_grad()
-def saved_is_what_was_trained(cast: Cast, batch: Batch) -> Finding:
+def saved_is_what_was_trained(setup: RunSetup, batch: Batch) -> Finding:
     advice = "The saved student is another model; do not train it."
     with tempfile.TemporaryDirectory() as folder:
-        cast.student.save(Path(folder) / "student", cast.tokenizer)
+        setup.student.save(Path(folder) / "student", setup.tokenizer)
         saved = sum(path.stat().st_size for path in Path(folder).rglob("*"))
         try:
-            again = from_checkpoint(Path(folder) / "student", cast.device)
+            again = from_checkpoint(Path(folder) / "student", setup.device)
         except UserError as error:
             return Finding("save and reload", f"cannot be loaded: {error}", False, advice)
-        again.mask_from(cast.shared.ids)
+        again.mask_from(setup.shared.ids)
         before, after = (
-            model.head(model.hidden(batch.input_ids_BT)) for model in (cast.student.model, again)
+            model.head(model.hidden(batch.input_ids_BT)) for model in (setup.student.model, again)
         )
     gap = float((before - after).abs().max())
     figure = f"{size(saved)} saved and loaded, logits differ by {gap:.2g}"
@@ -113,87 +115,99 @@ class _Thinned:
 
     def rows(self, step: int, rows_per_step: int) -> list[int]:
         rows = self.order.rows(step, rows_per_step)
-        return rows if step < FULL else rows[: max(len(rows) // 4, 1)]
+        return rows if step < WHOLE_STEPS else rows[: max(len(rows) // 4, 1)]
 
     def epoch(self, step: int, rows_per_step: int) -> int:
         return self.order.epoch(step, rows_per_step)
 
 
-def steps_do_what_the_recipe_says(cast: Cast) -> Iterator[Finding]:
-    """Real steps on real rows: what moves, at which rate, how fast."""
-    plan = cast.recipe.train
-    parameters = dict(cast.student.named_parameters())
-    trained = [name for name, p in parameters.items() if p.requires_grad]
-    late = {name for name in trained if REACHED_LATE in name}
-    wanted = min(STEPS, plan.steps)
-    looked_at = min(2 if late else 1, wanted)
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    reached: set[str] = set()  # by a gradient: decay alone moves weights, too
-    moved: list[str] = []
-    lines: list[Metrics] = []
-    busy: list[float] = []
-    optimizers: list[torch.optim.Optimizer] = []
-    seen: list[list[float]] = []  # of each step, the rate of each group
+class _Watcher:
+    """What real steps do to the student's weights and at which rates, seen through the loop's hooks."""
 
-    def note_gradient(name: str, parameter: Tensor) -> None:
+    def __init__(self, setup: RunSetup) -> None:
+        self.device = setup.device
+        self.parameters = dict(setup.student.named_parameters())
+        self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
+        self.late = {name for name in self.trained if REACHED_LATE in name}
+        self.wanted = min(STEPS, setup.recipe.train.steps)
+        self.looked_at = min(2 if self.late else 1, self.wanted)
+        """After how many steps the weights are compared with those before."""
+        self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.reached: set[str] = set()
+        """By a gradient: decay alone moves weights, too."""
+        self.moved: list[str] = []
+        self.lines: list[Metrics] = []
+        self.busy: list[float] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.rates: list[list[float]] = []
+        """Of each step: the rate of each group, and the one that was logged."""
+        self.gradient_hooks = [
+            p.register_post_accumulate_grad_hook(partial(self.note_gradient, name))  # type: ignore[no-untyped-call]
+            for name, p in self.parameters.items()
+            if p.requires_grad
+        ]
+
+    def note_gradient(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None and bool(parameter.grad.any()):
-            reached.add(name)
+            self.reached.add(name)
 
-    def on_step(step: int, metrics: Metrics) -> None:
-        if step == looked_at:
-            for hook in watched:
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        if step == self.looked_at:
+            for hook in self.gradient_hooks:
                 hook.remove()
-            moved.extend(name for name, old in before.items() if not torch.equal(old, parameters[name]))
-            before.clear()
-        lines.append(metrics)
-        seen.append([*rates(optimizers[0]), metrics["train/lr"]])
-        if cast.device.type == "cuda":
-            busy.extend(_utilisation(cast.device))
+            after = self.parameters
+            self.moved = [name for name, old in self.before.items() if not torch.equal(old, after[name])]
+            self.before.clear()
+        self.lines.append(metrics)
+        self.rates.append([*rates(self.optimizers[0]), metrics["train/lr"]])
+        if self.device.type == "cuda":
+            self.busy.extend(_utilisation(self.device))
 
-    watched = [
-        p.register_post_accumulate_grad_hook(partial(note_gradient, name))  # type: ignore[no-untyped-call]
-        for name, p in parameters.items()
-        if p.requires_grad
-    ]
-    never = {"heldout/loss": math.inf}
-    hooks = Hooks(
-        lambda step: never,
-        on_step,
-        lambda *_: None,
-        resume=optimizers.append,
-        should_stop=lambda: len(lines) == wanted,
-    )
-    teacher = cast.teacher if cast.recipe.objective.kd_weight else None
-    order = _Thinned(cast.corpus.order(plan.seed))
-    train(cast.student, teacher, cast.corpus.train, order, _strict(cast.recipe), hooks)
+    def hooks(self) -> Hooks:
+        never = {"heldout/loss": math.inf}
+        return Hooks(
+            lambda step: never,
+            self.on_step,
+            lambda *_: None,
+            resume=self.optimizers.append,
+            should_stop=lambda: len(self.lines) == self.wanted,
+        )
 
+
+def steps_do_what_the_recipe_says(setup: RunSetup) -> Iterator[Finding]:
+    """Real steps on real rows: what moves, at which rate, how fast."""
+    plan, seen = setup.recipe.train, _Watcher(setup)
+    teacher = setup.teacher if setup.recipe.objective.kd_weight else None
+    order = _Thinned(setup.corpus.order(plan.seed))
+    train(setup.student, teacher, setup.corpus.train, order, _strict(setup.recipe), seen.hooks())
+
+    lines = seen.lines
     yield what_is_trained_moves(
-        trained,
-        [name for name in parameters if name not in trained],
-        moved,
-        reached,
-        looked_at,
-        late=late if looked_at == 1 else set(),
+        seen.trained,
+        [name for name in seen.parameters if name not in seen.trained],
+        seen.moved,
+        seen.reached,
+        seen.looked_at,
+        late=seen.late if seen.looked_at == 1 else set(),
         slow=lines[0]["train/lr"] < LR_SEEN,
     )
-    yield rate_is_the_schedule_s(seen, [lr_at(step, plan) for step in range(len(seen))])
+    yield rate_is_the_schedule_s(seen.rates, [lr_at(step, plan) for step in range(len(lines))])
     losses = [line["train/loss"] for line in lines]
-    thinned = f", the last {len(lines) - FULL} with a quarter of the rows" if len(lines) > FULL else ""
+    thinned = (
+        f", the last {len(lines) - WHOLE_STEPS} with a quarter of the rows"
+        if len(lines) > WHOLE_STEPS
+        else ""
+    )
     figure = f"{len(lines)} real steps{thinned}; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     yield Finding("steps", figure, all(map(math.isfinite, losses)))
-    first_s, deadline_s = lines[0]["speed/step_s"], cast.recipe.guard.first_step_s
+    first_s, deadline_s = lines[0]["speed/step_s"], setup.recipe.guard.first_step_s
     figure = f"{first_s:.3g} s, guard.first_step_s is {deadline_s:g}"
     yield Finding("first step", figure, first_s < deadline_s, "Raise the deadline, or make the step smaller.")
-    if cast.device.type == "cuda":
-        figure = (
-            f"{statistics.median(busy):.0f} % in the median"
-            if busy
-            else "not measured: pip install nvidia-ml-py"
-        )
-        yield Finding("GPU utilisation", figure, True)
-    step_s = _settled_s(lines[:FULL])
-    whole = clock(plan.steps * step_s)
-    figure = f"{whole} for {plan.steps} steps of {step_s:.3g} s, evaluations not counted"
+    if setup.device.type == "cuda":
+        median = f"{statistics.median(seen.busy):.0f} % in the median" if seen.busy else ""
+        yield Finding("GPU utilisation", median or "not measured: pip install nvidia-ml-py", True)
+    step_s = _settled_s(lines[:WHOLE_STEPS])
+    figure = f"{clock(plan.steps * step_s)} for {plan.steps} steps of {step_s:.3g} s, evaluations not counted"
     yield Finding("projected time", figure, True)
 
 
@@ -247,31 +261,47 @@ def rate_is_the_schedule_s(seen: list[list[float]], wanted: list[float]) -> Find
     return Finding("learning rate", figure, True)
 
 
-def smoke(recipe: Recipe, steps: int, display: Display | None = None, name: str = "run") -> Metrics:
+def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: str = "run") -> Metrics:
     """Exactly `steps` steps of the recipe's own run, and what they say of the whole; writes nothing.
 
     Returns the metrics of the last step, the median seconds of a step and of an evaluation, and the projected
     seconds of the full run, which would be called `name`.
 
     Raises:
-        UserError: whatever `distill` would not begin for, a red line of the cheap checks too.
+        UserError: whatever `distill` would refuse to start for, a failed cheap check too.
     """
+    recipe = resolved.recipe
     if not 1 <= steps <= recipe.train.steps:
         raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
     display = display or Display(quiet=True)
-    recipe = settled(recipe, display.note)
-    cast = assemble(recipe, display.note)
-    checked = require_sound(cast, default_path(name))
-    display.note(f"check: all {len(checked.findings)} cheap ones passed")
+    resolved = settle(resolved, display.note)
+    with process_of(resolved.recipe):
+        setup = set_up(resolved, display.note)
+        checked = require_sound(setup, default_path(name))
+        display.note(f"check: all {len(checked.findings)} cheap ones passed")
+        lines, evaluations = _smoke_steps(setup, steps, display)
+    step_s, evaluation_s = _settled_s(lines), statistics.median(evaluations)
+    num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
+    return lines[-1] | {
+        "smoke/steps": len(lines),
+        "smoke/step_s": step_s,
+        "smoke/evaluation_s": evaluation_s,
+        "smoke/projected_s": recipe.train.steps * step_s + num_evaluations * evaluation_s,
+    }
+
+
+def _smoke_steps(setup: RunSetup, steps: int, display: Display) -> tuple[list[Metrics], list[float]]:
+    """The metrics of each step, and the seconds of each evaluation."""
+    recipe = setup.recipe
     lines: list[Metrics] = []
     evaluations: list[float] = []
 
     def evaluate_student(step: int) -> Metrics:
         started = time.perf_counter()
-        found = heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+        metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, recipe.train.micro_batch_rows)
         evaluations.append(time.perf_counter() - started)
-        display.heldout_line(step, found)
-        return found
+        display.heldout_line(step, metrics)
+        return metrics
 
     def on_step(step: int, metrics: Metrics) -> None:
         lines.append(metrics)
@@ -279,22 +309,13 @@ def smoke(recipe: Recipe, steps: int, display: Display | None = None, name: str 
         display.step_line(step, steps, metrics, left)
 
     hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(lines) == steps)
-    teacher = cast.teacher if recipe.objective.kd_weight else None
-    order = cast.corpus.order(recipe.train.seed)
-    train(cast.student, teacher, cast.corpus.train, order, _strict(recipe), hooks)
-    step_s = _settled_s(lines)
-    num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
-    evaluation_s = statistics.median(evaluations)
-    projected_s = recipe.train.steps * step_s + num_evaluations * evaluation_s
-    return lines[-1] | {
-        "smoke/steps": len(lines),
-        "smoke/step_s": step_s,
-        "smoke/evaluation_s": evaluation_s,
-        "smoke/projected_s": projected_s,
-    }
+    teacher = setup.teacher if recipe.objective.kd_weight else None
+    order = setup.corpus.order(recipe.train.seed)
+    train(setup.student, teacher, setup.corpus.train, order, _strict(recipe), hooks)
+    return lines, evaluations
 
 
-def step_seconds(cast: Cast, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+def step_seconds(setup: RunSetup, recipes: Mapping[str, Recipe]) -> dict[str, float]:
     """Median seconds of a step of each recipe, which differ in nothing but their weights of the loss.
 
     They take turns, so that a machine that slows down slows all of them. The student is not what it was.
@@ -302,23 +323,23 @@ def step_seconds(cast: Cast, recipes: Mapping[str, Recipe]) -> dict[str, float]:
     seen: dict[str, list[float]] = {name: [] for name in recipes}
     for _ in range(TURNS):
         for name, recipe in recipes.items():
-            cast.student.objective = make_objective(recipe, cast.student.objective.matmul_dtype)
-            lines = _first_steps(cast, recipe)
+            setup.student.objective = make_objective(recipe, setup.student.objective.matmul_dtype)
+            lines = _first_steps(setup, recipe)
             seen[name] += [line["speed/step_s"] for line in lines[1:] or lines]  # the first one allocates
     return {name: statistics.median(seconds) for name, seconds in seen.items()}
 
 
-def _first_steps(cast: Cast, recipe: Recipe) -> list[Metrics]:
+def _first_steps(setup: RunSetup, recipe: Recipe) -> list[Metrics]:
     lines: list[Metrics] = []
     hooks = Hooks(
         lambda step: {"heldout/loss": math.inf},
         lambda step, metrics: lines.append(metrics),
         lambda *_: None,
-        should_stop=lambda: len(lines) == FULL,
+        should_stop=lambda: len(lines) == WHOLE_STEPS,
     )
-    teacher = cast.teacher if recipe.objective.kd_weight else None
-    order = cast.corpus.order(recipe.train.seed)
-    train(cast.student, teacher, cast.corpus.train, order, _strict(recipe), hooks)
+    teacher = setup.teacher if recipe.objective.kd_weight else None
+    order = setup.corpus.order(recipe.train.seed)
+    train(setup.student, teacher, setup.corpus.train, order, _strict(recipe), hooks)
     return lines
 
 

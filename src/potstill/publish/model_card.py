@@ -21,7 +21,7 @@ from potstill.publish.markdown import (
     table,
     text,
 )
-from potstill.recipe.sections_publish import Publish
+from potstill.recipe.sections_training import PublishConfig
 
 HELDOUT = {
     "heldout/kl": "KL to the teacher, nats per position",
@@ -41,7 +41,7 @@ class Known:
     recipe: str
     """As given."""
     resolved: Mapping[str, Any]
-    publish: Publish
+    publish: PublishConfig
     receipt: Mapping[str, Any]
     corpus: Mapping[str, Any]
     config: Mapping[str, Any]

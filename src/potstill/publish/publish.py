@@ -36,7 +36,7 @@ from potstill.publish.hub import MANIFEST, Item
 from potstill.publish.licenses import Parent, licence_of, settle
 from potstill.publish.model_card import Known, card
 from potstill.recipe.load import publish_section
-from potstill.recipe.sections_publish import Publish
+from potstill.recipe.sections_training import PublishConfig
 from potstill.runs.comparison import RESULT, read_comparison
 from potstill.runs.run_dir import READABLE, RunDir, write_whole
 
@@ -260,7 +260,7 @@ def _regressions(
             yield f"the comparison shows the untouched student ahead of {one['arm']} in {one['metric']}"
 
 
-def _parents(tree: Mapping[str, Any], publish: Publish, receipt: Mapping[str, Any]) -> list[Parent]:
+def _parents(tree: Mapping[str, Any], publish: PublishConfig, receipt: Mapping[str, Any]) -> list[Parent]:
     """Whose licences bind the student: the model it began from, its teacher, its data."""
     sources = {
         "student": tree["student"].get("model") if tree["student"]["name"] == "checkpoint" else None,

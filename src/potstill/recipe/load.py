@@ -14,85 +14,83 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field, TypeAdapter
 
+from potstill import registry
 from potstill.errors import UserError
 from potstill.io import yaml
 from potstill.io.safe_open import opened
+from potstill.recipe.fields import Config, LocalPath
 from potstill.recipe.messages import explain, shown
-from potstill.recipe.plugins import divergences, load_plugins
-from potstill.recipe.sections import (
-    AnyCapture,
-    AnyCorpus,
-    ChatCorpus,
-    Compare,
-    Decontaminate,
-    Eval,
-    FixtureTeacher,
-    Guard,
-    HfCorpus,
-    HiddenCapture,
-    JsonlCorpus,
-    LocalPath,
-    Objective,
-    ParquetCorpus,
-    SampledCapture,
-    Section,
-    StoreTeacher,
-    TableTeacher,
-    TextCorpus,
-    TokensCorpus,
-    TopkCapture,
-    TorchTeacher,
-    Train,
+from potstill.recipe.plugins import Registered, config_types, load_plugins
+from potstill.recipe.sections_data import CorpusConfig, DecontaminationConfig
+from potstill.recipe.sections_evaluation import EvaluationConfig, SinkConfig
+from potstill.recipe.sections_models import (
+    CheckpointStudentConfig,
+    ConfigStudentConfig,
+    CutStudentConfig,
+    HiddenCaptureConfig,
+    LoraConfig,
+    SampledCaptureConfig,
+    TeacherConfig,
+    TopkCaptureConfig,
 )
-from potstill.recipe.sections_publish import Publish
-from potstill.recipe.sections_students import CheckpointStudent, ConfigStudent, CutStudent, Lora
+from potstill.recipe.sections_training import (
+    CompareConfig,
+    EvalConfig,
+    GuardConfig,
+    ObjectiveConfig,
+    PublishConfig,
+    TrainConfig,
+)
 
-Corpus = TextCorpus | JsonlCorpus | ChatCorpus | ParquetCorpus | HfCorpus | TokensCorpus
-Teacher = TorchTeacher | StoreTeacher | FixtureTeacher | TableTeacher
-Capture = SampledCapture | TopkCapture | HiddenCapture
-Student = CutStudent | CheckpointStudent | ConfigStudent
+AnyCapture = SampledCaptureConfig | TopkCaptureConfig | HiddenCaptureConfig
+AnyStudent = CutStudentConfig | CheckpointStudentConfig | ConfigStudentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Section):
-    corpus: Annotated[Corpus, Field(discriminator="name")]
+class Recipe(Config):
+    corpus: Annotated[CorpusConfig, Registered("corpus")]
     """What the student reads."""
-    teacher: Annotated[Teacher, Field(discriminator="name")]
+    teacher: Annotated[TeacherConfig, Registered("teacher")]
     """Whom the student learns from."""
-    student: Annotated[Student, Field(discriminator="name")]
+    student: Annotated[AnyStudent, Field(discriminator="name")]
     """What is trained."""
-    objective: Objective = field(default_factory=Objective)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What a step minimises."""
-    train: Train
+    train: TrainConfig
     """How it is minimised."""
-    eval: Eval = field(default_factory=Eval)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     """What is measured on the way."""
-    guard: Guard = field(default_factory=Guard)
+    evaluations: list[Annotated[EvaluationConfig, Registered("evaluation", short=True)]] = field(
+        default_factory=list
+    )
+    """What is measured on the finished student, beside the held-out rows; the receipt has the results."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
     """What ends a run that has gone wrong."""
-    capture: Annotated[Capture, Field(discriminator="name")] = field(default_factory=SampledCapture)
+    capture: Annotated[AnyCapture, Field(discriminator="name")] = field(default_factory=SampledCaptureConfig)
     """How `potstill capture` keeps the teacher's targets."""
-    compare: Compare | None = None
+    compare: CompareConfig | None = None
     """Run the untouched student and plain training beside KD, under one budget; null: KD alone."""
-    publish: Publish = field(default_factory=Publish)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     """What the model card says that the run cannot know."""
     allow_identical: bool = False
     """Distil although teacher and student have the same weights; the receipt says so."""
-    sinks: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
-    """Where each step's metrics go beside metrics.jsonl, while the run runs; each is an extra of its name."""
+    sinks: list[Annotated[SinkConfig, Registered("sink", short=True)]] = field(default_factory=list)
+    """Where each step's metrics go beside metrics.jsonl, as the run goes; built-in ones are extras."""
     plugins: list[LocalPath] = field(default_factory=list)
-    """Python files, relative to the recipe, that register divergences of your own."""
+    """Python files, relative to the recipe, that register divergences, teachers, corpora, evaluations or
+    sinks of your own."""
 
     def without_places(self) -> Recipe:
         """Without what says where rows are kept and not which they are."""
         return dataclasses.replace(self, corpus=dataclasses.replace(self.corpus, shards=None))
 
     @property
-    def lora(self) -> Lora | None:
+    def lora(self) -> LoraConfig | None:
         """Adapters to train instead of the student; random weights have none."""
         return None if self.student.name == "config" else self.student.lora
 
@@ -124,7 +122,7 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
         except UserError as error:
             mistakes += error.mistakes
 
-    def tell(path: tuple[str, ...], what: str) -> None:
+    def report(path: tuple[str, ...], what: str) -> None:
         dotted = ".".join(path)
         by = next((o for at, o in overridden.items() if dotted == at or dotted.startswith(f"{at}.")), None)
         if by is None:
@@ -137,25 +135,26 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
             )
 
     if isinstance(tree.get("capture"), dict):
-        tree["capture"].setdefault("name", SampledCapture.name)
+        tree["capture"].setdefault("name", SampledCaptureConfig.name)
     for path, what in (*load_plugins(tree, folder), *_across_fields(tree)):
-        tell(path, what)
+        report(path, what)
     try:
-        kinds = divergences()
+        schema = _schema()
     except UserError as error:
         raise UserError(*mistakes, *(f"{where}: plugins: {m}" for m in error.mistakes)) from error
     try:
-        recipe = _adapter(kinds).validate_json(json.dumps(tree), strict=True, context=folder)
+        recipe = _adapter().validate_json(json.dumps(tree), strict=True, context=folder)
     except pydantic.ValidationError as error:
-        schema = SCHEMA | {("objective", "divergence"): kinds}
         for finding in error.errors(include_url=False):
-            tell(*explain(finding, tree, schema))
+            report(*explain(finding, tree, schema))
     if mistakes:
         raise UserError(*dict.fromkeys(mistakes))
     return recipe
 
 
-def publish_section(text: str, where: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Publish]:
+def publish_section(
+    text: str, where: str, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], PublishConfig]:
     """A run's recipe as a tree, and what is to be said of it when it is published.
 
     Its paths are not looked at: a run is published from its own folder, and what it was made of may be gone.
@@ -174,9 +173,9 @@ def publish_section(text: str, where: str, overrides: Sequence[str] = ()) -> tup
         yaml.override(tree, override)
     try:
         given = json.dumps(tree.get("publish") or {})
-        return tree, TypeAdapter(Publish).validate_json(given, strict=True, context=Path())
+        return tree, TypeAdapter(PublishConfig).validate_json(given, strict=True, context=Path())
     except pydantic.ValidationError as error:
-        told = [explain(finding, tree.get("publish") or {}, SCHEMA) for finding in error.errors()]
+        told = [explain(finding, tree.get("publish") or {}, SECTIONS) for finding in error.errors()]
         raise UserError(*(f"publish.{'.'.join(at)}: {what}" for at, what in told)) from error
 
 
@@ -186,36 +185,52 @@ def dump(recipe: Recipe) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors; divergences of plug-ins that are loaded are in it."""
-    schema = _adapter(divergences()).json_schema()
-    for base, kinds in ((AnyCorpus, Corpus), (AnyCapture, Capture)):
-        inherited = TypeAdapter(base).json_schema()["properties"]  # pydantic reads no docstrings of a base
-        for kind in typing.get_args(kinds):
-            schema["$defs"][kind.__name__]["properties"] |= inherited
+    """JSON schema of a recipe, for editors; the entries of plug-ins that are loaded are in it."""
+    schema = _adapter().json_schema()
+    for config in (*config_types("corpus"), *typing.get_args(AnyCapture)):
+        for base in config.__mro__[1:]:  # pydantic reads no docstrings of a base
+            if dataclasses.is_dataclass(base):
+                inherited = TypeAdapter(base).json_schema().get("properties", {})
+                schema["$defs"][config.__name__]["properties"] |= inherited
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "potstill recipe"}
 
 
 SHORT_FORMS = {("objective", "divergence")}
-SCHEMA: dict[tuple[str, ...], tuple[Any, ...]] = {
+SECTIONS: dict[tuple[str, ...], tuple[Any, ...]] = {
     (): (Recipe,),
-    ("corpus",): typing.get_args(Corpus),
-    ("corpus", "decontaminate"): (Decontaminate,),
-    ("teacher",): typing.get_args(Teacher),
-    ("student",): typing.get_args(Student),
-    ("student", "lora"): (Lora,),
-    ("objective",): (Objective,),
-    ("train",): (Train,),
-    ("eval",): (Eval,),
-    ("guard",): (Guard,),
-    ("capture",): typing.get_args(Capture),
-    ("compare",): (Compare,),
-    ("publish",): (Publish,),
+    ("corpus", "decontaminate"): (DecontaminationConfig,),
+    ("student",): typing.get_args(AnyStudent),
+    ("student", "lora"): (LoraConfig,),
+    ("objective",): (ObjectiveConfig,),
+    ("train",): (TrainConfig,),
+    ("eval",): (EvalConfig,),
+    ("guard",): (GuardConfig,),
+    ("capture",): typing.get_args(AnyCapture),
+    ("compare",): (CompareConfig,),
+    ("publish",): (PublishConfig,),
 }
+REGISTERED: dict[tuple[str, ...], str] = {
+    ("corpus",): "corpus",
+    ("teacher",): "teacher",
+    ("objective", "divergence"): "divergence",
+    ("evaluations", "*"): "evaluation",
+    ("sinks", "*"): "sink",
+}
+"""Where a recipe names an entry of the registry; * stands for the number in a list."""
+
+
+def _schema() -> dict[tuple[str, ...], tuple[Any, ...]]:
+    """The config classes that may stand at each section now."""
+    return SECTIONS | {path: config_types(kind) for path, kind in REGISTERED.items()}
+
+
+def _adapter() -> TypeAdapter[Recipe]:
+    return _adapter_of(tuple(config_types(kind) for kind in registry.HOMES))
 
 
 @functools.lru_cache(maxsize=4)
-def _adapter(divergences: tuple[Any, ...]) -> TypeAdapter[Recipe]:
-    """A validator that knows these divergences, which are those registered now."""
+def _adapter_of(registered: tuple[Any, ...]) -> TypeAdapter[Recipe]:
+    """A validator that knows these entries, which are those registered now."""
     return TypeAdapter(Recipe)
 
 
@@ -286,8 +301,9 @@ def _across_arms(compare: dict[str, Any], tree: dict[str, Any]) -> Iterator[tupl
             "objective.kd_weight is 0: there is no KD arm to compare. Raise it, or leave compare out.",
         )
     corrected, steps = compare.get("corrected_steps", 0), train.get("steps")
-    if corrected and (kind := teacher.get("name")) in ("fixture", "table", "store"):
-        yield ("compare", "corrected_steps"), f"teacher {kind} has no weights to train. Set it to 0."
+    kind = registry.entries("teacher").get(str(teacher.get("name")))
+    if corrected and kind is not None and not getattr(kind, "has_weights", False):
+        yield ("compare", "corrected_steps"), f"teacher {kind.name} has no weights to train. Set it to 0."
     is_whole = isinstance(corrected, int) and isinstance(steps, int)
     if is_whole and compare.get("budget") == "steps" and corrected >= steps:
         yield (

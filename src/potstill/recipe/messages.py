@@ -31,6 +31,8 @@ WANTED = {
     "dataclass_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
+WHAT: dict[Path, str] = {("evaluations", "*"): "evaluation", ("sinks", "*"): "sink"}
+"""What the entries of a list are called, one by one."""
 BOUNDS = {
     "greater_than": ("gt", "must be greater than {}."),
     "greater_than_equal": ("ge", "must be {} or more."),
@@ -104,19 +106,32 @@ def _path(location: Iterable[str | int], schema: Schema) -> Path:
     for step in location:
         if not tag_is_next:
             path = (*path, str(step))
-        tag_is_next = not tag_is_next and len(schema.get(path, ())) > 1
+        tag_is_next = not tag_is_next and len(schema.get(_section(path), ())) > 1
     return path
+
+
+def _section(path: Path) -> Path:
+    """The path as a schema has it: `*` for the number in a list."""
+    return tuple("*" if step.isdigit() else step for step in path)
+
+
+def _called(path: Path) -> str:
+    """What stands at a section: `teacher`, `sink`."""
+    return WHAT.get(_section(path), path[-1])
 
 
 def _at(tree: Any, path: Path) -> Any:
     for step in path:
-        tree = tree.get(step) if isinstance(tree, dict) else None
+        if isinstance(tree, list):
+            tree = tree[int(step)] if step.isdigit() and int(step) < len(tree) else None
+        else:
+            tree = tree.get(step) if isinstance(tree, dict) else None
     return tree
 
 
 def _chosen(section: Path, tree: Any, schema: Schema) -> Any | None:
     """The dataclass that stands at a section, or None where its name chooses none."""
-    kinds = schema.get(section, ())
+    kinds = schema.get(_section(section), ())
     if len(kinds) < 2:
         return kinds[0] if kinds else None
     found = _at(tree, section)
@@ -131,7 +146,9 @@ def _names(kind: Any) -> list[str]:
 def _owner(section: Path, tree: Any, schema: Schema) -> str:
     kind = _chosen(section, tree, schema)
     return (
-        "Every recipe" if len(schema.get(section, ())) < 2 or kind is None else f"{section[-1]} {kind.name}"
+        "Every recipe"
+        if len(schema.get(_section(section), ())) < 2 or kind is None
+        else f"{_called(section)} {kind.name}"
     )
 
 
@@ -141,8 +158,8 @@ def _unknown_key(path: Path, tree: Any, schema: Schema) -> str:
     kind = _chosen(here, tree, schema)
     if kind is None:  # inside an option whose type is a user's own
         return "unknown key. Remove it."
-    of = f" for {kind.name}" if len(schema[here]) > 1 else ""
-    siblings = [other.name for other in schema[here] if other is not kind and key in _names(other)]
+    of = f" for {kind.name}" if len(schema[_section(here)]) > 1 else ""
+    siblings = [other.name for other in schema[_section(here)] if other is not kind and key in _names(other)]
     if siblings:
         return f"unknown key{of}; it is one of {' and '.join(siblings)}.{nearest('', _names(kind))}"
     dotted = _nearest_fields(key, [(*here, name) for name in _names(kind)])
@@ -163,11 +180,11 @@ def _nearest_fields(key: str, fields: list[Path]) -> list[str]:
 
 def _unknown_name(path: Path, tree: Any, schema: Schema) -> tuple[Path, str]:
     found = _at(tree, path)
-    known = [kind.name for kind in schema[path]]
-    own = " Your own: list its file under plugins." if path[-1] == "divergence" else ""
+    known = [kind.name for kind in schema[_section(path)]]
+    own = " Your own: list its file under plugins." if path[0] not in ("student", "capture") else ""
     if isinstance(found, dict):
         if "name" not in found:
             return (*path, "name"), f"missing.{nearest('', known)}{own}"
         path, found = (*path, "name"), found["name"]
-    what = path[-2] if path[-1] == "name" else path[-1]
+    what = _called(path[:-1] if path[-1] == "name" else path)
     return path, f"no {what} called {shown(found)}.{nearest(str(found), known)}{own}"

@@ -1,4 +1,4 @@
-"""The divergences that a recipe may name, as types whose fields are their options; plug-ins are loaded first.
+"""The registry as types: fields that hold a registered entry, and plug-ins, which are loaded first.
 
 Refused: a file that does not import, and options whose types no YAML value can have. Called by `load.py`.
 """
@@ -14,21 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter
+from pydantic import Field, GetCoreSchemaHandler, TypeAdapter
 from pydantic.errors import PydanticUserError
 from pydantic_core import CoreSchema, core_schema
 
 from potstill import registry
 from potstill.errors import UserError
+from potstill.recipe.fields import Config
 from potstill.recipe.paths import locate
 
 _loaded: dict[Path, str] = {}
-CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def load_plugins(tree: dict[str, Any], folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
     """Import a recipe's plug-ins and yield what is wrong with each; a missing file is left to the fields."""
-    registry.entries("divergence")  # first, so that a clash of names is the plug-in's
+    for kind in registry.HOMES:
+        registry.entries(kind)  # first, so that a clash of names is the plug-in's
     plugins = tree.get("plugins")
     for number, plugin in enumerate(plugins if isinstance(plugins, list) else []):
         try:
@@ -50,41 +51,62 @@ def _load(path: Path, content: bytes) -> None:
 
 
 def plugin_sha256(path: Path) -> str:
-    """sha256 of a plug-in's file as it was when it was imported last: that code runs, whatever is there."""
+    """sha256 of a plug-in's file as it was last imported: that code runs, not what the file says now."""
     return _loaded.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def divergences() -> tuple[Any, ...]:
-    """The options of every registered divergence, one dataclass each."""
-    return tuple(_options_type(name, function) for name, function in registry.entries("divergence").items())
+def config_types(kind: str) -> tuple[Any, ...]:
+    """The config class of every registered entry of a kind; a divergence's is made of its function's options.
+
+    Raises:
+        UserError: options that no YAML value can have.
+    """
+    make = _options_type if kind == "divergence" else _config_type
+    return tuple(make(kind, name, entry) for name, entry in registry.entries(kind).items())
 
 
 def divergence(name: str) -> Any:
     """A divergence with its default options."""
-    return _options_type(name, registry.entries("divergence")[name])()
+    return _options_type("divergence", name, registry.entries("divergence")[name])()
 
 
 @functools.cache
-def _options_type(name: str, function: Any) -> Any:
+def _config_type(kind: str, name: str, entry: Any) -> Any:
+    if not issubclass(entry, Config):
+        base = f"{kind.capitalize()}Config"
+        raise UserError(f"{kind} {name}: {entry.__name__} is no {base}. Derive it from potstill.{base}.")
+    try:
+        TypeAdapter(entry)
+    except (TypeError, ValueError, NameError, AttributeError, SyntaxError, PydanticUserError) as error:
+        raise _unreadable(kind, name, error) from error
+    return entry
+
+
+@functools.cache
+def _options_type(kind: str, name: str, function: Any) -> Any:
     """The same type for the same function, so that recipes compare equal."""
     try:
-        kind = registry.options_type(name, function)
+        options = registry.options_type(name, function)
         # Not the hints of the whole function: its tensors' types are often there for the type checker only.
-        hints = typing.get_type_hints(kind, getattr(function, "__globals__", {}), include_extras=True)
+        hints = typing.get_type_hints(options, getattr(function, "__globals__", {}), include_extras=True)
         formula = (function.__doc__ or name).strip().splitlines()[0]
-        for option in dataclasses.fields(kind):
+        for option in dataclasses.fields(options):
             described = formula if option.name == "name" else f"{option.name} in: {formula}"
             option.type = _described(hints[option.name], described)
-            kind.__annotations__[option.name] = option.type
-        kind.__pydantic_config__ = CONFIG  # type: ignore[attr-defined]
-        kind.__doc__ = function.__doc__
-        TypeAdapter(kind)
+            options.__annotations__[option.name] = option.type
+        options.__pydantic_config__ = Config.__pydantic_config__  # type: ignore[attr-defined]
+        options.__doc__ = function.__doc__
+        TypeAdapter(options)
     except (TypeError, ValueError, NameError, AttributeError, SyntaxError, PydanticUserError) as error:
-        is_type = isinstance(error, PydanticUserError)
-        said = "an option has a type that no YAML value has" if is_type else str(error).rstrip(".")
-        advice = "Annotate each keyword option with a plain type, such as float."
-        raise UserError(f"divergence {name}: its options cannot be read: {said}. {advice}") from error
-    return kind
+        raise _unreadable(kind, name, error) from error
+    return options
+
+
+def _unreadable(kind: str, name: str, error: Exception) -> UserError:
+    no_yaml = isinstance(error, PydanticUserError)
+    reason = "an option has a type that no YAML value has" if no_yaml else str(error).rstrip(".")
+    advice = "Annotate each option with a plain type, such as float."
+    return UserError(f"{kind} {name}: its options cannot be read: {reason}. {advice}")
 
 
 def _described(hint: Any, description: str) -> Any:
@@ -93,15 +115,22 @@ def _described(hint: Any, description: str) -> Any:
     return Annotated[(inner, Field(description=description), *own)]
 
 
-class RegisteredDivergence:
-    """Marks a field that holds one divergence with its options; a bare name is short for {name: it}."""
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """Marks a field that holds one registered entry of a kind with its options."""
+
+    kind: str
+    short: bool = False
+    """Whether a bare name may stand for {name: it}."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        kinds = divergences()
+        types = config_types(self.kind)
         whole = handler.generate_schema(
-            Annotated[functools.reduce(operator.or_, kinds), Field(discriminator="name")]
+            Annotated[functools.reduce(operator.or_, types), Field(discriminator="name")]
         )
-        short = core_schema.literal_schema([kind.name for kind in kinds])
+        if not self.short:
+            return whole
+        short = core_schema.literal_schema([each.name for each in types])
         return core_schema.no_info_before_validator_function(
             lambda value: {"name": value} if isinstance(value, str) else value,
             whole,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from potstill.errors import UserError
 from potstill.io.terminal import Display
 from potstill.report.page import Told, page
 from potstill.runs.comparison import read_comparison
 from potstill.runs.run_dir import RunDir, write_whole
+
+if TYPE_CHECKING:
+    from potstill.build.setup import RunSetup
 
 FORMAT = 1
 """Of `disagreement.json`; raised when what is in it changes."""
@@ -84,21 +88,30 @@ def _asked(run: RunDir, tokens: int) -> dict[str, Any]:
 
 
 def _measure(run: RunDir, tokens: int, display: Display) -> dict[str, Any]:
-    from potstill.build.setup import assemble
-    from potstill.evals.disagreement import disagreement
+    from potstill.build.resolve import resolve
+    from potstill.build.setup import process_of, set_up
     from potstill.recipe import load as recipes
 
     student = run.whole_student()
-    cast = assemble(recipes.load(run.resolved), display.note, saved_student=student)
-    if cast.corpus.fingerprint != run.corpus().get("fingerprint"):
+    resolved = resolve(recipes.load(run.resolved), saved_student=student)
+    with process_of(resolved.recipe):
+        setup = set_up(resolved, display.note)
+        with contextlib.closing(setup.teacher):
+            return _disagreement(run, setup, tokens)
+
+
+def _disagreement(run: RunDir, setup: RunSetup, tokens: int) -> dict[str, Any]:
+    from potstill.evals.disagreement import disagreement
+
+    if setup.corpus.fingerprint != run.corpus().get("fingerprint"):
         raise UserError(
             f"{run.path}: the corpus is not the run's any more, so its held-out rows are not either."
         )
-    taught = run.receipt().get("teacher", {}).get("weights_sha256")
-    weights = getattr(cast.teacher, "weights_sha256", None)
-    if taught is not None and weights is not None and weights() != taught:
+    recorded = run.receipt().get("teacher", {}).get("weights_sha256")
+    weights = setup.teacher.weights_sha256()
+    if recorded is not None and weights is not None and weights != recorded:
         raise UserError(f"{run.path}: the recipe's teacher is not the one that taught this run.")
-    rows = disagreement(cast.student, cast.teacher, cast.corpus.heldout, tokens, cast.tokenizer)
+    rows = disagreement(setup.student, setup.teacher, setup.corpus.heldout, tokens, setup.tokenizer)
     values = [token["kl"] for row in rows for token in row if "kl" in token]
     return {
         "rows": [[_rounded(token) for token in row] for row in rows],

@@ -7,13 +7,12 @@ tokenizer and generation settings, a whole GGUF file, and the plug-ins of the re
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from potstill.data import tokenizers
 from potstill.io.hashing import file_sha256
 from potstill.models import model_files
-from potstill.models.load import local_copy
-from potstill.recipe.load import Recipe
 from potstill.recipe.plugins import plugin_sha256
 
 SETTINGS = {
@@ -24,27 +23,22 @@ SETTINGS = {
 }
 
 
-def file_hashes(recipe: Recipe) -> dict[str, str]:
-    """`ROLE/FILE` -> sha256, a role being teacher, student, tokenizer or plugins with their number.
+def file_hashes(inputs: Mapping[str, Path], plugins: Sequence[str]) -> dict[str, str]:
+    """`ROLE/FILE` -> sha256. A role with a model's folder stands for the files beside its weights; one that names its
+    file stands for that file; `plugins` are numbered.
 
     Raises:
         UserError: a file that cannot be read.
     """
-    teacher = recipe.teacher
-    roles = {
-        "teacher": teacher.model if teacher.name in ("torch", "store") else None,
-        "student": recipe.student.model if recipe.student.name in ("checkpoint", "config") else None,
-        "tokenizer": recipe.corpus.tokenizer,
-    }
-    found = {}
-    for role, source in roles.items():
-        for path in _settings(local_copy(source)) if source is not None else ():
-            found[f"{role}/{path.name}"] = file_sha256(path)
-    if teacher.name == "store":
-        found["teacher/manifest.json"] = file_sha256(Path(teacher.path) / "manifest.json")
-    for number, plugin in enumerate(recipe.plugins):
-        found[f"plugins/{number}/{Path(plugin).name}"] = plugin_sha256(Path(plugin))
-    return found
+    hashes = {}
+    for role, path in inputs.items():
+        if "/" in role:
+            hashes[role] = file_sha256(path)
+        else:
+            hashes |= {f"{role}/{file.name}": file_sha256(file) for file in _settings(path)}
+    for number, plugin in enumerate(plugins):
+        hashes[f"plugins/{number}/{Path(plugin).name}"] = plugin_sha256(Path(plugin))
+    return hashes
 
 
 def _settings(source: Path) -> list[Path]:

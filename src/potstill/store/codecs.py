@@ -1,11 +1,12 @@
-"""The three kinds of targets that a store keeps, each as it is written and as it is read, row by row.
+"""The codecs of a store: how a row's targets become tensors on disk, and targets again.
 
-kind      holds                                                     divergences        temperatures
+name      holds                                                     divergences        temperatures
 hidden    the teacher's final hidden states; its head is beside     all                all
 sampled   a threshold sample of the distribution, and its entropy   forward KL alone   that of the capture
 topk      the k largest probabilities; the rest is one class        all, as bounds     that of the capture
 
-A row of P positions is a dictionary of tensors, which the shard joins to those of other rows. Bytes per
+"as bounds": the divergence over k ids and one class for the rest is never above the full one. A row of P
+positions is a dictionary of tensors, which the shard joins to those of other rows. Bytes per
 position of `sampled` with V ids, of which b = bits of V - 1, at K kept and M drawn ids: 5 for the counts (6
 below a threshold of 1/120), the tail and the entropy, max(K - 1, 0) for probabilities, (K + M) b / 8 for ids.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.store import sampling
 from potstill.store.bitpack import (
     GROUP,
@@ -34,32 +35,44 @@ from potstill.store.bitpack import (
     to_levels,
     unpack_ids,
 )
-from potstill.store.sampling import KEPT, TAIL_LEVELS, Uniforms, num_drawn
-from potstill.types import Head, HiddenTargets, Targets, moved
+from potstill.store.sampling import CODE_STREAM, TAIL_LEVELS, Uniforms, num_drawn
+from potstill.types import Head, Targets, moved
 
 DEFAULT_BYTES = 32.0
-FINEST = 1e-4
-"""Smallest threshold: below it a position may need more ids than the top of many a vocabulary."""
-AT_ONCE = 64
-"""Positions whose distributions exist at once."""
+MIN_THRESHOLD = 1e-4
+"""The smallest that is chosen: a position needs up to 1 / threshold ids, here 10,000."""
+POSITIONS_AT_ONCE = 64
+"""Positions whose distributions exist at once: [64, V] and not [P, V]."""
 Row = dict[str, Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Kind(Protocol):
-    """How a row's targets become tensors, and targets again."""
+class Codec(Protocol):
+    """How a row's targets become tensors of a shard, and targets again."""
 
-    def encode(self, hidden_PE: Tensor, head: Head, uniforms: Uniforms) -> Row: ...
+    def encode(self, hidden_PE: Tensor, head: Head, uniforms: Uniforms) -> Row:
+        """The targets of P positions of one row, on the CPU.
 
-    def decode(self, row: Row, head: Head) -> Targets: ...
+        Args:
+            hidden_PE: the teacher's final hidden states.
+            head: the teacher's, on the same device.
+            uniforms: random numbers of these positions; codecs without a draw ignore them.
+        """
+        ...
+
+    def decode(self, row: Row, head: Head) -> Targets:
+        """Targets of the row's P positions, from what `encode` returned."""
+        ...
 
 
 def distributions(
     hidden_PE: Tensor, head: Head, temperature: float
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A few positions after the other: p_CV, float32, and logits_CV at the temperature."""
-    for start in range(0, len(hidden_PE), AT_ONCE):
-        part = slice(start, min(start + AT_ONCE, len(hidden_PE)))
+    """Softmaxes of all positions, POSITIONS_AT_ONCE at a time: which they are, p_CV in float32, and logits_CV
+    divided by the temperature.
+    """
+    for start in range(0, len(hidden_PE), POSITIONS_AT_ONCE):
+        part = slice(start, min(start + POSITIONS_AT_ONCE, len(hidden_PE)))
         logits_CV = head(hidden_PE[part])
         if temperature != 1:
             logits_CV = logits_CV / temperature
@@ -67,17 +80,21 @@ def distributions(
 
 
 def entropy(p_CV: Tensor, logits_CV: Tensor) -> Tensor:
-    """Of each row of p_CV, the softmax of logits_CV, in nats."""
+    """Entropy of each row of p_CV, which is softmax(logits_CV): entropy_C in nats."""
+    # Without a second pass over [C, V]: H = logsumexp(z) - sum p z, and logsumexp(z) = max z - log max p.
     logsumexp_C = logits_CV.amax(-1) - p_CV.amax(-1).log()
     mean_C: Tensor = torch.linalg.vecdot(p_CV, logits_CV)
-    if not bool(mean_C.isfinite().all()):  # an id that is ruled out adds 0, and not 0 * inf
+    if not bool(mean_C.isfinite().all()):  # an impossible id adds 0, not 0 * inf
         mean_C = torch.linalg.vecdot(p_CV, logits_CV.clamp_min(torch.finfo(logits_CV.dtype).min))
     return (logsumexp_C - mean_C).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Final hidden states, in a type that the certificate tells the price of."""
+    """Final hidden states. What a narrower `dtype` costs, the certificate of each store measures.
+
+    `dtype` is float32, bfloat16, float16 or int8, which keeps one float16 scale for 64 numbers.
+    """
 
     dtype: str
 
@@ -95,7 +112,11 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Sampled:
-    """See `sampling`. The largest kept probability is what the others and the tail leave."""
+    """A threshold sample of the softmax at `temperature`, and its entropy: see `sampling`.
+
+    The largest kept probability takes no byte: it is what the others and the tail leave of one, so that a
+    decoded row sums to one exactly.
+    """
 
     threshold: float
     num_ids: int
@@ -103,7 +124,7 @@ class Sampled:
 
     @property
     def smallest(self) -> float:
-        """No kept probability is below it."""
+        """Lower bound of a kept probability, the lowest level of its code."""
         return self.threshold / 2
 
     @property
@@ -122,10 +143,12 @@ class Sampled:
         return joined
 
     def _coded(self, sample: sampling.Sample, uniforms: Uniforms) -> Row:
+        # A position's kept ids come first, by falling probability, then the drawn ones: the counts tell a
+        # reader which is which.
         kept_C = (sample.kept_ids_CK >= 0).sum(-1)
         others_CK = sample.kept_p_CK[:, 1:]
         is_other_CK = sample.kept_ids_CK[:, 1:] >= 0
-        codes_CK = to_levels(others_CK.clamp_min(self.smallest), self.smallest, uniforms.get(KEPT))
+        codes_CK = to_levels(others_CK.clamp_min(self.smallest), self.smallest, uniforms.get(CODE_STREAM))
         ids_CK = torch.cat([sample.kept_ids_CK, sample.drawn_ids_CM], -1)
         return {
             "kept": kept_C.to(self.count_dtype),
@@ -140,15 +163,16 @@ class Sampled:
         total_P = kept_P + drawn_P
         P, K = len(kept_P), max(int(total_P.max()), 1) if len(kept_P) else 1
         ids = torch.from_numpy(unpack_ids(row["ids"].numpy(), int(total_P.sum()), id_bits(self.num_ids)))
-        turn_K = torch.arange(K)
-        is_id_PK = turn_K < total_P[:, None]
+        column_K = torch.arange(K)
+        is_id_PK = column_K < total_P[:, None]
         ids_PK = torch.full((P, K), -1, dtype=torch.int64).masked_scatter_(is_id_PK, ids)
         tail_P = tail_P.double() / TAIL_LEVELS
         each_P = tail_P / drawn_P.clamp_min(1)
         p_PK = torch.where(is_id_PK, each_P[:, None], 0.0)
-        is_behind_PK = (turn_K >= 1) & (turn_K < kept_P[:, None])
-        p_PK.masked_scatter_(is_behind_PK, level(row["p"], self.smallest))
-        others_P = torch.where(is_behind_PK, p_PK, 0.0).sum(-1)
+        is_other_PK = (column_K >= 1) & (column_K < kept_P[:, None])
+        p_PK.masked_scatter_(is_other_PK, level(row["p"], self.smallest))
+        others_P = torch.where(is_other_PK, p_PK, 0.0).sum(-1)
+        # The first of the kept ids last: it is what all the others leave.
         p_PK[:, 0] = torch.where(kept_P > 0, (1 - tail_P - others_P).clamp_min(0), p_PK[:, 0])
         return SparseTargets(
             ids_PK, p_PK.log().float(), self.temperature, has_bucket=False, entropy_N=row["entropy"].float()
@@ -157,7 +181,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class TopK:
-    """The largest k, and all the rest in one class."""
+    """The k largest log-probabilities of the softmax at `temperature`; all other ids are one class."""
 
     k: int
     dtype: str
@@ -169,7 +193,7 @@ class TopK:
         for _, p_CV, logits_CV in distributions(hidden_PE, head, self.temperature):
             ids_CK, _ = sampling.top_k(p_CV, self.k)
             ids.append(ids_CK)
-            # Not the logarithm of a probability, which is 0 where it is too small.
+            # From the logits, not log(p_CK): a probability that underflows has a finite log-probability.
             logp_CK = logits_CV.gather(-1, ids_CK) - logits_CV.logsumexp(-1, keepdim=True)
             logp.append(logp_CK.to(DTYPES[self.dtype]))
         packed = pack_ids(torch.cat(ids).cpu().numpy().reshape(-1), id_bits(self.num_ids))
@@ -182,7 +206,11 @@ class TopK:
 
 
 def k_of(bytes_per_position: float, num_ids: int, dtype: str) -> int:
-    """Ids of top-k that so many bytes hold; UserError where they hold none."""
+    """The largest k of `TopK` within a number of bytes per position.
+
+    Raises:
+        UserError: fewer bytes than one id needs.
+    """
     each = id_bits(num_ids) / 8 + DTYPES[dtype].itemsize
     if bytes_per_position < each:
         raise UserError(
@@ -192,39 +220,42 @@ def k_of(bytes_per_position: float, num_ids: int, dtype: str) -> int:
     return min(int(bytes_per_position / each), num_ids)
 
 
-def planned_bytes(kind: dict[str, Any], num_ids: int, width: int) -> float:
-    """Of a position, before anything is captured; for a threshold that was asked for, at most.
+def planned_bytes(section: dict[str, Any], num_ids: int, width: int) -> float:
+    """Bytes per position, before anything is captured; an upper bound where the recipe gives a threshold.
 
     Args:
-        kind: the recipe's section `capture`.
-        width: of the teacher's hidden states.
+        section: the recipe's `capture`.
+        num_ids: V.
+        width: of the teacher's hidden states, E.
     """
-    match kind["name"]:
-        case "hidden" if kind["dtype"] == "int8":
+    match section["name"]:
+        case "hidden" if section["dtype"] == "int8":
             return float(width + 2 * -(-width // GROUP))
         case "hidden":
-            return float(width * DTYPES[kind["dtype"]].itemsize)
+            return float(width * DTYPES[section["dtype"]].itemsize)
         case "topk":
-            each = id_bits(num_ids) / 8 + DTYPES[kind["dtype"]].itemsize
+            each = id_bits(num_ids) / 8 + DTYPES[section["dtype"]].itemsize
             return each * (
-                min(kind["k"] or k_of(kind["bytes_per_position"], num_ids, kind["dtype"]), num_ids)
+                min(section["k"] or k_of(section["bytes_per_position"], num_ids, section["dtype"]), num_ids)
             )
-        case _ if kind["bytes_per_position"] or not kind["threshold"]:
-            return float(kind["bytes_per_position"] or DEFAULT_BYTES)
+        case _ if section["bytes_per_position"] or not section["threshold"]:
+            return float(section["bytes_per_position"] or DEFAULT_BYTES)
         case _:
-            most = torch.tensor([math.ceil(1 / kind["threshold"])])
-            return sampled_bytes(kind["threshold"], most, most * 0, num_ids)
+            most_C = torch.tensor([math.ceil(1 / section["threshold"])])
+            return sampled_bytes(section["threshold"], most_C, most_C * 0, num_ids)
 
 
 def sampled_bytes(threshold: float, kept_C: Tensor, drawn_C: Tensor, num_ids: int) -> float:
-    """Bytes of positions with so many ids, per position."""
+    """Bytes per position of C positions with these numbers of kept and drawn ids."""
     fixed = Sampled(threshold, num_ids, 1.0).count_dtype.itemsize + 2 + 2
     ids = packed_bytes(int((kept_C + drawn_C).sum()), id_bits(num_ids))
     return fixed + (ids + int((kept_C - 1).clamp_min(0).sum())) / max(len(kept_C), 1)
 
 
 def threshold_of(bytes_per_position: float, hidden_PE: Tensor, head: Head, temperature: float) -> float:
-    """The smallest threshold, to three digits, whose samples of these positions need no more bytes.
+    """The smallest threshold, to three digits, whose samples of these positions need no more bytes than that.
+
+    Found by bisection on its logarithm: bytes fall as the threshold rises. Nothing is drawn for it.
 
     Raises:
         UserError: fewer bytes than one id needs.
@@ -241,7 +272,7 @@ def threshold_of(bytes_per_position: float, hidden_PE: Tensor, head: Head, tempe
             f"capture.bytes_per_position: {bytes_per_position:g}, and one id of {head.num_ids} takes"
             f" {least:.3g}. Set it higher."
         )
-    low, high = math.log(FINEST), 0.0
+    low, high = math.log(MIN_THRESHOLD), 0.0
     while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if needed(math.exp(middle)) > bytes_per_position else (low, middle)

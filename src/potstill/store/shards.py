@@ -3,9 +3,9 @@
     rows      int64 [R]           numbers of the rows
     places    uint8 [R, T / 8]    which places in a row have targets: bit t % 8 of byte t // 8
     offsets   int64 [R + 1, A]    where each row begins in the A tensors below, in order of their names
-    ...       what the kind of targets keeps, the rows' one after the other
+    ...       the tensors of the codec, those of the rows one after the other
 
-safetensors does not notice a flipped bit: a block is hashed when it is first touched, and what is damaged is
+safetensors does not notice a flipped bit: each block is hashed when it is first read, and a damaged one is
 refused before a number of it is used. A file is written whole or not at all.
 """
 
@@ -46,7 +46,7 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of a file."""
+    """What a manifest has of a file: its name, its size, and hashes of the whole and of each block."""
 
     file: str
     bytes: int
@@ -64,6 +64,25 @@ class FileRecord:
                 total += len(block)
         return cls(path.name, total, whole.hexdigest(), blocks)
 
+    @classmethod
+    def parse(cls, entry: Any, place: Path) -> FileRecord:
+        """A record out of the JSON file at `place`.
+
+        Raises:
+            UserError: fields missing or unknown, too few hashes for the size, or a name with a folder in it,
+                which would lead out of the store.
+        """
+        try:
+            record = cls(**entry)
+            is_sound = len(record.blocks) == -(-record.bytes // BLOCK_BYTES) > 0 and all(
+                isinstance(block, str) for block in record.blocks
+            )
+        except TypeError:
+            is_sound = False
+        if not is_sound or Path(record.file).name != record.file:
+            raise UserError(f"{place}: damaged: no record of a file: {entry!r:.80}. {AGAIN}")
+        return record
+
 
 def block_hash(block: bytes | memoryview) -> str:
     return hashlib.blake2b(block, digest_size=16).hexdigest()
@@ -72,7 +91,14 @@ def block_hash(block: bytes | memoryview) -> str:
 def write_shard(
     path: Path, rows: Sequence[int], places: Sequence[Tensor], encoded: Sequence[dict[str, Tensor]], T: int
 ) -> FileRecord:
-    """Rows of targets as a file; `places` are the positions of each row, int64."""
+    """Write rows of targets as one file.
+
+    Args:
+        rows: their numbers over both splits.
+        places: of each row, the places in it that have targets, places_P in int64.
+        encoded: of each row, the tensors that the codec made of its P positions; all have the same names.
+        T: tokens in a row.
+    """
     names = sorted(encoded[0])
     ends = [[0] * len(names)]
     for row in encoded:
@@ -90,9 +116,12 @@ def write_shard(
 
 
 class VerifiedFile:
-    """Tensors of a safetensors file, read in slices; each block is hashed when it is first touched.
+    """Tensors of a safetensors file, read in slices; each block is hashed when it is first read.
 
     Nothing is held open between reads: a store may have more files than a process may open.
+
+    Raises:
+        UserError: another size than recorded, or a damaged header.
     """
 
     def __init__(self, path: Path, record: FileRecord) -> None:
@@ -103,15 +132,17 @@ class VerifiedFile:
         header_bytes = int.from_bytes(self.bytes(0, 8), "little")
         if not 0 < header_bytes <= size - 8:
             raise UserError(f"{path}: damaged: its header has {header_bytes} of {size} bytes. {AGAIN}")
+        # Its hashes are compared before JSON is parsed, and offsets are checked before one is followed.
         header: dict[str, Any] = json.loads(self.bytes(8, 8 + header_bytes))
         check_safetensors(path)
         self._start = 8 + header_bytes
         self.header = {name: entry for name, entry in header.items() if name != "__metadata__"}
 
     def bytes(self, first: int, last: int) -> bytearray:
-        """Of the file, sound; UserError where they are not what the manifest says."""
+        """Bytes `first` to `last` of the file, verified; UserError where a block is damaged."""
         blocks = range(first // BLOCK_BYTES, -(-last // BLOCK_BYTES))
         begin, end = first, last
+        # A hash is of a whole block: read the blocks whole once, and afterwards only the bytes themselves.
         if not all(self._is_sound[blocks.start : blocks.stop]):
             begin, end = blocks.start * BLOCK_BYTES, min(blocks.stop * BLOCK_BYTES, self.record.bytes)
         try:
@@ -123,7 +154,7 @@ class VerifiedFile:
         if len(data) < end - begin:
             raise UserError(f"{self.path}: ends at byte {begin + len(data)}, {end} are wanted. {AGAIN}")
         for number in blocks:
-            if not self._is_sound[number]:  # then all of the blocks were read whole
+            if not self._is_sound[number]:
                 at = number * BLOCK_BYTES - begin
                 self._require_sound(number, memoryview(data)[at : at + BLOCK_BYTES])
         return data[first - begin : last - begin]
@@ -156,7 +187,7 @@ class VerifiedFile:
 
 
 def require_size(path: Path, record: FileRecord) -> None:
-    """Refuse what is no plain file, or a file of another size."""
+    """Refuse what is not a plain file, or has another size than recorded."""
     with opened(path, "a file of targets", AGAIN) as file:
         size = os.fstat(file.fileno()).st_size
     if size != record.bytes:
@@ -165,7 +196,7 @@ def require_size(path: Path, record: FileRecord) -> None:
 
 @dataclass
 class Shard:
-    """A shard that is read row by row."""
+    """A shard, read row by row."""
 
     file: VerifiedFile
     rows: list[int] = field(init=False)
@@ -178,26 +209,26 @@ class Shard:
         self._names = sorted(set(self.file.header) - set(INDEX))
 
     def row(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Places of the targets, int64, and what the kind keeps, of the shard's `number`-th row."""
+        """Of the shard's `number`-th row: places_P of its targets, int64, and its tensors for the codec."""
         bits = np.unpackbits(self.file.tensor("places", number, number + 1)[0].numpy(), bitorder="little")
         begin, end = self.file.tensor("offsets", number, number + 2).tolist()
-        kept = {
+        encoded = {
             name: self.file.tensor(name, first, last)
             for name, first, last in zip(self._names, begin, end, strict=True)
         }
-        return torch.from_numpy(np.flatnonzero(bits)), kept
+        return torch.from_numpy(np.flatnonzero(bits)), encoded
 
 
 def flaws(path: Path, record: FileRecord) -> Iterator[str]:
-    """What is wrong with a file, whole; nothing where it is sound."""
+    """What is wrong with a file, read to its last byte; nothing where it is sound."""
     try:
-        found = FileRecord.of(path)
+        actual = FileRecord.of(path)
     except UserError as error:
         yield str(error)
         return
-    if found.bytes != record.bytes:
-        yield f"{path}: has {found.bytes} bytes, the manifest says {record.bytes}. {AGAIN}"
-    elif found.sha256 != record.sha256 or found.blocks != record.blocks:
-        wrong = [n for n, (a, b) in enumerate(zip(found.blocks, record.blocks, strict=False)) if a != b]
+    if actual.bytes != record.bytes:
+        yield f"{path}: has {actual.bytes} bytes, the manifest says {record.bytes}. {AGAIN}"
+    elif actual.sha256 != record.sha256 or actual.blocks != record.blocks:
+        wrong = [n for n, (a, b) in enumerate(zip(actual.blocks, record.blocks, strict=False)) if a != b]
         where = f"block {', '.join(map(str, wrong[:8]))}" if wrong else "it"
         yield f"{path}: damaged: {where} is not what was written. {AGAIN}"

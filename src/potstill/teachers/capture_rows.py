@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.store.codecs import Kind, Row
+from potstill.losses.targets import HiddenTargets
+from potstill.store.codecs import Codec, Row
 from potstill.store.sampling import Uniforms
 from potstill.store.shards import FileRecord, write_shard
-from potstill.teachers.hf import TorchTeacher
-from potstill.types import Rows
+from potstill.types import Rows, Teacher
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,16 @@ class Captured:
 
 @torch.no_grad()
 def captured(
-    teacher: TorchTeacher, rows: Rows, numbers: Sequence[int], kind: Kind, seed: int, rows_per_batch: int
+    teacher: Teacher, rows: Rows, numbers: Sequence[int], codec: Codec, seed: int, rows_per_batch: int
 ) -> Iterator[Captured]:
     """Targets of these rows, one after the other; `rows_per_batch` go through the teacher at once."""
+    model = teacher.model
+    assert model is not None  # `capture` refuses others
     for start in range(0, len(numbers), rows_per_batch):
         batch = rows.batch(numbers[start : start + rows_per_batch])
         T = batch.input_ids_BT.shape[1]
-        targets = teacher.targets(batch.to(teacher.model.device))
+        targets = teacher.targets(batch.to(model.device))
+        assert isinstance(targets, HiddenTargets)
         if not bool(targets.hidden_NE.isfinite().all()):
             raise UserError(
                 f"teacher: its hidden states are not finite in rows {batch.rows_B.tolist()}. Set"
@@ -55,22 +58,22 @@ def captured(
         for row, positions_P, hidden_PE in split:
             places_P = positions_P % T
             uniforms = Uniforms(seed, row, places_P.numpy(), hidden_PE.device)
-            yield Captured(row, places_P, kind.encode(hidden_PE, teacher.model.head, uniforms))
+            yield Captured(row, places_P, codec.encode(hidden_PE, model.head, uniforms))
 
 
 def capture_shard(
     file: Path,
-    teacher: TorchTeacher,
+    teacher: Teacher,
     rows: Rows,
     numbers: Sequence[int],
-    kind: Kind,
+    codec: Codec,
     seed: int,
     rows_per_batch: int,
     on_row: Callable[[Captured], None] = lambda row: None,
 ) -> FileRecord:
     """The rows' targets as one file."""
     found = []
-    for one in captured(teacher, rows, numbers, kind, seed, rows_per_batch):
+    for one in captured(teacher, rows, numbers, codec, seed, rows_per_batch):
         found.append(one)
         on_row(one)
     T = rows.batch(numbers[:1]).input_ids_BT.shape[1]

@@ -6,25 +6,47 @@ no gradient, eval mode, and a hash that is the same after training as before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from potstill.data.tokenizers import has_tokenizer, load_tokenizer, vocab_of
+from potstill.data.tokenizers import vocab_of
 from potstill.errors import UserError
+from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.models.llama_cpp import LlamaCppLM
-from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
-from potstill.models.quantization import quantisation
+from potstill.models.load import (
+    choose_device,
+    choose_dtype,
+    load_causal_lm,
+    longest_row,
+    plain_config,
+    weights_sha256,
+    without_data,
+)
+from potstill.models.quantization import pack_for_plan, quantisation
+from potstill.models.source import ModelFiles
+from potstill.recipe.sections_models import HfTeacherConfig
 from potstill.teachers.backends import FULL, Choice, choose
+from potstill.teachers.base import BaseTeacher, Part, TeacherSource
+from potstill.teachers.quantization_gap import quantization_gap
 from potstill.teachers.toy import as_tensor, require_ids, require_known, require_last
-from potstill.types import Batch, HiddenTargets, Vocab
+from potstill.types import Batch, Finding, Vocab
+
+if TYPE_CHECKING:
+    from potstill.build.setup import RunSetup
 
 
-class TorchTeacher:
+class TorchTeacher(BaseTeacher):
     """Make one with `for_inference`."""
+
+    label = "torch"
+    model: CausalLM
+    source: HfSource | None = None
+    """What the recipe says of it; None for one that a program made."""
 
     def __init__(self, model: CausalLM, tokenizer: Any | None, choice: Choice | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -34,6 +56,7 @@ class TorchTeacher:
         self.vocab = (
             Vocab(size=model.vocab_size) if tokenizer is None else vocab_of(tokenizer, model.vocab_size)
         )
+        self.max_length = longest_row(model.hf.config)
 
     @classmethod
     def for_inference(
@@ -46,6 +69,7 @@ class TorchTeacher:
         weights: str = FULL,
         backend: str = "auto",
         tokens: int | None = None,
+        files: ModelFiles | None = None,
     ) -> Self:
         """Load, verify, probe and freeze.
 
@@ -56,21 +80,25 @@ class TorchTeacher:
             weights: full, int8, int4, or stored: a GGUF file's own blocks.
             backend: what runs the layers, see `backends`.
             tokens: of the longest row, which llama.cpp is to know; None: what the model was made for.
+            files: those of `checkpoint_dir`, where they have been looked at already.
 
         Raises:
             UserError: see `load_causal_lm`, `choose_device` and `choose`.
         """
         where, as_type = choose_device(str(device)), choose_dtype(dtype)
-        path = local_copy(checkpoint_dir)
-        choice = choose(path, weights, backend, where)
+        files = files or ModelFiles(checkpoint_dir)
+        choice = choose(files.path, weights, backend, where)
         name = f"teacher {checkpoint_dir}"
         if choice.backend == "llama_cpp":
-            model: CausalLM = LlamaCppLM.open(path, as_type, tokens, name)
+            files.verify()
+            model: CausalLM = LlamaCppLM.open(files.path, as_type, tokens, name, files.config)
         else:
             packed = None if choice.is_full else quantisation(choice.backend, weights, as_type)
-            model = load_causal_lm(path, config=config, dtype=as_type, device=where, quantisation=packed)
+            files.verify()  # before its config is read
+            options: dict[str, Any] = {"config": config, "own_config": files.config, "quantisation": packed}
+            model = load_causal_lm(files.path, dtype=as_type, device=where, **options)
             model.name = name
-        return cls(model, load_tokenizer(path) if has_tokenizer(path) else None, choice)
+        return cls(model, files.tokenizer, choice)
 
     @property
     def vocab_size(self) -> int:
@@ -111,8 +139,39 @@ class TorchTeacher:
         # Taken out here, they are ordinary tensors, which autograd may keep.
         return HiddenTargets(hidden_BTE.flatten(0, 1)[batch.positions_N], self.model.head)
 
+    def share_ids(self, ids: int) -> int:
+        self.model.mask_from(ids)
+        return ids
+
+    def to_cut_from(self) -> tuple[CausalLM, str]:
+        """Of a quantized teacher, its full weights, which are loaded beside it."""
+        where = self.model.name.removeprefix("teacher ") if self.source is None else self.source.config.model
+        if self.choice.is_full:
+            return self.model, where
+        dtype, files = self.model.head.weight_VD.dtype, None if self.source is None else self.source.files
+        full = TorchTeacher.for_inference(where, device=self.model.device, dtype=dtype, files=files)
+        return full.model, where
+
+    def describe(self) -> dict[str, Any]:
+        where = None if self.source is None else self.source.config.model
+        return {"source": where, "runs_on": vars(self.choice)}
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"teacher": self.weights_sha256()}
+
     def weights_sha256(self) -> str:
         return weights_sha256(self.model)
+
+    def checks(self, setup: RunSetup, student_kl: float) -> Iterator[Finding]:
+        """A quantized teacher farther from its full weights than the student is from it teaches its own rounding."""
+        if self.choice.is_full or self.source is None:
+            return
+        heldout = setup.corpus.heldout
+        batch = heldout.batch(range(min(2, len(heldout)))).to(self.model.device)
+        full = self.source.full(self.model.device)
+        gap = quantization_gap(self, full, self.source.reference.source, batch, setup.shared.ids)
+        advice = f"The student is only {student_kl:.3g} nats away. Take more bits: teacher.weights"
+        yield Finding("teacher's bits", gap.summary(), gap.kl < student_kl, advice, gap.as_dict())
 
     def _require(self, input_ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
         ids_BT = require_ids("torch", input_ids_BT)
@@ -149,6 +208,7 @@ class CudaTrainerTeacher(TorchTeacher):
         weights: str = FULL,
         backend: str = "auto",
         tokens: int | None = None,
+        files: ModelFiles | None = None,
         model_config: Any = None,
     ) -> Self:
         """`model_config` is what the checkpoint must be; see `TorchTeacher.for_inference`."""
@@ -158,4 +218,73 @@ class CudaTrainerTeacher(TorchTeacher):
             )
         config = config if model_config is None else model_config
         bits = {"weights": weights, "backend": backend}
-        return super().for_inference(checkpoint_dir, config, device, dtype, tokens=tokens, **bits)
+        return super().for_inference(
+            checkpoint_dir, config, device, dtype, tokens=tokens, files=files, **bits
+        )
+
+
+class HfSource(TeacherSource):
+    """`teacher.name: torch`: the model's files, looked at before its weights are loaded."""
+
+    config: HfTeacherConfig
+    lacks_tokenizer = "a folder with its tokenizer's files in teacher.model"
+
+    def __init__(self, config: HfTeacherConfig, device: torch.device) -> None:
+        super().__init__(config, device)
+        self.files = ModelFiles(config.model)
+        self.reference = self.files if config.reference is None else ModelFiles(config.reference)
+        """The full weights that fewer bits are measured against."""
+
+    @property
+    def checkpoints(self) -> list[ModelFiles]:
+        return list(dict.fromkeys([self.files, self.reference]))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.files.vocab_size
+
+    @property
+    def model_config(self) -> Any:
+        return self.files.config
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        return {"teacher": self.files.path}
+
+    def load(self, tokens_per_row: int) -> TorchTeacher:
+        config = self.config
+        teacher = TorchTeacher.for_inference(
+            config.model,
+            device=self.device,
+            dtype=config.dtype,
+            weights=config.weights,
+            backend=config.backend,
+            tokens=tokens_per_row,
+            files=self.files,
+        )
+        teacher.source, teacher.is_sharded = self, config.sharded
+        return teacher
+
+    def full(self, device: torch.device) -> TorchTeacher:
+        """Its weights at full precision, beside a quantized teacher."""
+        files = self.reference
+        return TorchTeacher.for_inference(files.source, device=device, dtype=self.config.dtype, files=files)
+
+    def plan_key(self) -> Any:
+        config = self.config
+        return config.name, config.dtype, config.weights, config.backend, self.files.bytes_of_file
+
+    def double(self, part: Part) -> TorchTeacher:
+        teacher = self._full_double()
+        if self.config.weights != FULL:
+            pack_for_plan(teacher.model, self.config.weights, self.files.bytes_of_file)
+        return teacher
+
+    def measured_double(self) -> TorchTeacher | None:
+        return None if self.config.weights == FULL else self._full_double()
+
+    def _full_double(self) -> TorchTeacher:
+        dtype = choose_dtype(self.config.dtype)
+        return TorchTeacher(
+            without_data(plain_config(self.model_config), dtype, self.device, "teacher"), None
+        )

@@ -7,8 +7,9 @@ does not fit the store, with the field that differs and both values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,33 +19,47 @@ from torch.nn import functional as F
 
 from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
-from potstill.losses.targets import SparseTargets
+from potstill.losses.targets import HiddenTargets, SparseTargets
+from potstill.models.causal_lm import CausalLM
+from potstill.models.load import local_copy
+from potstill.models.source import ModelFiles
+from potstill.recipe.sections_models import StoreTeacherConfig
 from potstill.store.codecs import Hidden
-from potstill.store.reader import HELDOUT_KIND, ROWS_ADVICE, Store
+from potstill.store.layout import HELDOUT_CODEC
+from potstill.store.reader import ROWS_ADVICE, Store, read_manifest
+from potstill.teachers.base import BaseTeacher, Part, TeacherSource
 from potstill.teachers.hf import TorchTeacher
-from potstill.types import Batch, Head, HiddenTargets, Targets, Vocab
+from potstill.types import Batch, Head, Targets, Vocab
 
 OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows", "documents", "tokens")
 """What of a corpus is compared by name before its fingerprint, which says only that something differs."""
 
 
-class StoredTeacher:
+class StoredTeacher(BaseTeacher):
     """Make one with `open`. Reads a row's targets when the row is asked for; nothing is kept in memory."""
 
-    reads_on_the_cpu = True
-    """Which positions are asked for: a batch still there is not waited for."""
+    label = "store"
+    reads_new_text = False
+    reads_on_cpu = (
+        True  # the positions decide which bytes are read: a batch on a device would have to be waited for
+    )
 
-    def __init__(self, store: Store, device: torch.device | str = "cpu") -> None:
+    def __init__(self, store: Store, device: torch.device | str = "cpu", model: str | None = None) -> None:
         self.store = store
+        self.device = torch.device(device)
+        self.named_model = model
+        """What the recipe says that was captured; None: nothing."""
         folder = store.tokenizer_folder
         self.tokenizer = None if folder is None else load_tokenizer(folder)
         self.vocab = Vocab(size=self.vocab_size) if self.tokenizer is None else self._vocab()
         self.head = _on(store.head, device)
 
     @classmethod
-    def open(cls, path: str | Path, device: torch.device | str = "cpu") -> StoredTeacher:
+    def open(
+        cls, path: str | Path, device: torch.device | str = "cpu", model: str | None = None
+    ) -> StoredTeacher:
         """Raises UserError for a folder that is no whole store."""
-        return cls(Store(Path(path)), device)
+        return cls(Store(Path(path)), device, model)
 
     @property
     def vocab_size(self) -> int:
@@ -71,26 +86,22 @@ class StoredTeacher:
             found.append(self._row(row, asked_P))
         return joined(found, self.head.weight_VD.device)
 
-    def require_fits(self, corpus: dict[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
-        """Refuse what the targets were not made for.
+    def share_ids(self, ids: int) -> int:
+        return ids  # which those of the store must be: see `require_fits`
 
-        Args:
-            corpus: its manifest.
-            objective: the recipe's section.
-            ids: that teacher, student and corpus mean the same by.
-            rows: training rows that the run will ask for.
-        """
+    def require_fits(self, corpus: Mapping[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
+        """Refuse what the targets were not made for."""
         kept, theirs = self.store.manifest, self.store.manifest["corpus"]
         for name in (*OF_CORPUS, "fingerprint"):
             if corpus[name] != theirs[name]:
                 self._refuse(f"corpus: {name} was {_short(theirs[name])}, is {_short(corpus[name])}.")
         if ids != kept["vocabulary"]["ids"]:
             self._refuse(f"vocabulary: {kept['vocabulary']['ids']} shared ids then, {ids} with this student.")
-        if kept["rows"] < theirs["train_rows"] and (missing := self.store.without(rows)):
+        if kept["rows"] < theirs["train_rows"] and (missing := self.store.missing(rows)):
             self._refuse(
                 f"rows: {len(missing)} of this run's are not in it, one is {missing[0]}.", ROWS_ADVICE
             )
-        if isinstance(self.store.kind, Hidden):
+        if isinstance(self.store.codec, Hidden):
             return
         name = kept["kind"]["name"]
         if objective.temperature != kept["temperature"]:
@@ -116,16 +127,48 @@ class StoredTeacher:
                 "Name the model that was captured in teacher.model, or capture this one.",
             )
 
+    def confirm(self) -> None:
+        if self.named_model is not None:  # a receipt repeats what the recipe names, so it must be true
+            self.to_cut_from()
+
+    def to_cut_from(self) -> tuple[CausalLM, str]:
+        """The model that was captured, loaded and compared by its hash."""
+        recorded = self.store.manifest["teacher"]
+        source = captured_source(self.named_model, recorded)
+        options = {"device": self.device, "dtype": recorded["dtype"]}
+        bits = {name: recorded[name] for name in ("weights", "backend") if name in recorded}
+        model = TorchTeacher.for_inference(source, **options, **bits)
+        self.require_teacher(source, model.weights_sha256())
+        if bits:
+            del model  # before the full one is there
+            model = TorchTeacher.for_inference(source, **options)
+        return model.model, source
+
+    def describe(self) -> dict[str, Any]:
+        manifest = self.store.manifest
+        names = ("kind", "temperature", "bytes_per_position", "certificate")
+        return {
+            "source": captured_source(self.named_model, manifest["teacher"]),
+            "weights_sha256": self.weights_sha256(),
+            "store": {name: manifest[name] for name in names},
+        }
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"teacher": str(self.store.manifest["seal"])}
+
+    def weights_sha256(self) -> str:
+        return str(self.store.manifest["teacher"]["weights_sha256"])
+
     def _vocab(self) -> Vocab:
         return vocab_of(self.tokenizer, self.vocab_size)
 
     def _row(self, row: int, asked_P: Tensor) -> Targets:
         places_P, kept = self.store.row(row)
-        kind = HELDOUT_KIND if self.store.is_heldout(row) else self.store.kind
+        codec = HELDOUT_CODEC if self.store.is_heldout(row) else self.store.codec
         index_P = torch.searchsorted(places_P, asked_P).clamp_max(max(len(places_P) - 1, 0))
         if len(asked_P) and not (len(places_P) and torch.equal(places_P[index_P], asked_P)):
             self._refuse(f"row {row}: asked for positions that it has no targets for.")
-        targets = kind.decode(kept, self.head)
+        targets = codec.decode(kept, self.head)
         return targets if torch.equal(places_P, asked_P) else _picked(targets, index_P)
 
     def _refuse_ids(self) -> NoReturn:
@@ -155,26 +198,9 @@ def _picked(targets: Targets, index_P: Tensor) -> Targets:
     )
 
 
-def captured_model(asked: Any, teacher: StoredTeacher, device: torch.device) -> tuple[TorchTeacher, str]:
-    """The model that a store's targets are of, and where it lies; UserError where it is another.
-
-    `asked` is the recipe's section.
-    """
-    kept = teacher.store.manifest["teacher"]
-    source = captured_source(asked, kept)
-    of = {"device": device, "dtype": kept["dtype"]}
-    bits = {name: kept[name] for name in ("weights", "backend") if name in kept}
-    model = TorchTeacher.for_inference(source, **of, **bits)
-    teacher.require_teacher(source, model.weights_sha256())
-    if bits:
-        del model  # before the full one is there
-        model = TorchTeacher.for_inference(source, **of)
-    return model, source
-
-
-def captured_source(asked: Any, kept: dict[str, Any]) -> str:
+def captured_source(named: str | None, recorded: Mapping[str, Any]) -> str:
     """Where the model of a store lies: where the recipe says, else where the capture found it."""
-    return str(asked.model or kept["source"])
+    return str(named or recorded["source"])
 
 
 def joined(found: list[Targets], device: torch.device) -> Targets:
@@ -196,3 +222,69 @@ def joined(found: list[Targets], device: torch.device) -> Targets:
 
 def _short(value: Any) -> str:
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 else str(value)
+
+
+class StoreSource(TeacherSource):
+    """`teacher.name: store`: a store's manifest, read before its targets are."""
+
+    config: StoreTeacherConfig
+    part = "store"
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(Path(self.config.path))
+
+    @cached_property
+    def captured(self) -> ModelFiles:
+        """The files of the model that was captured."""
+        return ModelFiles(captured_source(self.config.model, self.manifest["teacher"]))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.manifest["vocabulary"]["size"])
+
+    @property
+    def tokenizers(self) -> list[Path]:
+        folder = Store(Path(self.config.path)).tokenizer_folder
+        return [] if folder is None else [folder]
+
+    @property
+    def layers_config(self) -> Any:
+        return self.captured.config
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        named = {} if self.config.model is None else {"teacher": local_copy(self.config.model)}
+        return named | {"teacher/manifest.json": Path(self.config.path) / "manifest.json"}
+
+    def load(self, tokens_per_row: int) -> StoredTeacher:
+        return StoredTeacher.open(self.config.path, self.device, self.config.model)
+
+    def plan_key(self) -> Any:
+        return self.manifest
+
+    def double(self, part: Part) -> StoreDouble:
+        return StoreDouble(self.manifest, self.device, part)
+
+
+class StoreDouble(BaseTeacher):
+    """What a stored teacher holds in memory: its head, and a batch's targets while a step has them."""
+
+    def __init__(self, manifest: Mapping[str, Any], device: torch.device, part: Part) -> None:
+        kind = manifest["kind"]
+        self.vocab = Vocab(size=manifest["vocabulary"]["size"])
+        dtype = getattr(torch, manifest["teacher"]["dtype"])
+        weight_VE = torch.zeros(self.vocab_size, manifest["head"]["width"], dtype=dtype, device=device)
+        self.head, self.part = Head(weight_VE), part
+        most = {"hidden": 0, "topk": kind.get("k")}
+        self.num_kept = most.get(kind["name"], int(1 / kind.get("threshold", 1)) + 1)
+        """Ids of a position at most; 0 for hidden states."""
+        self.temperature = manifest["temperature"] or 1.0
+
+    def targets(self, batch: Batch) -> Targets:
+        N, weight_VE = len(batch.positions_N), self.head.weight_VD
+        with self.part("store"):
+            if not self.num_kept:
+                return HiddenTargets(weight_VE.new_zeros(N, weight_VE.shape[1]), self.head)
+            ids_NK = torch.zeros(N, self.num_kept, dtype=torch.int64, device=weight_VE.device)
+            return SparseTargets(ids_NK, ids_NK.float(), self.temperature, has_bucket=False)

@@ -7,9 +7,10 @@ refuse.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,8 +18,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from potstill.errors import UserError, one_line
+from potstill.losses.targets import HiddenTargets
 from potstill.models.safetensors_files import check_safetensors
-from potstill.types import Batch, HiddenTargets, Vocab
+from potstill.recipe.sections_models import FixtureTeacherConfig, TableTeacherConfig
+from potstill.teachers.base import BaseTeacher, Part, TeacherSource
+from potstill.types import Batch, Vocab
 
 PEAK = 10.0  # the logit of the id that the fixture points at; every other id has 0
 
@@ -52,22 +56,18 @@ def require_last(teacher: str, ids_BT: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class FixtureTeacher:
+class FixtureTeacher(BaseTeacher):
     """Logit 10 at the id that comes next, 0 elsewhere; at the last position, at that position's own id.
 
     Deterministic and stateless. An id outside the vocabulary counts as id 0.
     """
 
-    vocab_size: int
+    label = "fixture"
 
-    def __post_init__(self) -> None:
-        if self.vocab_size < 1:
-            raise UserError(f"teacher fixture: vocab_size is {self.vocab_size}. Give at least 1.")
-
-    @property
-    def vocab(self) -> Vocab:
-        return Vocab(size=self.vocab_size)
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 1:
+            raise UserError(f"teacher fixture: vocab_size is {vocab_size}. Give at least 1.")
+        self.vocab = Vocab(size=vocab_size)
 
     def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
         ids_BT = require_ids("fixture", input_ids_BT)
@@ -94,14 +94,14 @@ def peaked(ids: Tensor, vocab_size: int) -> Tensor:
     return one_hot(ids, vocab_size).to(torch.float32) * PEAK
 
 
-@dataclass(frozen=True)
-class TableTeacher:
+class TableTeacher(BaseTeacher):
     """The next token depends on the current one alone: logits_VV[i] are the logits after id i."""
 
-    logits_VV: Tensor
+    label = "table"
 
-    def __post_init__(self) -> None:
-        shape = list(self.logits_VV.shape)
+    def __init__(self, logits_VV: Tensor) -> None:
+        self.logits_VV = logits_VV
+        shape = list(logits_VV.shape)
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
             raise UserError(
                 f"teacher table: logits have shape {shape}. Give a square table [vocabulary, vocabulary]."
@@ -110,6 +110,7 @@ class TableTeacher:
             raise UserError(
                 f"teacher table: logits of type {self.logits_VV.dtype} must be finite floating-point numbers."
             )
+        self.vocab = Vocab(size=shape[0])
 
     @classmethod
     def load(cls, path: Path) -> TableTeacher:
@@ -125,14 +126,6 @@ class TableTeacher:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self.logits_VV)
-
-    @property
-    def vocab(self) -> Vocab:
-        return Vocab(size=self.vocab_size)
-
     def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
         ids_BT = self._require_known(input_ids_BT)
         require_last("table", ids_BT)
@@ -143,6 +136,9 @@ class TableTeacher:
 
     def targets(self, batch: Batch) -> HiddenTargets:
         return HiddenTargets(batch.input_ids_BT.flatten()[batch.positions_N], self._rows)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"teacher": hashlib.sha256(self.logits_VV.numpy().tobytes()).hexdigest()}
 
     @cached_property
     def _tables(self) -> dict[torch.device, Tensor]:
@@ -162,3 +158,43 @@ def require_known(teacher: str, ids_BT: Tensor, vocab_size: int) -> None:
     if ids_BT.numel() and not (int(ids_BT.min()) >= 0 and int(ids_BT.max()) < vocab_size):
         worst = int(ids_BT.max()) if int(ids_BT.max()) >= vocab_size else int(ids_BT.min())
         raise UserError(f"teacher {teacher}: id {worst} is outside the vocabulary of {vocab_size} ids.")
+
+
+class FixtureSource(TeacherSource):
+    """`teacher.name: fixture`."""
+
+    config: FixtureTeacherConfig
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def load(self, tokens_per_row: int) -> FixtureTeacher:
+        return FixtureTeacher(self.config.vocab_size)
+
+    def double(self, part: Part) -> FixtureTeacher:
+        return FixtureTeacher(self.config.vocab_size)
+
+
+class TableSource(TeacherSource):
+    """`teacher.name: table`."""
+
+    config: TableTeacherConfig
+
+    @cached_property
+    def _table(self) -> TableTeacher:
+        return TableTeacher.load(Path(self.config.path))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._table.vocab_size
+
+    def load(self, tokens_per_row: int) -> TableTeacher:
+        return self._table
+
+    def plan_key(self) -> Any:
+        return check_safetensors(Path(self.config.path))
+
+    def double(self, part: Part) -> TableTeacher:
+        ((_, (size, _)),) = check_safetensors(Path(self.config.path)).values()
+        return TableTeacher(torch.zeros(size, size, device=self.device))

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from potstill.recipe.sections import Train
+from potstill.recipe.sections_training import TrainConfig
 
 
-def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with decay for matrices and none for vectors (norms, biases).
 
     Plain SGD is for comparing gradients: AdamW is blind to their scale.
@@ -25,7 +25,7 @@ def make_optimizer(model: nn.Module, train: Train) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
 
 
-def lr_at(step: int, train: Train) -> float:
+def lr_at(step: int, train: TrainConfig) -> float:
     """Linear from lr/warmup to lr over `warmup` steps, then a half cosine down to lr * final_lr_ratio."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup

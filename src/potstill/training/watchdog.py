@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from potstill.errors import Stopped
 from potstill.io.silence import restore_stderr
-from potstill.recipe.sections import Guard
+from potstill.recipe.sections_training import GuardConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -47,7 +47,7 @@ def cleaning() -> Iterator[None]:
 class Watch:
     """A context: the process's handlers are ours inside it. `on_stall` gets a diagnosis and the stacks."""
 
-    def __init__(self, guard: Guard, on_stall: Callable[[str, str], None]) -> None:
+    def __init__(self, guard: GuardConfig, on_stall: Callable[[str, str], None]) -> None:
         self.guard, self.on_stall = guard, on_stall
         self.stopping = False
         self._begun = False

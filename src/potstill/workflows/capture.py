@@ -5,39 +5,42 @@ What it will take is told before anything is written, what it is worth is measur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import UserError
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display, clock, size
-from potstill.preflight.auto import settled
+from potstill.losses.targets import HiddenTargets
+from potstill.models.causal_lm import CausalLM
+from potstill.preflight.auto import settle
 from potstill.preflight.plan import available
 from potstill.recipe import load as recipes
-from potstill.recipe import sections
 from potstill.recipe.load import Recipe
 from potstill.store.codecs import DEFAULT_BYTES, k_of, planned_bytes, threshold_of
-from potstill.store.reader import (
+from potstill.store.layout import (
     CAPTURE,
     CERTIFICATE,
     HEAD,
     HELDOUT,
-    HELDOUT_KIND,
+    HELDOUT_CODEC,
     SCHEMA,
     Files,
-    StoreWriter,
-    kind_of,
-    read_manifest,
-    write_json,
+    codec_of,
 )
+from potstill.store.reader import read_manifest
 from potstill.store.shards import AGAIN
+from potstill.store.writer import StoreWriter, write_json
+from potstill.teachers.backends import FULL
 from potstill.teachers.capture_rows import Captured, capture_shard
-from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import OF_CORPUS
+from potstill.types import Teacher
 from potstill.workflows.capture_fidelity import certificate
 
 MOST_SHARDS = 1000  # where the recipe does not say how many rows a file has
@@ -56,41 +59,50 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     """
     loaded = recipes.load(recipe, overrides)
     number, parts = _part(part)
-    if loaded.teacher.name != "torch":
+    require_capturable(loaded, recipe)
+    resolved = resolve(loaded)
+    if resolved.teacher.model_config is None:
         raise UserError(
-            f"{recipe}: teacher.name: {loaded.teacher.name} has no targets to capture. Give a teacher of name"
-            " torch."
+            f"{recipe}: teacher.name: {loaded.teacher.registered_name} has no targets to capture. Give a teacher of"
+            " name torch."
         )
-    require_kind(loaded, recipe)
-    cast = assemble(settled(loaded, display.note), display.note)
-    teacher, held = cast.teacher, cast.corpus.heldout
-    assert isinstance(teacher, TorchTeacher)
-    settings = settings_of(cast, _begun(out))
+    resolved = settle(resolved, display.note)
+    with process_of(resolved.recipe):
+        setup = set_up(resolved, display.note)
+        with contextlib.closing(setup.teacher):
+            return _capture(setup, out, number, parts, display)
+
+
+def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Display) -> Json | None:
+    """The `number`-th of so many parts of the store."""
+    teacher, held, rows_per_batch = setup.teacher, setup.corpus.heldout, setup.recipe.capture.rows_per_batch
+    head = _model(teacher).head
+    settings = settings_of(setup, _recorded(out))
     shards = settings["shards"]
     mine = range((number - 1) * shards // parts, number * shards // parts)
-    _tell(settings, cast, out, mine, display)
+    _announce(settings, setup, out, mine, display)
     writer = StoreWriter.open(out, settings)
-    with writer.only(mine, first=number == 1):
+    with writer.exclusive(mine, first=number == 1):
         if number == 1:
-            writer.write_head(teacher.model.head)
-            writer.write_tokenizer(cast.tokenizer)
+            writer.write_head(head)
+            writer.write_tokenizer(setup.tokenizer)
             writer.write(
                 out / HELDOUT,
                 lambda file: capture_shard(
-                    file, teacher, held, range(len(held)), HELDOUT_KIND, 0, loaded.capture.rows_per_batch
+                    file, teacher, held, range(len(held)), HELDOUT_CODEC, 0, rows_per_batch
                 ),
             )
-        _capture_shards(cast, settings, writer, mine, display)
+        _capture_shards(setup, settings, writer, mine, display)
         if number == 1 and not (out / CERTIFICATE).exists():
             display.note("certificate: on the held-out rows")
             seed = settings["kind"].get("seed", 0)
-            found = certificate(cast.student, teacher, held, kind_of(settings), seed)
-            asked = {**cast.origin, "weights_sha256": cast.student.weights_sha256()}
-            write_json(out / CERTIFICATE, found | {"student": asked})
+            figures = certificate(setup.student, teacher, held, codec_of(settings), seed)
+            student = {**setup.origin, "weights_sha256": setup.student.weights_sha256()}
+            write_json(out / CERTIFICATE, figures | {"student": student})
     return read_manifest(out) if writer.finish() else None
 
 
-def require_kind(recipe: Recipe, where: Path) -> None:
+def require_capturable(recipe: Recipe, where: Path) -> None:
     """What a training from such targets would refuse, refused before they are captured."""
     if recipe.capture.name == "sampled" and recipe.objective.divergence.name != "forward_kl":
         raise UserError(
@@ -99,49 +111,62 @@ def require_kind(recipe: Recipe, where: Path) -> None:
         )
 
 
-def settings_of(cast: Cast, begun: Json | None) -> Json:
-    """All that the targets depend on, and how they are kept. `begun` is that of a capture that goes on."""
-    asked, teacher, ids = cast.recipe.capture, cast.teacher, cast.shared.ids
-    assert isinstance(teacher, TorchTeacher) and isinstance(cast.recipe.teacher, sections.TorchTeacher)
-    numbers = _row_numbers(cast)
-    kind = {name: value for name, value in dataclasses.asdict(asked).items() if not name.startswith("rows")}
-    temperature = None if asked.name == "hidden" else cast.recipe.objective.temperature
-    if asked.name == "topk":
-        kind["k"] = min(asked.k or k_of(asked.bytes_per_position or 0, ids, asked.dtype), ids)
-    if asked.name == "sampled" and asked.threshold is None:
-        known = (begun or {}).get("kind")
-        wanted = asked.bytes_per_position or DEFAULT_BYTES
-        if isinstance(known, dict) and known.get("bytes_per_position") == asked.bytes_per_position:
-            kind["threshold"] = known.get("threshold")
-        kind["threshold"] = kind["threshold"] or _found_threshold(cast, wanted)
-    rows, each = cast.corpus.train, asked.rows_per_shard or max(64, -(-len(numbers) // MOST_SHARDS))
-    positions = sum(int(rows.supervised_per_row[rows.kept[number]]) for number in numbers)
-    model, head = teacher.model, teacher.model.head
+def settings_of(setup: RunSetup, recorded: Json | None) -> Json:
+    """All that the targets depend on, and how they are kept. `recorded` is that of a capture that goes on."""
+    config, ids, corpus = setup.recipe.capture, setup.shared.ids, setup.corpus
+    numbers = _row_numbers(setup)
+    rows, each = corpus.train, config.rows_per_shard or max(64, -(-len(numbers) // MOST_SHARDS))
+    head = _model(setup.teacher).head
     return {
         "schema": SCHEMA,
-        "kind": kind,
-        "temperature": temperature,
-        "teacher": {
-            "source": cast.recipe.teacher.model,
-            "weights_sha256": teacher.weights_sha256(),
-            "dtype": cast.recipe.teacher.dtype,
-            "architecture": type(model.hf).__name__,
-            **(
-                {}
-                if teacher.choice.is_full
-                else {"weights": teacher.choice.weights, "backend": teacher.choice.backend}
-            ),
-        },
-        "vocabulary": {"size": teacher.vocab_size, "ids": ids},
+        "kind": _kind(setup, recorded),
+        "temperature": None if config.name == "hidden" else setup.recipe.objective.temperature,
+        "teacher": _teacher(setup),
+        "vocabulary": {"size": setup.teacher.vocab_size, "ids": ids},
         "head": {"scale": head.scale, "softcap": head.softcap, "width": head.weight_VD.shape[1]},
-        "corpus": {name: cast.corpus.manifest[name] for name in (*OF_CORPUS, "fingerprint", "train_rows")},
+        "corpus": {name: corpus.manifest[name] for name in (*OF_CORPUS, "fingerprint", "train_rows")},
         "rows": len(numbers),
         "runs": _runs(numbers),
-        "rows_per_batch": asked.rows_per_batch,
+        "rows_per_batch": config.rows_per_batch,
         "rows_per_shard": each,
         "shards": -(-len(numbers) // each),
-        "positions": positions,
+        "positions": sum(int(rows.supervised_per_row[rows.kept[number]]) for number in numbers),
     }
+
+
+def _kind(setup: RunSetup, recorded: Json | None) -> Json:
+    """How a position's targets are kept, with nothing left to choose."""
+    config, ids = setup.recipe.capture, setup.shared.ids
+    kind = {name: value for name, value in dataclasses.asdict(config).items() if not name.startswith("rows")}
+    if config.name == "topk":
+        kind["k"] = min(config.k or k_of(config.bytes_per_position or 0, ids, config.dtype), ids)
+    if config.name == "sampled" and config.threshold is None:
+        before = (recorded or {}).get("kind")
+        if isinstance(before, dict) and before.get("bytes_per_position") == config.bytes_per_position:
+            kind["threshold"] = before.get("threshold")
+        wanted = config.bytes_per_position or DEFAULT_BYTES
+        kind["threshold"] = kind["threshold"] or _find_threshold(setup, wanted)
+    return kind
+
+
+def _teacher(setup: RunSetup) -> Json:
+    """Whose targets they are."""
+    teacher = setup.teacher
+    described, model = teacher.describe(), _model(teacher)
+    backend = described["runs_on"]
+    bits = {} if backend["weights"] == FULL else {name: backend[name] for name in ("weights", "backend")}
+    return {
+        "source": described["source"],
+        "weights_sha256": teacher.weights_sha256(),
+        "dtype": str(model.head.weight_VD.dtype).removeprefix("torch."),
+        "architecture": type(model.hf).__name__,
+        **bits,
+    }
+
+
+def _model(teacher: Teacher) -> CausalLM:
+    assert teacher.model is not None  # `capture` refuses others
+    return teacher.model
 
 
 def _runs(numbers: list[int]) -> list[list[int]]:
@@ -155,14 +180,13 @@ def _runs(numbers: list[int]) -> list[list[int]]:
     return runs
 
 
-def _tell(settings: Json, cast: Cast, out: Path, mine: range, display: Display) -> None:
+def _announce(settings: Json, setup: RunSetup, out: Path, mine: range, display: Display) -> None:
     """What will be written, and where; UserError where the disk has no room for it."""
     ids, width = settings["vocabulary"]["ids"], settings["head"]["width"]
     each = planned_bytes(settings["kind"], ids, width)
-    held = 4 * width * cast.corpus.manifest["heldout_positions"]
-    head = cast.teacher.model.head.weight_VD.nbytes if isinstance(cast.teacher, TorchTeacher) else 0
-    once, rows = held + head, each * settings["positions"]
-    _, free = available(cast.recipe, out)
+    held = 4 * width * setup.corpus.manifest["heldout_positions"]
+    once, rows = held + _model(setup.teacher).head.weight_VD.nbytes, each * settings["positions"]
+    _, free = available(setup.recipe, out)
     kind = ", ".join(f"{name} {value}" for name, value in settings["kind"].items() if value is not None)
     display.note(
         f"targets: {kind}; {settings['positions']} positions of {settings['rows']} rows, about {each:.3g}"
@@ -177,16 +201,17 @@ def _tell(settings: Json, cast: Cast, out: Path, mine: range, display: Display) 
         )
 
 
-def _row_numbers(cast: Cast) -> list[int]:
-    plan, order = cast.recipe.train, cast.corpus.order(cast.recipe.train.seed)
-    if cast.recipe.capture.rows == "all":
-        return list(range(len(cast.corpus.train)))
+def _row_numbers(setup: RunSetup) -> list[int]:
+    plan, order = setup.recipe.train, setup.corpus.order(setup.recipe.train.seed)
+    if setup.recipe.capture.rows == "all":
+        return list(range(len(setup.corpus.train)))
     return sorted({row for step in range(plan.steps) for row in order.rows(step, plan.rows_per_step)})
 
 
-def _capture_shards(cast: Cast, settings: Json, writer: StoreWriter, mine: range, display: Display) -> None:
-    teacher, numbers, kind = cast.teacher, _row_numbers(cast), kind_of(settings)
-    assert isinstance(teacher, TorchTeacher)
+def _capture_shards(
+    setup: RunSetup, settings: Json, writer: StoreWriter, mine: range, display: Display
+) -> None:
+    teacher, numbers, codec = setup.teacher, _row_numbers(setup), codec_of(settings)
     each, seed = settings["rows_per_shard"], settings["kind"].get("seed", 0)
     todo = set(writer.missing(mine))
     left = sum(len(numbers[n * each : (n + 1) * each]) for n in todo)
@@ -197,7 +222,7 @@ def _capture_shards(cast: Cast, settings: Json, writer: StoreWriter, mine: range
         done += 1
         if done % 16 == 0 or done == left:
             seconds = time.perf_counter() - started
-            rate = done * cast.recipe.corpus.tokens_per_row / seconds
+            rate = done * setup.recipe.corpus.tokens_per_row / seconds
             display.note(
                 f"{done}/{left} rows, {rate:.0f} tokens/s, {clock(seconds / done * (left - done))} left"
             )
@@ -207,22 +232,23 @@ def _capture_shards(cast: Cast, settings: Json, writer: StoreWriter, mine: range
         writer.write(
             writer.files.shard(shard),
             lambda file, rows=rows: capture_shard(  # type: ignore[misc]
-                file, teacher, cast.corpus.train, rows, kind, seed, settings["rows_per_batch"], on_row
+                file, teacher, setup.corpus.train, rows, codec, seed, settings["rows_per_batch"], on_row
             ),
         )
 
 
-def _found_threshold(cast: Cast, wanted: float) -> float:
+def _find_threshold(setup: RunSetup, wanted: float) -> float:
     """On the first held-out rows: nothing of it depends on what is captured already."""
-    held, tokens = cast.corpus.heldout, cast.recipe.corpus.tokens_per_row
-    batch = held.batch(range(min(len(held), max(LOOKED_AT // tokens, 1)))).to(cast.device)
-    assert isinstance(cast.teacher, TorchTeacher)
-    targets = cast.teacher.targets(batch)
-    head, T = cast.teacher.model.head, cast.recipe.objective.temperature
-    return threshold_of(wanted, targets.hidden_NE, head, T)
+    held, tokens = setup.corpus.heldout, setup.recipe.corpus.tokens_per_row
+    batch = held.batch(range(min(len(held), max(LOOKED_AT // tokens, 1)))).to(setup.device)
+    targets = setup.teacher.targets(batch)
+    assert isinstance(targets, HiddenTargets)
+    return threshold_of(
+        wanted, targets.hidden_NE, _model(setup.teacher).head, setup.recipe.objective.temperature
+    )
 
 
-def _begun(out: Path) -> Json | None:
+def _recorded(out: Path) -> Json | None:
     place = out / CAPTURE
     return read_object(place, AGAIN) if place.exists() else None
 

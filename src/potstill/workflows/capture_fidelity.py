@@ -28,14 +28,14 @@ from torch import Tensor
 from potstill.losses.divergences import forward_kl
 from potstill.losses.targets import SparseTargets
 from potstill.models.student import Student
-from potstill.store.codecs import Kind
+from potstill.store.codecs import Codec
 from potstill.teachers.capture_rows import captured
-from potstill.teachers.hf import TorchTeacher
-from potstill.types import Rows, Targets
+from potstill.types import Rows, Targets, Teacher
 
 
-def certificate(student: Student, teacher: TorchTeacher, rows: Rows, kind: Kind, seed: int) -> dict[str, Any]:
+def certificate(student: Student, teacher: Teacher, rows: Rows, codec: Codec, seed: int) -> dict[str, Any]:
     """Row by row over `rows`; the student is as it is, and left so."""
+    assert teacher.model is not None
     objective = replace(student.objective, kd_weight=1.0, ce_weight=0.0)
     of_head = [torch.zeros_like(student.model.head.weight_VD, dtype=torch.float32) for _ in range(2)]
     sums: dict[str, float] = defaultdict(float)
@@ -43,8 +43,8 @@ def certificate(student: Student, teacher: TorchTeacher, rows: Rows, kind: Kind,
     student.eval()
     for number in range(len(rows)):
         batch = rows.batch([number]).to(student.model.device)
-        (one,) = captured(teacher, rows, [number], kind, seed, 1)
-        stored = kind.decode(one.kept, teacher.model.head)
+        (one,) = captured(teacher, rows, [number], codec, seed, 1)
+        stored = codec.decode(one.kept, teacher.model.head)
         if isinstance(stored, SparseTargets):
             stored = stored.to(student.model.device)
         pair = teacher.targets(batch), stored

@@ -14,16 +14,18 @@ rows and against the recipe's own teacher, whoever taught it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import resolve
+from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import UserError
 from potstill.evals.heldout import heldout_by_row
 from potstill.evals.pass_at_k import wilson
@@ -31,12 +33,12 @@ from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
 from potstill.models.load import weights_sha256
 from potstill.models.student import Student, from_checkpoint
-from potstill.preflight.auto import as_begun, settled
+from potstill.preflight.auto import as_started, settle
 from potstill.preflight.trial_steps import step_seconds
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
-from potstill.recipe.sections import Compare, TorchTeacher
-from potstill.recipe.sections_students import CheckpointStudent
+from potstill.recipe.sections_models import CheckpointStudentConfig, HfTeacherConfig
+from potstill.recipe.sections_training import CompareConfig
 from potstill.runs.comparison import RESULT
 from potstill.runs.run_dir import RunDir, default_path, newest_path, write_whole
 from potstill.workflows import compare_stats
@@ -87,11 +89,11 @@ def compare(
     folder = out or (newest_path(name) if resume else default_path(name))
     if loaded.objective.kd_weight == 0:
         raise UserError("objective.kd_weight: it is 0, so there is no KD arm to compare. Raise it.")
-    asked = loaded.compare or Compare()
+    asked = loaded.compare or CompareConfig()
     if asked.humaneval_tokens:
         _require_humaneval()
     plan = _planned(loaded, asked, folder, resume, display)
-    loaded = as_begun(loaded, _recipe_in(plan, folder))
+    loaded = as_started(loaded, _recipe_in(plan, folder))
     comparison = _Comparison(loaded, asked, folder, display, plan)
     if not comparison.run():
         display.note(f"stopped; the same command with --resume --out {folder} goes on")
@@ -116,21 +118,27 @@ def _require_humaneval() -> None:
         ) from refused
 
 
-def _planned(recipe: Recipe, asked: Compare, folder: Path, resume: bool, display: Display) -> dict[str, Any]:
+def _planned(
+    recipe: Recipe, asked: CompareConfig, folder: Path, resume: bool, display: Display
+) -> dict[str, Any]:
     """Steps and seconds, from trial steps; a comparison that goes on keeps those that it began with."""
     if resume:
         plan = read_object(
             folder / PLAN, "Give the folder that the comparison printed, or leave --resume out."
         )
         began = _recipe_in(plan, folder)
-        if began.without_places() != as_begun(recipe, began).without_places():
-            raise UserError(f"{folder}: begun with another recipe. Resume with the same, or start anew.")
+        if began.without_places() != as_started(recipe, began).without_places():
+            raise UserError(f"{folder}: started with another recipe. Resume with the same, or start anew.")
         return plan
     RunDir.require_free(folder)
-    recipe = settled(recipe, display.note)
-    cast = assemble(recipe, display.note)
-    display.note("comparison: timing steps of both arms, turn by turn")
-    step_s = step_seconds(cast, {arm: _recipe_of(arm, recipe, asked.seeds[0]) for arm in (CE, KD)})
+    resolved = settle(resolve(recipe), display.note)
+    recipe = resolved.recipe
+    arms = {arm: _recipe_of(arm, recipe, asked.seeds[0]) for arm in (CE, KD)}
+    with process_of(recipe):
+        setup = set_up(resolved, display.note)
+        display.note("comparison: timing steps of both arms, turn by turn")
+        with contextlib.closing(setup.teacher):
+            step_s = step_seconds(setup, arms)
     steps = {arm: recipe.train.steps for arm in (CE, KD)}
     if asked.budget == "time":
         steps[CE] = max(1, round(recipe.train.steps * step_s[KD] / step_s[CE]))
@@ -158,7 +166,7 @@ class _Comparison:
     """The runs of a comparison, and what they come to."""
 
     recipe: Recipe
-    asked: Compare
+    asked: CompareConfig
     folder: Path
     display: Display
     plan: dict[str, Any]
@@ -168,9 +176,9 @@ class _Comparison:
         return [CE, KD, *([CORRECTED] if self.asked.corrected_steps else [])]
 
     @property
-    def torch_teacher(self) -> TorchTeacher:
-        """The recipe's, where it has weights to train; `recipe/load.py` lets no other be corrected."""
-        assert isinstance(self.recipe.teacher, TorchTeacher)
+    def teacher(self) -> HfTeacherConfig:
+        """The recipe's, where it has weights to train; a recipe with `corrected_steps` has no other."""
+        assert isinstance(self.recipe.teacher, HfTeacherConfig)
         return self.recipe.teacher
 
     def run_of(self, arm: str, seed: int) -> RunDir:
@@ -203,7 +211,7 @@ class _Comparison:
         recipe = _recipe_of(CE, self.recipe, seed, self.asked.corrected_steps)
         return replace(
             recipe,
-            student=CheckpointStudent(model=self.torch_teacher.model),
+            student=CheckpointStudentConfig(model=self.teacher.model),
             train=replace(recipe.train, lr=self.asked.corrected_lr),
             allow_identical=True,
         )
@@ -224,42 +232,54 @@ class _Comparison:
         return replace(
             _recipe_of(CORRECTED, self.recipe, seed, steps),
             teacher=replace(
-                self.torch_teacher,
+                self.teacher,
                 model=str(self.run_of(TEACHER, seed).student),
                 weights="full",
                 backend="auto",
                 reference=None,
             ),
-            student=CheckpointStudent(model=str(self.untouched(seed)), lora=self.recipe.lora),
+            student=CheckpointStudentConfig(model=str(self.untouched(seed)), lora=self.recipe.lora),
         )
 
     def untouched(self, seed: int) -> Path:
         """The student as every arm of this seed begins with it; only a random one depends on the seed."""
         run = self.run_of(UNTOUCHED, seed if self.recipe.student.name == "config" else self.asked.seeds[0])
         if not run.student.exists():
-            cast = assemble(_recipe_of(KD, self.recipe, seed), self.display.note)
-            run.path.mkdir(exist_ok=True)
-            run.replace_student(lambda place: cast.student.save(place, cast.tokenizer))
+            with self.set_up(seed) as setup:
+                run.path.mkdir(exist_ok=True)
+                run.replace_student(lambda place: setup.student.save(place, setup.tokenizer))
         return run.student
+
+    @contextlib.contextmanager
+    def set_up(self, seed: int) -> Iterator[RunSetup]:
+        """The objects of the KD arm, before training."""
+        resolved = resolve(_recipe_of(KD, self.recipe, seed))
+        with process_of(resolved.recipe):
+            setup = set_up(resolved, self.display.note)
+            with contextlib.closing(setup.teacher):
+                yield setup
 
     def result(self) -> dict[str, Any]:
         """`comparison.json`."""
-        cast = assemble(_recipe_of(KD, self.recipe, self.asked.seeds[0]), self.display.note)
+        with self.set_up(self.asked.seeds[0]) as setup:
+            return self.measure(setup)
+
+    def measure(self, setup: RunSetup) -> dict[str, Any]:
         found: dict[str, dict[str, Measured]] = {}
         for arm in (UNTOUCHED, *self.arms):
             self.display.note(f"comparison: measuring {arm}")
-            found[arm] = self.measured(arm, cast)
+            found[arm] = self.measured(arm, setup)
         told = [self.told(arm, metrics) for arm, metrics in found.items()]
         differing = compare_stats.differences(found)
         budget = "training time" if self.asked.budget == "time" else "steps"
         return {
             "sentence": compare_stats.sentence(differing, budget, len(self.asked.seeds)),
-            "warnings": self.warnings(told, cast),
+            "warnings": self.warnings(told, setup),
             "arms": told,
             "differences": differing,
             "budget": {"equal": budget, "trial_step_s": self.plan["step_s"]},
             "seeds": self.asked.seeds,
-            "heldout_rows": len(cast.corpus.heldout),
+            "heldout_rows": len(setup.corpus.heldout),
             "teacher_ce": self.run_of(KD, self.asked.seeds[0]).receipt()["heldout_first"][
                 "heldout/teacher_ce"
             ],
@@ -267,13 +287,13 @@ class _Comparison:
             "runs": [f"{FOLDERS[arm]}-{seed}" for arm in self.arms for seed in self.asked.seeds],
         }
 
-    def measured(self, arm: str, cast: Cast) -> dict[str, Measured]:
+    def measured(self, arm: str, setup: RunSetup) -> dict[str, Measured]:
         """Held-out rows, and HumanEval where it is asked for, of the students of all seeds."""
         folders = [
             self.untouched(seed) if arm == UNTOUCHED else self.run_of(arm, seed).student
             for seed in self.asked.seeds
         ]
-        seen = {folder: self.measured_student(folder, cast) for folder in dict.fromkeys(folders)}
+        seen = {folder: self.measured_student(folder, setup) for folder in dict.fromkeys(folders)}
         if arm == UNTOUCHED:
             for seed, folder in zip(self.asked.seeds, folders, strict=True):
                 self.require_one_start(seed, seen[folder][0])
@@ -288,13 +308,13 @@ class _Comparison:
             found["pass@1"] = Measured(values_SU, np.ones(values_SU.shape[1]))
         return found
 
-    def measured_student(self, folder: Path, cast: Cast) -> tuple[str, Values, dict[str, list[float]]]:
+    def measured_student(self, folder: Path, setup: RunSetup) -> tuple[str, Values, dict[str, list[float]]]:
         """A saved student's hash, the positions of each held-out row, and each metric's mean over them."""
-        model = from_checkpoint(folder, cast.device)
+        model = from_checkpoint(folder, setup.device)
         sha256 = weights_sha256(model)
-        model.mask_from(cast.shared.ids)
-        student = Student(model, cast.student.objective, cast.student.autocast)
-        positions, values = heldout_by_row(student, cast.teacher, cast.corpus.heldout)
+        model.mask_from(setup.shared.ids)
+        student = Student(model, setup.student.objective, setup.student.autocast)
+        positions, values = heldout_by_row(student, setup.teacher, setup.corpus.heldout)
         return sha256, np.asarray(positions, np.float64), values
 
     def require_one_start(self, seed: int, sha256: str) -> None:
@@ -333,7 +353,7 @@ class _Comparison:
             "student_is_of_step": [receipt["student_is_of_step"] for receipt in receipts],
         }
 
-    def warnings(self, told: list[dict[str, Any]], cast: Cast) -> list[str]:
+    def warnings(self, told: list[dict[str, Any]], setup: RunSetup) -> list[str]:
         found = []
         spent = {arm["name"]: arm["training_seconds"] for arm in told if arm["name"] != UNTOUCHED}
         if self.asked.budget == "time" and max(spent.values()) > (1 + TOO_UNEQUAL) * min(spent.values()):
@@ -345,9 +365,9 @@ class _Comparison:
             found.append(
                 f"{len(self.asked.seeds)} of compare.seeds: intervals over so few say little of other seeds."
             )
-        if len(cast.corpus.heldout) < 8:
+        if len(setup.corpus.heldout) < 8:
             found.append(
-                f"{len(cast.corpus.heldout)} held-out rows: intervals over so few say little of other text."
+                f"{len(setup.corpus.heldout)} held-out rows: intervals over so few say little of other text."
             )
         return found
 

@@ -1,4 +1,4 @@
-"""The straight line: a recipe in, a run directory with a student and a receipt out."""
+"""`potstill distill`: a recipe in, a run directory with a student and a receipt out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,27 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from potstill.build.setup import Cast, assemble
+from potstill.build.resolve import Resolved, resolve
+from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import Stopped, UserError
 from potstill.evals.heldout import heldout
+from potstill.evals.subject import Subject
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display
 from potstill.models.complete import complete
-from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
-from potstill.preflight.auto import as_begun, choose, choose_multiplier, settled, with_chunk, with_matmul
+from potstill.preflight.auto import as_started, choose_backend, choose_chunk, settle, with_chunk, with_matmul
 from potstill.preflight.checks import Checked, require_sound
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
 from potstill.runs.inputs import file_hashes
 from potstill.runs.run_dir import RunDir, code, default_path, newest_path
-from potstill.runs.trackers import require_sinks, telling
-from potstill.teachers.hf import TorchTeacher
+from potstill.runs.trackers import logging_to
 from potstill.training.checkpoint import Checkpoints, Outcome
 from potstill.training.distributed import Ranks, started
 from potstill.training.loop import Hooks, Metrics, train
 from potstill.training.watchdog import Watch
-from potstill.workflows.receipt import hashes, receipt_of
+from potstill.workflows.receipt import Finished, hashes, receipt_of
 
 Json = dict[str, Any]
 
@@ -71,82 +72,126 @@ def distill(
         raise UserError(
             "distill: the recipe has a section `compare`; compare() runs its arms. Or leave it out."
         )
-    require_sinks(loaded.sinks)
-    with started(loaded.train.parallel, choose_device(loaded.train.device)) as ranks:
-        return _distill(recipe, loaded, out, resume, display, ranks)
+    for sink in loaded.sinks:
+        sink.require()
+    resolved = resolve(loaded)
+    with started(loaded.train.parallel, resolved.device) as ranks:
+        return _distill(recipe, resolved, out, resume, display, ranks)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run is, or will be, and what it was decided to be."""
+
+    path: Path
+    resolved: Resolved
+    recipe_text: bytes
+    chunk: Json
+    run: RunDir | None
+    """The run that is resumed."""
 
 
 def _distill(
-    recipe: Path | Recipe, loaded: Recipe, out: Path | None, resume: bool, display: Display, ranks: Ranks
+    recipe: Path | Recipe, resolved: Resolved, out: Path | None, resume: bool, display: Display, ranks: Ranks
 ) -> RunDir:
-    given = recipes.dump(loaded).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
+    text = recipes.dump(resolved.recipe).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     if resume:
-        run = RunDir.open(ranks.first_says(out or newest_path(name)))
-        began = recipes.load(run.resolved)
-        loaded = as_begun(loaded, began)
-        # Its schedule and its data are functions of the recipe.
-        theirs, ours = (_flat(dataclasses.asdict(of.without_places())) for of in (began, loaded))
-        _require_equal(theirs, ours, "recipe", run)
-        if run.status().get("state") == "finished":
-            run.whole_student()
-            display.note(f"{run.path}: finished already")
-            return run
-        path = run.path
+        start = _resumed(resolved, ranks.first_says(out or newest_path(name)), text)
+        if start.run is not None and start.run.status().get("state") == "finished":
+            start.run.whole_student()
+            display.note(f"{start.path}: finished already")
+            return start.run
     else:
-        path = ranks.first_says(out or default_path(name))
-        ranks.only_first(lambda: RunDir.require_free(path))
-        chunk = ranks.first_says(choose(loaded, display.note))
-        by = ranks.first_says(choose_multiplier(loaded, display.note))
-        loaded = with_matmul(with_chunk(loaded, chunk.used), by)
-
+        start = _new(resolved, ranks.first_says(out or default_path(name)), text, display, ranks)
     locked: list[RunDir] = []
-
-    def on_stall(what: str, stacks: str) -> None:
-        try:
-            if locked:
-                where = f"{run.write_stacks(stacks)}. --resume goes on"
-                run.set_status("failed", what)
-            else:  # there is no folder yet, or it may be another process's
-                os.write(2, stacks.encode())
-                where = "above"
-            display.error((f"{path}: {what}. Stacks of all threads: {where}.",))
-        finally:
-            os._exit(2)  # whoever hangs cannot be asked to return
-
-    with Watch(loaded.guard, on_stall) as watch, _advised(loaded):
+    guard = start.resolved.recipe.guard
+    with (
+        Watch(guard, partial(_on_stall, start.path, locked, display)) as watch,
+        process_of(start.resolved.recipe),
+        _memory_advice(start.resolved.recipe),
+    ):
 
         def note(text: str) -> None:
             watch.beat()
             display.note(text)
 
-        cast = assemble(loaded, note, beat=watch.beat)
-        inputs = hashes(cast) | file_hashes(loaded)
-        if resume:
-            _require_same_corpus(cast.corpus.manifest, run)
-            _require_equal(run.inputs(), inputs, "input", run)
-        checked = require_sound(cast, path)
-        note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
-        if not resume:
-            kept: Json = {"resolved": recipes.dump(loaded), "corpus": cast.corpus.manifest, "inputs": inputs}
-            made = partial(RunDir.create, path, recipe=given, **kept, chunk=chunk.as_dict())
-            ranks.only_first(made)
-            run = RunDir(path)
-        note(f"run: {run.path}")
-        with contextlib.ExitStack() as held:
-            if ranks.is_first:
-                held.enter_context(run.locked())
-                held.enter_context(_recorded(run))
-                held.enter_context(telling(loaded.sinks, run, display.warn))
-                locked.append(run)
-            if resume:
-                ranks.only_first(lambda: run.set_status("running"))
-            _Running(cast, run, display, watch, inputs, ranks, is_resumed=resume).to_its_receipt(checked)
+        setup = set_up(start.resolved, note, beat=watch.beat)
+        with contextlib.closing(setup.teacher):
+            return _run(setup, start, note, display, watch, ranks, locked)
+
+
+def _new(resolved: Resolved, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
+    """A run that starts: its folder is free, and nothing is left to choose."""
+    ranks.only_first(lambda: RunDir.require_free(path))
+    chunk = ranks.first_says(choose_chunk(resolved, display.note))
+    backend = ranks.first_says(choose_backend(resolved, display.note))
+    settled = with_matmul(with_chunk(resolved.recipe, chunk.used), backend)
+    return _Start(path, resolved.with_recipe(settled), text, chunk.as_dict(), None)
+
+
+def _resumed(resolved: Resolved, path: Path, text: bytes) -> _Start:
+    """A run that goes on: its schedule and its data are functions of the recipe, which must be the same."""
+    run = RunDir.open(path)
+    recorded = recipes.load(run.resolved)
+    recipe = as_started(resolved.recipe, recorded)
+    before, now = (_flat(dataclasses.asdict(of.without_places())) for of in (recorded, recipe))
+    _require_equal(before, now, "recipe", run)
+    return _Start(run.path, resolved.with_recipe(recipe), text, {}, run)
+
+
+def _run(
+    setup: RunSetup,
+    start: _Start,
+    note: Callable[[str], None],
+    display: Display,
+    watch: Watch,
+    ranks: Ranks,
+    locked: list[RunDir],
+) -> RunDir:
+    recipe = setup.recipe
+    inputs = hashes(setup) | file_hashes(setup.resolved.inputs, recipe.plugins)
+    if start.run is not None:
+        _require_same_corpus(setup.corpus.manifest, start.run)
+        _require_equal(start.run.inputs(), inputs, "input", start.run)
+    checked = require_sound(setup, start.path)
+    note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
+    if start.run is None:
+        # Only now: whatever was refused above has left no folder behind.
+        kept: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
+        make = partial(RunDir.create, start.path, recipe=start.recipe_text, **kept, chunk=start.chunk)
+        ranks.only_first(make)
+    run = start.run or RunDir(start.path)
+    note(f"run: {run.path}")
+    with contextlib.ExitStack() as held:
+        if ranks.is_first:
+            held.enter_context(run.locked())
+            held.enter_context(_recorded(run))
+            held.enter_context(logging_to(recipe.sinks, run, display.warn))
+            locked.append(run)
+        if start.run is not None:
+            ranks.only_first(lambda: run.set_status("running"))
+        is_resumed = start.run is not None
+        _Running(setup, run, display, watch, inputs, ranks, is_resumed=is_resumed).to_its_receipt(checked)
     return run
 
 
+def _on_stall(path: Path, locked: list[RunDir], display: Display, what: str, stacks: str) -> None:
+    """The watchdog's last act: say where the run hangs, and end the process."""
+    try:
+        if locked:
+            where = f"{locked[0].write_stacks(stacks)}. --resume goes on"
+            locked[0].set_status("failed", what)
+        else:  # there is no folder yet, or it may be another process's
+            os.write(2, stacks.encode())
+            where = "above"
+        display.error((f"{path}: {what}. Stacks of all threads: {where}.",))
+    finally:
+        os._exit(2)  # a thread that hangs cannot be asked to return
+
+
 @contextlib.contextmanager
-def _advised(recipe: Recipe) -> Iterator[None]:
+def _memory_advice(recipe: Recipe) -> Iterator[None]:
     """What to do when a device has no more memory."""
     try:
         yield
@@ -175,8 +220,12 @@ def _recorded(run: RunDir) -> Iterator[None]:
 def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) -> Metrics:
     """Held-out metrics of a saved model, on the recipe's held-out rows and against its teacher."""
     note = (display or Display(quiet=True)).note
-    cast = assemble(settled(recipe, note), note, saved_student=model)
-    return heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+    resolved = settle(resolve(recipe, saved_student=model), note)
+    with process_of(resolved.recipe):
+        setup = set_up(resolved, note)
+        rows = recipe.train.micro_batch_rows
+        with contextlib.closing(setup.teacher):
+            return heldout(setup.student, setup.teacher, setup.corpus.heldout, rows)
 
 
 class _Running:
@@ -184,7 +233,7 @@ class _Running:
 
     def __init__(
         self,
-        cast: Cast,
+        setup: RunSetup,
         run: RunDir,
         display: Display,
         watch: Watch,
@@ -193,59 +242,75 @@ class _Running:
         *,
         is_resumed: bool,
     ) -> None:
-        self.cast, self.run, self.display, self.watch, self.ranks = cast, run, display, watch, ranks
-        self.clock = _Clock(cast.recipe.train.steps)
+        self.setup, self.run, self.display, self.watch, self.ranks = setup, run, display, watch, ranks
+        self.clock = _Clock(setup.recipe.train.steps)
         self.inputs, self.is_resumed = inputs, is_resumed
         of_corpus = {
-            "corpus": cast.corpus.fingerprint,
-            "tokenizer": cast.corpus.manifest["tokenizer_sha256"],
+            "corpus": setup.corpus.fingerprint,
+            "tokenizer": setup.corpus.manifest["tokenizer_sha256"],
         }
         self.checkpoints = Checkpoints(run.checkpoints, inputs | of_corpus, display.note, ranks)
-        self.begun = False
+        self.has_started = False
 
     def to_its_receipt(self, checked: Checked) -> None:
-        cast, run, recipe = self.cast, self.run, self.cast.recipe
-        begun = time.perf_counter()
-        running = code()  # now, while it is what was loaded
-        samples = {"before": _sample(cast)}
-        if isinstance(cast.teacher, TorchTeacher) and getattr(recipe.teacher, "sharded", False):
-            self.ranks.spread_teacher(cast.teacher.model)
+        setup, run, recipe = self.setup, self.run, self.setup.recipe
+        started_s = time.perf_counter()
+        source = code()  # now, while it is what was loaded
+        samples = {"before": _sample(setup)}
+        if setup.teacher.is_sharded and setup.teacher.model is not None:
+            self.ranks.spread_teacher(setup.teacher.model)
         outcome = self.train()
         if outcome.evaluated < recipe.train.steps:
-            said = f"by a signal after step {outcome.step}; --resume goes on"
-            self.ranks.only_first(lambda: run.set_status("stopped", said))
+            why = f"by a signal after step {outcome.step}; --resume goes on"
+            self.ranks.only_first(lambda: run.set_status("stopped", why))
             self.display.note(
                 f"stopped after step {outcome.step}, checkpoint saved; the same command with"
                 f" --resume --out {run.path} goes on"
             )
             return
         with contextlib.ExitStack() as whole:
-            for module in (cast.student, getattr(cast.teacher, "model", None)):
+            for module in (setup.student, setup.teacher.model):
                 if module is not None:
                     whole.enter_context(self.ranks.whole(module))
-            samples["after"] = _sample(cast)
-            self.ranks.only_first(lambda: self.write_receipt(checked, outcome, running, samples, begun))
-        _tell(cast, run, outcome, samples, self.display)
+            samples["after"] = _sample(setup)
 
-    def write_receipt(
-        self, checked: Checked, outcome: Outcome, running: Json, samples: dict[str, str], begun: float
-    ) -> None:
-        self.run.whole_student()
-        receipt = receipt_of(
-            self.cast,
-            self.run,
-            outcome,
-            checked=checked,
-            inputs=self.inputs,
-            running=running,
-            samples=samples,
-            seconds=time.perf_counter() - begun,
-        )
-        self.run.write_receipt(receipt | {"ranks": self.ranks.described()})
-        self.run.set_status("finished")
+            def finish() -> None:
+                run.whole_student()
+                evaluations = self.evaluations()
+                seconds = time.perf_counter() - started_s
+                finished = Finished(outcome, checked, self.inputs, source, samples, evaluations, seconds)
+                receipt = receipt_of(setup, run, finished)
+                run.write_receipt(receipt | {"ranks": self.ranks.described()})
+                run.set_status("finished")
+
+            self.ranks.only_first(finish)
+        _summarize(setup, run, outcome, samples, self.display)
+
+    def evaluations(self) -> dict[str, Any]:
+        """What the recipe's `evaluations` measure on the saved student. One that cannot be run leaves its reason, and
+        the run is finished all the same: its training is not to be lost.
+        """
+        results: dict[str, Any] = {}
+        for config in self.setup.recipe.evaluations:
+            name = config.registered_name
+            key = name if name not in results else f"{name}-{len(results)}"
+            subject = Subject(
+                folder=self.run.student,
+                out=self.run.evals / key,
+                device=self.setup.recipe.train.device,
+                tokenizer=self.setup.tokenizer,
+                note=self.display.note,
+            )
+            self.display.note(f"evaluation: {key}")
+            try:
+                results[key] = config.run(subject)
+            except UserError as error:
+                self.display.warn(f"evaluation {key}: {error}")
+                results[key] = f"not run: {error}"
+        return results
 
     def train(self) -> Outcome:
-        cast, recipe = self.cast, self.cast.recipe
+        setup, recipe = self.setup, self.setup.recipe
         hooks = Hooks(
             self.evaluate,
             self.on_step,
@@ -256,13 +321,15 @@ class _Running:
             on_fault=self.on_fault,
             beat=self.watch.beat,
         )
-        teacher = cast.teacher if recipe.objective.kd_weight else None  # no answer is asked that nobody reads
+        teacher = (
+            setup.teacher if recipe.objective.kd_weight else None
+        )  # no answer is asked that nobody reads
         self.watch.begin()
         outcome = train(
-            cast.student,
+            setup.student,
             teacher,
-            cast.corpus.train,
-            cast.corpus.order(recipe.train.seed),
+            setup.corpus.train,
+            setup.corpus.order(recipe.train.seed),
             recipe,
             hooks,
             self.ranks,
@@ -271,16 +338,16 @@ class _Running:
         return outcome
 
     def evaluate(self, step: int) -> Metrics:
-        cast, size = self.cast, self.cast.recipe.train.micro_batch_rows
+        setup, size = self.setup, self.setup.recipe.train.micro_batch_rows
         try:
             # One of several stops with all the others, after the evaluation.
             poll = self.watch.poll if self.ranks.world == 1 else self.watch.beat
-            found = heldout(cast.student, cast.teacher, cast.corpus.heldout, size, poll)
+            metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, size, poll)
         except UserError as error:
             raise UserError(f"evaluation after step {step}: {error}") from error
-        self.log(step, found)
-        self.display.heldout_line(step, found)
-        return found
+        self.log(step, metrics)
+        self.display.heldout_line(step, metrics)
+        return metrics
 
     def log(self, step: int, metrics: Metrics) -> None:
         if self.ranks.is_first:
@@ -288,45 +355,45 @@ class _Running:
 
     def on_step(self, step: int, metrics: Metrics) -> None:
         self.watch.stepped()
-        self.log(step, metrics | {"memory/peak_gib": peak_gib(self.cast.device)})
+        self.log(step, metrics | {"memory/peak_gib": peak_gib(self.setup.device)})
         left_s = self.clock.left(step, metrics["speed/step_s"])
-        self.display.step_line(step, self.cast.recipe.train.steps, metrics, left_s)
+        self.display.step_line(step, self.setup.recipe.train.steps, metrics, left_s)
 
     def on_best(self, step: int, metrics: Metrics) -> None:
         self.ranks.only_first(self.write_student)
 
     def write_student(self) -> None:
-        student = self.cast.student
-        self.run.replace_student(lambda folder: student.save(folder, self.cast.tokenizer))
+        student = self.setup.student
+        self.run.replace_student(lambda folder: student.save(folder, self.setup.tokenizer))
         if isinstance(student.model, LoraLM):
             self.run.replace_adapter(student.save_adapter)
 
     def resume(self, optimizer: Optimizer) -> Outcome | None:
         """At the begin, and when the guard goes back: the fault it goes back for is not forgotten."""
-        outcome = self.checkpoints.load(self.cast.student, optimizer)
+        outcome = self.checkpoints.load(self.setup.student, optimizer)
         self.ranks.only_first(lambda: self.rewind(outcome))
-        self.begun = True
+        self.has_started = True
         return outcome
 
     def rewind(self, outcome: Outcome | None) -> None:
         at = outcome or Outcome(step=-1)
         self.run.repair()
-        if self.is_resumed and not self.begun:
+        if self.is_resumed and not self.has_started:
             if outcome is None:
                 self.display.note("no checkpoint: from step 0")
             elif outcome.best:
                 self.run.whole_student()
         self.run.rewind(at.step, at.evaluated)
-        if not self.begun:
+        if not self.has_started:
             self.run.rewind_faults(at.step, at.left_out)
 
     def save(self, optimizer: Optimizer, outcome: Outcome) -> None:
         self.ranks.only_first(self.run.flush)
-        self.checkpoints.save(self.cast.student, optimizer, outcome)
+        self.checkpoints.save(self.setup.student, optimizer, outcome)
 
     def on_fault(self, step: int, what: str, rows: list[dict[str, Any]]) -> None:
         self.ranks.only_first(lambda: self.run.log_fault(step, what, rows))
-        self.display.warn(f"{what} guard.policy: {self.cast.recipe.guard.policy}")
+        self.display.warn(f"{what} guard.policy: {self.setup.recipe.guard.policy}")
 
 
 def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
@@ -345,13 +412,13 @@ def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
     _require_equal(by_file(run.corpus()), by_file(manifest), "corpus", run)
 
 
-def _require_equal(began: dict[str, Any], now: dict[str, Any], what: str, run: RunDir) -> None:
-    differing = sorted(name for name in began | now if began.get(name) != now.get(name))
+def _require_equal(recorded: dict[str, Any], now: dict[str, Any], what: str, run: RunDir) -> None:
+    differing = sorted(name for name in recorded | now if recorded.get(name) != now.get(name))
     if differing:
-        shown = [f"{name} ({began.get(name)!r} -> {now.get(name)!r})" for name in differing[:8]]
+        named = [f"{name} ({recorded.get(name)!r} -> {now.get(name)!r})" for name in differing[:8]]
         rest = [f"and {len(differing) - 8} more"] if differing[8:] else []
         raise UserError(
-            f"{run.path}: begun with another {what}: {', '.join([*shown, *rest])}."
+            f"{run.path}: started with another {what}: {', '.join([*named, *rest])}."
             " Resume with the same, or start a new run."
         )
 
@@ -363,12 +430,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _tell(cast: Cast, run: RunDir, outcome: Outcome, samples: dict[str, str], display: Display) -> None:
+def _summarize(
+    setup: RunSetup, run: RunDir, outcome: Outcome, samples: dict[str, str], display: Display
+) -> None:
     """The end of a run, for a person."""
     names = sorted(outcome.first)
     table = [[n, *(f"{m[n]:.4f}" for m in (outcome.first, outcome.last, outcome.best))] for n in names]
-    display.table("held-out rows", ["metric", "step 0", f"step {cast.recipe.train.steps}", "best"], table)
-    prompt = cast.recipe.eval.sample_prompt
+    display.table("held-out rows", ["metric", "step 0", f"step {setup.recipe.train.steps}", "best"], table)
+    prompt = setup.recipe.eval.sample_prompt
     if prompt is not None:
         for when, text in samples.items():
             display.note(f"sample {when}: {prompt}{text}")
@@ -392,8 +461,8 @@ class _Clock:
         return (self.steps - step) * statistics.median(self.seen)
 
 
-def _sample(cast: Cast) -> str:
-    plan = cast.recipe.eval
-    if plan.sample_prompt is None or cast.tokenizer is None:
+def _sample(setup: RunSetup) -> str:
+    plan = setup.recipe.eval
+    if plan.sample_prompt is None or setup.tokenizer is None:
         return ""
-    return complete(cast.student.model, cast.tokenizer, plan.sample_prompt, plan.sample_tokens)
+    return complete(setup.student.model, setup.tokenizer, plan.sample_prompt, plan.sample_tokens)

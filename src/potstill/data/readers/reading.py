@@ -120,6 +120,11 @@ def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Any) -> Iterator[Docum
             yield Document(where, np.array([*ids, *end], dtype=np.uint32))
 
 
+def from_texts(texts: Iterable[tuple[str, str]], tokenizer: Any) -> Reading:
+    """Documents of a corpus without files, each as (where it stands, its text)."""
+    return Reading(tokenize(texts, tokenizer))
+
+
 def string_field(where: str, record: dict[str, Any], name: str) -> str:
     value = record.get(name)
     if name not in record:

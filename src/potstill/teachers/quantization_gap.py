@@ -1,26 +1,27 @@
-"""What a teacher of fewer bits lost: beside its full weights, on the same held-out positions."""
+"""How far a quantized teacher is from its full weights, on the same held-out positions."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from potstill.build.setup import Cast
 from potstill.data.tokenizers import require_same
 from potstill.errors import UserError
 from potstill.io.terminal import size
 from potstill.models.quantization import weight_bytes
-from potstill.teachers.hf import TorchTeacher
 from potstill.types import Batch
+
+if TYPE_CHECKING:
+    from potstill.teachers.hf import TorchTeacher
 
 AT_ONCE = 32  # positions whose logits exist at once, a few times in float64
 
 
 @dataclass(frozen=True)
-class Gap:
+class QuantizationGap:
     """Of the teacher as it runs, from its full weights."""
 
     kl: float
@@ -34,7 +35,7 @@ class Gap:
     """Of this measurement alone: one warm forward pass."""
     full_tokens_per_s: float
 
-    def told(self) -> str:
+    def summary(self) -> str:
         return (
             f"KL {self.kl:.3g} nats from its full weights, {self.agreement:.1%} the same likeliest token, at"
             f" {self.positions} positions; {size(self.weight_bytes)} of weights instead of"
@@ -47,22 +48,23 @@ class Gap:
 
 
 @torch.no_grad()
-def gap(cast: Cast, batch: Batch) -> Gap:
-    """Loads the full weights beside the teacher, and lets them go."""
-    asked, teacher = cast.recipe.teacher, cast.teacher
-    assert isinstance(teacher, TorchTeacher) and asked.name == "torch"
-    source = asked.reference or asked.model
-    full = TorchTeacher.for_inference(source, device=cast.device, dtype=asked.dtype)
-    _require_same_shape(teacher, full, source)
-    full.model.mask_from(cast.shared.ids)
+def quantization_gap(
+    teacher: TorchTeacher, full: TorchTeacher, reference: str, batch: Batch, ids: int
+) -> QuantizationGap:
+    """Of a quantized teacher from its `full` weights, which lie in `reference`, at the batch's positions and over the
+    first `ids` of the vocabulary.
+    """
+    _require_same_shape(teacher, full, reference)
+    full.share_ids(ids)
+    device = batch.input_ids_BT.device
     seconds, hidden = [], []
     for of in (teacher, full):
         of.targets(batch)  # the first call allocates, and compiles kernels where there are any
-        begun = time.perf_counter()
+        started = time.perf_counter()
         hidden.append(of.targets(batch).hidden_NE)
-        if cast.device.type == "cuda":
-            torch.cuda.synchronize(cast.device)
-        seconds.append(time.perf_counter() - begun)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
     kl, same = 0.0, 0
     for start in range(0, len(batch.positions_N), AT_ONCE):
         part = slice(start, start + AT_ONCE)
@@ -73,7 +75,7 @@ def gap(cast: Cast, batch: Batch) -> Gap:
         kl += float((p_NV.exp() * (p_NV - q_NV)).sum())
         same += int((p_NV.argmax(-1) == q_NV.argmax(-1)).sum())
     N, tokens = len(batch.positions_N), batch.input_ids_BT.numel()
-    return Gap(
+    return QuantizationGap(
         kl / N,
         same / N,
         N,

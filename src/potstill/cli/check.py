@@ -1,0 +1,166 @@
+"""The verbs that look before an hour is spent: `check`, `check --sandbox` and `plan`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.errors import UserError
+from potstill.io.terminal import Display, aligned, clock, size
+
+if TYPE_CHECKING:
+    from potstill.build.resolve import Resolved
+    from potstill.preflight.plan import Plan
+    from potstill.preflight.plan_advice import Advice
+
+
+def add_flags(check: argparse.ArgumentParser, plan: argparse.ArgumentParser) -> None:
+    check.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE")
+    check.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    check.add_argument(
+        "--sandbox",
+        action="store_true",
+        help="instead: can this machine confine a program that a model wrote?",
+    )
+    plan.add_argument("recipe", type=Path, metavar="RECIPE")
+    plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    plan.add_argument("--measure", action="store_true", help="also run three steps, and project the time")
+
+
+def run_check(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 0 where every check passes, 2 where one fails."""
+    if options.sandbox == (options.recipe is not None):
+        given = (
+            f"both {options.recipe} and --sandbox" if options.sandbox else "neither a recipe nor --sandbox"
+        )
+        raise UserError(f"check: {given} given. Give one of them.")
+    if options.sandbox:
+        return _check_sandbox(options, display)
+    from potstill.recipe.load import load
+
+    recipe = load(options.recipe, options.overrides)
+    from potstill.build.resolve import resolve
+    from potstill.build.setup import process_of, set_up
+    from potstill.preflight.auto import settle
+    from potstill.preflight.trial_steps import check
+    from potstill.runs.run_dir import default_path
+    from potstill.training.watchdog import cleaning
+
+    findings = []
+    with cleaning():
+        resolved = settle(resolve(recipe), display.note)
+        with process_of(resolved.recipe):
+            setup = set_up(resolved, display.note)
+            with contextlib.closing(setup.teacher):
+                for finding in check(setup, default_path(options.recipe.stem)):
+                    findings.append(finding)
+                    verdict, advice = ("ok ", "") if finding.ok else ("RED", f". {finding.advice}")
+                    if not options.json:
+                        display.result(f"{verdict}  {finding.name}: {finding.figure}{advice}")
+    failed = [finding.name for finding in findings if not finding.ok]
+    if options.json:
+        display.result(json.dumps([vars(finding) for finding in findings], indent=2))
+    else:
+        display.result(f"{len(findings) - len(failed)} of {len(findings)} checks passed")
+    return 2 if failed else 0
+
+
+def _check_sandbox(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 0 where a tier holds, 2 where none does."""
+    from potstill.evals.sandbox.sandbox import survey
+
+    tiers = survey()
+    used = next((tier["tier"] for tier in tiers if tier["holds"]), None)
+    if options.json:
+        display.result(json.dumps({"used": used, "tiers": tiers}, indent=2))
+        return 0 if used else 2
+    for tier in tiers:
+        display.result(f"{tier['tier']}: {'holds' if tier['holds'] else 'not here: ' + tier['why']}")
+        for canary in tier["canaries"]:
+            display.result(f"  {'ok ' if canary['shut'] else 'RED'}  {canary['name']}: {canary['found']}")
+    display.result(f"used: {used or 'none; no program is run on this machine. See docs/sandbox.md'}")
+    return 0 if used else 2
+
+
+def run_plan(options: argparse.Namespace, display: Display) -> int:
+    """Exit code 0 where the run fits this machine, 2 where it does not."""
+    from potstill.recipe.load import load
+
+    recipe = load(options.recipe, options.overrides)
+    from potstill.build.resolve import resolve
+    from potstill.preflight.auto import choose_chunk, with_chunk
+    from potstill.preflight.plan import available, capture_size, plan
+    from potstill.preflight.plan_advice import advice
+
+    resolved = resolve(recipe)
+    chunk = choose_chunk(resolved)
+    resolved = resolved.with_recipe(with_chunk(recipe, chunk.used))
+    planned, captured = plan(resolved), capture_size(resolved)
+    memory, disk = available(resolved.recipe, Path("runs"))
+    fits = planned.fits(memory, disk)
+    changes = [] if planned.peak_bytes <= memory else advice(resolved, planned, memory)
+    if options.measure and fits:
+        from potstill.preflight.trial_steps import smoke
+
+        measured = smoke(resolved, min(3, recipe.train.steps), display, options.recipe.stem)
+        planned = dataclasses.replace(planned, time_s=measured["smoke/projected_s"])
+    if options.json:
+        figures = planned.as_dict() | {"fits": fits, "chunk": chunk.as_dict()}
+        figures |= {"memory_available_bytes": memory, "disk_available_bytes": disk, "capture": captured}
+        figures["advice"] = [
+            {"set": change.settings, "peak_bytes": change.peak_bytes, "fits": change.fits}
+            for change in changes
+        ]
+        display.result(json.dumps(figures, indent=2))
+        return 0 if fits else 2
+    for line in (
+        *_memory_lines(planned, memory, chunk.summary),
+        *_disk_lines(planned, disk, resolved, captured),
+        "it fits" if fits else "it does not fit",
+        *_advice_lines(planned, changes, memory, disk),
+    ):
+        display.result(line)
+    return 0 if fits else 2
+
+
+def _memory_lines(planned: Plan, memory: int, chunk: str) -> list[str]:
+    rows = [[name, size(part), size(planned.largest.get(name, part))] for name, part in planned.parts.items()]
+    return [
+        aligned(["part", "at the peak", "at most"], [*rows, ["sum", size(planned.peak_bytes), ""]]),
+        f"the peak is in the {planned.phase} on {planned.device}; {size(memory)} are available",
+        chunk,
+    ]
+
+
+def _disk_lines(planned: Plan, disk: int, resolved: Resolved, captured: dict[str, Any] | None) -> list[str]:
+    lines = [
+        f"disk: {size(planned.disk_peak_bytes)} in the run, {size(planned.disk_bytes)} after; {size(disk)} free"
+    ]
+    if captured is not None:
+        each, tokens = captured["bytes_per_position"], captured["tokens"]
+        wanted = f"{size(int(captured['bytes']))}, {each:.4g} bytes for each of about {tokens} tokens"
+        lines.append(f"`potstill capture` would keep {resolved.recipe.capture.name} targets: {wanted}")
+    unknown = "not measured; `potstill plan RECIPE --measure` runs three steps"
+    return [*lines, f"time: {unknown if planned.time_s is None else clock(planned.time_s)}"]
+
+
+def _advice_lines(planned: Plan, changes: list[Advice], memory: int, disk: int) -> list[str]:
+    lines = []
+    for change in changes:
+        less, verdict = (
+            size(planned.peak_bytes - change.peak_bytes),
+            "fits" if change.fits else "does not fit",
+        )
+        lines.append(f"  {' '.join(change.settings)}: {less} less, {size(change.peak_bytes)}, {verdict}")
+    if planned.peak_bytes > memory and not any(change.fits for change in changes):
+        lines.append(
+            f"  no such change fits {size(memory)}: take smaller models, or a machine with more memory"
+        )
+    if planned.disk_peak_bytes > disk:
+        lacking = size(planned.disk_peak_bytes - disk)
+        lines.append(f"  {lacking} too few on the disk: make room, or give --out a folder on another")
+    return lines

@@ -1,0 +1,98 @@
+"""The verbs that run a recipe: `demo`, `distill` and `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from potstill.errors import UserError
+from potstill.io.terminal import Display, clock
+
+if TYPE_CHECKING:
+    from potstill.recipe.load import Recipe
+
+
+def add_flags(
+    demo: argparse.ArgumentParser, distill: argparse.ArgumentParser, compare: argparse.ArgumentParser
+) -> None:
+    distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see `potstill schema`")
+    compare.add_argument("recipe", type=Path, metavar="RECIPE", help="its section `compare` says how")
+    for parser in (demo, distill, compare):
+        parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+        parser.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
+        mode = parser.add_mutually_exclusive_group()
+        mode.add_argument("--resume", action="store_true", help="go on with what was cut off there")
+        if parser is not compare:
+            mode.add_argument(
+                "--smoke", type=int, metavar="N", help="N steps, the projected time, nothing written"
+            )
+
+
+def run_demo(options: argparse.Namespace, display: Display) -> int:
+    code = _run(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
+    if code == 0 and "run" in options:
+        from potstill.publish.publish import note_card
+
+        note_card(options.run, display)
+    return code
+
+
+def run_distill(options: argparse.Namespace, display: Display) -> int:
+    return _run(options.recipe, options, display)
+
+
+def _run(recipe: Path, options: argparse.Namespace, display: Display) -> int:
+    from potstill.recipe.load import load
+
+    loaded = load(recipe, options.overrides)  # a typo is reported before torch is imported
+    if options.smoke is not None:
+        if options.out is not None:
+            raise UserError("--out: --smoke writes nothing, and --out would have no effect. Leave one out.")
+        return _smoke(loaded, recipe.stem, options, display)
+    if loaded.compare is not None:
+        return run_compare(options, display, recipe)
+    from potstill.workflows.distill import distill
+
+    run = distill(
+        recipe, overrides=options.overrides, out=options.out, resume=options.resume, display=display
+    )
+    if options.json:
+        display.result(json.dumps({"run": str(run.path), **run.status(), **run.receipt()}, indent=2))
+    options.run = run.path
+    return 143 if run.status()["state"] == "stopped" else 0
+
+
+def _smoke(recipe: Recipe, name: str, options: argparse.Namespace, display: Display) -> int:
+    from potstill.build.resolve import resolve
+    from potstill.preflight.trial_steps import smoke
+
+    figures = smoke(resolve(recipe), options.smoke, display, name)
+    if options.json:
+        display.result(json.dumps(figures, indent=2))
+    else:
+        display.result(
+            f"{options.smoke} steps ran, loss {figures['train/loss']:.4f}, {figures['smoke/step_s']:.3g} s a step;"
+            f" the full run of {recipe.train.steps} steps takes about {clock(figures['smoke/projected_s'])}"
+        )
+    return 0
+
+
+def run_compare(options: argparse.Namespace, display: Display, recipe: Path | None = None) -> int:
+    from potstill.recipe.load import load
+
+    recipe = recipe or options.recipe
+    load(recipe, options.overrides)
+    from potstill.runs.comparison import RESULT
+    from potstill.workflows.compare import compare
+
+    folder = compare(
+        recipe, overrides=options.overrides, out=options.out, resume=options.resume, display=display
+    )
+    if folder is None:
+        return 143
+    if options.json:
+        display.result((folder / RESULT).read_text().rstrip())
+    return 0

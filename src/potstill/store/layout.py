@@ -1,0 +1,74 @@
+"""What lies in the folder of a store, by name. Reader and writer share it.
+
+capture.json            what the targets are of and how they are kept; written first, compared on resume
+tokenizer/              that of the teacher, which read the corpus
+head.safetensors        the teacher's output embedding; scale and softcap are in capture.json
+heldout.safetensors     hidden states of the held-out rows in float32: evaluation is exact
+00000.safetensors …     shards of training rows, see `shards`
+00000.json …            bytes and hashes of a shard, written after it: the mark that it is whole
+certificate.json        how far the kept targets are from the full ones, measured on the held-out rows
+manifest.json           all of the above in one, written last: without it there is no store
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from potstill.io.safe_open import read_object
+from potstill.store.codecs import Codec, Hidden, Sampled, TopK
+from potstill.store.shards import AGAIN, FileRecord
+
+SCHEMA = 1
+CAPTURE, MANIFEST, CERTIFICATE = "capture.json", "manifest.json", "certificate.json"
+HEAD, HELDOUT, TOKENIZER = "head.safetensors", "heldout.safetensors", "tokenizer"
+HELDOUT_CODEC = Hidden("float32")
+NOT_SETTINGS = ("bytes_per_position", "files", "tokenizer", "certificate", "seal")
+"""Fields that the manifest has beside the settings of capture.json."""
+Json = dict[str, Any]
+
+
+def codec_of(settings: Json) -> Codec:
+    """How the training rows are kept, by capture.json or the manifest."""
+    kept, ids, temperature = settings["kind"], settings["vocabulary"]["ids"], settings["temperature"]
+    match kept["name"]:
+        case "hidden":
+            return Hidden(kept["dtype"])
+        case "sampled":
+            return Sampled(kept["threshold"], ids, temperature)
+        case _:
+            return TopK(kept["k"], kept["dtype"], ids, temperature)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Paths of the files of a store."""
+
+    path: Path
+
+    def shard(self, number: int) -> Path:
+        return self.path / f"{number:05}.safetensors"
+
+    def record(self, file: Path) -> Path:
+        return file.with_suffix(".json")
+
+    def recorded(self, file: Path) -> FileRecord | None:
+        """The record of a file; None where either is missing, so that the file counts as not written."""
+        place = self.record(file)
+        if not (place.exists() and file.exists()):
+            return None
+        return FileRecord.parse(read_object(place, AGAIN), place)
+
+
+def seal(manifest: Json) -> str:
+    """sha256 over the manifest without its seal: JSON with a flipped bit may still be sound JSON."""
+    sealed = {name: value for name, value in manifest.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
+
+
+def as_json(tree: Json) -> bytes:
+    """The bytes of a JSON file of a store: `verify` compares them, so they are a function of the tree."""
+    return (json.dumps(tree, indent=1) + "\n").encode()

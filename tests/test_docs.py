@@ -1,0 +1,140 @@
+"""What the documentation names exists: files, tests, links, anchors, verbs and flags; and the Python page runs."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import potstill
+from potstill.cli.main import _parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "potstill"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TREES = "src|tests|docs|bench|tools|examples|recipes"
+NAMED = re.compile(rf"(?<![\w./-])((?:{TREES})/[\w./-]*[\w/])(?:::(\w+))?(?![\w*<])")
+IN_PACKAGE = re.compile(r"`((?:[a-z_]+/)*[a-z_]+/[a-z_]+\.py)`")  # as `training/loop.py`, below src/potstill
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"\bpotstill ([a-z]+)((?: [^`\n#|]*)?)")
+
+
+def missing_paths(text: str) -> list[str]:
+    """Paths of the repository that are not there, and `tests/...::test` nodes that no file defines."""
+    missing = []
+    for match in NAMED.finditer(text):
+        path = ROOT / match[1].rstrip(".")
+        if not path.exists() or (match[2] and f"def {match[2]}(" not in path.read_text()):
+            missing.append(match[0])
+    for name in IN_PACKAGE.findall(text):
+        unit = PACKAGE / name.split("/")[0]
+        if unit.is_dir() and not (PACKAGE / name).exists():
+            missing.append(name)
+    return missing
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for target in LINK.findall(text):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    return broken
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    actions = _parser()._actions
+    return next(a.choices for a in actions if isinstance(a, argparse._SubParsersAction))  # type: ignore[return-value]
+
+
+def unknown_commands(text: str) -> Iterator[str]:
+    """Commands in code, which is where they are meant to be typed from."""
+    known = verbs()
+    code = [line for line in text.splitlines() if line.startswith("    ")] + re.findall(r"`([^`\n]+)`", text)
+    for match in (m for piece in code for m in COMMAND.finditer(piece)):
+        verb, rest = match.groups()
+        if verb not in known:
+            yield f"potstill {verb}"
+            continue
+        for flag in re.findall(r"(?<!\S)\[?(--[a-z][a-z-]*)", rest):
+            if flag not in known[verb]._option_string_actions:
+                yield f"potstill {verb} {flag}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    assert (missing_paths(text), broken_links(page, text), [*unknown_commands(text)]) == ([], [], [])
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked = {target.partition("#")[0] for target in LINK.findall((ROOT / "README.md").read_text())}
+    assert [page.name for page in PAGES[2:] if f"docs/{page.name}" not in linked] == []
+
+
+def test_what_is_not_there_is_seen() -> None:
+    page = ROOT / "docs" / "losses.md"
+    assert missing_paths(
+        "`tests/no_such.py`, `docs/losses.md`, `training/no_such.py`, `training/loop.py`"
+    ) == [
+        "tests/no_such.py",
+        "training/no_such.py",
+    ]
+    assert missing_paths("pytest tests/test_docs.py::test_no_such_one") == [
+        "tests/test_docs.py::test_no_such_one"
+    ]
+    assert broken_links(page, "[a](no.md) [b](trust.md#no-such) [c](targets.md) [d](#losses)") == [
+        "no.md",
+        "trust.md#no-such",
+    ]
+    text = "    potstill distil recipe.yaml\n    potstill distill recipe.yaml --resmue  # --not-this\n"
+    assert [*unknown_commands(text)] == ["potstill distil", "potstill distill --resmue"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_imports_can_be_imported(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_the_python_page_lists_every_public_name() -> None:
+    page = (ROOT / "docs" / "python-api.md").read_text()
+    assert [
+        name for name in potstill.__all__ if not re.search(rf"^\|.*`{name}[`(]", page, re.MULTILINE)
+    ] == []
+
+
+def test_the_python_page_runs(
+    tiny_recipe: Callable[..., Path], teacher_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    tiny_recipe("recipe.yaml")
+    (tmp_path / "teacher").symlink_to(teacher_folder)
+    (tmp_path / "text").symlink_to(corpus_folder)
+    page = (ROOT / "docs" / "python-api.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) > 5
+    (tmp_path / "page.py").write_text("\n\n".join(blocks))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "runs/first finished" in done.stdout
+    assert "objective.temperature" in done.stdout  # the nearest known name, in the error
