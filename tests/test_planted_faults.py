@@ -253,7 +253,7 @@ FAULTS = {
     ),
     "a plug-in is no input": Fault(
         "runs/inputs.py",
-        "enumerate(recipe.plugins)",
+        "enumerate(plugins)",
         "enumerate([])",
         "runs/test_inputs.py::test_a_run_does_not_go_on_with_another_file",
     ),
