@@ -271,8 +271,8 @@ FAULTS = {
     ),
     "the rate of the first group alone is read back": Fault(
         "preflight/trial_steps.py",
-        'seen.append([*rates(optimizers[0]), metrics["train/lr"]])',
-        'seen.append([rates(optimizers[0])[0], metrics["train/lr"]])',
+        'self.rates.append([*rates(self.optimizers[0]), metrics["train/lr"]])',
+        'self.rates.append([rates(self.optimizers[0])[0], metrics["train/lr"]])',
         "preflight/test_checks.py::test_a_rate_that_reaches_only_the_first_group_is_red_and_not_logged",
     ),
     "shapes are compared before what the run is made of": Fault(
@@ -352,8 +352,8 @@ FAULTS = {
     ),
     "resume takes a new number": Fault(
         "preflight/auto.py",
-        "return with_chunk(recipe, begun.objective.chunk) if",
-        "return settled(recipe, print) if",
+        "return with_chunk(recipe, started.objective.chunk) if",
+        "return with_chunk(recipe, 64) if",
         "preflight/test_auto.py::test_a_run_goes_on_with_the_number_that_it_began_with",
     ),
     "an unknown license is taken for a free one": Fault(

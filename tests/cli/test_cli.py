@@ -287,6 +287,7 @@ def test_the_schema_is_json_with_every_section(capsys: pytest.CaptureFixture[str
         "objective",
         "train",
         "eval",
+        "evaluations",
         "guard",
         "capture",
         "compare",
