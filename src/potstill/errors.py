@@ -1,15 +1,16 @@
-"""The one exception that is the user's and not ours. Apart from `types.py` because a typo must not wait for
-torch.
+"""Errors that a user can fix, and the exceptions that end a run.
+
+Apart from `types.py`, which imports torch: a typo in a recipe must be reported without waiting for that.
 """
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: `where: what is wrong, with both values. What to do.`
+    """A mistake that the user can fix: `where: what is wrong, with both values. What to do.`
 
-    Several at once when one place holds several. The command line prints each on one line, without a
-    traceback, and exits 2. Everything else that is raised is a bug and keeps its traceback.
+    Several mistakes can be reported at once. The command line prints each on one line, without a traceback,
+    and exits 2. Everything else that is raised is a bug and keeps its traceback.
     """
 
     def __init__(self, *mistakes: str) -> None:
@@ -18,7 +19,7 @@ class UserError(Exception):
 
 
 class Unreadable(UserError):
-    """The system does not let a file be read: what it holds is not known, so it is not taken for damaged."""
+    """The operating system refuses to read a file. Its content is unknown, so it must not be treated as damaged."""
 
     def __init__(self, what: str, todo: str = "") -> None:
         super().__init__(f"{what} {todo}".rstrip())
@@ -26,22 +27,22 @@ class Unreadable(UserError):
 
 
 class Fault(UserError):
-    """Numbers that no update may be made of: not finite, or a loss above its ceiling."""
+    """A step that must not update the weights: a value is not finite, or the loss is above its ceiling."""
 
 
-class OfOneRank(UserError):
-    """Where several processes run, what not each of them knows."""
+class RankError(UserError):
+    """An error of a distributed run that not every rank sees, so rank 0 cannot be relied on to report it."""
 
-    is_told = True
-    """False where another of them says it."""
+    is_reported = True
+    """False where another rank prints it."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to end. No `except Exception` of a library can take it for its own."""
+    """A signal asked the run to stop. Not an `Exception`, so that no library's `except Exception` swallows it."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What a library's error says on one line, with its type where the text alone says little."""
+    """A library's error on one line, with its type where the message alone is not enough."""
     text = " ".join(str(error).split())
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()

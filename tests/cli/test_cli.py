@@ -241,7 +241,7 @@ def test_a_run_is_never_written_over(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("x")
     line = refusal(["distill", str(tiny_recipe()), "--out", str(tmp_path / "run")], capsys, tmp_path)
-    assert "already there" in line and (tmp_path / "run" / "precious").read_text() == "x"
+    assert "already exists" in line and (tmp_path / "run" / "precious").read_text() == "x"
 
 
 @pytest.mark.parametrize("verb", ["show", "eval"])

@@ -139,7 +139,9 @@ def test_a_damaged_line_is_reported_with_its_place(run: RunDir, capsys: pytest.C
         file.write('{"step": 7, "train/ce": "low"}\n')
     number = len((run.path / "metrics.jsonl").read_text().splitlines())
     assert main(["report", str(run.path), "--no-models"]) == 2
-    assert f"{run.path / 'metrics.jsonl'}:{number}: damaged: train/ce is no number" in capsys.readouterr().err
+    assert (
+        f"{run.path / 'metrics.jsonl'}:{number}: damaged: train/ce is not a number" in capsys.readouterr().err
+    )
     assert not (run.path / "report.html").exists()
 
 

@@ -1,4 +1,4 @@
-"""A run goes on with the very files it was begun with, also those that neither weights nor corpus tell of."""
+"""A run resumes only with the files it was started with, also those that neither weights nor corpus cover."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_run_does_not_go_on_with_another_file(
     recipe = begun(every)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     change(changed, tmp_path)
-    with pytest.raises(UserError, match=rf"run: begun with another input: {named} \('[0-9a-f]+' -> ") as told:
+    with pytest.raises(UserError, match=rf"run: .*another input: {named} \('[0-9a-f]+' -> ") as told:
         distill(recipe, out=tmp_path / "run", resume=True)
     assert str(told.value).count(" -> ") == 1, "one thing was changed"
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

@@ -23,7 +23,7 @@ def test_the_recipe_is_kept_byte_for_byte(tmp_path: Path) -> None:
 def test_a_folder_with_anything_in_it_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for taken in (tmp_path, tmp_path / "file"):
-        with pytest.raises(UserError, match="already there"):
+        with pytest.raises(UserError, match="already exists"):
             new(taken)
 
 
@@ -36,13 +36,13 @@ def test_a_run_cut_off_at_its_begin_is_begun_anew_and_a_folder_like_it_is_not_ta
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("potstill.runs.run_dir.environment", killed)
         new(tmp_path / "run")
-    with pytest.raises(UserError, match=r"cut off before it began.*Start it again without --resume"):
+    with pytest.raises(UserError, match=r"interrupted.*without --resume"):
         RunDir.open(tmp_path / "run")
     assert new(tmp_path / "run").status() == {"state": "running"}
     for status in ('{"state": "mine"}', "[]", ""):
         (tmp_path / "mine").mkdir(exist_ok=True)
         (tmp_path / "mine" / "status.json").write_text(status)
-        with pytest.raises(UserError, match="already there"):
+        with pytest.raises(UserError, match="already exists"):
             new(tmp_path / "mine")
 
 

@@ -305,8 +305,8 @@ def test_a_folder_of_another_comparison_is_refused(
 ) -> None:
     path, folder = whole
     for arguments, said in {
-        (str(path), "--out", str(folder)): "already there, and a run is never written over",
-        (str(path), "train.lr=1", "--resume", "--out", str(folder)): "begun with another recipe",
+        (str(path), "--out", str(folder)): f"{folder}: already exists",
+        (str(path), "train.lr=1", "--resume", "--out", str(folder)): "another recipe",
         (str(path), "--resume", "--out", str(tmp_path / "none")): "plan.json",
     }.items():
         assert main(["compare", *arguments]) == 2

@@ -17,7 +17,7 @@ from typing import Any
 
 from potstill import __version__
 from potstill.cli import capture, check, distill, evaluate, export, report
-from potstill.errors import OfOneRank, Stopped, UserError
+from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
 
 
@@ -41,7 +41,7 @@ def _run_verb(arguments: Sequence[str] | None) -> int:
     try:
         code = options.verb(options, display) or 0
     except UserError as error:
-        if error.is_told if isinstance(error, OfOneRank) else is_first:
+        if error.is_reported if isinstance(error, RankError) else is_first:
             display.error(error.mistakes)
         return 2
     except Stopped:

@@ -1,4 +1,4 @@
-"""The record of a comparison: the file that `potstill compare` leaves in its folder."""
+"""The record of a comparison: `comparison.json` in the folder that `potstill compare` made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ RESULT = "comparison.json"
 
 
 def read_comparison(folder: Path) -> dict[str, Any] | None:
-    """Every arm's figures, or None for a folder that is not a comparison's."""
+    """The result of a comparison, or None where `folder` holds none."""
     path = folder / RESULT
     return read_object(path, "Give the folder that `potstill compare` made.") if path.is_file() else None

@@ -1,7 +1,7 @@
-"""What a run is made of beside its recipe and its corpus: sha256 of every file that can change it unseen.
+"""sha256 of every file, beside recipe and corpus, that could change a run unnoticed.
 
-Weights are hashed as they were loaded. What no weight tells is hashed as a file: the config of a model, its
-tokenizer and generation settings, a whole GGUF file, and the plug-ins of the recipe as they were imported.
+Weights are hashed in memory, as loaded. What they do not cover is hashed as a file: a model's config, tokenizer
+and generation settings, a whole GGUF file, and the recipe's plug-ins as they were imported.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SETTINGS = {
 
 
 def file_hashes(inputs: Mapping[str, Path], plugins: Sequence[str]) -> dict[str, str]:
-    """`ROLE/FILE` -> sha256. A role with a model's folder stands for the files beside its weights; one that names its
-    file stands for that file; `plugins` are numbered.
+    """sha256 by `ROLE/FILE`. A plain role such as `teacher` maps to a model's folder, whose settings files are hashed; a
+    role with a slash already names a single file. Plug-ins are numbered: two may have the same file name.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file cannot be read.
     """
     hashes = {}
     for role, path in inputs.items():

@@ -1,27 +1,27 @@
-"""A run is a folder that explains itself, readable without us; nothing else knows where a file in it lies.
+"""The run directory: a self-describing folder, readable without potstill. Only this file knows its layout.
 
     recipe.yaml       as given, byte for byte
     resolved.yaml     every default filled in
     code.diff         uncommitted changes of the code that ran
-    environment.json  versions, machine, command line, the chunk that was chosen
+    environment.json  versions, machine, command line, chosen chunk size
     corpus.json       files with hashes, counts, fingerprint
     inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
-    metrics.jsonl     one object a step or evaluation
-    faults.jsonl      steps whose update the guard refused, why, and which rows; only where there were any
+    metrics.jsonl     one object per step or evaluation
+    faults.jsonl      steps whose update the guard refused, with reason and rows; absent if there were none
     disagreement.json where student and teacher disagree, measured for the first report
     report.html       the page of `potstill report`
-    stall.txt         where every thread was when a deadline of the guard passed
-    receipt.json      what truly ran, written by the trainer
-    status.json       beginning | running | stopped | finished | failed: why
-    student/          the best student, a Hugging Face folder with the sums of its files
-    exports/          the student as others run it: a folder, GGUF files; recorded in the receipt
+    stall.txt         stack traces of all threads when a deadline of the guard passed
+    receipt.json      what was actually run, read back from the objects that ran it
+    status.json       beginning | running | stopped | finished | failed, and why
+    student/          the best student, a Hugging Face folder with checksums of its files
+    exports/          the student in other formats, such as GGUF; recorded in the receipt
     evals/humaneval/  result and samples of `potstill eval RUN --humaneval`
     evals/lm-eval/    result of `potstill eval RUN --lm-eval`
-    adapter/          of a LoRA student, what was trained, in peft's format
-    checkpoints/      the last two states of the training, for --resume
-    .lock             while a process writes here
+    adapter/          the trained adapter of a LoRA student, in peft's format
+    checkpoints/      the last two training states, for --resume
+    .lock             held while a process writes here
 
-Every file appears whole or not at all; `metrics.jsonl` grows by whole lines.
+Files are replaced atomically; `metrics.jsonl` and `faults.jsonl` are appended to, one line at a time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RunDir:
     listeners: list[Callable[[int, dict[str, float]], None]] = field(
         default_factory=list, compare=False, repr=False
     )
-    """Told each line of `metrics.jsonl` once it is written."""
+    """Called with each line of `metrics.jsonl` after it is written."""
 
     @classmethod
     def create(
@@ -67,10 +67,10 @@ class RunDir:
         inputs: dict[str, str] | None = None,
         chunk: dict[str, Any] | None = None,
     ) -> RunDir:
-        """A new folder with what is known before the first step.
+        """Make the folder, and write what is known before the first step.
 
-        `status.json` comes first and `resolved.yaml` last, so that a folder which a kill left half made is
-        neither a run nor taken: the same start makes it anew.
+        Raises:
+            UserError: the folder exists, or cannot be made.
         """
         cls.require_free(path)
         try:
@@ -80,31 +80,35 @@ class RunDir:
                 f"{path}: the run directory cannot be made: {error.strerror}. Give --out another folder."
             ) from error
         run = cls(path)
+        # First: marks a folder that a kill left half made as ours, so that the same command can start over in it.
         run.set_status("beginning")
         write_whole(path / "recipe.yaml", recipe)
         write_whole(path / "code.diff", code()["diff"].encode())
         run._write_json("environment.json", environment() | {"chunk": chunk or {}})
         run._write_json("corpus.json", corpus)
         run._write_json("inputs.json", inputs or {})
+        # Last: `open` takes any folder that has it for a complete run.
         write_whole(path / "resolved.yaml", resolved.encode())
         run.set_status("running")
         return run
 
     @staticmethod
     def require_free(path: Path) -> None:
-        if why := _cannot_be(path):
+        """UserError unless `path` does not exist, is empty, or was left half made by `create`."""
+        if why := _why_impossible(path):
             raise UserError(f"{path}: the run directory cannot be made: {why}. Give --out another folder.")
-        taken = os.path.lexists(path)
-        if taken and not (path.is_dir() and (not listed(path) or _was_cut_off_at_its_begin(path))):
+        exists = os.path.lexists(path)
+        if exists and not (path.is_dir() and (not listed(path) or _creation_was_interrupted(path))):
             raise UserError(
-                f"{path}: already there, and a run is never written over. Give --out another folder."
+                f"{path}: already exists, and a run is never overwritten. Give --out another folder."
             )
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
-        if os.path.isdir(path) and _was_cut_off_at_its_begin(path):
+        if os.path.isdir(path) and _creation_was_interrupted(path):
             raise UserError(
-                f"{path}: cut off before it began: nothing to go on with. Start it again without --resume."
+                f"{path}: interrupted before training started, so there is nothing to resume."
+                " Start it again without --resume."
             )
         if not os.path.isfile(path / "resolved.yaml"):
             raise UserError(
@@ -138,17 +142,17 @@ class RunDir:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         line = json.dumps({"step": step, **metrics}) + "\n"
-        self._append("metrics.jsonl", line)
+        self._append("metrics.jsonl", line)  # before the listeners: the run directory is the record
         for listener in self.listeners:
             listener(step, metrics)
 
     def log_fault(self, step: int, what: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        """`rows` are all that are not usable by themselves: each a row's number and its figures."""
+        """`rows`: the rows that are unusable on their own, each with its number and figures."""
         self._append("faults.jsonl", json.dumps({"step": step, "what": what, "rows": [*rows]}) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time writes here; a second one is refused."""
+        """Hold the run's lock; a second process is refused, not queued."""
 
         def refuse() -> None:
             raise UserError(f"{self.path}: another process is at work on this run. Wait for it, or stop it.")
@@ -157,14 +161,16 @@ class RunDir:
             yield
 
     def flush(self) -> None:
-        """The metrics so far onto the disk: a checkpoint is not to outlive the lines before it."""
+        """fsync the metrics. Called before a checkpoint is saved: after a power cut, no checkpoint may be newer than the
+        log of its steps.
+        """
         path = self.path / "metrics.jsonl"
         if path.exists():
             with writing(path):
                 flush(path)
 
     def rewind_faults(self, step: int, left_out: list[int]) -> None:
-        """Forget the faults that a resumed run will meet again."""
+        """Drop the faults after `step`, which a resumed run meets again, but for steps already left out."""
         path = self.path / "faults.jsonl"
         if not os.path.lexists(path):
             return
@@ -174,7 +180,7 @@ class RunDir:
         write_whole(path, b"".join(line + b"\n" for line in kept))
 
     def rewind(self, step: int, evaluated: int) -> None:
-        """Forget steps after `step` and evaluations after `evaluated`: a resumed run logs them again."""
+        """Drop steps after `step` and evaluations after `evaluated`: a resumed run logs them again."""
         kept = [
             line
             for line in self.metrics()
@@ -184,7 +190,7 @@ class RunDir:
         write_whole(self.path / "metrics.jsonl", content.encode())
 
     def metrics(self) -> list[dict[str, float]]:
-        """Every whole line; a kill can cut off the last one."""
+        """Every complete line; a kill can truncate the last one."""
         path = self.path / "metrics.jsonl"
         if not os.path.lexists(path):
             return []
@@ -193,24 +199,25 @@ class RunDir:
         return [_metrics_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
     def faults(self) -> list[dict[str, Any]]:
-        """Every whole line of the steps that the guard refused."""
+        """The steps whose update the guard refused; complete lines only."""
         path = self.path / "faults.jsonl"
         return read_lines(path) if os.path.lexists(path) else []
 
     def replace_student(self, save: Callable[[Path], None]) -> None:
-        """`save` fills a folder beside the old student; only a whole one takes its place."""
+        """`save` fills a folder beside the old student, which replaces it once it is complete."""
         replace_folder(self.student, save)
 
     def replace_adapter(self, save: Callable[[Path], None]) -> None:
         replace_folder(self.adapter, save)
 
     def repair(self) -> None:
-        """Undo what a kill left half done in `replace_student` and `replace_adapter`."""
-        for place in (self.student, self.adapter):
-            repair_folder(place)
+        """Recover from a kill inside `replace_student` or `replace_adapter`."""
+        for folder in (self.student, self.adapter):
+            repair_folder(folder)
 
     def whole_student(self, todo: str = "Put it back from a copy, or start a new run.") -> Path:
-        """The student's folder, each file as it was saved; UserError where one is missing or damaged."""
+        """The student's folder, after checking every file; UserError where one is missing or damaged."""
+        # Before that, a receipt may be older than the student: the run was killed between the two and resumed.
         is_finished = self.status().get("state") == "finished"
         require_whole(self.student, self.receipt().get("output") if is_finished else None, todo)
         return self.student
@@ -225,8 +232,8 @@ class RunDir:
         return self._read_json("inputs.json")
 
     def chunk(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._read_json("environment.json").get("chunk", {})
-        return found
+        chunk: dict[str, Any] = self._read_json("environment.json").get("chunk", {})
+        return chunk
 
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")
@@ -234,8 +241,8 @@ class RunDir:
     def disagreement(self) -> dict[str, Any]:
         return self._read_json("disagreement.json")
 
-    def write_disagreement(self, found: dict[str, Any]) -> None:
-        self._write_json("disagreement.json", found)
+    def write_disagreement(self, disagreement: dict[str, Any]) -> None:
+        self._write_json("disagreement.json", disagreement)
 
     def write_stacks(self, stacks: str) -> Path:
         write_whole(self.path / "stall.txt", stacks.encode())
@@ -263,7 +270,7 @@ class RunDir:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a kill can cut off the last line."""
+    """The objects of a JSON lines file, complete lines only; a kill can truncate the last one."""
     with opened(path, "JSON lines", READABLE) as file:
         lines = file.read().split(b"\n")[:-1]
     return [object_of(line, f"{path}:{number}", READABLE) for number, line in enumerate(lines, start=1)]
@@ -271,41 +278,42 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _metrics_of(line: bytes, where: str) -> dict[str, float]:
     try:
-        found = parse_json(line)
+        parsed = parse_json(line)
     except ValueError as error:
-        said = str(error) if isinstance(error, KeyTwice) else f"not a line of JSON: {error}"
-        raise UserError(f"{where}: damaged: {said}. Remove the line; {READABLE}") from error
-    numbers = found if isinstance(found, dict) else {"the line": found}
-    odd = next((name for name, value in numbers.items() if not _is_number(value)), None)
-    if odd is not None or type(numbers.get("step")) is not int:
-        what = "no whole `step`" if odd is None else f"{odd:.60} is no number"
-        raise UserError(f"{where}: damaged: {what}. Remove the line; {READABLE}")
-    return numbers
+        problem = str(error) if isinstance(error, KeyTwice) else f"not a line of JSON: {error}"
+        raise UserError(f"{where}: damaged: {problem}. Remove the line; {READABLE}") from error
+    metrics = parsed if isinstance(parsed, dict) else {"the line": parsed}
+    not_a_number = next((name for name, value in metrics.items() if not _is_number(value)), None)
+    if not_a_number is not None or type(metrics.get("step")) is not int:
+        problem = "no integer `step`" if not_a_number is None else f"{not_a_number:.60} is not a number"
+        raise UserError(f"{where}: damaged: {problem}. Remove the line; {READABLE}")
+    return metrics
 
 
 def _step_of(line: bytes, path: Path) -> int:
     try:
-        found = parse_json(line)
+        parsed = parse_json(line)
     except ValueError as error:
         raise UserError(
             f"{path}: damaged: not a line of JSON: {error}. Remove the line; {READABLE}"
         ) from error
-    step = found.get("step") if isinstance(found, dict) else None
+    step = parsed.get("step") if isinstance(parsed, dict) else None
     if type(step) is not int:
-        raise UserError(f"{path}: damaged: a line has no whole `step`. Remove the line; {READABLE}")
+        raise UserError(f"{path}: damaged: a line has no integer `step`. Remove the line; {READABLE}")
     return step
 
 
 def _is_number(value: object) -> bool:
+    # `type() is`, not isinstance: a bool is an int. Python parses integers that no float and no chart can hold.
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
-def _cannot_be(path: Path) -> str:
-    """Why the system has no such path, nor could have; empty where it has or could."""
+def _why_impossible(path: Path) -> str:
+    """Why the system cannot have such a path; empty where it can."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
-        return "its name is not UTF-8, and not every library writes there"
+        return "its name is not UTF-8, and some libraries cannot write there"
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -316,22 +324,22 @@ def _cannot_be(path: Path) -> str:
 
 
 def summary(run: RunDir) -> dict[str, dict[str, float]]:
-    """First, best and last value of each metric. Best is the lowest, except where more is better."""
-    found: dict[str, dict[str, float]] = {}
+    """First, best and last value of each metric. Best is the lowest, except where higher is better."""
+    values: dict[str, dict[str, float]] = {}
     for line in run.metrics():
         for name, value in line.items():
             if name != "step":
                 better = max if name in ("heldout/agreement", "speed/tokens_per_s") else min
-                so_far = found.setdefault(name, {"first": value, "best": value, "last": value})
+                so_far = values.setdefault(name, {"first": value, "best": value, "last": value})
                 so_far |= {"best": better(so_far["best"], value), "last": value}
-    return found
+    return values
 
 
-def _was_cut_off_at_its_begin(path: Path) -> bool:
+def _creation_was_interrupted(path: Path) -> bool:
     """Whether a kill ended `RunDir.create` there, before there was a run."""
     names = {entry.name for entry in listed(path)}
     if "resolved.yaml" in names or "status.json" not in names:
-        return names == {"status.json.new"}
+        return names == {"status.json.new"}  # killed while the first file was being written
     with opened(path / "status.json", "JSON", READABLE) as file:
         return file.read(100) == _as_json({"state": "beginning"})
 
@@ -349,13 +357,13 @@ def default_path(name: str) -> Path:
 
 
 def newest_path(name: str) -> Path:
-    """The newest of runs/NAME, runs/NAME-2 … that there is: what `--resume` goes on with."""
-    following = int(default_path(name).name.removeprefix(name).removeprefix("-") or 1)
-    return Path("runs") / (name if following <= 2 else f"{name}-{following - 1}")
+    """The last of runs/NAME, runs/NAME-2 … that exists: what `--resume` continues by default."""
+    next_number = int(default_path(name).name.removeprefix(name).removeprefix("-") or 1)
+    return Path("runs") / (name if next_number <= 2 else f"{name}-{next_number - 1}")
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and command line; no environment variables, since secrets live there."""
+    """Versions, machine and command line. Environment variables are left out: they hold secrets."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -367,23 +375,24 @@ def environment() -> dict[str, Any]:
 
 def code() -> dict[str, str]:
     """Commit and uncommitted changes of the checkout that potstill runs from; empty for a wheel."""
-    here = Path(__file__).resolve().parent.parent
-    commit = _git(here, "rev-parse", "HEAD").strip()
-    tracked = commit and _git(here, "ls-files", "--error-unmatch", "__init__.py")
+    package = Path(__file__).resolve().parent.parent
+    commit = _git(package, "rev-parse", "HEAD").strip()
+    # A wheel may lie inside somebody else's checkout (.venv/…), whose commit says nothing about potstill.
+    tracked = commit and _git(package, "ls-files", "--error-unmatch", "__init__.py")
     if not tracked:
         return {"commit": "", "diff": ""}
-    untracked = _git(here, "ls-files", "--others", "--exclude-standard", ".").splitlines()
-    named = "".join(f"untracked, not in this diff: {name}\n" for name in untracked)
-    return {"commit": commit, "diff": named + _git(here, "diff", "HEAD")}
+    untracked = _git(package, "ls-files", "--others", "--exclude-standard", ".").splitlines()
+    header = "".join(f"untracked, not in this diff: {name}\n" for name in untracked)
+    return {"commit": commit, "diff": header + _git(package, "diff", "HEAD")}
 
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
         command = ["git", "-C", str(folder), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
+        completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return completed.stdout if completed.returncode == 0 else ""
 
 
 def _version(name: str) -> str:

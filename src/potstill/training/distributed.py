@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from potstill.errors import OfOneRank, UserError, one_line
+from potstill.errors import RankError, UserError, one_line
 from potstill.models.causal_lm import CausalLM
 from potstill.models.student import Student
 from potstill.types import Batch
@@ -167,17 +167,17 @@ def process_group(parallel: Parallel, device: torch.device) -> Iterator[Ranks]:
     try:
         yield ranks
         dist.barrier()  # the group is not taken down while another rank still works
-    except OfOneRank as error:
-        error.is_told = _is_first_report()
+    except RankError as error:
+        error.is_reported = _is_first_report()
         raise
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        lost = OfOneRank(
+        lost = RankError(
             f"rank {ranks.rank} of {world}: another rank has ended: {one_line(error):.200}"
             " Start the same command again with --resume: it goes on from the last checkpoint."
         )
-        lost.is_told = _is_first_report()
+        lost.is_reported = _is_first_report()
         raise lost from error
     finally:
         dist.destroy_process_group()

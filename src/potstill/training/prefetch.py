@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from potstill.errors import OfOneRank, UserError
+from potstill.errors import RankError, UserError
 from potstill.training.distributed import Ranks
 from potstill.training.step import Step
 from potstill.types import Batch, Data, Targets, Teacher
@@ -123,12 +123,12 @@ def checked_targets(teacher: Teacher, batch: Batch, number: int) -> Targets:
     except torch.OutOfMemoryError:
         raise  # it has advice of its own
     except (RuntimeError, ValueError, IndexError, TypeError, OSError) as error:
-        raise OfOneRank(
+        raise RankError(
             f"step {number + 1}: the teacher failed on rows {batch.rows_B.tolist()}: {type(error).__name__}:"
             f" {error}"
         ) from error
     if len(targets) != len(batch.positions_N):
-        raise OfOneRank(
+        raise RankError(
             f"step {number + 1}: the teacher gave targets for {len(targets)} positions, and the batch has"
             f" {len(batch.positions_N)}."
         )

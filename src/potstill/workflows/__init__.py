@@ -1,1 +1,1 @@
-"""Whole jobs: distil, compare, capture; and the receipt that each leaves."""
+"""The jobs of the command line, end to end: distil, compare, capture."""

@@ -1,4 +1,4 @@
-"""The receipt: what truly ran, read back from the objects that ran it."""
+"""The receipt: what was actually run, read back from the objects that ran it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from potstill.training.checkpoint import Outcome
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run hands to its receipt beside its objects."""
+    """What the receipt of a finished run needs beside its RunSetup and its directory."""
 
     outcome: Outcome
     checked: Checked
     inputs: dict[str, str]
-    """`hashes` of teacher and student before the first step, and those of the files beside them."""
+    """`hashes` of teacher and student before the first step, and the hashes of the other input files."""
     code: dict[str, str]
-    """Commit and diff of the code, read at the start."""
+    """Commit and diff of the code, read when the run started."""
     samples: dict[str, str]
-    """What the student wrote before and after training."""
+    """What the student generated before and after training."""
     evaluations: dict[str, Any]
     seconds: float
     """Wall time of the whole run."""
 
 
 def receipt_of(setup: RunSetup, run: RunDir, finished: Finished) -> dict[str, Any]:
-    """Everything about a finished run, as `receipt.json` holds it.
+    """The content of `receipt.json`.
 
     Raises:
         RuntimeError: training changed the teacher.
@@ -49,7 +49,7 @@ def receipt_of(setup: RunSetup, run: RunDir, finished: Finished) -> dict[str, An
         **_settings(setup, run),
         **_results(finished),
         "peak_memory_gib": peak,
-        "plan": _compared(finished.checked.planned, peak),
+        "plan": _planned_and_measured(finished.checked.planned, peak),
         "check": {finding.name: finding.figure for finding in finished.checked.findings},
         "check_red": [finding.name for finding in finished.checked.findings if not finding.ok],
         "output": {p.name: file_sha256(p) for p in sorted(run.student.iterdir()) if p.is_file()},
@@ -62,7 +62,7 @@ def receipt_of(setup: RunSetup, run: RunDir, finished: Finished) -> dict[str, An
 
 
 def _origins(setup: RunSetup, run: RunDir, finished: Finished, after: dict[str, str]) -> dict[str, Any]:
-    """What went in: code, recipe, corpus and models, by hash."""
+    """The inputs: code, recipe, corpus and models, by hash."""
     manifest = setup.corpus.manifest
     return {
         "potstill": environment()["libraries"]["potstill"],
@@ -70,7 +70,7 @@ def _origins(setup: RunSetup, run: RunDir, finished: Finished, after: dict[str, 
         "uncommitted_changes": bool(finished.code["diff"]),
         "recipe_sha256": file_sha256(run.path / "recipe.yaml"),
         "corpus_fingerprint": setup.corpus.fingerprint,
-        "decontamination": _without_list(manifest["decontamination"]),
+        "decontamination": _without_hits(manifest["decontamination"]),
         "tokenizer_sha256": manifest["tokenizer_sha256"],
         "teacher": _teacher(setup, finished),
         "student": {
@@ -86,12 +86,12 @@ def _origins(setup: RunSetup, run: RunDir, finished: Finished, after: dict[str, 
 
 
 def _settings(setup: RunSetup, run: RunDir) -> dict[str, Any]:
-    """What the objects were set to, read back from them where they know."""
+    """The settings in effect, read back from the objects where they have them."""
     recipe, objective = setup.recipe, setup.recipe.objective
     return {
         "objective": f"{objective.ce_weight} * CE + {objective.kd_weight} * T^2 *"
         f" {objective.divergence.name}, T = {objective.temperature}",
-        # A run from before chunks were chosen has no record.
+        # Runs of versions before `chunk: auto` have no record of it.
         "chunk": {"asked": objective.chunk, "used": objective.chunk} | run.chunk(),
         "seed": recipe.train.seed,
         "device": str(setup.device),
@@ -105,7 +105,7 @@ def _settings(setup: RunSetup, run: RunDir) -> dict[str, Any]:
 
 def _results(finished: Finished) -> dict[str, Any]:
     outcome = finished.outcome
-    measured = {"evaluations": finished.evaluations} if finished.evaluations else {}
+    evaluations = {"evaluations": finished.evaluations} if finished.evaluations else {}
     return {
         "steps_left_out": outcome.left_out,
         "positions": outcome.positions,
@@ -113,25 +113,26 @@ def _results(finished: Finished) -> dict[str, Any]:
         "heldout_last": outcome.last,
         "heldout_best": outcome.best,
         "student_is_of_step": outcome.best_step,
-        **measured,
+        **evaluations,
         "training_seconds": round(outcome.seconds, 3),
         "total_seconds": round(finished.seconds, 3),
     }
 
 
 def _teacher(setup: RunSetup, finished: Finished) -> dict[str, Any]:
-    """What taught: a model, or what a model had answered before; either is the same after training."""
+    """The teacher's description, hash and, if quantised, what the check measured of that."""
     described = setup.teacher.describe()
     teacher: dict[str, Any] = {"name": setup.recipe.teacher.registered_name, "source": None, **described}
     if "runs_on" in described:
-        bits = (f.numbers for f in finished.checked.findings if f.name == "teacher's bits")
-        teacher["fewer_bits"] = next(bits, None)
+        measured = (f.numbers for f in finished.checked.findings if f.name == "teacher's bits")
+        teacher["fewer_bits"] = next(measured, None)
+    # `receipt_of` has compared the hashes. A teacher without weights has none to compare.
     unchanged = True if "teacher" in finished.inputs else None
     return {"weights_sha256": finished.inputs.get("teacher")} | teacher | {"unchanged_by_training": unchanged}
 
 
 def _licenses(setup: RunSetup) -> dict[str, dict[str, str | None]]:
-    """What the files of teacher, student and corpus say now; they may be gone when the run is published."""
+    """Licenses of teacher, student and data, read now: their files may be gone when the run is published."""
     student = setup.recipe.student
     sources = {
         "teacher": setup.teacher.describe().get("source"),
@@ -141,13 +142,13 @@ def _licenses(setup: RunSetup) -> dict[str, dict[str, str | None]]:
     return {role: license_of(source) for role, source in sources.items() if source is not None}
 
 
-def _without_list(overlaps: dict[str, Any] | None) -> dict[str, Any] | str:
-    """What was compared and counted; the hits themselves are in `corpus.json`."""
+def _without_hits(overlaps: dict[str, Any] | None) -> dict[str, Any] | str:
+    """Settings and counts of the decontamination; the hits themselves are in `corpus.json`."""
     return "not run" if overlaps is None else {k: v for k, v in overlaps.items() if k != "first_hits"}
 
 
-def _compared(planned: Plan | str, measured_gib: float) -> dict[str, Any]:
-    """The plan beside what was measured; a run that was resumed measures its last process alone."""
+def _planned_and_measured(planned: Plan | str, measured_gib: float) -> dict[str, Any]:
+    """The planned peak beside the measured one, which in a resumed run is that of the last process only."""
     if isinstance(planned, str):
         return {"predicted_peak_gib": planned, "measured_peak_gib": measured_gib}
     predicted = planned.peak_bytes / 2**30
