@@ -161,8 +161,8 @@ class RunDir:
             yield
 
     def flush(self) -> None:
-        """fsync the metrics. Called before a checkpoint is saved: after a power cut, no checkpoint may be newer than the
-        log of its steps.
+        """fsync the metrics. Called before a checkpoint is saved: after a power cut, no checkpoint may be newer than
+        the log of its steps.
         """
         path = self.path / "metrics.jsonl"
         if path.exists():
