@@ -186,7 +186,7 @@ def test_a_model_of_another_shape_is_named_and_no_checkpoint_is_called_damaged(
     else:
         config = transformers.GPT2Config.from_pretrained(tmp_path / "student", n_embd=16)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "student")
-    for told_by in ("begun with another input: ", "00000009: made with another "):
+    for told_by in ("started with another input: ", "00000009: made with another "):
         capsys.readouterr()
         assert main(["distill", str(recipe), "--out", str(tmp_path / "cut"), "--resume"]) == 2
         told = capsys.readouterr().err
