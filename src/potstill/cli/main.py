@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     capture.add_flags(
         verb("capture", capture.run_capture, "run a recipe's teacher once and store its targets in a folder"),
-        verb("store", capture.run_store, "verify, show or merge folders of captured targets"),
+        verb("store", capture.run_store, "verify, show, merge, push or pull captured targets"),
     )
 
     evaluate.add_flags(
