@@ -360,7 +360,7 @@ def test_the_verb_prints_a_table_and_says_whether_it_fits(
     done = ["train.activation_checkpointing=true", "train.precision=bfloat16", "teacher.dtype=bfloat16"]
     assert main(["plan", recipe, *done]) == 2
     told = capsys.readouterr().out
-    assert "does not fit" in told and "train.rows_per_micro_batch=1" in told and "too few on the disk" in told
+    assert "does not fit" in told and "train.rows_per_micro_batch=1" in told and "the disk lacks" in told
     assert main(["plan", recipe, *done, "objective.chunk=16", "--json"]) == 2
     as_json = json.loads(capsys.readouterr().out)
     assert not as_json["fits"] and as_json["advice"][0]["peak_bytes"] < as_json["peak_bytes"]

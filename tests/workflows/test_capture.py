@@ -255,7 +255,9 @@ def test_the_plan_of_a_recipe_says_what_a_capture_would_take(
         assert told["bytes"] == pytest.approx(told["bytes_per_position"] * tokens, abs=each)
     steps = tiny_recipe(capture="{name: hidden, rows: steps}", train="{steps: 2, rows_per_step: 3, lr: 1e-3}")
     assert main(["plan", str(steps)]) == 0
-    wanted = "`potstill capture` would keep hidden targets: 12.0 KiB, 64 bytes for each of about 192 tokens\n"
+    wanted = (
+        "`potstill capture` would store hidden targets: 12.0 KiB, 64 bytes for each of about 192 tokens\n"
+    )
     assert wanted in capsys.readouterr().out
     store = capture(tiny_recipe(capture=TOPK), tmp_path / "store")
     capsys.readouterr()
@@ -270,7 +272,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe, out = tiny_recipe(capture=HIDDEN), tmp_path / "store"
-    monkeypatch.setattr(capture, "available", lambda *_: (10**9, 150_000))
+    monkeypatch.setattr("potstill.workflows.capture.available", lambda *_: (10**9, 150_000))
     line = refusal(["capture", str(recipe), "--out", str(out)], capsys, tmp_path)
     assert "are needed and 146.5 KiB free. Make room" in line and not out.exists()
     for part in ("1/4", "2/4"):  # of which each has room
@@ -389,8 +391,8 @@ def test_a_whole_store_is_not_captured_again(tiny_recipe: Recipe, tmp_path: Path
     whole = content(capture(recipe, out))
     times = {name: (out / name).stat().st_mtime_ns for name in whole if name != MANIFEST}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "capture_shard", None)
-        patch.setattr(capture, "certificate", None)
+        patch.setattr("potstill.workflows.capture.capture_shard", None)
+        patch.setattr("potstill.workflows.capture.certificate", None)
         capture(recipe, out)
     assert content(out) == whole
     assert times == {name: (out / name).stat().st_mtime_ns for name in whole if name != MANIFEST}

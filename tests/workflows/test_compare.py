@@ -230,8 +230,8 @@ def test_arms_that_begin_with_other_weights_are_not_compared(
         found = honest(arm, of, seed, steps)
         return found if arm != CE else replace(found, student=replace(found.student, rule="even", layers=3))
 
-    monkeypatch.setattr(compare, "_recipe_of", cheating)
-    with pytest.raises(RuntimeError, match="CE only, seed 0: began with"):
+    monkeypatch.setattr(workflow, "_recipe_of", cheating)
+    with pytest.raises(RuntimeError, match="CE only, seed 0: started from"):
         compare(tiny_recipe(compare=SMALL), out=tmp_path / "out")
 
 
@@ -256,7 +256,7 @@ def test_a_comparison_goes_on_where_a_kill_or_a_signal_cut_it_off(
         assert not (out / "comparison.json").exists()
     begun: list[str] = []
     monkeypatch.setattr(
-        compare, "distill", lambda *a, out, **k: begun.append(out.name) or distill(*a, out=out, **k)
+        workflow, "distill", lambda *a, out, **k: begun.append(out.name) or distill(*a, out=out, **k)
     )
     assert compare(path, out=out, resume=True) == out
     assert "ce-0" not in begun and begun[0] == "kd-1"  # finished ones are kept as they are

@@ -1,1 +1,1 @@
-"""The command line: one file a group of verbs. Torch is imported only inside a verb that needs it."""
+"""The command line: one file per group of verbs. Torch is imported only inside a verb that needs it."""

@@ -1,4 +1,4 @@
-"""The verbs of teacher targets on disk: `potstill capture` and `potstill store`."""
+"""The verbs for teacher targets on disk: `potstill capture` and `potstill store`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from potstill.io.terminal import Display, aligned
 
 
 def add_flags(capture: argparse.ArgumentParser, store: argparse.ArgumentParser) -> None:
-    capture.add_argument("recipe", type=Path, metavar="RECIPE", help="its section `capture` says how")
+    capture.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `capture`")
     capture.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
     capture.add_argument("--out", type=Path, metavar="FOLDER", help="default targets/NAME")
     capture.add_argument(
-        "--part", metavar="I/N", help="the I-th of N parts, for several processes or machines"
+        "--part", metavar="I/N", help="capture the I-th of N parts, for several processes or machines"
     )
     store.add_argument("what", choices=("verify", "show", "merge", "push", "pull"))
     store.add_argument(
-        "folders", type=Path, nargs="+", metavar="FOLDER", help="of merge: parts of one capture"
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="stores; for merge: the parts of one capture"
     )
-    store.add_argument("--out", type=Path, metavar="FOLDER", help="of merge: the folder to make")
-    store.add_argument("--repo", metavar="OWNER/NAME", help="of push and pull: the repository on the Hub")
-    store.add_argument("--private", action="store_true", help="of push: into a private repository")
+    store.add_argument("--out", type=Path, metavar="FOLDER", help="for merge: the folder to make")
+    store.add_argument("--repo", metavar="OWNER/NAME", help="for push and pull: the repository on the Hub")
+    store.add_argument("--private", action="store_true", help="for push: create the repository as private")
 
 
 def run_capture(options: argparse.Namespace, display: Display) -> int:
@@ -34,23 +34,26 @@ def run_capture(options: argparse.Namespace, display: Display) -> int:
     out = options.out or Path("targets") / options.recipe.stem
     manifest = capture(options.recipe, options.overrides, out, options.part, display)
     if manifest is None:
-        display.note(f"{out}: this part is done, others are not: no manifest yet")
+        display.note(f"{out}: this part is complete, others are not yet")
         return 0
     _show(out, manifest, options.json, display)
     return 0
 
 
 def run_store(options: argparse.Namespace, display: Display) -> int:
-    """Exit code 2 where a flaw was found, or a merged store is not whole."""
-    what, folders = options.what, options.folders
-    for flag, goes_with in (("out", {"merge"}), ("repo", {"push", "pull"})):
-        if (what in goes_with) != (getattr(options, flag) is not None):
+    """Exit code 2 if a store is damaged, or a merged one is incomplete."""
+    action, folders = options.what, options.folders
+    for flag, actions in (("out", {"merge"}), ("repo", {"push", "pull"})):
+        is_given = getattr(options, flag) is not None
+        if action in actions and not is_given:
+            raise UserError(f"store {action}: --{flag} is missing. Give it.")
+        if is_given and action not in actions:
             raise UserError(
-                f"store {what}: --{flag} goes with {' and '.join(sorted(goes_with))}, which need it."
+                f"store {action}: --{flag} is only for {' and '.join(sorted(actions))}. Leave it out."
             )
-    if what in ("push", "pull") and len(folders) > 1:
-        raise UserError(f"store {what}: {len(folders)} folders given. Give one.")
-    match what:
+    if action in ("push", "pull") and len(folders) > 1:
+        raise UserError(f"store {action}: {len(folders)} folders given. Give one.")
+    match action:
         case "merge":
             return _merge(folders, options, display)
         case "push":
@@ -59,8 +62,8 @@ def run_store(options: argparse.Namespace, display: Display) -> int:
         case "pull":
             from potstill.publish.hub import fetch
 
-            fetch(options.repo, folders[0])
-    if what == "show":
+            fetch(options.repo, folders[0])  # and verified below
+    if action == "show":
         from potstill.store.reader import read_manifest
 
         for folder in folders:
@@ -83,19 +86,19 @@ def _merge(folders: list[Path], options: argparse.Namespace, display: Display) -
 def _verify(folders: list[Path], options: argparse.Namespace, display: Display) -> int:
     from potstill.store.reader import verify
 
-    found = {str(folder): list(verify(folder)) for folder in folders}
+    flaws_by_folder = {str(folder): list(verify(folder)) for folder in folders}
     if options.json:
-        display.result(json.dumps(found, indent=2))
+        display.result(json.dumps(flaws_by_folder, indent=2))
     else:
-        for folder, flaws in found.items():
+        for folder, flaws in flaws_by_folder.items():
             display.error(tuple(flaws))
             count = "1 flaw" if len(flaws) == 1 else f"{len(flaws)} flaws"
             display.result(f"{folder}: {count if flaws else 'sound, to the last byte'}")
-    return 2 if any(found.values()) else 0
+    return 2 if any(flaws_by_folder.values()) else 0
 
 
 def _push(folder: Path, options: argparse.Namespace, display: Display) -> None:
-    """Plain files, as they lie in the folder; only a sound store leaves the house."""
+    """Upload the folder's files as they are, after verifying them."""
     from potstill.io.hashing import file_sha256
     from potstill.publish.hub import Item, upload
     from potstill.store.reader import verify
@@ -106,21 +109,21 @@ def _push(folder: Path, options: argparse.Namespace, display: Display) -> None:
     plan = [
         Item(str(file.relative_to(folder)), file, file.stat().st_size, file_sha256(file)) for file in files
     ]
-    with tempfile.TemporaryDirectory() as back:
-        commit = upload(options.repo, plan, private=options.private, folder=Path(back), note=display.note)
-    told = {"repo": options.repo, "commit": commit, "files": len(plan)}
-    display.result(json.dumps(told) if options.json else f"pushed: {options.repo}, commit {commit}")
+    with tempfile.TemporaryDirectory() as scratch:
+        commit = upload(options.repo, plan, private=options.private, folder=Path(scratch), note=display.note)
+    result = {"repo": options.repo, "commit": commit, "files": len(plan)}
+    display.result(json.dumps(result) if options.json else f"pushed: {options.repo}, commit {commit}")
 
 
 def _show(folder: Path, manifest: dict[str, Any], as_json: bool, display: Display) -> None:
-    told = {name: value for name, value in manifest.items() if name not in ("files", "runs", "seal")}
+    shown = {name: value for name, value in manifest.items() if name not in ("files", "runs", "seal")}
     if as_json:
-        display.result(json.dumps({"store": str(folder)} | told, indent=2))
+        display.result(json.dumps({"store": str(folder)} | shown, indent=2))
         return
     display.result(f"{folder}: {manifest['bytes_per_position']} bytes per position")
-    for name, value in told.items():
+    for name, value in shown.items():
         if name not in ("bytes_per_position", "certificate", "tokenizer"):
             display.result(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
-    certified = manifest["certificate"].items()
-    measured = [[n, json.dumps(v) if isinstance(v, dict) else f"{v:.6g}"] for n, v in certified]
-    display.result(aligned(["certificate", "value"], measured))
+    certificate = manifest["certificate"].items()
+    rows = [[n, json.dumps(v) if isinstance(v, dict) else f"{v:.6g}"] for n, v in certificate]
+    display.result(aligned(["certificate", "value"], rows))

@@ -1,4 +1,4 @@
-"""The verbs that look before an hour is spent: `check`, `check --sandbox` and `plan`."""
+"""The verbs to run before a training: `check`, `check --sandbox` and `plan`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def add_flags(check: argparse.ArgumentParser, plan: argparse.ArgumentParser) -> 
     check.add_argument(
         "--sandbox",
         action="store_true",
-        help="instead: can this machine confine a program that a model wrote?",
+        help="instead of a recipe, check whether this machine can sandbox a program that a model wrote",
     )
     plan.add_argument("recipe", type=Path, metavar="RECIPE")
     plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
-    plan.add_argument("--measure", action="store_true", help="also run three steps, and project the time")
+    plan.add_argument("--measure", action="store_true", help="also run three steps to project the time")
 
 
 def run_check(options: argparse.Namespace, display: Display) -> int:
-    """Exit code 0 where every check passes, 2 where one fails."""
+    """Exit code 0 if every check passes, 2 if one fails."""
     if options.sandbox == (options.recipe is not None):
         given = (
             f"both {options.recipe} and --sandbox" if options.sandbox else "neither a recipe nor --sandbox"
@@ -70,7 +70,7 @@ def run_check(options: argparse.Namespace, display: Display) -> int:
 
 
 def _check_sandbox(options: argparse.Namespace, display: Display) -> int:
-    """Exit code 0 where a tier holds, 2 where none does."""
+    """Exit code 0 if a tier holds, 2 if none does."""
     from potstill.evals.sandbox.sandbox import survey
 
     tiers = survey()
@@ -87,7 +87,7 @@ def _check_sandbox(options: argparse.Namespace, display: Display) -> int:
 
 
 def run_plan(options: argparse.Namespace, display: Display) -> int:
-    """Exit code 0 where the run fits this machine, 2 where it does not."""
+    """Exit code 0 if the run fits this machine, 2 if it does not."""
     from potstill.recipe.load import load
 
     recipe = load(options.recipe, options.overrides)
@@ -109,13 +109,13 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
         measured = smoke(resolved, min(3, recipe.train.steps), display, options.recipe.stem)
         planned = dataclasses.replace(planned, time_s=measured["smoke/projected_s"])
     if options.json:
-        figures = planned.as_dict() | {"fits": fits, "chunk": chunk.as_dict()}
-        figures |= {"memory_available_bytes": memory, "disk_available_bytes": disk, "capture": captured}
-        figures["advice"] = [
+        result = planned.as_dict() | {"fits": fits, "chunk": chunk.as_dict()}
+        result |= {"memory_available_bytes": memory, "disk_available_bytes": disk, "capture": captured}
+        result["advice"] = [
             {"set": change.settings, "peak_bytes": change.peak_bytes, "fits": change.fits}
             for change in changes
         ]
-        display.result(json.dumps(figures, indent=2))
+        display.result(json.dumps(result, indent=2))
         return 0 if fits else 2
     for line in (
         *_memory_lines(planned, memory, chunk.summary),
@@ -131,7 +131,7 @@ def _memory_lines(planned: Plan, memory: int, chunk: str) -> list[str]:
     rows = [[name, size(part), size(planned.largest.get(name, part))] for name, part in planned.parts.items()]
     return [
         aligned(["part", "at the peak", "at most"], [*rows, ["sum", size(planned.peak_bytes), ""]]),
-        f"the peak is in the {planned.phase} on {planned.device}; {size(memory)} are available",
+        f"the peak is in the {planned.phase} on {planned.device}; {size(memory)} available",
         chunk,
     ]
 
@@ -141,26 +141,26 @@ def _disk_lines(planned: Plan, disk: int, resolved: Resolved, captured: dict[str
         f"disk: {size(planned.disk_peak_bytes)} in the run, {size(planned.disk_bytes)} after; {size(disk)} free"
     ]
     if captured is not None:
-        each, tokens = captured["bytes_per_position"], captured["tokens"]
-        wanted = f"{size(int(captured['bytes']))}, {each:.4g} bytes for each of about {tokens} tokens"
-        lines.append(f"`potstill capture` would keep {resolved.recipe.capture.name} targets: {wanted}")
-    unknown = "not measured; `potstill plan RECIPE --measure` runs three steps"
-    return [*lines, f"time: {unknown if planned.time_s is None else clock(planned.time_s)}"]
+        per_position, tokens = captured["bytes_per_position"], captured["tokens"]
+        amount = f"{size(int(captured['bytes']))}, {per_position:.4g} bytes for each of about {tokens} tokens"
+        lines.append(f"`potstill capture` would store {resolved.recipe.capture.name} targets: {amount}")
+    not_measured = "not measured; `potstill plan RECIPE --measure` runs three steps"
+    return [*lines, f"time: {not_measured if planned.time_s is None else clock(planned.time_s)}"]
 
 
 def _advice_lines(planned: Plan, changes: list[Advice], memory: int, disk: int) -> list[str]:
     lines = []
     for change in changes:
-        less, verdict = (
-            size(planned.peak_bytes - change.peak_bytes),
-            "fits" if change.fits else "does not fit",
+        saved = size(planned.peak_bytes - change.peak_bytes)
+        verdict = "fits" if change.fits else "does not fit"
+        lines.append(
+            f"  {' '.join(change.settings)}: saves {saved}, peak {size(change.peak_bytes)}, {verdict}"
         )
-        lines.append(f"  {' '.join(change.settings)}: {less} less, {size(change.peak_bytes)}, {verdict}")
     if planned.peak_bytes > memory and not any(change.fits for change in changes):
         lines.append(
-            f"  no such change fits {size(memory)}: take smaller models, or a machine with more memory"
+            f"  none of these fits into {size(memory)}: use smaller models, or a machine with more memory"
         )
     if planned.disk_peak_bytes > disk:
-        lacking = size(planned.disk_peak_bytes - disk)
-        lines.append(f"  {lacking} too few on the disk: make room, or give --out a folder on another")
+        missing = size(planned.disk_peak_bytes - disk)
+        lines.append(f"  the disk lacks {missing}: make room, or give --out a folder on another disk")
     return lines

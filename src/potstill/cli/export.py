@@ -1,4 +1,4 @@
-"""The verbs that hand out a student: `potstill export` and `potstill publish`."""
+"""The verbs that take a student out of its run: `potstill export` and `potstill publish`."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ from potstill.io.terminal import Display, aligned
 
 def add_export_flags(export: argparse.ArgumentParser) -> None:
     export.add_argument("run", type=Path, metavar="RUN")
-    export.add_argument("--format", choices=("hf", "gguf"), help="write only this one; default both")
+    export.add_argument("--format", choices=("hf", "gguf"), help="write only this format; default both")
     export.add_argument(
         "--quantize",
         metavar="TYPE,…",
-        help="types of the GGUF files: f32,f16,bf16,q8_0,q4_0,q4_k,q6_k; default f16",
+        help="GGUF types, one file each: f32,f16,bf16,q8_0,q4_0,q4_k,q6_k; default f16",
     )
     export.add_argument("--out", type=Path, metavar="FOLDER", help="default RUN/exports")
 
 
 def add_publish_flags(pub: argparse.ArgumentParser) -> None:
     pub.add_argument("run", type=Path, metavar="RUN")
-    pub.add_argument("overrides", nargs="*", metavar="publish.b=value", help="what the recipe says of it")
+    pub.add_argument(
+        "overrides", nargs="*", metavar="publish.b=value", help="set a field of the section publish"
+    )
     pub.add_argument("--repo", required=True, metavar="OWNER/NAME")
     pub.add_argument("--dry-run", action="store_true", help="write the card and the plan, upload nothing")
-    pub.add_argument("--private", action="store_true", help="into a private repository")
-    pub.add_argument("--allow-regression", action="store_true", help="also behind the untouched student")
+    pub.add_argument("--private", action="store_true", help="create the repository as private")
+    pub.add_argument(
+        "--allow-regression", action="store_true", help="publish even a student worse than the untouched one"
+    )
 
 
 def export(options: argparse.Namespace, display: Display) -> int:
-    """Exit code 2 where a round trip failed: the file is there, and its record says what is wrong."""
+    """Exit code 2 if a round trip failed. The file is kept, and its record says what is wrong."""
     if options.format == "hf" and options.quantize is not None:
-        raise UserError("--quantize: given with --format hf, which writes no GGUF file. Leave one out.")
+        raise UserError(
+            "--quantize: has no effect with --format hf, which writes no GGUF file. Leave one out."
+        )
     from potstill.export.export import export_run, verdict
 
     quantize = [word.strip() for word in (options.quantize or "f16").split(",")]

@@ -1,10 +1,10 @@
-"""The command line: its parser and its exit codes. Torch is imported only inside a verb that needs it, so that --help
-and a typo answer at once.
+"""The parser and the exit codes. Torch is imported only inside a verb that needs it, so that --help and the report of
+a typo are instant.
 
-Exit codes: 0 done; 2 the user's mistake, one line each on stderr, a failed check, or a plan that does not fit;
-130 interrupted before training; 143 stopped by a signal after a saved checkpoint; anything else is a bug and
-shows its traceback.
-Results go to stdout, progress to stderr, so that `--json` may be piped.
+Exit codes: 0 success; 2 user errors (one line each on stderr), a failed check, or a plan that does not fit; 130
+interrupted before training; 143 stopped by a signal, with a checkpoint saved. Anything else is a bug and shows its
+traceback.
+Results go to stdout and progress to stderr, so that `--json` can be piped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     finally:
         lost = flush_streams()
-        if lost and code != 2:  # not told yet
+        if lost and code != 2:  # with code 2 an error has been printed already
             Display().error((lost,))
             raise SystemExit(2)
 
@@ -41,6 +41,7 @@ def _run_verb(arguments: Sequence[str] | None) -> int:
     try:
         code = options.verb(options, display) or 0
     except UserError as error:
+        # Rank 0 speaks for all of them, unless the error is one that it may not have seen.
         if error.is_reported if isinstance(error, RankError) else is_first:
             display.error(error.mistakes)
         return 2
@@ -51,14 +52,15 @@ def _run_verb(arguments: Sequence[str] | None) -> int:
         return 130
     except BrokenPipeError:
         if options.verb in (distill.run_demo, distill.run_distill, distill.run_compare, check.run_check):
-            return 1  # what ran has been cut off
-        # The reader of a result has seen enough: `potstill show RUN | head`.
+            return 1  # the work itself was interrupted
+        # The reader closed the pipe after what it needed: `potstill show RUN | head`. Not an error; /dev/null
+        # takes the rest, so that Python's flush at exit does not raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """As argparse does, but overrides may stand anywhere, also behind a flag."""
+    """Like argparse, but overrides may come anywhere, also after a flag."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
@@ -92,36 +94,34 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     check.add_flags(
-        verb(
-            "check", check.run_check, "find what would make the run worthless, before an hour is spent on it"
-        ),
-        verb("plan", check.run_plan, "peak memory by part, disk and time, from the configs alone"),
+        verb("check", check.run_check, "find what would make the run worthless, before time is spent on it"),
+        verb("plan", check.run_plan, "estimate peak memory by part, disk and time from the configs alone"),
     )
     capture.add_flags(
-        verb("capture", capture.run_capture, "a recipe's teacher asked once: its targets into a folder"),
-        verb("store", capture.run_store, "verify, show or merge folders of captured targets"),
+        verb("capture", capture.run_capture, "run a recipe's teacher once and store its targets in a folder"),
+        verb("store", capture.run_store, "verify, show, merge, push or pull captured targets"),
     )
 
     evaluate.add_flags(
         verb(
             "eval",
             evaluate.run_eval,
-            "held-out CE, KL to the teacher and top-1 agreement of a run's student, or of a model",
+            "measure held-out CE, KL to the teacher and top-1 agreement of a run's student or any model",
         )
     )
 
     export.add_export_flags(
-        verb("export", export.export, "a run's student as others run it: a folder and GGUF files")
+        verb("export", export.export, "write a run's student as a Hugging Face folder and GGUF files")
     )
     export.add_publish_flags(
-        verb("publish", export.publish, "a finished run to the Hub: card, licence, hashes; or why not")
+        verb("publish", export.publish, "upload a finished run to the Hub with a model card, or say why not")
     )
 
     report.add_flags(
-        verb("show", report.run_show, "what a run was: receipt, and first, best and last of each metric"),
-        verb("report", report.run_report, "runs or a comparison as one HTML page without external resources"),
+        verb("show", report.run_show, "print a run's receipt, and first, best and last value of each metric"),
+        verb("report", report.run_report, "render runs or a comparison as one self-contained HTML page"),
     )
-    verb("schema", report.run_schema, "the JSON schema of a recipe, for editors")
+    verb("schema", report.run_schema, "print the JSON schema of a recipe, for editors")
     return parser
 
 

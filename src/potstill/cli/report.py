@@ -1,4 +1,4 @@
-"""The verbs that read what is already there: `potstill show`, `potstill report` and `potstill schema`."""
+"""The verbs that only read: `potstill show`, `potstill report` and `potstill schema`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_flags(show: argparse.ArgumentParser, report: argparse.ArgumentParser) ->
         "--tokens", type=int, default=512, metavar="N", help="held-out tokens to measure; default 512"
     )
     report.add_argument(
-        "--no-models", action="store_true", help="load no model: show only a disagreement measured before"
+        "--no-models", action="store_true", help="load no model; show a disagreement only if already measured"
     )
 
 
@@ -35,15 +35,15 @@ def run_show(options: argparse.Namespace, display: Display) -> None:
     for key, value in receipt.items():
         display.result(f"  {key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
     columns = ("first", "best", "last")
-    rows = [[name, *(f"{of[column]:.6g}" for column in columns)] for name, of in metrics.items()]
+    rows = [[name, *(f"{values[column]:.6g}" for column in columns)] for name, values in metrics.items()]
     display.result(aligned(["metric", *columns], rows))
 
 
 def run_report(options: argparse.Namespace, display: Display) -> None:
     from potstill.report.build import report
 
-    place = report(options.runs, options.out, options.tokens, not options.no_models, display)
-    display.result(json.dumps({"report": str(place)}, indent=2) if options.json else str(place))
+    path = report(options.runs, options.out, options.tokens, not options.no_models, display)
+    display.result(json.dumps({"report": str(path)}, indent=2) if options.json else str(path))
 
 
 def run_schema(options: argparse.Namespace, display: Display) -> None:

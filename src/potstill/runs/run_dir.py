@@ -161,9 +161,7 @@ class RunDir:
             yield
 
     def flush(self) -> None:
-        """fsync the metrics. Called before a checkpoint is saved: after a power cut, no checkpoint may be newer than
-        the log of its steps.
-        """
+        """fsync the metrics, before a checkpoint is saved: after a power cut, none may be newer than its log."""
         path = self.path / "metrics.jsonl"
         if path.exists():
             with writing(path):

@@ -1,6 +1,7 @@
-"""`potstill capture`: a recipe's teacher asked once, for every run that learns from it.
+"""`potstill capture`: run a recipe's teacher once, and store its targets for every run that learns from it.
 
-What it will take is told before anything is written, what it is worth is measured before it is called done.
+The size is printed and checked against the disk before anything is written, and the fidelity of the stored targets is
+measured before the capture counts as complete.
 """
 
 from __future__ import annotations
@@ -43,22 +44,25 @@ from potstill.teachers.stored import OF_CORPUS
 from potstill.types import Teacher
 from potstill.workflows.capture_fidelity import certificate
 
-MOST_SHARDS = 1000  # where the recipe does not say how many rows a file has
-LOOKED_AT = 2048  # held-out positions that a threshold is found on
+MAX_SHARDS = 1000  # where the recipe does not set rows_per_shard
+THRESHOLD_POSITIONS = 2048  # held-out positions that a sampling threshold is fitted to
 Json = dict[str, Any]
 
 
 def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, display: Display) -> Json | None:
-    """Write the recipe's targets into `out`, or go on with it; the manifest where all is there now.
+    """Write the recipe's targets into `out`, or continue an interrupted capture there.
 
     Args:
-        part: `I/N`, the I-th of N ranges of shards; None: all, or by torchrun each process its own.
+        part: `I/N`, the I-th of N ranges of shards. None: all of them, or under torchrun one range per process.
+
+    Returns:
+        The manifest, or None while other parts are missing.
 
     Raises:
-        UserError: nothing is written unless the recipe is sound and the disk has room.
+        UserError: the targets cannot be captured, or the disk has no room. Nothing has been written then.
     """
     loaded = recipes.load(recipe, overrides)
-    number, parts = _part(part)
+    number, parts = _parse_part(part)
     require_capturable(loaded, recipe)
     resolved = resolve(loaded)
     if resolved.teacher.model_config is None:
@@ -74,14 +78,15 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
 
 
 def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Display) -> Json | None:
-    """The `number`-th of so many parts of the store."""
+    """Capture part `number` of `parts`."""
     teacher, held, rows_per_batch = setup.teacher, setup.corpus.heldout, setup.recipe.capture.rows_per_batch
     head = _model(teacher).head
     settings = settings_of(setup, _recorded(out))
     shards = settings["shards"]
     mine = range((number - 1) * shards // parts, number * shards // parts)
-    _announce(settings, setup, out, mine, display)
+    _require_room(settings, setup, out, mine, display)
     writer = StoreWriter.open(out, settings)
+    # What the parts share (head, tokenizer, held-out rows, certificate) is written by the first alone.
     with writer.exclusive(mine, first=number == 1):
         if number == 1:
             writer.write_head(head)
@@ -96,71 +101,74 @@ def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Displ
         if number == 1 and not (out / CERTIFICATE).exists():
             display.note("certificate: on the held-out rows")
             seed = settings["kind"].get("seed", 0)
-            figures = certificate(setup.student, teacher, held, codec_of(settings), seed)
+            fidelity = certificate(setup.student, teacher, held, codec_of(settings), seed)
             student = {**setup.origin, "weights_sha256": setup.student.weights_sha256()}
-            write_json(out / CERTIFICATE, figures | {"student": student})
+            write_json(out / CERTIFICATE, fidelity | {"student": student})
     return read_manifest(out) if writer.finish() else None
 
 
 def require_capturable(recipe: Recipe, where: Path) -> None:
-    """What a training from such targets would refuse, refused before they are captured."""
+    """Refuse targets that a run of the same recipe could not be trained from."""
     if recipe.capture.name == "sampled" and recipe.objective.divergence.name != "forward_kl":
         raise UserError(
-            f"{where}: capture.name: sampled targets are unbiased for forward_kl alone, and"
+            f"{where}: capture.name: sampled targets are unbiased only for forward_kl, and"
             f" objective.divergence is {recipe.objective.divergence.name}. Set capture.name: hidden."
         )
 
 
 def settings_of(setup: RunSetup, recorded: Json | None) -> Json:
-    """All that the targets depend on, and how they are kept. `recorded` is that of a capture that goes on."""
+    """Everything the targets depend on, and how they are stored. `recorded`: those of the capture to continue."""
     config, ids, corpus = setup.recipe.capture, setup.shared.ids, setup.corpus
     numbers = _row_numbers(setup)
-    rows, each = corpus.train, config.rows_per_shard or max(64, -(-len(numbers) // MOST_SHARDS))
+    rows, per_shard = corpus.train, config.rows_per_shard or max(64, -(-len(numbers) // MAX_SHARDS))
     head = _model(setup.teacher).head
     return {
         "schema": SCHEMA,
-        "kind": _kind(setup, recorded),
+        "kind": _codec_settings(setup, recorded),
         "temperature": None if config.name == "hidden" else setup.recipe.objective.temperature,
-        "teacher": _teacher(setup),
+        "teacher": _teacher_identity(setup),
         "vocabulary": {"size": setup.teacher.vocab_size, "ids": ids},
         "head": {"scale": head.scale, "softcap": head.softcap, "width": head.weight_VD.shape[1]},
         "corpus": {name: corpus.manifest[name] for name in (*OF_CORPUS, "fingerprint", "train_rows")},
         "rows": len(numbers),
-        "runs": _runs(numbers),
+        "runs": _ranges(numbers),
         "rows_per_batch": config.rows_per_batch,
-        "rows_per_shard": each,
-        "shards": -(-len(numbers) // each),
+        "rows_per_shard": per_shard,
+        "shards": -(-len(numbers) // per_shard),
         "positions": sum(int(rows.supervised_per_row[rows.kept[number]]) for number in numbers),
     }
 
 
-def _kind(setup: RunSetup, recorded: Json | None) -> Json:
-    """How a position's targets are kept, with nothing left to choose."""
+def _codec_settings(setup: RunSetup, recorded: Json | None) -> Json:
+    """How the targets of a position are encoded, with k or the threshold settled."""
     config, ids = setup.recipe.capture, setup.shared.ids
-    kind = {name: value for name, value in dataclasses.asdict(config).items() if not name.startswith("rows")}
+    settings = {
+        name: value for name, value in dataclasses.asdict(config).items() if not name.startswith("rows")
+    }
     if config.name == "topk":
-        kind["k"] = min(config.k or k_of(config.bytes_per_position or 0, ids, config.dtype), ids)
+        settings["k"] = min(config.k or k_of(config.bytes_per_position or 0, ids, config.dtype), ids)
     if config.name == "sampled" and config.threshold is None:
+        # A continued capture keeps its threshold: fitted anew, its last digits may differ on another machine.
         before = (recorded or {}).get("kind")
         if isinstance(before, dict) and before.get("bytes_per_position") == config.bytes_per_position:
-            kind["threshold"] = before.get("threshold")
-        wanted = config.bytes_per_position or DEFAULT_BYTES
-        kind["threshold"] = kind["threshold"] or _find_threshold(setup, wanted)
-    return kind
+            settings["threshold"] = before.get("threshold")
+        target_bytes = config.bytes_per_position or DEFAULT_BYTES
+        settings["threshold"] = settings["threshold"] or _fit_threshold(setup, target_bytes)
+    return settings
 
 
-def _teacher(setup: RunSetup) -> Json:
-    """Whose targets they are."""
+def _teacher_identity(setup: RunSetup) -> Json:
+    """Which weights, in which precision, computed the targets."""
     teacher = setup.teacher
     described, model = teacher.describe(), _model(teacher)
     backend = described["runs_on"]
-    bits = {} if backend["weights"] == FULL else {name: backend[name] for name in ("weights", "backend")}
+    quantized = {} if backend["weights"] == FULL else {name: backend[name] for name in ("weights", "backend")}
     return {
         "source": described["source"],
         "weights_sha256": teacher.weights_sha256(),
         "dtype": str(model.head.weight_VD.dtype).removeprefix("torch."),
         "architecture": type(model.hf).__name__,
-        **bits,
+        **quantized,
     }
 
 
@@ -169,39 +177,43 @@ def _model(teacher: Teacher) -> CausalLM:
     return teacher.model
 
 
-def _runs(numbers: list[int]) -> list[list[int]]:
-    """Rising numbers as first and last of each gapless run."""
-    runs: list[list[int]] = []
+def _ranges(numbers: list[int]) -> list[list[int]]:
+    """Ascending numbers as [first, last] of each contiguous range."""
+    ranges: list[list[int]] = []
     for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            runs.append([number, number])
-    return runs
+            ranges.append([number, number])
+    return ranges
 
 
-def _announce(settings: Json, setup: RunSetup, out: Path, mine: range, display: Display) -> None:
-    """What will be written, and where; UserError where the disk has no room for it."""
+def _require_room(settings: Json, setup: RunSetup, out: Path, mine: range, display: Display) -> None:
+    """Print what will be written, and where; UserError if the disk has no room for it."""
     ids, width = settings["vocabulary"]["ids"], settings["head"]["width"]
-    each = planned_bytes(settings["kind"], ids, width)
-    held = 4 * width * setup.corpus.manifest["heldout_positions"]
-    once, rows = held + _model(setup.teacher).head.weight_VD.nbytes, each * settings["positions"]
+    per_position = planned_bytes(settings["kind"], ids, width)
+    heldout_bytes = 4 * width * setup.corpus.manifest["heldout_positions"]
+    shared_bytes = heldout_bytes + _model(setup.teacher).head.weight_VD.nbytes
+    shard_bytes = per_position * settings["positions"]
     _, free = available(setup.recipe, out)
     kind = ", ".join(f"{name} {value}" for name, value in settings["kind"].items() if value is not None)
     display.note(
-        f"targets: {kind}; {settings['positions']} positions of {settings['rows']} rows, about {each:.3g}"
-        f" bytes each; with held-out rows and head {size(int(once + rows))} into {out}, {size(free)} free"
+        f"targets: {kind}; {settings['positions']} positions of {settings['rows']} rows, about"
+        f" {per_position:.3g} bytes each; with held-out rows and head"
+        f" {size(int(shared_bytes + shard_bytes))} into {out}, {size(free)} free"
     )
     files = [Files(out).shard(number) for number in mine] + [out / HEAD, out / HELDOUT]
-    there = sum(file.stat().st_size for file in files if file.exists())
-    needed = int(rows * len(mine) / settings["shards"]) + (0 if mine.start else once) - there
+    existing = sum(file.stat().st_size for file in files if file.exists())
+    part_bytes = int(shard_bytes * len(mine) / settings["shards"])
+    needed = part_bytes + (0 if mine.start else shared_bytes) - existing
     if needed > free:
         raise UserError(
-            f"{out}: {size(needed)} are needed and {size(free)} free. Make room, or capture fewer."
+            f"{out}: {size(needed)} are needed and {size(free)} free. Make room, or capture fewer rows."
         )
 
 
 def _row_numbers(setup: RunSetup) -> list[int]:
+    """The rows to capture: all, or those that the recipe's own steps train on."""
     plan, order = setup.recipe.train, setup.corpus.order(setup.recipe.train.seed)
     if setup.recipe.capture.rows == "all":
         return list(range(len(setup.corpus.train)))
@@ -212,23 +224,23 @@ def _capture_shards(
     setup: RunSetup, settings: Json, writer: StoreWriter, mine: range, display: Display
 ) -> None:
     teacher, numbers, codec = setup.teacher, _row_numbers(setup), codec_of(settings)
-    each, seed = settings["rows_per_shard"], settings["kind"].get("seed", 0)
-    todo = set(writer.missing(mine))
-    left = sum(len(numbers[n * each : (n + 1) * each]) for n in todo)
+    per_shard, seed = settings["rows_per_shard"], settings["kind"].get("seed", 0)
+    missing = set(writer.missing(mine))
+    total = sum(len(numbers[n * per_shard : (n + 1) * per_shard]) for n in missing)
     started, done = time.perf_counter(), 0
 
-    def on_row(one: Captured) -> None:
+    def on_row(row: Captured) -> None:
         nonlocal done
         done += 1
-        if done % 16 == 0 or done == left:
+        if done % 16 == 0 or done == total:
             seconds = time.perf_counter() - started
             rate = done * setup.recipe.corpus.tokens_per_row / seconds
             display.note(
-                f"{done}/{left} rows, {rate:.0f} tokens/s, {clock(seconds / done * (left - done))} left"
+                f"{done}/{total} rows, {rate:.0f} tokens/s, {clock(seconds / done * (total - done))} left"
             )
 
     for shard in mine:
-        rows = numbers[shard * each : (shard + 1) * each]
+        rows = numbers[shard * per_shard : (shard + 1) * per_shard]
         writer.write(
             writer.files.shard(shard),
             lambda file, rows=rows: capture_shard(  # type: ignore[misc]
@@ -237,24 +249,24 @@ def _capture_shards(
         )
 
 
-def _find_threshold(setup: RunSetup, wanted: float) -> float:
-    """On the first held-out rows: nothing of it depends on what is captured already."""
+def _fit_threshold(setup: RunSetup, target_bytes: float) -> float:
+    """On the first held-out rows, so that every part and every restart arrives at the same one."""
     held, tokens = setup.corpus.heldout, setup.recipe.corpus.tokens_per_row
-    batch = held.batch(range(min(len(held), max(LOOKED_AT // tokens, 1)))).to(setup.device)
+    batch = held.batch(range(min(len(held), max(THRESHOLD_POSITIONS // tokens, 1)))).to(setup.device)
     targets = setup.teacher.targets(batch)
     assert isinstance(targets, HiddenTargets)
     return threshold_of(
-        wanted, targets.hidden_NE, _model(setup.teacher).head, setup.recipe.objective.temperature
+        target_bytes, targets.hidden_NE, _model(setup.teacher).head, setup.recipe.objective.temperature
     )
 
 
 def _recorded(out: Path) -> Json | None:
-    place = out / CAPTURE
-    return read_object(place, AGAIN) if place.exists() else None
+    path = out / CAPTURE
+    return read_object(path, AGAIN) if path.exists() else None
 
 
-def _part(part: str | None) -> tuple[int, int]:
-    if part is None:  # one of those that torchrun started, or all
+def _parse_part(part: str | None) -> tuple[int, int]:
+    if part is None:  # under torchrun this process's own part, else everything
         part = f"{int(os.environ.get('RANK', '0')) + 1}/{os.environ.get('WORLD_SIZE', '1')}"
     words = part.split("/")
     if len(words) == 2 and all(word.isdecimal() for word in words):

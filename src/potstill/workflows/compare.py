@@ -1,15 +1,14 @@
-"""Arms under one budget: the untouched student, plain training (CE only) and KD, so that a gain has something
-beside it.
+"""`potstill compare`: the untouched student, plain training (CE only) and KD under one budget.
 
-    runs/NAME/comparison.json    every arm's figures with intervals, their differences, and what they show
+    runs/NAME/comparison.json    metrics of every arm with intervals, their differences, and what they show
               plan.json          the recipe, the seconds of a trial step, each arm's steps
               untouched-0/       the student before training
               ce-0/, kd-0/ …     a run directory for each arm and seed
               teacher-0/, corrected-0/   with `compare.corrected_steps`: the teacher's training, and its arm
 
-All arms of a seed start from the same weights, which the hashes in the receipts prove, and see rows in the
-same order. What is compared is the student that a run saves, its best by held-out loss, on the same held-out
-rows and against the recipe's own teacher, whoever taught it.
+All arms of a seed start from the same weights, which the hashes in the receipts prove, and see the same rows in the
+same order. Each run's saved student, its best by held-out loss, is evaluated on the same held-out rows and against
+the recipe's own teacher, even where the arm was trained with another one.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ PLAN = "plan.json"
 TEACHER = "teacher"
 FOLDERS = {UNTOUCHED: "untouched", CE: "ce", KD: "kd", CORRECTED: "corrected"}
 TOO_UNEQUAL = 0.05
-"""Arms whose training times differ by more than this share are told of in a warning."""
+"""Training times that differ by more than this fraction cause a warning."""
 
 
 def compare(
@@ -72,40 +71,43 @@ def compare(
     """Run every arm of a recipe and compare them; returns the folder, or None where a signal stopped it.
 
     Args:
-        recipe: a YAML file or a recipe; without a section `compare` its defaults hold.
+        recipe: a YAML file or a recipe. Without a section `compare`, its defaults apply.
         overrides: `a.b=value`, applied to a file.
         out: a folder that does not exist yet; default `runs/<name of the recipe>`.
-        resume: go on in `out`: finished arms are kept, one that was cut off goes on.
+        resume: continue the comparison in `out`: finished arms are kept, an interrupted one is resumed.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: anything the user can fix.
     """
     display = display or Display(quiet=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("compare: it runs in one process. Start it without torchrun, or its arms one by one.")
+        raise UserError(
+            "compare: runs in one process. Start it without torchrun, or run its arms one by one."
+        )
     recipe = Path(recipe) if isinstance(recipe, str) else recipe
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     folder = out or (newest_path(name) if resume else default_path(name))
     if loaded.objective.kd_weight == 0:
-        raise UserError("objective.kd_weight: it is 0, so there is no KD arm to compare. Raise it.")
-    asked = loaded.compare or CompareConfig()
-    if asked.humaneval_tokens:
+        raise UserError("objective.kd_weight: 0, so there is no KD arm to compare. Set it above 0.")
+    config = loaded.compare or CompareConfig()
+    if config.humaneval_tokens:
         _require_humaneval()
-    plan = _planned(loaded, asked, folder, resume, display)
+    plan = _make_or_read_plan(loaded, config, folder, resume, display)
+    # The plan's recipe has every `auto` settled: all arms must run with the same choices.
     loaded = as_started(loaded, _recipe_in(plan, folder))
-    comparison = _Comparison(loaded, asked, folder, display, plan)
+    comparison = _Comparison(loaded, config, folder, display, plan)
     if not comparison.run():
-        display.note(f"stopped; the same command with --resume --out {folder} goes on")
+        display.note(f"stopped; the same command with --resume --out {folder} continues")
         return None
-    found = comparison.result()
-    write_whole(folder / RESULT, (json.dumps(found, indent=2) + "\n").encode())
-    _tell(found, folder, display)
+    result = comparison.result()
+    write_whole(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+    _print_result(result, folder, display)
     return folder
 
 
 def _require_humaneval() -> None:
-    """No hour is spent on runs that cannot be evaluated after it."""
+    """Fail before the first run rather than after the last where HumanEval cannot run here."""
     from potstill.evals.humaneval_problems import read_problems
     from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused
 
@@ -118,29 +120,31 @@ def _require_humaneval() -> None:
         ) from refused
 
 
-def _planned(
-    recipe: Recipe, asked: CompareConfig, folder: Path, resume: bool, display: Display
+def _make_or_read_plan(
+    recipe: Recipe, config: CompareConfig, folder: Path, resume: bool, display: Display
 ) -> dict[str, Any]:
-    """Steps and seconds, from trial steps; a comparison that goes on keeps those that it began with."""
+    """`plan.json`: each arm's steps, from timed trial steps. A resumed comparison keeps its plan."""
     if resume:
         plan = read_object(
             folder / PLAN, "Give the folder that the comparison printed, or leave --resume out."
         )
-        began = _recipe_in(plan, folder)
-        if began.without_places() != as_started(recipe, began).without_places():
-            raise UserError(f"{folder}: started with another recipe. Resume with the same, or start anew.")
+        recorded = _recipe_in(plan, folder)
+        if recorded.without_places() != as_started(recipe, recorded).without_places():
+            raise UserError(
+                f"{folder}: started with another recipe. Resume with the same one, or start a new comparison."
+            )
         return plan
     RunDir.require_free(folder)
     resolved = settle(resolve(recipe), display.note)
     recipe = resolved.recipe
-    arms = {arm: _recipe_of(arm, recipe, asked.seeds[0]) for arm in (CE, KD)}
+    arms = {arm: _recipe_of(arm, recipe, config.seeds[0]) for arm in (CE, KD)}
     with process_of(recipe):
         setup = set_up(resolved, display.note)
-        display.note("comparison: timing steps of both arms, turn by turn")
+        display.note("comparison: timing trial steps of both arms, alternating")
         with contextlib.closing(setup.teacher):
             step_s = step_seconds(setup, arms)
     steps = {arm: recipe.train.steps for arm in (CE, KD)}
-    if asked.budget == "time":
+    if config.budget == "time":
         steps[CE] = max(1, round(recipe.train.steps * step_s[KD] / step_s[CE]))
     plan = {"recipe": recipes.dump(recipe), "step_s": step_s, "steps": steps}
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,12 +153,12 @@ def _planned(
 
 
 def _recipe_in(plan: dict[str, Any], folder: Path) -> Recipe:
-    """As the comparison began with it."""
+    """The recipe that the comparison was started with."""
     return recipes.parse(str(plan.get("recipe")), where=str(folder / PLAN), folder=folder)
 
 
 def _recipe_of(arm: str, recipe: Recipe, seed: int, steps: int | None = None) -> Recipe:
-    """The recipe's own but for the weights of the loss, the seed and the steps."""
+    """The recipe of one arm's run: only the loss weights, the seed and the number of steps differ."""
     steps = steps or recipe.train.steps
     train = replace(recipe.train, seed=seed, steps=steps, warmup=min(recipe.train.warmup, steps))
     objective = replace(recipe.objective, kd_weight=0.0, ce_weight=1.0) if arm == CE else recipe.objective
@@ -163,21 +167,21 @@ def _recipe_of(arm: str, recipe: Recipe, seed: int, steps: int | None = None) ->
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The runs of a comparison, and what they come to."""
+    """The runs of a comparison, and its result."""
 
     recipe: Recipe
-    asked: CompareConfig
+    config: CompareConfig
     folder: Path
     display: Display
     plan: dict[str, Any]
 
     @property
     def arms(self) -> list[str]:
-        return [CE, KD, *([CORRECTED] if self.asked.corrected_steps else [])]
+        return [CE, KD, *([CORRECTED] if self.config.corrected_steps else [])]
 
     @property
     def teacher(self) -> HfTeacherConfig:
-        """The recipe's, where it has weights to train; a recipe with `corrected_steps` has no other."""
+        """The recipe's teacher. `corrected_steps` is accepted only where its weights can be trained."""
         assert isinstance(self.recipe.teacher, HfTeacherConfig)
         return self.recipe.teacher
 
@@ -185,8 +189,9 @@ class _Comparison:
         return RunDir(self.folder / f"{FOLDERS.get(arm, arm)}-{seed}")
 
     def run(self) -> bool:
-        """Every arm with every seed; False where a signal stopped one. Each seed begins with another arm."""
-        for number, seed in enumerate(self.asked.seeds):
+        """Run every arm with every seed; False where a signal stopped one."""
+        for number, seed in enumerate(self.config.seeds):
+            # The arms take turns at going first, so that a machine that warms up or slows down favours none.
             first = number % len(self.arms)
             for arm in self.arms[first:] + self.arms[:first]:
                 recipe = _recipe_of(arm, self.recipe, seed, self.plan["steps"].get(arm))
@@ -200,32 +205,32 @@ class _Comparison:
 
     def run_one(self, arm: str, seed: int, recipe: Recipe) -> bool:
         run = self.run_of(arm, seed)
-        begun = run.resolved.exists()
-        if not (begun and run.status().get("state") == "finished"):
+        started = run.resolved.exists()
+        if not (started and run.status().get("state") == "finished"):
             self.display.note(f"comparison: {arm}, seed {seed}, {recipe.train.steps} steps")
-            distill(recipe, out=run.path, resume=begun, display=self.display)
+            distill(recipe, out=run.path, resume=started, display=self.display)
         return bool(run.status()["state"] == "finished")
 
     def teacher_recipe(self, seed: int) -> Recipe:
-        """Plain training of the teacher itself on the rows that the students see."""
-        recipe = _recipe_of(CE, self.recipe, seed, self.asked.corrected_steps)
+        """Plain training of the teacher on the rows that the students are trained on."""
+        recipe = _recipe_of(CE, self.recipe, seed, self.config.corrected_steps)
         return replace(
             recipe,
             student=CheckpointStudentConfig(model=self.teacher.model),
-            train=replace(recipe.train, lr=self.asked.corrected_lr),
+            train=replace(recipe.train, lr=self.config.corrected_lr),
             allow_identical=True,
         )
 
     def corrected_recipe(self, seed: int) -> Recipe:
-        """KD from the teacher that was trained, in what its training left of the budget."""
-        if self.asked.budget == "steps":
-            steps = self.recipe.train.steps - self.asked.corrected_steps
+        """KD from the trained teacher, with what its training has left of the budget."""
+        if self.config.budget == "steps":
+            steps = self.recipe.train.steps - self.config.corrected_steps
         else:
             spent_s = self.run_of(TEACHER, seed).receipt()["training_seconds"]
             steps = int(self.recipe.train.steps - spent_s / self.plan["step_s"][KD])
         if steps < 1:
             raise UserError(
-                f"compare.corrected_steps: {self.asked.corrected_steps} steps of the teacher's own training"
+                f"compare.corrected_steps: {self.config.corrected_steps} steps of the teacher's own training"
                 f" take the whole budget of {self.recipe.train.steps} KD steps. Set it lower, or train.steps"
                 " higher."
             )
@@ -242,8 +247,8 @@ class _Comparison:
         )
 
     def untouched(self, seed: int) -> Path:
-        """The student as every arm of this seed begins with it; only a random one depends on the seed."""
-        run = self.run_of(UNTOUCHED, seed if self.recipe.student.name == "config" else self.asked.seeds[0])
+        """The student from which every arm of this seed starts. Only a randomly initialized one depends on the seed."""
+        run = self.run_of(UNTOUCHED, seed if self.recipe.student.name == "config" else self.config.seeds[0])
         if not run.student.exists():
             with self.set_up(seed) as setup:
                 run.path.mkdir(exist_ok=True)
@@ -252,7 +257,7 @@ class _Comparison:
 
     @contextlib.contextmanager
     def set_up(self, seed: int) -> Iterator[RunSetup]:
-        """The objects of the KD arm, before training."""
+        """The RunSetup of the KD arm, before training."""
         resolved = resolve(_recipe_of(KD, self.recipe, seed))
         with process_of(resolved.recipe):
             setup = set_up(resolved, self.display.note)
@@ -260,56 +265,57 @@ class _Comparison:
                 yield setup
 
     def result(self) -> dict[str, Any]:
-        """`comparison.json`."""
-        with self.set_up(self.asked.seeds[0]) as setup:
-            return self.measure(setup)
+        """The content of `comparison.json`."""
+        with self.set_up(self.config.seeds[0]) as setup:
+            return self.measure_arms(setup)
 
-    def measure(self, setup: RunSetup) -> dict[str, Any]:
-        found: dict[str, dict[str, Measured]] = {}
+    def measure_arms(self, setup: RunSetup) -> dict[str, Any]:
+        measured: dict[str, dict[str, Measured]] = {}
         for arm in (UNTOUCHED, *self.arms):
             self.display.note(f"comparison: measuring {arm}")
-            found[arm] = self.measured(arm, setup)
-        told = [self.told(arm, metrics) for arm, metrics in found.items()]
-        differing = compare_stats.differences(found)
-        budget = "training time" if self.asked.budget == "time" else "steps"
+            measured[arm] = self.measure_arm(arm, setup)
+        summaries = [self.summarize_arm(arm, metrics) for arm, metrics in measured.items()]
+        differences = compare_stats.differences(measured)
+        budget = "training time" if self.config.budget == "time" else "steps"
         return {
-            "sentence": compare_stats.sentence(differing, budget, len(self.asked.seeds)),
-            "warnings": self.warnings(told, setup),
-            "arms": told,
-            "differences": differing,
+            "sentence": compare_stats.sentence(differences, budget, len(self.config.seeds)),
+            "warnings": self.warnings(summaries, setup),
+            "arms": summaries,
+            "differences": differences,
             "budget": {"equal": budget, "trial_step_s": self.plan["step_s"]},
-            "seeds": self.asked.seeds,
+            "seeds": self.config.seeds,
             "heldout_rows": len(setup.corpus.heldout),
-            "teacher_ce": self.run_of(KD, self.asked.seeds[0]).receipt()["heldout_first"][
+            "teacher_ce": self.run_of(KD, self.config.seeds[0]).receipt()["heldout_first"][
                 "heldout/teacher_ce"
             ],
-            "humaneval": "greedy" if self.asked.humaneval_tokens else "not run",
-            "runs": [f"{FOLDERS[arm]}-{seed}" for arm in self.arms for seed in self.asked.seeds],
+            "humaneval": "greedy" if self.config.humaneval_tokens else "not run",
+            "runs": [f"{FOLDERS[arm]}-{seed}" for arm in self.arms for seed in self.config.seeds],
         }
 
-    def measured(self, arm: str, setup: RunSetup) -> dict[str, Measured]:
-        """Held-out rows, and HumanEval where it is asked for, of the students of all seeds."""
+    def measure_arm(self, arm: str, setup: RunSetup) -> dict[str, Measured]:
+        """Held-out metrics of the arm's students, one a seed, and HumanEval where the recipe has it."""
         folders = [
             self.untouched(seed) if arm == UNTOUCHED else self.run_of(arm, seed).student
-            for seed in self.asked.seeds
+            for seed in self.config.seeds
         ]
-        seen = {folder: self.measured_student(folder, setup) for folder in dict.fromkeys(folders)}
+        # Seeds may share the untouched student: each folder is evaluated once.
+        evaluated = {folder: self.evaluate_student(folder, setup) for folder in dict.fromkeys(folders)}
         if arm == UNTOUCHED:
-            for seed, folder in zip(self.asked.seeds, folders, strict=True):
-                self.require_one_start(seed, seen[folder][0])
-        _, weights_U, known = seen[folders[0]]
-        found = {
-            name: Measured(np.asarray([seen[folder][2][name] for folder in folders]), weights_U)
-            for name in known.keys() & compare_stats.METRICS.keys()
+            for seed, folder in zip(self.config.seeds, folders, strict=True):
+                self.require_same_start(seed, evaluated[folder][0])
+        _, weights_U, by_metric = evaluated[folders[0]]
+        metrics = {
+            name: Measured(np.asarray([evaluated[folder][2][name] for folder in folders]), weights_U)
+            for name in by_metric.keys() & compare_stats.METRICS.keys()
         }
-        if self.asked.humaneval_tokens:
-            passed = {folder: self.humaneval(folder) for folder in seen}
+        if self.config.humaneval_tokens:
+            passed = {folder: self.humaneval(folder) for folder in evaluated}
             values_SU = np.asarray([passed[folder] for folder in folders])
-            found["pass@1"] = Measured(values_SU, np.ones(values_SU.shape[1]))
-        return found
+            metrics["pass@1"] = Measured(values_SU, np.ones(values_SU.shape[1]))
+        return metrics
 
-    def measured_student(self, folder: Path, setup: RunSetup) -> tuple[str, Values, dict[str, list[float]]]:
-        """A saved student's hash, the positions of each held-out row, and each metric's mean over them."""
+    def evaluate_student(self, folder: Path, setup: RunSetup) -> tuple[str, Values, dict[str, list[float]]]:
+        """A saved student's hash, the number of positions of each held-out row, and each metric's mean over them."""
         model = from_checkpoint(folder, setup.device)
         sha256 = weights_sha256(model)
         model.mask_from(setup.shared.ids)
@@ -317,86 +323,87 @@ class _Comparison:
         positions, values = heldout_by_row(student, setup.teacher, setup.corpus.heldout)
         return sha256, np.asarray(positions, np.float64), values
 
-    def require_one_start(self, seed: int, sha256: str) -> None:
+    def require_same_start(self, seed: int, sha256: str) -> None:
         for arm in self.arms:
-            begun = self.run_of(arm, seed).receipt()["student"]["weights_sha256_start"]
-            if begun != sha256:
+            start = self.run_of(arm, seed).receipt()["student"]["weights_sha256_start"]
+            if start != sha256:
                 raise RuntimeError(
-                    f"{arm}, seed {seed}: began with {begun}, the untouched student is {sha256}"
+                    f"{arm}, seed {seed}: started from weights {start}, the untouched student has {sha256}"
                 )
 
     def humaneval(self, folder: Path) -> list[float]:
-        """Of each problem, 1 where the greedy sample passed."""
+        """For each problem, 1 if the greedy sample passed, else 0."""
         from potstill.evals.humaneval import HumanEvalSettings, evaluate
 
         out = RunDir(folder.parent).evals / "humaneval"
         config = HumanEvalSettings(
-            max_new_tokens=self.asked.humaneval_tokens, device=self.recipe.train.device
+            max_new_tokens=self.config.humaneval_tokens, device=self.recipe.train.device
         )
-        found = evaluate(folder, config, out, self.display.note)
-        if found["status"] != "finished":
-            raise UserError(f"{folder}: HumanEval: inference failed, there is no score: {found['why']}")
-        return [float(count) for count in found["passed_by_problem"].values()]
+        result = evaluate(folder, config, out, self.display.note)
+        if result["status"] != "finished":
+            raise UserError(f"{folder}: HumanEval: inference failed, there is no score: {result['why']}")
+        return [float(count) for count in result["passed_by_problem"].values()]
 
-    def told(self, arm: str, metrics: dict[str, Measured]) -> dict[str, Any]:
-        """An arm of the result; seconds and steps are means over its seeds."""
-        receipts = [] if arm == UNTOUCHED else [self.run_of(arm, seed).receipt() for seed in self.asked.seeds]
-        spent = [receipt["training_seconds"] for receipt in receipts]
-        if arm == CORRECTED:
-            own = [self.run_of(TEACHER, seed).receipt()["training_seconds"] for seed in self.asked.seeds]
-            spent = [of_teacher + of_student for of_teacher, of_student in zip(own, spent, strict=True)]
-        seen = {name: _with_interval(name, of) for name, of in metrics.items()}
+    def summarize_arm(self, arm: str, metrics: dict[str, Measured]) -> dict[str, Any]:
+        """An arm's entry in the result. Seconds and steps are means over its seeds."""
+        receipts = (
+            [] if arm == UNTOUCHED else [self.run_of(arm, seed).receipt() for seed in self.config.seeds]
+        )
+        seconds = [receipt["training_seconds"] for receipt in receipts]
+        if arm == CORRECTED:  # the teacher's own training counts against the budget
+            extra = [self.run_of(TEACHER, seed).receipt()["training_seconds"] for seed in self.config.seeds]
+            seconds = [teacher_s + student_s for teacher_s, student_s in zip(extra, seconds, strict=True)]
+        estimates = {name: _with_interval(name, values) for name, values in metrics.items()}
         return {
             "name": arm,
             "steps": round(np.mean([receipt["steps"] for receipt in receipts])) if receipts else 0,
-            "training_seconds": round(float(np.mean(spent)), 1) if spent else 0.0,
-            "metrics": {name: asdict(of) for name, of in seen.items()} | _not_run(metrics),
-            "by_seed": {name: [float(v) for v in of.by_seed()] for name, of in metrics.items()},
+            "training_seconds": round(float(np.mean(seconds)), 1) if seconds else 0.0,
+            "metrics": {name: asdict(value) for name, value in estimates.items()} | _not_run(metrics),
+            "by_seed": {name: [float(v) for v in values.by_seed()] for name, values in metrics.items()},
             "student_is_of_step": [receipt["student_is_of_step"] for receipt in receipts],
         }
 
-    def warnings(self, told: list[dict[str, Any]], setup: RunSetup) -> list[str]:
-        found = []
-        spent = {arm["name"]: arm["training_seconds"] for arm in told if arm["name"] != UNTOUCHED}
-        if self.asked.budget == "time" and max(spent.values()) > (1 + TOO_UNEQUAL) * min(spent.values()):
-            said = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items())
-            found.append(
-                f"the arms' training times came out unequal: {said}. Trial steps and real ones differed."
+    def warnings(self, summaries: list[dict[str, Any]], setup: RunSetup) -> list[str]:
+        warnings = []
+        spent_s = {arm["name"]: arm["training_seconds"] for arm in summaries if arm["name"] != UNTOUCHED}
+        if self.config.budget == "time" and max(spent_s.values()) > (1 + TOO_UNEQUAL) * min(spent_s.values()):
+            times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent_s.items())
+            warnings.append(
+                f"the arms' training times are unequal: {times}. Trial steps did not predict the real ones."
             )
-        if len(self.asked.seeds) < 3:
-            found.append(
-                f"{len(self.asked.seeds)} of compare.seeds: intervals over so few say little of other seeds."
+        if len(self.config.seeds) < 3:
+            warnings.append(
+                f"only {len(self.config.seeds)} of compare.seeds: the intervals say little about other seeds."
             )
         if len(setup.corpus.heldout) < 8:
-            found.append(
-                f"{len(setup.corpus.heldout)} held-out rows: intervals over so few say little of other text."
+            warnings.append(
+                f"only {len(setup.corpus.heldout)} held-out rows: the intervals say little about other text."
             )
-        return found
+        return warnings
 
 
-def _with_interval(name: str, of: Measured) -> Estimate:
-    """Of problems, Wilson's interval at the mean share: it is not empty where nothing is passed."""
-    found = estimate(of.values_SU, of.weights_U)
-    problems = len(of.weights_U)
-    return Estimate(found.mean, *wilson(found.mean * problems, problems)) if name == "pass@1" else found
+def _with_interval(name: str, metric: Measured) -> Estimate:
+    """The mean and its interval. For pass@1 Wilson's, which has a width even where no problem is passed."""
+    result = estimate(metric.values_SU, metric.weights_U)
+    problems = len(metric.weights_U)
+    return Estimate(result.mean, *wilson(result.mean * problems, problems)) if name == "pass@1" else result
 
 
 def _not_run(metrics: dict[str, Measured]) -> dict[str, None]:
     return {name: None for name in compare_stats.METRICS if name not in metrics}
 
 
-def _tell(found: dict[str, Any], folder: Path, display: Display) -> None:
-    """The end of a comparison, for a person."""
+def _print_result(result: dict[str, Any], folder: Path, display: Display) -> None:
     rows = []
-    for arm in found["arms"]:
+    for arm in result["arms"]:
         values = [arm["metrics"][name] for name in compare_stats.METRICS]
-        shown = [
+        cells = [
             "not run" if v is None else f"{v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}]" for v in values
         ]
-        rows.append([arm["name"], str(arm["steps"]), f"{arm['training_seconds']:.0f}", *shown])
+        rows.append([arm["name"], str(arm["steps"]), f"{arm['training_seconds']:.0f}", *cells])
     columns = ["arm", "steps", "seconds", *compare_stats.METRICS]
     display.table("arms, with 95 % intervals", columns, rows)
-    display.note(found["sentence"])
-    for warning in found["warnings"]:
+    display.note(result["sentence"])
+    for warning in result["warnings"]:
         display.warn(warning)
-    display.note(f"comparison: {folder / RESULT}; `potstill report {folder}` makes a page of it")
+    display.note(f"comparison: {folder / RESULT}; `potstill report {folder}` renders it as a page")

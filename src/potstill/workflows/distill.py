@@ -1,4 +1,4 @@
-"""`potstill distill`: a recipe in, a run directory with a student and a receipt out."""
+"""`potstill distill`: from a recipe to a run directory with a student and a receipt."""
 
 from __future__ import annotations
 
@@ -49,28 +49,31 @@ def distill(
     resume: bool = False,
     display: Display | None = None,
 ) -> RunDir:
-    """Run a recipe from its first line to its receipt.
+    """Run a recipe from its corpus to its receipt.
 
-    SIGTERM or SIGINT ends the step in hand, saves a checkpoint and returns a run whose status is `stopped`; a
-    second one ends the process. A run that hangs beyond its guard's deadline ends the process with code 2.
+    On SIGTERM or SIGINT the current step is finished, a checkpoint is saved and the run is returned with status
+    `stopped`; a second signal ends the process. A run that hangs beyond its guard's deadline ends the process with
+    code 2.
 
     Args:
         recipe: a YAML file, or a recipe already loaded.
         overrides: `a.b=value`, applied to a file.
         out: a folder that does not exist yet; default `runs/<name of the recipe>`.
-        resume: go on with the run in `out` from its newest sound checkpoint, or from its start.
+        resume: continue the run in `out` from its newest intact checkpoint, or from its start if there is none.
 
     Raises:
-        UserError: whatever the user can mend; nearly all of it before the folder is made.
+        UserError: anything the user can fix. Nearly all of it is found before the folder is made.
     """
     display = display or Display(quiet=True)
     recipe = Path(recipe) if isinstance(recipe, str) else recipe
     if isinstance(recipe, Recipe) and overrides:
-        raise UserError("distill: overrides go with a recipe file; a loaded recipe is taken as it is.")
+        raise UserError(
+            "distill: overrides apply to a recipe file, and the recipe is already loaded. Leave them out."
+        )
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     if loaded.compare is not None:
         raise UserError(
-            "distill: the recipe has a section `compare`; compare() runs its arms. Or leave it out."
+            "distill: the recipe has a section `compare`, whose arms compare() runs. Call that, or remove it."
         )
     for sink in loaded.sinks:
         sink.require()
@@ -81,14 +84,14 @@ def distill(
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a run is, or will be, and what it was decided to be."""
+    """Where a run is or will be, with every choice that the recipe left to `auto` settled."""
 
     path: Path
     resolved: Resolved
     recipe_text: bytes
     chunk: Json
     run: RunDir | None
-    """The run that is resumed."""
+    """The run to resume; None for a new one."""
 
 
 def _distill(
@@ -97,13 +100,13 @@ def _distill(
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     text = recipes.dump(resolved.recipe).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     if resume:
-        start = _resumed(resolved, ranks.broadcast(out or newest_path(name)), text)
+        start = _start_resumed(resolved, ranks.broadcast(out or newest_path(name)), text)
         if start.run is not None and start.run.status().get("state") == "finished":
             start.run.whole_student()
             display.note(f"{start.path}: finished already")
             return start.run
     else:
-        start = _new(resolved, ranks.broadcast(out or default_path(name)), text, display, ranks)
+        start = _start_new(resolved, ranks.broadcast(out or default_path(name)), text, display, ranks)
     locked: list[RunDir] = []
     guard = start.resolved.recipe.guard
     with (
@@ -121,17 +124,18 @@ def _distill(
             return _run(setup, start, note, display, watch, ranks, locked)
 
 
-def _new(resolved: Resolved, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
-    """A run that starts: its folder is free, and nothing is left to choose."""
+def _start_new(resolved: Resolved, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
+    """A new run: the folder must be free."""
     ranks.on_first(lambda: RunDir.require_free(path))
+    # Ranks may differ in free memory and processor, but all must use the same chunk and backend.
     chunk = ranks.broadcast(choose_chunk(resolved, display.note))
     backend = ranks.broadcast(choose_backend(resolved, display.note))
     settled = with_matmul(with_chunk(resolved.recipe, chunk.used), backend)
     return _Start(path, resolved.with_recipe(settled), text, chunk.as_dict(), None)
 
 
-def _resumed(resolved: Resolved, path: Path, text: bytes) -> _Start:
-    """A run that goes on: its schedule and its data are functions of the recipe, which must be the same."""
+def _start_resumed(resolved: Resolved, path: Path, text: bytes) -> _Start:
+    """A resumed run: schedule and data are functions of the recipe, so the recipe must be the same."""
     run = RunDir.open(path)
     recorded = recipes.load(run.resolved)
     recipe = as_started(resolved.recipe, recorded)
@@ -157,42 +161,43 @@ def _run(
     checked = require_sound(setup, start.path)
     note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
     if start.run is None:
-        # Only now: whatever was refused above has left no folder behind.
-        kept: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
-        make = partial(RunDir.create, start.path, recipe=start.recipe_text, **kept, chunk=start.chunk)
-        ranks.on_first(make)
+        # Only after every check: a refused recipe leaves no folder behind.
+        record: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
+        create = partial(RunDir.create, start.path, recipe=start.recipe_text, **record, chunk=start.chunk)
+        ranks.on_first(create)
     run = start.run or RunDir(start.path)
     note(f"run: {run.path}")
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if ranks.is_first:
-            held.enter_context(run.locked())
-            held.enter_context(_recorded(run))
-            held.enter_context(logging_to(recipe.sinks, run, display.warn))
+            # The lock comes first: without it, nothing may be written to the run, its status included.
+            stack.enter_context(run.locked())
+            stack.enter_context(_status_on_error(run))
+            stack.enter_context(logging_to(recipe.sinks, run, display.warn))
             locked.append(run)
         if start.run is not None:
             ranks.on_first(lambda: run.set_status("running"))
         is_resumed = start.run is not None
-        _Running(setup, run, display, watch, inputs, ranks, is_resumed=is_resumed).to_its_receipt(checked)
+        _ActiveRun(setup, run, display, watch, inputs, ranks, is_resumed=is_resumed).finish(checked)
     return run
 
 
 def _on_stall(path: Path, locked: list[RunDir], display: Display, what: str, stacks: str) -> None:
-    """The watchdog's last act: say where the run hangs, and end the process."""
+    """Called by the watchdog: report where the run hangs, and end the process."""
     try:
         if locked:
-            where = f"{locked[0].write_stacks(stacks)}. --resume goes on"
+            where = f"{locked[0].write_stacks(stacks)}. --resume continues"
             locked[0].set_status("failed", what)
-        else:  # there is no folder yet, or it may be another process's
+        else:  # there is no folder yet, or another process may hold it
             os.write(2, stacks.encode())
             where = "above"
         display.error((f"{path}: {what}. Stacks of all threads: {where}.",))
     finally:
-        os._exit(2)  # a thread that hangs cannot be asked to return
+        os._exit(2)  # sys.exit would wait for the thread that hangs
 
 
 @contextlib.contextmanager
 def _memory_advice(recipe: Recipe) -> Iterator[None]:
-    """What to do when a device has no more memory."""
+    """Turn a CUDA out-of-memory error into advice on which fields to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -205,14 +210,14 @@ def _memory_advice(recipe: Recipe) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recorded(run: RunDir) -> Iterator[None]:
-    """Whatever ends a run goes into its status, where the disk lets it."""
+def _status_on_error(run: RunDir) -> Iterator[None]:
+    """Record in the run's status what ended it."""
     try:
         yield
     except Stopped:
-        run.set_status("stopped", "by a signal before the first step; --resume goes on")
+        run.set_status("stopped", "by a signal before the first step; --resume continues")
     except BaseException as error:
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError):  # a full disk must not hide the error itself
             run.set_status("failed", f"{type(error).__name__}: {error}")
         raise
 
@@ -228,8 +233,8 @@ def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) 
             return heldout(setup.student, setup.teacher, setup.corpus.heldout, rows)
 
 
-class _Running:
-    """A run from its first step to its receipt: what the loop calls beside the mathematics."""
+class _ActiveRun:
+    """A run from its first step to its receipt: the hooks of the training loop, and what follows it."""
 
     def __init__(
         self,
@@ -245,50 +250,52 @@ class _Running:
         self.setup, self.run, self.display, self.watch, self.ranks = setup, run, display, watch, ranks
         self.clock = _Clock(setup.recipe.train.steps)
         self.inputs, self.is_resumed = inputs, is_resumed
-        of_corpus = {
+        corpus_hashes = {
             "corpus": setup.corpus.fingerprint,
             "tokenizer": setup.corpus.manifest["tokenizer_sha256"],
         }
-        self.checkpoints = Checkpoints(run.checkpoints, inputs | of_corpus, display.note, ranks)
+        self.checkpoints = Checkpoints(run.checkpoints, inputs | corpus_hashes, display.note, ranks)
         self.has_started = False
 
-    def to_its_receipt(self, checked: Checked) -> None:
+    def finish(self, checked: Checked) -> None:
+        """Train to the last step and write the receipt; after a signal, record where the run stopped."""
         setup, run, recipe = self.setup, self.run, self.setup.recipe
         started_s = time.perf_counter()
-        source = code()  # now, while it is what was loaded
+        source = code()  # at the start: the checkout may change while the run trains
         samples = {"before": _sample(setup)}
         if setup.teacher.is_sharded and setup.teacher.model is not None:
             self.ranks.shard_teacher(setup.teacher.model)
         outcome = self.train()
         if outcome.evaluated < recipe.train.steps:
-            why = f"by a signal after step {outcome.step}; --resume goes on"
+            why = f"by a signal after step {outcome.step}; --resume continues"
             self.ranks.on_first(lambda: run.set_status("stopped", why))
             self.display.note(
                 f"stopped after step {outcome.step}, checkpoint saved; the same command with"
-                f" --resume --out {run.path} goes on"
+                f" --resume --out {run.path} continues"
             )
             return
-        with contextlib.ExitStack() as whole:
+        # Every rank takes part in gathering the shards, although only the first writes the receipt.
+        with contextlib.ExitStack() as stack:
             for module in (setup.student, setup.teacher.model):
                 if module is not None:
-                    whole.enter_context(self.ranks.gathered(module))
+                    stack.enter_context(self.ranks.gathered(module))
             samples["after"] = _sample(setup)
 
-            def finish() -> None:
+            def write_receipt() -> None:
                 run.whole_student()
                 evaluations = self.evaluations()
                 seconds = time.perf_counter() - started_s
                 finished = Finished(outcome, checked, self.inputs, source, samples, evaluations, seconds)
                 receipt = receipt_of(setup, run, finished)
                 run.write_receipt(receipt | {"ranks": self.ranks.described()})
-                run.set_status("finished")
+                run.set_status("finished")  # after the receipt: a finished run always has one
 
-            self.ranks.on_first(finish)
-        _summarize(setup, run, outcome, samples, self.display)
+            self.ranks.on_first(write_receipt)
+        _print_summary(setup, run, outcome, samples, self.display)
 
     def evaluations(self) -> dict[str, Any]:
-        """What the recipe's `evaluations` measure on the saved student. One that cannot be run leaves its reason, and
-        the run is finished all the same: its training is not to be lost.
+        """Results of the recipe's `evaluations` on the saved student. One that fails is recorded as not run, with the
+        reason: it must not cost the run its receipt.
         """
         results: dict[str, Any] = {}
         for config in self.setup.recipe.evaluations:
@@ -331,7 +338,7 @@ class _Running:
     def evaluate(self, step: int) -> Metrics:
         setup, size = self.setup, self.setup.recipe.train.micro_batch_rows
         try:
-            # One of several stops with all the others, after the evaluation.
+            # Alone, a signal may stop in the middle of an evaluation; several ranks stop together after it.
             poll = self.watch.poll if self.ranks.world == 1 else self.watch.beat
             metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, size, poll)
         except UserError as error:
@@ -360,13 +367,14 @@ class _Running:
             self.run.replace_adapter(student.save_adapter)
 
     def resume(self, optimizer: Optimizer) -> Outcome | None:
-        """At the begin, and when the guard goes back: the fault it goes back for is not forgotten."""
+        """Load the newest checkpoint: at the start, and when the guard rolls back after a fault."""
         outcome = self.checkpoints.load(self.setup.student, optimizer)
         self.ranks.on_first(lambda: self.rewind(outcome))
         self.has_started = True
         return outcome
 
     def rewind(self, outcome: Outcome | None) -> None:
+        """Bring the run directory back to the state of the checkpoint."""
         at = outcome or Outcome(step=-1)
         self.run.repair()
         if self.is_resumed and not self.has_started:
@@ -375,11 +383,12 @@ class _Running:
             elif outcome.best:
                 self.run.whole_student()
         self.run.rewind(at.step, at.evaluated)
+        # Not on a rollback, which would drop the very fault that it is for.
         if not self.has_started:
             self.run.rewind_faults(at.step, at.left_out)
 
     def save(self, optimizer: Optimizer, outcome: Outcome) -> None:
-        self.ranks.on_first(self.run.flush)
+        self.ranks.on_first(self.run.flush)  # before the checkpoint, which must not be newer than the log
         self.checkpoints.save(self.setup.student, optimizer, outcome)
 
     def on_fault(self, step: int, what: str, rows: list[dict[str, Any]]) -> None:
@@ -388,16 +397,17 @@ class _Running:
 
 
 def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
-    """Before the first checkpoint, too: the run's record of its corpus was written at its start."""
+    """Compares with `corpus.json`, written at the start, so that it also protects a run without a checkpoint."""
 
-    def by_file(of: dict[str, Any]) -> dict[str, Any]:
-        compared = of.get("decontamination") or {}
-        files = [*of["files"], *compared.get("against", [])]
-        counts = {name: value for name, value in compared.items() if not isinstance(value, list)}
+    def by_file(corpus: dict[str, Any]) -> dict[str, Any]:
+        """Flat, one entry a file, so that the error names the file that differs."""
+        decontamination = corpus.get("decontamination") or {}
+        files = [*corpus["files"], *decontamination.get("against", [])]
+        counts = {name: value for name, value in decontamination.items() if not isinstance(value, list)}
         return (
-            _flat(of | {"decontamination": counts})
+            _flat(corpus | {"decontamination": counts})
             | {file["path"]: file["sha256"][:12] for file in files}
-            | {"files": len(of["files"])}
+            | {"files": len(corpus["files"])}
         )
 
     _require_equal(by_file(run.corpus()), by_file(manifest), "corpus", run)
@@ -406,25 +416,25 @@ def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
 def _require_equal(recorded: dict[str, Any], now: dict[str, Any], what: str, run: RunDir) -> None:
     differing = sorted(name for name in recorded | now if recorded.get(name) != now.get(name))
     if differing:
-        named = [f"{name} ({recorded.get(name)!r} -> {now.get(name)!r})" for name in differing[:8]]
-        rest = [f"and {len(differing) - 8} more"] if differing[8:] else []
+        shown = [f"{name} ({recorded.get(name)!r} -> {now.get(name)!r})" for name in differing[:8]]
+        more = [f"and {len(differing) - 8} more"] if differing[8:] else []
         raise UserError(
-            f"{run.path}: started with another {what}: {', '.join([*named, *rest])}."
-            " Resume with the same, or start a new run."
+            f"{run.path}: started with another {what}: {', '.join([*shown, *more])}."
+            " Resume with the same one, or start a new run."
         )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
-def _summarize(
+def _print_summary(
     setup: RunSetup, run: RunDir, outcome: Outcome, samples: dict[str, str], display: Display
 ) -> None:
-    """The end of a run, for a person."""
     names = sorted(outcome.first)
     table = [[n, *(f"{m[n]:.4f}" for m in (outcome.first, outcome.last, outcome.best))] for n in names]
     display.table("held-out rows", ["metric", "step 0", f"step {setup.recipe.train.steps}", "best"], table)
@@ -434,22 +444,22 @@ def _summarize(
             display.note(f"sample {when}: {prompt}{text}")
     if outcome.best_step == 0:
         display.warn(
-            "no evaluation was better than the untouched student: the saved student is the untouched one."
+            "no evaluation was better than that of the untouched student, so the saved student is the untouched one."
         )
-    display.note(f"student (of step {outcome.best_step}, best held-out loss): {run.student}")
+    display.note(f"student (step {outcome.best_step}, best held-out loss): {run.student}")
     display.note(f"receipt: {run.path / 'receipt.json'}")
 
 
 class _Clock:
-    """Time left, from the median step so far: one slow step does not move it."""
+    """Estimates the time left from the median of recent steps, which one slow step does not move."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.seen: list[float] = []
+        self.recent_s: list[float] = []
 
     def left(self, step: int, seconds: float) -> float:
-        self.seen = [*self.seen[-100:], seconds]
-        return (self.steps - step) * statistics.median(self.seen)
+        self.recent_s = [*self.recent_s[-100:], seconds]
+        return (self.steps - step) * statistics.median(self.recent_s)
 
 
 def _sample(setup: RunSetup) -> str:
