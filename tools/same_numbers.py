@@ -74,7 +74,24 @@ CAPTURES = {
     ),
 }
 LORA = "{name: cut, keep: [0, 1, 3], ffn_width: 48, lora: {rank: 4, dropout: 0.1}}"
-LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "potstill")
+LIBRARIES = ("torch._dynamo", "torch.distributed.tensor", "transformers.models.llama.modeling_llama", "gguf")
+SERVER = """
+import importlib, json, os, runpy, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for line in sys.stdin:
+    words, place, *files = json.loads(line)
+    if (child := os.fork()) == 0:
+        os.chdir(place)
+        for number, file in enumerate(files, start=1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = ["potstill", *words]
+        runpy.run_module("potstill", run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""`python -m potstill` for each line that it reads, in a new process that has the libraries already."""
 Commands = list[list[str]]
 
 
@@ -82,7 +99,7 @@ def jobs(inputs: Path, side: Path) -> dict[str, Commands]:
     """Each job's commands, in order: the words after `potstill`."""
     recipe, fixture, stored = f"{inputs}/recipe.yaml", f"{inputs}/tiny-fixture.yaml", Commands()
     cut = ["train.activation_checkpointing=true", "eval.sample_prompt=the cat", "eval.sample_tokens=8"]
-    rows, odd = f"tokens_per_row: 48, heldout_rows: 3, shards: {side}/shards", "train.precision=bfloat16"
+    rows, odd = f"tokens_per_row: 48, heldout_rows: 3, shards: {side}/chat/shards", "train.precision=bfloat16"
     chat = [f"corpus={{name: chat, path: chat.jsonl, {rows}}}", odd, "train.optimizer=sgd"]
     jsd, reverse = "{divergence: {name: jsd, beta: 0.3}}", "{divergence: reverse_kl, engine: reference}"
     for kind, (capture, objective) in CAPTURES.items():
@@ -98,7 +115,7 @@ def jobs(inputs: Path, side: Path) -> dict[str, Commands]:
             ["distill", recipe, *cut, "--out", "run"],
             ["eval", "run", "--json"],
             ["show", "run", "--json"],
-            ["export", "run", "--quantize", "f32,f16,bf16,q8_0", "--json"],
+            ["export", "run", "--quantize", "f16,q8_0", "--json"],
         ],
         "stored": stored,
         "lora": [["distill", recipe, f"student={LORA}", f"objective={reverse}", "--out", "run"]],
@@ -157,23 +174,31 @@ def extract(commit: str, to: Path) -> None:
 def run_side(tree: Path, side: Path, todo: dict[str, Commands]) -> None:
     """All jobs with the code in `tree`; stdout of each command is a file among the others."""
     told = {"PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1"}
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | told
+    how: dict[str, Any] = {"env": {"OMP_NUM_THREADS": "1"} | os.environ | told, "text": True, "cwd": tree}
     where = [sys.executable, "-c", "import potstill; print(potstill.__file__)"]
-    file = subprocess.run(where, env=environment, cwd=tree, capture_output=True, text=True, check=True).stdout
-    if not Path(file.strip()).is_relative_to(tree.resolve()):
-        raise SystemExit(f"error: another potstill is imported before that of {tree}: {file.strip()}")
-    for job, commands in todo.items():
-        (side / job).mkdir(parents=True)
-        launcher = LAUNCHER if job == "ranks" else ()
-        for number, words in enumerate(commands):
+    file = subprocess.run(where, capture_output=True, check=True, **how).stdout.strip()
+    if not Path(file).is_relative_to(tree):
+        raise SystemExit(f"error: another potstill is imported before that of {tree}: {file}")
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SERVER, *LIBRARIES], **pipes, **how) as server:
+        for job, number, words in [(j, n, w) for j, all_of in todo.items() for n, w in enumerate(all_of)]:
+            place, err = side / job, side / f"{job}-{number}.stderr"
+            place.mkdir(parents=True, exist_ok=True)
+            if (place / FAILED).exists():
+                continue  # what comes after it in this job would fail, too
             print(f"{tree.name}: {job}: potstill {' '.join(words)}", file=sys.stderr, flush=True)
-            command, place = [sys.executable, "-m", *launcher, "potstill", *words], side / job
-            done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
-            (place / f"{number}-{words[0]}.stdout").write_text(done.stdout)
-            if done.returncode:  # what comes after it in this job would fail, too
-                (place / FAILED).write_text(f"potstill {words[0]}, exit code {done.returncode}\n")
-                print(done.stderr, file=sys.stderr)
-                break
+            out = place / f"{number}-{words[0]}.stdout"
+            if job == "ranks":
+                command = [sys.executable, *TORCHRUN, *words]
+                with out.open("w") as o, err.open("w") as e:
+                    code = subprocess.run(command, stdout=o, stderr=e, **how | {"cwd": place}).returncode
+            else:
+                assert server.stdin is not None and server.stdout is not None
+                print(json.dumps([words, *map(str, (place, out, err))]), file=server.stdin, flush=True)
+                code = int(server.stdout.readline())
+            if code:
+                (place / FAILED).write_text(f"potstill {words[0]}: exit code {code}\n")
+                print(err.read_text(), file=sys.stderr)
 
 
 def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
