@@ -73,7 +73,7 @@ def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output head of a language model: hidden states to logits. A teacher's targets bring theirs along."""
+    """The output head of a language model: hidden states to logits. A teacher's targets include its own."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
