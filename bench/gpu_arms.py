@@ -185,9 +185,9 @@ def demo(B: int, T: int, steps: int, device: torch.device, tiny: bool) -> Pair:
     given += ["teacher.dtype=bfloat16", "train.precision=bfloat16", f"train.device={device.type}"]
     given += ["objective.kd_weight=0.5", "objective.ce_weight=0.5", "corpus.include=[a*.py]"]
     given += [f"objective.chunk={MOST_POSITIONS[device.type]}"]  # what `auto` is where memory allows it
-    cast = set_up(resolve(load(DEMO, given)), lambda text: None)
-    assert isinstance(cast.teacher, TorchTeacher)
-    return Pair(cast.teacher, cast.student.model, cast.corpus.train, cast.recipe, cast.device)
+    setup = set_up(resolve(load(DEMO, given)), lambda text: None)
+    assert isinstance(setup.teacher, TorchTeacher)
+    return Pair(setup.teacher, setup.student.model, setup.corpus.train, setup.recipe, setup.device)
 
 
 class Meter:

@@ -50,21 +50,21 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def cast_of(options: argparse.Namespace, arm: str, seed: int, steps: int) -> RunSetup:
+def setup_of(options: argparse.Namespace, arm: str, seed: int, steps: int) -> RunSetup:
     store = f"teacher={{name: store, path: {targets.the_store(options).absolute()}}}"
     given = [*targets.overrides(options), store, f"train.seed={seed}", "train.rows_per_step=2", *ARMS[arm]]
     warmup = f"train.warmup={max(steps // 10, 1)}"
     return set_up(resolve(load(targets.RECIPE, [*given, f"train.steps={steps}", warmup])), lambda text: None)
 
 
-def trained(cast: RunSetup, seed: int) -> float:
+def trained(setup: RunSetup, seed: int) -> float:
     """Seconds of processor time of a step, the first left out."""
     clock: list[float] = []
     hooks = Hooks(
         lambda step: {"heldout/loss": math.inf}, lambda *_: clock.append(time.process_time()), lambda *_: None
     )
-    teacher = cast.teacher if cast.recipe.objective.kd_weight else None
-    train(cast.student, teacher, cast.data(), cast.recipe, hooks)
+    teacher = setup.teacher if setup.recipe.objective.kd_weight else None
+    train(setup.student, teacher, setup.data(), setup.recipe, hooks)
     return (clock[-1] - clock[0]) / (len(clock) - 1)
 
 
@@ -84,7 +84,7 @@ def main() -> int:
     )
     done = [line for line in done if line["bench"] == "study" and line["base_steps"] == options.steps]
     known = {(line["arm"], line["seed"]) for line in done}
-    base_s = trained(cast_of(options, "base", 0, TRIAL_STEPS), 0)
+    base_s = trained(setup_of(options, "base", 0, TRIAL_STEPS), 0)
     for seed in options.seeds:
         for arm in options.arms:
             if (arm, seed) not in known:
@@ -93,12 +93,12 @@ def main() -> int:
 
 
 def measured(options: argparse.Namespace, arm: str, seed: int, base_s: float) -> dict[str, Any]:
-    step_s = base_s if arm == "base" else trained(cast_of(options, arm, seed, TRIAL_STEPS), seed)
+    step_s = base_s if arm == "base" else trained(setup_of(options, arm, seed, TRIAL_STEPS), seed)
     steps = max(round(options.steps * base_s / step_s), 2)
-    cast = cast_of(options, arm, seed, steps)
-    before = heldout(cast.student, cast.teacher, cast.corpus.heldout, 4)
-    taken_s = trained(cast, seed)
-    after = heldout(cast.student, cast.teacher, cast.corpus.heldout, 4)
+    setup = setup_of(options, arm, seed, steps)
+    before = heldout(setup.student, setup.teacher, setup.corpus.heldout, 4)
+    taken_s = trained(setup, seed)
+    after = heldout(setup.student, setup.teacher, setup.corpus.heldout, 4)
     kept = ("heldout/kl", "heldout/ce", "heldout/agreement")
     return {
         "bench": "study",
@@ -107,7 +107,7 @@ def measured(options: argparse.Namespace, arm: str, seed: int, base_s: float) ->
         "base_steps": options.steps,
         "steps": steps,
         "cpu_s": round(taken_s * steps, 1),
-        "million_weights": round(sum(p.numel() for p in cast.student.parameters()) / 1e6, 1),
+        "million_weights": round(sum(p.numel() for p in setup.student.parameters()) / 1e6, 1),
         "before": {name: round(before[name], 4) for name in kept},
         "after": {name: round(after[name], 4) for name in kept},
     }

@@ -79,7 +79,7 @@ def the_store(options: argparse.Namespace) -> Path:
     return options.store
 
 
-def cast_of(options: argparse.Namespace, seed: int = 0) -> RunSetup:
+def setup_of(options: argparse.Namespace, seed: int = 0) -> RunSetup:
     store = f"teacher={{name: store, path: {the_store(options).absolute()}}}"
     recipe = load(RECIPE, [*overrides(options), store, f"train.seed={seed}"])
     return set_up(resolve(recipe), lambda text: None)
@@ -115,12 +115,12 @@ class Derived:
         return found
 
 
-def kind_at(name: str, size: int, cast: RunSetup) -> Codec:
+def kind_at(name: str, size: int, setup: RunSetup) -> Codec:
     """The kind that takes about so many bytes of a position."""
-    teacher = cast.teacher
-    ids, head = cast.shared.ids, teacher.head
+    teacher = setup.teacher
+    ids, head = setup.shared.ids, teacher.head
     if name == "sampled":
-        batch = cast.corpus.heldout.batch(range(8))
+        batch = setup.corpus.heldout.batch(range(8))
         return Sampled(threshold_of(size, teacher.targets(batch).hidden_NE, head, 1.0), ids, 1.0)
     return TopK(k_of(size, ids, "float16"), "float16", ids, 1.0)
 
@@ -141,14 +141,14 @@ def students(options: argparse.Namespace) -> None:
 
 
 def student(options: argparse.Namespace, name: str, size: int, seed: int) -> dict[str, Any]:
-    cast = cast_of(options, seed)
-    recipe, teacher = cast.recipe, cast.teacher
+    setup = setup_of(options, seed)
+    recipe, teacher = setup.recipe, setup.teacher
     if name == "ce":
         recipe = replace(recipe, objective=replace(recipe.objective, kd_weight=0.0, ce_weight=1.0))
-        cast.student.objective = make_objective(recipe, None)
+        setup.student.objective = make_objective(recipe, None)
     elif name != "live":
-        kind = kind_at("topk" if name == "renormalised" else name, size, cast)
-        teacher = Derived(cast.teacher, kind, seed, name == "renormalised")
+        kind = kind_at("topk" if name == "renormalised" else name, size, setup)
+        teacher = Derived(setup.teacher, kind, seed, name == "renormalised")
     lines: list[dict[str, float]] = []
 
     def note(step: int, metrics: dict[str, float]) -> None:
@@ -158,31 +158,31 @@ def student(options: argparse.Namespace, name: str, size: int, seed: int) -> dic
 
     hooks = Hooks(lambda step: {"heldout/loss": math.inf}, note, lambda *_: None)
     asked = teacher if recipe.objective.kd_weight else None
-    train(cast.student, asked, cast.data(), recipe, hooks)
+    train(setup.student, asked, setup.data(), recipe, hooks)
     if name == "live" and seed == 0:
-        torch.save(cast.student.model.hf.state_dict(), options.store / "live.pt")
-    found = heldout(cast.student, cast.teacher, cast.corpus.heldout, recipe.train.micro_batch_rows)
+        torch.save(setup.student.model.hf.state_dict(), options.store / "live.pt")
+    found = heldout(setup.student, setup.teacher, setup.corpus.heldout, recipe.train.micro_batch_rows)
     seconds = statistics.median(line["speed/step_s"] for line in lines)
     return found | {"steps": recipe.train.steps, "step_s": round(seconds, 3)}
 
 
 def gradients(options: argparse.Namespace) -> None:
-    cast = cast_of(options)
+    setup = setup_of(options)
     live = options.store / "live.pt"
     if live.exists():
-        cast.student.model.hf.load_state_dict(torch.load(live, weights_only=True))
-    source = cast.teacher.store.manifest["teacher"]["source"]
+        setup.student.model.hf.load_state_dict(torch.load(live, weights_only=True))
+    source = setup.teacher.store.manifest["teacher"]["source"]
     teacher = TorchTeacher.for_inference(source)
-    teacher.model.mask_from(cast.shared.ids)
+    teacher.model.mask_from(setup.shared.ids)
     wanted: list[tuple[str, Codec]] = [(f"hidden {d}", Hidden(d)) for d in ("bfloat16", "int8")]
     wanted += [
-        (f"{name} {size}", kind_at(name, size, cast))
+        (f"{name} {size}", kind_at(name, size, setup))
         for size in options.sizes
         for name in ("sampled", "topk")
     ]
     for name, kind in wanted:
-        found = certificate(cast.student, teacher, cast.corpus.heldout, kind, 0)
-        size = bytes_of(kind, teacher, cast)
+        found = certificate(setup.student, teacher, setup.corpus.heldout, kind, 0)
+        size = bytes_of(kind, teacher, setup)
         record = {
             "bench": "targets gradients",
             "kind": name,
@@ -192,17 +192,17 @@ def gradients(options: argparse.Namespace) -> None:
         append(options, record | {key: round(value, 6) for key, value in found.items()})
 
 
-def bytes_of(kind: Codec, teacher: TorchTeacher, cast: RunSetup) -> float:
+def bytes_of(kind: Codec, teacher: TorchTeacher, setup: RunSetup) -> float:
     """Of a position, as they are written."""
-    rows = captured(teacher, cast.corpus.heldout, range(4), kind, 0, 4)
+    rows = captured(teacher, setup.corpus.heldout, range(4), kind, 0, 4)
     found = [(len(row.places_P), sum(tensor.nbytes for tensor in row.kept.values())) for row in rows]
     return sum(size for _, size in found) / sum(count for count, _ in found)
 
 
 def variance(options: argparse.Namespace) -> None:
     """Expected squared error of the targets, which is that of the logits' gradient, summed over ids."""
-    cast = cast_of(options)
-    targets, ids = cast.teacher.targets(cast.corpus.heldout.batch(range(8))), cast.shared.ids
+    setup = setup_of(options)
+    targets, ids = setup.teacher.targets(setup.corpus.heldout.batch(range(8))), setup.shared.ids
     all_p = [p_CV for _, p_CV, _ in distributions(targets.hidden_NE, targets.head, 1.0)]
     bits = id_bits(ids) / 8
     for threshold in (0.05, 0.04, 0.03, 0.02, 0.01):
@@ -248,21 +248,21 @@ def step(options: argparse.Namespace) -> None:
         if potstill(["capture", str(RECIPE), *given, "--out", str(store)]):
             sys.exit(1)
     recipe = load(RECIPE, [*overrides(options), f"teacher={{name: store, path: {store.absolute()}}}"])
-    cast = set_up(resolve(recipe), lambda text: None)
+    setup = set_up(resolve(recipe), lambda text: None)
     plain = replace(recipe, objective=replace(recipe.objective, kd_weight=0.0, ce_weight=1.0))
-    seconds = step_seconds(cast, {"store": recipe, "ce": plain})
+    seconds = step_seconds(setup, {"store": recipe, "ce": plain})
     record = {name: round(value, 3) for name, value in seconds.items()}
     append(options, {"bench": "targets step", **record, "ratio": round(seconds["store"] / seconds["ce"], 3)})
 
 
 def rate(options: argparse.Namespace) -> None:
     """The bare forward pass makes logits as a Transformers user gets them, and drops them."""
-    cast = cast_of(options)
-    teacher = TorchTeacher.for_inference(cast.teacher.store.manifest["teacher"]["source"])
-    rows, T, each = cast.corpus.train, cast.recipe.corpus.tokens_per_row, 8
+    setup = setup_of(options)
+    teacher = TorchTeacher.for_inference(setup.teacher.store.manifest["teacher"]["source"])
+    rows, T, each = setup.corpus.train, setup.recipe.corpus.tokens_per_row, 8
     kinds = {
-        "sampled": kind_at("sampled", 32, cast),
-        "topk": kind_at("topk", 32, cast),
+        "sampled": kind_at("sampled", 32, setup),
+        "topk": kind_at("topk", 32, setup),
         "hidden": Hidden("bfloat16"),
     }
     seen: dict[str, list[float]] = {name: [] for name in ("bare", *kinds)}

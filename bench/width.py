@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="to rank by, and to measure on")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, [f"corpus.heldout_rows={options.rows}", "teacher.dtype=float32"])
-    cast = set_up(resolve(recipe), lambda text: None)
-    teacher: Any = cast.teacher
-    batches = [cast.corpus.train.batch([row]) for row in range(options.rows)]
+    setup = set_up(resolve(recipe), lambda text: None)
+    teacher: Any = setup.teacher
+    batches = [setup.corpus.train.batch([row]) for row in range(options.rows)]
     width = pruning.ffn_width_of(teacher.model.hf.config)
     layers = range(teacher.model.hf.config.num_hidden_layers)
     widths = [width * 3 // 4, width * 2 // 3, width // 2]
@@ -78,7 +78,7 @@ def main() -> None:
         found = []
         for kept in widths:
             student = Student(pruning.cut(teacher.model, layers, kept, batches), Objective(chunk=256))
-            found.append(heldout(student, teacher, cast.corpus.heldout, 1)["heldout/kl"])
+            found.append(heldout(student, teacher, setup.corpus.heldout, 1)["heldout/kl"])
         print(f"{name:26}" + "".join(f"{kl:8.2f}" for kl in found), flush=True)
 
 

@@ -211,7 +211,7 @@ def test_options_of_a_plug_in_are_validated_and_explained_like_ours(
         ("@register('tutor')\nclass C: ...\n", "register: no kind 'tutor'."),
         (
             "@register('sink')\n@dataclass(frozen=True, kw_only=True)\nclass C:\n    name: Literal['c'] = 'c'\n",
-            "sink c: C is no SinkConfig.",
+            "sink c: C is not a SinkConfig.",
         ),
     ],
 )

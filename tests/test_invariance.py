@@ -41,12 +41,12 @@ def plain_step(
     recipe: Path, kd: float, ce: float, temperature: float, reverse: bool
 ) -> dict[str, torch.Tensor]:
     """The same step by whole logits and autograd, in float64, on the library's own forward."""
-    cast = set_up(resolve(load_recipe(recipe)), lambda text: None)
-    batch = cast.corpus.train.batch(cast.corpus.order(0).rows(0, 4))
+    setup = set_up(resolve(load_recipe(recipe)), lambda text: None)
+    batch = setup.corpus.train.batch(setup.corpus.order(0).rows(0, 4))
     teacher = transformers.AutoModelForCausalLM.from_pretrained(
-        cast.recipe.teacher.model, dtype=torch.float64
+        setup.recipe.teacher.model, dtype=torch.float64
     )
-    student = cast.student.model.hf.double()
+    student = setup.student.model.hf.double()
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids_BT,
         "position_ids": batch.position_ids_BT,

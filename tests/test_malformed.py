@@ -252,7 +252,7 @@ def recipes() -> Iterator[tuple[Any, ...]]:
         yield f"a model of {kind} characters", sections(teacher=f"{{name: torch, model: {path}}}"), r"teacher\.model: no file"
     hub = f"a/{'x' * 300}"
     yield "a hub id of 300 characters", sections(teacher=f"{{name: torch, model: {hub}}}"), "a/xxx"
-    yield "a path with a zero byte", sections(corpus='{name: text, path: "a\\0b"}'), r"corpus\.path: 'a\\x00b' is no path"
+    yield "a path with a zero byte", sections(corpus='{name: text, path: "a\\0b"}'), r"corpus\.path: 'a\\x00b' is not a path"
     yield "a path of null", sections(corpus="{name: text, path: null}"), r"corpus\.path: null is not text"
     yield "rows longer than the corpus", sections(corpus="{name: text, path: TEXTS, tokens_per_row: 2000000000}"), "0 held-out rows of 2000000000 tokens"
     yield "more held-out rows than there are", sections(corpus="{name: text, path: TEXTS, heldout_rows: 2000000000}"), "2000000000 are needed"

@@ -49,7 +49,7 @@ def pair(tmp_path: Path, teacher_folder: Path) -> dict[str, Path]:
     }
 
 
-def cast_of(tiny_recipe: Recipe, teacher: Path, student: Path) -> RunSetup:
+def setup_of(tiny_recipe: Recipe, teacher: Path, student: Path) -> RunSetup:
     sections = {
         "teacher": f"{{name: torch, model: {teacher}}}",
         "student": f"{{name: checkpoint, model: {student}}}",
@@ -68,18 +68,20 @@ COMBINATIONS = [
 def test_loss_gradient_and_evaluation_are_those_of_the_pair_without_padding(
     tiny_recipe: Recipe, pair: dict[str, Path], teacher: str, student: str
 ) -> None:
-    plain = cast_of(tiny_recipe, pair["teacher"], pair["student"])
-    ours = cast_of(tiny_recipe, pair[teacher], pair[student])
+    plain = setup_of(tiny_recipe, pair["teacher"], pair["student"])
+    ours = setup_of(tiny_recipe, pair[teacher], pair[student])
     assert ours.shared.ids == KNOWN
     assert ours.shared.masked_in_teacher == (62 if teacher.startswith("padded") else 0)
     assert ours.shared.masked_in_student == (6 if student.startswith("padded") else 0)
     found = []
-    for cast in (plain, ours):
-        batch = cast.corpus.train.batch([0, 1])
-        loss = cast.student(batch, cast.teacher.targets(batch))["loss"]
+    for setup in (plain, ours):
+        batch = setup.corpus.train.batch([0, 1])
+        loss = setup.student(batch, setup.teacher.targets(batch))["loss"]
         loss.backward()
-        embedding = cast.student.model.hf.get_output_embeddings().weight.grad
-        found.append((loss, embedding[:KNOWN], heldout(cast.student, cast.teacher, cast.corpus.heldout, 4)))
+        embedding = setup.student.model.hf.get_output_embeddings().weight.grad
+        found.append(
+            (loss, embedding[:KNOWN], heldout(setup.student, setup.teacher, setup.corpus.heldout, 4))
+        )
         assert not embedding[KNOWN:].any()
     (loss, grad, metrics), (our_loss, our_grad, our_metrics) = found
     torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=0)
@@ -89,8 +91,8 @@ def test_loss_gradient_and_evaluation_are_those_of_the_pair_without_padding(
 
 def test_the_loss_is_that_of_an_independent_computation(tiny_recipe: Recipe, pair: dict[str, Path]) -> None:
     """Float64 numpy, over the known ids alone."""
-    cast = cast_of(tiny_recipe, pair["padded teacher"], pair["padded student"])
-    batch = cast.corpus.train.batch([0])
+    setup = setup_of(tiny_recipe, pair["padded teacher"], pair["padded student"])
+    batch = setup.corpus.train.batch([0])
 
     def logp(folder: Path) -> np.ndarray:
         hf = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -108,7 +110,7 @@ def test_the_loss_is_that_of_an_independent_computation(tiny_recipe: Recipe, pai
     teacher, student = logp(pair["padded teacher"]), logp(pair["padded student"])
     ce = -student[np.arange(len(student)), batch.labels_N.numpy()].sum()
     kd = (np.exp(teacher) * (teacher - student)).sum()
-    sums = cast.student(batch, cast.teacher.targets(batch))
+    sums = setup.student(batch, setup.teacher.targets(batch))
     assert float(sums["ce"]) == pytest.approx(ce, rel=1e-5)
     assert float(sums["kd"]) == pytest.approx(kd, rel=1e-4)
 
@@ -116,11 +118,11 @@ def test_the_loss_is_that_of_an_independent_computation(tiny_recipe: Recipe, pai
 def test_extra_ids_have_probability_zero_in_the_teacher_s_own_logits(
     tiny_recipe: Recipe, pair: dict[str, Path]
 ) -> None:
-    cast = cast_of(tiny_recipe, pair["padded teacher"], pair["student"])
-    assert isinstance(cast.teacher, TorchTeacher)
+    setup = setup_of(tiny_recipe, pair["padded teacher"], pair["student"])
+    assert isinstance(setup.teacher, TorchTeacher)
     ids_BT = torch.tensor([[5, 9, 100]])
-    for logits in (cast.teacher.logits_for_batch(ids_BT), cast.teacher.logits_per_position(ids_BT)):
-        assert logits.shape[-1] == cast.teacher.vocab_size == KNOWN + 62
+    for logits in (setup.teacher.logits_for_batch(ids_BT), setup.teacher.logits_per_position(ids_BT)):
+        assert logits.shape[-1] == setup.teacher.vocab_size == KNOWN + 62
         assert bool((logits.softmax(-1)[..., KNOWN:] == 0).all()) and bool(
             logits[..., :KNOWN].isfinite().all()
         )
@@ -146,8 +148,8 @@ def test_no_extra_id_is_generated_here_or_by_transformers_from_what_is_saved(
     }
     saved = transformers.AutoModelForCausalLM.from_pretrained(run.student)
     assert int(saved.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=1).max()) < KNOWN
-    cast = cast_of(tiny_recipe, pair["padded teacher"], pair["padded student"])
-    assert greedy_text(cast.student.model, cast.tokenizer, "the cat", 12)
+    setup = setup_of(tiny_recipe, pair["padded teacher"], pair["padded student"])
+    assert greedy_text(setup.student.model, setup.tokenizer, "the cat", 12)
     assert len(load_file(run.student / "model.safetensors")["model.embed_tokens.weight"]) == KNOWN + 6
 
 
@@ -155,14 +157,14 @@ def test_a_cut_student_of_a_padded_teacher_and_one_of_another_width(
     tiny_recipe: Recipe, pair: dict[str, Path], tmp_path: Path
 ) -> None:
     teacher = f"{{name: torch, model: {pair['padded teacher']}}}"
-    cast = set_up(resolve(load_recipe(tiny_recipe(teacher=teacher))), lambda text: None)
-    assert (cast.shared.ids, cast.shared.masked_in_student) == (KNOWN, 62)
+    setup = set_up(resolve(load_recipe(tiny_recipe(teacher=teacher))), lambda text: None)
+    assert (setup.shared.ids, setup.shared.masked_in_student) == (KNOWN, 62)
     config = json.loads((pair["student"] / "config.json").read_text())
     for size, ids in ((KNOWN, KNOWN), (KNOWN + 30, KNOWN)):
         (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
         student = f"{{name: config, model: {tmp_path / 'config.json'}}}"
-        cast = set_up(resolve(load_recipe(tiny_recipe(teacher=teacher, student=student))), lambda text: None)
-        assert (cast.shared.ids, cast.shared.masked_in_student) == (ids, size - ids)
+        setup = set_up(resolve(load_recipe(tiny_recipe(teacher=teacher, student=student))), lambda text: None)
+        assert (setup.shared.ids, setup.shared.masked_in_student) == (ids, size - ids)
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
     with pytest.raises(
         UserError, match=r"has logits for 200 of the 258 tokens.* the first without is id 200"
@@ -175,7 +177,7 @@ def test_a_student_without_a_tokenizer_and_of_another_width_is_refused(
 ) -> None:
     student = make_model(tmp_path / "bare", with_tokenizer=False, vocab_size=300)
     with pytest.raises(UserError, match=r"has logits for 258 ids and .*bare for 300"):
-        cast_of(tiny_recipe, pair["teacher"], student)
+        setup_of(tiny_recipe, pair["teacher"], student)
 
 
 def test_a_token_shard_may_not_hold_an_id_of_the_padded_end(
@@ -256,5 +258,5 @@ def test_lists_that_were_not_compared_are_no_lists_that_agree(
     for who, line in zip(["teacher", "student"] if bare == "both" else [bare], found, strict=True):
         assert line.startswith(f"token lists not compared: the {who} ")
         assert line.endswith(f"files in {who}.model settles it.")
-    cast = set_up(resolve(load_recipe(recipe)), lambda text: None)
-    assert "token lists not compared" in vocabulary_is_shared(cast).figure
+    setup = set_up(resolve(load_recipe(recipe)), lambda text: None)
+    assert "token lists not compared" in vocabulary_is_shared(setup).figure

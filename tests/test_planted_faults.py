@@ -451,13 +451,13 @@ FAULTS = {
     ),
     "targets of another temperature are taken": Fault(
         "teachers/stored.py",
-        'if objective.temperature != kept["temperature"]:',
+        'if objective.temperature != manifest["temperature"]:',
         "if False:",
         "teachers/test_stored.py::test_the_top_of_a_distribution_fits_other_divergences_and_no_other_temperature",
     ),
     "any model is the captured one": Fault(
         "teachers/stored.py",
-        'if weights_sha256 != theirs["weights_sha256"]:',
+        'if weights_sha256 != recorded["weights_sha256"]:',
         "if False:",
         "teachers/test_stored.py::test_a_model_that_was_not_captured_is_refused_whatever_the_student",
     ),

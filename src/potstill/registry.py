@@ -1,13 +1,13 @@
-"""What a recipe may name and a user may add: divergences, teachers, corpora, evaluations, sinks.
+"""The registry of what a recipe names and a plug-in may add: divergences, teachers, corpora, evaluations, sinks.
 
-Torch-free, so that a recipe is checked at once. A divergence is registered as a function; its keyword-only parameters
-are its options in the YAML, with their types, bounds and defaults:
+Free of torch, so that a recipe is checked within a moment. A divergence is registered as a function; its keyword-only
+parameters are its options in the YAML, with their types, bounds and defaults:
 
     @register("divergence")
     def jsd(student_logp_NS: "Tensor", teacher_logp_NS: "Tensor", *, beta: OpenUnit = 0.5) -> "Tensor": ...
 
-Every other kind is registered as its config class, a frozen dataclass whose fields are its options and whose methods
-make the real thing when it is needed; see docs/extending.md:
+Every other kind is registered as its config class: a frozen dataclass whose fields are its options, and whose methods
+build the object when it is needed; see docs/extending.md:
 
     @register("teacher")
     @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,8 @@ make the real thing when it is needed; see docs/extending.md:
 
         def load(self, device): ...
 
-Ours are registered the same way. A user's own file is listed under `plugins:` in the recipe and imported by
-`load_plugin` before names are looked up.
+Built-in entries are registered the same way. A user's file is listed under `plugins:` in the recipe, and `load_plugin`
+imports it before names are looked up.
 """
 
 from __future__ import annotations
@@ -89,15 +89,15 @@ def entries(kind: str) -> dict[str, Any]:
 
 
 def implementation(reference: str) -> Any:
-    """The object that `module:name` refers to. A config class names what it configures so, since importing it would
-    import torch.
+    """The object `module:name`, imported now. Config classes refer to what they configure in this form, so that a
+    recipe is read without importing torch.
     """
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def options_type(name: str, function: Callable[..., Any]) -> type:
-    """A frozen dataclass of the function's options: `name` and its keyword-only parameters."""
+    """A frozen dataclass of a function's options: `name`, and its keyword-only parameters."""
     parameters = inspect.signature(function).parameters.values()
     options = [
         (p.name, p.annotation, field(default=p.default))
@@ -111,7 +111,11 @@ def options_type(name: str, function: Callable[..., Any]) -> type:
 
 
 def load_plugin(path: Path) -> None:
-    """Import a user's Python file, which registers what it defines."""
+    """Import a user's Python file, which registers its entries as it runs.
+
+    Raises:
+        UserError: no such file, not a Python file, or any exception of its code.
+    """
     if not path.is_file():
         raise UserError(f"plugins: no file {path}. List Python files, relative to the recipe.")
     if path.suffix != ".py":
@@ -119,13 +123,16 @@ def load_plugin(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(f"potstill_plugin_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a refusal leaves no file beside theirs
+    writes, sys.dont_write_bytecode = (
+        sys.dont_write_bytecode,
+        True,
+    )  # leave no __pycache__ in the user's folder
     sys.modules[spec.name] = module  # dataclasses and pydantic look up a class's module by name
     try:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # a user's file may raise anything: report it with its place
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise UserError(
             f"plugins: {path}: {type(error).__name__}: {one_line(error)} The file must import cleanly."
         ) from error
@@ -134,7 +141,7 @@ def load_plugin(path: Path) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean x?' or, when nothing is near, ' Known: a, b, c.'"""
+    """' Did you mean x?' or, where nothing is similar, ' Known: a, b, c.'"""
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else f" Known: {', '.join(known)}."

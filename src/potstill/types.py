@@ -1,8 +1,8 @@
-"""The ground floor: the few types that every wing speaks in, and the legend of their shapes.
+"""The types that all packages share, and the legend of tensor shapes.
 
-    B sequences in a micro-batch     T tokens in a sequence     N loss-bearing positions, flat over B * T
-    D student width                  E teacher width            V vocabulary ids both models share
-    K ids kept per position          C positions of one chunk   S support a divergence sees: V if dense
+    B rows of a micro-batch          T tokens of a row          N loss-bearing positions, flat over B * T
+    D student width                  E teacher width            V vocabulary ids that both models share
+    K ids kept per position          C positions of one chunk   S support that a divergence sees: V if dense
 
 A tensor's name ends in its shape: `hidden_ND`, `labels_N`. Lists and scalars carry no suffix.
 """
@@ -22,25 +22,29 @@ if TYPE_CHECKING:
     from potstill.build.setup import RunSetup
     from potstill.models.causal_lm import CausalLM
 
-ALIGNED = 64  # numbers: 128 bytes in bfloat16
+ALIGNED = 64
+"""Rows of a head's matrix product are a multiple of it: 128 bytes in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch. Which positions bear loss, and what their next token is, was decided by the corpus."""
+    """One micro-batch. The corpus has decided which positions bear loss, and what their next tokens are."""
 
     rows_B: Tensor
-    """int64, corpus rows: a name and no input, it stays on the CPU."""
+    """int64, numbers of the rows in the corpus; not an input of the model, so it stays on the CPU."""
     input_ids_BT: Tensor
     """int64."""
     position_ids_BT: Tensor
-    """int64, restarts at 0 with every document: attention stays inside one."""
+    """int64, restarts at 0 with every document: attention does not cross documents."""
     positions_N: Tensor
-    """int64 into the flat B*T: places whose next token bears loss. Made on the CPU: no device sync."""
+    """int64, indices into the flat B * T of positions whose next token bears loss. Made on the CPU, since finding
+    them on a device would wait for it.
+    """
     labels_N: Tensor
-    """int64, that next token."""
+    """int64, the next tokens."""
 
     def to(self, device: torch.device | str) -> Batch:
+        """On the device, all but `rows_B`."""
         inputs = (moved(getattr(self, f.name), device) for f in fields(self)[1:])
         return Batch(self.rows_B, *inputs)
 
@@ -60,16 +64,16 @@ class Batch:
 
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """On the device; to CUDA without a wait, which takes pinned memory. A fake tensor has none to pin."""
+    """The tensor on the device. A copy to CUDA does not wait, which requires pinned memory."""
     to_cuda = torch.device(device).type == "cuda"
-    if to_cuda and tensor.device.type == "cpu" and type(tensor) is Tensor:
+    if to_cuda and tensor.device.type == "cpu" and type(tensor) is Tensor:  # a fake tensor cannot be pinned
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=to_cuda)
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last step of a language model, hidden states to logits; also what a teacher hands over."""
+    """The output head of a language model: hidden states to logits. A teacher's targets include its own."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
@@ -78,7 +82,7 @@ class Head:
     softcap: float | None = None
     """softcap * tanh(logits / softcap), after the scale: Gemma 2."""
     known: int | None = None
-    """Ids that mean something, where fewer than rows: the padded end of a vocabulary has no logits."""
+    """Number of ids that have a token, where the matrix has more rows: the padding gets no logits. None: all."""
 
     @property
     def num_ids(self) -> int:
@@ -87,8 +91,8 @@ class Head:
 
     @property
     def num_rows(self) -> int:
-        """Rows that a product is made with: `num_ids`, or up to 63 more where there are any, so that each row
-        of logits begins at a whole 16 bytes. On CUDA tensor cores are slow, or not used, where it does not.
+        """Rows of the matrix that are multiplied: `num_ids`, rounded up to a multiple of 64 where there are as many,
+        so that each row of logits is aligned to 16 bytes. Unaligned, CUDA's tensor cores are slow or unused.
         """
         return min(-(-self.num_ids // ALIGNED) * ALIGNED, len(self.weight_VD))
 
@@ -97,7 +101,7 @@ class Head:
         return self.finish((hidden_ND @ self.weight_VD[: self.num_rows].T)[..., : self.num_ids])
 
     def finish(self, product_NV: Tensor) -> Tensor:
-        """What comes after the matmul: bias, scale, softcap, in float32 whatever the matmul ran in."""
+        """logits_NV of a matrix product: bias, scale and softcap, in float32 whatever the type of the product."""
         logits_NV = product_NV.to(torch.promote_types(product_NV.dtype, torch.float32))
         if self.bias_V is not None:
             logits_NV = logits_NV + self.bias_V[: self.num_ids]
@@ -116,19 +120,21 @@ class Targets(Protocol):
     def __getitem__(self, positions: slice) -> Targets: ...
 
     def on_support(self, student_logp_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Both log-distributions on ids they share, (student_logp_NS, teacher_logp_NS); rows sum to one, or
-        the teacher's estimates one that does and the student's is its own there.
+        """Both log-distributions on a common support, (student_logp_NS, teacher_logp_NS).
+
+        The probabilities of a row sum to one. Of sampled targets only their expectation does, and the student's are
+        its own at the sampled ids.
         """
         ...
 
     def beyond_support(self) -> Tensor | None:
-        """What a divergence on such ids lacks of the full one, nats_N, no gradient; None where nothing."""
+        """nats_N to add to a divergence on the support to get the full one, without gradient; None: nothing."""
         ...
 
 
 @dataclass(frozen=True)
 class Vocab:
-    """What the ids of a model mean. `tokens` is None for a model that came without a tokenizer."""
+    """The vocabulary of a model. `tokens` is None for one without a tokenizer."""
 
     size: int
     """Width of the model's logits; a tokenizer may know fewer ids."""
@@ -138,11 +144,11 @@ class Vocab:
     pad_id: int | None = None
     chat_template: str | None = None
     added: frozenset[int] = frozenset()
-    """Ids that are cut out of a text before it is split: control tokens and others added to the list."""
+    """Ids that are matched in a text before it is split: control tokens, and others added to the list."""
 
     @property
     def known(self) -> int:
-        """Ids that mean something: those of the list, which logits may outnumber."""
+        """Number of ids that have a token; the logits may be padded beyond them."""
         return self.size if self.tokens is None else min(self.size, len(self.tokens))
 
     @cached_property
@@ -157,118 +163,130 @@ class Vocab:
 
 @runtime_checkable
 class TeacherLogitsProvider(Protocol):
-    """Whoever can answer "which token next?". Shapes are checked on every call."""
+    """A model that gives next-token logits. Shapes are checked on every call."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Width of the logits, padding included."""
+        ...
 
     def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
         """logits_BV at the last position of each row."""
         ...
 
     def logits_per_position(self, input_ids_BT: Tensor) -> Tensor:
-        """logits_BTV; for tests and small inputs only."""
+        """logits_BTV at every position; for tests and small inputs only."""
         ...
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of `potstill check`: what was looked at, the figure, and whether a run may go on."""
+    """The result of one check of `potstill check`: its name, a figure, and whether a run may go on."""
 
     name: str
     figure: str
     ok: bool
     advice: str = ""
-    """What to do where it failed."""
+    """What to do if it failed."""
     numbers: dict[str, Any] = field(default_factory=dict)
-    """The figure for machines."""
+    """The figure in machine-readable form."""
 
 
 @runtime_checkable
 class Teacher(TeacherLogitsProvider, Protocol):
-    """What can also teach: `targets` is what the loop calls, and never makes [N, V].
+    """A model to distil from. The training loop calls `targets`, which never materialises [N, V].
 
-    A model in memory, targets on disk and a server are the same thing to everyone else: nobody asks which of them a
-    teacher is. `teachers.base.BaseTeacher` has a default for all but `vocab` and `targets`.
+    A model in memory, targets on disk and a server all have this interface, and no caller distinguishes them. A
+    teacher derives from `teachers.base.BaseTeacher`, which has a default for all but `vocab` and `targets`.
     """
 
     @property
-    def vocab(self) -> Vocab: ...
+    def vocab(self) -> Vocab:
+        """Its tokens, which must be the student's and the corpus's."""
+        ...
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest row that it reads; None: any."""
+        """Longest row that it supports, in tokens; None: any."""
         ...
 
     @property
     def model(self) -> CausalLM | None:
-        """Its weights in this process: what a student may be cut from. None: they are elsewhere, or there are none."""
+        """Its model in this process, which a student may be cut from; None where it is elsewhere, or there is none."""
         ...
 
     @property
     def reads_new_text(self) -> bool:
-        """Whether it answers for any tokens, or only for rows that it has answered for before."""
+        """Whether it has targets for any tokens, or only for the rows of one corpus."""
         ...
 
     @property
     def reads_on_cpu(self) -> bool:
-        """Whether `targets` wants its batch on the CPU: what it answers with is read from a disk or a network."""
+        """Whether `targets` takes its batch on the CPU, as where targets are read from a disk or a network."""
         ...
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each of several processes is to keep a part of every layer."""
+        """Whether each of several processes keeps a part of every layer."""
         ...
 
-    def targets(self, batch: Batch) -> Targets: ...
+    def targets(self, batch: Batch) -> Targets:
+        """The next-token distributions at the batch's N positions, in the order of `positions_N`."""
+        ...
 
     def share_ids(self, ids: int) -> int:
-        """Take notice that ids from `ids` on mean nothing to the student, and give them probability 0; returns how
-        many ids its targets are over.
+        """Give probability 0 to the ids from `ids` on, which the student does not have; returns the number of ids
+        that its targets are over, which is larger where it cannot mask them.
         """
         ...
 
     def require_fits(self, corpus: Mapping[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
-        """UserError where it cannot answer for this run: `corpus` is the manifest, `objective` the recipe's section,
-        `ids` the shared ones, `rows` the training rows that will be asked for.
+        """Require that it has targets for this run.
+
+        Args:
+            corpus: the corpus's manifest.
+            objective: the recipe's section of that name.
+            ids: number of ids shared with the student.
+            rows: the training rows of the run, in order; lazy, and as long as the run.
+
+        Raises:
+            UserError: it has no targets for such a run.
         """
         ...
 
     def to_cut_from(self) -> tuple[CausalLM, str]:
-        """The model whose layers a student is cut from, in full precision, and where it lies; UserError where there is
-        none.
-        """
+        """The model to cut a student from, in full precision, and its path or hub id; UserError where it has none."""
         ...
 
     def confirm(self) -> None:
-        """UserError where the recipe says of it what is not true; called where no student is cut from it."""
+        """UserError where the recipe describes another teacher than this one; not called where `to_cut_from` is."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """For the terminal, the receipt and the model card."""
+        """What the terminal, the receipt and the model card say of it, as JSON."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
-        """What --resume compares, by name; the same after training as before."""
+        """What --resume compares, by name; training must not change it."""
         ...
 
     def weights_sha256(self) -> str | None:
-        """Of the model that answers, or that answered once; None where there is none."""
+        """Hash of the model that computes its targets, or that has computed them; None where there is none."""
         ...
 
     def checks(self, setup: RunSetup, student_kl: float) -> Iterator[Finding]:
-        """Its own lines of `potstill check`; `student_kl` is the student's distance from it before training, in nats
-        per position.
+        """Checks of its own for `potstill check`; `student_kl` is the KL of the untrained student to it, in nats per
+        position.
         """
         ...
 
     def close(self) -> None:
-        """Let go of what is not memory: processes, connections."""
+        """Release what is not memory: processes, connections."""
         ...
 
 
 class Divergence(Protocol):
-    """A function of two distributions, one value per position in nats."""
+    """A divergence of two log-distributions: nats_N, one value per position."""
 
     def __call__(self, student_logp_NS: Tensor, teacher_logp_NS: Tensor) -> Tensor: ...
 
@@ -282,21 +300,21 @@ class Rows(Protocol):
 
 
 class Data(Protocol):
-    """What a student trains on, one optimizer step after the other. Steps count from 0.
+    """Training data, one optimizer step after the other. Steps count from 0.
 
-    The loop asks once for each step that it takes, in order, and on every rank alike. A step that is taken
-    again, after a resume or a rollback, must have the same rows: the loop saves its number and nothing else.
+    The loop calls `step` once for each step that it takes, in order, and alike on every rank. A step that is taken
+    again, after a resume or a rollback, must have the same rows: a checkpoint has its number and nothing else.
     """
 
     @property
     def fixed(self) -> bool:
-        """Whether a step's rows are the same whenever they are asked for, so that the loop may ask during the
-        step before. False where the student writes them: then it asks after that step's update.
+        """Whether a step's rows do not depend on the student, so that the loop may prepare them during the step
+        before. False where the student generates them: then `step` is called after that step's update.
         """
         ...
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of all ranks, on the CPU, at least one position of them with a label."""
+        """The micro-batches of all ranks, on the CPU, with at least one labelled position among them."""
         ...
 
     def epoch(self, step: int) -> int:

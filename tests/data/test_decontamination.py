@@ -332,9 +332,7 @@ def test_token_shards_that_nobody_can_read_are_refused(
         f"{{name: tokens, path: {tmp_path}/c.bin, dtype: uint16, decontaminate: {{against: [{problems}]}}}}"
     )
     path = tiny_recipe(corpus=section, teacher="{name: fixture, vocab_size: 1000}")
-    with pytest.raises(
-        UserError, match=r"^corpus\.decontaminate: texts are compared, and neither teacher fixture .*"
-    ):
+    with pytest.raises(UserError, match=r"^corpus\.decontaminate: .*neither teacher fixture .*"):
         corpus_of(resolve(load.load(path)))
 
 

@@ -18,37 +18,37 @@ from potstill.recipe import load
 Recipe = Callable[..., Path]
 
 
-def cast_of(path: Path) -> RunSetup:
+def setup_of(path: Path) -> RunSetup:
     return set_up(resolve(load.load(path)), lambda text: None)
 
 
 @pytest.fixture
-def cast(tiny_recipe: Recipe) -> RunSetup:
-    return cast_of(tiny_recipe(objective="{chunk: 7, temperature: 2.0}"))
+def setup(tiny_recipe: Recipe) -> RunSetup:
+    return setup_of(tiny_recipe(objective="{chunk: 7, temperature: 2.0}"))
 
 
 def valued(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [token for row in rows for token in row if "kl" in token]
 
 
-def test_its_means_are_those_of_the_held_out_evaluation(cast: RunSetup) -> None:
-    found = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 10**6, cast.tokenizer)
-    tokens, means = valued(found), heldout(cast.student, cast.teacher, cast.corpus.heldout, 4)
+def test_its_means_are_those_of_the_held_out_evaluation(setup: RunSetup) -> None:
+    found = disagreement(setup.student, setup.teacher, setup.corpus.heldout, 10**6, setup.tokenizer)
+    tokens, means = valued(found), heldout(setup.student, setup.teacher, setup.corpus.heldout, 4)
     assert len(found) == 4
-    assert len(tokens) == cast.corpus.heldout.supervised
+    assert len(tokens) == setup.corpus.heldout.supervised
     for mine, theirs in (("kl", "heldout/kl"), ("ce", "heldout/ce"), ("teacher_ce", "heldout/teacher_ce")):
         assert sum(token[mine] for token in tokens) / len(tokens) == pytest.approx(means[theirs], rel=1e-5)
     agree = sum(token["teacher"][0][0] == token["student"][0][0] for token in tokens) / len(tokens)
     assert agree == pytest.approx(means["heldout/agreement"])
 
 
-def test_each_value_is_of_the_token_that_it_stands_at(cast: RunSetup) -> None:
+def test_each_value_is_of_the_token_that_it_stands_at(setup: RunSetup) -> None:
     """Against plain logits of one row, position by position."""
-    (row, *_) = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 32, cast.tokenizer)
-    batch = cast.corpus.heldout.batch([0])
+    (row, *_) = disagreement(setup.student, setup.teacher, setup.corpus.heldout, 32, setup.tokenizer)
+    batch = setup.corpus.heldout.batch([0])
     with torch.no_grad():
-        hidden_BTD = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
-        student_TV = cast.student.model.logits(hidden_BTD)[0].log_softmax(-1)
+        hidden_BTD = setup.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        student_TV = setup.student.model.logits(hidden_BTD)[0].log_softmax(-1)
     labels = dict(zip(batch.positions_N.tolist(), batch.labels_N.tolist(), strict=True))
     assert {at - 1 for at, token in enumerate(row) if "kl" in token} == {*labels}
     for position, label in labels.items():
@@ -60,13 +60,13 @@ def test_each_value_is_of_the_token_that_it_stands_at(cast: RunSetup) -> None:
             p.topk(CHOICES).values.tolist(), abs=1e-4
         )
         assert token["id"] == label
-        assert token["text"] == cast.tokenizer.decode([label])
+        assert token["text"] == setup.tokenizer.decode([label])
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_no_more_tokens_than_asked_and_the_same_as_of_all(cast: RunSetup, tokens: int) -> None:
-    some = disagreement(cast.student, cast.teacher, cast.corpus.heldout, tokens, cast.tokenizer)
-    whole = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 32 * len(some), cast.tokenizer)
+def test_no_more_tokens_than_asked_and_the_same_as_of_all(setup: RunSetup, tokens: int) -> None:
+    some = disagreement(setup.student, setup.teacher, setup.corpus.heldout, tokens, setup.tokenizer)
+    whole = disagreement(setup.student, setup.teacher, setup.corpus.heldout, 32 * len(some), setup.tokenizer)
     assert 0 < len(valued(some)) <= tokens
     for cut, row in zip(some, whole, strict=True):
         assert [token["text"] for token in cut] == [token["text"] for token in row[: len(cut)]]
@@ -75,7 +75,7 @@ def test_no_more_tokens_than_asked_and_the_same_as_of_all(cast: RunSetup, tokens
         )
 
 
-def test_logits_exist_for_one_chunk_at_a_time(cast: RunSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_exist_for_one_chunk_at_a_time(setup: RunSetup, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     softmax = torch.Tensor.log_softmax
 
@@ -84,20 +84,20 @@ def test_logits_exist_for_one_chunk_at_a_time(cast: RunSetup, monkeypatch: pytes
         return softmax(self, dim)
 
     monkeypatch.setattr(torch.Tensor, "log_softmax", watched)
-    disagreement(cast.student, cast.teacher, cast.corpus.heldout, 64, cast.tokenizer)
+    disagreement(setup.student, setup.teacher, setup.corpus.heldout, 64, setup.tokenizer)
     assert max(seen) == 7
 
 
 def test_without_a_tokenizer_tokens_are_their_ids() -> None:
     here = Path(__file__).resolve().parents[2] / "recipes" / "tiny-fixture.yaml"
-    cast = cast_of(here)
-    (row,) = disagreement(cast.student, cast.teacher, cast.corpus.heldout, 8)
-    ids = cast.corpus.heldout.batch([0]).input_ids_BT[0].tolist()
+    setup = setup_of(here)
+    (row,) = disagreement(setup.student, setup.teacher, setup.corpus.heldout, 8)
+    ids = setup.corpus.heldout.batch([0]).input_ids_BT[0].tolist()
     assert [token["text"] for token in row[:8]] == [f"[{id}]" for id in ids[:8]]
 
 
-def test_the_student_is_left_in_the_mode_it_was_in(cast: RunSetup) -> None:
+def test_the_student_is_left_in_the_mode_it_was_in(setup: RunSetup) -> None:
     for mode in (True, False):
-        cast.student.train(mode)
-        disagreement(cast.student, cast.teacher, cast.corpus.heldout, 8, cast.tokenizer)
-        assert cast.student.training is mode
+        setup.student.train(mode)
+        disagreement(setup.student, setup.teacher, setup.corpus.heldout, 8, setup.tokenizer)
+        assert setup.student.training is mode

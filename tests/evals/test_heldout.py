@@ -15,13 +15,13 @@ from potstill.build.setup import set_up
 from potstill.evals.heldout import heldout
 
 
-def by_hand(cast: Any, temperature: float) -> dict[str, float]:
-    batch = cast.corpus.heldout.batch(range(len(cast.corpus.heldout)))
+def by_hand(setup: Any, temperature: float) -> dict[str, float]:
+    batch = setup.corpus.heldout.batch(range(len(setup.corpus.heldout)))
     inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT, "use_cache": False}
     with torch.no_grad():
         student_NV, teacher_NV = (
             model.hf(**inputs).logits.double().flatten(0, 1)[batch.positions_N]
-            for model in (cast.student.model, cast.teacher.model)
+            for model in (setup.student.model, setup.teacher.model)
         )
     labels_N = batch.labels_N[:, None]
 
@@ -48,17 +48,17 @@ def test_held_out_numbers_are_those_of_whole_logits(
     tiny_recipe: Callable[..., Path], rows_per_batch: int, temperature: float
 ) -> None:
     objective = f"{{kd_weight: 0.6, ce_weight: 0.3, temperature: {temperature}, chunk: 7}}"
-    cast = set_up(resolve(load_recipe(tiny_recipe(objective=objective))), lambda text: None)
-    found = heldout(cast.student, cast.teacher, cast.corpus.heldout, rows_per_batch)
-    expected = by_hand(cast, temperature)
+    setup = set_up(resolve(load_recipe(tiny_recipe(objective=objective))), lambda text: None)
+    found = heldout(setup.student, setup.teacher, setup.corpus.heldout, rows_per_batch)
+    expected = by_hand(setup, temperature)
     assert found == pytest.approx(expected, rel=1e-5)
     assert found["heldout/kl"] > 0.1
 
 
 def test_measuring_leaves_the_student_as_it_was(tiny_recipe: Callable[..., Path]) -> None:
-    cast = set_up(resolve(load_recipe(tiny_recipe())), lambda text: None)
-    cast.student.train()
-    before = cast.student.weights_sha256()
-    heldout(cast.student, cast.teacher, cast.corpus.heldout, 2)
-    assert cast.student.training and cast.student.weights_sha256() == before
-    assert all(p.grad is None for p in cast.student.parameters())
+    setup = set_up(resolve(load_recipe(tiny_recipe())), lambda text: None)
+    setup.student.train()
+    before = setup.student.weights_sha256()
+    heldout(setup.student, setup.teacher, setup.corpus.heldout, 2)
+    assert setup.student.training and setup.student.weights_sha256() == before
+    assert all(p.grad is None for p in setup.student.parameters())

@@ -217,11 +217,11 @@ def test_a_run_asks_onednn_for_its_layers_and_its_loss(
 ) -> None:
     recipe = tiny_recipe(train="{steps: 1, rows_per_step: 4, lr: 1e-3, device: cpu, matmul: onednn}")
     multiply_by("onednn")
-    cast = set_up(resolve(load_recipe(recipe)), lambda text: None)
-    batch = cast.corpus.train.batch([0, 1, 2, 3])
-    assert products_by_onednn(lambda: cast.teacher.targets(batch)) == 4 * 7  # type: ignore[attr-defined]
-    targets, positions = cast.teacher.targets(batch), len(batch.positions_N)
+    setup = set_up(resolve(load_recipe(recipe)), lambda text: None)
+    batch = setup.corpus.train.batch([0, 1, 2, 3])
+    assert products_by_onednn(lambda: setup.teacher.targets(batch)) == 4 * 7  # type: ignore[attr-defined]
+    targets, positions = setup.teacher.targets(batch), len(batch.positions_N)
     chunks = -(-positions // 16)
     # Of the student's two layers there and back; of each chunk both logits and the way back.
-    made = products_by_onednn(lambda: (cast.student(batch, targets)["loss"] / positions).backward())
+    made = products_by_onednn(lambda: (setup.student(batch, targets)["loss"] / positions).backward())
     assert made == 2 * 7 * 2 + chunks * 3

@@ -237,5 +237,5 @@ def test_a_recipe_ranks_channels_on_its_first_training_rows(
 
     monkeypatch.setattr(setup, "cut", noted)
     recipe = load_recipe(tiny_recipe(student="{name: cut, layers: 2, ffn_width: 48}"))
-    cast = setup.set_up(resolve(recipe), lambda note: None)
-    assert torch.equal(torch.cat(given), cast.corpus.train.batch(range(8)).input_ids_BT)
+    built = setup.set_up(resolve(recipe), lambda note: None)
+    assert torch.equal(torch.cat(given), built.corpus.train.batch(range(8)).input_ids_BT)

@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is planned, and nothing looked at before a run."""
     monkeypatch.setattr(choosing, "plan", lambda *_: SimpleNamespace(peak_bytes=0))
     monkeypatch.setattr(
-        "potstill.workflows.distill.require_sound", lambda cast, place: Checked("not planned", [])
+        "potstill.workflows.distill.require_sound", lambda setup, place: Checked("not planned", [])
     )
 
 
@@ -153,9 +153,9 @@ def test_whatever_runs_a_recipe_has_a_number(
     seen: list[int] = []
 
     def watched(*given: object, **named: object) -> object:
-        cast = set_up(*given, **named)  # type: ignore[arg-type]
-        seen.append(cast.student.objective.chunk)
-        return cast
+        setup = set_up(*given, **named)  # type: ignore[arg-type]
+        seen.append(setup.student.objective.chunk)
+        return setup
 
     monkeypatch.setattr("potstill.workflows.distill.set_up", watched)
     monkeypatch.setattr("potstill.preflight.trial_steps.set_up", watched)

@@ -29,14 +29,14 @@ from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student
 from potstill.preflight.checks import (
     cheap,
+    machine_has_room,
     parameters_are_on_the_device,
     plan_of,
-    the_machine_suffices,
     weights_differ,
     window,
 )
 from potstill.preflight.same_model import SAME, rounding_kl
-from potstill.preflight.trial_steps import check, rehearsal
+from potstill.preflight.trial_steps import check, trial
 from potstill.training.optim import rates, set_lr
 from potstill.types import Batch
 
@@ -44,11 +44,11 @@ Recipe = Callable[..., Path]
 NOWHERE = Path("runs/not-there")
 
 
-def red(cast: RunSetup) -> list[str]:
-    return [finding.name for finding in check(cast, NOWHERE) if not finding.ok]
+def red(setup: RunSetup) -> list[str]:
+    return [finding.name for finding in check(setup, NOWHERE) if not finding.ok]
 
 
-def cast_of(recipe: Path) -> RunSetup:
+def setup_of(recipe: Path) -> RunSetup:
     return set_up(resolve(load_recipe(recipe)), lambda text: None)
 
 
@@ -87,12 +87,12 @@ def test_the_disk_check_counts_the_last_student_beside_the_one_before_and_each_c
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         for folder in (run.student, run.checkpoints / "00000006")
     )
-    cast = cast_of(recipe)
-    planned = plan_of(cast)
+    setup = setup_of(recipe)
+    planned = plan_of(setup)
     needed = max(2 * student + 2 * state, student + 3 * state)
     for free, enough in ((needed * 0.8, False), (needed * 1.2, True)):
         monkeypatch.setattr("potstill.preflight.checks.available", lambda recipe, folder, f=free: (2**40, f))
-        _, disk = the_machine_suffices(cast, planned, NOWHERE)
+        _, disk = machine_has_room(setup, planned, NOWHERE)
         assert disk.ok == enough
         parts = r"a student of [\d.]+ KiB, .* checkpoints of [\d.]+ KiB each"
         assert re.fullmatch(rf"1\.\d+ MiB needed \({parts}\), [\d.]+ [KM]iB free", disk.figure)
@@ -160,7 +160,7 @@ def test_a_teacher_that_is_its_student_is_red_under_any_name(
         save_file(half, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
         student = f"{{name: checkpoint, model: {tmp_path / 'half'}}}"
     recipe = tiny_recipe(student=student, teacher=f"{{name: torch, model: {teacher_folder}, dtype: {dtype}}}")
-    assert red(cast_of(recipe))[0] == "weights"
+    assert red(setup_of(recipe))[0] == "weights"
     before = set(tmp_path.iterdir())
     assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 2
     assert set(tmp_path.iterdir()) == before
@@ -217,21 +217,21 @@ def test_a_student_one_number_or_one_step_beside_its_teacher_is_another_model(
             for parameter in hf.parameters():
                 parameter += by * torch.randn_like(parameter).sign()
     hf.save_pretrained(tmp_path / "beside")
-    cast = cast_of(tiny_recipe(student=f"{{name: checkpoint, model: {tmp_path / 'beside'}}}"))
-    assert weights_differ(cast).ok
+    setup = setup_of(tiny_recipe(student=f"{{name: checkpoint, model: {tmp_path / 'beside'}}}"))
+    assert weights_differ(setup).ok
 
 
 def test_what_weights_cannot_tell_the_first_kl_does(tiny_recipe: Recipe, teacher_folder: Path) -> None:
     """A model that is its teacher under other names: what is red is the KL, at the level of rounding."""
-    cast = cast_of(tiny_recipe(student=f"{{name: checkpoint, model: {teacher_folder}}}"))
+    setup = setup_of(tiny_recipe(student=f"{{name: checkpoint, model: {teacher_folder}}}"))
     with torch.no_grad():  # more than rounding can do to one number
-        cast.student.model.hf.model.layers[0].mlp.up_proj.weight[0, 0] *= 1.1
-    found = {finding.name: finding for finding in cheap(cast, plan_of(cast), NOWHERE)}
+        setup.student.model.hf.model.layers[0].mlp.up_proj.weight[0, 0] *= 1.1
+    found = {finding.name: finding for finding in cheap(setup, plan_of(setup), NOWHERE)}
     assert found["weights"].ok and not found["KD term"].ok
     assert "rounding alone makes" in found["KD term"].figure
     with torch.no_grad():
-        cast.student.model.hf.model.layers[0].mlp.up_proj.weight *= 1.3
-    assert {finding.name: finding for finding in cheap(cast, plan_of(cast), NOWHERE)}["KD term"].ok
+        setup.student.model.hf.model.layers[0].mlp.up_proj.weight *= 1.3
+    assert {finding.name: finding for finding in cheap(setup, plan_of(setup), NOWHERE)}["KD term"].ok
 
 
 def test_the_kl_of_rounding_is_the_squared_error_times_the_variance() -> None:
@@ -245,64 +245,64 @@ def test_an_identical_pair_is_no_fault_where_nothing_is_asked_of_the_teacher(
     tiny_recipe: Recipe, teacher_folder: Path
 ) -> None:
     student = f"{{name: checkpoint, model: {teacher_folder}}}"
-    assert red(cast_of(tiny_recipe(student=student, objective="{kd_weight: 0, ce_weight: 1}"))) == []
+    assert red(setup_of(tiny_recipe(student=student, objective="{kd_weight: 0, ce_weight: 1}"))) == []
 
 
 def test_a_constant_teacher_is_red(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
+    setup = setup_of(tiny_recipe())
 
     def constant(batch: Any) -> HiddenTargets:
         return HiddenTargets(torch.ones(len(batch.positions_N), 258), lambda logits: logits * 2)
 
-    cast.teacher.targets = constant  # type: ignore[method-assign]
-    assert red(cast) == ["teacher"]
+    setup.teacher.targets = constant  # type: ignore[method-assign]
+    assert red(setup) == ["teacher"]
 
 
 def test_a_student_that_does_not_read_is_red(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
-    body = cast.student.model.hf.base_model.forward
+    setup = setup_of(tiny_recipe())
+    body = setup.student.model.hf.base_model.forward
 
     def blind(input_ids: torch.Tensor, **inputs: Any) -> Any:
         return body(input_ids=torch.zeros_like(input_ids), **inputs)
 
-    cast.student.model.hf.base_model.forward = blind
-    assert "student" in red(cast)
+    setup.student.model.hf.base_model.forward = blind
+    assert "student" in red(setup)
 
 
 def test_a_loss_that_reads_masked_positions_is_red(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
+    setup = setup_of(tiny_recipe())
 
     def leaking(batch: Any) -> torch.Tensor:
-        hidden_ND = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)
+        hidden_ND = setup.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT).flatten(0, 1)
         return hidden_ND[batch.positions_N] + 1e-3 * hidden_ND.mean(0)
 
-    cast.student.hidden_ND = leaking  # type: ignore[method-assign]
-    assert "mask" in red(cast)
+    setup.student.hidden_ND = leaking  # type: ignore[method-assign]
+    assert "mask" in red(setup)
 
 
 @pytest.mark.parametrize("blind_to", [0, 1])
 def test_a_row_that_does_not_train_is_red(tiny_recipe: Recipe, blind_to: int) -> None:
-    cast = cast_of(tiny_recipe())
+    setup = setup_of(tiny_recipe())
 
     def one_row(batch: Any) -> torch.Tensor:
-        hidden_BTD = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        hidden_BTD = setup.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]
         of_row_N = batch.positions_N // hidden_BTD.shape[1]
         return torch.where((of_row_N == blind_to)[:, None], hidden_ND.detach(), hidden_ND)
 
-    cast.student.hidden_ND = one_row  # type: ignore[method-assign]
-    assert {"mask", "rows"} <= set(red(cast))
+    setup.student.hidden_ND = one_row  # type: ignore[method-assign]
+    assert {"mask", "rows"} <= set(red(setup))
 
 
 def test_a_corpus_with_an_id_that_is_not_shared_is_red(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
-    assert "vocabulary" in red(dataclasses.replace(cast, shared=dataclasses.replace(cast.shared, ids=60)))
+    setup = setup_of(tiny_recipe())
+    assert "vocabulary" in red(dataclasses.replace(setup, shared=dataclasses.replace(setup.shared, ids=60)))
 
 
 def test_a_file_that_was_not_read_to_its_end_is_red(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
-    cast.corpus.manifest["files"][3]["sha256"] = None
-    assert "files" in red(cast)
+    setup = setup_of(tiny_recipe())
+    setup.corpus.manifest["files"][3]["sha256"] = None
+    assert "files" in red(setup)
 
 
 @pytest.mark.parametrize("what", ["memory", "disk"])
@@ -311,7 +311,7 @@ def test_a_run_that_does_not_fit_is_red_and_not_begun(
 ) -> None:
     there = (2**20, 2**40) if what == "memory" else (2**40, 2**10)
     monkeypatch.setattr("potstill.preflight.checks.available", lambda recipe, folder: there)
-    assert red(cast_of(tiny_recipe())) == [what]
+    assert red(setup_of(tiny_recipe())) == [what]
     with pytest.raises(
         UserError, match=f"check: {what}: .* (needed|planned).*, 1.0[0 ]*[KM]iB (free|available)"
     ):
@@ -337,15 +337,15 @@ def test_the_plan_is_in_the_receipt_beside_what_was_measured(tiny_recipe: Recipe
 
 
 def test_a_first_step_past_its_deadline_is_red(tiny_recipe: Recipe) -> None:
-    assert red(cast_of(tiny_recipe(guard="{first_step_s: 1e-6}"))) == ["first step"]
+    assert red(setup_of(tiny_recipe(guard="{first_step_s: 1e-6}"))) == ["first step"]
 
 
 def test_the_cheap_half_leaves_weights_and_random_state_as_they_were(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
-    weights, state = cast.student.weights_sha256(), torch.get_rng_state()
-    assert all(finding.ok for finding in cheap(cast, plan_of(cast), NOWHERE))
-    assert cast.student.weights_sha256() == weights and torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in cast.student.parameters())
+    setup = setup_of(tiny_recipe())
+    weights, state = setup.student.weights_sha256(), torch.get_rng_state()
+    assert all(finding.ok for finding in cheap(setup, plan_of(setup), NOWHERE))
+    assert setup.student.weights_sha256() == weights and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in setup.student.parameters())
 
 
 def test_what_a_run_checked_is_in_its_receipt(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -367,9 +367,9 @@ def test_a_window_of_a_batch_keeps_its_labels(first: int) -> None:
 
 
 def test_shifted_labels_are_red(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
-    cast.corpus.train.ids[1:] = cast.corpus.train.ids[:-1].copy()
-    batch = type(cast.corpus.train).batch
+    setup = setup_of(tiny_recipe())
+    setup.corpus.train.ids[1:] = setup.corpus.train.ids[:-1].copy()
+    batch = type(setup.corpus.train).batch
 
     def shifted(self: Any, rows: Any) -> Any:
         found = batch(self, rows)
@@ -378,8 +378,8 @@ def test_shifted_labels_are_red(tiny_recipe: Recipe) -> None:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(cast.corpus.train), "batch", shifted)
-        assert "labels" in red(cast)
+        patch.setattr(type(setup.corpus.train), "batch", shifted)
+        assert "labels" in red(setup)
 
 
 def test_a_frozen_embedding_is_red(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +391,7 @@ def test_a_frozen_embedding_is_red(tiny_recipe: Recipe, monkeypatch: pytest.Monk
         return make(groups, **options)
 
     monkeypatch.setattr(torch.optim, "AdamW", without_embedding)
-    assert red(cast_of(tiny_recipe())) == ["weights move"]
+    assert red(setup_of(tiny_recipe())) == ["weights move"]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -399,30 +399,30 @@ def test_an_embedding_without_a_gradient_is_red_though_decay_moves_it(
     weight_decay: float, tiny_recipe: Recipe
 ) -> None:
     train = f"{{steps: 4, rows_per_step: 4, lr: 1e-3, weight_decay: {weight_decay}, device: cpu}}"
-    cast = cast_of(tiny_recipe(train=train))
-    up_proj = cast.student.model.hf.model.layers[0].mlp.up_proj.weight
+    setup = setup_of(tiny_recipe(train=train))
+    up_proj = setup.student.model.hf.model.layers[0].mlp.up_proj.weight
     up_proj.register_hook(torch.zeros_like)
-    assert red(cast) == ["weights move"]
+    assert red(setup) == ["weights move"]
 
 
 def test_a_long_warm_up_starts_too_slowly_to_move_a_norm_and_is_not_red(tiny_recipe: Recipe) -> None:
     train = "{steps: 100000, rows_per_step: 4, lr: 1e-4, warmup: 50000, device: cpu}"
-    cast = cast_of(tiny_recipe(train=train))
-    (moved,) = [finding for finding in check(cast, NOWHERE) if finding.name == "weights move"]
+    setup = setup_of(tiny_recipe(train=train))
+    (moved,) = [finding for finding in check(setup, NOWHERE) if finding.name == "weights move"]
     assert moved.ok and "the rate is too low for the others" in moved.figure
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_a_tensor_elsewhere_is_red_and_named(who: str, tiny_recipe: Recipe) -> None:
     """One is enough, of either model."""
-    cast = cast_of(tiny_recipe())
-    assert parameters_are_on_the_device(cast).ok
-    model: Any = cast.teacher if who == "teacher" else cast.student
+    setup = setup_of(tiny_recipe())
+    assert parameters_are_on_the_device(setup).ok
+    model: Any = setup.teacher if who == "teacher" else setup.student
     layer = model.model.hf.model.layers[1].mlp
     layer.up_proj.to("meta")
-    found = parameters_are_on_the_device(cast)
+    found = parameters_are_on_the_device(setup)
     assert not found.ok and "up_proj.weight" in found.advice
-    total = sum(1 for of in (cast.teacher, cast.student) for _ in of.model.named_parameters())  # type: ignore[attr-defined]
+    total = sum(1 for of in (setup.teacher, setup.student) for _ in of.model.named_parameters())  # type: ignore[attr-defined]
     assert found.figure == f"{total - 1} of {total} tensors on cpu"
 
 
@@ -430,12 +430,12 @@ def test_only_the_first_of_the_ten_steps_take_every_row(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    cast = cast_of(tiny_recipe(train="{steps: 12, rows_per_step: 4, lr: 1e-3, device: cpu}"))
-    real = cast.corpus.train.batch
+    setup = setup_of(tiny_recipe(train="{steps: 12, rows_per_step: 4, lr: 1e-3, device: cpu}"))
+    real = setup.corpus.train.batch
     monkeypatch.setattr(
-        type(cast.corpus.train), "batch", lambda self, rows: seen.append(len(rows)) or real(rows)
+        type(setup.corpus.train), "batch", lambda self, rows: seen.append(len(rows)) or real(rows)
     )
-    found = {finding.name: finding for finding in rehearsal(cast)}
+    found = {finding.name: finding for finding in trial(setup)}
     assert seen[1:] == [4, 4, 4, *[1] * 7]  # after a held-out row
     assert "10 real steps, the last 7 with a quarter of the rows" in found["steps"].figure
 
@@ -444,7 +444,7 @@ def test_a_rate_that_is_not_the_schedule_s_is_red(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("potstill.training.loop.lr_at", lambda step, plan: plan.lr)
-    assert red(cast_of(tiny_recipe())) == ["learning rate"]
+    assert red(setup_of(tiny_recipe())) == ["learning rate"]
 
 
 def test_a_rate_that_reaches_only_the_first_group_is_red_and_not_logged(
@@ -459,7 +459,7 @@ def test_a_rate_that_reaches_only_the_first_group_is_red_and_not_logged(
     monkeypatch.setattr("potstill.training.loop.set_lr", first_alone)
     assert main(["check", str(tiny_recipe())]) == 2
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("RED")]
-    assert len(told) == 1 and "learning rate: 0.001 in group 1 at step 2, the schedule says 0.0" in told[0]
+    assert len(told) == 1 and "learning rate: 0.001 in group 1 at step 2, 0.0" in told[0]
 
 
 def test_the_logged_rate_is_of_the_group_that_is_furthest_off() -> None:
@@ -474,35 +474,35 @@ def test_the_logged_rate_is_of_the_group_that_is_furthest_off() -> None:
 
 
 def test_a_head_that_changed_after_it_was_probed_is_red(tiny_recipe: Recipe) -> None:
-    cast = cast_of(tiny_recipe())
-    cast.student.model.hf.config.logit_scale = 3.0  # config drifted: our head scales, the model does not
-    assert "cross-entropy" in red(cast)
+    setup = setup_of(tiny_recipe())
+    setup.student.model.hf.config.logit_scale = 3.0  # config drifted: our head scales, the model does not
+    assert "cross-entropy" in red(setup)
 
 
 def test_opposite_rows_that_do_not_cancel_are_red(tiny_recipe: Recipe) -> None:
     """A gradient of which the second row's counts one and a half times."""
-    cast = cast_of(tiny_recipe())
+    setup = setup_of(tiny_recipe())
 
     def lopsided(batch: Any) -> torch.Tensor:
-        hidden_BTD = cast.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        hidden_BTD = setup.student.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.positions_N]
         more_N = 0.5 * (batch.positions_N >= hidden_BTD.shape[1])[:, None]
         return hidden_ND + more_N * (hidden_ND - hidden_ND.detach())
 
-    cast.student.hidden_ND = lopsided  # type: ignore[method-assign]
-    assert red(cast) == ["rows"]
+    setup.student.hidden_ND = lopsided  # type: ignore[method-assign]
+    assert red(setup) == ["rows"]
 
 
 def test_a_student_far_above_chance_is_red(tiny_recipe: Recipe, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "loud", seed=8, initializer_range=1.0)
-    assert "chance" in red(cast_of(tiny_recipe(student=f"{{name: checkpoint, model: {folder}}}")))
+    assert "chance" in red(setup_of(tiny_recipe(student=f"{{name: checkpoint, model: {folder}}}")))
 
 
 def test_a_student_that_saves_something_else_is_red(
     tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cast = cast_of(tiny_recipe())
-    save = type(cast.student).save
+    setup = setup_of(tiny_recipe())
+    save = type(setup.student).save
 
     def lossy(self: Any, folder: Path, tokenizer: Any) -> None:
         kept = self.model.hf.model.norm.weight.clone()
@@ -512,8 +512,8 @@ def test_a_student_that_saves_something_else_is_red(
         with torch.no_grad():
             self.model.hf.model.norm.weight.copy_(kept)
 
-    monkeypatch.setattr(type(cast.student), "save", lossy)
-    assert red(cast) == ["save and reload"]
+    monkeypatch.setattr(type(setup.student), "save", lossy)
+    assert red(setup) == ["save and reload"]
 
 
 def test_a_red_line_is_exit_code_two_with_its_advice(
@@ -547,4 +547,4 @@ def test_no_step_is_tried_past_a_red_line(
 
 def test_steps_that_leave_the_numbers_are_red(tiny_recipe: Recipe) -> None:
     train = "{steps: 10, rows_per_step: 4, lr: 1e30, clip: null, device: cpu}"
-    assert red(cast_of(tiny_recipe(train=train))) == ["steps"]
+    assert red(setup_of(tiny_recipe(train=train))) == ["steps"]

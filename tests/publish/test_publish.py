@@ -153,7 +153,7 @@ def test_what_must_not_be_published_is_refused_in_one_line(
     ("options", "reason"),
     [
         (["--repo", "small"], "--repo small: "),
-        (["--repo", "me/small", "train.steps=9"], "a finished run is what it was"),
+        (["--repo", "me/small", "train.steps=9"], "train.steps=9: a finished run"),
         (["--repo", "me/small", "publish.licence=mit"], "publish.licence: unknown key"),
         (["--repo", "me/small", "publish.license=A license"], "publish.license: 'A license'"),
     ],

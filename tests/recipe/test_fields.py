@@ -174,7 +174,7 @@ def test_fields_that_trade_memory_change_what_exists_at_once(
         return found
 
     monkeypatch.setattr(
-        "potstill.workflows.distill.require_sound", lambda cast, place: Checked("not planned", [])
+        "potstill.workflows.distill.require_sound", lambda setup, place: Checked("not planned", [])
     )  # it looks at rows of its own
     monkeypatch.setattr(Objective, "_parts", watched)
     for rows, chunk in ((4, 16), (1, 8)):
@@ -189,7 +189,7 @@ def test_activation_checkpointing_changes_memory_and_no_result(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "potstill.workflows.distill.require_sound", lambda cast, place: Checked("not planned", [])
+        "potstill.workflows.distill.require_sound", lambda setup, place: Checked("not planned", [])
     )  # it trains a little, too
     kept: list[int] = []
 

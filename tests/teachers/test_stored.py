@@ -56,7 +56,7 @@ class Lab:
             assert main(["capture", str(self.recipe(**sections)), "--out", str(out)]) == 0
         return out
 
-    def cast(self, teacher: str, **sections: str) -> RunSetup:
+    def setup(self, teacher: str, **sections: str) -> RunSetup:
         return set_up(resolve(recipes.load(self.recipe(teacher=teacher, **sections))), lambda line: None)
 
 
@@ -73,7 +73,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 @pytest.fixture(scope="module")
 def live(lab: Lab) -> RunSetup:
-    return lab.cast("{name: torch, model: teacher}")
+    return lab.setup("{name: torch, model: teacher}")
 
 
 def some_of(batch: Batch, keep: Tensor) -> Batch:
@@ -151,10 +151,10 @@ def test_what_it_has_not_is_refused(lab: Lab, live: RunSetup) -> None:
         torch.cat([batch.positions_N, held.positions_N + 32]),
         torch.cat([batch.labels_N, held.labels_N]),
     )
-    with pytest.raises(UserError, match=r"training and held-out rows in one batch. Ask for them apart"):
+    with pytest.raises(UserError, match=r"training and held-out rows in one batch"):
         teacher.targets(both)
     for ask in (teacher.logits_for_batch, teacher.logits_per_position):
-        with pytest.raises(UserError, match="answers for the rows of its corpus alone"):
+        with pytest.raises(UserError, match="for the rows of its corpus alone"):
             ask(batch.input_ids_BT)
 
 
@@ -215,17 +215,17 @@ def others(lab: Lab) -> None:
 def test_what_the_targets_were_not_made_for_is_refused_by_name_with_both_values(lab: Lab, what: str) -> None:
     sections, said = REFUSED[what]
     with pytest.raises(UserError, match=said) as error:
-        lab.cast(f"{{name: store, path: {lab.store('sampled')}}}", **sections)
+        lab.setup(f"{{name: store, path: {lab.store('sampled')}}}", **sections)
     assert "\n" not in str(error.value)
 
 
 def test_the_top_of_a_distribution_fits_other_divergences_and_no_other_temperature(lab: Lab) -> None:
     teacher = f"{{name: store, path: {lab.store('topk')}}}"
-    lab.cast(teacher, objective="{chunk: 16, divergence: reverse_kl}")
+    lab.setup(teacher, objective="{chunk: 16, divergence: reverse_kl}")
     with pytest.raises(UserError, match=r"temperature: topk targets at 1\.0"):
-        lab.cast(teacher, objective="{chunk: 16, temperature: 1.5}")
+        lab.setup(teacher, objective="{chunk: 16, temperature: 1.5}")
     hidden = f"{{name: store, path: {lab.store('hidden')}}}"
-    lab.cast(hidden, objective="{chunk: 16, divergence: jsd, temperature: 1.5}")
+    lab.setup(hidden, objective="{chunk: 16, divergence: jsd, temperature: 1.5}")
 
 
 def test_another_tokenizer_is_refused_by_name(lab: Lab, live: RunSetup) -> None:
@@ -236,7 +236,7 @@ def test_another_tokenizer_is_refused_by_name(lab: Lab, live: RunSetup) -> None:
     for name, value in (("tokenizer_sha256", "0" * 64), ("vocab_size", 300), ("tokens", 7)):
         with pytest.raises(UserError, match=f"corpus: {name} was .*, is {str(value)[:12]}"):
             teacher.require_fits(counts | {name: value}, objective, 258, [0])
-    with pytest.raises(UserError, match="vocabulary: 258 shared ids then, 200 with this student"):
+    with pytest.raises(UserError, match=r"vocabulary: .*258 .*200"):
         teacher.require_fits(counts, objective, 200, [0])
 
 
@@ -244,10 +244,10 @@ def test_rows_of_other_steps_are_refused(lab: Lab) -> None:
     store = lab.store("steps", capture="{name: topk, k: 2, rows: steps}")
     teacher = f"{{name: store, path: {store}}}"
     assert StoredTeacher.open(store).store.manifest["rows"] == 16
-    lab.cast(teacher)
-    lab.cast(teacher, train="{steps: 3, rows_per_step: 4, lr: 1e-3, device: cpu}")
+    lab.setup(teacher)
+    lab.setup(teacher, train="{steps: 3, rows_per_step: 4, lr: 1e-3, device: cpu}")
     with pytest.raises(UserError, match=r"rows: \d+ of this run's are not in it, one is \d+\. Capture with"):
-        lab.cast(teacher, train="{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, seed: 1}")
+        lab.setup(teacher, train="{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, seed: 1}")
 
 
 @pytest.mark.parametrize(
@@ -260,14 +260,14 @@ def test_a_model_that_was_not_captured_is_refused_whatever_the_student(lab: Lab,
     with pytest.raises(
         UserError, match=r"teacher: captured from .*teacher with weights \w{12}…, .*twin has \w{12}…"
     ):
-        lab.cast(named, student=student)
-    lab.cast(named.replace("twin", "teacher"), student=student)
+        lab.setup(named, student=student)
+    lab.setup(named.replace("twin", "teacher"), student=student)
 
 
 def test_a_student_is_cut_from_the_captured_model_and_is_the_one_of_the_live_recipe(
     lab: Lab, live: RunSetup
 ) -> None:
-    stored = lab.cast(f"{{name: store, path: {lab.store('hidden')}}}")
+    stored = lab.setup(f"{{name: store, path: {lab.store('hidden')}}}")
     assert stored.student.weights_sha256() == live.student.weights_sha256()
     assert stored.origin == live.origin
     assert isinstance(stored.teacher, StoredTeacher) and isinstance(live.teacher, TorchTeacher)
@@ -275,8 +275,8 @@ def test_a_student_is_cut_from_the_captured_model_and_is_the_one_of_the_live_rec
 
 def test_a_narrow_student_is_cut_from_the_captured_model_too(lab: Lab) -> None:
     narrow = "{name: cut, layers: 2, ffn_width: 48}"
-    stored = lab.cast(f"{{name: store, path: {lab.store('hidden')}}}", student=narrow)
-    live = lab.cast("{name: torch, model: teacher}", student=narrow)
+    stored = lab.setup(f"{{name: store, path: {lab.store('hidden')}}}", student=narrow)
+    live = lab.setup("{name: torch, model: teacher}", student=narrow)
     assert stored.student.weights_sha256() == live.student.weights_sha256()
     assert stored.origin == live.origin
     assert (live.origin["ffn_width"], live.origin["of_ffn_width"]) == (48, 64)

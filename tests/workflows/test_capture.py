@@ -115,7 +115,7 @@ def test_verbs_take_a_store_for_a_teacher(
     planned = json.loads(capsys.readouterr().out)
     assert planned["teacher"] == 0 and planned["largest"]["store"] > 258 * 32 * 4
     assert main(["check", str(recipe)]) == 0
-    assert "from place to place" in capsys.readouterr().out
+    assert "between positions" in capsys.readouterr().out
     assert main(["distill", str(recipe), "--smoke", "1"]) == 0
     assert not run.exists()
     assert main(["distill", str(recipe), "--out", str(run)]) == 0

@@ -28,9 +28,9 @@ SEED = 3
 @pytest.fixture(params=[1.0, 2.0])
 def made(request: pytest.FixtureRequest, tiny_recipe: Callable[..., Path]) -> Made:
     path = tiny_recipe(objective=f"{{chunk: 16, temperature: {request.param}}}")
-    cast = set_up(resolve(recipes.load(path)), lambda line: None)
-    assert isinstance(cast.teacher, TorchTeacher)
-    return cast.student, cast.teacher, cast.corpus.heldout
+    setup = set_up(resolve(recipes.load(path)), lambda line: None)
+    assert isinstance(setup.teacher, TorchTeacher)
+    return setup.student, setup.teacher, setup.corpus.heldout
 
 
 def estimate(kind: Codec, made: Made, number: int, full_NV: Tensor, q_NV: Tensor) -> tuple[Tensor, ...]:

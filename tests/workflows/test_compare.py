@@ -269,7 +269,7 @@ def test_a_comparison_goes_on_where_a_kill_or_a_signal_cut_it_off(
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"compare": "{seeds: [1, 1]}"}, "compare.seeds: [1, 1] has a seed twice. List each once."),
+        ({"compare": "{seeds: [1, 1]}"}, "compare.seeds: [1, 1] lists a seed twice."),
         ({"compare": "{seeds: []}"}, "compare.seeds: a list of 0, wanted 1 or more entries."),
         ({"compare": "{seed: 1}"}, "compare.seed: unknown key. Did you mean compare.seeds?"),
         ({"compare": "{budget: tokens}"}, "compare.budget: 'tokens' is not one of time, steps."),

@@ -1,1 +1,1 @@
-"""From a recipe to the objects that it names."""
+"""From a recipe to the objects of a run: resolve, read the corpus, load the models."""

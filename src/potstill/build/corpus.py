@@ -1,6 +1,4 @@
-"""From a recipe to its rows: whose tokenizer reads, what the texts are compared with, where tokens are
-kept.
-"""
+"""From a recipe to its packed rows: choose the tokenizer, decontaminate the documents, cache their tokens."""
 
 from __future__ import annotations
 
@@ -21,35 +19,45 @@ from potstill.types import Vocab
 def make_corpus(
     resolved: Resolved, beat: Callable[[], None] = lambda: None
 ) -> tuple[packing.Corpus, Any | None]:
-    """Rows, and the tokenizer that read them: `corpus.tokenizer`, else the teacher's, else the student's."""
+    """The packed rows, and the tokenizer that encoded them; None for a corpus of ids without one.
+
+    Args:
+        beat: called with every document that is read, a sign of life for a watchdog.
+
+    Raises:
+        UserError: a text corpus or decontamination without a tokenizer, or whatever a reader refuses.
+    """
     config = resolved.recipe.corpus
     size = resolved.teacher.vocab_size
     tokenizer = _tokenizer(resolved)
     vocabulary = Vocab(size=size) if tokenizer is None else tokenizers.vocab_of(tokenizer, size)
+    # Logits may be padded beyond the last token; an id of the corpus may not.
     vocabulary = dataclasses.replace(vocabulary, size=vocabulary.known)
-    comparison = make_decontamination(resolved, tokenizer)
+    decontamination = make_decontamination(resolved, tokenizer)
 
     def build(folder: Path | None) -> packing.Corpus:
         reading = config.read(tokenizer, vocabulary)
-        documents = dataclasses.replace(reading, documents=_alive(reading.documents, beat))
+        documents = dataclasses.replace(reading, documents=_with_beat(reading.documents, beat))
         corpus = packing.build(
-            documents if comparison is None else comparison.apply(documents, tokenizer),
+            documents if decontamination is None else decontamination.apply(documents, tokenizer),
             tokens_per_row=config.tokens_per_row,
             heldout_rows=config.heldout_rows,
             vocab=vocabulary,
             folder=folder,
         )
-        overlaps = {"decontamination": None if comparison is None else comparison.manifest()}
+        # After packing: its counts are complete once every document has been read.
+        overlaps = {"decontamination": None if decontamination is None else decontamination.manifest()}
         return dataclasses.replace(corpus, manifest=corpus.manifest | overlaps)
 
     if config.shards is None:
         return build(None), tokenizer
-    against = None if comparison is None else comparison.texts.files
-    made_of = token_cache.provenance(config, tokenizer, vocabulary, against)
-    return token_cache.load_or_build(config, made_of, build, beat), tokenizer
+    evaluation_files = None if decontamination is None else decontamination.texts.files
+    provenance = token_cache.provenance(config, tokenizer, vocabulary, evaluation_files)
+    return token_cache.load_or_build(config, provenance, build, beat), tokenizer
 
 
 def _tokenizer(resolved: Resolved) -> Any | None:
+    """That of `corpus.tokenizer`, else the teacher's, else the student's."""
     config = resolved.recipe.corpus
     if config.tokenizer is not None:
         paths = [local_copy(config.tokenizer)]
@@ -57,30 +65,30 @@ def _tokenizer(resolved: Resolved) -> Any | None:
         sources = [*resolved.teacher.tokenizers, *(files.path for files in resolved.student.checkpoints)]
         paths = [path for path in sources if tokenizers.has_tokenizer(path)]
     if paths and paths[0].suffix == ".gguf":
-        check_gguf(paths[0])
+        check_gguf(paths[0])  # before a library parses it
     if not paths and config.needs_tokenizer:
         raise UserError(
-            f"corpus.tokenizer: neither teacher {resolved.teacher.label} nor the student brings a tokenizer"
+            f"corpus.tokenizer: neither teacher {resolved.teacher.label} nor the student has a tokenizer"
             f" to read {config.origin} with. Name a folder, hub id or GGUF file that has one."
         )
     return tokenizers.load_tokenizer(paths[0]) if paths else None
 
 
 def make_decontamination(resolved: Resolved, tokenizer: Any | None) -> Decontamination | None:
+    """What compares documents with evaluations; None where the recipe does not ask for it."""
     config = resolved.recipe.corpus.decontaminate
     if config is None:
         return None
     if tokenizer is None:
         raise UserError(
-            f"corpus.decontaminate: texts are compared, and neither teacher {resolved.teacher.label} nor the"
-            f" student brings a tokenizer to decode {resolved.recipe.corpus.origin} with."
-            " Set corpus.tokenizer."
+            f"corpus.decontaminate: compares texts, and neither teacher {resolved.teacher.label} nor the"
+            f" student has a tokenizer to decode {resolved.recipe.corpus.origin} with. Set corpus.tokenizer."
         )
     texts = EvaluationTexts([Path(path) for path in config.against], config.ngram)
     return Decontamination(texts, config.action)
 
 
-def _alive(documents: Iterator[readers.Document], beat: Callable[[], None]) -> Iterator[readers.Document]:
+def _with_beat(documents: Iterator[readers.Document], beat: Callable[[], None]) -> Iterator[readers.Document]:
     for document in documents:
         beat()
         yield document

@@ -1,6 +1,6 @@
-"""From a recipe to what its names stand for: the one place that opens the files of models before they are loaded.
+"""Resolve the names of a recipe: the one place that opens the files of models before their weights are loaded.
 
-What is found here is handed on: planning, checking and setting up open no config again.
+Planning, checks and setup all use its result, so that each config is read once.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from potstill.teachers.base import TeacherSource, refuse_cut, source_of
 
 
 class StudentSource:
-    """A student before it is made: the config that it will have, and where its weights come from."""
+    """A student before it is built: its model config, and where its weights come from."""
 
     def __init__(self, config: AnyStudent, teacher: TeacherSource) -> None:
         self.config = config
         self.teacher = teacher
         self.files = None if config.name == "cut" else _shared_files(config.model, teacher)
-        """Of a checkpoint or a config; None for a student that is cut from the teacher."""
+        """Those of a checkpoint or a config; None for a student that is cut from the teacher."""
 
     @property
     def is_cut(self) -> bool:
@@ -38,17 +38,17 @@ class StudentSource:
 
     @cached_property
     def layers_kept(self) -> Sequence[int]:
-        """Of a cut student, as numbers of the teacher's layers."""
+        """The teacher's layers that a cut student keeps, by index, ascending."""
         assert self.config.name == "cut"
         total = self._layers_config.get_text_config().num_hidden_layers
         return self.config.keep or layers_to_keep(total, self.config.layers or 0, self.config.rule)
 
     @cached_property
     def model_config(self) -> Any:
-        """The Transformers config that it will have.
+        """The student's Transformers config.
 
         Raises:
-            UserError: cut of a teacher without layers, or to a width that its config does not have.
+            UserError: a student cut from a teacher without layers, or to a width that its config cannot have.
         """
         if self.files is not None:
             return plain_config(self.files.config)
@@ -58,11 +58,12 @@ class StudentSource:
 
     @property
     def checkpoints(self) -> list[ModelFiles]:
-        """Models whose weights it begins with."""
+        """Models whose weights the student starts from."""
         return [self.files] if self.files is not None and self.config.name == "checkpoint" else []
 
     @property
     def inputs(self) -> dict[str, Path]:
+        """Files and model folders whose hashes --resume compares, by role."""
         return {} if self.files is None else {"student": self.files.path}
 
     @property
@@ -73,7 +74,7 @@ class StudentSource:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe, and what its names stand for."""
+    """A recipe, with its device and the sources of its two models."""
 
     recipe: Recipe
     device: torch.device
@@ -82,13 +83,13 @@ class Resolved:
 
     @property
     def teacher_config(self) -> Any | None:
-        """The Transformers config of the teacher's model, where the run has its layers: to run, or to cut from."""
+        """The Transformers config of the teacher's model, if this process runs it or cuts the student from it."""
         config = self.teacher.layers_config if self.student.is_cut else self.teacher.model_config
         return None if config is None else plain_config(config)
 
     @property
     def checkpoints(self) -> list[ModelFiles]:
-        """Every model that is verified before a library opens it, the teacher's first."""
+        """Every model to verify before a library opens it, the teacher's first; one that both name, once."""
         return list(dict.fromkeys([*self.teacher.checkpoints, *self.student.checkpoints]))
 
     @property
@@ -99,17 +100,21 @@ class Resolved:
         return self.teacher.inputs | self.student.inputs | reader
 
     def with_recipe(self, recipe: Recipe) -> Resolved:
-        """The same models, whose files stay looked at, with another recipe about them."""
+        """The same models under another recipe. Their files are not read again."""
         teacher = copy.copy(self.teacher)
         teacher.config = recipe.teacher
         return dataclasses.replace(self, recipe=recipe, teacher=teacher)
 
 
 def resolve(recipe: Recipe, saved_student: str | Path | None = None) -> Resolved:
-    """Look up what the recipe names. `saved_student` takes the place of its student: a folder to be measured.
+    """Look up the device and the models that a recipe names.
+
+    Args:
+        recipe: any recipe that `load` accepts.
+        saved_student: folder of a trained student to evaluate in place of the recipe's.
 
     Raises:
-        UserError: a device that this machine does not have, or a model that is not there.
+        UserError: a device that this machine does not have, or a model that does not exist.
     """
     if saved_student is not None:
         recipe = dataclasses.replace(recipe, student=CheckpointStudentConfig(model=str(saved_student)))
@@ -119,7 +124,7 @@ def resolve(recipe: Recipe, saved_student: str | Path | None = None) -> Resolved
 
 
 def _shared_files(source: str, teacher: TeacherSource) -> ModelFiles:
-    """A student that names the teacher's own checkpoint opens it through the teacher's files."""
+    """The files of `source`; the teacher's own where both are the same checkpoint, so that it is read once."""
     return next((files for files in teacher.checkpoints if files.source == source), None) or ModelFiles(
         source
     )

@@ -1,7 +1,7 @@
-"""From a resolved recipe to the objects of a run, in five stages: files, corpus, teacher, student, match.
+"""Build the objects of a run from its resolved recipe, in five stages: files, corpus, teacher, student, match.
 
-Ordered by price: files are verified before a library opens them, the corpus is read before a model is loaded.
-Nothing but `corpus.shards` is written here, and what is refused leaves nothing behind.
+The order is by cost: files are verified before a library opens them, and the corpus is read before a model is
+loaded. Only `corpus.shards` is written here; a recipe that is refused leaves no other trace.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from potstill.types import Divergence, Teacher
 CALIBRATION_ROWS = 8
 """Training rows on which the channels of an MLP are ranked."""
 Note = Callable[[str], None]
+"""Reports one line about what was built."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,16 @@ class RunSetup:
         return self.resolved.device
 
     def data(self, world: int = 1) -> FixedRows:
-        """What the loop trains on, cut so that each of `world` ranks has a share of every step."""
-        plan = self.recipe.train
-        return self.corpus.steps(plan.seed, plan.rows_per_step, plan.micro_batch_rows, world)
+        """The training data, split so that each of `world` ranks has a share of every step."""
+        config = self.recipe.train
+        return self.corpus.steps(config.seed, config.rows_per_step, config.micro_batch_rows, world)
 
 
 @contextlib.contextmanager
 def process_of(recipe: Recipe) -> Iterator[None]:
-    """What a recipe asks of the process, while the block runs: which library multiplies matrices on the CPU.
-    That freed memory goes back to the system at once cannot be taken back.
+    """Inside the block the CPU's matrix products run on the recipe's BLAS backend.
+
+    `train.return_memory` applies to the whole process and stays set after the block.
     """
     if recipe.train.return_memory:
         return_freed_memory()
@@ -78,28 +80,29 @@ def process_of(recipe: Recipe) -> Iterator[None]:
 
 
 def set_up(resolved: Resolved, note: Note, beat: Callable[[], None] = lambda: None) -> RunSetup:
-    """Make what the recipe names.
+    """Build everything a run needs.
 
     Args:
-        note: told what was made, a line each.
-        beat: called with each document, a sign of life for whoever waits.
+        resolved: the recipe, with its device and model sources.
+        note: called with one line for each object that was built, and for each warning.
+        beat: called with every document that is read, a sign of life for a watchdog.
 
     Raises:
-        UserError: whatever is wrong with the recipe's files, models and corpus together.
+        UserError: a damaged file, a missing library, or models and a corpus that do not fit each other.
     """
     recipe = resolved.recipe
     verify_files(resolved, note)
     corpus, tokenizer = read_corpus(resolved, note, beat)
     teacher = load_teacher(resolved, tokenizer, note)
-    # After the teacher: what a library draws while it loads must not move the student's random weights.
+    # After the teacher: random numbers drawn while a library loads it must not change the student's weights.
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(resolved, teacher, corpus.train)
     if recipe.lora is not None:
-        # Around the cut model, so that names of adapters are those of the student's layers.
+        # After the cut, so that adapters are named after the student's layers, not the teacher's.
         model = LoraLM(model, recipe.lora)
         origin |= {"lora": model.described()}
     shared = match(resolved, teacher, model, origin, corpus, tokenizer, note)
-    # After the ids are matched: padded ones are masked in the head, which a compiled body does not contain.
+    # After `match`, which masks padded ids in the head: the compiled body does not contain the head.
     student = make_trainable(recipe, model, teacher)
     numel, lora = sum(p.numel() for p in model.parameters()), origin.get("lora")
     trained = f", of adapters {lora['trainable_weights'] / 1e6:.3g} M alone trained" if lora else ""
@@ -108,7 +111,7 @@ def set_up(resolved: Resolved, note: Note, beat: Callable[[], None] = lambda: No
 
 
 def verify_files(resolved: Resolved, note: Note) -> None:
-    """The machine has what the recipe asks for, and every checkpoint is whole."""
+    """Require the libraries that the recipe needs, and verify every checkpoint."""
     recipe, device = resolved.recipe, resolved.device
     if recipe.lora is not None:
         require_peft()
@@ -116,6 +119,7 @@ def verify_files(resolved: Resolved, note: Note) -> None:
     note(f"device: {device}{chosen}")
     if recipe.train.compile:
         require_compiler(device)
+    # After the libraries: looking for a module is instant, reading a large checkpoint is not.
     for files in resolved.checkpoints:
         files.verify()
 
@@ -123,13 +127,13 @@ def verify_files(resolved: Resolved, note: Note) -> None:
 def read_corpus(
     resolved: Resolved, note: Note, beat: Callable[[], None]
 ) -> tuple[packing.Corpus, Any | None]:
-    """Packed rows, and the tokenizer that read them."""
+    """The packed rows, and the tokenizer that encoded them."""
     recipe = resolved.recipe
     shards = recipe.corpus.shards
     if shards is not None and not token_cache.is_whole(shards):
-        note(f"corpus: read once, into {shards}")
+        note(f"corpus: tokenized once, into {shards}")
     corpus, tokenizer = make_corpus(resolved, beat)
-    corpus.order(recipe.train.seed).rows(0, recipe.train.rows_per_step)  # refuses more than it can give
+    corpus.order(recipe.train.seed).rows(0, recipe.train.rows_per_step)  # refuses a step of too many rows
     counts = corpus.manifest
     note(
         f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; rows of"
@@ -143,7 +147,7 @@ def read_corpus(
 
 
 def load_teacher(resolved: Resolved, tokenizer: Any | None, note: Note) -> Teacher:
-    """The teacher, whose token list is the corpus's."""
+    """Load the teacher, and require that the corpus was encoded with its tokens."""
     label = resolved.teacher.label
     teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
     backend = teacher.describe().get("runs_on")
@@ -158,10 +162,10 @@ def load_teacher(resolved: Resolved, tokenizer: Any | None, note: Note) -> Teach
 def make_student(
     resolved: Resolved, teacher: Teacher, rows: packing.PackedRows
 ) -> tuple[CausalLM, dict[str, Any]]:
-    """The model, and where its weights came from."""
+    """The student's model, and where its weights came from."""
     source, config, device = resolved.student, resolved.student.config, resolved.device
     if config.name != "cut":
-        teacher.confirm()
+        teacher.confirm()  # a cut student needs none: `to_cut_from` loads the named model and compares it
     if config.name == "checkpoint":
         assert source.files is not None
         model = from_checkpoint(config.model, device, source.files.config)
@@ -171,13 +175,13 @@ def make_student(
         seed = resolved.recipe.train.seed
         model = from_config(config.model, device, source.files.config)
         return model, {"name": "config", "model": config.model, "seed": seed}
-    whole, where = teacher.to_cut_from()
-    total, keep = whole.hf.config.get_text_config().num_hidden_layers, source.layers_kept
+    uncut, where = teacher.to_cut_from()
+    total, keep = uncut.hf.config.get_text_config().num_hidden_layers, source.layers_kept
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     if config.ffn_width is not None:
-        origin |= {"ffn_width": config.ffn_width, "of_ffn_width": ffn_width_of(whole.hf.config)}
-    few = [rows.batch([row]) for row in range(min(CALIBRATION_ROWS, len(rows)))]
-    return cut(whole, keep, config.ffn_width, few), origin
+        origin |= {"ffn_width": config.ffn_width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
+    calibration = [rows.batch([row]) for row in range(min(CALIBRATION_ROWS, len(rows)))]
+    return cut(uncut, keep, config.ffn_width, calibration), origin
 
 
 def match(
@@ -189,13 +193,14 @@ def match(
     tokenizer: Any | None,
     note: Note,
 ) -> Shared:
-    """Teacher, student and corpus mean the same by an id, and none is asked for more than it was made for."""
+    """Require that teacher, student and corpus fit each other: vocabulary, rows of this run, and lengths."""
     recipe, counts = resolved.recipe, corpus.manifest
     in_corpus = None if tokenizer is None else tokenizers.vocab_of(tokenizer, teacher.vocab_size)
     shared = match_vocabularies(resolved, teacher, in_corpus, model, origin)
-    order, plan = corpus.order(recipe.train.seed), recipe.train
-    wanted = (row for step in range(plan.steps) for row in order.rows(step, plan.rows_per_step))
-    teacher.require_fits(counts, recipe.objective, shared.ids, wanted)
+    order, train = corpus.order(recipe.train.seed), recipe.train
+    rows = (row for step in range(train.steps) for row in order.rows(step, train.rows_per_step))
+    # After the vocabularies: stored targets are over the ids that teacher and student share.
+    teacher.require_fits(counts, recipe.objective, shared.ids, rows)
     for difference in shared.differences:
         note(f"warning: {difference}")
     tokens = recipe.corpus.tokens_per_row
@@ -219,6 +224,7 @@ def make_trainable(recipe: Recipe, model: CausalLM, teacher: Teacher) -> Student
 
 
 def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objective:
+    """The recipe's loss; `matmul_dtype` is the type of the head's products, None: that of the weights."""
     config = recipe.objective
     options = {k: v for k, v in dataclasses.asdict(config.divergence).items() if k != "name"}
     divergence: Divergence = partial(entries("divergence")[config.divergence.name], **options)
@@ -235,7 +241,7 @@ def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objectiv
 
 
 def require_length(longest: int | None, name: str, field: str, tokens: int) -> None:
-    """UserError for more tokens than a model was made for."""
+    """UserError for more tokens than the model supports; `longest` None is no limit."""
     if longest is not None and tokens > longest:
         raise UserError(
             f"{field}: {tokens} tokens, {name} was made for {longest} at most. Set it to {longest} or less."

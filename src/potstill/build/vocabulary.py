@@ -1,6 +1,6 @@
-"""Whether teacher, student and corpus mean the same by an id; what only one of them has is masked.
+"""Match the vocabularies of teacher, student and corpus: an id must be the same token in all three.
 
-Refused: a student that means other tokens than the teacher.
+Refused: a student whose tokens differ from the teacher's. Ids that only one side has are masked.
 """
 
 from __future__ import annotations
@@ -18,39 +18,48 @@ from potstill.types import Teacher, Vocab
 
 @dataclass(frozen=True)
 class Shared:
-    """The ids that teacher, student and corpus mean the same by, 0 to `ids` - 1."""
+    """The ids that are the same token for teacher, student and corpus: 0 to `ids` - 1."""
 
     ids: int
     masked_in_teacher: int
-    """Ids after them that the teacher has logits for; their probability is 0."""
+    """Ids after them that the teacher has logits for; their probability is set to 0."""
     masked_in_student: int
+    """The same of the student."""
     differences: list[str]
-    """What the tokenizers differ in beside their lists."""
+    """How the tokenizers differ apart from their token lists, one line each; warnings, not errors."""
 
 
 def match_vocabularies(
     resolved: Resolved, teacher: Teacher, corpus: Vocab | None, model: CausalLM, origin: dict[str, Any]
 ) -> Shared:
-    """Compare token lists, and mask ids without a meaning on whichever side has them.
+    """Compare the token lists, and mask the ids that only one side has.
+
+    Args:
+        resolved: the recipe and its model sources.
+        teacher: its ids beyond the shared ones are masked.
+        corpus: the vocabulary of the tokenizer that encoded the corpus; None for ids without a tokenizer.
+        model: the student's, which is masked too.
+        origin: where its weights came from.
 
     Raises:
-        UserError: another token list, with the first id that differs; or a student with fewer ids.
+        UserError: token lists that differ, with the first such id; or a student with too few ids.
     """
     label = resolved.teacher.label
     student = _student_vocab(resolved, teacher.vocab, corpus, model)
     teacher_vocab = teacher.vocab
     if teacher_vocab.tokens is None and corpus is not None:
-        # A teacher without a tokenizer reads what the corpus's wrote.
+        # A teacher without a tokenizer is taken to use the corpus's.
         teacher_vocab = dataclasses.replace(corpus, size=teacher_vocab.size)
     ids = tokenizers.require_same(teacher_vocab, student, label, model.name)
     if corpus is not None:
         in_corpus = dataclasses.replace(corpus, size=model.vocab_size)
         ids = min(ids, tokenizers.require_same(in_corpus, student, "corpus.tokenizer", model.name))
+    # A teacher that cannot mask ids answers with all of its own; then the student must have them, too.
     ids = teacher.share_ids(ids)
     if model.vocab_size < ids:
         raise UserError(
             f"{model.name} has logits for {model.vocab_size} ids and teacher {label} for {ids}. Token-level"
-            " distillation needs one vocabulary; give the student as many."
+            f" distillation needs one vocabulary: give the student at least {ids}."
         )
     model.mask_from(ids)
     differences = _differences_beside_ids(resolved, teacher.vocab, corpus, student, origin)
@@ -58,7 +67,7 @@ def match_vocabularies(
 
 
 def _student_vocab(resolved: Resolved, teacher: Vocab, corpus: Vocab | None, model: CausalLM) -> Vocab:
-    """A checkpoint's own; the ids of a student that is cut or made for this run mean what the others mean."""
+    """A checkpoint brings its own; a student that is cut or newly initialised takes the teacher's or corpus's."""
     source = resolved.student
     if source.config.name == "checkpoint":
         tokenizer = None if source.files is None else source.files.tokenizer
@@ -67,16 +76,16 @@ def _student_vocab(resolved: Resolved, teacher: Vocab, corpus: Vocab | None, mod
             if tokenizer is None
             else tokenizers.vocab_of(tokenizer, model.vocab_size)
         )
-    named = teacher if teacher.tokens is not None else corpus
+    known = teacher if teacher.tokens is not None else corpus
     return (
-        Vocab(size=model.vocab_size) if named is None else dataclasses.replace(named, size=model.vocab_size)
+        Vocab(size=model.vocab_size) if known is None else dataclasses.replace(known, size=model.vocab_size)
     )
 
 
 def _differences_beside_ids(
     resolved: Resolved, teacher: Vocab, corpus: Vocab | None, student: Vocab, origin: dict[str, Any]
 ) -> list[str]:
-    """Special ids and templates that differ although the lists are one, and lists that could not be compared."""
+    """Special ids and chat templates that differ although the token lists agree, and lists that are unknown."""
     differences, tokenizer = [], resolved.recipe.corpus.tokenizer
     use = "reads the corpus and is saved with the student"
     if student.tokens and teacher.tokens:

@@ -103,18 +103,18 @@ def digest(problems: Sequence[Problem]) -> str:
 def read_tests(path: Path, problems: Sequence[Problem]) -> dict[str, str]:
     """Additional tests for some problems: JSON lines of `task_id` and `test`, which defines `check`."""
     by_id = {problem.task_id: problem for problem in problems}
-    found: dict[str, str] = {}
+    tests: dict[str, str] = {}
     for number, line in enumerate(_lines(path, ["task_id", "test"]), start=1):
         task, where = line["task_id"], f"{path}:{number}"
-        if not re.fullmatch(r"HumanEval/\d+", task) or task in found:
+        if not re.fullmatch(r"HumanEval/\d+", task) or task in tests:
             raise UserError(f"{where}: task_id {task!r:.60} is not a HumanEval problem, or is listed twice.")
         if task in by_id and line.get("entry_point", by_id[task].entry_point) != by_id[task].entry_point:
             raise UserError(
                 f"{where}: entry_point is {line['entry_point']!r:.60}, that of {task} is"
                 f" {by_id[task].entry_point}. These tests belong to other problems."
             )
-        found[task] = line["test"]
-    return {task: test for task, test in found.items() if task in by_id}
+        tests[task] = line["test"]
+    return {task: test for task, test in tests.items() if task in by_id}
 
 
 def base_prompt(problem: Problem) -> str:

@@ -1,8 +1,8 @@
-"""A tokenizer as a GGUF file holds it: tokens with their types, merges, a pre-tokenizer's name, end tokens.
+"""A tokenizer in the form of a GGUF file: tokens with their types, merges, a pre-tokenizer's name, end tokens.
 
-llama.cpp picks a pre-tokenizer by name and would silently use a wrong one. The name is found by behaviour:
-how the tokenizer splits many texts, against each pre-tokenizer listed here. One that splits like none of them
-is refused, and so is everything else that llama.cpp would do differently.
+llama.cpp selects a pre-tokenizer by name and would silently use a wrong one. The name is determined by behaviour:
+the tokenizer splits many texts, and the result is compared with that of each pre-tokenizer listed here. One that
+splits like none of them is refused, and so is everything else that llama.cpp would do differently.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def probe_texts(count: int, special: list[str], seed: int = 0) -> list[str]:
             kind = draw.random()
             if kind < 0.25:
                 snippet = draw.choice(SNIPPETS)
-                begin = draw.randint(0, len(snippet))
-                parts.append(snippet[begin : begin + draw.randint(1, 24)])
+                start = draw.randint(0, len(snippet))
+                parts.append(snippet[start : start + draw.randint(1, 24)])
             elif kind < 0.35 and special:
                 parts.append(draw.choice(special))
             else:
@@ -218,13 +218,13 @@ def name_pre_tokenizer(where: str, tokenizer: Any) -> str:
 
 def _ends(where: str, tokenizer: Any, configs: list[Any]) -> list[int]:
     """The tokenizer's EOS, then the other end tokens of the model's configs."""
-    found: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ends: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for config in configs:
         named = getattr(config, "eos_token_id", None)
-        found += named if isinstance(named, list) else [] if named is None else [named]
-    if not found:
+        ends += named if isinstance(named, list) else [] if named is None else [named]
+    if not ends:
         _refuse(where, "neither tokenizer nor config has an EOS")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(ends))
 
 
 def _additions(where: str, tokenizer: Any) -> tuple[bool, bool]:

@@ -1,7 +1,7 @@
-"""What `auto` means for `objective.chunk` and `train.matmul`: chosen once, before a run, and kept with it.
+"""Choose `objective.chunk` and `train.matmul` where the recipe says `auto`: once, before the run.
 
-Both change results by rounding. So a run that is resumed, its evaluations and its report take what the run
-started with, which its `resolved.yaml` has, whatever memory is free by then and whichever processor it is.
+Both change results by rounding. So a resumed run, its evaluations and its report use the values that the run
+started with, from its `resolved.yaml`, whatever memory is free by then and whatever the processor.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from potstill.preflight.plan import available, plan
 from potstill.recipe.load import Recipe
 
 FEWEST_POSITIONS = 32
-"""Of a chunk: with fewer the matrix products are slow, and nothing is saved."""
+"""Smallest chunk: below it the matrix products are slow, and little memory is saved."""
 SHARE = 8
-"""The logits of both models may take this part of what is free. A divergence of the user's own has four times
-as much alive at once, and glibc keeps some of it: that is less than all of it."""
+"""The logits of both models may take 1 / SHARE of the free memory. A plug-in's divergence has four times as much
+alive at once, and glibc keeps some freed blocks: together that still fits."""
 AMPLE = 32
-"""Where they take less than this part of the whole memory, the run is not planned for it: a trace of the step
-takes seconds, and whether all of it fits is looked at before the first step anyway."""
+"""Where they take less than 1 / AMPLE of the available memory, no plan is made to find out how much is free:
+tracing a step takes seconds, and whether the run fits is checked before its first step anyway."""
 MORE = "more is not faster"
 MOST_POSITIONS = {"cpu": 256, "cuda": 1024}
-"""More make no step faster on a CPU (docs/losses.md); a GPU wants larger products, of a size not measured."""
+"""Largest chunk. More makes no step faster on a CPU (docs/losses.md); a GPU needs larger products, and its value
+is not measured."""
 
 
 @dataclass(frozen=True)
 class Chunk:
+    """`objective.chunk`: the recipe's value, the one that is used, and the reason. Its fields are the receipt's."""
+
     asked: int | Literal["auto"]
     used: int
     why: str
@@ -48,13 +51,15 @@ class Chunk:
 
 
 def choose_chunk(resolved: Resolved, note: Callable[[str], None] = lambda text: None) -> Chunk:
-    """The recipe's own number; or one that the free memory of its device allows, which is logged."""
+    """The recipe's own chunk; for `auto` the largest useful one that the device's free memory allows, reported
+    through `note`.
+    """
     config = resolved.recipe.objective
     if config.chunk != "auto":
         return Chunk(config.chunk, config.chunk, "as the recipe says")
     try:
         chosen = _by_memory(resolved)
-    except Exception as error:  # what is wrong with the recipe is reported where its objects are made
+    except Exception as error:  # a faulty recipe is reported where its objects are built
         usual = config.positions_at_once
         return Chunk("auto", usual, f"auto: the memory is not planned: {one_line(error)}")
     note(chosen.summary)
@@ -63,26 +68,26 @@ def choose_chunk(resolved: Resolved, note: Callable[[str], None] = lambda text: 
 
 def _by_memory(resolved: Resolved) -> Chunk:
     most = MOST_POSITIONS[resolved.device.type]
-    there, needed = available(resolved.recipe, Path())[0], logits_bytes(most, resolved.teacher.vocab_size)
-    if AMPLE * needed <= there:
-        logits = f"logits of both models take {size(needed)} of {size(there)}"
+    memory, needed = available(resolved.recipe, Path())[0], logits_bytes(most, resolved.teacher.vocab_size)
+    if AMPLE * needed <= memory:
+        logits = f"logits of both models take {size(needed)} of {size(memory)}"
         return Chunk("auto", most, f"auto: {MORE}; {logits}")
     planned = plan(resolved.with_recipe(with_chunk(resolved.recipe, FEWEST_POSITIONS)))
-    free = max(there - planned.peak_bytes, 0)
+    free = max(memory - planned.peak_bytes, 0)
     ids = resolved.student.model_config.get_text_config().vocab_size
     used = _largest(free, ids, most)
-    reason = {most: MORE, FEWEST_POSITIONS: "fewer are slow"}.get(used, "as many as may be")
+    reason = {most: MORE, FEWEST_POSITIONS: "fewer are slow"}.get(used, "as many as fit")
     logits = f"logits of both models take {size(logits_bytes(used, ids))}"
-    return Chunk("auto", used, f"auto: {reason}; {logits}, {size(free)} are free beside the plan")
+    return Chunk("auto", used, f"auto: {reason}; {logits}, the plan leaves {size(free)} free")
 
 
 def logits_bytes(positions: int, ids: int) -> int:
-    """Of student and teacher in float32; the gradient takes the place of the student's."""
+    """Logits of student and teacher in float32; the gradient overwrites the student's."""
     return 2 * 4 * positions * ids
 
 
 def _largest(free: int, ids: int, most: int) -> int:
-    """The largest power of two whose logits are a SHARE of what is free, from FEWEST_POSITIONS to `most`."""
+    """The largest power of two from FEWEST_POSITIONS to `most` whose logits take 1 / SHARE of the free bytes."""
     positions = FEWEST_POSITIONS
     while positions < most and SHARE * logits_bytes(2 * positions, ids) <= free:
         positions *= 2
@@ -94,7 +99,7 @@ def with_chunk(recipe: Recipe, positions: int | Literal["auto"]) -> Recipe:
 
 
 def choose_backend(resolved: Resolved, note: Callable[[str], None]) -> MatmulBackend:
-    """The recipe's own; or what this machine's processor is best at, which is logged."""
+    """The recipe's own BLAS backend; for `auto` the fastest on this processor, reported through `note`."""
     config = resolved.recipe.train
     backend, reason = choose_matmul(config.matmul, resolved.device)
     if config.matmul == "auto":
@@ -107,13 +112,13 @@ def with_matmul(recipe: Recipe, backend: Literal["auto"] | MatmulBackend) -> Rec
 
 
 def settle(resolved: Resolved, note: Callable[[str], None]) -> Resolved:
-    """With nothing left to choose."""
+    """The recipe with every `auto` of the two replaced by the value chosen for this machine."""
     recipe = with_chunk(resolved.recipe, choose_chunk(resolved, note).used)
     return resolved.with_recipe(with_matmul(recipe, choose_backend(resolved, note)))
 
 
 def as_started(recipe: Recipe, started: Recipe) -> Recipe:
-    """The recipe of a run that goes on, with what was chosen when it started."""
+    """The recipe of a resumed run, with the values that were chosen when it `started`."""
     if recipe.train.matmul == "auto":
         recipe = with_matmul(recipe, started.train.matmul)
     return with_chunk(recipe, started.objective.chunk) if recipe.objective.chunk == "auto" else recipe

@@ -1,9 +1,9 @@
-"""What would make a run worthless, looked for on the recipe's own models and rows before an hour is spent.
+"""Checks of the recipe's own models and rows before a run, for faults that would make it worthless.
 
-Each finding has a figure and a verdict. The order is by price; what can be refused while the recipe is
-assembled (a typo, a damaged file, another vocabulary, a head or a packing that is not the model's) has been
-refused before the first of them. What is here takes a few forward passes, and `distill` runs it by itself
-and puts it into the receipt; `potstill check` goes on with `rehearsal.py`.
+Each yields a finding: a figure and a verdict. What can be refused while the run is set up (a typo, a damaged
+file, another vocabulary, a head or a packing that is not the model's) has been refused by then. The checks here
+take a few forward passes: `distill` always runs them and records them in the receipt. `potstill check` goes on
+with the trial steps of `trial_steps.py`.
 """
 
 from __future__ import annotations
@@ -30,72 +30,88 @@ from potstill.preflight.same_model import ADVICE_IDENTICAL, SAME, rounding_kl, s
 from potstill.training.prefetch import checked_targets
 from potstill.types import Batch, Finding, Targets
 
-BEFORE = -1  # the first step is number 0: errors of the teacher say step 0
+BEFORE_TRAINING = -1  # messages count steps from 1: the teacher's errors name step 0
 
 
 def plan_of(setup: RunSetup) -> Plan | str:
-    """What the run will need, or why that is not known; to be asked before the first forward pass."""
+    """What the run will need, or why that is unknown. Call it before the first forward pass, whose memory would
+    be counted as the libraries'.
+    """
     try:
         return plan(setup.resolved, is_set_up=True)
-    except Exception as error:  # a model that cannot run without data, say; a run must not end over its plan
+    except Exception as error:  # some models cannot run on fake tensors; a run must not end over its plan
         return f"not planned: {one_line(error)}"
 
 
 def cheap(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding]:
-    """What takes a few forward passes. Leaves the student's weights and the random state as they were.
+    """The checks that take a few forward passes. The student's weights and the random state stay as they were.
 
-    `place` is where the run directory is, or will be made.
+    Args:
+        setup: the run.
+        planned: of `plan_of`.
+        place: the run directory, which need not exist yet.
     """
     with torch.random.fork_rng(devices=[setup.device] if setup.device.type == "cuda" else []):
         setup.student.eval()
         batch = setup.corpus.heldout.batch([0]).to(setup.device)
+        # Figures that are known already come first.
         yield recipe_is_read(setup)
         yield files_are_whole(setup)
         yield corpus_is_compared(setup)
-        yield from the_machine_suffices(setup, planned, place)
+        # Before any forward pass, which could itself run out of memory.
+        yield from machine_has_room(setup, planned, place)
+        # Ids, labels and devices before the models: on a GPU an id out of range ends the process.
         yield vocabulary_is_shared(setup)
         yield weights_differ(setup)
         yield labels_are_next_tokens(setup)
         yield parameters_are_on_the_device(setup)
+        # Whether the answers depend on the input, before figures that are computed from them.
         yield teacher_reads_its_input(setup, batch)
         yield student_reads_its_input(setup, batch)
-        yield cross_entropy_is_the_library_s(setup, window(batch))
-        held = measure_a_little(setup)
-        yield student_is_not_lost(setup, held["ce"])
-        yield teacher_and_student_differ(setup, held["kl"])
-        yield from setup.teacher.checks(setup, held["kl"])
+        # The loss against a reference, before it is used to judge the student.
+        yield cross_entropy_matches_reference(setup, window(batch))
+        before = measure_before_training(setup)
+        yield cross_entropy_is_plausible(setup, before["ce"])
+        yield teacher_and_student_differ(setup, before["kl"])
+        yield from setup.teacher.checks(setup, before["kl"])
+        # Backward passes last: they take the most time and memory.
         two = window(setup.corpus.train.batch([0, min(1, len(setup.corpus.train) - 1)])).to(setup.device)
-        yield a_masked_position_moves_nothing(setup, two)
+        yield masked_positions_get_no_gradient(setup, two)
         yield opposite_rows_cancel(setup, two)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found before a run; it goes into the receipt."""
+    """The plan of a run and the findings before it, for the receipt."""
 
     planned: Plan | str
     findings: list[Finding]
 
 
 def require_sound(setup: RunSetup, place: Path) -> Checked:
-    """The cheap half; UserError where the run would be worthless."""
+    """Run the cheap checks; `place` is the run directory.
+
+    Raises:
+        UserError: with every check that failed.
+    """
     planned = plan_of(setup)
     findings = list(cheap(setup, planned, place))
-    if red := [f"check: {f.name}: {f.figure}. {f.advice}" for f in findings if not f.ok]:
-        raise UserError(*red)
+    if failed := [f"check: {f.name}: {f.figure}. {f.advice}" for f in findings if not f.ok]:
+        raise UserError(*failed)
     return Checked(planned, findings)
 
 
 def recipe_is_read(setup: RunSetup) -> Finding:
-    plan = setup.recipe.train
+    """Never fails: the recipe was checked as it was loaded."""
+    config = setup.recipe.train
     rows = len(setup.corpus.train)
-    epochs = plan.steps * plan.rows_per_step / rows
-    figure = f"{plan.steps} steps of {plan.rows_per_step} rows: {epochs:.3g} times the {rows} rows"
+    epochs = config.steps * config.rows_per_step / rows
+    figure = f"{config.steps} steps of {config.rows_per_step} rows: {epochs:.3g} times the {rows} rows"
     return Finding("recipe", figure, True)
 
 
 def files_are_whole(setup: RunSetup) -> Finding:
-    """Checkpoints were verified and the corpus read to its end before this; each file read has its hash."""
+    """Every corpus file has a hash, which it gets once it is read to its end. Checkpoints were verified before."""
     files = setup.corpus.manifest["files"]
     without = [file["path"] for file in files if not file.get("sha256")]
     read = size(sum(file["bytes"] for file in files))
@@ -104,12 +120,12 @@ def files_are_whole(setup: RunSetup) -> Finding:
 
 
 def corpus_is_compared(setup: RunSetup) -> Finding:
-    """Never red: the recipe says what is done about an overlap, and what it refuses does not come here."""
+    """Never fails: an overlap that the recipe refuses has ended the run while the corpus was read."""
     return Finding("decontamination", summary(setup.corpus.manifest["decontamination"]), True)
 
 
-def the_machine_suffices(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding]:
-    """What a run that goes on has written already is not needed again."""
+def machine_has_room(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding]:
+    """The planned memory and disk, against what is free; what a resumed run has written counts as there."""
     if isinstance(planned, str):
         yield Finding("memory", planned, True)
         return
@@ -117,10 +133,10 @@ def the_machine_suffices(setup: RunSetup, planned: Plan | str, place: Path) -> I
     figure = f"{size(planned.peak_bytes)} planned, {size(memory)} available"
     advice = "`potstill plan` lists what to change"
     yield Finding("memory", figure, planned.peak_bytes <= memory, advice)
-    there = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-    needed = max(planned.disk_peak_bytes - there, 0)
+    written = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    needed = max(planned.disk_peak_bytes - written, 0)
     parts = (
-        f"a student of {size(planned.student_disk_bytes)}, its last one written beside the one before,"
+        f"a student of {size(planned.student_disk_bytes)}, written before the previous one is deleted,"
         f" and checkpoints of {size(planned.checkpoint_disk_bytes)} each"
     )
     figure = f"{size(needed)} needed ({parts}), {size(disk)} free"
@@ -128,6 +144,7 @@ def the_machine_suffices(setup: RunSetup, planned: Plan | str, place: Path) -> I
 
 
 def vocabulary_is_shared(setup: RunSetup) -> Finding:
+    """No id of the corpus lies outside the ids that teacher and student share."""
     shared = setup.shared
     masked = f"{shared.masked_in_teacher} masked in the teacher and {shared.masked_in_student} in the student"
     figure = "; ".join([f"{shared.ids} ids shared, {masked}", *(d.rstrip(".") for d in shared.differences)])
@@ -136,12 +153,12 @@ def vocabulary_is_shared(setup: RunSetup) -> Finding:
 
 
 def weights_differ(setup: RunSetup) -> Finding:
-    """Names, files and formats do not make two models; the KD term tells what hashes cannot."""
+    """Teacher and student are two models, by their weights; what those cannot show, the check "KD term" does."""
     student, teacher = weights_sha256(setup.student.model), setup.teacher.weights_sha256()
     if teacher is None:
         return Finding("weights", f"student {student[:12]}; the teacher has none", True)
     model = setup.teacher.model
-    if model is None:  # they are elsewhere: a hash is all there is to compare
+    if model is None:  # the weights are not in this process: their hash is all there is to compare
         figure, differ = f"captured from {teacher[:12]}, student {student[:12]}", student != teacher
     else:
         figure = f"teacher {teacher[:12]}, student {student[:12]}"
@@ -153,32 +170,32 @@ def _unless_allowed(setup: RunSetup, figure: str, ok: bool) -> tuple[str, bool]:
     if not ok and setup.recipe.allow_identical:
         return f"{figure}; allowed by allow_identical", True
     if not ok and setup.recipe.objective.kd_weight == 0:
-        return f"{figure}; kd_weight is 0, nothing is asked of the teacher", True
+        return f"{figure}; kd_weight is 0, the teacher is not used", True
     return figure, ok
 
 
 def labels_are_next_tokens(setup: RunSetup) -> Finding:
-    """In every row looked at, the label of a position is the token after it, in the same document."""
-    wrong = seen = 0
+    """In the first rows, the label of each position is the token after it, in the same document."""
+    wrong = compared = 0
     for row in range(min(len(setup.corpus.train), 64)):
         batch = setup.corpus.train.batch([row])
         ids_T, positions_T = batch.input_ids_BT[0], batch.position_ids_BT[0]
         inside = batch.positions_N < len(ids_T) - 1  # the last label is the next row's first token
         after_N = batch.positions_N[inside] + 1
         bad_N = (ids_T[after_N] != batch.labels_N[inside]) | (positions_T[after_N] == 0)
-        wrong, seen = wrong + int(bad_N.sum()), seen + len(after_N)
-    figure = f"{seen - wrong} of {seen} labels are the next token of their document"
+        wrong, compared = wrong + int(bad_N.sum()), compared + len(after_N)
+    figure = f"{compared - wrong} of {compared} labels are the next token of their document"
     return Finding(
-        "labels", figure, wrong == 0 < seen, "The corpus is packed wrongly; this is a bug of ours."
+        "labels", figure, wrong == 0 < compared, "The corpus is packed wrongly; this is a bug of ours."
     )
 
 
 def parameters_are_on_the_device(setup: RunSetup) -> Finding:
-    """The student's, and those of a teacher that has any."""
+    """Those of the student, and of the teacher where it has any in this process."""
     models = [setup.student, *([] if setup.teacher.model is None else [setup.teacher.model])]
     places = [(name, p.device) for model in models for name, p in model.named_parameters()]
-    at = torch.empty(0, device=setup.device).device  # cuda means the current one, say cuda:0
-    away = [name for name, device in places if device != at]
+    expected = torch.empty(0, device=setup.device).device  # `cuda` stands for the current one, say cuda:0
+    away = [name for name, device in places if device != expected]
     count = len(places)
     return Finding(
         "device", f"{count - len(away)} of {count} tensors on {setup.device}", not away, f"See {away[:1]}."
@@ -186,56 +203,59 @@ def parameters_are_on_the_device(setup: RunSetup) -> Finding:
 
 
 def teacher_reads_its_input(setup: RunSetup, batch: Batch) -> Finding:
-    """Other tokens must give other answers: logits that were never computed from the input do not."""
+    """Other tokens must give other log-probabilities. Of a store, whose rows are fixed, positions are compared."""
     if not setup.teacher.reads_new_text:
         logp_NV = _teacher_logp(setup, batch)
         gap = float((logp_NV - logp_NV[:1]).abs().max())
-        figure = f"its stored log-probabilities differ by {gap:.2g} nats from place to place"
-        return Finding("teacher", figure, gap > SAME, "The store says the same everywhere. Capture it again")
+        figure = f"its stored log-probabilities differ by {gap:.2g} nats between positions"
+        return Finding("teacher", figure, gap > SAME, "The store has one answer everywhere. Capture it again")
     gap = _gap(lambda b: _teacher_logp(setup, b), batch)
-    advice = "The teacher answers the same whatever it reads. Look at its checkpoint."
+    advice = "The teacher's output does not depend on its input. Look at its checkpoint."
     return Finding(
         "teacher", f"its log-probabilities move by {gap:.2g} nats with its input", gap > SAME, advice
     )
 
 
 def student_reads_its_input(setup: RunSetup, batch: Batch) -> Finding:
+    """Other tokens must give other log-probabilities."""
     gap = _gap(lambda b: _student_logits(setup, b).log_softmax(-1), batch)
-    advice = "The student answers the same whatever it reads. Look at its checkpoint."
+    advice = "The student's output does not depend on its input. Look at its checkpoint."
     return Finding(
         "student", f"its log-probabilities move by {gap:.2g} nats with its input", gap > SAME, advice
     )
 
 
 @torch.no_grad()
-def cross_entropy_is_the_library_s(setup: RunSetup, batch: Batch) -> Finding:
-    """Ours against Transformers' own forward and PyTorch's own cross-entropy, on the same positions."""
+def cross_entropy_matches_reference(setup: RunSetup, batch: Batch) -> Finding:
+    """Ours, within 2 %, is that of Transformers' forward and PyTorch's cross-entropy on the same positions."""
     targets = _targets(setup, batch)
     ours = float(setup.student.measure(batch, targets)["ce"]) / len(batch.labels_N)
-    own_BTV = setup.student.model.hf(
+    reference_BTV = setup.student.model.hf(
         input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
     ).logits
-    own_NV = own_BTV.flatten(0, 1)[batch.positions_N, : setup.student.model.head.num_ids]
-    theirs = float(F.cross_entropy(own_NV.double(), batch.labels_N))
-    figure = f"cross-entropy {ours:.4f} nats, a reference forward gives {theirs:.4f}"
+    reference_NV = reference_BTV.flatten(0, 1)[batch.positions_N, : setup.student.model.head.num_ids]
+    reference = float(F.cross_entropy(reference_NV.double(), batch.labels_N))
+    figure = f"cross-entropy {ours:.4f} nats, a reference forward gives {reference:.4f}"
     return Finding(
         "cross-entropy",
         figure,
-        abs(ours - theirs) <= 0.02 * theirs,
+        abs(ours - reference) <= 0.02 * reference,
         "The loss is not the model's; a bug of ours.",
     )
 
 
 @torch.no_grad()
-def measure_a_little(setup: RunSetup) -> dict[str, float]:
-    """CE and KL over up to two held-out rows, nats per position."""
+def measure_before_training(setup: RunSetup) -> dict[str, float]:
+    """CE and KL of up to two held-out rows, in nats per position."""
     batch = setup.corpus.heldout.batch(range(min(2, len(setup.corpus.heldout)))).to(setup.device)
-    sums = setup.student.measure(batch, checked_targets(setup.teacher, batch, BEFORE))
+    sums = setup.student.measure(batch, checked_targets(setup.teacher, batch, BEFORE_TRAINING))
     return {name: float(value) / len(batch.labels_N) for name, value in sums.items()}
 
 
-def student_is_not_lost(setup: RunSetup, ce: float) -> Finding:
-    """A trained model far above chance speaks another vocabulary than the corpus; a cut one is only cut."""
+def cross_entropy_is_plausible(setup: RunSetup, ce: float) -> Finding:
+    """A checkpoint with a loss of twice chance has another vocabulary than the corpus; a cut or random student may
+    start there.
+    """
     chance = math.log(setup.shared.ids)
     figure = f"held-out cross-entropy {ce:.3f} nats, chance is {chance:.3f}"
     if setup.origin["name"] != "checkpoint":
@@ -248,32 +268,34 @@ def student_is_not_lost(setup: RunSetup, ce: float) -> Finding:
 
 
 def teacher_and_student_differ(setup: RunSetup, kl: float) -> Finding:
-    """Equal under whatever name or format: nothing to distil."""
+    """A KL that rounding alone could make: the models are the same under other names, and there is nothing to
+    distil.
+    """
     least = rounding_kl(_teacher_logp(setup, setup.corpus.heldout.batch([0]).to(setup.device)))
     figure = f"KL to the teacher {kl:.4g} nats on held-out rows, rounding alone makes {least:.1g}"
     return Finding("KD term", *_unless_allowed(setup, figure, kl > least), ADVICE_IDENTICAL)
 
 
-def a_masked_position_moves_nothing(setup: RunSetup, batch: Batch) -> Finding:
-    """Half of the labels are taken away: no gradient may arrive where they were, and one in every row."""
+def masked_positions_get_no_gradient(setup: RunSetup, batch: Batch) -> Finding:
+    """With every other label removed, gradients arrive at the remaining positions alone, and in every row."""
     kept = replace(batch, positions_N=batch.positions_N[::2], labels_N=batch.labels_N[::2])
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     model = setup.student.model
     hidden = model.hidden
 
-    def keep(*given: Tensor) -> Tensor:
-        found.append(hidden(*given))
-        found[-1].retain_grad()
-        return found[-1]
+    def recording(*inputs: Tensor) -> Tensor:
+        outputs.append(hidden(*inputs))
+        outputs[-1].retain_grad()
+        return outputs[-1]
 
-    model.__dict__["hidden"] = keep  # no hook on the body: it may be compiled
+    model.__dict__["hidden"] = recording  # not a hook on the body, which may be compiled
     try:
         setup.student(kept, _targets(setup, kept))["loss"].backward()
     finally:
         del model.__dict__["hidden"]
         setup.student.zero_grad(set_to_none=True)
-    grad_BTD = found[0].grad
+    grad_BTD = outputs[0].grad
     assert grad_BTD is not None
     reached = (grad_BTD != 0).any(-1)
     supervised = torch.zeros_like(reached)
@@ -289,7 +311,9 @@ def a_masked_position_moves_nothing(setup: RunSetup, batch: Batch) -> Finding:
 
 
 def opposite_rows_cancel(setup: RunSetup, batch: Batch) -> Finding:
-    """A row twice, with targets that pull it to opposite sides: each row must count, and count the same."""
+    """One row twice in a batch, with targets that pull it in opposite directions: where both rows count alike,
+    their gradients cancel.
+    """
     of_row_0 = batch.positions_N < batch.input_ids_BT.shape[1]
     positions_N, labels_N = batch.positions_N[of_row_0], batch.labels_N[of_row_0]
     twice = Batch(
@@ -299,11 +323,12 @@ def opposite_rows_cancel(setup: RunSetup, batch: Batch) -> Finding:
         torch.cat([positions_N, positions_N + batch.input_ids_BT.shape[1]]),
         labels_N.repeat(2),
     )
-    asked = setup.student.objective
-    setup.student.objective = Objective(forward_kl, 1.0, 0.0, 1.0, asked.chunk, asked.matmul_dtype)
+    objective = setup.student.objective
+    # KL alone at temperature 1: the targets pull a known way under no other loss.
+    setup.student.objective = Objective(forward_kl, 1.0, 0.0, 1.0, objective.chunk, objective.matmul_dtype)
     try:
         sizes = []
-        for sign in (-1.0, 1.0):  # the second row pulled against the first, and with it
+        for sign in (-1.0, 1.0):  # the second row pulls against the first, then with it
             signs_N = torch.ones(len(twice.positions_N), device=setup.device)
             signs_N[len(positions_N) :] = sign
             setup.student(twice, Pull(signs_N))["loss"].backward()
@@ -311,7 +336,7 @@ def opposite_rows_cancel(setup: RunSetup, batch: Batch) -> Finding:
             sizes.append(float(torch.nn.utils.get_total_norm(grads)))
             setup.student.zero_grad(set_to_none=True)
     finally:
-        setup.student.objective = asked
+        setup.student.objective = objective
     ratio = sizes[0] / max(sizes[1], 1e-30)
     figure = f"the gradient of a row and its opposite is {ratio:.2g} of that of the row twice"
     return Finding(
@@ -320,14 +345,14 @@ def opposite_rows_cancel(setup: RunSetup, batch: Batch) -> Finding:
 
 
 def _targets(setup: RunSetup, batch: Batch) -> Targets:
-    """The teacher's at a window's positions; one that knows whole rows alone is replaced by a known pull."""
+    """The teacher's at the positions of a window, which a store does not have: `Pull` stands in for it."""
     if not setup.teacher.reads_new_text:
         return Pull(torch.ones(len(batch.positions_N), device=setup.device))
-    return checked_targets(setup.teacher, batch, BEFORE)
+    return checked_targets(setup.teacher, batch, BEFORE_TRAINING)
 
 
 def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
-    """How far an answer moves when the input is read backwards."""
+    """The largest change of an output when the input tokens are reversed."""
     backwards = Batch(
         batch.rows_B, batch.input_ids_BT.flip(1), batch.position_ids_BT, batch.positions_N, batch.labels_N
     )
@@ -336,10 +361,10 @@ def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
 
 
 def _teacher_logp(setup: RunSetup, batch: Batch) -> torch.Tensor:
-    targets = checked_targets(setup.teacher, batch, BEFORE)[:16]
+    targets = checked_targets(setup.teacher, batch, BEFORE_TRAINING)[:16]
     nothing_NV = torch.zeros(len(targets), setup.student.model.head.num_ids, device=setup.device)
-    at = getattr(targets, "temperature", 1.0)  # few ids know one temperature alone
-    return targets.on_support(nothing_NV, at)[1].clamp_min(-100)
+    temperature = getattr(targets, "temperature", 1.0)  # sparse targets exist at one temperature alone
+    return targets.on_support(nothing_NV, temperature)[1].clamp_min(-100)
 
 
 def _student_logits(setup: RunSetup, batch: Batch) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""A step on tensors without data: what `plan` knows of memory.
+"""Trace one training step on fake tensors, to know the memory that a run will need.
 
-The trainer's own loop runs on PyTorch's fake tensors, with models made of the real configs, and every storage
-that lives is counted. One step of two micro-batches sees all that can be alive at once, if the optimizer's
-moments are there before it: the second micro-batch has the first one's gradients. No weight is read and no
-random number is drawn.
+The trainer's own loop runs on PyTorch's fake tensors, with models built from the real configs, and every live
+storage is counted. One step of two micro-batches reaches the peak of a whole run, if the optimizer's moments
+exist before it: in the second micro-batch the first one's gradients are alive. No weight is read and no random
+number is drawn.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from potstill.types import Teacher
 
 @dataclass(frozen=True)
 class Traced:
-    """What lived when the sum of all was largest, and the most of each at any time, in bytes by part."""
+    """Live bytes by part of the memory: at the peak of their sum, and the largest of each at any time."""
 
     phase: str
     at_peak: Counter[str]
     largest: Counter[str]
     libraries: int
-    """This process before the trace, with the code that it imported."""
+    """Resident bytes of this process before the trace, the code that it imported included."""
     weights: int
-    """Numbers in the student, trained or not."""
+    """Elements of the student's parameters, trained or not."""
     trained: int
     trained_tensors: int
 
@@ -53,8 +53,8 @@ _known: dict[str, Traced] = {}
 
 
 def trace(resolved: Resolved) -> Traced:
-    """Run the loop without data, on models made of both configs. What another run of this process has traced
-    already, an arm of a comparison say, is not traced again.
+    """Run one step of the loop on fake tensors. A recipe that takes the same memory as one that was traced in this
+    process, such as another arm of a comparison, is not traced again.
     """
     if (key := _key(resolved)) in _known:
         return dataclasses.replace(_known[key], libraries=resident_bytes())
@@ -62,7 +62,7 @@ def trace(resolved: Resolved) -> Traced:
 
 
 def _key(resolved: Resolved) -> str:
-    """All that a trace depends on: sizes and kinds, and no rate, seed or place."""
+    """Everything that a trace depends on: sizes and types, but no rates, seeds or paths."""
     recipe = resolved.recipe
     rates = {"lr": 1.0, "final_lr_ratio": 1.0, "weight_decay": 0.0, "beta1": 0.5, "beta2": 0.5, "seed": 0}
     configs = (resolved.teacher_config, resolved.student.model_config)
@@ -91,12 +91,12 @@ def _trace(resolved: Resolved) -> Traced:
     libraries = resident_bytes()
     with quiet_transformers(), torch.random.fork_rng(devices=[]), FakeTensorMode(), tracker, Answers():
         teacher, student = _fake_models(resolved, tracker)
-        # Transformers imports a model's code when it first makes one, as the run will.
+        # Measured again: Transformers imports a model's code when it first builds one, as the run will.
         tracker.libraries = max(libraries, resident_bytes())
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(tracker.gradient)  # type: ignore[no-untyped-call]
-        hooks = _watching(resolved, teacher, student, trained, tracker, has_moments=full.steps > 1)
+        hooks = _tracking_hooks(resolved, teacher, student, trained, tracker, has_moments=full.steps > 1)
         rows, few = FakeRows(recipe.corpus.tokens_per_row, 1), recipe.train.rows_per_step
         data = FakeData(rows, few, min(full.micro_batch_rows, few))
         train(student, teacher if recipe.objective.kd_weight else None, data, recipe, hooks)
@@ -112,7 +112,7 @@ def _trace(resolved: Resolved) -> Traced:
 
 
 def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, Student]:
-    """Both models, without data, and what the teacher's own checks load beside it."""
+    """Both models on fake tensors, after the models that the teacher's own checks load besides them."""
     recipe, device, source = resolved.recipe, resolved.device, resolved.teacher
     tracker.phase = "loading"
     with tracker.part(source.part):
@@ -126,6 +126,7 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
     teacher.share_ids(ids)
     model.mask_from(ids)
     tracker.phase = "checking the teacher"
+    # Loaded, used and freed before training, as in a run: its peak may be higher than that of a step.
     with tracker.part("teacher"):
         beside = source.measured_double()
     if beside is not None:
@@ -137,7 +138,7 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
     return teacher, Student(model, WatchedObjective(**options, part=tracker.part), precision)
 
 
-def _watching(
+def _tracking_hooks(
     resolved: Resolved,
     teacher: Teacher,
     student: Student,
@@ -146,20 +147,20 @@ def _watching(
     *,
     has_moments: bool,
 ) -> Hooks:
-    """The loop's hooks, which say what runs. With `has_moments` the optimizer has stepped before, as in every
-    step but the first.
+    """Hooks of the loop that tell the tracker what runs. With `has_moments` the optimizer has stepped before, as in
+    every step but the first.
     """
     recipe, rows = resolved.recipe, resolved.recipe.train.micro_batch_rows
     heldout_rows = FakeRows(recipe.corpus.tokens_per_row, min(recipe.corpus.heldout_rows, rows))
 
     def evaluate(step: int) -> dict[str, float]:
-        # It needs less than a step does, unless it alone asks the teacher; most so beside the moments.
+        # It needs less than a step does, unless only it uses the teacher; and most once there are moments.
         if step == 0 or recipe.objective.kd_weight:
             return {"heldout/loss": 0.0}
         tracker.phase = "held-out evaluation"
         return heldout(student, teacher, heldout_rows, rows)
 
-    def watch(optimizer: torch.optim.Optimizer) -> None:
+    def on_optimizer(optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(lambda *_: tracker.switch("optimizer"))
         optimizer.register_step_post_hook(lambda *_: tracker.switch("activations"))
         if has_moments:
@@ -176,11 +177,12 @@ def _watching(
             student.model.state()
             tracker.phase = "training step"
 
-    return Hooks(evaluate, lambda *_: None, save, resume=watch)
+    # `resume` is where a real run loads its moments: after the optimizer is made, before the first step.
+    return Hooks(evaluate, lambda *_: None, save, resume=on_optimizer)
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; where there is no /proc, the most that it ever was."""
+    """Resident bytes of this process; where there is no /proc, the most that it ever had."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Counting what lives while a step runs on tensors without data: the half of `plan` that is about PyTorch."""
+"""Count live storages while a step runs on fake tensors: the part of `plan` that is about PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from potstill.types import Batch, Head, Targets
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """What a mixture of experts multiplies with, by shape: PyTorch's own shape rule knows bfloat16 alone."""
+    """The output shape of a mixture of experts' matrix product: PyTorch's own rule accepts bfloat16 alone."""
     if a.ndim == 2 and b.ndim == 2:
         assert offsets is not None
         return a.new_empty(len(offsets), a.shape[0], b.shape[1])
@@ -30,7 +30,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **
 
 
 class Answers(TorchFunctionMode):
-    """A tensor without data has no list of numbers; the loop asks for some, to name rows and find NaN."""
+    """`tolist` of a fake tensor, which has no data: ones, for the loop, which reads row numbers and finite flags."""
 
     def __torch_function__(
         self,
@@ -43,7 +43,7 @@ class Answers(TorchFunctionMode):
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Bytes of every storage that lives, by the part that made it; and what they were at their sum's peak."""
+    """Bytes of every live storage, by the part of the run that allocated it: now, and at the peak of their sum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -63,27 +63,29 @@ class MemoryTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default:  # `item()`: what lets the loop go on
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
         grouped = func is torch.ops.aten._grouped_mm.default
         out = _grouped_mm(*args, **kwargs or {}) if grouped else func(*args, **kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self.see(leaf)
+                self.track(leaf)
         return out
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Inside the block, what is allocated counts as `name`."""
         before = self._making
         self.switch(name)
         yield
         self.switch(before)
 
     def switch(self, name: str) -> None:
+        """From now on, what is allocated counts as `name`."""
         self._making = name
 
     def gradient(self, parameter: Tensor) -> None:
-        """A parameter's gradient is complete: what was an intermediate result is one now."""
+        """A parameter's gradient is complete: its storage, so far an activation, now counts as a gradient."""
         assert parameter.grad is not None
         owner = self._owner[parameter.grad.untyped_storage()]
         size = parameter.grad.untyped_storage().nbytes()
@@ -91,12 +93,14 @@ class MemoryTracker(TorchDispatchMode):
         owner[0] = "gradients"
         self._add("gradients", size)
 
-    def see(self, tensor: Tensor) -> None:
+    def track(self, tensor: Tensor) -> None:
+        """Count the tensor's storage until it is freed; a view of a known one adds nothing."""
         storage = tensor.untyped_storage()
         if storage in self._owner:
             return
         owner, size = [self._making], storage.nbytes()
         self._owner[storage] = owner
+        # The list, not its entry: `gradient` may change the owner before the storage is freed.
         weakref.finalize(storage, self._forget, owner, size).atexit = False
         self._add(owner[0], size)
 
@@ -113,8 +117,8 @@ class MemoryTracker(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class WatchedObjective(Objective):
-    """The objective, reporting what it allocates. All chunks but the last are alike: three show what many
-    do.
+    """The objective, whose allocations count as `loss_chunk`. All chunks but the last are alike, so that three
+    of them stand for any number.
     """
 
     part: Callable[[str], AbstractContextManager[None]] = dataclasses.field(kw_only=True)
@@ -142,12 +146,13 @@ class WatchedObjective(Objective):
         return [slice(start, start + self.chunk) for start in starts]
 
 
-NAMED = 32
+NAMED_ROWS = 32
+"""Row numbers of a fake batch at most: a batch may have billions, and each becomes a Python object."""
 
 
 @dataclass(frozen=True)
 class FakeRows:
-    """Rows of which every position bears loss, the most that a corpus can ask for."""
+    """Rows whose every position bears loss: the most memory that a corpus can take."""
 
     tokens_per_row: int
     num_rows: int
@@ -157,7 +162,7 @@ class FakeRows:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         B, T = len(rows), self.tokens_per_row
-        rows_B = torch.zeros(min(B, NAMED), dtype=torch.int64)  # the loop names them, one by one
+        rows_B = torch.zeros(min(B, NAMED_ROWS), dtype=torch.int64)
         ids_BT = torch.zeros(B, T, dtype=torch.int64)
         positions_N = torch.zeros(B * T, dtype=torch.int64)
         return Batch(rows_B, ids_BT, ids_BT.clone(), positions_N, positions_N.clone())
@@ -165,6 +170,8 @@ class FakeRows:
 
 @dataclass(frozen=True)
 class FakeData:
+    """`types.Data` of fake rows."""
+
     rows: FakeRows
     rows_per_step: int
     rows_per_micro_batch: int

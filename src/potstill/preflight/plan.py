@@ -1,9 +1,9 @@
-"""What a run will need of memory, disk and time, before it is started: `potstill plan`.
+"""The memory, disk and time that a run will need, before it is started: `potstill plan`.
 
-The step is not estimated by formulas: `tracing` runs it on tensors without data.
+The memory of a step does not come from formulas: `fake_step` runs the step on fake tensors.
 
-On the CPU what is compared is the peak of the process: the libraries (this process as it is now), the
-tokenizer and the rows come on top. On CUDA it is the peak of the device's allocator, and they do not.
+On the CPU the peak is that of the process, with its libraries (this process as it is now), the tokenizer and the
+rows. On CUDA it is that of the device's allocator, which has none of these.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from potstill.training.checkpoint import CHECKPOINTS_KEPT
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes alive at the moment of the peak, by what they are; they sum to `peak_bytes`."""
+    """Bytes alive at the moment of the peak, by part of the memory; the parts sum to `peak_bytes`."""
 
     device: str
     phase: str
@@ -47,7 +47,7 @@ class Plan:
     optimizer: int
     activations: int
     loss_chunk: int
-    """Logits of a chunk, their gradients, and the head's gradient that is formed with them."""
+    """Logits of a chunk, their gradients, and the head's gradient that is computed with them."""
     store: int
     """Targets read from disk; 0 with a teacher in memory."""
     corpus: int
@@ -55,18 +55,18 @@ class Plan:
     libraries: int
     """This process, before anything is loaded; 0 on CUDA."""
     allocator: int
-    """Freed blocks that glibc keeps, see KEPT_BY_GLIBC; 0 with train.return_memory, and on CUDA."""
+    """Freed blocks that glibc does not return, see KEPT_BY_GLIBC; 0 with train.return_memory, and on CUDA."""
     largest: dict[str, int]
-    """The most that each part holds at any time: parts do not peak together."""
+    """The largest size of each part at any time: parts do not peak together."""
     student_disk_bytes: int
     checkpoint_disk_bytes: int
     shards_disk_bytes: int
-    """Of `corpus.shards`, estimated from the size of the files; 0 where they are written already."""
+    """Of `corpus.shards`, estimated from the size of the files; 0 where they exist already."""
     disk_bytes: int
     """What the run leaves behind, shards included."""
     disk_peak_bytes: int
-    """With the student and the checkpoint that are written before the older ones are deleted; or while the
-    shards are written, where tokens are there twice.
+    """With the student and the checkpoint that are written before older ones are deleted; or while the shards are
+    written, when every token exists twice.
     """
     time_s: float | None
     """None where no step was measured."""
@@ -80,7 +80,7 @@ class Plan:
         return sum(self.parts.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines."""
+        """For machine-readable output."""
         return {"peak_bytes": self.peak_bytes, **dataclasses.asdict(self)}
 
     def fits(self, memory_bytes: int, disk_bytes: int) -> bool:
@@ -89,21 +89,24 @@ class Plan:
 
 TRACED = ("teacher", "student", "gradients", "optimizer", "activations", "loss_chunk", "store")
 PARTS = (*TRACED, "corpus", "libraries", "allocator")
-# Of the tensors alive at the peak. Measured with bench/plan.py: from 0.22 to 0.46 in six cases (docs/log.md).
 KEPT_BY_GLIBC = 0.3
+"""As a share of the tensors alive at the peak; bench/plan.py measured 0.22 to 0.46 in six cases (docs/log.md)."""
 MOST_POSITIONS, LONGEST_ROW = 2**36, 2**22
-"""Of a micro-batch: with more, sizes in bytes leave the numbers of 64 bits."""
+"""Of a micro-batch: with more, sizes in bytes overflow 64 bits."""
 
 
 def plan(resolved: Resolved, *, is_set_up: bool = False) -> Plan:
-    """Trace the recipe's step. The process as it is counts as libraries: call it before a run loads anything.
+    """Plan a run by tracing its step.
+
+    Whatever this process holds now counts as libraries: call it before a run loads anything.
 
     Args:
-        is_set_up: or after everything is loaded and before the first step; rows and tokenizer are then measured,
-            not estimated, and counted with the libraries.
+        resolved: the recipe and its model sources.
+        is_set_up: everything is loaded and no step has been taken. Rows and tokenizer are then measured instead
+            of estimated, and count with the libraries.
 
     Raises:
-        UserError: a student that cannot be made of the teacher, or sizes that no machine has.
+        UserError: a student that cannot be cut from its teacher, or sizes that no machine has.
     """
     traced = _plan(resolved)
     if not is_set_up or traced.libraries == 0:
@@ -116,12 +119,12 @@ def plan(resolved: Resolved, *, is_set_up: bool = False) -> Plan:
 def available(recipe: Recipe, folder: Path) -> tuple[int, int]:
     """Bytes of memory that a run may take on its device, and bytes free on the disk of `folder`."""
     device = choose_device(recipe.train.device)
-    where = folder.absolute()
-    while not where.exists():
-        where = where.parent
-    disk = os.statvfs(where)
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    disk = os.statvfs(existing)
     free_disk = disk.f_bavail * disk.f_frsize
-    # And what this process has: it is planned with the rest, or will be gone.
+    # What this process holds already is added: the plan counts it, too, or it will be freed.
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device), free_disk
     return min(_system_left(), _container_left()) + resident_bytes(), free_disk
@@ -136,29 +139,29 @@ def _system_left() -> int:
 
 
 def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit leaves; its file cache can be freed and does not count."""
+    """Bytes below a container's memory limit. Its file cache does not count: the kernel can free it."""
     try:
         limit = int((group / "memory.max").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # there is none, or it says `max`
+    except (OSError, ValueError):  # no such files, or the limit reads `max`
         return sys.maxsize
     return max(limit - int(stat["anon"]), 0)
 
 
 def _plan(resolved: Resolved) -> Plan:
     recipe, device = resolved.recipe, resolved.device
-    _require_countable(resolved)
+    _require_countable(resolved)  # before the trace, which would overflow
     traced = trace(resolved)
     vocab_size = resolved.student.model_config.get_text_config().vocab_size
     on_cpu = device.type == "cpu"
     train = recipe.train
-    # With LoRA, too: the merged model, and the adapters beside it.
+    # The whole model even with LoRA: adapters are merged into it.
     saved = 4 * traced.weights + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
     moments = 2 * 4 * traced.trained + 4 * traced.trained_tensors if train.optimizer == "adamw" else 0
     checkpoint = 4 * traced.trained + moments
     written = train.steps // train.save_every if train.save_every else 0
     written += recipe.guard.policy == "rollback"  # the state before the first step
-    # A signal, too, saves one, whatever save_every says.
+    # At least one, whatever save_every says: a signal saves one.
     at_once = min(max(written, 1), CHECKPOINTS_KEPT + 1)
     shards = shards_bytes(recipe)
     peak = shards + max(2 * saved + min(at_once, CHECKPOINTS_KEPT) * checkpoint, saved + at_once * checkpoint)
@@ -180,13 +183,13 @@ def _plan(resolved: Resolved) -> Plan:
 
 
 def _tokenizer_ids(resolved: Resolved) -> int:
-    """Ids of the tokenizer that is loaded, about."""
+    """About how many ids the loaded tokenizer has."""
     config = resolved.teacher_config if resolved.student.is_cut else resolved.student.model_config
     return int((config or resolved.student.model_config).get_text_config().vocab_size)
 
 
 def _require_countable(resolved: Resolved) -> None:
-    """UserError for rows that a model was not made for, and for sizes that no machine could address."""
+    """UserError for rows longer than a model supports, and for sizes that no machine could address."""
     recipe = resolved.recipe
     rows, tokens = recipe.train.micro_batch_rows, recipe.corpus.tokens_per_row
     for name, config in (("teacher", resolved.teacher_config), ("student", resolved.student.model_config)):
@@ -207,8 +210,8 @@ def _kept_by_allocator(traced: Traced, recipe: Recipe) -> int:
 
 
 def capture_size(resolved: Resolved) -> dict[str, float] | None:
-    """What `potstill capture` would write, training rows alone, tokens estimated from the size of the files;
-    None for a teacher without hidden states in this process.
+    """The size of what `potstill capture` would write for the training rows, with tokens estimated from the size
+    of the files; None for a teacher whose hidden states are not in this process.
     """
     recipe, config = resolved.recipe, resolved.teacher.model_config
     if config is None:

@@ -1,7 +1,7 @@
-"""What to change of a recipe whose plan does not fit the memory, with the peak that each change leaves.
+"""Advice for a recipe whose plan does not fit the memory: which fields to change, and the peak that results.
 
-A field is turned as little as makes the run fit, and as far as it goes where that is not enough. Each figure
-is a plan of its own; a search by halves keeps their number small.
+Each field gets the mildest value that makes the run fit, or its last one where none does. Every figure is a plan
+of its own; a binary search over the values keeps their number small.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from potstill.preflight.plan import Plan, plan
 from potstill.recipe.load import Recipe
 
 SHORTEST_ROW = 128
-"""Tokens: a row is rather made shorter than a smaller model taken, but not so short that it says nothing."""
+"""Shortest row that is proposed, in tokens: below it there is too little context to learn from."""
 CHECKPOINTING: dict[Any, list[Any]] = {False: ["selective", True], "selective": [True], True: []}
+"""`train.activation_checkpointing` -> the values that need less memory, mildest first."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Fields to change, `a.b=value` each, and the peak that is planned with them."""
+    """Fields to change, each as `a.b=value`, and the planned peak with them."""
 
     settings: tuple[str, ...]
     peak_bytes: int
@@ -30,79 +31,84 @@ class Advice:
 
 
 def advice(resolved: Resolved, now: Plan, memory_bytes: int = 0) -> list[Advice]:
-    """Fields that lower the peak of the plan `now`: each alone, those that suffice first; then the fewest in
-    their order that suffice together, or all.
+    """Fields that lower the peak of the plan `now`.
 
-    Those that change no result come before those that do: `train.precision`, `teacher.dtype` and, last of
-    all, `corpus.tokens_per_row`.
+    First each one alone, those that suffice at the top. Where none suffices, then also a combination: fields are
+    added in order until the run fits, or all are in. In that order, fields that change no result come before
+    `train.precision`, `teacher.dtype` and, last, `corpus.tokens_per_row`, which do.
     """
     recipe = resolved.recipe
 
     def peak(changed: Recipe) -> int:
         changed_plan = plan(resolved.with_recipe(changed))
+        # The libraries of `now`: this process has grown by the plans since.
         return dataclasses.replace(changed_plan, libraries=now.libraries).peak_bytes
 
-    def turned(lever: _Lever) -> tuple[Advice, Any]:
-        """The lever as little turned as suffices, else as far as it goes."""
-        values, least = lever.values, peak(lever.set(recipe, lever.values[-1]))
+    def mildest(option: _Option) -> tuple[Advice, Any]:
+        """The mildest value of one field that makes the run fit, else its last one."""
+        values, lowest = option.values, peak(option.apply(recipe, option.values[-1]))
         chosen, low, high = values[-1], 0, len(values) - 1
-        while least <= memory_bytes and low < high:
+        while lowest <= memory_bytes and low < high:
             middle = (low + high) // 2
-            there = peak(lever.set(recipe, values[middle]))
-            if there <= memory_bytes:
-                chosen, least, high = values[middle], there, middle
+            middle_peak = peak(option.apply(recipe, values[middle]))
+            if middle_peak <= memory_bytes:
+                chosen, lowest, high = values[middle], middle_peak, middle
             else:
                 low = middle + 1
-        return Advice((lever.told(chosen),), least, least <= memory_bytes), chosen
+        return Advice((option.setting(chosen),), lowest, lowest <= memory_bytes), chosen
 
-    found = [(lever, *turned(lever)) for lever in _levers(recipe)]
-    found = [(lever, told, value) for lever, told, value in found if told.peak_bytes < now.peak_bytes]
-    alone = sorted((told for _, told, _ in found), key=lambda each: (not each.fits, each.peak_bytes))
-    if len(found) < 2 or alone[0].fits:
+    changes = [(option, *mildest(option)) for option in _options(recipe)]
+    changes = [change for change in changes if change[1].peak_bytes < now.peak_bytes]
+    alone = sorted((each for _, each, _ in changes), key=lambda each: (not each.fits, each.peak_bytes))
+    if len(changes) < 2 or alone[0].fits:
         return alone
-    together, lowest = recipe, now.peak_bytes
+    combined, lowest = recipe, now.peak_bytes
     settings: tuple[str, ...] = ()
-    for lever, _, value in found:
-        tried = lever.set(together, value)
-        if (lower := peak(tried)) >= lowest:
+    for option, _, value in changes:
+        candidate = option.apply(combined, value)
+        if (lower := peak(candidate)) >= lowest:
             continue
-        together, settings, lowest = tried, (*settings, lever.told(value)), lower
+        combined, settings, lowest = candidate, (*settings, option.setting(value)), lower
         if lowest <= memory_bytes:
             break
     return [*alone, Advice(settings, lowest, lowest <= memory_bytes)]
 
 
 @dataclass(frozen=True)
-class _Lever:
+class _Option:
+    """A field that can lower the peak."""
+
     field: str
     values: list[Any]
-    """From the least change to the greatest."""
+    """From the mildest change to the strongest."""
 
-    def told(self, value: Any) -> str:
+    def setting(self, value: Any) -> str:
+        """As an override of the command line."""
         return f"{self.field}={str(value).lower()}"
 
-    def set(self, recipe: Recipe, value: Any) -> Recipe:
+    def apply(self, recipe: Recipe, value: Any) -> Recipe:
         section, _, name = self.field.partition(".")
         changed = dataclasses.replace(getattr(recipe, section), **{name: value})
         return dataclasses.replace(recipe, **{section: changed})
 
 
-def _levers(recipe: Recipe) -> list[_Lever]:
+def _options(recipe: Recipe) -> list[_Option]:
+    """Fields that may still be lowered; the order is that in which `advice` combines them."""
     train = recipe.train
-    levers = [
-        _Lever("train.rows_per_micro_batch", _halves(train.micro_batch_rows, 1)),
-        _Lever("objective.chunk", _halves(recipe.objective.positions_at_once, FEWEST_POSITIONS)),
-        _Lever("train.activation_checkpointing", CHECKPOINTING[train.activation_checkpointing]),
-        _Lever("train.return_memory", [] if train.return_memory else [True]),
-        _Lever("train.precision", ["bfloat16"] if train.precision == "float32" else []),
-        _Lever("teacher.dtype", ["bfloat16"] if getattr(recipe.teacher, "dtype", "") == "float32" else []),
-        _Lever("corpus.tokens_per_row", _halves(recipe.corpus.tokens_per_row, SHORTEST_ROW)),
+    options = [
+        _Option("train.rows_per_micro_batch", _halves(train.micro_batch_rows, 1)),
+        _Option("objective.chunk", _halves(recipe.objective.positions_at_once, FEWEST_POSITIONS)),
+        _Option("train.activation_checkpointing", CHECKPOINTING[train.activation_checkpointing]),
+        _Option("train.return_memory", [] if train.return_memory else [True]),
+        _Option("train.precision", ["bfloat16"] if train.precision == "float32" else []),
+        _Option("teacher.dtype", ["bfloat16"] if getattr(recipe.teacher, "dtype", "") == "float32" else []),
+        _Option("corpus.tokens_per_row", _halves(recipe.corpus.tokens_per_row, SHORTEST_ROW)),
     ]
-    return [lever for lever in levers if lever.values]
+    return [option for option in options if option.values]
 
 
-def _halves(value: int, least: int) -> list[int]:
-    found = []
-    while (value := value // 2) >= least:
-        found.append(value)
-    return found
+def _halves(value: int, smallest: int) -> list[int]:
+    halves = []
+    while (value := value // 2) >= smallest:
+        halves.append(value)
+    return halves

@@ -1,4 +1,4 @@
-"""What a corpus takes of memory and disk, estimated from its files: the part of a plan that is not traced."""
+"""Memory and disk of a corpus, estimated from the size of its files: the part of a plan that is not traced."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def corpus_tokens(recipe: Recipe) -> float:
 
 
 def corpus_bytes(recipe: Recipe, vocab_size: int) -> int:
-    """Of memory: rows and tokenizer."""
-    in_memory = 0 if recipe.corpus.shards else ROW_BYTES_PER_TOKEN  # the system takes a file's pages back
+    """Memory of the rows and the tokenizer."""
+    in_memory = 0 if recipe.corpus.shards else ROW_BYTES_PER_TOKEN  # pages of mapped shards can be evicted
     return int(corpus_tokens(recipe) * in_memory) + TOKENIZER_BYTES_PER_ID * vocab_size
 
 
 def shards_bytes(recipe: Recipe) -> int:
-    """Of disk, once they are written; 0 where they are, or are not asked for."""
+    """Disk that `corpus.shards` will take; 0 where the recipe has none, or they exist already."""
     shards = recipe.corpus.shards
     is_to_write = shards is not None and not token_cache.is_whole(Path(shards))
     return int(corpus_tokens(recipe) * ROW_BYTES_PER_TOKEN) if is_to_write else 0

@@ -1,4 +1,4 @@
-"""Batches and targets that checks are made of: short enough to be cheap, made to pull a known way."""
+"""Short batches, and targets whose gradient has a known direction, for the checks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from torch import Tensor
 
 from potstill.types import Batch, Targets
 
-TOKENS = 64  # of each row, where gradients are looked at
+TOKENS = 64
+"""Of each row of a `window`."""
 
 
 @dataclass(frozen=True)
 class Pull:
-    """Targets a little beside the student's own distribution, on the side that the sign says."""
+    """Targets slightly off the student's own distribution, and mirrored in it where a sign is negative: under KL,
+    opposite signs have opposite gradients.
+    """
 
     signs_N: Tensor
 
@@ -29,6 +32,7 @@ class Pull:
         bump_V = torch.ones_like(own_NV[0])
         bump_V[::2] = -1
         beside_NV = (own_NV + (1 + 0.1 * bump_V).log()).log_softmax(-1)
+        # Mirrored in probabilities, not in logits: the gradient of KL in the student's logits is p - q.
         opposite_NV = (2 * own_NV.exp() - beside_NV.exp()).log()
         return student_logp_NV, torch.where(self.signs_N[:, None] > 0, beside_NV, opposite_NV)
 
@@ -37,7 +41,7 @@ class Pull:
 
 
 def window(batch: Batch) -> Batch:
-    """The batch's columns from its first supervised position on, few enough to be cheap in a long row."""
+    """Up to TOKENS columns of the batch, from its first supervised position on; positions are renumbered."""
     T = batch.input_ids_BT.shape[1]
     first = min(int((batch.positions_N % T).min()), max(T - TOKENS, 0))
     columns = torch.arange(first, min(first + TOKENS, T))

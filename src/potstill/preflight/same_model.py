@@ -1,7 +1,7 @@
-"""Whether teacher and student are one model: names, files, formats and half precision do not make two.
+"""Whether teacher and student are the same model under other names, file formats or in half precision.
 
-Weights are compared tensor for tensor within what rounding can do to them, not by their hashes. What weights
-cannot tell (heads that are stored twice, layers under other names) the KL of the first step does.
+Weights are compared tensor by tensor, up to rounding, not by hash. A copy that this cannot recognise (layers
+under other names, say) has a KL that rounding alone could make, see `rounding_kl`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ BF16 = 2.0**-8
 F16 = 2.0**-11
 """Of rounding to float16, which keeps 11 bits."""
 F16_SMALLEST = 2.0**-25
-"""And its largest absolute error near 0: half of its smallest number."""
+"""Its largest absolute error near 0: half of the smallest subnormal."""
 AT_ONCE = 2**22
-"""Numbers compared at once: an embedding would take several copies of itself."""
-SAME = 1e-6  # nats: below it, two models say the same whatever their precision
+"""Elements compared at once: a whole embedding would need several temporary copies of itself."""
+SAME = 1e-6
+"""Nats: outputs closer than this are equal whatever the precision."""
 
 ADVICE_IDENTICAL = (
     "Teacher and student are the same model: the KD term is 0 and nothing would be learned from it."
@@ -29,26 +30,26 @@ ADVICE_IDENTICAL = (
 
 
 def same_weights(teacher: CausalLM, student: CausalLM) -> bool:
-    """Whether each number of the one is the other's but for one rounding to bfloat16 and one to float16.
+    """Whether all weights are equal up to one rounding to bfloat16 and one to float16.
 
-    Not equality of both rounded to bfloat16: what was rounded to float16 before is rounded twice, and one
-    number in a few thousand then falls to the other side. A tied head counts as the copy of the embedding
-    that it is.
+    Comparing both after rounding to bfloat16 would not do: a weight that was rounded to float16 before is rounded
+    twice, and one in a few thousand ends up at the neighbouring number. A tied head is compared as the copy of
+    the embedding that it is. A quantized teacher is never the same.
     """
-    theirs = dict(teacher.weights(remove_duplicate=False))
-    seen = 0
+    teacher_weights = dict(teacher.weights(remove_duplicate=False))
+    compared = 0
     for name, tensor in student.weights(remove_duplicate=False):
-        other = theirs.get(name)
+        other = teacher_weights.get(name)
         if other is None or other.shape != tensor.shape or len(parts_of(other)) > 1:
-            return False  # of numbers with scales, too
-        if not _is_rounded(other, tensor):
+            return False  # several parts: quantized values and their scales
+        if not _equal_up_to_rounding(other, tensor):
             return False
-        seen += 1
-    return seen == len(theirs)
+        compared += 1
+    return compared == len(teacher_weights)
 
 
 @torch.no_grad()
-def _is_rounded(one: Tensor, other: Tensor) -> bool:
+def _equal_up_to_rounding(one: Tensor, other: Tensor) -> bool:
     flat, other_flat = one.flatten(), other.flatten()
     for start in range(0, len(flat), AT_ONCE):
         a = flat[start : start + AT_ONCE].to(other.device, torch.float32)
@@ -60,11 +61,11 @@ def _is_rounded(one: Tensor, other: Tensor) -> bool:
 
 
 def rounding_kl(teacher_logp_NV: Tensor) -> float:
-    """The KL, in nats per position, that rounding to bfloat16 makes of two equal answers.
+    """The KL, in nats per position, between a model and its copy rounded to bfloat16: an estimate.
 
     Independent relative errors u of the logits z cost, to second order, u^2 / 2 times the variance of z under
-    the teacher's own distribution p (z is log p up to a constant); a logit is made of products of two factors
-    that are rounded, hence u^2. On SmolLM2-135M and Python source this says 8.5e-5; measured were 7.5e-5 with
+    the teacher's own distribution p (z is log p up to a constant); a logit is a sum of products of two rounded
+    factors, hence u^2. For SmolLM2-135M on Python source the estimate is 8.5e-5; measured were 7.5e-5 with
     weights rounded to bfloat16 and 4.6e-6 with float16.
     """
     logp_NV = teacher_logp_NV.double()

@@ -1,6 +1,6 @@
-"""The recipe's own steps, on trial: `potstill check`, whose cheap half is `preflight.py`, and `--smoke`.
+"""Trial steps of the recipe's own run: the expensive half of `potstill check`, and `distill --smoke`.
 
-What is trained here is thrown away.
+The trained student is thrown away. The cheap half is `checks.py`.
 """
 
 from __future__ import annotations
@@ -40,23 +40,26 @@ from potstill.types import Batch, Finding
 
 STEPS = 10
 WHOLE_STEPS = 3
-"""Of them with all rows of a step, to be timed; the others take a quarter of the rows."""
+"""The first of them have all rows of a step and are timed; the others take a quarter of the rows."""
 TURNS = 3
-"""Of each recipe whose steps are timed beside another's."""
-LR_SEEN = 1e-6
+"""How often each recipe is timed where several are compared."""
+MIN_VISIBLE_LR = 1e-6
 """Below this rate, as in a long warm-up, float32 weights near 1 cannot move in one step."""
 
 
 def check(setup: RunSetup, place: Path) -> Iterator[Finding]:
-    """Every check, cheapest first, each as soon as it is known; after a failed one, expensive ones are
-    skipped.
+    """Every check, cheap ones first, each yielded as soon as it is known. After a failed check, expensive ones
+    are skipped. The last three findings are the projected time, memory and disk.
 
-    The last three are what the run will take of time, memory and disk.
+    Args:
+        setup: the run. Its student is trained, and of no use afterwards.
+        place: the run directory, which need not exist yet.
     """
     sound, planned, time = True, plan_of(setup), "not measured: a check failed before it"
     for finding in cheap(setup, planned, place):
         sound = sound and finding.ok
         yield finding
+    # Held back until memory and disk can follow it: a report ends with what the run will take.
     for finding in trial(setup) if sound else ():
         if finding.name == "projected time":
             time = finding.figure
@@ -67,7 +70,7 @@ def check(setup: RunSetup, place: Path) -> Iterator[Finding]:
 
 
 def projected(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding]:
-    """Peak memory and bytes on the disk, beside what there is; never red, the cheap checks have judged."""
+    """Peak memory and disk, with what is available. Never fails: the cheap checks have judged both."""
     memory, disk = available(setup.recipe, place)
     measured = f"{size(peak_gib(setup.device) * 2**30)} measured so far"
     if isinstance(planned, str):
@@ -81,28 +84,30 @@ def projected(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Fin
 
 
 def trial(setup: RunSetup) -> Iterator[Finding]:
-    """The costly half: the student is saved and loaded, and trained for ten real steps."""
+    """The expensive checks: the student is saved and loaded, then trained for a few real steps."""
     setup.student.eval()
-    yield saved_is_what_was_trained(setup, window(setup.corpus.heldout.batch([0])).to(setup.device))
+    # Before the steps: what has not been trained can still be compared with what was loaded.
+    yield save_and_reload_agree(setup, window(setup.corpus.heldout.batch([0])).to(setup.device))
     try:
-        yield from steps_do_what_the_recipe_says(setup)
-    except UserError as error:  # a loss that is not finite, say, told as the run would tell it
+        yield from trial_steps(setup)
+    except UserError as error:  # the message that would end the run, of a loss that is not finite, say
         yield Finding("steps", str(error), False, "The run would end there")
 
 
 @torch.no_grad()
-def saved_is_what_was_trained(setup: RunSetup, batch: Batch) -> Finding:
+def save_and_reload_agree(setup: RunSetup, batch: Batch) -> Finding:
+    """The student, saved and loaded again, has the same logits."""
     advice = "The saved student is another model; do not train it."
     with tempfile.TemporaryDirectory() as folder:
         setup.student.save(Path(folder) / "student", setup.tokenizer)
         saved = sum(path.stat().st_size for path in Path(folder).rglob("*"))
         try:
-            again = from_checkpoint(Path(folder) / "student", setup.device)
+            reloaded = from_checkpoint(Path(folder) / "student", setup.device)
         except UserError as error:
             return Finding("save and reload", f"cannot be loaded: {error}", False, advice)
-        again.mask_from(setup.shared.ids)
+        reloaded.mask_from(setup.shared.ids)  # a checkpoint has logits for padded ids, too
         before, after = (
-            model.head(model.hidden(batch.input_ids_BT)) for model in (setup.student.model, again)
+            model.head(model.hidden(batch.input_ids_BT)) for model in (setup.student.model, reloaded)
         )
     gap = float((before - after).abs().max())
     figure = f"{size(saved)} saved and loaded, logits differ by {gap:.2g}"
@@ -111,7 +116,7 @@ def saved_is_what_was_trained(setup: RunSetup, batch: Batch) -> Finding:
 
 @dataclass(frozen=True)
 class _Thinned:
-    """The recipe's rows, after the first steps only a quarter of each step's."""
+    """The recipe's data; after the first steps, only a quarter of each step's rows."""
 
     data: FixedRows
 
@@ -125,26 +130,28 @@ class _Thinned:
         return self.data.epoch(step)
 
 
-class _Watcher:
-    """What real steps do to the student's weights and at which rates, seen through the loop's hooks."""
+class _Observer:
+    """Records, through the loop's hooks, which weights real steps move, and at which learning rates."""
 
     def __init__(self, setup: RunSetup) -> None:
         self.device = setup.device
         self.parameters = dict(setup.student.named_parameters())
         self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
         self.late = {name for name in self.trained if REACHED_LATE in name}
-        self.wanted = min(STEPS, setup.recipe.train.steps)
-        self.looked_at = min(2 if self.late else 1, self.wanted)
-        """After how many steps the weights are compared with those before."""
+        """Adapters whose gradient is 0 in the first step."""
+        self.num_steps = min(STEPS, setup.recipe.train.steps)
+        self.compared_after = min(2 if self.late else 1, self.num_steps)
+        """Number of steps after which weights are compared with those before."""
         self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.reached: set[str] = set()
-        """By a gradient: decay alone moves weights, too."""
+        """Parameters with a nonzero gradient: that they moved proves nothing, weight decay moves them, too."""
         self.moved: list[str] = []
-        self.lines: list[Metrics] = []
-        self.busy: list[float] = []
+        self.steps: list[Metrics] = []
+        self.utilisation: list[float] = []
+        """Of the GPU, in percent."""
         self.optimizers: list[torch.optim.Optimizer] = []
         self.rates: list[list[float]] = []
-        """Of each step: the rate of each group, and the one that was logged."""
+        """Of each step: the learning rate of each parameter group, and the logged one."""
         self.gradient_hooks = [
             p.register_post_accumulate_grad_hook(partial(self.note_gradient, name))  # type: ignore[no-untyped-call]
             for name, p in self.parameters.items()
@@ -156,65 +163,68 @@ class _Watcher:
             self.reached.add(name)
 
     def on_step(self, step: int, metrics: Metrics) -> None:
-        if step == self.looked_at:
+        if step == self.compared_after:
             for hook in self.gradient_hooks:
                 hook.remove()
             after = self.parameters
             self.moved = [name for name, old in self.before.items() if not torch.equal(old, after[name])]
-            self.before.clear()
-        self.lines.append(metrics)
+            self.before.clear()  # a whole copy of the student
+        self.steps.append(metrics)
         self.rates.append([*rates(self.optimizers[0]), metrics["train/lr"]])
         if self.device.type == "cuda":
-            self.busy.extend(_utilisation(self.device))
+            self.utilisation.extend(_utilisation(self.device))
 
     def hooks(self) -> Hooks:
-        never = {"heldout/loss": math.inf}
+        unmeasured = {"heldout/loss": math.inf}
         return Hooks(
-            lambda step: never,
+            lambda step: unmeasured,
             self.on_step,
             lambda *_: None,
             resume=self.optimizers.append,
-            should_stop=lambda: len(self.lines) == self.wanted,
+            should_stop=lambda: len(self.steps) == self.num_steps,
         )
 
 
-def steps_do_what_the_recipe_says(setup: RunSetup) -> Iterator[Finding]:
-    """Real steps on real rows: what moves, at which rate, how fast."""
-    plan, seen = setup.recipe.train, _Watcher(setup)
+def trial_steps(setup: RunSetup) -> Iterator[Finding]:
+    """Real steps on real rows: which weights move, at which learning rate, and how fast."""
+    config, observed = setup.recipe.train, _Observer(setup)
     teacher = setup.teacher if setup.recipe.objective.kd_weight else None
-    train(setup.student, teacher, _Thinned(setup.data()), _strict(setup.recipe), seen.hooks())
+    train(setup.student, teacher, _Thinned(setup.data()), _strict(setup.recipe), observed.hooks())
 
-    lines = seen.lines
-    yield what_is_trained_moves(
-        seen.trained,
-        [name for name in seen.parameters if name not in seen.trained],
-        seen.moved,
-        seen.reached,
-        seen.looked_at,
-        late=seen.late if seen.looked_at == 1 else set(),
-        slow=lines[0]["train/lr"] < LR_SEEN,
+    steps = observed.steps
+    yield trained_weights_move(
+        observed.trained,
+        [name for name in observed.parameters if name not in observed.trained],
+        observed.moved,
+        observed.reached,
+        observed.compared_after,
+        late=observed.late if observed.compared_after == 1 else set(),
+        slow=steps[0]["train/lr"] < MIN_VISIBLE_LR,
     )
-    yield rate_is_the_schedule_s(seen.rates, [lr_at(step, plan) for step in range(len(lines))])
-    losses = [line["train/loss"] for line in lines]
+    yield learning_rate_follows_schedule(observed.rates, [lr_at(step, config) for step in range(len(steps))])
+    losses = [step["train/loss"] for step in steps]
     thinned = (
-        f", the last {len(lines) - WHOLE_STEPS} with a quarter of the rows"
-        if len(lines) > WHOLE_STEPS
+        f", the last {len(steps) - WHOLE_STEPS} with a quarter of the rows"
+        if len(steps) > WHOLE_STEPS
         else ""
     )
-    figure = f"{len(lines)} real steps{thinned}; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    figure = f"{len(steps)} real steps{thinned}; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     yield Finding("steps", figure, all(map(math.isfinite, losses)))
-    first_s, deadline_s = lines[0]["speed/step_s"], setup.recipe.guard.first_step_s
+    first_s, deadline_s = steps[0]["speed/step_s"], setup.recipe.guard.first_step_s
     figure = f"{first_s:.3g} s, guard.first_step_s is {deadline_s:g}"
     yield Finding("first step", figure, first_s < deadline_s, "Raise the deadline, or make the step smaller.")
     if setup.device.type == "cuda":
-        median = f"{statistics.median(seen.busy):.0f} % in the median" if seen.busy else ""
+        busy = observed.utilisation
+        median = f"{statistics.median(busy):.0f} % in the median" if busy else ""
         yield Finding("GPU utilisation", median or "not measured: pip install nvidia-ml-py", True)
-    step_s = _settled_s(lines[:WHOLE_STEPS])
-    figure = f"{clock(plan.steps * step_s)} for {plan.steps} steps of {step_s:.3g} s, evaluations not counted"
+    step_s = _median_step_s(steps[:WHOLE_STEPS])
+    figure = (
+        f"{clock(config.steps * step_s)} for {config.steps} steps of {step_s:.3g} s, evaluations not counted"
+    )
     yield Finding("projected time", figure, True)
 
 
-def what_is_trained_moves(
+def trained_weights_move(
     trained: list[str],
     frozen: list[str],
     moved: list[str],
@@ -226,7 +236,14 @@ def what_is_trained_moves(
 ) -> Finding:
     """Every trained tensor has a gradient and moves in the first `steps`, and no frozen one does.
 
-    Excused are those that only a second step would reach (`late`), and lack of motion at a `slow` rate.
+    Args:
+        trained: names of the tensors that require a gradient.
+        frozen: names of the others.
+        moved: names of those whose values changed.
+        reached: names of those that had a nonzero gradient.
+        steps: after how many steps this was recorded.
+        late: excused, since only a second step would reach them.
+        slow: the learning rate is too low for float32 weights to move in one step; gradients must exist.
     """
     still = [name for name in trained if name not in moved]
     figure = (
@@ -246,18 +263,18 @@ def what_is_trained_moves(
     return Finding("weights move", figure, not faulty and not strayed, advice)
 
 
-def rate_is_the_schedule_s(seen: list[list[float]], wanted: list[float]) -> Finding:
-    """`seen` has the rates of each step: those of the optimizer's groups, and the one that was logged."""
-    groups = len(seen[0]) - 1
+def learning_rate_follows_schedule(actual: list[list[float]], scheduled: list[float]) -> Finding:
+    """`actual` has the rates of each step: those of the optimizer's groups, and the logged one."""
+    groups = len(actual[0]) - 1
     figure = (
-        f"{seen[0][-1]:.3g} at step 1, {seen[-1][-1]:.3g} at step {len(seen)}, read back from"
+        f"{actual[0][-1]:.3g} at step 1, {actual[-1][-1]:.3g} at step {len(actual)}, read back from"
         f" {'each of ' if groups > 1 else ''}{groups} group{'s' if groups > 1 else ''} of the optimizer"
     )
-    for step, (rates_of_step, rate) in enumerate(zip(seen, wanted, strict=True), start=1):
-        for group, found in enumerate(rates_of_step):
-            if found != rate:
+    for step, (rates_of_step, expected) in enumerate(zip(actual, scheduled, strict=True), start=1):
+        for group, rate in enumerate(rates_of_step):
+            if rate != expected:
                 where = "in the log" if group == groups else f"in group {group}"
-                figure = f"{found:.3g} {where} at step {step}, the schedule says {rate:.3g}"
+                figure = f"{rate:.3g} {where} at step {step}, {expected:.3g} by the schedule"
                 return Finding(
                     "learning rate", figure, False, "The optimizer does not run at the schedule's rate."
                 )
@@ -265,13 +282,20 @@ def rate_is_the_schedule_s(seen: list[list[float]], wanted: list[float]) -> Find
 
 
 def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: str = "run") -> Metrics:
-    """Exactly `steps` steps of the recipe's own run, and what they say of the whole; writes nothing.
+    """Run exactly `steps` steps of the recipe, and project the time of the whole run; writes nothing.
 
-    Returns the metrics of the last step, the median seconds of a step and of an evaluation, and the projected
-    seconds of the full run, which would be called `name`.
+    Args:
+        resolved: the recipe and its model sources.
+        steps: from 1 to the recipe's own number.
+        display: where progress is shown; None: nowhere.
+        name: of the run directory, whose disk is checked.
+
+    Returns:
+        The metrics of the last step, the median seconds of a step and of an evaluation, and the projected
+        seconds of the whole run.
 
     Raises:
-        UserError: whatever `distill` would refuse to start for, a failed cheap check too.
+        UserError: whatever keeps `distill` from starting, a failed check included.
     """
     recipe = resolved.recipe
     if not 1 <= steps <= recipe.train.steps:
@@ -282,11 +306,12 @@ def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: 
         setup = set_up(resolved, display.note)
         checked = require_sound(setup, default_path(name))
         display.note(f"check: all {len(checked.findings)} cheap ones passed")
-        lines, evaluations = _smoke_steps(setup, steps, display)
-    step_s, evaluation_s = _settled_s(lines), statistics.median(evaluations)
+        metrics, evaluations = _smoke_steps(setup, steps, display)
+    step_s, evaluation_s = _median_step_s(metrics), statistics.median(evaluations)
+    # Before the first step, after the last one, and between steps where the recipe says so.
     num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
-    return lines[-1] | {
-        "smoke/steps": len(lines),
+    return metrics[-1] | {
+        "smoke/steps": len(metrics),
         "smoke/step_s": step_s,
         "smoke/evaluation_s": evaluation_s,
         "smoke/projected_s": recipe.train.steps * step_s + num_evaluations * evaluation_s,
@@ -296,7 +321,7 @@ def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: 
 def _smoke_steps(setup: RunSetup, steps: int, display: Display) -> tuple[list[Metrics], list[float]]:
     """The metrics of each step, and the seconds of each evaluation."""
     recipe = setup.recipe
-    lines: list[Metrics] = []
+    logged: list[Metrics] = []
     evaluations: list[float] = []
 
     def evaluate_student(step: int) -> Metrics:
@@ -307,54 +332,56 @@ def _smoke_steps(setup: RunSetup, steps: int, display: Display) -> tuple[list[Me
         return metrics
 
     def on_step(step: int, metrics: Metrics) -> None:
-        lines.append(metrics)
-        left = statistics.median(line["speed/step_s"] for line in lines) * (steps - step)
+        logged.append(metrics)
+        left = statistics.median(each["speed/step_s"] for each in logged) * (steps - step)
         display.step_line(step, steps, metrics, left)
 
-    hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(lines) == steps)
+    hooks = Hooks(evaluate_student, on_step, lambda *_: None, should_stop=lambda: len(logged) == steps)
     teacher = setup.teacher if recipe.objective.kd_weight else None
     train(setup.student, teacher, setup.data(), _strict(recipe), hooks)
-    return lines, evaluations
+    return logged, evaluations
 
 
 def step_seconds(setup: RunSetup, recipes: Mapping[str, Recipe]) -> dict[str, float]:
-    """Median seconds of a step of each recipe, which differ in nothing but their weights of the loss.
+    """Median seconds of a step of each recipe; they may differ in their objectives alone.
 
-    They take turns, so that a machine that slows down slows all of them. The student is not what it was.
+    They take turns, so that a machine that slows down slows all of them. The student is trained by it.
     """
-    seen: dict[str, list[float]] = {name: [] for name in recipes}
+    times: dict[str, list[float]] = {name: [] for name in recipes}
     for _ in range(TURNS):
         for name, recipe in recipes.items():
             setup.student.objective = make_objective(recipe, setup.student.objective.matmul_dtype)
-            lines = _first_steps(setup, recipe)
-            seen[name] += [line["speed/step_s"] for line in lines[1:] or lines]  # the first one allocates
-    return {name: statistics.median(seconds) for name, seconds in seen.items()}
+            steps = _first_steps(setup, recipe)
+            times[name] += [step["speed/step_s"] for step in steps[1:] or steps]  # the first one allocates
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def _first_steps(setup: RunSetup, recipe: Recipe) -> list[Metrics]:
-    lines: list[Metrics] = []
+    """The metrics of WHOLE_STEPS steps."""
+    logged: list[Metrics] = []
     hooks = Hooks(
         lambda step: {"heldout/loss": math.inf},
-        lambda step, metrics: lines.append(metrics),
+        lambda step, metrics: logged.append(metrics),
         lambda *_: None,
-        should_stop=lambda: len(lines) == WHOLE_STEPS,
+        should_stop=lambda: len(logged) == WHOLE_STEPS,
     )
     teacher = setup.teacher if recipe.objective.kd_weight else None
     train(setup.student, teacher, setup.data(), _strict(recipe), hooks)
-    return lines
+    return logged
 
 
 def _strict(recipe: Recipe) -> Recipe:
-    """On trial a fault is told, whatever the run would do about it."""
+    """With a guard that stops at a fault: a trial reports it, whatever the run would do about it."""
     return dataclasses.replace(recipe, guard=dataclasses.replace(recipe.guard, policy="stop"))
 
 
-def _settled_s(lines: list[Metrics]) -> float:
-    """Seconds of a step. The first one pays for allocations that no other does; it may be the only one."""
-    return statistics.median(line["speed/step_s"] for line in lines[1:] or lines)
+def _median_step_s(steps: list[Metrics]) -> float:
+    """Seconds of a step, without the first, which pays for allocations, unless it is the only one."""
+    return statistics.median(step["speed/step_s"] for step in steps[1:] or steps)
 
 
 def _utilisation(device: torch.device) -> list[float]:
+    """Percent of time that the GPU was busy; empty where it cannot be read."""
     try:
         return [float(torch.cuda.utilization(device))]
     except ModuleNotFoundError:  # its figures come from NVIDIA's own library, an extra

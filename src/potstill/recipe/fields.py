@@ -1,7 +1,7 @@
 """The types of a recipe's fields, and the base of every config class.
 
-A plug-in's config class is written with the same types: `LocalPath` is a path relative to the recipe, `Count`
-a whole number from 1 on.
+A plug-in's config class uses the same types: `LocalPath` is a path relative to the recipe, `Count` a whole number
+from 1 up.
 """
 
 from __future__ import annotations
@@ -37,20 +37,22 @@ def _chunk(value: Any, folder: Path) -> Any:
     return value
 
 
-def _rising(value: list[int], folder: Path) -> list[int]:
+def _ascending(value: list[int], folder: Path) -> list[int]:
     if value != sorted(set(value)):
-        raise UserError(f"{value} does not rise. List each layer once, the lowest first.")
+        raise UserError(f"{value} is not in ascending order. List each layer once, the lowest first.")
     return value
 
 
 def check(verify: Callable[[Any, Path], Any]) -> AfterValidator:
-    """A check of a value, given the recipe's folder; its UserError is told with the field's name in front."""
+    """A validator that calls `verify(value, folder of the recipe)`, which returns the value to keep or raises
+    UserError; the message is reported with the field's name in front.
+    """
 
     def validate(value: Any, info: ValidationInfo) -> Any:
         try:
             return verify(value, typing.cast(Path, info.context))
         except UserError as error:
-            raise PydanticCustomError("user_error", "{said}", {"said": str(error)}) from error
+            raise PydanticCustomError("user_error", "{message}", {"message": str(error)}) from error
 
     return AfterValidator(validate)
 
@@ -70,13 +72,13 @@ Positive = Annotated[float, Interval(gt=0)]
 PositiveOrZero = Annotated[float, Interval(ge=0)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
-Layers = Annotated[list[CountOrZero], MinLen(1), check(_rising)]
+Layers = Annotated[list[CountOrZero], MinLen(1), check(_ascending)]
 
 
 def _id(what: str, form: str) -> Callable[[str, Path], str]:
     def check(value: str, folder: Path) -> str:
         if not re.fullmatch(form, value):
-            raise UserError(f"{shown(value)} is no {what}.")
+            raise UserError(f"{shown(value)} is not a {what}.")
         return value
 
     return check
@@ -84,7 +86,7 @@ def _id(what: str, form: str) -> Callable[[str, Path], str]:
 
 HubId = Annotated[str, check(_id("hub id (owner/name)", r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"))]
 LicenseId = Annotated[
-    str, check(_id("licence as the Hub spells them, such as apache-2.0", r"[a-z0-9][a-z0-9.+-]{0,63}"))
+    str, check(_id("license in the Hub's spelling, such as apache-2.0", r"[a-z0-9][a-z0-9.+-]{0,63}"))
 ]
 
 
@@ -98,12 +100,12 @@ class Config:
 
     @property
     def registered_name(self) -> str:
-        """Under which the registry knows it, where it is an entry of the registry."""
+        """Its name in the registry; empty for a section that is not registered."""
         return str(self.__dict__.get("name", ""))
 
 
 def lacks_method(config: Config, method: str) -> UserError:
-    """The error of a plug-in's config class that does not do what its kind is for."""
+    """The error of a plug-in's config class without the one method that its kind requires."""
     return UserError(
         f"{type(config).__name__}: its config class has no method `{method}`. See docs/extending.md."
     )

@@ -1,8 +1,8 @@
-"""A recipe: one YAML file that says a whole run. Plain frozen dataclasses, checked at one door, `load`.
+"""A recipe: one YAML file that describes a whole run, as plain frozen dataclasses that only `load` makes from text.
 
-Every mistake of a file is told at once, each with its dotted field. Refused: unknown keys, values of another
-type (a quoted "5" is not 5), numbers that are not finite, paths where nothing lies. Torch is not imported, so
-that a typo is told at once. Everybody reads recipes; the command line and `workflows/distill.py` load them.
+All mistakes of a file are reported together, each with its dotted field. Refused: unknown keys, values of another
+type (a quoted "5" is not 5), numbers that are not finite, paths that do not exist. Torch is not imported, so that
+a typo is reported within a moment.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Recipe(Config):
     corpus: Annotated[CorpusConfig, Registered("corpus")]
     """What the student reads."""
     teacher: Annotated[TeacherConfig, Registered("teacher")]
-    """Whom the student learns from."""
+    """What the student learns from."""
     student: Annotated[AnyStudent, Field(discriminator="name")]
     """What is trained."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """What a step minimises."""
+    """The loss that a step minimises."""
     train: TrainConfig
-    """How it is minimised."""
+    """How the student is trained."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """What is measured on the way."""
+    """What is measured during training."""
     evaluations: list[Annotated[EvaluationConfig, Registered("evaluation", short=True)]] = field(
         default_factory=list
     )
@@ -76,30 +76,34 @@ class Recipe(Config):
     compare: CompareConfig | None = None
     """Run the untouched student and plain training beside KD, under one budget; null: KD alone."""
     publish: PublishConfig = field(default_factory=PublishConfig)
-    """What the model card says that the run cannot know."""
+    """What the model card needs and the run cannot know."""
     allow_identical: bool = False
     """Distil although teacher and student have the same weights; the receipt says so."""
     sinks: list[Annotated[SinkConfig, Registered("sink", short=True)]] = field(default_factory=list)
-    """Where each step's metrics go beside metrics.jsonl, as the run goes; built-in ones are extras."""
+    """Where each step's metrics are sent during the run, besides metrics.jsonl; built-in ones need an extra."""
     plugins: list[LocalPath] = field(default_factory=list)
     """Python files, relative to the recipe, that register divergences, teachers, corpora, evaluations or
     sinks of your own."""
 
     def without_places(self) -> Recipe:
-        """Without what says where rows are kept and not which they are."""
+        """Without the fields that say where rows are cached, not which rows they are; for comparing recipes."""
         return dataclasses.replace(self, corpus=dataclasses.replace(self.corpus, shards=None))
 
     @property
     def lora(self) -> LoraConfig | None:
-        """Adapters to train instead of the student; random weights have none."""
+        """Adapters to train instead of the student's weights; a student with random weights has none."""
         return None if self.student.name == "config" else self.student.lora
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, complete and check a recipe.
+    """Read a recipe, apply overrides, fill in defaults and check it.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b=value`, as on the command line.
 
     Raises:
-        UserError: with every mistake of the file and of the overrides `a.b=value`.
+        UserError: with every mistake of the file and of the overrides.
     """
     with opened(path, "a recipe", "Give the recipe's YAML file.") as file:
         data = file.read(yaml.MAX_BYTES + 1)
@@ -108,12 +112,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """`load` for a text; `where` is its name in messages, `folder` what its paths are relative to."""
+    """`load` of a text. `where` names it in messages; its paths are relative to `folder`."""
     tree, mistakes = yaml.read(text, where)
     if not isinstance(tree, dict):
-        found = "nothing" if tree is None else shown(tree)
+        content = "nothing" if tree is None else shown(tree)
         raise UserError(
-            f"{where}: {found} at the top, not a mapping. Write corpus:, teacher:, student: and train:."
+            f"{where}: {content} at the top, not a mapping. Write corpus:, teacher:, student: and train:."
         )
     overridden: dict[str, str] = {}
     for override in overrides:
@@ -123,6 +127,7 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
             mistakes += error.mistakes
 
     def report(path: tuple[str, ...], what: str) -> None:
+        """Add a mistake, under the override that caused it where there is one."""
         dotted = ".".join(path)
         by = next((o for at, o in overridden.items() if dotted == at or dotted.startswith(f"{at}.")), None)
         if by is None:
@@ -136,6 +141,7 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
 
     if isinstance(tree.get("capture"), dict):
         tree["capture"].setdefault("name", SampledCaptureConfig.name)
+    # Plug-ins first: the schema is made of what they register.
     for path, what in (*load_plugins(tree, folder), *_across_fields(tree)):
         report(path, what)
     try:
@@ -155,12 +161,12 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
 def publish_section(
     text: str, where: str, overrides: Sequence[str] = ()
 ) -> tuple[dict[str, Any], PublishConfig]:
-    """A run's recipe as a tree, and what is to be said of it when it is published.
+    """The recipe of a finished run as a tree, and its section `publish` with overrides applied.
 
-    Its paths are not looked at: a run is published from its own folder, and what it was made of may be gone.
+    Paths are not checked: a run is published from its own folder, and its inputs may be gone.
 
     Raises:
-        UserError: the text is damaged, or an override sets what the run has been.
+        UserError: the text is damaged, or an override sets another section.
     """
     tree, mistakes = yaml.read(text, where)
     if mistakes or not isinstance(tree, dict):
@@ -168,15 +174,15 @@ def publish_section(
     for override in overrides:
         if not override.startswith("publish."):
             raise UserError(
-                f"override {override:.200}: a finished run is what it was. Only publish.… may be set."
+                f"override {override:.200}: a finished run cannot be changed. Only publish.… may be set."
             )
         yaml.override(tree, override)
     try:
         given = json.dumps(tree.get("publish") or {})
         return tree, TypeAdapter(PublishConfig).validate_json(given, strict=True, context=Path())
     except pydantic.ValidationError as error:
-        told = [explain(finding, tree.get("publish") or {}, SECTIONS) for finding in error.errors()]
-        raise UserError(*(f"publish.{'.'.join(at)}: {what}" for at, what in told)) from error
+        mistaken = [explain(finding, tree.get("publish") or {}, SECTIONS) for finding in error.errors()]
+        raise UserError(*(f"publish.{'.'.join(path)}: {what}" for path, what in mistaken)) from error
 
 
 def dump(recipe: Recipe) -> str:
@@ -185,10 +191,10 @@ def dump(recipe: Recipe) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors; the entries of plug-ins that are loaded are in it."""
+    """JSON schema of a recipe, for editors. Entries of plug-ins that have been loaded are included."""
     schema = _adapter().json_schema()
     for config in (*config_types("corpus"), *typing.get_args(AnyCapture)):
-        for base in config.__mro__[1:]:  # pydantic reads no docstrings of a base
+        for base in config.__mro__[1:]:  # pydantic reads the docstrings of a class's own fields alone
             if dataclasses.is_dataclass(base):
                 inherited = TypeAdapter(base).json_schema().get("properties", {})
                 schema["$defs"][config.__name__]["properties"] |= inherited
@@ -216,11 +222,11 @@ REGISTERED: dict[tuple[str, ...], str] = {
     ("evaluations", "*"): "evaluation",
     ("sinks", "*"): "sink",
 }
-"""Where a recipe names an entry of the registry; * stands for the number in a list."""
+"""Where a recipe names an entry of the registry; * stands for an index of a list."""
 
 
 def _schema() -> dict[tuple[str, ...], tuple[Any, ...]]:
-    """The config classes that may stand at each section now."""
+    """The config classes that each section accepts, plug-ins' included."""
     return SECTIONS | {path: config_types(kind) for path, kind in REGISTERED.items()}
 
 
@@ -230,7 +236,7 @@ def _adapter() -> TypeAdapter[Recipe]:
 
 @functools.lru_cache(maxsize=4)
 def _adapter_of(registered: tuple[Any, ...]) -> TypeAdapter[Recipe]:
-    """A validator that knows these entries, which are those registered now."""
+    """A validator; `registered` is its cache key, since building it reads the registry as it is now."""
     return TypeAdapter(Recipe)
 
 
@@ -239,7 +245,7 @@ def _name_first(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What fields make wrong together. Read from the tree, so that a mistake elsewhere does not hide it."""
+    """Mistakes of several fields together. Read from the tree, so that a mistake elsewhere does not hide them."""
     student, objective, train, guard = (
         tree[s] if isinstance(tree.get(s), dict) else {} for s in ("student", "objective", "train", "guard")
     )
@@ -252,16 +258,16 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
             "kd_weight and ce_weight are both 0: nothing would be learned. Raise one.",
         )
     if student.get("keep") is not None and student.get("rule", "first_last") != "first_last":
-        yield ("student", "rule"), "the layers are listed in keep, so no rule chooses them. Leave one out."
+        yield ("student", "rule"), "keep lists the layers, so that no rule chooses them. Leave one out."
     for name, default in (("beta1", 0.9), ("beta2", 0.95)):
         if train.get("optimizer") == "sgd" and train.get(name, default) != default:
-            yield ("train", name), "sgd keeps no means. Leave it out, or set train.optimizer: adamw."
+            yield ("train", name), "sgd has no moments. Leave it out, or set train.optimizer: adamw."
     yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {})
     yield from _across_capture(tree["capture"] if isinstance(tree.get("capture"), dict) else {})
     if guard.get("policy") == "rollback" and train.get("save_every") == 0:
         yield (
             ("guard", "policy"),
-            "rollback goes back to the last checkpoint, and train.save_every is 0. Set it, or take skip.",
+            "rollback needs checkpoints, and train.save_every is 0. Raise it, or set guard.policy: skip.",
         )
     compare = tree["compare"] if isinstance(tree.get("compare"), dict) else None
     if compare is not None:
@@ -277,7 +283,7 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
 def _across_teacher(teacher: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     weights = teacher.get("weights", "full")
     if weights != "full" and teacher.get("sharded"):
-        yield ("teacher", "sharded"), f"weights: {weights} are not shared out. Set it to false."
+        yield ("teacher", "sharded"), f"weights: {weights} cannot be sharded. Set it to false."
     if weights == "full" and teacher.get("reference") is not None:
         yield ("teacher", "reference"), "weights: full are the reference themselves. Leave it out."
 

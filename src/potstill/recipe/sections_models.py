@@ -1,4 +1,4 @@
-"""The sections `teacher`, `student` and `capture`: the two models, and the targets kept on disk."""
+"""The sections `teacher`, `student` and `capture`: the two models, and the targets stored on disk."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Config):
-    """Base of every teacher. A plug-in's subclass adds its fields and makes the teacher in `load`."""
+    """Base of every teacher. A plug-in's subclass adds its fields and builds the teacher in `load`."""
 
     source: ClassVar[str] = "potstill.teachers.base:TeacherSource"
-    """The class that knows the teacher before its weights are loaded, as `module:name`."""
+    """Its `TeacherSource`, what is known before the weights are loaded, as `module:name`."""
     has_weights: ClassVar[bool] = False
-    """Whether `model` is a checkpoint that can itself be trained, as a comparison may ask."""
+    """Whether `model` is a checkpoint that can itself be trained, as `compare.corrected_steps` does."""
 
     @property
     def label(self) -> str:
-        """What a person would call it."""
+        """A short name for messages."""
         return self.registered_name
 
     def load(self, device: torch.device) -> Teacher:
-        """The teacher itself, ready to answer."""
+        """The teacher on `device`, ready to compute targets: see `potstill.teachers.base.BaseTeacher`."""
         raise lacks_method(self, "load")
 
 
@@ -59,9 +59,9 @@ class HfTeacherConfig(TeacherConfig):
     """Type of the weights in memory."""
     weights: Literal["full", "int8", "int4", "stored"] = "full"
     """Bits of the layers' matrices: full, those of dtype; int8 or int4 of a folder's; stored, those that a
-    GGUF file has. `potstill check` measures what it costs."""
+    GGUF file has. `potstill check` measures the loss of accuracy."""
     backend: Literal["auto", "transformers", "torchao", "bitsandbytes", "llama_cpp"] = "auto"
-    """What runs the layers; auto: the first of these that serves weights, file and device, and it is said."""
+    """What runs the layers; auto: the first of these that serves weights, file and device. It is reported."""
     reference: ModelSource | None = None
     """The full weights that fewer bits are measured against; null: those of model."""
     sharded: bool = False
@@ -101,12 +101,12 @@ class TableTeacherConfig(TeacherConfig):
 @dataclass(frozen=True, kw_only=True)
 class StoreTeacherConfig(TeacherConfig):
     name: Literal["store"] = "store"
-    """A teacher that was asked before: the targets that `potstill capture` wrote."""
+    """Targets computed beforehand: a store that `potstill capture` wrote."""
     path: LocalPath
     """The store's folder, relative to the recipe."""
     model: ModelSource | None = None
-    """The model that was captured, whose weights must be the store's: what a cut student is cut from. null:
-    where the capture found it."""
+    """The captured model, with the weights that the store records: what a cut student is cut from. null: the
+    path or hub id that the store records."""
 
     source: ClassVar[str] = "potstill.teachers.stored:StoreSource"
 
@@ -127,9 +127,9 @@ class LoraConfig(Config):
     rank: Annotated[int, Interval(ge=1, le=4096)] = 16
     """Columns of B and rows of A: an adapter of a matrix [n, m] has rank * (n + m) weights."""
     alpha: Positive = 32.0
-    """What is added to a matrix is alpha / rank * B A."""
+    """Scale: alpha / rank * B A is added to a matrix."""
     dropout: BelowOne = 0.0
-    """Probability that an input of an adapter is left out in a training step."""
+    """Probability that an element of an adapter's input is dropped in a training step."""
     targets: Annotated[
         list[Annotated[str, MinLen(1)]],
         MinLen(1),
@@ -149,11 +149,11 @@ class CutStudentConfig(Config):
     layers: Count | None = None
     """Number of layers to keep, chosen by the rule."""
     keep: Layers | None = None
-    """Layer numbers to keep, rising, from 0."""
+    """Layers to keep, by index from 0, ascending."""
     rule: Literal["first_last", "even"] = "first_last"
-    """Which layers are kept when their number is given: both ends of the stack, or evenly spaced ones."""
+    """How `layers` are chosen: from both ends of the stack, or evenly spaced."""
     ffn_width: Count | None = None
-    """Channels of each layer's MLP that are kept, those that add most on eight training rows; null: all."""
+    """Channels of each layer's MLP to keep, those that contribute most on eight training rows; null: all."""
     lora: LoraConfig | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
 
@@ -161,7 +161,7 @@ class CutStudentConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class CheckpointStudentConfig(Config):
     name: Literal["checkpoint"] = "checkpoint"
-    """A trained model to go on from."""
+    """A trained model to start from."""
     model: ModelSource
     """Hugging Face folder, hub id or GGUF file, relative to the recipe."""
     lora: LoraConfig | None = None
@@ -181,9 +181,9 @@ class CaptureConfig(Config):
     rows: Literal["all", "steps"] = "all"
     """Training rows that are captured: all, or only those that the steps of this recipe read."""
     rows_per_batch: Count = 8
-    """Rows that go through the teacher at once: memory, and the last bits of the numbers."""
+    """Rows that go through the teacher at once: memory, and results by rounding alone."""
     rows_per_shard: Count | None = None
-    """Rows of one file: what a kill may cost. null: 64, or more where there would be over 1,000 files."""
+    """Rows of one file, the most that an interruption loses. null: 64, or more to have at most 1,000 files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +191,9 @@ class SampledCaptureConfig(CaptureConfig):
     name: Literal["sampled"] = "sampled"
     """An unbiased sample of each distribution, for forward KL at the recipe's temperature."""
     bytes_per_position: Positive | None = None
-    """Bytes of a position's targets on average, which a threshold is found for; null: 32, or by threshold."""
+    """Average bytes of a position's targets, from which the threshold follows; null: 32, or by threshold."""
     threshold: Annotated[float, Interval(ge=1e-4, le=1)] | None = None
-    """Probability above which an id is kept at its own; smaller is finer. null: by bytes_per_position."""
+    """Probability above which an id is kept exactly; smaller is finer. null: by bytes_per_position."""
     seed: Seed = 0
     """Seed of the draws."""
 
@@ -203,7 +203,7 @@ class TopkCaptureConfig(CaptureConfig):
     name: Literal["topk"] = "topk"
     """The largest probabilities and the sum of the rest, at the recipe's temperature."""
     k: Count | None = None
-    """Number of ids that are kept; null: as many as bytes_per_position hold."""
+    """Number of ids to keep; null: as many as fit into bytes_per_position."""
     bytes_per_position: Positive | None = None
     """Bytes of a position's targets; null: what k needs."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -215,4 +215,4 @@ class HiddenCaptureConfig(CaptureConfig):
     name: Literal["hidden"] = "hidden"
     """The teacher's final hidden states, for every divergence and temperature."""
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """Type of the hidden states; int8 with a scale for each 64 of them."""
+    """Type of the hidden states; int8 has one scale for each 64 elements."""

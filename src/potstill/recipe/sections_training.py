@@ -35,21 +35,21 @@ class ObjectiveConfig(Config):
     )
     """Divergence of the student from the teacher: its name, or {name, options}."""
     kd_weight: PositiveOrZero = 0.9
-    """Factor of the divergence from the teacher."""
+    """Weight of the divergence from the teacher."""
     ce_weight: PositiveOrZero = 0.1
-    """Factor of the cross-entropy with the corpus's next tokens, which is taken at temperature 1."""
+    """Weight of the cross-entropy with the corpus's next tokens, always at temperature 1."""
     temperature: Annotated[float, Interval(gt=0, le=1e3)] = 1.0
-    """Divides both models' logits in the divergence, which its square multiplies (Hinton et al. 2015)."""
+    """Divides both models' logits in the divergence, which is multiplied by its square (Hinton et al. 2015)."""
     chunk: Chunk = "auto"
     """Positions whose logits exist at once: memory, and results by rounding alone. auto: chosen from the free
-    memory before the run begins, and kept with it."""
+    memory before the run starts, and kept with it."""
     engine: Literal["fused", "reference"] = "fused"
-    """fused: loss and gradient written out together, but for divergences of your own; reference: gradients by
-    autograd, the same but for rounding, and slower."""
+    """fused: loss and gradient in closed form, except for divergences of your own; reference: gradients by
+    autograd, the same up to rounding, and slower."""
 
     @property
     def positions_at_once(self) -> int:
-        """The chunk; the best of a CPU where `preflight/auto.py` was not asked."""
+        """The chunk; for `auto`, which `preflight/auto.py` resolves before a run, the best value on a CPU."""
         return 256 if self.chunk == "auto" else self.chunk
 
 
@@ -62,38 +62,37 @@ class TrainConfig(Config):
     rows_per_micro_batch: Count | None = None
     """Rows in memory at once; null: all of a step. It need not divide rows_per_step: memory, not results."""
     lr: Positive
-    """Highest learning rate, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     warmup: CountOrZero = 0
     """Steps over which the learning rate rises, at most steps."""
     final_lr_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """Learning rate of the last step, as a fraction of lr; a cosine leads there."""
+    """Learning rate of the last step, as a fraction of lr; the decay is a cosine."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Rule of the update."""
+    """Update rule."""
     weight_decay: PositiveOrZero = 0.1
-    """Decay of the matrices, as a fraction of the weight per unit of learning rate."""
+    """Decay of the matrices: each step subtracts lr * weight_decay * weight."""
     beta1: BelowOne = 0.9
-    """AdamW's decay of the mean gradient, per step."""
+    """AdamW's decay rate of the mean gradient, per step."""
     beta2: BelowOne = 0.95
-    """AdamW's decay of the mean squared gradient, per step."""
+    """AdamW's decay rate of the mean squared gradient, per step."""
     clip: Positive | None = 1.0
-    """Largest norm of the whole gradient; null: no limit."""
+    """Gradient clipping: largest norm over all parameters; null: no limit."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the student's matrix products; its weights stay float32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes, by torchrun: each keeps the whole student (ddp), or a part of its weights,
     gradients and moments (fsdp). One process: no difference."""
     activation_checkpointing: Literal[False, True, "selective"] = False
-    """Keep one hidden state a layer and compute the rest again on the way back: memory, not results.
-    `selective` keeps what matrix products and attention made, too: less saved, and less to compute again."""
+    """Keep one hidden state a layer and recompute the rest in the backward pass: memory, not results. `selective`
+    also keeps the outputs of matrix products and attention: it saves less memory and recomputes less."""
     compile: bool = False
-    """Run both models' layers, and on CUDA the loss between its products, through torch.compile: faster
-    steps after a slow first one, the same results but for rounding. Needs Triton on CUDA, else a C++
-    compiler."""
+    """Run both models' layers, and on CUDA the loss between its matrix products, through torch.compile: faster
+    steps after a slow first one, the same results up to rounding. Needs Triton on CUDA, else a C++ compiler."""
     return_memory: bool = False
-    """Give freed memory back to the system at once: less memory and slower steps on the CPU, same results."""
+    """Return freed memory to the system at once: less memory and slower steps on the CPU, same results."""
     matmul: Literal["auto", "blas", "onednn"] = "auto"
-    """Who multiplies float32 matrices on a CPU: speed, and results by rounding alone. blas: what PyTorch
-    asks; auto: oneDNN where that is MKL on AMD with AVX-512. What is chosen is kept with the run."""
+    """BLAS backend of float32 matrix products on a CPU: speed, and results by rounding alone. blas: PyTorch's own;
+    auto: oneDNN where that is MKL on AMD with AVX-512, else blas. The choice is kept with the run."""
     save_every: CountOrZero = 500
     """Steps between checkpoints, of which two are kept; 0: only when a signal stops the run."""
     device: Annotated[str, check(require_device), WithJsonSchema({"type": "string", "pattern": DEVICE})] = (
@@ -101,7 +100,7 @@ class TrainConfig(Config):
     )
     """auto, cpu, cuda or cuda:N; auto: CUDA where there is a device, else the CPU."""
     seed: Seed = 0
-    """Seed of the order of the rows and of random weights."""
+    """Seed of the order of rows and of random weights."""
 
     @property
     def micro_batch_rows(self) -> int:
@@ -122,35 +121,35 @@ class EvalConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig(Config):
     policy: Literal["stop", "skip", "rollback"] = "stop"
-    """What a loss or gradient that is not finite, or a loss above the ceiling, does: it ends the run, or its
-    step is left out, or the run goes back to the last checkpoint and leaves it out on the way."""
+    """What a loss or gradient that is not finite, or a loss above the ceiling, leads to: the run stops, or the step
+    is skipped, or the run goes back to its last checkpoint and skips the step on the way."""
     loss_ceiling: Positive | None = None
-    """Highest loss that is believed, in nats per position; null: five times that of a uniform guess."""
+    """Highest plausible loss, in nats per position; null: five times that of a uniform guess."""
     first_step_s: Positive = 1800.0
-    """Longest wait for the first step, in seconds; then stacks are written and the run ends."""
+    """Deadline of the first step, in seconds; when it passes, stack traces are written and the run ends."""
     stall_s: Positive = 1800.0
-    """The same for every later step, evaluation batch and checkpoint."""
+    """Deadline of every later step, evaluation batch and checkpoint, likewise."""
 
 
 def _seeds(value: list[int], folder: Path) -> list[int]:
     if len(set(value)) < len(value):
-        raise UserError(f"{value} has a seed twice. List each once.")
+        raise UserError(f"{value} lists a seed twice. List each once.")
     return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(Config):
     budget: Literal["time", "steps"] = "time"
-    """What the arms have alike: training time, by steps set from the seconds of trial steps; or steps."""
+    """What all arms have in common: training time, converted to steps by timing trial steps; or steps."""
     seeds: Annotated[list[Seed], MinLen(1), check(_seeds)] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds that every arm is run with; each takes the place of train.seed."""
+    """Seeds that every arm is run with; each replaces train.seed."""
     corrected_steps: CountOrZero = 0
-    """Steps of plain training of the teacher before it teaches an arm of its own, whose budget pays for them;
-    0: no such arm."""
+    """Steps of plain training of the teacher, before it teaches an additional arm, whose budget pays for them; 0:
+    no such arm."""
     corrected_lr: Positive = 2e-5
     """Learning rate of those steps."""
     humaneval_tokens: CountOrZero = 0
-    """Longest completion in tokens of a greedy HumanEval of every arm's student; 0: not run."""
+    """Run greedy HumanEval on every arm's student, with completions of at most so many tokens; 0: not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +157,14 @@ class PublishConfig(Config):
     teacher: HubId | None = None
     """Hub id of the teacher for the model card, where the recipe names a file or folder."""
     student: HubId | None = None
-    """Hub id of the model that the student began from, likewise; a cut student's is the teacher's."""
+    """Hub id of the model that the student started from, likewise; a cut student's is the teacher's."""
     data: Annotated[str, MinLen(1)] | None = None
     """What the corpus is, in a few words for the card."""
     teacher_license: LicenseId | None = None
-    """Licence of the teacher; null: read from its own files."""
+    """License of the teacher; null: read from its own files."""
     student_license: LicenseId | None = None
-    """Licence of the model that the student began from; null: read from its own files."""
+    """License of the model that the student started from; null: read from its own files."""
     data_license: LicenseId | None = None
-    """Licence of the corpus; null: read from its own files."""
+    """License of the corpus; null: read from its own files."""
     license: LicenseId | None = None
-    """Licence of the student; null: the one that teacher, begin and corpus ask for."""
+    """License of the student; null: the one that teacher, starting model and corpus require."""

@@ -87,7 +87,7 @@ def threshold_sample(p_CV: Tensor, threshold: float, uniforms: Uniforms) -> Samp
 
 
 def _id_at(blocks_CBW: Tensor, upto_CB: Tensor, at_CM: Tensor) -> Tensor:
-    """The id in whose share of the mass each point of at_CM lies, found by block and then inside the block;
+    """The id in whose share of the mass each point of at_CM lies: first the block, then the id inside the block;
     upto_CB is the mass up to each block's end.
     """
     # Rounding of the sums must not lead past the last id that has any mass: it would be an impossible one.
@@ -101,8 +101,8 @@ def _id_at(blocks_CBW: Tensor, upto_CB: Tensor, at_CM: Tensor) -> Tensor:
 
 
 def num_drawn(tail_C: Tensor, threshold: float) -> Tensor:
-    """m, int64: over how many ids a tail is spread. A function of the rounded tail, so that a reader need not
-    be told. The 1e-9 keeps a quotient that should be whole from being rounded up by an ulp.
+    """m, int64: over how many ids a tail is spread. A function of the rounded tail, so that it need not
+    be stored. The 1e-9 keeps a quotient that should be whole from being rounded up by an ulp.
     """
     return (tail_C.double() / TAIL_LEVELS / threshold - 1e-9).ceil().long()
 

@@ -62,7 +62,7 @@ class StoreWriter:
         place = path / CAPTURE
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        # Writers that start together: one writes the settings, the others compare theirs with them.
+        # Writers that start together: one writes the settings, the others compare their own with them.
         with locked(path):
             if place.exists():
                 recorded = read_object(place, AGAIN)

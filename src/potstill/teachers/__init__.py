@@ -1,1 +1,1 @@
-"""Whoever answers `targets(batch)`."""
+"""Teachers: models in memory, stored targets, and toys; all of them have `targets(batch)`."""

@@ -1,7 +1,7 @@
-"""Which library runs a teacher's layers, and with weights of how many bits: a table, and an override.
+"""Which library runs a teacher's layers, for weights of how many bits: a table of backends, and an override.
 
-The first row that serves what is asked is taken; `teacher.backend` names another. What the row was taken for
-is said when the teacher is loaded and kept in the receipt.
+The first backend that serves weights, file and device is chosen, unless `teacher.backend` names one. The choice
+and its reason are reported when the teacher is loaded, and recorded in the receipt.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Backend:
+    """A row of the table: a library, and what it serves."""
+
     name: str
     weights: tuple[str, ...]
-    """Widths that it serves, as `teacher.weights` names them."""
+    """Values of `teacher.weights` that it serves."""
     files: tuple[str, ...]
-    """`folder` stands for a hub id too."""
+    """`folder`, which includes hub ids, or `gguf`."""
     devices: tuple[str, ...]
     module: str | None
-    """What it imports beyond the dependencies."""
+    """The module that it needs; None for a dependency of potstill."""
     extra: str | None
-    """The extra of potstill that installs it."""
+    """The extra of potstill that installs the module."""
 
     def lacks(self, weights: str, files: str, device: str) -> str | None:
-        """What it does not serve, in words; None where it serves all."""
+        """The first of the three that it does not serve, for a message; None where it serves all."""
         if weights not in self.weights:
             return f"teacher.weights: {weights}; it serves {' and '.join(self.weights)}"
         if files not in self.files:
@@ -57,12 +59,11 @@ ELSEWHERE = "Set train.device: cpu, or another teacher.weights or .backend."
 
 @dataclass(frozen=True)
 class Choice:
+    """The backend of a teacher, with the reason; its fields are the receipt's."""
+
     backend: str
     weights: str
     reason: str
-
-    def told(self) -> str:
-        return f"{self.backend} runs it ({self.reason})"
 
     @property
     def is_full(self) -> bool:
@@ -70,20 +71,21 @@ class Choice:
 
 
 def choose(path: Path, weights: str, backend: str, device: torch.device) -> Choice:
-    """The row of the table for a teacher.
+    """Choose the backend of a teacher.
 
     Args:
         path: folder or GGUF file.
         weights: full, int8, int4 or stored.
-        backend: auto, or the name of a row.
+        backend: auto, or the name of a backend.
+        device: where it will run.
 
     Raises:
-        UserError: no row serves these three together, or the named one does not, or is not installed.
+        UserError: no backend serves this combination, or the named one does not; or its library is not installed.
     """
     files = "gguf" if path.suffix == ".gguf" else "folder"
-    asked = (weights, files, device.type)
+    request = (weights, files, device.type)
     rows = [row for row in BACKENDS if backend in ("auto", row.name)]
-    serving = [row for row in rows if row.lacks(*asked) is None]
+    serving = [row for row in rows if row.lacks(*request) is None]
     if not serving:
         advice = ADVICE.get((weights, files)) or ELSEWHERE
         if backend == "auto":
@@ -93,17 +95,18 @@ def choose(path: Path, weights: str, backend: str, device: torch.device) -> Choi
             )
         if weights not in rows[0].weights:
             advice = f"Set teacher.weights: {rows[0].weights[0]}, or teacher.backend: auto."
-        raise UserError(f"teacher.backend: {backend} does not serve {rows[0].lacks(*asked)}. {advice}")
+        raise UserError(f"teacher.backend: {backend} does not serve {rows[0].lacks(*request)}. {advice}")
     row = serving[0]
+    # The first is not passed over where its library is missing: what is installed must not change results.
     if row.module is not None and importlib.util.find_spec(row.module) is None:
-        others = [other.name for other in BACKENDS if other is not row and other.lacks(*asked) is None]
+        others = [other.name for other in BACKENDS if other is not row and other.lacks(*request) is None]
         instead = f", or set teacher.backend: {others[0]}" if others else ", or set teacher.weights: full"
         raise UserError(
-            f"teacher.weights: {weights} is run by {row.module}, which is not installed."
-            f" pip install 'potstill[{row.extra}]'{instead}."
+            f"teacher.weights: {weights} needs {row.module}, which is not installed."
+            f" Run pip install 'potstill[{row.extra}]'{instead}."
         )
-    why = "as teacher.backend says" if backend != "auto" else "the first of the table"
-    return Choice(row.name, weights, f"{why}: {weights} weights of a {_called(files)} on {device.type}")
+    reason = "as teacher.backend says" if backend != "auto" else "the first of the table"
+    return Choice(row.name, weights, f"{reason}: {weights} weights of a {_called(files)} on {device.type}")
 
 
 def _called(files: str) -> str:

@@ -1,7 +1,7 @@
-"""What every teacher has: the defaults of the protocol, and what is known of a teacher before it is loaded.
+"""Base classes of teachers: the teacher itself, and what is known of it before its weights are loaded.
 
-A new kind of teacher is one file: a config class, a teacher derived from `BaseTeacher`, and, where it has files whose
-sizes or tokenizers matter before anything is loaded, a source derived from `TeacherSource`.
+A new teacher is one file: a config class, a teacher derived from `BaseTeacher` and, if planning or the corpus need
+something of its files before they are loaded, a source derived from `TeacherSource`. See docs/extending.md.
 """
 
 from __future__ import annotations
@@ -27,24 +27,39 @@ if TYPE_CHECKING:
     from potstill.build.setup import RunSetup
 
 Part = Callable[[str], AbstractContextManager[None]]
-"""Of a plan: inside it, what is allocated counts as that part of the memory."""
+"""Context manager of a plan: what is allocated inside it counts as that part of the memory."""
 
 
 class BaseTeacher:
-    """The protocol `potstill.types.Teacher`, but for `vocab` and `targets`."""
+    """Base of every teacher: defaults for all of the protocol `potstill.types.Teacher` but `vocab` and `targets`.
+
+    A subclass sets `vocab`, and implements
+
+        def targets(self, batch: Batch) -> Targets
+
+    which returns the next-token distributions at the positions `batch.positions_N`, in their order: for hidden states
+    and a head, `potstill.losses.targets.HiddenTargets`. The batch is on the device of the run, or on the CPU if
+    `reads_on_cpu`. Errors that the user can correct are a `UserError`; others end the run with the step and the rows.
+    """
 
     vocab: Vocab
+    """Its tokens; `Vocab(size=V)` without a tokenizer."""
     max_length: int | None = None
+    """Longest row that it supports, in tokens; None: any."""
     model: CausalLM | None = None
+    """Its model in this process, if it is one."""
     reads_new_text = True
+    """Whether it has targets for any tokens, or only for the rows of one corpus."""
     reads_on_cpu = False
+    """Whether `targets` takes its batch on the CPU."""
     is_sharded = False
+    """Whether each of several processes keeps a part of every layer."""
     label = "plugin"
-    """What messages call it."""
+    """Its name in messages."""
 
     @property
     def vocab_size(self) -> int:
-        """Width of its logits, a padded end included."""
+        """V: width of its logits, padding included."""
         return self.vocab.size
 
     def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
@@ -52,49 +67,66 @@ class BaseTeacher:
         return self.logits_per_position(input_ids_BT)[:, -1]
 
     def logits_per_position(self, input_ids_BT: Tensor) -> Tensor:
-        """logits_BTV; for tests and small inputs only."""
-        raise UserError(f"teacher {self.label}: it answers for the rows of a corpus alone, by `targets`.")
+        """logits_BTV at every position; for tests and small inputs only.
+
+        Raises:
+            UserError: by default; training needs `targets` alone.
+        """
+        raise UserError(
+            f"teacher {self.label}: it has no logits of new text, only `targets` for rows of a corpus."
+        )
 
     def share_ids(self, ids: int) -> int:
+        """Masks nothing: its targets are over all of its ids, and the student must have as many."""
         return self.vocab_size
 
     def require_fits(self, corpus: Mapping[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
-        pass
+        """Fits every run."""
 
     def to_cut_from(self) -> tuple[CausalLM, str]:
+        """UserError: it has no layers to cut a student from."""
         refuse_cut(self.label)
 
     def confirm(self) -> None:
-        pass
+        """Nothing to confirm."""
 
     def describe(self) -> dict[str, Any]:
+        """For the terminal, the receipt and the model card, as JSON."""
         return {}
 
     def fingerprint(self) -> dict[str, str]:
+        """What --resume compares, by name: hashes of what its targets depend on. Empty: a change goes unnoticed."""
         return {}
 
     def weights_sha256(self) -> str | None:
+        """Hash of its weights; None where it has none."""
         return None
 
     def checks(self, setup: RunSetup, student_kl: float) -> Iterator[Finding]:
+        """No checks of its own."""
         return iter(())
 
     def close(self) -> None:
-        pass
+        """Release what is not memory: processes, connections."""
 
 
 class TeacherSource:
-    """A teacher before its weights are loaded: what planning, checking and reading the corpus need to know.
+    """A teacher before its weights are loaded: what a plan, the checks and the corpus need to know of it.
 
-    This is the one of a plug-in's teacher, which is loaded at the first question. Every answer is computed once.
+    This default serves a plug-in without a source of its own: the teacher is loaded when first needed, and once. A
+    subclass reads its files instead; `TeacherConfig.source` names it as `module:name`. Every member may raise
+    UserError, for a file that is missing or damaged.
     """
 
     def __init__(self, config: TeacherConfig, device: torch.device) -> None:
         self.config = config
+        """The recipe's section `teacher`."""
         self.device = device
+        """Where the teacher will be."""
 
     @property
     def label(self) -> str:
+        """Its name in messages."""
         return self.config.label
 
     @cached_property
@@ -103,22 +135,24 @@ class TeacherSource:
 
     @property
     def vocab_size(self) -> int:
-        """Width of its logits, a padded end included."""
+        """V: width of its logits, padding included."""
         return self._loaded.vocab_size
 
     @property
     def checkpoints(self) -> Sequence[ModelFiles]:
-        """Models to verify before a library opens them; the tokenizer of the first that has one reads the corpus."""
+        """Models to verify before a library opens them."""
         return ()
 
     @property
     def tokenizers(self) -> list[Path]:
-        """Where a tokenizer that may read the corpus lies, the best first."""
+        """Folders or GGUF files whose tokenizer may encode the corpus, in order of preference; the first that has
+        one is used.
+        """
         return [files.path for files in self.checkpoints]
 
     @property
     def lacks_tokenizer(self) -> str:
-        """What to give it so that token lists can be compared."""
+        """What the user has to add so that token lists can be compared; ends a warning."""
         return "a teacher of teacher.name: torch"
 
     @property
@@ -133,33 +167,37 @@ class TeacherSource:
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """Files and model folders whose hashes --resume compares, by role."""
+        """Files and model folders whose hashes --resume compares, by role, such as `teacher`."""
         return {}
 
     def load(self, tokens_per_row: int) -> Teacher:
-        """The teacher itself, ready to answer for rows of that length."""
+        """The teacher on `device`, ready for rows of up to that many tokens.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
         return self._loaded
 
-    # --- for a plan, under PyTorch's fake tensors
-
-    def plan_key(self) -> Any:
-        """All that the memory of its double depends on."""
-        return self.config
+    # For a plan, which runs on PyTorch's fake tensors: no weights, only their memory.
 
     part = "teacher"
-    """Which part of a plan its memory is."""
+    """The part of a plan that its memory counts as: `teacher` or `store`."""
+
+    def plan_key(self) -> Any:
+        """Everything that the memory of `double` depends on; compared by its repr."""
+        return self.config
 
     def double(self, part: Part) -> Teacher:
-        """What holds as much memory as the teacher does, and answers at once."""
+        """A stand-in that takes as much memory as the teacher, with targets of the same shapes and types."""
         return Uniform(self._loaded.vocab_size)
 
     def measured_double(self) -> Teacher | None:
-        """Likewise, for what `checks` loads beside the teacher."""
+        """A stand-in for the model that `checks` loads besides the teacher; None where it loads none."""
         return None
 
 
 class Uniform(BaseTeacher):
-    """Every id alike: the double of a teacher whose memory is not this process's."""
+    """A uniform distribution: the stand-in for a teacher that takes no memory of this process."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab = Vocab(size=vocab_size)
@@ -169,9 +207,10 @@ class Uniform(BaseTeacher):
 
 
 def source_of(config: TeacherConfig, device: torch.device) -> TeacherSource:
-    """What is known of a recipe's teacher before it is loaded."""
+    """The source of a recipe's teacher, of the class that its config names."""
     return cast("TeacherSource", implementation(config.source)(config, device))
 
 
 def refuse_cut(name: str) -> NoReturn:
+    """UserError: a student cannot be cut from the teacher `name`."""
     raise UserError(f"student.name: cut needs a teacher with layers, and teacher.name is {name}.")

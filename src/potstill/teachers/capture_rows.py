@@ -1,7 +1,7 @@
-"""A teacher asked once: its targets for rows of a corpus, into the shards of a store.
+"""Compute a teacher's targets for rows of a corpus, and write them into the shards of a store.
 
-Rows go through the teacher in the same batches whether a capture was cut off or not, and each row's draw is a
-function of the seed and its number: so a resumed capture is the uninterrupted one, byte for byte.
+Rows go through the teacher in the same batches whether a capture was interrupted or not, and each row's random
+numbers depend on the seed and its number alone: a resumed capture equals an uninterrupted one byte for byte.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from potstill.types import Rows, Teacher
 
 @dataclass(frozen=True)
 class Captured:
-    """One row's targets, as they are kept."""
+    """The encoded targets of one row."""
 
     row: int
-    """Its number over both splits, the key of its targets."""
+    """Its number, counted over both splits: the key of its targets in a store."""
     places_P: Tensor
+    """int64, the supervised positions within the row."""
     kept: Row
 
 
@@ -35,7 +36,19 @@ class Captured:
 def captured(
     teacher: Teacher, rows: Rows, numbers: Sequence[int], codec: Codec, seed: int, rows_per_batch: int
 ) -> Iterator[Captured]:
-    """Targets of these rows, one after the other; `rows_per_batch` go through the teacher at once."""
+    """The targets of the rows `numbers`, one row after the other.
+
+    Args:
+        teacher: a model in this process.
+        rows: of the corpus.
+        numbers: which of them.
+        codec: how targets are encoded.
+        seed: of the draws of a sampling codec.
+        rows_per_batch: rows that go through the teacher at once.
+
+    Raises:
+        UserError: hidden states that are not finite.
+    """
     model = teacher.model
     assert model is not None  # `capture` refuses others
     for start in range(0, len(numbers), rows_per_batch):
@@ -71,12 +84,12 @@ def capture_shard(
     rows_per_batch: int,
     on_row: Callable[[Captured], None] = lambda row: None,
 ) -> FileRecord:
-    """The rows' targets as one file."""
-    found = []
-    for one in captured(teacher, rows, numbers, codec, seed, rows_per_batch):
-        found.append(one)
-        on_row(one)
+    """Write the targets of the rows `numbers` as one file; `on_row` is called with each row. See `captured`."""
+    shard = []
+    for row in captured(teacher, rows, numbers, codec, seed, rows_per_batch):
+        shard.append(row)
+        on_row(row)
     T = rows.batch(numbers[:1]).input_ids_BT.shape[1]
     return write_shard(
-        file, [one.row for one in found], [one.places_P for one in found], [one.kept for one in found], T
+        file, [row.row for row in shard], [row.places_P for row in shard], [row.kept for row in shard], T
     )

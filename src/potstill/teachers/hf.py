@@ -1,7 +1,7 @@
-"""A real teacher in memory: a Transformers causal LM from a folder, the hub or a GGUF file, on CPU or CUDA.
+"""A teacher in memory: a Transformers causal LM from a folder, the hub or a GGUF file, on CPU or CUDA.
 
-For the loop it gives hidden states and a head, so that [N, V] never exists; for inspection, logits. Frozen:
-no gradient, eval mode, and a hash that is the same after training as before.
+The training loop gets hidden states and a head, so that [N, V] never exists; inspection gets logits. The model is
+frozen: no gradients, eval mode, and the same hash after training as before.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 
 
 class TorchTeacher(BaseTeacher):
-    """Make one with `for_inference`."""
+    """A causal language model as a teacher. Load one with `for_inference`."""
 
     label = "torch"
     model: CausalLM
     source: HfSource | None = None
-    """What the recipe says of it; None for one that a program made."""
+    """The source that loaded it; None for a teacher that was made by `for_inference` directly."""
 
     def __init__(self, model: CausalLM, tokenizer: Any | None, choice: Choice | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.choice = choice or Choice("transformers", FULL, "it was given as a model")
-        """What runs its layers, and why."""
+        """The backend that runs its layers, and why."""
         self.tokenizer = tokenizer
         self.vocab = (
             Vocab(size=model.vocab_size) if tokenizer is None else vocab_of(tokenizer, model.vocab_size)
@@ -71,32 +71,34 @@ class TorchTeacher(BaseTeacher):
         tokens: int | None = None,
         files: ModelFiles | None = None,
     ) -> Self:
-        """Load, verify, probe and freeze.
+        """Verify the checkpoint, load it, probe it and freeze it.
 
         Args:
             checkpoint_dir: Hugging Face folder (safetensors), hub id, or GGUF file.
-            config: what the checkpoint must be (config, dictionary or path); default is the checkpoint's own.
+            config: a config, dictionary or path that the checkpoint must agree with; None: its own.
             device: `auto` is CUDA where there is one; an explicit `cuda` is refused where there is none.
+            dtype: type of the weights in memory.
             weights: full, int8, int4, or stored: a GGUF file's own blocks.
             backend: what runs the layers, see `backends`.
-            tokens: of the longest row, which llama.cpp is to know; None: what the model was made for.
-            files: those of `checkpoint_dir`, where they have been looked at already.
+            tokens: length of the longest row, for llama.cpp's context; None: the longest that the model supports.
+            files: those of `checkpoint_dir`, if they have been opened already.
 
         Raises:
             UserError: see `load_causal_lm`, `choose_device` and `choose`.
         """
-        where, as_type = choose_device(str(device)), choose_dtype(dtype)
+        torch_device, torch_dtype = choose_device(str(device)), choose_dtype(dtype)
         files = files or ModelFiles(checkpoint_dir)
-        choice = choose(files.path, weights, backend, where)
+        # Before anything is verified or read: a backend that is not installed is reported at once.
+        choice = choose(files.path, weights, backend, torch_device)
         name = f"teacher {checkpoint_dir}"
         if choice.backend == "llama_cpp":
             files.verify()
-            model: CausalLM = LlamaCppLM.open(files.path, as_type, tokens, name, files.config)
+            model: CausalLM = LlamaCppLM.open(files.path, torch_dtype, tokens, name, files.config)
         else:
-            packed = None if choice.is_full else quantisation(choice.backend, weights, as_type)
-            files.verify()  # before its config is read
+            packed = None if choice.is_full else quantisation(choice.backend, weights, torch_dtype)
+            files.verify()  # before a library parses its config
             options: dict[str, Any] = {"config": config, "own_config": files.config, "quantisation": packed}
-            model = load_causal_lm(files.path, dtype=as_type, device=where, **options)
+            model = load_causal_lm(files.path, dtype=torch_dtype, device=torch_device, **options)
             model.name = name
         return cls(model, files.tokenizer, choice)
 
@@ -106,8 +108,14 @@ class TorchTeacher(BaseTeacher):
 
     @torch.no_grad()
     def logits_for_batch(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
-        """logits_BV, float32, at each row's last position: the last that the mask keeps, where rows are
-        padded.
+        """logits_BV, float32, at each row's last position; with a mask, at the last position that it keeps.
+
+        Args:
+            input_ids_BT: whole numbers, within the vocabulary.
+            attention_mask_BT: 0 at padding, on either side; None: no padding.
+
+        Raises:
+            UserError: another shape or type, an id outside of the vocabulary, or a row without a last position.
         """
         ids_BT, mask_BT = self._require(input_ids_BT, attention_mask_BT)
         require_last("torch", ids_BT)
@@ -117,15 +125,13 @@ class TorchTeacher(BaseTeacher):
         if mask_BT is None:
             return self.model.logits(hidden_BTE[:, -1])
         if not bool(mask_BT.any(1).all()):
-            raise UserError(
-                "teacher torch: a row is all padding; its last position does not exist. Drop the row."
-            )
+            raise UserError("teacher torch: a row is all padding and has no last position. Drop the row.")
         last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
         return self.model.logits(hidden_BTE[torch.arange(len(ids_BT), device=last_B.device), last_B])
 
     @torch.no_grad()
     def logits_per_position(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
-        """logits_BTV, float32."""
+        """logits_BTV, float32; arguments and errors as of `logits_for_batch`."""
         ids_BT, mask_BT = self._require(input_ids_BT, attention_mask_BT)
         if ids_BT.numel() == 0:
             return self.model.head.weight_VD.new_zeros(*ids_BT.shape, self.vocab_size, dtype=torch.float32)
@@ -133,10 +139,10 @@ class TorchTeacher(BaseTeacher):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> HiddenTargets:
-        """One forward of the body: hidden states at the N positions, and the head to make logits of."""
+        """One forward pass of the body: hidden states at the N positions, and the head that makes logits of them."""
         with torch.inference_mode():
             hidden_BTE = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
-        # Taken out here, they are ordinary tensors, which autograd may keep.
+        # Indexed outside of inference mode: the result is an ordinary tensor, which autograd may save.
         return HiddenTargets(hidden_BTE.flatten(0, 1)[batch.positions_N], self.model.head)
 
     def share_ids(self, ids: int) -> int:
@@ -144,7 +150,7 @@ class TorchTeacher(BaseTeacher):
         return ids
 
     def to_cut_from(self) -> tuple[CausalLM, str]:
-        """Of a quantized teacher, its full weights, which are loaded beside it."""
+        """Its model; for a quantized teacher, its full weights, which are loaded besides it."""
         where = self.model.name.removeprefix("teacher ") if self.source is None else self.source.config.model
         if self.choice.is_full:
             return self.model, where
@@ -163,7 +169,9 @@ class TorchTeacher(BaseTeacher):
         return weights_sha256(self.model)
 
     def checks(self, setup: RunSetup, student_kl: float) -> Iterator[Finding]:
-        """A quantized teacher farther from its full weights than the student is from it teaches its own rounding."""
+        """Of a quantized teacher: it must be closer to its full weights than the untrained student is to it. Otherwise
+        the student would mostly learn rounding errors.
+        """
         if self.choice.is_full or self.source is None:
             return
         heldout = setup.corpus.heldout
@@ -190,15 +198,15 @@ class TorchTeacher(BaseTeacher):
             return self.model.hidden(ids_BT)
         positions_BT = (mask_BT.long().cumsum(1) - 1).clamp_min(
             0
-        )  # a left-padded row starts at 0 all the same
+        )  # positions start at 0 after padding on the left
         return self.model.hidden(ids_BT, positions_BT, mask_BT)
 
 
 class CudaTrainerTeacher(TorchTeacher):
-    """`TorchTeacher` on CUDA or not at all; importable anywhere."""
+    """`TorchTeacher` that refuses any device but CUDA; importable without one."""
 
     @classmethod
-    def for_inference(  # the trainer names its config and has no choice of device
+    def for_inference(  # defaults to CUDA and bfloat16, and also accepts `model_config`
         cls,
         checkpoint_dir: str | Path,
         config: Any = None,
@@ -211,10 +219,10 @@ class CudaTrainerTeacher(TorchTeacher):
         files: ModelFiles | None = None,
         model_config: Any = None,
     ) -> Self:
-        """`model_config` is what the checkpoint must be; see `TorchTeacher.for_inference`."""
+        """See `TorchTeacher.for_inference`; `model_config` takes precedence over `config`."""
         if not str(device).startswith("cuda"):
             raise UserError(
-                f"CudaTrainerTeacher: device {device} was asked for. It runs on CUDA alone; use TorchTeacher."
+                f"CudaTrainerTeacher: device is {device}, and it runs on CUDA alone. Use TorchTeacher."
             )
         config = config if model_config is None else model_config
         bits = {"weights": weights, "backend": backend}
@@ -224,7 +232,7 @@ class CudaTrainerTeacher(TorchTeacher):
 
 
 class HfSource(TeacherSource):
-    """`teacher.name: torch`: the model's files, looked at before its weights are loaded."""
+    """`teacher.name: torch`: the model's files, opened before its weights are loaded."""
 
     config: HfTeacherConfig
     lacks_tokenizer = "a folder with its tokenizer's files in teacher.model"
@@ -233,7 +241,7 @@ class HfSource(TeacherSource):
         super().__init__(config, device)
         self.files = ModelFiles(config.model)
         self.reference = self.files if config.reference is None else ModelFiles(config.reference)
-        """The full weights that fewer bits are measured against."""
+        """Files of the full weights that a quantized teacher is compared with."""
 
     @property
     def checkpoints(self) -> list[ModelFiles]:
@@ -266,7 +274,7 @@ class HfSource(TeacherSource):
         return teacher
 
     def full(self, device: torch.device) -> TorchTeacher:
-        """Its weights at full precision, beside a quantized teacher."""
+        """The teacher with its full weights, to compare a quantized one with."""
         files = self.reference
         return TorchTeacher.for_inference(files.source, device=device, dtype=self.config.dtype, files=files)
 

@@ -1,4 +1,4 @@
-"""How far a quantized teacher is from its full weights, on the same held-out positions."""
+"""How much a teacher's quantization changes its predictions, measured on held-out positions."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from potstill.types import Batch
 if TYPE_CHECKING:
     from potstill.teachers.hf import TorchTeacher
 
-AT_ONCE = 32  # positions whose logits exist at once, a few times in float64
+AT_ONCE = 32
+"""Positions whose logits exist at once, in several float64 copies."""
 
 
 @dataclass(frozen=True)
 class QuantizationGap:
-    """Of the teacher as it runs, from its full weights."""
+    """The quantized teacher compared with its full weights."""
 
     kl: float
-    """KL(full, quantised), nats per position."""
+    """KL(full || quantized), nats per position."""
     agreement: float
-    """Share of positions where both think the same next token the likeliest."""
+    """Share of positions where both have the same most likely token."""
     positions: int
     weight_bytes: int
     full_weight_bytes: int
     tokens_per_s: float
-    """Of this measurement alone: one warm forward pass."""
+    """Of one warm forward pass; not a benchmark."""
     full_tokens_per_s: float
 
     def summary(self) -> str:
@@ -51,8 +52,17 @@ class QuantizationGap:
 def quantization_gap(
     teacher: TorchTeacher, full: TorchTeacher, reference: str, batch: Batch, ids: int
 ) -> QuantizationGap:
-    """Of a quantized teacher from its `full` weights, which lie in `reference`, at the batch's positions and over the
-    first `ids` of the vocabulary.
+    """Compare a quantized teacher with its full weights.
+
+    Args:
+        teacher: the quantized one.
+        full: with full weights.
+        reference: path or hub id of the full weights, for messages.
+        batch: where both are compared, at its N positions.
+        ids: over how many ids of the vocabulary.
+
+    Raises:
+        UserError: `full` is another model: its vocabulary, width or number of layers differs.
     """
     _require_same_shape(teacher, full, reference)
     full.share_ids(ids)
@@ -87,12 +97,12 @@ def quantization_gap(
 
 
 def _require_same_shape(teacher: TorchTeacher, full: TorchTeacher, source: str) -> None:
-    """Full weights of another model would measure that model."""
+    """UserError for another model, whose distance would say nothing about the quantization."""
     require_same(teacher.vocab, full.vocab, "teacher", "teacher.reference")
     for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        ours, theirs = (getattr(of.model.hf.config.get_text_config(), name) for of in (teacher, full))
-        if ours != theirs:
+        quantized, whole = (getattr(of.model.hf.config.get_text_config(), name) for of in (teacher, full))
+        if quantized != whole:
             raise UserError(
-                f"teacher.reference: {source} has {name} {theirs}, the teacher {ours}. Name the teacher's own"
+                f"teacher.reference: {source} has {name} {whole}, the teacher {quantized}. Name the teacher's own"
                 " full weights, or leave it out."
             )

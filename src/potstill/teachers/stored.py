@@ -1,8 +1,8 @@
-"""A teacher that was asked before: its targets are read from a store, and the loop does not notice.
+"""A teacher whose targets were computed beforehand and are read from a store.
 
-It answers for the rows of the store's corpus and for nothing else. Held-out rows are kept as hidden states,
-so that what is measured on them is exact whatever kind the training rows are kept as. Refused is whatever
-does not fit the store, with the field that differs and both values.
+It has targets for the rows of the store's corpus and for nothing else. Held-out rows are stored as hidden states,
+so that evaluations are exact whatever the codec of the training rows. A recipe that does not fit the store is
+refused, with the field that differs and both values.
 """
 
 from __future__ import annotations
@@ -32,23 +32,22 @@ from potstill.teachers.hf import TorchTeacher
 from potstill.types import Batch, Head, Targets, Vocab
 
 OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows", "documents", "tokens")
-"""What of a corpus is compared by name before its fingerprint, which says only that something differs."""
+"""Compared one by one before the fingerprint, which shows only that something differs."""
 
 
 class StoredTeacher(BaseTeacher):
-    """Make one with `open`. Reads a row's targets when the row is asked for; nothing is kept in memory."""
+    """Targets of a store, read batch by batch; nothing is kept in memory. Open one with `open`."""
 
     label = "store"
     reads_new_text = False
-    reads_on_cpu = (
-        True  # the positions decide which bytes are read: a batch on a device would have to be waited for
-    )
+    reads_on_cpu = True
+    """The positions decide which bytes are read: a batch on a device would have to be copied back first."""
 
     def __init__(self, store: Store, device: torch.device | str = "cpu", model: str | None = None) -> None:
         self.store = store
         self.device = torch.device(device)
         self.named_model = model
-        """What the recipe says that was captured; None: nothing."""
+        """The captured model, as the recipe names it in `teacher.model`; None: it does not."""
         folder = store.tokenizer_folder
         self.tokenizer = None if folder is None else load_tokenizer(folder)
         self.vocab = Vocab(size=self.vocab_size) if self.tokenizer is None else self._vocab()
@@ -58,7 +57,16 @@ class StoredTeacher(BaseTeacher):
     def open(
         cls, path: str | Path, device: torch.device | str = "cpu", model: str | None = None
     ) -> StoredTeacher:
-        """Raises UserError for a folder that is no whole store."""
+        """Open a store.
+
+        Args:
+            path: its folder.
+            device: of the targets.
+            model: path or hub id of the captured model, if it is not where the store says.
+
+        Raises:
+            UserError: the folder is not a complete store.
+        """
         return cls(Store(Path(path)), device, model)
 
     @property
@@ -73,42 +81,44 @@ class StoredTeacher(BaseTeacher):
         self._refuse_ids()
 
     def targets(self, batch: Batch) -> Targets:
-        """Those of the batch's positions, which may be some of a row's.
+        """The targets at the batch's positions, which may be fewer than those of its rows.
 
         Raises:
             UserError: a row or a position that the store has no targets for, or a damaged block.
         """
         T, rows = batch.input_ids_BT.shape[1], batch.rows_B.tolist()
-        found = []
+        targets = []
         positions_N = batch.positions_N.cpu()
-        for number, row in enumerate(rows):
-            asked_P = positions_N[(positions_N >= number * T) & (positions_N < (number + 1) * T)] - number * T
-            found.append(self._row(row, asked_P))
-        return joined(found, self.head.weight_VD.device)
+        for b, row in enumerate(rows):
+            places_P = positions_N[(positions_N >= b * T) & (positions_N < (b + 1) * T)] - b * T
+            targets.append(self._row(row, places_P))
+        return joined(targets, self.head.weight_VD.device)
 
     def share_ids(self, ids: int) -> int:
-        return ids  # which those of the store must be: see `require_fits`
+        """Masks nothing: the store was captured over the shared ids, which `require_fits` compares."""
+        return ids
 
     def require_fits(self, corpus: Mapping[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
-        """Refuse what the targets were not made for."""
-        kept, theirs = self.store.manifest, self.store.manifest["corpus"]
+        """UserError for another corpus, vocabulary, temperature or divergence than the targets were captured for."""
+        manifest, captured = self.store.manifest, self.store.manifest["corpus"]
         for name in (*OF_CORPUS, "fingerprint"):
-            if corpus[name] != theirs[name]:
-                self._refuse(f"corpus: {name} was {_short(theirs[name])}, is {_short(corpus[name])}.")
-        if ids != kept["vocabulary"]["ids"]:
-            self._refuse(f"vocabulary: {kept['vocabulary']['ids']} shared ids then, {ids} with this student.")
-        if kept["rows"] < theirs["train_rows"] and (missing := self.store.missing(rows)):
+            if corpus[name] != captured[name]:
+                self._refuse(f"corpus: {name} was {_short(captured[name])}, is {_short(corpus[name])}.")
+        if ids != (captured_ids := manifest["vocabulary"]["ids"]):
+            self._refuse(f"vocabulary: captured over {captured_ids} shared ids, {ids} with this student.")
+        # After the corpus: row numbers mean nothing in another one.
+        if manifest["rows"] < captured["train_rows"] and (missing := self.store.missing(rows)):
             self._refuse(
                 f"rows: {len(missing)} of this run's are not in it, one is {missing[0]}.", ROWS_ADVICE
             )
         if isinstance(self.store.codec, Hidden):
-            return
-        name = kept["kind"]["name"]
-        if objective.temperature != kept["temperature"]:
+            return  # it serves every temperature and divergence
+        name = manifest["kind"]["name"]
+        if objective.temperature != manifest["temperature"]:
             self._refuse(
-                f"temperature: {name} targets at {kept['temperature']}, objective.temperature is"
+                f"temperature: {name} targets at {manifest['temperature']}, objective.temperature is"
                 f" {objective.temperature}.",
-                f"Set it to {kept['temperature']}, or capture again; a store of kind hidden serves all.",
+                f"Set it to {manifest['temperature']}, or capture again; a store of kind hidden serves all.",
             )
         if name == "sampled" and objective.divergence.name != "forward_kl":
             self._refuse(
@@ -118,29 +128,30 @@ class StoredTeacher(BaseTeacher):
             )
 
     def require_teacher(self, source: str, weights_sha256: str) -> None:
-        """Refuse a model that the targets are not of."""
-        theirs = self.store.manifest["teacher"]
-        if weights_sha256 != theirs["weights_sha256"]:
+        """UserError for another model than the captured one."""
+        recorded = self.store.manifest["teacher"]
+        if weights_sha256 != recorded["weights_sha256"]:
             self._refuse(
-                f"teacher: captured from {theirs['source']} with weights {_short(theirs['weights_sha256'])},"
+                f"teacher: captured from {recorded['source']} with weights {_short(recorded['weights_sha256'])},"
                 f" {source} has {_short(weights_sha256)}.",
                 "Name the model that was captured in teacher.model, or capture this one.",
             )
 
     def confirm(self) -> None:
-        if self.named_model is not None:  # a receipt repeats what the recipe names, so it must be true
+        """Load the model that the recipe names, and compare its hash: the receipt repeats that name."""
+        if self.named_model is not None:
             self.to_cut_from()
 
     def to_cut_from(self) -> tuple[CausalLM, str]:
-        """The model that was captured, loaded and compared by its hash."""
+        """The captured model in full precision, and its path or hub id, once its hash has been compared."""
         recorded = self.store.manifest["teacher"]
         source = captured_source(self.named_model, recorded)
         options = {"device": self.device, "dtype": recorded["dtype"]}
         bits = {name: recorded[name] for name in ("weights", "backend") if name in recorded}
         model = TorchTeacher.for_inference(source, **options, **bits)
         self.require_teacher(source, model.weights_sha256())
-        if bits:
-            del model  # before the full one is there
+        if bits:  # the hash is that of the quantized weights; a student is cut from the full ones
+            del model  # first, so that both are not in memory together
             model = TorchTeacher.for_inference(source, **options)
         return model.model, source
 
@@ -162,19 +173,20 @@ class StoredTeacher(BaseTeacher):
     def _vocab(self) -> Vocab:
         return vocab_of(self.tokenizer, self.vocab_size)
 
-    def _row(self, row: int, asked_P: Tensor) -> Targets:
+    def _row(self, row: int, wanted_P: Tensor) -> Targets:
+        """The targets of a row at the positions `wanted_P`, ascending."""
         places_P, kept = self.store.row(row)
         codec = HELDOUT_CODEC if self.store.is_heldout(row) else self.store.codec
-        index_P = torch.searchsorted(places_P, asked_P).clamp_max(max(len(places_P) - 1, 0))
-        if len(asked_P) and not (len(places_P) and torch.equal(places_P[index_P], asked_P)):
-            self._refuse(f"row {row}: asked for positions that it has no targets for.")
+        index_P = torch.searchsorted(places_P, wanted_P).clamp_max(max(len(places_P) - 1, 0))
+        if len(wanted_P) and not (len(places_P) and torch.equal(places_P[index_P], wanted_P)):
+            self._refuse(f"row {row}: this run has positions that it has no targets for.")
         targets = codec.decode(kept, self.head)
-        return targets if torch.equal(places_P, asked_P) else _picked(targets, index_P)
+        return targets if torch.equal(places_P, wanted_P) else _picked(targets, index_P)
 
     def _refuse_ids(self) -> NoReturn:
         raise UserError(
-            f"teacher store: {self.store.path} answers for the rows of its corpus alone. Take the model"
-            " itself to ask about other tokens."
+            f"teacher store: {self.store.path} has targets for the rows of its corpus alone. Use the model itself"
+            " for other tokens."
         )
 
     def _refuse(
@@ -189,6 +201,7 @@ def _on(head: Head, device: torch.device | str) -> Head:
 
 
 def _picked(targets: Targets, index_P: Tensor) -> Targets:
+    """The targets at some of the positions."""
     if isinstance(targets, HiddenTargets):
         return HiddenTargets(targets.hidden_NE[index_P], targets.head)
     assert isinstance(targets, SparseTargets)
@@ -199,22 +212,28 @@ def _picked(targets: Targets, index_P: Tensor) -> Targets:
 
 
 def captured_source(named: str | None, recorded: Mapping[str, Any]) -> str:
-    """Where the model of a store lies: where the recipe says, else where the capture found it."""
+    """Path or hub id of a store's model: the one that the recipe names, else the recorded one."""
     return str(named or recorded["source"])
 
 
-def joined(found: list[Targets], device: torch.device) -> Targets:
-    """The targets of several rows, which are of one kind, as those of a batch."""
-    hidden = [of for of in found if isinstance(of, HiddenTargets)]
-    if len(hidden) == len(found):
+def joined(rows: list[Targets], device: torch.device) -> Targets:
+    """The targets of several rows as those of one batch, on the device.
+
+    Raises:
+        UserError: rows of both splits, which are stored in different forms.
+    """
+    hidden = [of for of in rows if isinstance(of, HiddenTargets)]
+    if len(hidden) == len(rows):
         return HiddenTargets(torch.cat([of.hidden_NE for of in hidden]), hidden[0].head)
-    sparse = [of for of in found if isinstance(of, SparseTargets)]
-    if len(sparse) != len(found):
-        raise UserError("teacher store: training and held-out rows in one batch. Ask for them apart.")
+    sparse = [of for of in rows if isinstance(of, SparseTargets)]
+    if len(sparse) != len(rows):
+        raise UserError("teacher store: training and held-out rows in one batch. Batch them separately.")
     K = max(of.ids_NK.shape[1] for of in sparse)
-    padded = [(K - of.ids_NK.shape[1], of) for of in sparse]
-    ids_NK = torch.cat([F.pad(of.ids_NK, (0, lacking), value=-1) for lacking, of in padded])
-    logp_NK = torch.cat([F.pad(of.logp_NK, (0, lacking), value=-torch.inf) for lacking, of in padded])
+    widths = [K - of.ids_NK.shape[1] for of in sparse]
+    ids_NK = torch.cat([F.pad(of.ids_NK, (0, w), value=-1) for w, of in zip(widths, sparse, strict=True)])
+    logp_NK = torch.cat(
+        [F.pad(of.logp_NK, (0, w), value=-torch.inf) for w, of in zip(widths, sparse, strict=True)]
+    )
     entropies = [of.entropy_N for of in sparse if of.entropy_N is not None]
     entropy_N = torch.cat(entropies) if entropies else None
     return replace(sparse[0], ids_NK=ids_NK, logp_NK=logp_NK, entropy_N=entropy_N).to(device)
@@ -225,7 +244,7 @@ def _short(value: Any) -> str:
 
 
 class StoreSource(TeacherSource):
-    """`teacher.name: store`: a store's manifest, read before its targets are."""
+    """`teacher.name: store`: the manifest of a store, read before its targets."""
 
     config: StoreTeacherConfig
     part = "store"
@@ -236,7 +255,7 @@ class StoreSource(TeacherSource):
 
     @cached_property
     def captured(self) -> ModelFiles:
-        """The files of the model that was captured."""
+        """The files of the captured model."""
         return ModelFiles(captured_source(self.config.model, self.manifest["teacher"]))
 
     @property
@@ -268,7 +287,7 @@ class StoreSource(TeacherSource):
 
 
 class StoreDouble(BaseTeacher):
-    """What a stored teacher holds in memory: its head, and a batch's targets while a step has them."""
+    """The stand-in of a stored teacher, for a plan: its head, and targets of the largest possible size."""
 
     def __init__(self, manifest: Mapping[str, Any], device: torch.device, part: Part) -> None:
         kind = manifest["kind"]
@@ -276,9 +295,10 @@ class StoreDouble(BaseTeacher):
         dtype = getattr(torch, manifest["teacher"]["dtype"])
         weight_VE = torch.zeros(self.vocab_size, manifest["head"]["width"], dtype=dtype, device=device)
         self.head, self.part = Head(weight_VE), part
-        most = {"hidden": 0, "topk": kind.get("k")}
-        self.num_kept = most.get(kind["name"], int(1 / kind.get("threshold", 1)) + 1)
-        """Ids of a position at most; 0 for hidden states."""
+        limits = {"hidden": 0, "topk": kind.get("k")}
+        # Sampled: the ids above the threshold and the draws of the rest are at most 1 / threshold, rounded up.
+        self.num_kept = limits.get(kind["name"], int(1 / kind.get("threshold", 1)) + 1)
+        """Largest number of ids at a position; 0 for hidden states."""
         self.temperature = manifest["temperature"] or 1.0
 
     def targets(self, batch: Batch) -> Targets:

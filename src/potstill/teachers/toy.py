@@ -1,8 +1,7 @@
-"""Teachers that are exact, tiny and known in closed form: for tests, and for trying a recipe without a model.
+"""Tiny teachers whose distributions are known exactly: for tests, and for trying a recipe without a model.
 
-`FixtureTeacher` points at the next token; `TableTeacher` is a known first-order Markov chain, so that "did
-the student learn this distribution?" has an answer. Both refuse shapes and types that a real teacher would
-refuse.
+`FixtureTeacher` puts its mass on the actual next token. `TableTeacher` is a first-order Markov chain, so that a
+student can be compared with the true distribution. Both refuse the shapes and types that a real teacher refuses.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ from potstill.recipe.sections_models import FixtureTeacherConfig, TableTeacherCo
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource
 from potstill.types import Batch, Vocab
 
-PEAK = 10.0  # the logit of the id that the fixture points at; every other id has 0
+PEAK = 10.0
+"""The fixture's logit of the next token; every other id has 0."""
 
 
 def require_ids(teacher: str, input_ids_BT: Tensor) -> Tensor:
-    """input_ids_BT as int64, or a named refusal of another shape or type."""
+    """input_ids_BT as int64; UserError for another shape or type."""
     ids_BT = as_tensor(teacher, "input_ids", input_ids_BT)
     if ids_BT.ndim != 2 or ids_BT.is_floating_point() or ids_BT.dtype == torch.bool:
         raise UserError(
@@ -39,7 +39,7 @@ def require_ids(teacher: str, input_ids_BT: Tensor) -> Tensor:
 
 
 def as_tensor(teacher: str, name: str, value: object) -> Tensor:
-    """The value as a tensor, or a named refusal: of rows of several lengths, say."""
+    """The value as a tensor; UserError where it cannot be one, such as rows of several lengths."""
     try:
         return torch.as_tensor(value)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -50,16 +50,18 @@ def as_tensor(teacher: str, name: str, value: object) -> Tensor:
 
 
 def require_last(teacher: str, ids_BT: Tensor) -> None:
+    """UserError for rows without tokens, which have no last position."""
     if ids_BT.shape[1] == 0:
         raise UserError(
-            f"teacher {teacher}: input_ids have shape {list(ids_BT.shape)}: no last position to ask about."
+            f"teacher {teacher}: input_ids have shape {list(ids_BT.shape)}: no last position. Give at"
+            " least one token a row."
         )
 
 
 class FixtureTeacher(BaseTeacher):
-    """Logit 10 at the id that comes next, 0 elsewhere; at the last position, at that position's own id.
+    """Logit 10 at the token that follows, 0 elsewhere; at a row's last position, 10 at that position's own token.
 
-    Deterministic and stateless. An id outside the vocabulary counts as id 0.
+    Deterministic and stateless. An id outside of the vocabulary counts as id 0.
     """
 
     label = "fixture"
@@ -78,7 +80,7 @@ class FixtureTeacher(BaseTeacher):
         return peaked(self._next_ids(require_ids("fixture", input_ids_BT)), self.vocab_size)
 
     def targets(self, batch: Batch) -> HiddenTargets:
-        """The `hidden state` of a position is the one id that it points at."""
+        """The `hidden state` of a position is the id of the next token, of which `peaked` makes logits."""
         next_N = self._next_ids(batch.input_ids_BT).flatten()[batch.positions_N]
         return HiddenTargets(next_N, partial(peaked, vocab_size=self.vocab_size))
 
@@ -90,12 +92,12 @@ class FixtureTeacher(BaseTeacher):
 
 
 def peaked(ids: Tensor, vocab_size: int) -> Tensor:
-    """float32 logits of one more dimension: PEAK at each id, 0 elsewhere."""
+    """float32 logits [..., V] of ids [...]: PEAK at each id, 0 elsewhere."""
     return one_hot(ids, vocab_size).to(torch.float32) * PEAK
 
 
 class TableTeacher(BaseTeacher):
-    """The next token depends on the current one alone: logits_VV[i] are the logits after id i."""
+    """The next token depends on the current one alone: logits_VV[i] are the logits after token i."""
 
     label = "table"
 
@@ -114,7 +116,11 @@ class TableTeacher(BaseTeacher):
 
     @classmethod
     def load(cls, path: Path) -> TableTeacher:
-        """From a safetensors file with one tensor, `logits`."""
+        """From a safetensors file with one tensor, `logits` [V, V].
+
+        Raises:
+            UserError: other tensors, another shape, or values that are not finite.
+        """
         names = check_safetensors(path)
         if list(names) != ["logits"]:
             raise UserError(
@@ -155,6 +161,7 @@ class TableTeacher(BaseTeacher):
 
 
 def require_known(teacher: str, ids_BT: Tensor, vocab_size: int) -> None:
+    """UserError for an id outside of the vocabulary."""
     if ids_BT.numel() and not (int(ids_BT.min()) >= 0 and int(ids_BT.max()) < vocab_size):
         worst = int(ids_BT.max()) if int(ids_BT.max()) >= vocab_size else int(ids_BT.min())
         raise UserError(f"teacher {teacher}: id {worst} is outside the vocabulary of {vocab_size} ids.")

@@ -56,7 +56,7 @@ def files_of(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) ->
     def matches(relative: Path, patterns: Sequence[str]) -> bool:
         return any(fnmatch(str(relative), p) or fnmatch(relative.name, p) for p in patterns)
 
-    found = []
+    matching = []
     for file in path.rglob("*"):
         relative = file.relative_to(path)
         if not matches(relative, include) or matches(relative, exclude):
@@ -64,12 +64,12 @@ def files_of(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) ->
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
         # A broken link is kept, so that opening it raises: skipped, a document would be lost silently.
         if not hidden and (file.is_file() or (file.is_symlink() and not file.exists())):
-            found.append(file)
-    found.sort()
-    if not found:
+            matching.append(file)
+    matching.sort()
+    if not matching:
         left = f", {', '.join(exclude)} left out" if exclude else ""
         raise UserError(f"corpus.path: no file of {path} matches {', '.join(include)}{left}.")
-    return found
+    return matching
 
 
 def lines_of(file: Path, reading: Reading, whole: bool = False) -> Iterator[bytes]:
