@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from potstill.cli import main
+from potstill.cli.main import main
 
 OLD = Path(__file__).parent / "data" / "v1"
 PLACE = "/tmp/potstill-v1"  # where they were written

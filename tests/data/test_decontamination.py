@@ -302,7 +302,7 @@ def test_several_files_are_compared(
 def test_the_list_of_hits_is_cut_and_the_count_is_not(
     built: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decontamination, "LISTED", 7)
+    monkeypatch.setattr(decontamination, "MAX_LISTED", 7)
     many = write(tmp_path / "many.jsonl", lines(*({"solution": SOLUTION} for _ in range(9))))
     found = built(f"{{against: [{many}]}}")["decontamination"]
     assert [Path(hit["document"]).name for hit in found["first_hits"]] == ["0100.txt"] * 5 + ["0200.txt"] * 2

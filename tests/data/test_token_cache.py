@@ -20,7 +20,6 @@ import transformers
 from conftest import make_corpus, make_model, make_tokenizer
 
 from potstill import UserError, distill
-from potstill.build import corpus
 from potstill.build.corpus import make_corpus as read_corpus
 from potstill.build.resolve import resolve
 from potstill.cli import main
@@ -101,7 +100,7 @@ def test_shards_are_the_corpus_that_memory_would_hold(
     def no_more(*args: object) -> Any:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(corpus, "read_documents", no_more)
+    monkeypatch.setattr(type(with_shards.corpus), "read", no_more)
     again, _ = read_corpus(resolve(with_shards))
     assert_same(in_memory, again)
 
@@ -299,11 +298,11 @@ def test_of_two_starts_at_once_one_writes_and_the_other_reads(
     """The second comes while the first is in the middle of its reading, and gives signs of life."""
     recipe, begun, builds = recipe_of(lab, CORPORA["text"], tmp_path / "kept"), threading.Event(), []
     beats: list[int] = []
-    read_documents = corpus.read_documents
+    read = type(recipe.corpus).read
 
     def slowly(*given: Any) -> Any:
         builds.append(threading.get_ident())
-        reading = read_documents(*given)
+        reading = read(*given)
 
         def documents() -> Iterator[Document]:
             for number, document in enumerate(reading.documents):
@@ -314,11 +313,11 @@ def test_of_two_starts_at_once_one_writes_and_the_other_reads(
 
         return dataclasses.replace(reading, documents=documents())
 
-    monkeypatch.setattr(corpus, "read_documents", slowly)
+    monkeypatch.setattr(type(recipe.corpus), "read", slowly)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(read_corpus, recipe)
+        first = pool.submit(read_corpus, resolve(recipe))
         assert begun.wait(30)
-        second = pool.submit(read_corpus, recipe, lambda: beats.append(len(builds)))
+        second = pool.submit(read_corpus, resolve(recipe), lambda: beats.append(len(builds)))
         assert_same(first.result()[0], second.result()[0])
     assert len(builds) == 1 and beats
     monkeypatch.undo()

@@ -164,7 +164,7 @@ def test_a_padded_end_that_is_written_into_the_list_is_no_token() -> None:
             Vocab(2, ("a", "b", "c")),
             "S has logits for 2 of the 3 tokens, the other side for 3 ids; the first without is id 2, 'c'.",
         ),
-        (Vocab(5), "T has logits for 3 ids and S for 5, and not both bring a tokenizer"),
+        (Vocab(5), "T has logits for 3 ids and S for 5, and not both have a tokenizer"),
     ],
 )
 def test_another_vocabulary_is_refused_at_its_first_difference(student: Vocab, said: str) -> None:

@@ -186,7 +186,7 @@ def test_a_dumb_terminal_is_written_to_like_a_pipe(monkeypatch: pytest.MonkeyPat
 def test_a_traceback_gives_the_cursor_back_and_a_pipe_never_imports_rich() -> None:
     program = """
 import io, sys
-from potstill.display import Display
+from potstill.io.terminal import Display
 Display(err=io.StringIO()).step_line(1, 2, {"train/loss": 1.0}, 1.0)
 Display(err=io.StringIO()).table("t", ["a"], [["b"]])
 print("rich" in sys.modules)

@@ -272,7 +272,7 @@ def test_a_smoke_tells_a_fault_that_the_run_would_leave_out(
 ) -> None:
     spoil(1)
     with pytest.raises(UserError, match="step 1, rows"):
-        smoke(load_recipe(tiny_recipe(train=TRAIN, guard="{policy: skip}")), 2)
+        smoke(resolve(load_recipe(tiny_recipe(train=TRAIN, guard="{policy: skip}"))), 2)
 
 
 def test_two_processes_do_not_work_on_one_run(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ SETTINGS = {
 
 
 def file_hashes(inputs: Mapping[str, Path], plugins: Sequence[str]) -> dict[str, str]:
-    """sha256 by `ROLE/FILE`. A plain role such as `teacher` maps to a model's folder, whose settings files are
-    hashed; a role with a slash names a single file. Plug-ins are numbered: two may have the same file name.
+    """sha256 by `ROLE/FILE`. A plain role such as `teacher` maps to a model's folder, whose settings files are hashed;
+    a role with a slash already names a single file. Plug-ins are numbered: two may have the same file name.
 
     Raises:
         UserError: a file cannot be read.

@@ -161,7 +161,9 @@ class RunDir:
             yield
 
     def flush(self) -> None:
-        """fsync the metrics, before a checkpoint is saved: after a power cut, none may be newer than its log."""
+        """fsync the metrics. Called before a checkpoint is saved: after a power cut, no checkpoint may be newer than
+        the log of its steps.
+        """
         path = self.path / "metrics.jsonl"
         if path.exists():
             with writing(path):
