@@ -95,7 +95,7 @@ class Recipe(Config):
         return None if self.student.name == "config" else self.student.lora
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply overrides, fill in defaults and check it.
 
     Args:
@@ -105,10 +105,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: with every mistake of the file and of the overrides.
     """
+    path = Path(path)
     with opened(path, "a recipe", "Give the recipe's YAML file.") as file:
         data = file.read(yaml.MAX_BYTES + 1)
     text = yaml.decode(data, str(path))
-    return parse(text, where=str(path), folder=Path(path).absolute().parent, overrides=overrides)
+    return parse(text, where=str(path), folder=path.absolute().parent, overrides=overrides)
 
 
 def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ()) -> Recipe:

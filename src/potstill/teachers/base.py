@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -123,20 +122,24 @@ class TeacherSource:
         """The recipe's section `teacher`."""
         self.device = device
         """Where the teacher will be."""
+        self._teachers: list[Teacher] = []
+        """The teacher once it is loaded: a list, which copies of this object share."""
 
     @property
     def label(self) -> str:
         """Its name in messages."""
         return self.config.label
 
-    @cached_property
     def _loaded(self) -> Teacher:
-        return self.config.load(self.device)
+        if not self._teachers:
+            self._teachers.append(self.config.load(self.device))
+        return self._teachers[0]
 
     @property
     def vocab_size(self) -> int:
         """V: width of its logits, padding included."""
-        return self._loaded.vocab_size
+        declared = getattr(self.config, "vocab_size", None)
+        return declared if isinstance(declared, int) else self._loaded().vocab_size
 
     @property
     def checkpoints(self) -> Sequence[ModelFiles]:
@@ -176,7 +179,7 @@ class TeacherSource:
         Raises:
             UserError: it cannot be loaded.
         """
-        return self._loaded
+        return self._loaded()
 
     # For a plan, which runs on PyTorch's fake tensors: no weights, only their memory.
 
@@ -184,12 +187,14 @@ class TeacherSource:
     """The part of a plan that its memory counts as: `teacher` or `store`."""
 
     def plan_key(self) -> Any:
-        """Everything that the memory of `double` depends on; compared by its repr."""
-        return self.config
+        """Everything that the memory of `double` depends on; compared by its repr. Called before the fake tensors are
+        in force, so that nothing is loaded under them.
+        """
+        return self.config, self.vocab_size
 
     def double(self, part: Part) -> Teacher:
         """A stand-in that takes as much memory as the teacher, with targets of the same shapes and types."""
-        return Uniform(self._loaded.vocab_size)
+        return Uniform(self.vocab_size)
 
     def measured_double(self) -> Teacher | None:
         """A stand-in for the model that `checks` loads besides the teacher; None where it loads none."""

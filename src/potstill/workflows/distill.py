@@ -275,23 +275,31 @@ class _ActiveRun:
             )
             return
         # Every rank takes part in gathering the shards, although only the first writes the receipt.
-        with contextlib.ExitStack() as stack:
-            for module in (setup.student, setup.teacher.model):
-                if module is not None:
-                    stack.enter_context(self.ranks.gathered(module))
+        with self.gathered():
             samples["after"] = _sample(setup)
 
-            def write_receipt() -> None:
-                run.whole_student()
-                evaluations = self.evaluations()
-                seconds = time.perf_counter() - started_s
-                finished = Finished(outcome, checked, self.inputs, source, samples, evaluations, seconds)
-                receipt = receipt_of(setup, run, finished)
-                run.write_receipt(receipt | {"ranks": self.ranks.described()})
-                run.set_status("finished")  # after the receipt: a finished run always has one
+        def write_receipt() -> None:
+            run.whole_student()
+            evaluations = self.evaluations()
+            seconds = time.perf_counter() - started_s
+            finished = Finished(outcome, checked, self.inputs, source, samples, evaluations, seconds)
+            receipt = receipt_of(setup, run, finished)
+            run.write_receipt(receipt | {"ranks": self.ranks.described()})
+            run.set_status("finished")  # after the receipt: a finished run always has one
 
+        # Gathered once more: the sample's forward pass has put the weights back into shards.
+        with self.gathered():
             self.ranks.on_first(write_receipt)
         _print_summary(setup, run, outcome, samples, self.display)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, every weight of both models is there as in a single process."""
+        with contextlib.ExitStack() as stack:
+            for module in (self.setup.student, self.setup.teacher.model):
+                if module is not None:
+                    stack.enter_context(self.ranks.gathered(module))
+            yield
 
     def evaluations(self) -> dict[str, Any]:
         """Results of the recipe's `evaluations` on the saved student. One that fails is recorded as not run, with the
