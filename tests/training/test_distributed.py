@@ -89,10 +89,12 @@ def back_to_step_10(of: Path, to: Path) -> None:
 
 @pytest.mark.soak
 def test_shards_of_student_and_teacher_are_the_whole(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    """AdamW, an untied head, clipping: FSDP2, and its checkpoint is any other's."""
+    """AdamW, an untied head, clipping, a sample before the receipt: FSDP2, and its checkpoint is any other's."""
     teacher = make_model(tmp_path / "untied", tie_word_embeddings=False)
     recipe = tiny_recipe(
-        train=TRAIN % "clip: 0.5, parallel: fsdp", teacher=f"{{name: torch, model: {teacher}, sharded: true}}"
+        train=TRAIN % "clip: 0.5, parallel: fsdp",
+        teacher=f"{{name: torch, model: {teacher}, sharded: true}}",
+        eval="{every: 10, sample_prompt: the cat, sample_tokens: 4}",
     )
     alone = distill(recipe, out=tmp_path / "alone").path
     ranks(2, "distill", recipe, "--out", tmp_path / "two")
