@@ -18,23 +18,12 @@ import pytest
 import torch
 import transformers
 from conftest import make_corpus, make_model, make_tokenizer
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from potstill.cli.main import main
 
 Recipe = Callable[..., Path]
-
-
-def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Path) -> str:
-    """The one line of a refusal; also that it exits 2, shows no traceback and leaves no file behind."""
-    before = {path for path in folder.rglob("*")}
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, captured.err
-    assert {path for path in folder.rglob("*")} == before
-    return lines[0]
 
 
 def truncated_safetensors(folder: Path) -> dict[str, str]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_corpus, make_model
+from refusals import refusal
 from safetensors.torch import load_file, save_file
-from test_cli import refusal
 
 from potstill.cli.main import main
 from potstill.losses.targets import HiddenTargets
