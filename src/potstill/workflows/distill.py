@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from potstill.build.resolve import Resolved, resolve
 from potstill.build.setup import RunSetup, process_of, set_up
-from potstill.errors import Stopped, UserError
+from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
 from potstill.evals.subject import Subject
 from potstill.io.memory import peak_gib
@@ -319,9 +319,14 @@ class _ActiveRun:
             self.display.note(f"evaluation: {key}")
             try:
                 results[key] = config.run(subject)
-            except UserError as error:
-                self.display.warn(f"evaluation {key}: {error}")
-                results[key] = f"not run: {error}"
+            except Exception as error:  # a plug-in may raise anything
+                reason = (
+                    str(error)
+                    if isinstance(error, UserError)
+                    else f"{type(error).__name__}: {one_line(error)}"
+                )
+                self.display.warn(f"evaluation {key}: {reason}")
+                results[key] = f"not run: {reason}"
         return results
 
     def train(self) -> Outcome:
