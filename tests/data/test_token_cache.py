@@ -363,7 +363,7 @@ def test_what_is_the_user_s_stays(lab: Path, tmp_path: Path) -> None:
 
 def test_places_that_cannot_be_are_one_line(lab: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"corpus.shards: .*file is no folder"):
+    with pytest.raises(UserError, match=r"corpus\.shards: .*file is not a folder"):
         recipe_of(lab, CORPORA["text"], tmp_path / "file")
     texts = make_corpus(tmp_path / "text")
     with pytest.raises(UserError, match=r"corpus.shards: .*tok lies in corpus.path"):

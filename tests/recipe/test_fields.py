@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from potstill import distill
 from potstill.preflight.checks import Checked
 from potstill.recipe import load
+from potstill.recipe.plugins import Registered, config_types
 from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
@@ -115,24 +116,38 @@ SHOWN_BY = {
     "publish.student_license": "tests/publish/test_publish.py",
     "publish.data_license": "tests/publish/test_publish.py",
     "publish.license": "tests/publish/test_publish.py",
-    "sinks": "tests/runs/test_trackers.py",
+    "evaluations.samples": "tests/evals/test_evaluations.py",
+    "evaluations.temperature": "tests/evals/test_evaluations.py",
+    "evaluations.max_new_tokens": "tests/evals/test_evaluations.py",
+    "evaluations.limit": "tests/evals/test_evaluations.py",
+    "evaluations.seed": "tests/evals/test_evaluations.py",
+    "evaluations.tasks": "tests/evals/test_evaluations.py",
     "plugins": "test_a_plug_in_divergence_trains",
 }
 
 
 def all_fields(schema: Any = load.Recipe, prefix: str = "") -> set[str]:
+    """Dotted, of the sections as they are and of every built-in entry that a section may name."""
     found = set()
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     for field in dataclasses.fields(schema):
-        inner = [
-            t for t in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(t)
-        ]
+        inner = sections_of(hints[field.name])
         if inner:
             for section in inner:
                 found |= all_fields(section, f"{field.name}.")
         else:
             found.add("name" if field.name == "name" else f"{prefix}{field.name}")
     return found
+
+
+def sections_of(hint: Any) -> list[Any]:
+    """The config classes that a field may hold."""
+    marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Registered)]
+    if marks:  # a divergence's options have tests of their own
+        return [] if marks[0].kind == "divergence" else list(config_types(marks[0].kind))
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return [hint]
+    return [section for inner in typing.get_args(hint) for section in sections_of(inner)]
 
 
 def test_no_field_is_left_out_here() -> None:

@@ -284,7 +284,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     "sections, said",
     [
         ({"teacher": "{name: fixture, vocab_size: 258}"}, "teacher.name: fixture has no targets to capture"),
-        ({"objective": "{divergence: reverse_kl}"}, "unbiased for forward_kl alone"),
+        ({"objective": "{divergence: reverse_kl}"}, "unbiased only for forward_kl"),
         ({"capture": "{name: topk}"}, "neither k nor bytes_per_position"),
         ({"capture": "{name: topk, k: 3, bytes_per_position: 9}"}, "k and bytes_per_position are both given"),
         ({"capture": "{threshold: 0.1, bytes_per_position: 9}"}, "threshold and bytes_per_position are both"),
