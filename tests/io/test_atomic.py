@@ -100,7 +100,7 @@ def test_no_older_checkpoint_goes_before_the_new_one_is_read_back(
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     for step in ("99999998", "100000000", "00000002"):
         (tmp_path / step).mkdir()
-    found = checkpoint.Checkpoints(tmp_path, {}, print)._found()
+    found = checkpoint.Checkpoints(tmp_path, {}, print)._newest_first()
     assert [path.name for path in found] == ["100000000", "99999998", "00000002"]
 
 
