@@ -120,7 +120,9 @@ class FileSystemCalls:
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
-            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and self.is_ours(path):
+            # A file without a name, by which filelock finds out what the file system can do, changes nothing.
+            is_nameless = flags & os.O_TMPFILE == os.O_TMPFILE
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and self.is_ours(path) and not is_nameless:
                 self.happens("open", os.fspath(path), is_write=True)
         elif event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
             # What is removed with a whole tree is named relative to an open folder.
