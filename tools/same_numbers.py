@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 LEFT_OUT = (
     # Pattern of the file, pattern of the field, why two runs of one program may differ in it.
@@ -218,6 +221,8 @@ def fields(path: Path) -> dict[str, str]:
         text = data.decode()
         if "\0" in text:
             raise ValueError("numbers")
+        if path.suffix == ".yaml":
+            return dict(leaves(yaml.safe_load(text)))
         if path.suffix == ".jsonl":
             return dict(leaves([json.loads(line) for line in text.splitlines()]))
         if path.suffix in (".json", ".stdout") and text[:1] in ("{", "["):
@@ -227,7 +232,13 @@ def fields(path: Path) -> dict[str, str]:
         return {"sha256": hashlib.sha256(data).hexdigest()}
 
 
-def differences(old: Path, new: Path) -> list[str]:
+def numbers(value: str) -> list[str]:
+    """The numbers in a sentence, in their order; of any other value, the value."""
+    is_sentence = value.startswith('"') and value.count(" ") >= 2
+    return re.findall(r"[-+]?\d[\d.,e+-]*", value) if is_sentence else [value]
+
+
+def differences(old: Path, new: Path, reworded: bool) -> list[str]:
     """Of two folders, each as `file: field: old -> new`."""
     files = [{str(p.relative_to(top)): p for p in top.rglob("*") if p.is_file()} for top in (old, new)]
     found = []
@@ -236,26 +247,32 @@ def differences(old: Path, new: Path) -> list[str]:
         if one is None or two is None:
             found.append(f"{file}: {'absent -> there' if one is None else 'there -> absent'}")
         elif one.read_bytes() != two.read_bytes():
-            found += differing_fields(file, fields(one), fields(two))
+            found += differing_fields(file, fields(one), fields(two), reworded)
     return found
 
 
-def differing_fields(file: str, old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """Of two versions of a file with different bytes."""
+def differing_fields(file: str, old: dict[str, str], new: dict[str, str], reworded: bool) -> list[str]:
+    """Of two versions of a file with different bytes. Where sentences may be `reworded`, their numbers are
+    compared, and a field that only the new version knows may be there if it is empty.
+    """
+    if reworded:
+        new = {name: value for name, value in new.items() if name in old or value not in ("[]", "null")}
+        old, new = ({name: str(numbers(value)) for name, value in of.items()} for of in (old, new))
     names = [*old, *(name for name in new if name not in old)]
     matching = [field for pattern, field, _ in LEFT_OUT if fnmatch.fnmatchcase(file, pattern)]
     kept = [name for name in names if not any(fnmatch.fnmatchcase(name, field) for field in matching)]
-    if len(kept) == len(names) and old == new:
+    if len(kept) == len(names) and old == new and not reworded:
         return [f"{file}: bytes: other bytes of the same fields"]
     none = "none"
     changed = [name for name in kept if old.get(name) != new.get(name)]
     return [f"{file}: {name}: {old.get(name, none):.60} -> {new.get(name, none):.60}" for name in changed]
 
 
-def is_same(job: str, old: Path, new: Path) -> bool:
+def is_same(job: str, old: Path, new: Path, reworded: bool) -> bool:
     """Print a job's line or lines. A job that failed is not the same, though it failed twice alike."""
     failed = [side / FAILED for side in (old, new) if (side / FAILED).exists()]
-    found = [f"{file.parts[-3]}: {file.read_text().strip()}" for file in failed] + differences(old, new)
+    found = [f"{file.parts[-3]}: {file.read_text().strip()}" for file in failed]
+    found += differences(old, new, reworded)
     for line in found[:MOST_LINES]:
         print(f"{job}: DIFFERENT: {line}")
     if len(found) > MOST_LINES:
@@ -272,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("new", metavar="NEW", help="another")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"of {', '.join(names)}")
     parser.add_argument("--work", type=Path, metavar="DIR", help="an empty folder, kept; default a temporary")
+    parser.add_argument("--reworded", action="store_true", help="sentences may differ, but for their numbers")
     parser.add_argument("--demo", action="store_true", help="also `potstill demo`: minutes for each commit")
     options = parser.parse_args(arguments)
     wanted = options.only or [name for name in names if options.demo or name != "demo"]
@@ -288,7 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("old", "new"):
             run_side(work / f"code-{name}", side, todo)
             side.rename(work / name)  # both wrote to one place, so that no path differs
-        same = [is_same(job, work / "old" / job, work / "new" / job) for job in todo]
+        pairs = {job: (work / "old" / job, work / "new" / job) for job in todo}
+        same = [is_same(job, *pair, options.reworded) for job, pair in pairs.items()]
     print(f"{sum(same)} of {len(same)} jobs the same")
     return 0 if all(same) else 1
 
