@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -191,17 +190,10 @@ def test_options_of_a_plug_in_are_validated_and_explained_like_ours(
     assert "'many' is not a whole number" in told and "csv" in told
     assert len([line for line in told.splitlines() if line.startswith("error:")]) == 4
 
-    program = f"""
-    import json
-    from pathlib import Path
-    from potstill.recipe.load import json_schema, load
-    load(Path({str(recipe)!r}))
-    print(json.dumps(json_schema()["$defs"]["SumsCorpusConfig"]["properties"]))
-    """
-    shown = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
-    )
-    assert json.loads(shown.stdout)["count"]["description"] == "Number of documents."
+    shown = potstill("schema", recipe)
+    properties = json.loads(shown.stdout)["$defs"]["SumsCorpusConfig"]["properties"]
+    assert properties["count"]["description"] == "Number of documents."
+    assert properties["tokens_per_row"]["description"].startswith("Length of a packed row")
 
 
 @pytest.mark.parametrize(
@@ -222,3 +214,15 @@ def test_what_is_no_plug_in_is_refused_with_its_place(
     (tmp_path / "odd.py").write_text(imports + code)
     done = potstill("distill", tiny_recipe(plugins="[odd.py]"), "--out", tmp_path / "run")
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_cache_of_a_plug_in_s_corpus_is_that_of_its_code(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    make_model(tmp_path / "teacher")
+    recipe = recipe_with(tiny_recipe, tmp_path, "A corpus", teacher="{name: torch, model: teacher}")
+    cached = ["corpus.shards=sums", "--out"]  # a folder of the name that the corpus has
+    assert potstill("distill", recipe, *cached, tmp_path / "one").returncode == 0
+    assert potstill("distill", recipe, *cached, tmp_path / "two").returncode == 0
+    code = (tmp_path / "sums_corpus.py").read_text()
+    (tmp_path / "sums_corpus.py").write_text(code.replace("{a} + {b}", "{b} + {a}"))
+    done = potstill("distill", recipe, *cached, tmp_path / "three")
+    assert done.returncode == 2 and "plugin was" in done.stderr and not (tmp_path / "three").exists()

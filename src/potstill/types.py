@@ -230,6 +230,11 @@ class Teacher(TeacherLogitsProvider, Protocol):
         """Whether each of several processes keeps a part of every layer."""
         ...
 
+    @property
+    def backend(self) -> Mapping[str, str] | None:
+        """What runs its layers in this process: `backend`, `weights` and `reason`; None where nothing does."""
+        ...
+
     def targets(self, batch: Batch) -> Targets:
         """The next-token distributions at the batch's N positions, in the order of `positions_N`."""
         ...
@@ -283,6 +288,11 @@ class Teacher(TeacherLogitsProvider, Protocol):
     def close(self) -> None:
         """Release what is not memory: processes, connections."""
         ...
+
+
+def answer(teacher: Teacher, batch: Batch) -> Targets:
+    """The teacher's targets for a batch that may be on any device, asked where the teacher reads it."""
+    return teacher.targets(batch.to("cpu") if teacher.reads_on_cpu else batch)
 
 
 class Divergence(Protocol):

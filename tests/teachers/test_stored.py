@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from potstill.recipe import load as recipes
 from potstill.teachers.hf import TorchTeacher
 from potstill.teachers.stored import StoredTeacher
 from potstill.types import Batch
+from potstill.workflows.distill import evaluate
 
 Recipe = Callable[..., Path]
 CAPTURES = {
@@ -292,3 +294,12 @@ def test_a_captured_model_that_is_gone_is_told(lab: Lab, tmp_path: Path) -> None
         moved.setup(f"{{name: store, path: {store}}}")
     moved.setup(f"{{name: store, path: {store}, model: elsewhere}}")
     moved.setup(f"{{name: store, path: {store}}}", student="{name: checkpoint, model: elsewhere}")
+
+
+def test_a_saved_student_is_measured_although_the_captured_model_is_gone(lab: Lab, tmp_path: Path) -> None:
+    shutil.copytree(lab.folder / "teacher", tmp_path / "captured")
+    shutil.copytree(lab.folder / "teacher", tmp_path / "student")
+    teacher = f"{{name: store, path: {lab.store('hidden', capture=CAPTURES['hidden'])}, model: {tmp_path / 'captured'}}}"
+    recipe = recipes.load(lab.recipe("measured.yaml", teacher=teacher))
+    (tmp_path / "captured" / "model.safetensors").write_bytes(b"gone")
+    assert evaluate(recipe, tmp_path / "student")["heldout/kl"] == pytest.approx(0, abs=1e-4)

@@ -26,9 +26,11 @@ from potstill.teachers.base import TeacherSource, refuse_cut, source_of
 class StudentSource:
     """A student before it is built: its model config, and where its weights come from."""
 
-    def __init__(self, config: AnyStudent, teacher: TeacherSource) -> None:
+    def __init__(self, config: AnyStudent, teacher: TeacherSource, is_saved: bool = False) -> None:
         self.config = config
         self.teacher = teacher
+        self.is_saved = is_saved
+        """Whether it is a finished student, to be measured and not trained."""
         self.files = None if config.name == "cut" else _shared_files(config.model, teacher)
         """Those of a checkpoint or a config; None for a student that is cut from the teacher."""
 
@@ -120,7 +122,9 @@ def resolve(recipe: Recipe, saved_student: str | Path | None = None) -> Resolved
         recipe = dataclasses.replace(recipe, student=CheckpointStudentConfig(model=str(saved_student)))
     device = choose_device(recipe.train.device)
     teacher = source_of(recipe.teacher, device)
-    return Resolved(recipe, device, teacher, StudentSource(recipe.student, teacher))
+    return Resolved(
+        recipe, device, teacher, StudentSource(recipe.student, teacher, saved_student is not None)
+    )
 
 
 def _shared_files(source: str, teacher: TeacherSource) -> ModelFiles:

@@ -90,10 +90,20 @@ def set_up(resolved: Resolved, note: Note, beat: Callable[[], None] = lambda: No
     Raises:
         UserError: a damaged file, a missing library, or models and a corpus that do not fit each other.
     """
-    recipe = resolved.recipe
     verify_files(resolved, note)
     corpus, tokenizer = read_corpus(resolved, note, beat)
     teacher = load_teacher(resolved, tokenizer, note)
+    try:
+        return _set_up_student(resolved, corpus, tokenizer, teacher, note)
+    except BaseException:
+        teacher.close()  # nobody else has it yet
+        raise
+
+
+def _set_up_student(
+    resolved: Resolved, corpus: packing.Corpus, tokenizer: Any | None, teacher: Teacher, note: Note
+) -> RunSetup:
+    recipe = resolved.recipe
     # After the teacher: random numbers drawn while a library loads it must not change the student's weights.
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(resolved, teacher, corpus.train)
@@ -150,7 +160,7 @@ def load_teacher(resolved: Resolved, tokenizer: Any | None, note: Note) -> Teach
     """Load the teacher, and require that the corpus was encoded with its tokens."""
     label = resolved.teacher.label
     teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
-    backend = teacher.describe().get("runs_on")
+    backend = teacher.backend
     by = "" if backend is None else f"; {backend['backend']} runs it ({backend['reason']})"
     note(f"teacher: {label}, vocabulary of {teacher.vocab_size}{by}")
     if tokenizer is not None and teacher.vocab.tokens is not None:
@@ -164,8 +174,10 @@ def make_student(
 ) -> tuple[CausalLM, dict[str, Any]]:
     """The student's model, and where its weights came from."""
     source, config, device = resolved.student, resolved.student.config, resolved.device
-    if config.name != "cut":
-        teacher.confirm()  # a cut student needs none: `to_cut_from` loads the named model and compares it
+    # A cut student needs no confirmation: `to_cut_from` loads the named model and compares it. Nor does a saved one:
+    # what its run was made of is in the receipt, and the captured model may be gone.
+    if config.name != "cut" and not source.is_saved:
+        teacher.confirm()
     if config.name == "checkpoint":
         assert source.files is not None
         model = from_checkpoint(config.model, device, source.files.config)

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from potstill import __version__
@@ -121,7 +122,10 @@ def _parser() -> argparse.ArgumentParser:
         verb("show", report.run_show, "print a run's receipt, and first, best and last value of each metric"),
         verb("report", report.run_report, "render runs or a comparison as one self-contained HTML page"),
     )
-    verb("schema", report.run_schema, "print the JSON schema of a recipe, for editors")
+    schema = verb("schema", report.run_schema, "print the JSON schema of a recipe, for editors")
+    schema.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="with the plug-ins of this one"
+    )
     return parser
 
 

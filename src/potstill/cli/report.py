@@ -47,6 +47,8 @@ def run_report(options: argparse.Namespace, display: Display) -> None:
 
 
 def run_schema(options: argparse.Namespace, display: Display) -> None:
-    from potstill.recipe.load import json_schema
+    from potstill.recipe.load import json_schema, load
 
+    if options.recipe is not None:
+        load(options.recipe)  # its plug-ins register what they define
     display.result(json.dumps(json_schema(), indent=2))

@@ -51,6 +51,10 @@ def provenance(config: Any, tokenizer: Any | None, vocabulary: Vocab, against: l
         },
         "evaluation": against,
     }
+    if (
+        config.plugin_file is not None
+    ):  # its code decides what the documents are, as files do for a built-in corpus
+        made_of["plugin"] = file_sha256(config.plugin_file)
     return dict(json.loads(json.dumps(made_of)))
 
 
@@ -66,11 +70,12 @@ def load_or_build(
             holds other things.
     """
     folder = Path(config.shards)
-    inner, outer = (Path(os.path.realpath(path)) for path in (folder, config.origin))
-    if inner.is_relative_to(outer):
-        raise UserError(
-            f"corpus.shards: {folder} lies in corpus.path, all of which is read. Name another folder."
-        )
+    if (path := getattr(config, "path", None)) is not None:
+        inner, outer = (Path(os.path.realpath(place)) for place in (folder, path))
+        if inner.is_relative_to(outer):
+            raise UserError(
+                f"corpus.shards: {folder} lies in corpus.path, all of which is read. Name another folder."
+            )
     with writing(folder):
         made = [each for each in (folder, *folder.parents) if not each.exists()]
     _require_ours(folder, names := _names(folder))

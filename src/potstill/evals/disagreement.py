@@ -18,7 +18,7 @@ from torch import Tensor
 
 from potstill.losses.divergences import forward_kl
 from potstill.models.student import Student
-from potstill.types import Batch, Rows, Teacher
+from potstill.types import Batch, Rows, Teacher, answer
 
 Token = dict[str, Any]
 CHOICES = 3
@@ -65,7 +65,7 @@ def _row(student: Student, teacher: Teacher, batch: Batch, tokenizer: Any | None
     if positions and positions[-1] == len(ids) - 1:  # the last position's label is not in the input
         ids.append(labels[-1])
     row: list[Token] = [{"id": id, "text": _text(tokenizer, ids[:at], id)} for at, id in enumerate(ids)]
-    targets = teacher.targets(batch)
+    targets = answer(teacher, batch)
     for part, logits_CV in student.logits(batch):
         pair = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
         for position, values in zip(positions[part], _values(*pair, batch.labels_N[part]), strict=True):

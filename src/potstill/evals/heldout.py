@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from potstill.models.student import Student
-from potstill.types import Rows, Teacher
+from potstill.types import Rows, Teacher, answer
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def _batches(
         for start in range(0, len(rows), rows_per_batch):
             poll()
             batch = rows.batch(range(start, min(start + rows_per_batch, len(rows)))).to(student.model.device)
-            sums = student.measure(batch, teacher.targets(batch))
+            sums = student.measure(batch, answer(teacher, batch))
             yield len(batch.positions_N), {name: float(value) for name, value in sums.items()}
     finally:
         student.train(was_training)

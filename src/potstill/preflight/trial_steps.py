@@ -5,6 +5,7 @@ The trained student is thrown away. The cheap half is `checks.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -304,9 +305,10 @@ def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: 
     resolved = settle(resolved, display.note)
     with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)
-        checked = require_sound(setup, default_path(name))
-        display.note(f"check: all {len(checked.findings)} cheap ones passed")
-        metrics, evaluations = _smoke_steps(setup, steps, display)
+        with contextlib.closing(setup.teacher):
+            checked = require_sound(setup, default_path(name))
+            display.note(f"check: all {len(checked.findings)} cheap ones passed")
+            metrics, evaluations = _smoke_steps(setup, steps, display)
     step_s, evaluation_s = _median_step_s(metrics), statistics.median(evaluations)
     # Before the first step, after the last one, and between steps where the recipe says so.
     num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2

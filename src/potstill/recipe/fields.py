@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,13 @@ class Config:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @property
+    def plugin_file(self) -> Path | None:
+        """The file of the plug-in that defines the class; None for a built-in one."""
+        module = type(self).__module__
+        file = None if module.startswith("potstill.") else getattr(sys.modules.get(module), "__file__", None)
+        return None if file is None else Path(file)
 
     @property
     def registered_name(self) -> str:

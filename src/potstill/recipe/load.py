@@ -192,13 +192,18 @@ def dump(recipe: Recipe) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors. Entries of plug-ins that have been loaded are included."""
+    """JSON schema of a recipe, for editors; the entries of loaded plug-ins are in it."""
     schema = _adapter().json_schema()
-    for config in (*config_types("corpus"), *typing.get_args(AnyCapture)):
-        for base in config.__mro__[1:]:  # pydantic reads the docstrings of a class's own fields alone
-            if dataclasses.is_dataclass(base):
-                inherited = TypeAdapter(base).json_schema().get("properties", {})
-                schema["$defs"][config.__name__]["properties"] |= inherited
+    registered = [config for kind in registry.HOMES for config in config_types(kind)]
+    for config in (*registered, *typing.get_args(AnyCapture)):
+        properties = schema["$defs"][config.__name__]["properties"]
+        for base in filter(
+            dataclasses.is_dataclass, config.__mro__[1:]
+        ):  # pydantic reads no docstrings of a base
+            base_schema: Any = TypeAdapter(base)  # type: ignore[arg-type]
+            for name, inherited in base_schema.json_schema().get("properties", {}).items():
+                if "description" in inherited:
+                    properties[name].setdefault("description", inherited["description"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "potstill recipe"}
 
 

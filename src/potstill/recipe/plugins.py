@@ -74,8 +74,8 @@ def divergence(name: str) -> Any:
 
 @functools.cache
 def _config_type(kind: str, name: str, entry: Any) -> Any:
-    if not issubclass(entry, Config):
-        base = f"{kind.capitalize()}Config"
+    base = f"{kind.capitalize()}Config"
+    if base not in {parent.__name__ for parent in entry.__mro__} or not issubclass(entry, Config):
         raise UserError(f"{kind} {name}: {entry.__name__} is not a {base}. Derive it from potstill.{base}.")
     try:
         TypeAdapter(entry)

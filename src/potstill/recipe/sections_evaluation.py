@@ -29,6 +29,9 @@ class EvaluationConfig(Config):
         """
         raise lacks_method(self, "run")
 
+    def require(self) -> None:
+        """UserError before the run starts, where the evaluation cannot run here."""
+
 
 @register("evaluation")
 @dataclass(frozen=True, kw_only=True)

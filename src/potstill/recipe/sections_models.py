@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -38,6 +38,10 @@ class TeacherConfig(Config):
     has_weights: ClassVar[bool] = False
     """Whether `model` is a checkpoint that can itself be trained, as `compare.corrected_steps` does."""
 
+    def with_model(self, model: str) -> TeacherConfig:
+        """The same teacher with another checkpoint, at full precision; for one that `has_weights`."""
+        raise lacks_method(self, "with_model")
+
     @property
     def label(self) -> str:
         """A short name for messages."""
@@ -69,6 +73,9 @@ class HfTeacherConfig(TeacherConfig):
 
     source: ClassVar[str] = "potstill.teachers.hf:HfSource"
     has_weights: ClassVar[bool] = True
+
+    def with_model(self, model: str) -> HfTeacherConfig:
+        return replace(self, model=model, weights="full", backend="auto", reference=None)
 
     @property
     def label(self) -> str:

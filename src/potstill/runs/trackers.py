@@ -128,6 +128,10 @@ class _Listener:
                 action()
         except Exception as error:  # a library may raise anything, and none of it may end the run
             self.works = False
+            if self.sink is not None:
+                with contextlib.suppress(Exception):
+                    self.sink.close()
+                self.sink = None
             self.warn(
                 f"sink {self.name} failed and is no longer logged to; the run goes on: {one_line(error)}"
             )

@@ -52,6 +52,7 @@ class BaseTeacher:
     reads_on_cpu = False
     """Whether `targets` takes its batch on the CPU."""
     is_sharded = False
+    backend: Mapping[str, str] | None = None
     """Whether each of several processes keeps a part of every layer."""
     label = "plugin"
     """Its name in messages."""

@@ -160,7 +160,11 @@ class TorchTeacher(BaseTeacher):
 
     def describe(self) -> dict[str, Any]:
         where = None if self.source is None else self.source.config.model
-        return {"source": where, "runs_on": vars(self.choice)}
+        return {"source": where}
+
+    @property
+    def backend(self) -> dict[str, str]:  # type: ignore[override]  # read-only here
+        return vars(self.choice)
 
     def fingerprint(self) -> dict[str, str]:
         return {"teacher": self.weights_sha256()}

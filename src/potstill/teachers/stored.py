@@ -43,6 +43,9 @@ class StoredTeacher(BaseTeacher):
     reads_on_cpu = True
     """The positions decide which bytes are read: a batch on a device would have to be copied back first."""
 
+    captured: ModelFiles | None = None
+    """The files of the captured model, where they have been looked at already."""
+
     def __init__(self, store: Store, device: torch.device | str = "cpu", model: str | None = None) -> None:
         self.store = store
         self.device = torch.device(device)
@@ -146,7 +149,8 @@ class StoredTeacher(BaseTeacher):
         """The captured model in full precision, and its path or hub id, once its hash has been compared."""
         recorded = self.store.manifest["teacher"]
         source = captured_source(self.named_model, recorded)
-        options = {"device": self.device, "dtype": recorded["dtype"]}
+        files = self.captured or ModelFiles(source)
+        options: dict[str, Any] = {"device": self.device, "dtype": recorded["dtype"], "files": files}
         bits = {name: recorded[name] for name in ("weights", "backend") if name in recorded}
         model = TorchTeacher.for_inference(source, **options, **bits)
         self.require_teacher(source, model.weights_sha256())
@@ -277,7 +281,9 @@ class StoreSource(TeacherSource):
         return named | {"teacher/manifest.json": Path(self.config.path) / "manifest.json"}
 
     def load(self, tokens_per_row: int) -> StoredTeacher:
-        return StoredTeacher.open(self.config.path, self.device, self.config.model)
+        teacher = StoredTeacher.open(self.config.path, self.device, self.config.model)
+        teacher.captured = self.captured
+        return teacher
 
     def plan_key(self) -> Any:
         return self.manifest

@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -144,6 +145,24 @@ class Ranks:
                 mistakes = error.mistakes
         if mistakes := self.broadcast(mistakes):
             raise UserError(*mistakes)
+
+    def on_first_for_long(self, act: Callable[[], object]) -> None:
+        """Done by the first, however long it takes. The others look every second whether it is done: in a collective
+        they would give up after `TIMEOUT`.
+        """
+        if self.world == 1:
+            act()
+            return
+        store = dist.distributed_c10d._get_default_store()
+        if self.is_first:
+            try:
+                act()
+            finally:
+                store.set("potstill/first", "done")
+        else:
+            while not store.check(["potstill/first"]):
+                time.sleep(1.0)
+        dist.barrier()
 
 
 ALONE = Ranks()

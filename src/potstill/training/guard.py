@@ -17,7 +17,7 @@ from potstill.models.student import Student
 from potstill.recipe.load import Recipe
 from potstill.training.checkpoint import Outcome
 from potstill.training.step import Step, Totals, abbreviated, error_context, norm_of_gradients, read
-from potstill.types import Batch, Teacher
+from potstill.types import Batch, Teacher, answer
 
 MAX_LEFT_OUT_IN_A_ROW = 3  # beyond, it is not a bad batch but a bad run
 
@@ -106,7 +106,7 @@ def rows_at_fault(
             beat()
             student.zero_grad(set_to_none=True)
             on_device = row_batch.to(device)
-            terms = student(on_device, None if teacher is None else teacher.targets(on_device))
+            terms = student(on_device, None if teacher is None else answer(teacher, on_device))
             (terms["loss"] / positions).backward()
             total_norm = norm_of_gradients(student.parameters())
             (sums,), grad_norm = read([{name: value.detach() for name, value in terms.items()}], total_norm)

@@ -17,7 +17,7 @@ import torch
 from potstill.errors import RankError, UserError
 from potstill.training.distributed import Ranks
 from potstill.training.step import Step
-from potstill.types import Batch, Data, Targets, Teacher
+from potstill.types import Batch, Data, Targets, Teacher, answer
 
 OnDevice = tuple[Batch, Targets | None]
 
@@ -119,7 +119,7 @@ class Prefetch:
 def checked_targets(teacher: Teacher, batch: Batch, number: int) -> Targets:
     """The teacher's targets, or the end of the run by name: never a step without them."""
     try:
-        targets = teacher.targets(batch)
+        targets = answer(teacher, batch)
     except torch.OutOfMemoryError:
         raise  # it has advice of its own
     except (RuntimeError, ValueError, IndexError, TypeError, OSError) as error:

@@ -160,11 +160,10 @@ def _codec_settings(setup: RunSetup, recorded: Json | None) -> Json:
 def _teacher_identity(setup: RunSetup) -> Json:
     """Which weights, in which precision, computed the targets."""
     teacher = setup.teacher
-    described, model = teacher.describe(), _model(teacher)
-    backend = described["runs_on"]
+    model, backend = _model(teacher), teacher.backend or {"weights": FULL}
     quantized = {} if backend["weights"] == FULL else {name: backend[name] for name in ("weights", "backend")}
     return {
-        "source": described["source"],
+        "source": teacher.describe().get("source"),
         "weights_sha256": teacher.weights_sha256(),
         "dtype": str(model.head.weight_VD.dtype).removeprefix("torch."),
         "architecture": type(model.hf).__name__,

@@ -36,7 +36,7 @@ from potstill.preflight.auto import as_started, settle
 from potstill.preflight.trial_steps import step_seconds
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
-from potstill.recipe.sections_models import CheckpointStudentConfig, HfTeacherConfig
+from potstill.recipe.sections_models import CheckpointStudentConfig
 from potstill.recipe.sections_training import CompareConfig
 from potstill.runs.comparison import RESULT
 from potstill.runs.run_dir import RunDir, default_path, newest_path, write_whole
@@ -179,12 +179,6 @@ class _Comparison:
     def arms(self) -> list[str]:
         return [CE, KD, *([CORRECTED] if self.config.corrected_steps else [])]
 
-    @property
-    def teacher(self) -> HfTeacherConfig:
-        """The recipe's teacher. `corrected_steps` is accepted only where its weights can be trained."""
-        assert isinstance(self.recipe.teacher, HfTeacherConfig)
-        return self.recipe.teacher
-
     def run_of(self, arm: str, seed: int) -> RunDir:
         return RunDir(self.folder / f"{FOLDERS.get(arm, arm)}-{seed}")
 
@@ -216,9 +210,10 @@ class _Comparison:
         recipe = _recipe_of(CE, self.recipe, seed, self.config.corrected_steps)
         return replace(
             recipe,
-            student=CheckpointStudentConfig(model=self.teacher.model),
+            student=CheckpointStudentConfig(model=str(vars(self.recipe.teacher)["model"])),
             train=replace(recipe.train, lr=self.config.corrected_lr),
             allow_identical=True,
+            evaluations=[],
         )
 
     def corrected_recipe(self, seed: int) -> Recipe:
@@ -236,13 +231,7 @@ class _Comparison:
             )
         return replace(
             _recipe_of(CORRECTED, self.recipe, seed, steps),
-            teacher=replace(
-                self.teacher,
-                model=str(self.run_of(TEACHER, seed).student),
-                weights="full",
-                backend="auto",
-                reference=None,
-            ),
+            teacher=self.recipe.teacher.with_model(str(self.run_of(TEACHER, seed).student)),
             student=CheckpointStudentConfig(model=str(self.untouched(seed)), lora=self.recipe.lora),
         )
 

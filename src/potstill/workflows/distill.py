@@ -77,6 +77,8 @@ def distill(
         )
     for sink in loaded.sinks:
         sink.require()
+    for evaluation in loaded.evaluations:
+        evaluation.require()
     resolved = resolve(loaded)
     with process_group(loaded.train.parallel, resolved.device) as ranks:
         return _distill(recipe, resolved, out, resume, display, ranks)
@@ -278,9 +280,11 @@ class _ActiveRun:
         with self.gathered():
             samples["after"] = _sample(setup)
 
+        evaluations: dict[str, Any] = {}
+        self.ranks.on_first_for_long(lambda: evaluations.update(self.evaluations()))
+
         def write_receipt() -> None:
             run.whole_student()
-            evaluations = self.evaluations()
             seconds = time.perf_counter() - started_s
             finished = Finished(outcome, checked, self.inputs, source, samples, evaluations, seconds)
             receipt = receipt_of(setup, run, finished)
@@ -306,6 +310,8 @@ class _ActiveRun:
         reason: it must not cost the run its receipt.
         """
         results: dict[str, Any] = {}
+        if self.setup.recipe.evaluations:
+            self.run.whole_student()
         for config in self.setup.recipe.evaluations:
             name = config.registered_name
             key = name if name not in results else f"{name}-{len(results)}"

@@ -39,10 +39,11 @@ def receipt_of(setup: RunSetup, run: RunDir, finished: Finished) -> dict[str, An
         RuntimeError: training changed the teacher.
     """
     before, after = finished.inputs, hashes(setup)
-    if after.get("teacher") != before.get("teacher"):
-        raise RuntimeError(
-            f"the teacher's weights changed during training: {before['teacher']} -> {after['teacher']}"
-        )
+    for name in setup.teacher.fingerprint():
+        if after[name] != before.get(name):
+            raise RuntimeError(
+                f"the teacher changed during training: {name}: {before.get(name)} -> {after[name]}"
+            )
     peak = peak_gib(setup.device)
     return {
         **_origins(setup, run, finished, after),
@@ -123,7 +124,8 @@ def _teacher(setup: RunSetup, finished: Finished) -> dict[str, Any]:
     """The teacher's description, hash and, if quantised, what the check measured of that."""
     described = setup.teacher.describe()
     teacher: dict[str, Any] = {"name": setup.recipe.teacher.registered_name, "source": None, **described}
-    if "runs_on" in described:
+    if setup.teacher.backend is not None:
+        teacher["runs_on"] = dict(setup.teacher.backend)
         measured = (f.numbers for f in finished.checked.findings if f.name == "teacher's bits")
         teacher["fewer_bits"] = next(measured, None)
     # `receipt_of` has compared the hashes. A teacher without weights has none to compare.
@@ -162,4 +164,4 @@ def _planned_and_measured(planned: Plan | str, measured_gib: float) -> dict[str,
 
 def hashes(setup: RunSetup) -> dict[str, str]:
     """sha256 of the student's weights, and the teacher's fingerprint."""
-    return {"student": setup.student.weights_sha256()} | setup.teacher.fingerprint()
+    return setup.teacher.fingerprint() | {"student": setup.student.weights_sha256()}
