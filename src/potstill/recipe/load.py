@@ -197,9 +197,8 @@ def json_schema() -> dict[str, Any]:
     registered = [config for kind in registry.HOMES for config in config_types(kind)]
     for config in (*registered, *typing.get_args(AnyCapture)):
         properties = schema["$defs"][config.__name__]["properties"]
-        for base in filter(
-            dataclasses.is_dataclass, config.__mro__[1:]
-        ):  # pydantic reads no docstrings of a base
+        # pydantic reads the docstrings of a class's own fields alone.
+        for base in [base for base in config.__mro__[1:] if dataclasses.is_dataclass(base)]:
             base_schema: Any = TypeAdapter(base)  # type: ignore[arg-type]
             for name, inherited in base_schema.json_schema().get("properties", {}).items():
                 if "description" in inherited:
