@@ -2,8 +2,8 @@
 
 On CUDA the teacher works one micro-batch ahead of the student: copy and forward are queued on a stream of
 their own, so that the device has them to fill the gaps of the student's kernels with, over the end of a step
-too where the next step's rows are fixed. On the CPU everything is asked for at its turn. Either way each step
-and each target is asked for once, in the same order, and the numbers are the same.
+too where the next step's rows are fixed. On the CPU everything is computed at its turn. Either way each step
+and each target is requested once, in the same order, and the numbers are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OnDevice = tuple[Batch, Targets | None]
 
 @dataclass(frozen=True)
 class _Queued:
-    """A micro-batch whose targets were asked for before its turn."""
+    """A micro-batch whose targets were requested before its turn."""
 
     batch: Batch
     result: OnDevice | UserError | torch.OutOfMemoryError
