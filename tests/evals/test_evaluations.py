@@ -12,6 +12,7 @@ import pytest
 from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.evals import humaneval, lm_eval
+from potstill.evals.sandbox.sandbox import SandboxRefused
 from potstill.evals.subject import Subject
 from potstill.recipe.sections_evaluation import HumanEvalConfig, LmEvalConfig
 
@@ -77,6 +78,7 @@ def test_an_evaluation_that_fails_leaves_its_reason_and_the_run_is_finished(
         raise error
 
     monkeypatch.setattr(humaneval, "evaluate", failing)
+    monkeypatch.setattr(humaneval, "require_sandbox", lambda *_: None)
     recipe = tiny_recipe(evaluations="[humaneval, {name: humaneval, limit: 3}]")
     assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
@@ -85,3 +87,33 @@ def test_an_evaluation_that_fails_leaves_its_reason_and_the_run_is_finished(
         reason.startswith("not run: ") and str(error)[:8] in reason
         for reason in receipt["evaluations"].values()
     )
+
+
+@pytest.mark.parametrize("verb", ["distill", "check", "compare"])
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ("humaneval", "evaluations: no sandbox here: no namespaces. Remove humaneval."),
+        ("{name: humaneval, samples: 2}", "evaluations.humaneval.samples: 2: at temperature 0 all samples"),
+        ("{name: lm_eval, tasks: [piqa]}", "lm-eval: the package is not installed. Run: pip install"),
+    ],
+)
+def test_an_evaluation_that_cannot_run_here_is_refused_before_the_run(
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    evaluation: str,
+    message: str,
+) -> None:
+    def refuse() -> None:
+        raise SandboxRefused("no namespaces", [])
+
+    monkeypatch.setattr(humaneval, "read_problems", list)
+    monkeypatch.setattr(humaneval, "Sandbox", refuse)
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    recipe = tiny_recipe(evaluations=f"[{evaluation}]")
+    out = [] if verb == "check" else ["--out", str(tmp_path / "run")]
+    assert main([verb, str(recipe), *out]) == 2
+    assert f"error: {message}" in capsys.readouterr().err and not (tmp_path / "run").exists()

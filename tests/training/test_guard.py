@@ -352,7 +352,7 @@ def test_a_run_that_hangs_writes_its_stacks_and_ends(
     assert len(told) == 1 and f"guard.{field} is 3" in told[0] and "stall.txt" in told[0]
 
 
-@pytest.mark.parametrize("where", ["potstill.data.packing.build", "potstill.build.setup.load_teacher"])
+@pytest.mark.parametrize("where", ["potstill.data.packing.build", "potstill.build.setup.require_teacher"])
 def test_a_hang_before_the_run_has_a_folder_shows_its_stacks_and_ends(
     where: str,
     tiny_recipe: Recipe,

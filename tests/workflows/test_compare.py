@@ -174,7 +174,7 @@ def test_every_arm_s_student_is_put_to_humaneval(
         return {"status": "finished", "passed_by_problem": passed}
 
     monkeypatch.setattr("potstill.evals.humaneval.evaluate", evaluate)
-    monkeypatch.setattr(workflow, "_require_humaneval", lambda: None)
+    monkeypatch.setattr("potstill.evals.humaneval.require_sandbox", lambda *_: None)
     section = "{seeds: [0, 1], budget: steps, humaneval_tokens: 7}"
     folder = compare(tiny_recipe(compare=section), out=tmp_path / "out")
     assert folder is not None
@@ -198,8 +198,8 @@ def test_humaneval_that_cannot_run_is_told_before_the_first_arm(
     def refuse() -> None:
         raise SandboxRefused("no namespaces, no Landlock", [])
 
-    monkeypatch.setattr("potstill.evals.humaneval_problems.read_problems", list)
-    monkeypatch.setattr("potstill.evals.sandbox.sandbox.Sandbox", refuse)
+    monkeypatch.setattr("potstill.evals.humaneval.read_problems", list)
+    monkeypatch.setattr("potstill.evals.humaneval.Sandbox", refuse)
     path = tiny_recipe(compare="{humaneval_tokens: 7}")
     assert main(["compare", str(path), "--out", str(tmp_path / "out")]) == 2
     said = "error: compare.humaneval_tokens: no sandbox here: no namespaces, no Landlock. Set it to 0.\n"

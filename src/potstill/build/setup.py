@@ -32,6 +32,7 @@ from potstill.models.pruning import cut, ffn_width_of
 from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
 from potstill.registry import entries
+from potstill.teachers.base import TeacherSource
 from potstill.types import Divergence, Teacher
 
 CALIBRATION_ROWS = 8
@@ -90,13 +91,15 @@ def set_up(resolved: Resolved, note: Note, beat: Callable[[], None] = lambda: No
     Raises:
         UserError: a damaged file, a missing library, or models and a corpus that do not fit each other.
     """
-    verify_files(resolved, note)
-    corpus, tokenizer = read_corpus(resolved, note, beat)
-    teacher = load_teacher(resolved, tokenizer, note)
+    open_teacher: Teacher | TeacherSource = resolved.teacher  # a plan may have loaded a plug-in's
     try:
+        verify_files(resolved, note)
+        corpus, tokenizer = read_corpus(resolved, note, beat)
+        open_teacher = teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
+        require_teacher(resolved, teacher, tokenizer, note)
         return _set_up_student(resolved, corpus, tokenizer, teacher, note)
     except BaseException:
-        teacher.close()  # nobody else has it yet
+        open_teacher.close()  # nobody else has it yet
         raise
 
 
@@ -156,17 +159,15 @@ def read_corpus(
     return corpus, tokenizer
 
 
-def load_teacher(resolved: Resolved, tokenizer: Any | None, note: Note) -> Teacher:
-    """Load the teacher, and require that the corpus was encoded with its tokens."""
+def require_teacher(resolved: Resolved, teacher: Teacher, tokenizer: Any | None, note: Note) -> None:
+    """Report the loaded teacher, and require that the corpus was encoded with its tokens."""
     label = resolved.teacher.label
-    teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
     backend = teacher.backend
     by = "" if backend is None else f"; {backend['backend']} runs it ({backend['reason']})"
     note(f"teacher: {label}, vocabulary of {teacher.vocab_size}{by}")
     if tokenizer is not None and teacher.vocab.tokens is not None:
         in_corpus = tokenizers.vocab_of(tokenizer, teacher.vocab_size)
         tokenizers.require_same(teacher.vocab, in_corpus, label, "corpus")
-    return teacher
 
 
 def make_student(

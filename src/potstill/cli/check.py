@@ -43,6 +43,7 @@ def run_check(options: argparse.Namespace, display: Display) -> int:
     from potstill.recipe.load import load
 
     recipe = load(options.recipe, options.overrides)
+    recipe.require_available()
     from potstill.build.resolve import resolve
     from potstill.build.setup import process_of, set_up
     from potstill.preflight.auto import settle
@@ -97,12 +98,13 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
     from potstill.preflight.plan_advice import advice
 
     resolved = resolve(recipe)
-    chunk = choose_chunk(resolved)
-    resolved = resolved.with_recipe(with_chunk(recipe, chunk.used))
-    planned, captured = plan(resolved), capture_size(resolved)
-    memory, disk = available(resolved.recipe, Path("runs"))
-    fits = planned.fits(memory, disk)
-    changes = [] if planned.peak_bytes <= memory else advice(resolved, planned, memory)
+    with contextlib.closing(resolved.teacher):
+        chunk = choose_chunk(resolved)
+        resolved = resolved.with_recipe(with_chunk(recipe, chunk.used))
+        planned, captured = plan(resolved), capture_size(resolved)
+        memory, disk = available(resolved.recipe, Path("runs"))
+        fits = planned.fits(memory, disk)
+        changes = [] if planned.peak_bytes <= memory else advice(resolved, planned, memory)
     if options.measure and fits:
         from potstill.preflight.trial_steps import smoke
 

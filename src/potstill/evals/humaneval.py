@@ -156,15 +156,42 @@ def evaluate(
     return result
 
 
+def require_sandbox(field: str, todo: str) -> None:
+    """Before a run: the problems can be read and a sandbox works, so that the evaluation after it can run.
+
+    Raises:
+        UserError: one of them is missing here; the message names the recipe's `field` and says `todo`.
+    """
+    read_problems()
+    try:
+        Sandbox().close()
+    except SandboxRefused as refused:
+        raise UserError(f"{field}: no sandbox here: {refused.why}. {todo}") from refused
+
+
+def require(config: HumanEvalConfig) -> None:
+    """Before a run: what a recipe's `evaluations: [humaneval]` would be refused for after it.
+
+    Raises:
+        UserError: fields that contradict each other, no problems, or no sandbox here.
+    """
+    if mistakes := _settings_of(config, device="auto").mistakes():
+        raise UserError(*(f"evaluations.humaneval.{name}: {problem}" for name, problem in mistakes.items()))
+    require_sandbox("evaluations", "Remove humaneval.")
+
+
+def _settings_of(config: HumanEvalConfig, device: str) -> HumanEvalSettings:
+    fields = {name: value for name, value in asdict(config).items() if name != "name"}
+    return HumanEvalSettings(**fields, device=device)
+
+
 def of_subject(config: HumanEvalConfig, subject: Subject) -> dict[str, float]:
     """A recipe's `evaluations: [humaneval]`: pass@k with its interval, or the share of a subset.
 
     Raises:
         UserError: inference failed, or no sandbox works here.
     """
-    fields = {name: value for name, value in asdict(config).items() if name != "name"}
-    settings = HumanEvalSettings(**fields, device=subject.device)
-    result = evaluate(subject.folder, settings, subject.out, subject.note)
+    result = evaluate(subject.folder, _settings_of(config, subject.device), subject.out, subject.note)
     if result["status"] != "finished":
         raise UserError(f"humaneval: inference failed, there is no score: {result['why']}")
     if "subset" in result:

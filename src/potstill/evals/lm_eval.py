@@ -80,15 +80,26 @@ def evaluate(
     return plain
 
 
+def require(config: LmEvalConfig) -> None:
+    """Before a run: lm-eval is installed and has every task of a recipe's `evaluations: [{name: lm_eval, …}]`.
+
+    Raises:
+        UserError: it is not, or has not.
+    """
+    _task_manager(_settings_of(config, device="auto"))
+
+
+def _settings_of(config: LmEvalConfig, device: str) -> LmEvalSettings:
+    return LmEvalSettings(tasks=tuple(config.tasks), limit=config.limit, seed=config.seed, device=device)
+
+
 def of_subject(config: LmEvalConfig, subject: Subject) -> dict[str, float]:
     """A recipe's `evaluations: [{name: lm_eval, tasks: […]}]`: every metric of every task, standard errors too.
 
     Raises:
         UserError: lm-eval is not installed, has no such task, or fails on one.
     """
-    tasks = tuple(config.tasks)
-    settings = LmEvalSettings(tasks=tasks, limit=config.limit, seed=config.seed, device=subject.device)
-    result = evaluate(subject.folder, settings, subject.out, subject.note)
+    result = evaluate(subject.folder, _settings_of(config, subject.device), subject.out, subject.note)
     return {
         f"{task}/{name}": value
         for task, metrics in result["results"].items()
@@ -100,9 +111,7 @@ def of_subject(config: LmEvalConfig, subject: Subject) -> dict[str, float]:
 def _task_manager(config: LmEvalSettings) -> Any:
     """lm-eval's index of tasks, in which all of the requested ones exist."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "--lm-eval: the package lm-eval is not installed. Run: pip install 'potstill[lm-eval]'"
-        )
+        raise UserError("lm-eval: the package is not installed. Run: pip install 'potstill[lm-eval]'")
     folder = config.lm_eval_tasks
     if folder is not None and not folder.is_dir():
         raise UserError(f"--lm-eval-tasks {folder}: no such folder. Give one with tasks as YAML files.")
@@ -112,8 +121,8 @@ def _task_manager(config: LmEvalSettings) -> Any:
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if unknown := [task for task in config.tasks if task not in manager.task_index]:
         raise UserError(
-            f"--lm-eval: lm-eval {lm_eval.__version__} has no task {unknown[0]!r:.80}."
-            " `lm-eval ls tasks` lists them; --lm-eval-tasks FOLDER adds your own."
+            f"lm-eval: version {lm_eval.__version__} has no task {unknown[0]!r:.80}. `lm-eval ls tasks` lists them;"
+            " `potstill eval` reads further ones from the folder of --lm-eval-tasks."
         )
     return manager
 
@@ -140,7 +149,7 @@ def _run_tasks(
             fewshot_random_seed=config.seed,
         )
     except Exception as error:  # a task is a program, and its data set may have to be downloaded
-        raise UserError(f"--lm-eval {','.join(config.tasks)}: lm-eval fails: {one_line(error)}") from error
+        raise UserError(f"lm-eval: {','.join(config.tasks)}: it fails: {one_line(error)}") from error
     return {
         "lm_eval": lm_eval.__version__,
         "batch_rows": lm.batch_size,

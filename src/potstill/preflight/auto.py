@@ -113,8 +113,12 @@ def with_matmul(recipe: Recipe, backend: Literal["auto"] | MatmulBackend) -> Rec
 
 def settle(resolved: Resolved, note: Callable[[str], None]) -> Resolved:
     """The recipe with every `auto` of the two replaced by the value chosen for this machine."""
-    recipe = with_chunk(resolved.recipe, choose_chunk(resolved, note).used)
-    return resolved.with_recipe(with_matmul(recipe, choose_backend(resolved, note)))
+    try:
+        recipe = with_chunk(resolved.recipe, choose_chunk(resolved, note).used)
+        return resolved.with_recipe(with_matmul(recipe, choose_backend(resolved, note)))
+    except BaseException:
+        resolved.teacher.close()
+        raise
 
 
 def as_started(recipe: Recipe, started: Recipe) -> Recipe:

@@ -89,6 +89,13 @@ class Recipe(Config):
         """Without the fields that say where rows are cached, not which rows they are; for comparing recipes."""
         return dataclasses.replace(self, corpus=dataclasses.replace(self.corpus, shards=None))
 
+    def require_available(self) -> None:
+        """UserError before a run where one of its sinks or evaluations cannot work on this machine."""
+        for sink in self.sinks:
+            sink.require()
+        for evaluation in self.evaluations:
+            evaluation.require()
+
     @property
     def lora(self) -> LoraConfig | None:
         """Adapters to train instead of the student's weights; a student with random weights has none."""

@@ -30,7 +30,7 @@ class EvaluationConfig(Config):
         raise lacks_method(self, "run")
 
     def require(self) -> None:
-        """UserError before the run starts, where the evaluation cannot run here."""
+        """UserError where the evaluation cannot run here; called before the run starts."""
 
 
 @register("evaluation")
@@ -49,6 +49,9 @@ class HumanEvalConfig(EvaluationConfig):
     seed: Seed = 0
     """Seed of sampling."""
 
+    def require(self) -> None:
+        implementation("potstill.evals.humaneval:require")(self)
+
     def run(self, subject: Subject) -> dict[str, float]:
         return cast("dict[str, float]", implementation("potstill.evals.humaneval:of_subject")(self, subject))
 
@@ -64,6 +67,9 @@ class LmEvalConfig(EvaluationConfig):
     """Only the first documents of each task; null: all."""
     seed: Seed = 0
     """Seed of the examples in a prompt."""
+
+    def require(self) -> None:
+        implementation("potstill.evals.lm_eval:require")(self)
 
     def run(self, subject: Subject) -> dict[str, float]:
         return cast("dict[str, float]", implementation("potstill.evals.lm_eval:of_subject")(self, subject))

@@ -136,6 +136,11 @@ class TeacherSource:
             self._teachers.append(self.config.load(self.device))
         return self._teachers[0]
 
+    def close(self) -> None:
+        """Close a teacher that was loaded for a plan, where no run follows whose end would close it."""
+        while self._teachers:
+            self._teachers.pop().close()
+
     @property
     def vocab_size(self) -> int:
         """V: width of its logits, padding included."""

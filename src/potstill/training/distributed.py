@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import inspect
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from potstill.types import Batch
 Parallel = Literal["ddp", "fsdp"]
 TIMEOUT = datetime.timedelta(minutes=30)  # for a rank that is slower; one that ended is noticed at once
 CPU = torch.device("cpu")
+_LONG_ACTS = itertools.count()  # every rank counts alike, so that each act has a key of its own
 T = TypeVar("T")
 
 
@@ -153,14 +155,14 @@ class Ranks:
         if self.world == 1:
             act()
             return
-        store = dist.distributed_c10d._get_default_store()
+        store, done = dist.distributed_c10d._get_default_store(), f"potstill/first/{next(_LONG_ACTS)}"
         if self.is_first:
             try:
                 act()
             finally:
-                store.set("potstill/first", "done")
+                store.set(done, "")
         else:
-            while not store.check(["potstill/first"]):
+            while not store.check([done]):
                 time.sleep(1.0)
         dist.barrier()
 

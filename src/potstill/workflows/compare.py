@@ -91,8 +91,11 @@ def compare(
     if loaded.objective.kd_weight == 0:
         raise UserError("objective.kd_weight: 0, so there is no KD arm to compare. Set it above 0.")
     config = loaded.compare or CompareConfig()
+    loaded.require_available()
     if config.humaneval_tokens:
-        _require_humaneval()
+        from potstill.evals.humaneval import require_sandbox
+
+        require_sandbox("compare.humaneval_tokens", "Set it to 0.")
     plan = _make_or_read_plan(loaded, config, folder, resume, display)
     # The plan's recipe has every `auto` settled: all arms must run with the same choices.
     loaded = as_started(loaded, _recipe_in(plan, folder))
@@ -104,20 +107,6 @@ def compare(
     write_whole(folder / RESULT, (json.dumps(result, indent=2) + "\n").encode())
     _print_result(result, folder, display)
     return folder
-
-
-def _require_humaneval() -> None:
-    """Fail before the first run rather than after the last where HumanEval cannot run here."""
-    from potstill.evals.humaneval_problems import read_problems
-    from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused
-
-    read_problems()
-    try:
-        Sandbox().close()
-    except SandboxRefused as refused:
-        raise UserError(
-            f"compare.humaneval_tokens: no sandbox here: {refused.why}. Set it to 0."
-        ) from refused
 
 
 def _make_or_read_plan(

@@ -75,10 +75,7 @@ def distill(
         raise UserError(
             "distill: the recipe has a section `compare`, whose arms compare() runs. Call that, or remove it."
         )
-    for sink in loaded.sinks:
-        sink.require()
-    for evaluation in loaded.evaluations:
-        evaluation.require()
+    loaded.require_available()
     resolved = resolve(loaded)
     with process_group(loaded.train.parallel, resolved.device) as ranks:
         return _distill(recipe, resolved, out, resume, display, ranks)
