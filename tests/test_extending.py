@@ -47,6 +47,29 @@ print(server.server_port, flush=True)
 server.serve_forever()
 """
 
+COUNTED = """
+from dataclasses import dataclass
+from typing import Literal
+
+from potstill import TeacherConfig, register
+from potstill.teachers.base import Uniform
+
+
+class Counted(Uniform):
+    def close(self):
+        open("log", "a").write("closed ")
+
+
+@register("teacher")
+@dataclass(frozen=True, kw_only=True)
+class CountedConfig(TeacherConfig):
+    name: Literal["counted"] = "counted"
+
+    def load(self, device):
+        open("log", "a").write("opened ")
+        return Counted(258)
+"""
+
 
 def printed(title: str) -> tuple[str, str, str]:
     """The plug-in under a title, the name that its recipe gives the file, and the recipe's line for it."""
@@ -137,6 +160,39 @@ def test_a_teacher_that_does_not_answer_ends_the_run_in_one_line(
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "teacher.url: http://127.0.0.1:9 does not answer" in line
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "code"),
+    [
+        ("plan", [], 0),
+        ("check", [], 2),  # it knows nothing: `teacher knows the text` is red
+        ("distill", [], 2),
+        ("distill", ["corpus.tokens_per_row=100000"], 2),
+    ],
+)
+def test_a_teacher_is_closed_as_often_as_it_was_loaded(
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    teacher_folder: Path,
+    corpus_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    overrides: list[str],
+    code: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "counted.py").write_text(COUNTED)
+    sections = {
+        "corpus": f"{{name: text, path: {corpus_folder}, tokens_per_row: 32, heldout_rows: 4,"
+        f" tokenizer: {teacher_folder}}}",
+        "plugins": "[counted.py]",
+        "teacher": "{name: counted}",
+        "student": f"{{name: config, model: {teacher_folder}}}",
+    }
+    done = potstill(verb, tiny_recipe(**sections), *overrides)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "log").read_text() == "opened closed "
 
 
 def test_a_corpus_an_evaluation_and_a_sink_of_one_s_own_in_one_run(
