@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model
+from safetensors.torch import load_file, save_file
 
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
@@ -82,6 +84,57 @@ def test_a_cut_student_is_the_teacher_with_its_other_layers_skipped(family: str,
             layers[i] = layer
         expected_BTV = teacher.hf(input_ids=ids_BT, use_cache=False).logits
     assert torch.equal(student_BTV, expected_BTV)
+
+
+def test_layers_whose_scale_is_their_number_give_under_another_number_what_they_gave(tmp_path: Path) -> None:
+    config = families()["gpt2"]
+    config.scale_attn_by_inverse_layer_idx = True
+    config.initializer_range = 0.5  # scores large enough that their scale matters
+    torch.manual_seed(0)
+    teacher = CausalLM(transformers.AutoModelForCausalLM.from_config(config), "teacher").eval()
+    student = cut(teacher, [0, 3]).eval()
+    ids_BT = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        student_BTV = student.head(student.hidden(ids_BT))
+        teacher.hf.transformer.h[1] = teacher.hf.transformer.h[2] = _Skip()
+        expected_BTV = teacher.hf(input_ids=ids_BT, use_cache=False).logits
+    assert (student_BTV - expected_BTV).abs().max() <= 1e-5 * expected_BTV.abs().max()
+
+
+def test_layers_that_depend_on_their_number_are_refused_under_another(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.DiffLlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    teacher = CausalLM(transformers.AutoModelForCausalLM.from_config(config), "teacher").eval()
+    cut(teacher, [0, 1])
+    with pytest.raises(UserError, match=r"layer 3 of DiffLlamaForCausalLM .* % of what it adds"):
+        cut(teacher, [0, 3])
+
+
+def test_a_head_that_is_not_tied_although_the_config_says_so_is_cut_and_saved_with_it(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    embedding_VD = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = torch.randn(embedding_VD.shape, generator=torch.Generator().manual_seed(1))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+
+    teacher = load_causal_lm(folder)
+    student = cut(teacher, range(4))
+    ids_BT = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected_BTV = teacher.hf(ids_BT).logits
+    assert torch.equal(student.eval().hf(ids_BT).logits, expected_BTV)
+    student.save(tmp_path / "student")
+    assert json.loads((tmp_path / "student/config.json").read_text())["tie_word_embeddings"] is False
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(saved(ids_BT).logits, expected_BTV)
 
 
 class _Skip(torch.nn.Module):

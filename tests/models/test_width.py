@@ -132,7 +132,8 @@ def test_an_mlp_is_the_sum_over_its_kept_channels(family: str, tmp_path: Path) -
             lambda _, args, inputs=inputs: inputs.append(args[0][0].double().numpy())
         )
     student = cut(teacher, [0, 2], NARROW, some_rows()).eval()
-    assert all(len(inputs) == 3 for inputs in seen.values())
+    for inputs in seen.values():
+        del inputs[3:]  # after the rows of calibration come those on which the cut compares its layers
     for number, layer in ((0, 0), (1, 2)):
         mlp = layers_of(teacher)[layer].mlp
         x_ND = np.concatenate([x_TD[5:] for x_TD in seen[layer]])

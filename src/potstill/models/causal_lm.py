@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import masking_utils
 
 from potstill.errors import UserError, one_line
+from potstill.models.rope import document_numbers, per_document_rope
 from potstill.types import Head
 
 # Selective checkpointing saves the results of these: most of a layer's work, and few of its tensors.
@@ -51,14 +52,28 @@ class CausalLM(nn.Module):
         self.is_packed = False
         """Its layers have weights of fewer bits, in the form of a quantisation library."""
         self.compiled_body: Callable[..., Any] | None = None
-        """Called in place of `hf.base_model`: see `compile`. A function, as a module would name its weights
-        twice.
-        """
+        """Called in place of `body`: see `compile`. A function, as a module would name its weights twice."""
+        self.rows_are_packed = True
+        """False where every row is one document, padded at its end: then no model needs to keep any apart."""
+        self.packing_fault: str | None = None
+        """Why documents packed in a row would not be kept apart; None: they are. `probe` measures it."""
+        if not self._takes_positions():
+            self.packing_fault = f"{type(hf).__name__} takes no position_ids"
+        per_document_rope(hf)
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.hf.parameters()).device
         return device
+
+    @property
+    def body(self) -> Any:
+        """The model without its head."""
+        base = self.hf.base_model  # the model itself where its class names another part: Llama 4's text half
+        return base if base is not self.hf else getattr(self.hf, "model", base)
+
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.body.forward).parameters
 
     @property
     def vocab_size(self) -> int:
@@ -153,7 +168,11 @@ class CausalLM(nn.Module):
             position_ids_BT: restart at 0 with each document, and attention stays inside it. Transformers
                 honours that only without a cache and without an attention mask.
             mask_BT: for padded rows of one document each, never for packed ones.
+
+        Raises:
+            UserError: packed rows, and a model that cannot keep their documents apart.
         """
+        position_ids_BT = self.row_positions(position_ids_BT)
         inputs: dict[str, Any] = {"input_ids": input_ids_BT, "use_cache": False}
         if position_ids_BT is not None:
             inputs["position_ids"] = position_ids_BT
@@ -163,9 +182,29 @@ class CausalLM(nn.Module):
         with (
             assuming_packed_rows() if is_packed and is_asynchronous(self.device) else contextlib.nullcontext()
         ):
-            body = self.compiled_body or self.hf.base_model
+            body = self.compiled_body or self.body
             hidden_BTD: Tensor = body(**inputs).last_hidden_state
         return hidden_BTD
+
+    def row_positions(self, position_ids_BT: Tensor | None) -> Tensor | None:
+        """The positions to pass with rows of the corpus; None where the model has to count them itself.
+
+        A model that cannot keep documents apart can read rows of one document: what is padded after it is not seen
+        from it.
+        """
+        if position_ids_BT is None or self.packing_fault is None:
+            return position_ids_BT
+        if self.rows_are_packed:
+            self.require_packing()
+        return None
+
+    def require_packing(self) -> None:
+        """UserError where documents packed in a row would not be kept apart."""
+        if self.packing_fault is not None:
+            raise UserError(
+                f"corpus.packing: {self.name}: {self.packing_fault}, so documents in one row would see each"
+                " other. Set it to false: one document a row."
+            )
 
     @property
     def head(self) -> Head:
@@ -178,12 +217,15 @@ class CausalLM(nn.Module):
             weight_VD=out.weight,
             bias_V=getattr(out, "bias", None),
             scale=float(scale) / float(divisor),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            softcap=getattr(config, "final_logit_softcapping", None)
+            or getattr(config, "logits_soft_cap", None),
             known=self.known,
         )
 
     def probe(self) -> None:
-        """Refuse a model whose halves are not the model: `UserError`. In eval mode, without gradients."""
+        """Refuse a model whose halves are not the model (`UserError`), and find out whether it keeps packed documents
+        apart (`packing_fault`). In eval mode, without gradients.
+        """
         was_training = self.training
         self.eval()
         with torch.no_grad():
@@ -193,7 +235,7 @@ class CausalLM(nn.Module):
                 )
             try:
                 self._probe_head()
-                self._probe_packing()
+                self.packing_fault = self.packing_fault or self.find_packing_fault()
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
                 raise UserError(
                     f"{self.name}: {type(self.hf).__name__} fails on a dozen tokens: {one_line(error)}"
@@ -202,7 +244,7 @@ class CausalLM(nn.Module):
         self.train(was_training)
 
     def _probe_head(self) -> None:
-        ids_BT = self._some_ids(2, 6)
+        ids_BT = self.some_ids(2, 6)
         expected_BTV = self.hf(input_ids=ids_BT, use_cache=False).logits.float()
         logits_BTV = self.head(self.hidden(ids_BT))
         if logits_BTV.shape != expected_BTV.shape:
@@ -215,47 +257,41 @@ class CausalLM(nn.Module):
             raise UserError(
                 f"{self.name}: its logits are not finite. Its weights are damaged; take another copy."
             )
-        gap = _relative_gap(logits_BTV, expected_BTV)
-        if not gap <= self._tolerance():
+        gap = relative_gap(logits_BTV, expected_BTV)
+        if not gap <= self.tolerance():
             raise UserError(
                 f"{self.name}: head(hidden) of {type(self.hf).__name__} differs from its own logits by"
                 f" {gap:.2g} of their largest. The model transforms its logits in an unknown way; it"
                 " cannot be used here."
             )
 
-    def _probe_packing(self) -> None:
-        if "position_ids" not in inspect.signature(self.hf.base_model.forward).parameters:
-            raise UserError(
-                f"{self.name}: {type(self.hf).__name__} takes no position_ids, so documents packed in a row"
-                " would attend to each other. Use another architecture."
-            )
-        first, second = 5, 7
-        ids_BT = self._some_ids(2, first + second)
+    def find_packing_fault(self, tokens: int = 12) -> str | None:
+        """What tells a document packed in a row of that many tokens from the same document alone; None: nothing."""
+        first = max(tokens * 5 // 12, 1)
+        ids_BT = self.some_ids(2, tokens)
         ids_BT[1, first:] = ids_BT[0, first:]  # two rows, different first documents, the same second one
-        positions_T = torch.cat([torch.arange(first), torch.arange(second)]).to(ids_BT.device)
+        positions_T = torch.cat([torch.arange(first), torch.arange(tokens - first)]).to(ids_BT.device)
         packed_BTD = self.hidden(ids_BT, positions_T.expand(2, -1))[:, first:].float()
         alone_BTD = self.hidden(ids_BT[:1, first:]).float()
-        leak = _relative_gap(packed_BTD[1], packed_BTD[0])
-        gap = _relative_gap(packed_BTD[0], alone_BTD[0])
+        leak = relative_gap(packed_BTD[1], packed_BTD[0])
+        gap = relative_gap(packed_BTD[0], alone_BTD[0])
+        family = type(self.hf).__name__
         # The tolerance is tight: masked attention weights are exactly 0, so that nothing of the first
         # document may arrive.
-        if not leak <= min(self._tolerance(), 1e-6):
-            raise UserError(
-                f"{self.name}: in {type(self.hf).__name__} a packed document differs by {leak:.2g} when its"
-                " neighbour changes. Documents attend to each other; the model cannot be used."
+        if not leak <= min(self.tolerance(), 1e-6):
+            return f"in {family} a packed document differs by {leak:.2g} when its neighbour changes"
+        if not gap <= max(10 * self.tolerance(), MIN_SHIFT):
+            return (
+                f"in {family} a packed document differs from the same one alone by {gap:.2g}, whatever its"
+                " neighbour is"
             )
-        if not gap <= max(10 * self._tolerance(), MIN_SHIFT):
-            raise UserError(
-                f"{self.name}: in {type(self.hf).__name__} a packed document differs from the same one alone"
-                f" by {gap:.2g}, whatever its neighbour is. Its positions do not restart at 0; the model"
-                " cannot be used."
-            )
+        return None
 
-    def _some_ids(self, rows: int, length: int) -> Tensor:
+    def some_ids(self, rows: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self.vocab_size, (rows, length), generator=generator).to(self.device)
 
-    def _tolerance(self) -> float:
+    def tolerance(self) -> float:
         return TOLERANCE[self.hf.get_output_embeddings().weight.dtype]
 
 
@@ -283,7 +319,7 @@ def _policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if SAVED_OPS.match(str(op)) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _relative_gap(actual: Tensor, reference: Tensor) -> float:
+def relative_gap(actual: Tensor, reference: Tensor) -> float:
     return float((actual - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
 
 
@@ -305,9 +341,3 @@ def assuming_packed_rows() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = original
-
-
-def document_numbers(position_ids: Tensor) -> Tensor:  # Transformers passes it by this name
-    """Of each position, the number of its document in the row, from 0."""
-    before_B1 = position_ids[:, :1] - 1
-    return (torch.diff(position_ids, prepend=before_B1, dim=-1) != 1).cumsum(-1)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_process, quiet_transformers
-from potstill.models.causal_lm import CausalLM, document_numbers
+from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_config, plain_config
 from potstill.models.model_files import check_model_files
+from potstill.models.rope import document_numbers
 
 HEADS = ("output.weight", "token_embd.weight")
 """The second where embeddings are tied."""
@@ -110,18 +111,22 @@ class LlamaCppLM(CausalLM):
         """There are no other logits to compare with; the difference from the full weights is measured by
         `potstill check`.
         """
-        if not bool(torch.isfinite(self.head(self.hidden(self._some_ids(2, 6)))).all()):
+        if not bool(torch.isfinite(self.head(self.hidden(self.some_ids(2, 6)))).all()):
             raise UserError(f"{self.name}: its logits are not finite. Its weights are damaged.")
 
-    def _probe_packing(self) -> None:
-        first, second = self._some_ids(2, 6)
+    def find_packing_fault(self, tokens: int = 12) -> str | None:
+        """Equal bits are asked for; anything else is a fault of the server, which packing or not would meet."""
+        first, second = self.some_ids(2, tokens // 2)
         # Equal bits, whatever else is in the request: a row's targets are a function of the row.
-        packed_TD = self.hidden(torch.cat([first, second])[None], torch.arange(6).repeat(2)[None])[0]
+        packed_TD = self.hidden(torch.cat([first, second])[None], torch.arange(tokens // 2).repeat(2)[None])[
+            0
+        ]
         alone_TD = self.hidden(second[None])[0]
-        if not torch.equal(packed_TD[6:], alone_TD):
+        if not torch.equal(packed_TD[tokens // 2 :], alone_TD):
             raise UserError(
                 f"{self.name}: llama.cpp gives one document different hidden states. It cannot be used."
             )
+        return None
 
     def _request(self, documents: list[list[int]]) -> list[Tensor]:
         """hidden_TD of each document, float32."""

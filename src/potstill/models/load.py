@@ -26,6 +26,7 @@ from potstill.io.silence import quiet_transformers
 from potstill.models.causal_lm import CausalLM
 from potstill.models.gguf_files import require_layers
 from potstill.models.model_files import check_model_files, tensor_shapes
+from potstill.models.probes import require_finite, settle_ties
 from potstill.models.quantization import keep_layout, parts_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -208,9 +209,11 @@ def load_causal_lm(
     except Exception as error:  # Transformers raises anything over a damaged checkpoint
         raise UserError(f"{path}: Transformers cannot load it: {one_line(error)}") from error
     _require_whole(path, report)
+    settle_ties(hf)
     hf = as_plain(hf).to(device) if quantisation is None else keep_layout(hf)
     model = CausalLM(hf, name=str(source)).eval()
     model.is_packed = quantisation is not None
+    require_finite(model)
     model.probe()
     return model
 

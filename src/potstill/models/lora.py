@@ -145,7 +145,7 @@ def _with_adapter(weight: Tensor, layer: Any) -> Tensor:
 
 def _targets(model: CausalLM, targets: list[str]) -> list[str]:
     """Full names of the linear layers that `targets` name; never the head, which the loss applies itself."""
-    body, head = model.hf.base_model, model.hf.get_output_embeddings()
+    body, head = model.body, model.hf.get_output_embeddings()
     names = {id(module): name for name, module in model.hf.named_modules()}
     linear = sorted(
         names[id(module)]

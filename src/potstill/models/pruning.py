@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import plain_config
+from potstill.models.probes import require_same_cut
 from potstill.types import Batch
 
 PER_LAYER = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
@@ -103,13 +104,16 @@ def cut(
         )
     except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         raise _uncuttable(teacher, keep, error) from error
-    state = dict(teacher.hf.state_dict())
+    state, narrow = dict(teacher.hf.state_dict()), {}
     if ffn_width is not None and ffn_width < ffn_width_of(teacher.hf.config):
         mlps = {f"{prefix}{layer}.mlp": mlp_of(state, f"{prefix}{layer}.mlp") for layer in keep}
         importance = ffn_importance(teacher, {f"{place}.{out}" for place, (_, out) in mlps.items()}, batches)
         for place, (into, out) in mlps.items():
             keep_K = channels_to_keep(importance[f"{place}.{out}"], ffn_width)
             state |= _narrowed(teacher.hf, state, place, into, out, keep_K)
+            narrow[int(place.removeprefix(prefix).partition(".")[0])] = partial(
+                _without, f"mlp.{out}", keep_K
+            )
     kept = {}
     for name, tensor in state.items():
         if name.startswith(prefix):
@@ -122,9 +126,11 @@ def cut(
         hf.load_state_dict(kept, strict=True)
     except RuntimeError as error:
         raise _uncuttable(teacher, keep, error) from error
+    _rescale_queries(hf, keep)
     hf.generation_config = teacher.hf.generation_config
     student = CausalLM(hf.to(teacher.device), name="student")
     student.probe()
+    require_same_cut(teacher, student, prefix.removesuffix("."), keep, narrow)
     return student
 
 
@@ -257,6 +263,28 @@ def _narrowed(
         if f"{name}.bias" in state:
             narrowed[f"{name}.bias"] = state[f"{name}.bias"][keep_R]
     return narrowed
+
+
+def _without(out: str, keep_K: Tensor, layer: nn.Module) -> None:
+    """Set the weights out of all channels of a layer's MLP but `keep_K` to zero: what is left is the narrowed one."""
+    matrix = layer.get_submodule(out)
+    weight_DC = _by_output(matrix, matrix.weight)
+    dropped_C = torch.ones(weight_DC.shape[1], dtype=torch.bool, device=weight_DC.device)
+    dropped_C[keep_K] = False
+    weight_DC[:, dropped_C] = 0
+
+
+@torch.no_grad()
+def _rescale_queries(hf: Any, keep: Sequence[int]) -> None:
+    """GPT-2's `scale_attn_by_inverse_layer_idx` divides a layer's scores by its number, from 1: of a layer that has
+    another number now, the queries make up for it.
+    """
+    if not getattr(hf.config, "scale_attn_by_inverse_layer_idx", False):
+        return
+    for now, before in enumerate(keep):
+        queries = hf.transformer.h[now].attn.c_attn  # a Conv1D: columns of queries, keys and values
+        queries.weight[:, : hf.config.hidden_size] *= (now + 1) / (before + 1)
+        queries.bias[: hf.config.hidden_size] *= (now + 1) / (before + 1)
 
 
 def _stack(model: CausalLM) -> tuple[str, int]:
