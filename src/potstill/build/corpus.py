@@ -43,6 +43,7 @@ def make_corpus(
             tokens_per_row=config.tokens_per_row,
             heldout_rows=config.heldout_rows,
             vocab=vocabulary,
+            packed=config.packing,
             folder=folder,
         )
         # After packing: its counts are complete once every document has been read.

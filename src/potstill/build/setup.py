@@ -110,6 +110,7 @@ def _set_up_student(
     # After the teacher: random numbers drawn while a library loads it must not change the student's weights.
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(resolved, teacher, corpus.train)
+    _use_rows(recipe, model)
     if recipe.lora is not None:
         # After the cut, so that adapters are named after the student's layers, not the teacher's.
         model = LoraLM(model, recipe.lora)
@@ -162,12 +163,21 @@ def read_corpus(
 def require_teacher(resolved: Resolved, teacher: Teacher, tokenizer: Any | None, note: Note) -> None:
     """Report the loaded teacher, and require that the corpus was encoded with its tokens."""
     label = resolved.teacher.label
+    if teacher.model is not None:
+        _use_rows(resolved.recipe, teacher.model)
     backend = teacher.backend
     by = "" if backend is None else f"; {backend['backend']} runs it ({backend['reason']})"
     note(f"teacher: {label}, vocabulary of {teacher.vocab_size}{by}")
     if tokenizer is not None and teacher.vocab.tokens is not None:
         in_corpus = tokenizers.vocab_of(tokenizer, teacher.vocab_size)
         tokenizers.require_same(teacher.vocab, in_corpus, label, "corpus")
+
+
+def _use_rows(recipe: Recipe, model: CausalLM) -> None:
+    """Let the model know whether rows hold several documents; UserError where it cannot keep these apart."""
+    model.rows_are_packed = recipe.corpus.packing
+    if recipe.corpus.packing:
+        model.require_packing()
 
 
 def make_student(
@@ -189,6 +199,7 @@ def make_student(
         model = from_config(config.model, device, source.files.config)
         return model, {"name": "config", "model": config.model, "seed": seed}
     uncut, where = teacher.to_cut_from()
+    uncut.rows_are_packed = resolved.recipe.corpus.packing
     total, keep = uncut.hf.config.get_text_config().num_hidden_layers, source.layers_kept
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     if config.ffn_width is not None:

@@ -3,7 +3,8 @@
 A row is `tokens_per_row` consecutive tokens of one long stream of documents. Labels are decided here, once:
 the label of token i is token i+1 of the same document, if that may be predicted; nothing downstream shifts or
 masks. Positions restart at 0 with each document and each row, which is how attention stays inside a document.
-A corpus too small to hold rows out is refused.
+With `packing: false` a row is one document, or a part of one that is longer, and padded at its end: for models that
+cannot keep documents apart. A corpus too small to hold rows out is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class PackedRows:
         ids: uint32, the stream of all documents.
         starts: int64, where in the stream each document begins.
         bears: bool, whether a token may be predicted from the one before it; False where a document begins.
+        packed: whether rows hold `tokens_per_row` tokens of the stream each; otherwise each document begins a row.
     """
 
     def __init__(
@@ -43,12 +45,18 @@ class PackedRows:
         starts: NDArray[np.int64],
         bears: NDArray[np.bool_],
         tokens_per_row: int,
+        packed: bool = True,
     ) -> None:
         self.ids, self.starts, self.bears, self.tokens_per_row = ids, starts, bears, tokens_per_row
+        self.first_of_row = None if packed else _first_tokens(starts, len(ids), tokens_per_row)
+        """int64, where in the stream each row begins; None: every `tokens_per_row` tokens."""
         self.first_row = 0
         """The number of row 0 in a batch: a store of targets numbers the rows of both splits in one sequence.
         """
-        self.supervised_per_row = _supervised(bears, tokens_per_row)
+        if self.first_of_row is None:
+            self.supervised_per_row = _supervised(bears, tokens_per_row)
+        else:
+            self.supervised_per_row = _supervised_from(bears, self.first_of_row)
         self.kept = np.flatnonzero(self.supervised_per_row)
         """Rows that have a label, by their numbers in the stream: row r of this object is stream row kept[r].
         """
@@ -68,11 +76,10 @@ class PackedRows:
         positions_BT = np.zeros((B, T), dtype=np.int64)
         labels_BT = np.full((B, T), -1, dtype=np.int64)
         for b, row in enumerate(rows):
-            first = int(self.kept[row]) * T
-            last = min(first + T, len(self.ids))
+            first, last = self._span(row)
             ids_BT[b, : last - first] = self.ids[first:last]
             positions_BT[b] = self._positions(first, last)
-            following = slice(first + 1, min(first + T + 1, len(self.ids)))
+            following = slice(first + 1, min(last + 1, len(self.ids)))
             count = following.stop - following.start
             labels_BT[b, :count] = np.where(self.bears[following], self.ids[following].astype(np.int64), -1)
         labels = torch.from_numpy(labels_BT.reshape(-1))
@@ -94,8 +101,8 @@ class PackedRows:
         return digest.digest()
 
     def row_tokens(self, row: int) -> bytes:
-        first = int(self.kept[row]) * self.tokens_per_row
-        return self.ids[first : first + self.tokens_per_row].tobytes()
+        first, last = self._span(row)
+        return self.ids[first:last].tobytes()
 
     def drop(self, other: PackedRows) -> int:
         """Leave out the rows with the same tokens as a row of `other`; returns how many there were."""
@@ -103,6 +110,14 @@ class PackedRows:
         keep = np.array([self.row_tokens(row) not in other_rows for row in range(len(self))], dtype=np.bool_)
         self.kept = self.kept[keep]
         return int((~keep).sum())
+
+    def _span(self, row: int) -> tuple[int, int]:
+        """The row's first token in the stream, and the one after its last."""
+        number, T = int(self.kept[row]), self.tokens_per_row
+        if self.first_of_row is None:
+            return number * T, min(number * T + T, len(self.ids))
+        end = self.first_of_row[number + 1] if number + 1 < len(self.first_of_row) else len(self.ids)
+        return int(self.first_of_row[number]), int(end)
 
     def _positions(self, first: int, last: int) -> NDArray[np.int64]:
         begin = np.zeros(self.tokens_per_row, dtype=np.int64)
@@ -142,8 +157,34 @@ def _supervised(bears: NDArray[np.bool_], tokens_per_row: int) -> NDArray[np.int
     return counts
 
 
+def _first_tokens(starts: NDArray[np.int64], num_tokens: int, tokens_per_row: int) -> NDArray[np.int64]:
+    """Where rows begin that hold one document each; a longer one goes on in the next row."""
+    lengths = np.diff(starts, append=num_tokens)
+    rows = -(-lengths // tokens_per_row)
+    within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+    first: NDArray[np.int64] = np.repeat(starts, rows) + within * tokens_per_row
+    return first
+
+
+def _supervised_from(bears: NDArray[np.bool_], first: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Labels per row, of rows that begin at these tokens."""
+    counts = np.zeros(len(first), dtype=np.int64)
+    for row, block in in_blocks(first, 1):
+        end = first[row + len(block)] if row + len(block) < len(first) else len(bears)
+        # A label belongs to the position before its token; the stream's last position has none.
+        labels = np.append(bears[block[0] + 1 : end + 1], False)
+        counts[row : row + len(block)] = np.add.reduceat(labels, block - block[0], dtype=np.int64)
+    return counts
+
+
 def build(
-    reading: Reading, *, tokens_per_row: int, heldout_rows: int, vocab: Vocab, folder: Path | None = None
+    reading: Reading,
+    *,
+    tokens_per_row: int,
+    heldout_rows: int,
+    vocab: Vocab,
+    packed: bool = True,
+    folder: Path | None = None,
 ) -> Corpus:
     """Split whole documents, pack both sides, drop training rows that equal a held-out row, and count.
 
@@ -164,7 +205,7 @@ def build(
     total = documents.num_tokens
     if tokens_per_row > total:  # before a row of that length is allocated
         raise _too_little(len(documents), total, 0, 0, heldout_rows, tokens_per_row)
-    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row, folder)
+    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row, folder, packed)
     documents.discard()
     dropped = train.drop(heldout)
     heldout.first_row = len(train)
@@ -174,6 +215,7 @@ def build(
         "documents": len(documents),
         "tokens": total,
         "tokens_per_row": tokens_per_row,
+        "packing": packed,
         "train_documents": len(documents) - num_heldout,
         "train_rows": len(train),
         "train_tokens": len(train.ids),
@@ -202,7 +244,11 @@ def _too_little(
 
 
 def split(
-    documents: Stream, heldout_rows: int, tokens_per_row: int, folder: Path | None = None
+    documents: Stream,
+    heldout_rows: int,
+    tokens_per_row: int,
+    folder: Path | None = None,
+    packed: bool = True,
 ) -> tuple[PackedRows, PackedRows, int]:
     """Training rows, held-out rows, and the number of documents on the held-out side.
 
@@ -216,34 +262,41 @@ def split(
     needed = heldout_rows * tokens_per_row
     wanted = max(needed, min(SPREAD * needed, documents.num_tokens // 20))
     count, tokens = 0, 0
-    heldout = pack(documents, order[:0], tokens_per_row, None, HELDOUT)
+    heldout = pack(documents, order[:0], tokens_per_row, None, HELDOUT, packed)
     while len(heldout) < heldout_rows and count < len(order):
         while count < len(order) and (tokens < wanted or digests[order[count]] == digests[order[count - 1]]):
             tokens += documents.lengths[order[count]]
             count += 1
-        heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT)
+        heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT, packed)
         # Rows without a label do not count: long prompts with short answers may need more documents.
         wanted = 2 * tokens
     by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
     heldout.kept = heldout.kept[sorted(by_content)]
-    train = pack(documents, order[count:], tokens_per_row, folder, TRAIN)
+    train = pack(documents, order[count:], tokens_per_row, folder, TRAIN, packed)
     return train, heldout, count
 
 
 def pack(
-    documents: Stream, numbers: NDArray[np.int64], tokens_per_row: int, folder: Path | None, name: str
+    documents: Stream,
+    numbers: NDArray[np.int64],
+    tokens_per_row: int,
+    folder: Path | None,
+    name: str,
+    packed: bool = True,
 ) -> PackedRows:
     """Some of the documents, end to end in the order in which they were read."""
-    packed = Stream(folder, name)
+    stream = Stream(folder, name)
     for number in np.sort(numbers):
-        packed.append(*documents[number])
-    return PackedRows(packed.ids(), packed.starts(), packed.bears(), tokens_per_row)
+        stream.append(*documents[number])
+    return PackedRows(stream.ids(), stream.starts(), stream.bears(), tokens_per_row, packed)
 
 
 def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:
     digest = hashlib.sha256(vocab.fingerprint.encode())
     for rows in splits:
         digest.update(f"{rows.tokens_per_row} {len(rows.ids)} {len(rows)}\n".encode())
+        if rows.first_of_row is not None:
+            digest.update(b"one document a row\n")
         for array in (rows.ids, rows.starts, rows.bears, rows.kept):
             for _, block in in_blocks(array):
                 digest.update(block.data)

@@ -39,6 +39,8 @@ Json = dict[str, Any]
 def provenance(config: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[Json] | None) -> Json:
     """Everything but the source files that the rows depend on. `against`: the evaluation texts, by file."""
     section = {name: value for name, value in asdict(config).items() if name != "shards"}
+    if section["packing"]:  # the default, which older caches do not mention
+        del section["packing"]
     if against is not None:  # their content counts, and not their paths
         section["decontaminate"].pop("against")
         against = [{name: text[name] for name in ("sha256", "texts")} for text in against]
@@ -147,14 +149,15 @@ def _read(folder: Path, config: Any, made_of: Json) -> Corpus:
     require_whole(folder, None, AGAIN, WHOLE)
     manifest = recorded["manifest"]
     _require_same_files(folder, config.sources(manifest["files"]), manifest["files"])
-    train, heldout = (_rows(folder, name, config.tokens_per_row) for name in (TRAIN, HELDOUT))
+    train, heldout = (_rows(folder, name, config) for name in (TRAIN, HELDOUT))
     heldout.first_row = len(train)
     return Corpus(train, heldout, manifest)
 
 
-def _rows(folder: Path, name: str, tokens_per_row: int) -> PackedRows:
+def _rows(folder: Path, name: str, config: Any) -> PackedRows:
     ids, bears = mapped(folder / f"{name}.ids", ID), mapped(folder / f"{name}.bears", BEARS)
-    rows = PackedRows(ids, mapped(folder / f"{name}.starts", PLACE), bears, tokens_per_row)
+    starts = mapped(folder / f"{name}.starts", PLACE)
+    rows = PackedRows(ids, starts, bears, config.tokens_per_row, config.packing)
     rows.kept = mapped(folder / f"{name}.kept", PLACE)
     return rows
 

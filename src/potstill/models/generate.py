@@ -174,9 +174,9 @@ def _generate(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live:
         out = model.body(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            position_ids=positions_BT,
             use_cache=True,
             **{cache_name: cache},
+            **({"position_ids": positions_BT} if "position_ids" in parameters else {}),
         )
         cache = getattr(out, cache_name, None)
         if cache is None:

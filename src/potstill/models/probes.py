@@ -73,12 +73,15 @@ def require_same_cut(
     longest = getattr(teacher.hf.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     ids_BT = teacher.some_ids(1, min(TOKENS, longest))
     inputs = _layer_inputs(teacher, teacher.hf.get_submodule(stack), ids_BT)
-    for number, layer in zip(keep, student.hf.get_submodule(stack), strict=True):
+    layers: Any = student.hf.get_submodule(stack)
+    for number, layer in zip(keep, layers, strict=True):
         args, kwargs = tree_map(_in_float32, inputs[number])
         # A copy in float32, as the student is: rounding of the teacher's own type would hide a few percent.
-        original = copy.deepcopy(teacher.hf.get_submodule(f"{stack}.{number}")).float()
-        narrow.get(number, lambda layer: None)(original)
-        expected, actual = (_hidden_of(each(*args, **kwargs)) for each in (original, layer.eval()))
+        original: Any = copy.deepcopy(teacher.hf.get_submodule(f"{stack}.{number}")).float()
+        if number in narrow:
+            narrow[number](original)
+        expected = _hidden_of(original(*args, **kwargs))
+        actual = _hidden_of(layer.eval()(*args, **kwargs))
         added = expected - _hidden_of(args or kwargs["hidden_states"])
         gap = float((actual - expected).abs().max() / added.abs().max().clamp_min(1e-30))
         if not gap <= TOLERANCE:

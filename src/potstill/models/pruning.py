@@ -23,7 +23,10 @@ from potstill.models.load import plain_config
 from potstill.models.probes import require_same_cut
 from potstill.types import Batch
 
-PER_LAYER = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
+PER_LAYER = ("layer_types", "layers_block_type", "no_rope_layers", "attention_layers", "mlp_layer_types")
+"""Fields of configs with an entry for each layer."""
+NUMBERS_OF_LAYERS = ("attn_layer_indices", "mlp_only_layers", "moe_layers")
+"""Fields of configs that list layers by number."""
 MLPS = {
     ("gate_proj", "up_proj"): "down_proj",  # Llama, Mistral, Qwen 2 and 3, Gemma, OLMo 2
     ("gate_up_proj",): "down_proj",  # Phi-3: both in one matrix
@@ -102,7 +105,7 @@ def cut(
             dtype=torch.float32,
             trust_remote_code=False,
         )
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         raise _uncuttable(teacher, keep, error) from error
     state, narrow = dict(teacher.hf.state_dict()), {}
     if ffn_width is not None and ffn_width < ffn_width_of(teacher.hf.config):
@@ -149,11 +152,22 @@ def cut_config(config: Any, keep: Sequence[int], total: int, ffn_width: int | No
     """
     config = plain_config(config)
     text = config.get_text_config()
-    for key in PER_LAYER:
-        value = getattr(text, key, None)
-        if isinstance(value, list) and len(value) == total:
-            setattr(text, key, [value[i] for i in keep])
+    fields = [text.attribute_map.get(key, key) for key in PER_LAYER]
+    kinds = {key: value for key in fields if isinstance(value := getattr(text, key, None), list)}
+    for key in NUMBERS_OF_LAYERS:
+        if isinstance(value := getattr(text, key, None), list):
+            setattr(text, key, [list(keep).index(number) for number in value if number in keep])
     text.num_hidden_layers = len(keep)
+    for key, value in kinds.items():
+        kept = [value[i] for i in keep] if len(value) == total else value
+        if getattr(getattr(type(text), key, None), "fset", text) is not None:
+            setattr(text, key, kept)
+        elif getattr(text, key) != kept:  # a property, computed from the numbers of the layers
+            raise UserError(
+                f"student cut: layers {list(keep)} of a {text.model_type} are {', '.join(map(str, kept))}, as layers 0"
+                f" to {len(keep) - 1} they would be {', '.join(map(str, getattr(text, key)))}. Keep layers in the same"
+                " places, or give the student as a checkpoint or a config."
+            )
     if ffn_width is not None:
         teacher_width = ffn_width_of(config)
         if not 1 <= ffn_width <= teacher_width:
@@ -267,7 +281,7 @@ def _narrowed(
 
 def _without(out: str, keep_K: Tensor, layer: nn.Module) -> None:
     """Set the weights out of all channels of a layer's MLP but `keep_K` to zero: what is left is the narrowed one."""
-    matrix = layer.get_submodule(out)
+    matrix: Any = layer.get_submodule(out)
     weight_DC = _by_output(matrix, matrix.weight)
     dropped_C = torch.ones(weight_DC.shape[1], dtype=torch.bool, device=weight_DC.device)
     dropped_C[keep_K] = False

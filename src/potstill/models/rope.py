@@ -7,7 +7,7 @@ document has those of its own length, as if it were alone.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,11 +37,12 @@ def per_document_rope(hf: nn.Module) -> None:
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
         if any(kind in BY_LENGTH for kind in kinds) and not isinstance(module, _PerDocument):
-            module.__class__ = _per_document(type(module))
+            family: Any = type(module)
+            module.__class__ = _per_document(family)
 
 
-@lru_cache(maxsize=None)
-def _per_document(family: type[nn.Module]) -> type[nn.Module]:
+@cache
+def _per_document(family: Any) -> type[nn.Module]:
     return type(family.__name__, (_PerDocument, family), {})
 
 
@@ -49,9 +50,10 @@ class _PerDocument(nn.Module):
     """Mixed into a class of Transformers, whose forward computes cos_BTH and sin_BTH."""
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        forward = super().forward
+        forward: Any = super().forward
         if isinstance(position_ids, FakeTensor):  # a plan: shapes alone, and no lengths to read
-            return forward.__wrapped__(self, x, position_ids, *args, **kwargs)
+            fake: tuple[Tensor, Tensor] = forward.__wrapped__(self, x, position_ids, *args, **kwargs)
+            return fake
         lengths_BT = document_lengths(position_ids)
         limit = self._original_length(*args, **kwargs)
         # One token lets Transformers go back to the original frequencies, which the short documents have. Then comes
@@ -59,7 +61,7 @@ class _PerDocument(nn.Module):
         forward(x, torch.zeros_like(position_ids), *args, **kwargs)
         positions_BT = torch.where(lengths_BT > limit, 0, position_ids)
         cos_BTH, sin_BTH = forward(x, positions_BT, *args, **kwargs)
-        for length in lengths_BT[lengths_BT > limit].unique().tolist():
+        for length in sorted(set(lengths_BT[lengths_BT > limit].tolist())):
             own_BT = lengths_BT == length
             own = forward(x, torch.where(own_BT, position_ids, 0), *args, **kwargs)
             cos_BTH = torch.where(own_BT[..., None], own[0], cos_BTH)
@@ -67,6 +69,6 @@ class _PerDocument(nn.Module):
         return cos_BTH, sin_BTH
 
     def _original_length(self, layer_type: str | None = None) -> int:
-        rope = self.config.rope_parameters
-        rope = rope if layer_type is None else rope[layer_type]
-        return int(rope.get("original_max_position_embeddings") or self.config.max_position_embeddings)
+        config: Any = self.config
+        rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+        return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)

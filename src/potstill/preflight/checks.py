@@ -230,9 +230,9 @@ def cross_entropy_matches_reference(setup: RunSetup, batch: Batch) -> Finding:
     """Ours, within 2 %, is that of Transformers' forward and PyTorch's cross-entropy on the same positions."""
     targets = _targets(setup, batch)
     ours = float(setup.student.measure(batch, targets)["ce"]) / len(batch.labels_N)
-    reference_BTV = setup.student.model.hf(
-        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
-    ).logits
+    positions_BT = setup.student.model.row_positions(batch.position_ids_BT)
+    positions = {} if positions_BT is None else {"position_ids": positions_BT}
+    reference_BTV = setup.student.model.hf(input_ids=batch.input_ids_BT, use_cache=False, **positions).logits
     reference_NV = reference_BTV.flatten(0, 1)[batch.positions_N, : setup.student.model.head.num_ids]
     reference = float(F.cross_entropy(reference_NV.double(), batch.labels_N))
     figure = f"cross-entropy {ours:.4f} nats, a reference forward gives {reference:.4f}"

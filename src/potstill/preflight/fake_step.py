@@ -69,7 +69,7 @@ def _key(resolved: Resolved) -> str:
     parts = (
         dataclasses.replace(_small(recipe), **rates),
         recipe.train.steps > 1,
-        (recipe.corpus.tokens_per_row, recipe.corpus.heldout_rows),
+        (recipe.corpus.tokens_per_row, recipe.corpus.heldout_rows, recipe.corpus.packing),
         (recipe.objective, recipe.lora, recipe.guard, recipe.eval.every),
         resolved.teacher.plan_key(),
         [None if config is None else config.to_dict() for config in configs],
@@ -122,6 +122,9 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
         model = model if recipe.lora is None else LoraLM(model, recipe.lora)
         if recipe.train.activation_checkpointing:
             model.checkpoint_activations(selective=recipe.train.activation_checkpointing == "selective")
+    for each in (model, teacher.model):
+        if each is not None:
+            each.rows_are_packed = recipe.corpus.packing
     ids = min(teacher.vocab_size, model.vocab_size)  # one side may have a padded end
     teacher.share_ids(ids)
     model.mask_from(ids)

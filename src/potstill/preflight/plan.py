@@ -23,6 +23,7 @@ from potstill.build.setup import require_length
 from potstill.errors import UserError
 from potstill.models.load import choose_device, longest_row
 from potstill.preflight.fake_step import Traced, resident_bytes, trace
+from potstill.preflight.packing_probe import require_packing
 from potstill.preflight.plan_disk import (
     TOKENIZER_FILE_BYTES_PER_ID,
     corpus_bytes,
@@ -151,6 +152,9 @@ def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int:
 def _plan(resolved: Resolved) -> Plan:
     recipe, device = resolved.recipe, resolved.device
     _require_countable(resolved)  # before the trace, which would overflow
+    if recipe.corpus.packing:
+        for name, config in _models(resolved):
+            require_packing(config, name)
     traced = trace(resolved)
     vocab_size = resolved.student.model_config.get_text_config().vocab_size
     on_cpu = device.type == "cpu"
@@ -188,13 +192,18 @@ def _tokenizer_ids(resolved: Resolved) -> int:
     return int((config or resolved.student.model_config).get_text_config().vocab_size)
 
 
+def _models(resolved: Resolved) -> list[tuple[str, Any]]:
+    """Name and config of the models that this process would run."""
+    configs = (("teacher", resolved.teacher_config), ("student", resolved.student.model_config))
+    return [(name, config) for name, config in configs if config is not None]
+
+
 def _require_countable(resolved: Resolved) -> None:
     """UserError for rows longer than a model supports, and for sizes that no machine could address."""
     recipe = resolved.recipe
     rows, tokens = recipe.train.micro_batch_rows, recipe.corpus.tokens_per_row
-    for name, config in (("teacher", resolved.teacher_config), ("student", resolved.student.model_config)):
-        if config is not None:
-            require_length(longest_row(config), name, "corpus.tokens_per_row", tokens)
+    for name, config in _models(resolved):
+        require_length(longest_row(config), name, "corpus.tokens_per_row", tokens)
     if rows * tokens > MOST_POSITIONS or tokens > LONGEST_ROW:
         raise UserError(
             f"train.rows_per_micro_batch: {rows} rows of {tokens} tokens at once are {rows * tokens}"

@@ -43,7 +43,9 @@ class CorpusConfig(Config):
     """Base of every corpus. A plug-in's subclass adds its fields and yields its documents from `texts`."""
 
     tokens_per_row: Annotated[int, Interval(ge=2, le=MAX_INT32)] = 256
-    """Length of a packed row, in tokens."""
+    """Length of a row, in tokens."""
+    packing: bool = True
+    """Documents end to end in rows; false: one document a row, padded, for models that cannot keep documents apart."""
     heldout_rows: Count = 16
     """Number of rows held out for evaluation; never trained on."""
     tokenizer: ModelSource | None = None

@@ -156,6 +156,7 @@ class TorchTeacher(BaseTeacher):
             return self.model, where
         dtype, files = self.model.head.weight_VD.dtype, None if self.source is None else self.source.files
         full = TorchTeacher.for_inference(where, device=self.model.device, dtype=dtype, files=files)
+        full.model.rows_are_packed = self.model.rows_are_packed
         return full.model, where
 
     def describe(self) -> dict[str, Any]:
@@ -181,6 +182,7 @@ class TorchTeacher(BaseTeacher):
         heldout = setup.corpus.heldout
         batch = heldout.batch(range(min(2, len(heldout)))).to(self.model.device)
         full = self.source.full(self.model.device)
+        full.model.rows_are_packed = self.model.rows_are_packed
         gap = quantization_gap(self, full, self.source.reference.source, batch, setup.shared.ids)
         advice = f"The student is only {student_kl:.3g} nats away. Take more bits: teacher.weights"
         yield Finding("teacher's bits", gap.summary(), gap.kl < student_kl, advice, gap.as_dict())
