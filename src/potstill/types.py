@@ -190,6 +190,15 @@ class Finding:
     """What to do if it failed."""
     numbers: dict[str, Any] = field(default_factory=dict)
     """The figure in machine-readable form."""
+    ends_run: bool = True
+    """Whether `distill` refuses the run if it failed. Otherwise it warns: the run is what the recipe says, and is
+    unlikely to be worth its time.
+    """
+
+    @property
+    def problem(self) -> str:
+        """A failed check in one line."""
+        return f"check: {self.name}: {self.figure}. {self.advice}"
 
 
 @runtime_checkable

@@ -55,7 +55,7 @@ def setup_of(recipe: Path) -> RunSetup:
 def test_a_sound_recipe_has_no_red_line(tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tiny_recipe())]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[-1] == "24 of 24 checks passed" and all(line.startswith("ok ") for line in told[:-1])
+    assert told[-1] == "26 of 26 checks passed" and all(line.startswith("ok ") for line in told[:-1])
 
 
 def test_check_ends_with_what_the_run_will_take(
@@ -96,6 +96,39 @@ def test_the_disk_check_counts_the_last_student_beside_the_one_before_and_each_c
         assert disk.ok == enough
         parts = r"a student of [\d.]+ KiB, .* checkpoints of [\d.]+ KiB each"
         assert re.fullmatch(rf"1\.\d+ MiB needed \({parts}\), [\d.]+ [KM]iB free", disk.figure)
+
+
+def test_a_teacher_that_knows_no_more_than_chance_fails_the_check_and_warns_the_run(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tiny_recipe(allow_weak_teacher="false"))
+    assert main(["check", recipe]) == 2
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("RED")]
+    assert "teacher's knowledge" in line and "allow_weak_teacher" in line
+    assert re.search(r"cross-entropy is \d\.\d+ nats, chance is 5\.553", line)
+    assert main(["distill", recipe, "--out", str(tmp_path / "run")]) == 0
+    assert "warning: check: teacher's knowledge" in capsys.readouterr().err
+    receipt = json.loads((tmp_path / "run/receipt.json").read_text())
+    assert receipt["check_red"] == ["teacher's knowledge"]
+
+
+def test_teacher_and_student_in_each_others_place_fail_the_check(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The better of two models as the student: here one that has learnt the corpus, against a random teacher."""
+    learn = "{steps: 60, rows_per_step: 8, lr: 3e-3, device: cpu}"
+    run = distill(tiny_recipe(train=learn, objective="{kd_weight: 0, ce_weight: 1}"), out=tmp_path / "good")
+    model = make_model(tmp_path / "bad", seed=3)
+    both = {"good": run.student, "bad": model}
+    for teacher, student, code in (("good", "bad", 0), ("bad", "good", 2)):
+        recipe = tiny_recipe(
+            teacher=f"{{name: torch, model: {both[teacher]}}}",
+            student=f"{{name: checkpoint, model: {both[student]}}}",
+            allow_weak_teacher="false",
+        )
+        assert main(["check", str(recipe)]) == code
+        red = [line for line in capsys.readouterr().out.splitlines() if line.startswith("RED")]
+        assert [line.split(":")[0].split()[1] for line in red] == ["teacher's"] * (code == 2)
 
 
 def test_check_leaves_nothing_behind_and_speaks_json(

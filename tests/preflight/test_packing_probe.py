@@ -14,7 +14,12 @@ from conftest import make_tokenizer
 
 from potstill.cli.main import main
 
-SIZES = {"vocab_size": len(make_tokenizer()), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": len(make_tokenizer()),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "bloom": {"n_layer": 2, "n_head": 4},

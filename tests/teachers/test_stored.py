@@ -303,3 +303,19 @@ def test_a_saved_student_is_measured_although_the_captured_model_is_gone(lab: La
     recipe = recipes.load(lab.recipe("measured.yaml", teacher=teacher))
     (tmp_path / "captured" / "model.safetensors").write_bytes(b"gone")
     assert evaluate(recipe, tmp_path / "student")["heldout/kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_store_whose_gradient_is_another_fails_the_check_and_warns_the_run(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = lab.store("coarse", capture="{name: topk, k: 1, rows_per_shard: 64}")
+    sections = {"teacher": f"{{name: store, path: {store}}}", "allow_weak_teacher": "true"}
+    recipe = str(lab.recipe("coarse.yaml", **sections))
+    assert main(["check", recipe]) == 2
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("RED")]
+    assert "store: its certificate has a gradient cosine of 0." in line and "allow_coarse_store" in line
+    assert main(["distill", recipe, "--out", str(tmp_path / "run")]) == 0
+    assert "warning: check: store: its certificate" in capsys.readouterr().err
+    assert main(["check", recipe, "allow_coarse_store=true"]) == 0
+    fine = f"{{name: store, path: {lab.store('hidden')}}}"
+    assert main(["check", str(lab.recipe("fine.yaml", **sections | {"teacher": fine}))]) == 0

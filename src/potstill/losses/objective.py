@@ -344,9 +344,15 @@ def require_labels(labels_N: Tensor, V: int) -> None:
             raise UserError(f"objective: label {wrong} is outside the student's {V} ids, 0 to {V - 1}.")
 
 
-def require_finite(sums: dict[str, float], positions: int) -> None:
-    """Fault, which names the sum, where one over these positions is not finite."""
+def require_finite(sums: dict[str, float], positions: int, plugin: str = "") -> None:
+    """Fault, which names the sum, where one over these positions is not finite; `plugin` is the name of the
+    divergence that a plug-in computes `kd` with.
+    """
     for name, value in sums.items():
+        if plugin and name == "kd" and not math.isfinite(value):
+            raise Fault(
+                f"objective.divergence: {plugin}, of a plug-in, is {value} over {positions} positions."
+            )
         if not math.isfinite(value):
             raise Fault(
                 f"objective: {name} is {value} over {positions} positions. Logits are not finite, or one side"

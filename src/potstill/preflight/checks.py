@@ -22,6 +22,7 @@ from potstill.data.decontamination import summary
 from potstill.errors import UserError, one_line
 from potstill.io.terminal import size
 from potstill.losses.divergences import forward_kl
+from potstill.losses.laws import broken_laws, is_plugin
 from potstill.losses.objective import Objective
 from potstill.models.load import weights_sha256
 from potstill.preflight.plan import Plan, available, plan
@@ -30,6 +31,8 @@ from potstill.preflight.same_model import ADVICE_IDENTICAL, SAME, rounding_kl, s
 from potstill.training.prefetch import checked_targets
 from potstill.types import Batch, Finding, Targets
 
+NEAR_CHANCE = 0.95
+"""As a share of the cross-entropy of chance. A unigram model of text is far below it."""
 BEFORE_TRAINING = -1  # messages count steps from 1: the teacher's errors name step 0
 
 
@@ -64,13 +67,17 @@ def cheap(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding
         yield vocabulary_is_shared(setup)
         yield weights_differ(setup)
         yield labels_are_next_tokens(setup)
+        # Before any loss is computed with it.
+        yield from divergence_keeps_its_laws(setup)
         yield parameters_are_on_the_device(setup)
         # Whether the answers depend on the input, before figures that are computed from them.
         yield teacher_reads_its_input(setup, batch)
         yield student_reads_its_input(setup, batch)
         # The loss against a reference, before it is used to judge the student.
         yield cross_entropy_matches_reference(setup, window(batch))
+        yield from documents_are_apart(setup)
         before = measure_before_training(setup)
+        yield teacher_predicts(setup, before)
         yield cross_entropy_is_plausible(setup, before["ce"])
         yield teacher_and_student_differ(setup, before["kl"])
         yield from setup.teacher.checks(setup, before["kl"])
@@ -88,16 +95,25 @@ class Checked:
     findings: list[Finding]
 
 
-def require_sound(setup: RunSetup, place: Path) -> Checked:
-    """Run the cheap checks; `place` is the run directory.
+def require_sound(setup: RunSetup, place: Path, note: Callable[[str], None]) -> Checked:
+    """Run the cheap checks, and warn of those that failed without ending the run.
+
+    Args:
+        place: the run directory.
+        note: called with one line for each warning, and with the count of what passed.
 
     Raises:
-        UserError: with every check that failed.
+        UserError: with every check that failed and ends the run.
     """
     planned = plan_of(setup)
     findings = list(cheap(setup, planned, place))
-    if failed := [f"check: {f.name}: {f.figure}. {f.advice}" for f in findings if not f.ok]:
-        raise UserError(*failed)
+    failed = [finding for finding in findings if not finding.ok]
+    if errors := [finding.problem for finding in failed if finding.ends_run]:
+        raise UserError(*errors)
+    for finding in failed:
+        note(f"warning: {finding.problem}")
+    passed = f"all {len(findings)}" if not failed else f"{len(findings) - len(failed)} of {len(findings)}"
+    note(f"check: {passed} cheap ones passed; `potstill check` has more")
     return Checked(planned, findings)
 
 
@@ -164,6 +180,70 @@ def weights_differ(setup: RunSetup) -> Finding:
         figure = f"teacher {teacher[:12]}, student {student[:12]}"
         differ = not same_weights(model, setup.student.model)
     return Finding("weights", *_unless_allowed(setup, figure, differ), ADVICE_IDENTICAL)
+
+
+def divergence_keeps_its_laws(setup: RunSetup) -> Iterator[Finding]:
+    """Of a plug-in: one value per position, never negative, 0 where both sides are equal, a finite gradient."""
+    divergence, config = setup.student.objective.divergence, setup.recipe.objective.divergence
+    if not is_plugin(divergence) or setup.recipe.objective.kd_weight == 0:
+        return
+    try:
+        broken = broken_laws(divergence)
+    except UserError as error:
+        yield Finding(
+            "divergence", f"objective.divergence: {config.name}: {one_line(error)}", False, "Mend the plug-in"
+        )
+        return
+    figure = (
+        f"{config.name}: {', '.join(broken) or 'a value per position, 0 at equality, with a finite gradient'}"
+    )
+    allowed = setup.recipe.allow_any_divergence
+    advice = "Mend the plug-in; where it is meant, write allow_any_divergence: true"
+    yield Finding(
+        "divergence", figure + "; allowed" * (bool(broken) and allowed), not broken or allowed, advice
+    )
+
+
+@torch.no_grad()
+def documents_are_apart(setup: RunSetup) -> Iterator[Finding]:
+    """In rows as long as the recipe's: the probe at loading has a dozen tokens, fewer than a sliding window."""
+    models = {"student": setup.student.model, "teacher": setup.teacher.model}
+    if not setup.recipe.corpus.packing:
+        return
+    tokens = setup.recipe.corpus.tokens_per_row
+    faults = [
+        f"{name}: {fault}"
+        for name, model in models.items()
+        if model is not None and (fault := model.find_packing_fault(tokens)) is not None
+    ]
+    figure = (
+        "; ".join(faults)
+        or f"a document in a row of {tokens} tokens is what it is alone, whatever its neighbour"
+    )
+    advice = "Set corpus.packing: false, or corpus.tokens_per_row lower"
+    yield Finding("packing", figure, not faults, advice)
+
+
+def teacher_predicts(setup: RunSetup, before: dict[str, float]) -> Finding:
+    """A teacher near chance has nothing to teach; one that is worse than the untouched student may be the student,
+    named in the other's place.
+    """
+    teacher, student, chance = before["teacher_ce"], before["ce"], math.log(setup.shared.ids)
+    figure = (
+        f"its held-out cross-entropy is {teacher:.3f} nats, chance is {chance:.3f}, the untouched student has"
+        f" {student:.3f}"
+    )
+    recipe = setup.recipe
+    is_good = teacher < NEAR_CHANCE * chance and not teacher > student
+    if not is_good and (
+        recipe.allow_weak_teacher or recipe.allow_identical or recipe.objective.kd_weight == 0
+    ):
+        return Finding("teacher's knowledge", f"{figure}; allowed", True)
+    advice = (
+        "Are teacher and student named in each other's place, or is the corpus tokenized for another model? Where it"
+        " is meant, write allow_weak_teacher: true"
+    )
+    return Finding("teacher's knowledge", figure, is_good, advice, ends_run=False)
 
 
 def _unless_allowed(setup: RunSetup, figure: str, ok: bool) -> tuple[str, bool]:

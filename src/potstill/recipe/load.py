@@ -79,6 +79,12 @@ class Recipe(Config):
     """What the model card needs and the run cannot know."""
     allow_identical: bool = False
     """Distil although teacher and student have the same weights; the receipt says so."""
+    allow_weak_teacher: bool = False
+    """Do not fail the check of a teacher that predicts the held-out rows no better than chance or than the student."""
+    allow_coarse_store: bool = False
+    """Do not fail the check of a store whose targets give another gradient than the teacher's own."""
+    allow_any_divergence: bool = False
+    """Use a plug-in's divergence that is negative or not 0 where student and teacher are equal."""
     sinks: list[Annotated[SinkConfig, Registered("sink", short=True)]] = field(default_factory=list)
     """Where each step's metrics are sent during the run, besides metrics.jsonl; built-in ones need an extra."""
     plugins: list[LocalPath] = field(default_factory=list)

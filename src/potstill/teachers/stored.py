@@ -7,11 +7,11 @@ refused, with the field that differs and both values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,8 +29,13 @@ from potstill.store.layout import HELDOUT_CODEC
 from potstill.store.reader import ROWS_ADVICE, Store, read_manifest
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource
 from potstill.teachers.hf import TorchTeacher
-from potstill.types import Batch, Head, Targets, Vocab
+from potstill.types import Batch, Finding, Head, Targets, Vocab
 
+if TYPE_CHECKING:
+    from potstill.build.setup import RunSetup
+
+LEAST_COSINE = 0.9
+"""Of the stored targets' gradient to the full targets': below it, most of a step goes another way (docs/targets.md)."""
 OF_CORPUS = ("tokenizer_sha256", "vocab_size", "tokens_per_row", "heldout_rows", "documents", "tokens")
 """Compared one by one before the fingerprint, which shows only that something differs."""
 
@@ -158,6 +163,16 @@ class StoredTeacher(BaseTeacher):
             del model  # first, so that both are not in memory together
             model = TorchTeacher.for_inference(source, **options)
         return model.model, source
+
+    def checks(self, setup: RunSetup, student_kl: float) -> Iterator[Finding]:
+        """The gradient that its targets give must be about the one that the teacher itself would."""
+        if (cosine := self.store.manifest["certificate"].get("gradient_cosine")) is None:
+            return
+        figure = f"its certificate has a gradient cosine of {cosine:.3g} to the teacher's own targets"
+        is_close, allowed = cosine >= LEAST_COSINE, setup.recipe.allow_coarse_store
+        advice = "Capture with more ids a position or hidden states; where it is meant, write allow_coarse_store: true"
+        figure += "; allowed" * (allowed and not is_close)
+        yield Finding("store", figure, is_close or allowed, advice, ends_run=False)
 
     def describe(self) -> dict[str, Any]:
         manifest = self.store.manifest

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from potstill.errors import Fault, UserError
+from potstill.losses.laws import is_plugin
 from potstill.losses.objective import require_finite
 from potstill.models.student import Student
 from potstill.recipe.load import Recipe
@@ -37,6 +38,7 @@ class StepGuard:
     ) -> None:
         self.student, self.teacher, self.recipe = student, teacher, recipe
         self.on_fault, self.beat = on_fault, beat
+        self.plugin = recipe.objective.divergence.name if is_plugin(student.objective.divergence) else ""
         self.ceiling = loss_ceiling(recipe, student.model.vocab_size)
 
     def require_usable(self, step: Step, totals: Totals) -> None:
@@ -47,9 +49,9 @@ class StepGuard:
         """
         for batch, sums in zip(step.share, totals.of_batches, strict=True):
             with error_context(step.number, batch):
-                require_finite(sums, len(batch.positions_N))
+                require_finite(sums, len(batch.positions_N), self.plugin)
         with error_context(step.number, *step.batches):
-            require_finite(totals.sums, step.positions)
+            require_finite(totals.sums, step.positions, self.plugin)
             loss = totals.sums["loss"] / step.positions
             if not loss <= self.ceiling:  # a NaN is below no ceiling
                 raise Fault(

@@ -157,8 +157,7 @@ def _run(
     if start.run is not None:
         _require_same_corpus(setup.corpus.manifest, start.run)
         _require_equal(start.run.inputs(), inputs, "input", start.run)
-    checked = require_sound(setup, start.path)
-    note(f"check: all {len(checked.findings)} cheap ones passed; `potstill check` has more")
+    checked = require_sound(setup, start.path, note)
     if start.run is None:
         # Only after every check: a refused recipe leaves no folder behind.
         record: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
