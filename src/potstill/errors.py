@@ -6,7 +6,7 @@ Apart from `types.py`, which imports torch: a typo in a recipe must be reported 
 from __future__ import annotations
 
 LONGEST = 2000
-"""Characters of a message; two paths and eight names fit."""
+"""Characters of a message. A longer one quotes a file's own text, such as a key of 100,000 letters."""
 
 
 class UserError(Exception):
@@ -22,8 +22,7 @@ class UserError(Exception):
 
 
 def _shortened(mistake: str) -> str:
-    """Without its middle where a file's own text, such as a key of 100,000 letters, is quoted at length."""
-    return mistake if len(mistake) <= LONGEST else f"{mistake[: LONGEST // 4]} … {mistake[-LONGEST // 4 :]}"
+    return mistake if len(mistake) <= LONGEST else f"{mistake[:400]} … {mistake[-400:]}"
 
 
 class Unreadable(UserError):

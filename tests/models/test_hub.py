@@ -16,7 +16,8 @@ from publish.lab import TOKEN, point_at
 from refusals import refusal
 
 import potstill
-from potstill import UserError
+from potstill import UserError, registry
+from potstill.build.resolve import pin
 from potstill.cli.main import main
 from potstill.models.load import load_config, weights_sha256
 from potstill.models.student import from_checkpoint
@@ -193,6 +194,37 @@ def test_a_store_records_the_commit_and_is_continued_with_it(
     stored = ["teacher={name: store, path: " + str(tmp_path / "store") + "}"]
     run = potstill.distill(recipe, overrides=stored, out=tmp_path / "run")
     assert run.receipt()["teacher"]["source"] == f"{NAME}@{commit}" and fetched(hub) == {commit}
+
+
+PLUGIN = """{future}
+from dataclasses import dataclass
+from typing import Literal
+from potstill.recipe.fields import ModelSource
+from potstill.recipe.sections_models import TeacherConfig
+from potstill.registry import register
+
+
+@register("teacher")
+@dataclass(frozen=True, kw_only=True)
+class OwnTeacherConfig(TeacherConfig):
+    name: Literal["own"] = "own"
+    base: ModelSource
+    other: ModelSource | None = None
+    title: str = "me/model"
+"""
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations"])
+def test_a_plug_in_s_models_are_pinned_too(
+    hub: Hub, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, future: str
+) -> None:
+    monkeypatch.setattr(registry, "_entries", {kind: dict(of) for kind, of in registry._entries.items()})
+    (tmp_path / "own.py").write_text(PLUGIN.format(future=future))
+    teacher = f"{{name: own, base: {NAME}, other: {NAME}@v1}}"
+    loaded = potstill.load_recipe(tiny_recipe(teacher=teacher, plugins="[own.py]"))
+    config: Any = pin(loaded, {})[0].teacher
+    new, old = hub.repos[NAME].head, hub.repos[NAME].tags["v1"]
+    assert (config.base, config.other, config.title) == (f"{NAME}@{new}", f"{NAME}@{old}", NAME)
 
 
 def test_without_a_network_what_is_cached_is_read_by_every_name_that_fetched_it(

@@ -7,7 +7,6 @@ A branch moves while a run goes on: whoever reads more than one file of a model,
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from potstill.recipe.paths import hub_id
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 """No code, and no pickles."""
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def local_copy(source: str | Path) -> Path:
@@ -43,15 +41,13 @@ def hub_model(source: str | Path) -> tuple[str, str] | None:
 
 
 def pinned(source: str) -> str:
-    """`owner/name@COMMIT`, with what the revision is now; a path or a name that has a commit as it is.
+    """`owner/name@COMMIT`, the commit that the revision is now; a path as it is.
 
     Raises:
         UserError: see `local_copy`.
     """
     on_hub = hub_model(source)
-    if on_hub is None or COMMIT.fullmatch(on_hub[1]):
-        return source
-    return f"{on_hub[0]}@{_snapshot(*on_hub).name}"
+    return source if on_hub is None else f"{on_hub[0]}@{_snapshot(*on_hub).name}"
 
 
 def _snapshot(name: str, revision: str) -> Path:

@@ -140,8 +140,10 @@ def _start_resumed(recipe: Recipe, path: Path, text: bytes) -> _Start:
     the commit that the run started with.
     """
     run = RunDir.open(path)
-    resolved = resolve(recipe, commits=run.commits())
-    recorded, _ = pin(recipes.load(run.resolved), resolved.commits)  # earlier versions recorded no commits
+    commits, recorded = run.commits(), recipes.load(run.resolved)
+    resolved = resolve(recipe, commits=commits)
+    if not commits:  # an earlier version of potstill recorded none
+        recorded, _ = pin(recorded, resolved.commits)
     recipe = as_started(resolved.recipe, recorded)
     before, now = (_flat(dataclasses.asdict(of.without_places())) for of in (recorded, recipe))
     _require_equal(before, now, "recipe", run)
