@@ -765,7 +765,8 @@ def ggufs() -> Iterator[tuple[Any, ...]]:
         yield f"{count} layers", meta(llama__block_count=count), at
     yield "layers as text", meta(llama__block_count="two"), at
     yield "no number of layers", meta(("llama.block_count",)), at
-    yield "no heads", meta(llama__attention__head_count=0), at
+    yield "no heads", meta(llama__attention__head_count=0), at + ".*head_count is 0"
+    yield "no heads of keys", meta(llama__attention__head_count_kv=0), at + ".*head_count_kv is 0"
     yield "five heads", meta(llama__attention__head_count=5), at
     yield "a width of 2^31", meta(llama__embedding_length=2**31), at
     yield "a width of 0", meta(llama__embedding_length=0), at

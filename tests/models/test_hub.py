@@ -272,8 +272,8 @@ def test_a_hub_that_fails_is_one_line_of_whole_sentences(
 ) -> None:
     hub.before = lambda number, request: "500"
     line = refusal(["plan", str(tiny_recipe()), f"teacher.model={NAME}"], capsys, tmp_path / "run")
-    assert "500" in line and line.endswith(" Check the name and the network.")
-    assert not re.search(r"[^.!?…:,] Check", line)
+    assert "500" in line and line.endswith(" Check the name, the network and HF_TOKEN.")
+    assert not re.search(r"[^.!?…:,] (Check|For|An)\b", line)
 
 
 @pytest.mark.parametrize("folder", ["home/model@v1", "a@b/c/model"])

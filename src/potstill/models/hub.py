@@ -74,7 +74,7 @@ def _why(error: BaseException, name: str, revision: str) -> str:
     ):
         if any(isinstance(each, kind) for each in chain):
             return why
-    return f"{one_line(chain[1] if len(chain) > 1 else error)} Check the name and the network."
+    return f"{one_line(chain[1] if len(chain) > 1 else error)} Check the name, the network and HF_TOKEN."
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
