@@ -239,6 +239,7 @@ def recipes() -> Iterator[tuple[Any, ...]]:
     yield "a pickle, protocol 4", recipe_of(pickled(4)), r"recipe\.yaml: .*pickle"
 
     train = "{{steps: 4, rows_per_step: 2, lr: {}}}".format
+    yield "a key of 10^5 letters", sections(train=f"{{steps: 2, ? {'k' * 10**5} : 1}}"), r"recipe\.yaml: train\.kkk.*unknown key", 3
     yield "NaN", sections(train=train(".nan")), r"recipe\.yaml: train\.lr: nan is not a finite number"
     yield "infinity", sections(train=train("1e999")), r"recipe\.yaml: train\.lr: inf is not a finite number"
     yield "a negative rate", sections(train=train("-1")), r"train\.lr: -1 must be greater than 0"
@@ -339,6 +340,8 @@ def jsonl() -> Iterator[tuple[Any, ...]]:
     yield "a list for a record", line(b'["text"]'), at + "list, not an object"
     yield "a number for a record", line(b"7"), at + "int, not an object"
     yield "another key", line(b'{"txt": "a"}'), at + "'text' is missing; found txt"
+    yield "a key of 10^5 letters", line(b'{"%s": 1}' % (b"k" * 10**5)), at + "'text' is missing; found kkk"
+    yield "10^4 keys", line(json.dumps(dict.fromkeys(map(str, range(10**4)))).encode()), at + "'text' is missing; found 0, 1, "
     yield "a key twice", line(b'{"text": "a", "text": "b"}'), at + ".*text is there twice"
     yield "half a surrogate pair", line(b'{"text": "\\ud800"}'), at + "'text' holds half of a surrogate pair"
     yield "a byte-order mark", corpus("c.jsonl", b"\xef\xbb\xbf" + good[0]), r"c\.jsonl:1: .*BOM"
@@ -762,7 +765,8 @@ def ggufs() -> Iterator[tuple[Any, ...]]:
         yield f"{count} layers", meta(llama__block_count=count), at
     yield "layers as text", meta(llama__block_count="two"), at
     yield "no number of layers", meta(("llama.block_count",)), at
-    yield "no heads", meta(llama__attention__head_count=0), at
+    yield "no heads", meta(llama__attention__head_count=0), at + ".*head_count is 0"
+    yield "no heads of keys", meta(llama__attention__head_count_kv=0), at + ".*head_count_kv is 0"
     yield "five heads", meta(llama__attention__head_count=5), at
     yield "a width of 2^31", meta(llama__embedding_length=2**31), at
     yield "a width of 0", meta(llama__embedding_length=0), at
@@ -832,8 +836,17 @@ def tokenizers() -> Iterator[tuple[Any, ...]]:
     token = {"content": "<z>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     yield "an added token with a taken id", change(lambda t: t["added_tokens"].append(token | {"id": 5})), at
     yield "an added token with a far id", change(lambda t: t["added_tokens"].append(token | {"id": 2**31})), at
+
+    def far_end(good: Good, folder: Path) -> Words:
+        words = change(lambda t: t["added_tokens"].append(token | {"id": 258}))(good, folder)
+        path = folder / "model" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<z>"}))
+        return words
+
     for config in (b"", b"[]", b"{", b"[" * 10**5, b"\xff\xfe", pickled(4), b'{"eos_token": 5}', b'{"eos_token": "<eos>", "eos_token": "A"}'):
         yield f"the configuration {config[:24]!r}", model_file("tokenizer_config.json", config), r"model|tokenizer_config\.json"
+    yield "an end that it does not have", changed_json("tokenizer_config.json", lambda c: c.update(eos_token="<z>")), r"eos_token is '<z>', which is none of its tokens"
+    yield "an end that the model does not have", far_end, r"model: its tokenizer ends texts with '<z>', id 258, .* 0 to 257"
     yield "a FIFO beside it", model_file("special_tokens_map.json", os.mkfifo), r"special_tokens_map\.json"
     yield "a device beside it", model_file("added_tokens.json", zeros), r"added_tokens\.json"
 
@@ -879,11 +892,19 @@ def configs() -> Iterator[tuple[Any, ...]]:
         for size in (-32, 0, 33, 10**7, 2**40):
             yield f"{role}, a width of {size}", field(hidden_size=size), at
         for count in (-4, 0, 3, 10**9):
-            yield f"{role}, {count} heads", field(num_attention_heads=count), at
+            why = ".*num_attention_heads is 0" if count == 0 else ""
+            yield f"{role}, {count} heads", field(num_attention_heads=count), at + why
         yield f"{role}, three heads of keys", field(num_key_value_heads=3), at
-        yield f"{role}, no heads of keys", field(num_key_value_heads=0), at
+        yield f"{role}, no heads of keys", field(num_key_value_heads=0), at + ".*num_key_value_heads is 0"
+        yield f"{role}, heads of no width", field(head_dim=0), at + ".*head_dim is 0"
         yield f"{role}, heads of 10^9", field(head_dim=10**9), at
         yield f"{role}, an inner width of 10^12", field(intermediate_size=10**12), at
+        for section_name, value in (("text_config", {"vocab_size": 258}), ("text_config", [1]), ("decoder", {})):
+            inside = {section_name: value}
+            yield f"{role}, {inside} inside", field(**inside), at + f".*{section_name} is in a config of llama"
+        yield f"{role}, two configs inside", field(text_config={}, decoder={}), at + ".*[Mm]ultiple"
+        for end in (258, -1, [0, 258], "0", 1.0, True):
+            yield f"{role}, the end {end!r}", field(eos_token_id=end), at + ".*(eos_token_id|[Ee]os)"
         yield f"{role}, an epsilon of NaN", field(rms_norm_eps=float("nan")), at
         yield f"{role}, an infinite epsilon", field(rms_norm_eps=float("inf")), at
         yield f"{role}, an unknown activation", field(hidden_act="steam"), at
@@ -898,6 +919,7 @@ def configs() -> Iterator[tuple[Any, ...]]:
             return words
 
         yield f"{role}, code that comes with it", code, at
+    yield "generation settings with an end beyond the vocabulary", model_file("generation_config.json", b'{"eos_token_id": [0, 258]}'), r"generation_config\.json: eos_token_id is 258.* 0 to 257"
     yield "generation settings cut off", model_file("generation_config.json", b'{"eos_'), r"generation_config\.json"
     yield "generation settings of a pickle", model_file("generation_config.json", pickled(4)), r"generation_config\.json: .*pickle"
     yield "generation settings of a FIFO", model_file("generation_config.json", os.mkfifo), r"generation_config\.json"

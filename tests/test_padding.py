@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model, make_tokenizer
+from refusals import refusal
 from safetensors.torch import load_file
 
 from potstill import UserError, distill, load_recipe
@@ -260,3 +261,14 @@ def test_lists_that_were_not_compared_are_no_lists_that_agree(
         assert line.endswith(f"files in {who}.model settles it.")
     setup = set_up(resolve(load_recipe(recipe)), lambda text: None)
     assert "token lists not compared" in vocabulary_is_shared(setup).figure
+
+
+def test_an_end_that_is_padding_is_refused_because_it_is_never_generated(
+    tiny_recipe: Recipe, pair: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "generation_config.json"):
+        path = pair["padded teacher"] / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": KNOWN + 2}))
+    recipe = tiny_recipe(teacher=f"{{name: torch, model: {pair['padded teacher']}}}")
+    line = refusal(["distill", str(recipe), "--out", str(tmp_path / "run")], capsys, tmp_path / "run")
+    assert "eos_token_id" in line and f"id {KNOWN + 2}" in line and f"0 to {KNOWN - 1}" in line

@@ -5,6 +5,9 @@ Apart from `types.py`, which imports torch: a typo in a recipe must be reported 
 
 from __future__ import annotations
 
+LONGEST = 2000
+"""Characters of a message. A longer one quotes a file's own text, such as a key of 100,000 letters."""
+
 
 class UserError(Exception):
     """A mistake that the user can fix: `where: what is wrong, with both values. What to do.`
@@ -14,8 +17,12 @@ class UserError(Exception):
     """
 
     def __init__(self, *mistakes: str) -> None:
-        super().__init__("\n".join(mistakes))
-        self.mistakes = mistakes
+        self.mistakes = tuple(map(_shortened, mistakes))
+        super().__init__("\n".join(self.mistakes))
+
+
+def _shortened(mistake: str) -> str:
+    return mistake if len(mistake) <= LONGEST else f"{mistake[:400]} … {mistake[-400:]}"
 
 
 class Unreadable(UserError):
@@ -42,8 +49,15 @@ class Stopped(KeyboardInterrupt):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """A library's error on one line, with its type where the message alone is not enough."""
-    text = " ".join(str(error).split())
+    """A library's error as one line of whole sentences, with its type where the message alone is not enough."""
+    text = ""
+    for line in filter(None, (" ".join(line.split()) for line in str(error).splitlines())):
+        # A line that starts like a sentence ends the one before, which often has no full stop.
+        ends = text and line[0].isupper() and text[-1] not in ".,:;!?"
+        text = f"{text}{'.' if ends else ''} {line}"
+    text = text.strip()
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__} {text}".strip()
-    return f"{text[:limit].rstrip('.: ')}."
+    if len(text) > limit:
+        return f"{text[:limit].rsplit(' ', 1)[0].rstrip('.,:;')} …"
+    return text if text[-1] in "!?" else f"{text.rstrip('.: ')}."

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import demo_gguf, make_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from potstill.data import readers
@@ -207,6 +207,59 @@ def test_a_generation_block_says_what_the_assistant_s_tokens_are_and_the_end_of_
         "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / [yo] [now] [<|im_end|>] /"
         " <|im_start|> user / bye <|im_end|> / <|im_start|> assistant / [ok] [<|im_end|>] /"
     )
+
+
+MACRO = (
+    "{% macro turn(m) %}<|im_start|>{{ m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endmacro %}"
+    "{% for m in messages %}{{ turn(m) }}{% endfor %}"
+)
+INDENTED = """
+  {%- for m in messages %}
+    {{- '<|im_start|>' + m['role'] + '\n' }}
+    {%- if m['role'] == 'assistant' %}
+    {%- generation -%}
+        {%+ if true %}{{ m['content'] + '<|im_end|>' }}{% endif -%}
+    {%- endgeneration %}
+    {%- else %}
+        {{- m['content'] + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\n' }}
+  {%- endfor -%}
+"""
+
+
+@pytest.mark.parametrize("template", [MACRO, INDENTED, f"{{# it says so #}}\n{GENERATION}"])
+def test_a_generation_block_is_found_wherever_the_template_has_it(tmp_path: Path, template: str) -> None:
+    tokenizer = word_tokenizer(template)
+    (found,) = readers.chat.read(conversation(tmp_path), tokenizer).documents
+    assert shown(found) == (
+        "<|im_start|> user / hi <|im_end|> / <|im_start|> assistant / [yo] [now] [<|im_end|>] /"
+        " <|im_start|> user / bye <|im_end|> / <|im_start|> assistant / [ok] [<|im_end|>] /"
+    )
+    assert found.ids.tolist() == tokenizer(tokenizer.apply_chat_template(CHAT, tokenize=False))["input_ids"]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_spaces_at_an_answer_s_ends_are_the_answer_s_whatever_the_tokenizer_s_offsets(
+    tmp_path: Path, trim: bool
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    tokenizer.chat_template = GENERATION.replace("<|im_start|>", "> ").replace("<|im_end|>", " <eos>")
+    file = conversation(
+        tmp_path, [{"role": "user", "content": " a "}, {"role": "assistant", "content": " é😀 b "}]
+    )
+    (found,) = readers.chat.read(file, tokenizer).documents
+    assert found.labels is not None and tokenizer.decode(found.ids[found.labels]) == " é😀 b "
+
+
+def test_a_template_that_changes_what_its_blocks_write_is_one_line(tmp_path: Path) -> None:
+    measured = "{% for m in messages %}{% set x %}" + "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    template = measured + "{% endset %}{{ x | length }}{% endfor %}"
+    with pytest.raises(UserError, match=r"chat\.jsonl:1: the chat template changes"):
+        read(readers.chat.read(conversation(tmp_path), word_tokenizer(template)))
 
 
 def test_an_answer_that_merges_with_the_prompt_is_still_told_apart(tmp_path: Path) -> None:

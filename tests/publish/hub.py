@@ -33,13 +33,20 @@ class Repo:
     private: bool
     commits: list[tuple[str, Tree]] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def head(self) -> str:
         return self.commits[-1][0]
 
+    def resolved(self, revision: str) -> str:
+        commit = self.head if revision == "main" else self.tags.get(revision, revision)
+        if commit not in dict(self.commits):
+            raise Refused(404, "Invalid rev id: it does not exist", "RevisionNotFound")
+        return commit
+
     def tree(self, revision: str) -> Tree:
-        return self.commits[-1][1] if revision == "main" else dict(self.commits)[revision]
+        return dict(self.commits)[self.resolved(revision)]
 
     def commit(self, tree: Tree, message: str) -> str:
         content = json.dumps([len(self.commits), message, {p: git_oid(c) for p, c in sorted(tree.items())}])
@@ -200,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._validate(json.loads(request.body)["content"])
         for pattern, answer in (
             (r"/api/models/([^/]+/[^/]+)", self._info),
-            (r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", self._info),
+            (r"/api/models/([^/]+/[^/]+)/revision/(.+)", self._info),
             (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
             (r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self._preupload),
             (r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
@@ -238,8 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"errors": [], "warnings": [{"message": "a remark of the hub"}]}, {}
 
     def _info(self, name: str, repo: Repo, request: Request, revision: str = "main") -> Any:
-        repo.tree(revision)
-        sha = repo.head if revision == "main" else revision
+        sha = repo.resolved(revision)
         return 200, {"id": name, "modelId": name, "sha": sha, "private": repo.private, "tags": []}, {}
 
     def _tree(self, name: str, repo: Repo, request: Request, revision: str) -> Any:
@@ -297,8 +303,8 @@ class _Handler(BaseHTTPRequestHandler):
             content = bytes([content[0] ^ 1]) + content[1:]
         large = path.endswith(LARGE)
         etag = sha256(tree[path]) if large else git_oid(tree[path])
-        sha = repo.head if revision == "main" else revision
-        return 200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "X-Linked-Size": str(len(content))}
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": repo.resolved(revision)}
+        return 200, content, headers | {"X-Linked-Size": str(len(content))}
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from potstill.data import packing, readers, token_cache, tokenizers
 from potstill.data.decontamination import Decontamination, EvaluationTexts
 from potstill.errors import UserError
 from potstill.models.gguf_files import check_gguf
-from potstill.models.load import local_copy
+from potstill.models.hub import local_copy
 from potstill.types import Vocab
 
 
@@ -33,6 +33,12 @@ def make_corpus(
     vocabulary = Vocab(size=size) if tokenizer is None else tokenizers.vocab_of(tokenizer, size)
     # Logits may be padded beyond the last token; an id of the corpus may not.
     vocabulary = dataclasses.replace(vocabulary, size=vocabulary.known)
+    if tokenizer is not None and vocabulary.eos_id is not None and vocabulary.eos_id >= vocabulary.size:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer ends texts with {tokenizer.eos_token!r:.60}, id"
+            f" {vocabulary.eos_id}, and teacher {resolved.teacher.label} has the ids from 0 to"
+            f" {vocabulary.size - 1}. Set eos_token in tokenizer_config.json to a token of the model's."
+        )
     decontamination = make_decontamination(resolved, tokenizer)
 
     def build(folder: Path | None) -> packing.Corpus:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from potstill.errors import UserError
+from potstill.models.hub import hub_model, pinned
 from potstill.models.load import choose_device, plain_config
 from potstill.models.pruning import cut_config, layers_to_keep
 from potstill.models.source import ModelFiles
+from potstill.recipe.fields import with_models
 from potstill.recipe.load import AnyStudent, Recipe
 from potstill.recipe.sections_models import CheckpointStudentConfig
 from potstill.teachers.base import TeacherSource, refuse_cut, source_of
@@ -79,9 +82,13 @@ class Resolved:
     """A recipe, with its device and the sources of its two models."""
 
     recipe: Recipe
+    """With the commit of each model on the hub: see `pin`."""
     device: torch.device
     teacher: TeacherSource
     student: StudentSource
+
+    commits: Mapping[str, str]
+    """The commit of each model on the hub, by the name that the recipe had for it: `owner/name@revision`."""
 
     @property
     def teacher_config(self) -> Any | None:
@@ -108,12 +115,15 @@ class Resolved:
         return dataclasses.replace(self, recipe=recipe, teacher=teacher)
 
 
-def resolve(recipe: Recipe, saved_student: str | Path | None = None) -> Resolved:
+def resolve(
+    recipe: Recipe, saved_student: str | Path | None = None, commits: Mapping[str, str] | None = None
+) -> Resolved:
     """Look up the device and the models that a recipe names.
 
     Args:
         recipe: any recipe that `load` accepts.
         saved_student: folder of a trained student to evaluate in place of the recipe's.
+        commits: those that a run started with, `Resolved.commits`; of other models on the hub the newest is used.
 
     Raises:
         UserError: a device that this machine does not have, or a model that does not exist.
@@ -121,10 +131,38 @@ def resolve(recipe: Recipe, saved_student: str | Path | None = None) -> Resolved
     if saved_student is not None:
         recipe = dataclasses.replace(recipe, student=CheckpointStudentConfig(model=str(saved_student)))
     device = choose_device(recipe.train.device)
+    recipe, commits = pin(recipe, commits or {})
     teacher = source_of(recipe.teacher, device)
     return Resolved(
-        recipe, device, teacher, StudentSource(recipe.student, teacher, saved_student is not None)
+        recipe, device, teacher, StudentSource(recipe.student, teacher, saved_student is not None), commits
     )
+
+
+def pin(recipe: Recipe, commits: Mapping[str, str]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with each `owner/name@revision` as `owner/name@COMMIT`, and these commits: one for all that names the
+    same, although its branch may move meanwhile.
+
+    Args:
+        commits: known ones, which are not looked up.
+
+    Raises:
+        UserError: a model that neither the hub nor its cache has.
+    """
+    found: dict[str, str] = {}
+
+    def replaced(field: str, source: str) -> str:
+        if (on_hub := hub_model(source)) is None:
+            return source
+        name, revision = on_hub
+        full = f"{name}@{revision}"
+        if full not in found:
+            try:
+                found[full] = commits.get(full) or pinned(full).rpartition("@")[2]
+            except UserError as error:
+                raise UserError(f"{field}: {error}") from error
+        return f"{name}@{found[full]}"
+
+    return with_models(recipe, replaced), found
 
 
 def _shared_files(source: str, teacher: TeacherSource) -> ModelFiles:

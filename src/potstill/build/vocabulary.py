@@ -61,6 +61,12 @@ def match_vocabularies(
             f"{model.name} has logits for {model.vocab_size} ids and teacher {label} for {ids}. Token-level"
             f" distillation needs one vocabulary: give the student at least {ids}."
         )
+    ends = model.ends
+    if ends and min(ends) >= ids:
+        raise UserError(
+            f"{model.name} ends texts with id {min(ends)}, and only the ids from 0 to {ids - 1} are tokens of teacher"
+            f" and corpus: it would never stop. Set eos_token_id in its config.json to one of them."
+        )
     model.mask_from(ids)
     differences = _differences_beside_ids(resolved, teacher.vocab, corpus, student, origin)
     return Shared(ids, teacher.vocab_size - ids, model.vocab_size - ids, differences)

@@ -138,14 +138,14 @@ def _require_no_mistakes(mistakes: dict[str, str]) -> None:
 
 def _source_and_folder(target: str, benchmark: str) -> tuple[str, Path]:
     """The model that a run or a name refers to, and the default folder for its results."""
-    from potstill.recipe.paths import locate
+    from potstill.recipe.paths import locate, short_name
     from potstill.runs.run_dir import RunDir
 
     if (Path(target) / "resolved.yaml").is_file():
         run = RunDir.open(Path(target))
         return str(run.whole_student()), run.evals / benchmark
     source = locate(target, Path()) if target.startswith("package:") else target
-    name = Path(source).name.removesuffix(".gguf")
+    name = short_name(source).removesuffix(".gguf")
     return source, Path("evals") / name / benchmark
 
 

@@ -7,8 +7,10 @@ refused, with the first id that does.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import re
 import tempfile
 from functools import lru_cache
 from itertools import zip_longest
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import transformers
 
 from potstill.errors import UserError, one_line
@@ -92,6 +95,7 @@ def _read(path: Path, files: tuple[tuple[int, int, int], ...]) -> Any:
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     _require_added(tokenizer, settings.get("tokenizer.json", {}).get("added_tokens") or [])
+    _require_end(tokenizer, settings)
     return tokenizer
 
 
@@ -116,6 +120,21 @@ def _require_added(tokenizer: Any, added: list[Any]) -> None:
             )
 
 
+def _require_end(tokenizer: Any, settings: dict[str, Any]) -> None:
+    """The library gives an EOS that is not in the list a new id, which no model has learned."""
+    listed = settings.get("tokenizer.json", {})
+    decoder = settings.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
+    added = [entry["content"] for entry in (*(listed.get("added_tokens") or []), *decoder.values())]
+    vocab = listed.get("model", {}).get("vocab", ())
+    pieces = vocab if isinstance(vocab, dict) else [piece[0] for piece in vocab]  # of Unigram: [piece, score]
+    end, known = tokenizer.eos_token, (added, pieces, settings.get("added_tokens.json", {}))
+    if listed and end is not None and not any(end in tokens for tokens in known):
+        raise UserError(
+            f"tokenizer_config.json: eos_token is {end!r:.60}, which is none of its tokens. Set it to the one that"
+            " ends a text."
+        )
+
+
 def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
     """The ids of each text, without special tokens added; `where` names the first text, for errors."""
     try:
@@ -138,15 +157,67 @@ def _is_library_error(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
+BLOCK_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+MARKING = "{%% macro potstill_mark() %%}%s{{ caller() }}%s{%% endmacro %%}\n"
+"""Put before a template whose blocks call it. The line end is no text: Transformers sets trim_blocks."""
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Code points that Unicode assigns to nothing: no text should have them."""
+
+
 def label_by_template(
     where: str, messages: list[dict[str, str]], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
-    """Ids, and labels where the template marks the assistant's text, with the end-of-turn token after it."""
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ids, marked = encoded["input_ids"], [bool(mask) for mask in encoded["assistant_masks"]]
+    """Ids, and labels on the tokens that have a character of a `{% generation %}` block, and on the end of turn that
+    follows one.
+
+    Transformers' own mask looks for the block in the wrong place where a macro has it, and labels the user's turns of
+    further templates in some versions. So the blocks are marked in the text, by a character at both ends.
+    """
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    marks = [mark for mark in NONCHARACTERS if mark not in whole][:2]
+    template = BLOCK_TAG.sub(
+        lambda tag: tag[1] + ("endcall" if tag[2] else "call potstill_mark()") + tag[3],
+        tokenizer.get_chat_template(),
+    )
+    options = {"chat_template": MARKING % tuple(marks) + template, "tokenize": False}
+    pieces = re.split(f"([{''.join(marks)}])", tokenizer.apply_chat_template(messages, **options))
+    parts, found = pieces[::2], pieces[1::2]
+    if "".join(parts) != whole or found != marks * (len(found) // 2):
+        raise UserError(
+            f"{where}: the chat template changes what its {{% generation %}} blocks write, so the assistant's tokens"
+            " cannot be told apart. Use a template that writes them as they are."
+        )
+    # Parts outside and inside of blocks alternate.
+    bounds = np.cumsum([len(part) for part in parts])
+    ids, begins, ends = _whole_tokens(whole, tokenizer)
+    labels = np.zeros(len(ids), dtype=np.bool_)
+    for start, stop in zip(bounds[::2], bounds[1::2], strict=False):
+        labels |= (begins < stop) & (ends > start)
     # Many templates end the block before the end of turn; a student never trained on that token never stops.
-    ends = [i > 0 and marked[i - 1] and id_ == tokenizer.eos_token_id for i, id_ in enumerate(ids)]
-    return ids, [mark or end for mark, end in zip(marked, ends, strict=True)]
+    labels[1:] |= labels[:-1] & (np.array(ids[1:]) == tokenizer.eos_token_id)
+    return ids, labels.tolist()
+
+
+def _whole_tokens(
+    text: str, tokenizer: Any
+) -> tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ids of a text, and for each the character that it begins with and the one that it ends before."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    if "trim_offsets=True" in repr(tokenizer.backend_tokenizer.post_processor):
+        offsets = _untrimmed(tokenizer).encode(text, add_special_tokens=False).offsets
+    begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    return encoded["input_ids"], begins, ends
+
+
+@lru_cache(maxsize=2)
+def _untrimmed(tokenizer: Any) -> Any:
+    """A copy of the library's tokenizer whose offsets include the spaces at a token's ends: without them a token of
+    spaces alone has no characters, and the answer's last one seems to lie behind the answer.
+    """
+    inner = copy.deepcopy(tokenizer.backend_tokenizer)
+    inner.post_processor = None  # it only adds special tokens, which a template has, and trims
+    return inner
 
 
 def label_by_prefix(

@@ -48,7 +48,8 @@ from potstill.io.safe_open import opened, parse_json
 from potstill.models import generate
 from potstill.models.causal_lm import CausalLM
 from potstill.models.generate import Completion, InferenceFailed, Request
-from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
+from potstill.models.hub import local_copy, pinned
+from potstill.models.load import choose_device, choose_dtype, load_causal_lm, weights_sha256
 from potstill.recipe.sections_evaluation import HumanEvalConfig
 from potstill.runs.run_dir import RunDir, environment, write_whole
 
@@ -128,6 +129,7 @@ def evaluate(
             f"humaneval: no sandbox works here, so nothing was run: {refused.why}. See docs/sandbox.md."
         ) from refused
     with sandbox, ThreadPoolExecutor(config.workers) as pool:
+        source = pinned(str(source))
         completer = _load(source, config, note)
         settings = _settings(published, problems, completer, sandbox.tier)
         samples = _SamplesFile(out, settings)

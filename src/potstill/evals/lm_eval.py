@@ -21,7 +21,8 @@ from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError, one_line
 from potstill.evals.subject import Subject
 from potstill.models.causal_lm import CausalLM
-from potstill.models.load import choose_device, choose_dtype, load_causal_lm, local_copy, weights_sha256
+from potstill.models.hub import local_copy, pinned
+from potstill.models.load import choose_device, choose_dtype, load_causal_lm, weights_sha256
 from potstill.recipe.sections_evaluation import LmEvalConfig
 from potstill.runs.run_dir import environment, write_whole
 
@@ -63,6 +64,7 @@ def evaluate(
     if mistakes := config.mistakes():
         raise UserError(*(f"lm-eval: {name} {problem}" for name, problem in mistakes.items()))
     manager = _task_manager(config)
+    source = pinned(str(source))
     path = local_copy(source)
     tokenizer = load_tokenizer(path)
     model = load_causal_lm(path, dtype=choose_dtype(config.dtype), device=choose_device(config.device))

@@ -144,6 +144,12 @@ class CausalLM(nn.Module):
         if is_possible and _sum_in_place not in embedding._forward_hooks.values():
             embedding.register_forward_hook(_sum_in_place)
 
+    @property
+    def ends(self) -> set[int]:
+        """The ids that its config and its generation config name as the end of a text."""
+        named = (self.hf.generation_config.eos_token_id, self.hf.config.get_text_config().eos_token_id)
+        return {id_ for ids in named for id_ in (ids if isinstance(ids, list) else [ids]) if id_ is not None}
+
     def mask_from(self, known: int) -> None:
         """Give all ids from `known` on probability 0: in loss, evaluation, logits and generation, and in what
         Transformers generates from the saved model.

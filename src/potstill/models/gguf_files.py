@@ -57,13 +57,19 @@ def check_gguf(path: Path) -> GGUFInfo:
 
 def require_layers(path: Path) -> None:
     """Refuse a layer count that the tensors contradict: Transformers builds as many layers as the file says
-    before it looks for their tensors, and ignores tensors of layers beyond.
+    before it looks for their tensors, and ignores tensors of layers beyond. And sizes of 0, which it divides by.
     """
     info = check_gguf(path)
     key = f"{info.architecture}.block_count"
     count = info.metadata.get(key)
     if type(count) is not int or not 1 <= count <= len(info.tensors):
         refuse(path, f"{key} is {reprlib.repr(count)}, with {len(info.tensors)} tensors in the file")
+    has_states = any(
+        name.startswith(f"{info.architecture}.ssm.") for name in info.metadata
+    )  # Mamba: no heads
+    for size in () if has_states else ("embedding_length", "attention.head_count", "attention.head_count_kv"):
+        if info.metadata.get(f"{info.architecture}.{size}") == 0:
+            refuse(path, f"{info.architecture}.{size} is 0")
     numbers = (name.split(".")[1] for name in info.tensors if name.startswith("blk."))
     last = max((int(number) for number in numbers if number.isdecimal()), default=0)
     if last >= count:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from potstill.io.safe_open import opened, read_object, require_plain
 from potstill.io.silence import quiet_transformers
 from potstill.models.causal_lm import CausalLM
 from potstill.models.gguf_files import require_layers
+from potstill.models.hub import local_copy
 from potstill.models.model_files import check_model_files, tensor_shapes
 from potstill.models.probes import require_finite, settle_ties
 from potstill.models.quantization import keep_layout, parts_of
@@ -42,9 +44,12 @@ EMBEDDINGS = (
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 MAX_LAYERS = 1024
 """A bound on configs, which may be damaged; the deepest models in use have fewer than 200."""
+WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model")
+"""Transformers makes a model without weights of a 0."""
+GENERATION = "generation_config.json"
+ANOTHER_CONFIG = "Give a config.json that Transformers knows."
 MAX_SIZE_RATIO = 2
 """Of a config's weights to the checkpoint's; below 1 where a file has tied weights twice."""
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -80,28 +85,6 @@ def choose_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def local_copy(source: str | Path) -> Path:
-    """A folder or file on this machine; a hub id (`owner/name`) is downloaded, without code or pickles."""
-    if not isinstance(source, str | Path):
-        raise UserError(f"model: {source!r:.60} is no path. Give a folder, a hub id or a GGUF file.")
-    path = Path(source)
-    if os.path.exists(path):
-        return path
-    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(source, allow_patterns=HUB_FILES))
-        except Exception as error:  # a network fails in many ways, all the same to a user
-            raise UserError(
-                f"{source}: no such folder here, and not to be had from the hub: {one_line(error)}"
-                " Check the name and the network."
-            ) from error
-    raise UserError(
-        f"{source}: no such file or folder. A model is a Hugging Face folder, a hub id or a GGUF file."
-    )
-
-
 def vocab_size_of(path: Path) -> int:
     """Rows of the embedding, from the headers of the checkpoint alone; UserError where it has none."""
     sizes = [shape[0] for name, shape in tensor_shapes(path).items() if name.endswith(EMBEDDINGS)]
@@ -113,18 +96,65 @@ def vocab_size_of(path: Path) -> int:
 def load_config(source: str | Path) -> Any:
     """The Transformers config of a config.json, of a folder with one, of a hub id, or of a GGUF file."""
     path = local_copy(source)
-    _check_config(path)
+    settings = _check_config(path)
+    is_gguf = path.suffix == ".gguf"
+    place, options = (path.parent, {"gguf_file": path.name}) if is_gguf else (path, {})
     try:
         with quiet_transformers():
-            if path.suffix == ".gguf":
-                return transformers.AutoConfig.from_pretrained(
-                    path.parent, gguf_file=path.name, trust_remote_code=False
-                )
-            return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # Transformers raises anything over a damaged config
+        why = _why(error, settings)
+        raise UserError(f"{path}: not a model config: {why} {ANOTHER_CONFIG}") from error
+    _require_ends(path, config, _require_no_section(path, config).vocab_size)
+    return config
+
+
+def no_model_of(config: Any, error: Exception) -> str:
+    """What Transformers raised over a config of which it could make no causal LM, on one line."""
+    try:
+        settings = config.to_diff_dict()
+    except Exception:  # over a damaged config, that too
+        settings = {}
+    return f"no causal LM can be made of its config: {_why(error, settings)}"
+
+
+def _why(error: BaseException, settings: Mapping[str, Any]) -> str:
+    """A library's words; of a division by zero also the settings that are 0, which it does not name."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ZeroDivisionError):
+        cause = cause.__cause__ or cause.__context__
+    zeros = [f"{name} is 0" for name, value in settings.items() if type(value) is int and value == 0]
+    zeros = [] if cause is None else sorted(zero for zero in zeros if "_id " not in zero)  # an id may be 0
+    return ": ".join([*([", ".join(zeros)] if zeros else []), one_line(error)])
+
+
+def _require_no_section(where: str | Path, config: Any) -> Any:
+    """The config of the text model. Refused: a text model's config with a section that would be taken for it."""
+    try:
+        text = config.get_text_config()
+    except ValueError as error:  # it has several
+        raise UserError(f"{where}: not a model config: {one_line(error)} {ANOTHER_CONFIG}") from error
+    if not isinstance(text, transformers.PretrainedConfig):
+        section = next(name for name, value in vars(config).items() if value is text)
         raise UserError(
-            f"{path}: not a model config: {one_line(error)} Give a config.json that Transformers knows."
-        ) from error
+            f"{where}: not a model config: {section} is in a config of {config.model_type}, which has none."
+            " Take the config that came with the model."
+        )
+    return text
+
+
+def _require_ends(path: Path, config: Any, ids: int) -> None:
+    """UserError for an end of text that the model has no logits for: it would never stop."""
+    ends = [(path.name if path.is_file() else "config.json", getattr(config, "eos_token_id", None))]
+    if (path / GENERATION).is_file():
+        ends.append((GENERATION, read_object(path / GENERATION, ANOTHER_CONFIG).get("eos_token_id")))
+    for file, value in ends:
+        for end in value if isinstance(value, list) else [value]:
+            if end is not None and not (type(end) is int and 0 <= end < ids):
+                raise UserError(
+                    f"{path}: {file}: eos_token_id is {end!r:.60}, and the model has ids from 0 to"
+                    f" {ids - 1}: it would never stop. Set it to the id of the token that ends a text."
+                )
 
 
 def num_weights(config: Any) -> int:
@@ -138,12 +168,16 @@ def num_weights(config: Any) -> int:
     return sum(parameter.numel() for parameter in hf.parameters())
 
 
-def _check_config(path: Path) -> None:
-    """Refuse numbers that would make Transformers build endless layers, or NaN, before it reads them."""
-    advice = "Give a config.json that Transformers knows."
+def _check_config(path: Path) -> dict[str, Any]:
+    """Refuse numbers that would make Transformers build endless layers, or NaN, before it reads them.
+
+    Returns:
+        The settings; none of a GGUF file.
+    """
+    advice = ANOTHER_CONFIG
     if path.suffix == ".gguf":
         require_layers(path)
-        return
+        return {}
     if os.path.isdir(path):
         require_plain(path, "Remove it.")
         path = path / "config.json"
@@ -158,8 +192,11 @@ def _check_config(path: Path) -> None:
                     f"{path}: not a model config: {name} is {value!r:.60}, not from 1 to {MAX_LAYERS}."
                     f" {advice}"
                 )
+            if name in WIDTHS and type(value) is int and value < 1:
+                raise UserError(f"{path}: not a model config: {name} is {value}, not 1 or more. {advice}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{path}: not a model config: {name} is {value}, no number. {advice}")
+    return config
 
 
 def load_causal_lm(
@@ -240,7 +277,7 @@ def without_data(config: Any, dtype: torch.dtype, device: torch.device, name: st
             hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         hf.tie_weights()
     except Exception as error:  # Transformers raises anything over a config that fits no causal LM
-        raise UserError(f"{name}: no causal LM can be made of its config: {one_line(error)}") from error
+        raise UserError(f"{name}: {no_model_of(config, error)}") from error
     return CausalLM(hf, name)
 
 
@@ -270,11 +307,13 @@ def _as_config(config: Any, own: Any) -> Any:
     if not isinstance(config, dict):
         raise UserError(f"config: {config!r:.60} is not a config. Give one, its dictionary or a path.")
     try:
-        return type(own).from_dict(config)
+        config = type(own).from_dict(config)
     except Exception as error:  # Transformers raises anything over a damaged config
         raise UserError(
             f"config: not a model config: {one_line(error)} Give the checkpoint's own."
         ) from error
+    _require_no_section("config", config)
+    return config
 
 
 def _require_same_vocabulary(path: Path, config: Any) -> None:
@@ -297,7 +336,7 @@ def _require_same_size(path: Path, config: Any) -> None:
     try:
         described = num_weights(config)
     except Exception as error:  # Transformers raises anything over a config that fits no causal LM
-        raise UserError(f"{path}: no causal LM can be made of its config: {one_line(error)}") from error
+        raise UserError(f"{path}: {no_model_of(config, error)}") from error
     if described > MAX_SIZE_RATIO * available:
         raise UserError(
             f"{path}: its config describes {described} weights, its files hold {available}."

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from potstill.data.tokenizers import has_tokenizer, load_tokenizer
-from potstill.models.load import load_config, local_copy, vocab_size_of
+from potstill.models.hub import local_copy
+from potstill.models.load import load_config, vocab_size_of
 from potstill.models.model_files import check_model_files
 
 
@@ -15,7 +16,7 @@ class ModelFiles:
     """Every file of a run's models is opened through one of these, and each at most once.
 
     Args:
-        source: Hugging Face folder, hub id or GGUF file.
+        source: Hugging Face folder, hub id (the same commit for all files) or GGUF file.
     """
 
     def __init__(self, source: str | Path) -> None:

@@ -23,6 +23,7 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.load import (
     load_causal_lm,
     load_config,
+    no_model_of,
     num_weights,
     weights_sha256,
     write_portable_config,
@@ -139,9 +140,7 @@ def from_config(source: str | Path, device: torch.device, config: Any = None) ->
     except UserError:
         raise
     except Exception as error:  # Transformers raises anything over a config that fits no causal LM
-        raise UserError(
-            f"student.model: {source}: no causal LM can be made of this config: {one_line(error)}"
-        ) from error
+        raise UserError(f"student.model: {source}: {no_model_of(config, error)}") from error
     model = CausalLM(hf.to(device), name=f"student {source}")
     model.probe()
     return model

@@ -21,6 +21,7 @@ import yaml
 from potstill.errors import UserError
 from potstill.io.safe_open import opened, read_object
 from potstill.models.gguf_files import check_gguf
+from potstill.recipe.paths import hub_id
 
 NO_ANSWER = {"other", "unknown", "cc", "gpl", "lgpl", "gfdl"}
 """Accepted by the Hub as a license, without stating what is permitted."""
@@ -159,12 +160,12 @@ def _read(source: str) -> tuple[str | None, str | None]:
 
 
 def _card_of_hub(source: str) -> tuple[str | None, str | None]:
-    if source.count("/") != 1:
+    if (on_hub := hub_id(source)) is None:
         return None, None
     from huggingface_hub import hf_hub_download
 
     try:
-        card = Path(hf_hub_download(source, "README.md"))
+        card = Path(hf_hub_download(on_hub[0], "README.md", revision=on_hub[1]))
     except Exception:  # no network, or no such card: the recipe can state it
         return None, None
     return _in_card(card), f"the card of {source}"

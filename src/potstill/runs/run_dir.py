@@ -3,7 +3,7 @@
     recipe.yaml       as given, byte for byte
     resolved.yaml     every default filled in
     code.diff         uncommitted changes of the code that ran
-    environment.json  versions, machine, command line, chosen chunk size
+    environment.json  versions, machine, command line, chosen chunk size, commits of models on the hub
     corpus.json       files with hashes, counts, fingerprint
     inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
     metrics.jsonl     one object per step or evaluation
@@ -66,6 +66,7 @@ class RunDir:
         corpus: dict[str, Any],
         inputs: dict[str, str] | None = None,
         chunk: dict[str, Any] | None = None,
+        commits: dict[str, str] | None = None,
     ) -> RunDir:
         """Make the folder, and write what is known before the first step.
 
@@ -84,7 +85,7 @@ class RunDir:
         run.set_status("beginning")
         write_whole(path / "recipe.yaml", recipe)
         write_whole(path / "code.diff", code()["diff"].encode())
-        run._write_json("environment.json", environment() | {"chunk": chunk or {}})
+        run._write_json("environment.json", environment() | {"chunk": chunk or {}, "commits": commits or {}})
         run._write_json("corpus.json", corpus)
         run._write_json("inputs.json", inputs or {})
         # Last: `open` takes any folder that has it for a complete run.
@@ -232,6 +233,11 @@ class RunDir:
     def chunk(self) -> dict[str, Any]:
         chunk: dict[str, Any] = self._read_json("environment.json").get("chunk", {})
         return chunk
+
+    def commits(self) -> dict[str, str]:
+        """The commit of each model on the hub, by the name that the recipe had for it."""
+        commits: dict[str, str] = self._read_json("environment.json").get("commits", {})
+        return commits
 
     def receipt(self) -> dict[str, Any]:
         return self._read_json("receipt.json")

@@ -182,7 +182,7 @@ def require_equal(path: Path, recorded: Json, settings: Json) -> None:
     """Refuse to mix captures. The path of the teacher may differ between machines; its weights may not."""
     before, now = _flat(recorded), _flat(settings)
     for name in sorted((before | now).keys() - {"teacher.source"}):
-        if before.get(name) != now.get(name):
+        if before.get(name) != now.get(name) and not name.startswith("commits."):
             raise UserError(
                 f"{path}: captured with another {name}: {before.get(name)!r:.200}, not"
                 f" {now.get(name)!r:.200}. Capture with the same, or give --out another folder."

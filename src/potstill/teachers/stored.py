@@ -21,7 +21,7 @@ from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
 from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.models.causal_lm import CausalLM
-from potstill.models.load import local_copy
+from potstill.models.hub import local_copy
 from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import StoreTeacherConfig
 from potstill.store.codecs import Hidden

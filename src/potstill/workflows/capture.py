@@ -64,7 +64,7 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     loaded = recipes.load(recipe, overrides)
     number, parts = _parse_part(part)
     require_capturable(loaded, recipe)
-    resolved = resolve(loaded)
+    resolved = resolve(loaded, commits=(_recorded(out) or {}).get("commits"))
     if resolved.teacher.model_config is None:
         raise UserError(
             f"{recipe}: teacher.name: {loaded.teacher.registered_name} has no targets to capture. Give a teacher of"
@@ -122,7 +122,9 @@ def settings_of(setup: RunSetup, recorded: Json | None) -> Json:
     numbers = _row_numbers(setup)
     rows, per_shard = corpus.train, config.rows_per_shard or max(64, -(-len(numbers) // MAX_SHARDS))
     head = _model(setup.teacher).head
+    commits = {"commits": dict(setup.resolved.commits)} if setup.resolved.commits else {}
     return {
+        **commits,
         "schema": SCHEMA,
         "kind": _codec_settings(setup, recorded),
         "temperature": None if config.name == "hidden" else setup.recipe.objective.temperature,

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.build.resolve import resolve
+from potstill.build.resolve import pin, resolve
 from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import UserError
 from potstill.evals.heldout import heldout_by_row
@@ -97,8 +97,8 @@ def compare(
 
         require_sandbox("compare.humaneval_tokens", "Set it to 0.")
     plan = _make_or_read_plan(loaded, config, folder, resume, display)
-    # The plan's recipe has every `auto` settled: all arms must run with the same choices.
-    loaded = as_started(loaded, _recipe_in(plan, folder))
+    # The plan's recipe has every `auto` settled: all arms must run with the same choices and the same commits.
+    loaded = as_started(pin(loaded, plan.get("commits", {}))[0], _recipe_in(plan, folder))
     comparison = _Comparison(loaded, config, folder, display, plan)
     if not comparison.run():
         display.note(f"stopped; the same command with --resume --out {folder} continues")
@@ -117,7 +117,9 @@ def _make_or_read_plan(
         plan = read_object(
             folder / PLAN, "Give the folder that the comparison printed, or leave --resume out."
         )
-        recorded = _recipe_in(plan, folder)
+        recorded, recipe = (
+            pin(each, plan.get("commits", {}))[0] for each in (_recipe_in(plan, folder), recipe)
+        )
         if recorded.without_places() != as_started(recipe, recorded).without_places():
             raise UserError(
                 f"{folder}: started with another recipe. Resume with the same one, or start a new comparison."
@@ -135,7 +137,12 @@ def _make_or_read_plan(
     steps = {arm: recipe.train.steps for arm in (CE, KD)}
     if config.budget == "time":
         steps[CE] = max(1, round(recipe.train.steps * step_s[KD] / step_s[CE]))
-    plan = {"recipe": recipes.dump(recipe), "step_s": step_s, "steps": steps}
+    plan = {
+        "recipe": recipes.dump(recipe),
+        "step_s": step_s,
+        "steps": steps,
+        "commits": dict(resolved.commits),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
     return plan

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from potstill.build.resolve import Resolved, resolve
+from potstill.build.resolve import Resolved, pin, resolve
 from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
@@ -24,6 +24,7 @@ from potstill.evals.subject import Subject
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display
 from potstill.models.generate import greedy_text
+from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
 from potstill.preflight.auto import as_started, choose_backend, choose_chunk, settle, with_chunk, with_matmul
 from potstill.preflight.checks import Checked, require_sound
@@ -76,9 +77,8 @@ def distill(
             "distill: the recipe has a section `compare`, whose arms compare() runs. Call that, or remove it."
         )
     loaded.require_available()
-    resolved = resolve(loaded)
-    with process_group(loaded.train.parallel, resolved.device) as ranks:
-        return _distill(recipe, resolved, out, resume, display, ranks)
+    with process_group(loaded.train.parallel, choose_device(loaded.train.device)) as ranks:
+        return _distill(recipe, loaded, out, resume, display, ranks)
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,18 @@ class _Start:
 
 
 def _distill(
-    recipe: Path | Recipe, resolved: Resolved, out: Path | None, resume: bool, display: Display, ranks: Ranks
+    recipe: Path | Recipe, loaded: Recipe, out: Path | None, resume: bool, display: Display, ranks: Ranks
 ) -> RunDir:
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
-    text = recipes.dump(resolved.recipe).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
+    text = recipes.dump(loaded).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
     if resume:
-        start = _start_resumed(resolved, ranks.broadcast(out or newest_path(name)), text)
+        start = _start_resumed(loaded, ranks.broadcast(out or newest_path(name)), text)
         if start.run is not None and start.run.status().get("state") == "finished":
             start.run.whole_student()
             display.note(f"{start.path}: finished already")
             return start.run
     else:
-        start = _start_new(resolved, ranks.broadcast(out or default_path(name)), text, display, ranks)
+        start = _start_new(loaded, ranks.broadcast(out or default_path(name)), text, display, ranks)
     locked: list[RunDir] = []
     guard = start.resolved.recipe.guard
     with (
@@ -123,9 +123,11 @@ def _distill(
             return _run(setup, start, note, display, watch, ranks, locked)
 
 
-def _start_new(resolved: Resolved, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
+def _start_new(recipe: Recipe, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
     """A new run: the folder must be free."""
     ranks.on_first(lambda: RunDir.require_free(path))
+    # A branch may move between two ranks' look-ups.
+    resolved = resolve(recipe, commits=ranks.broadcast(pin(recipe, {})[1]))
     # Ranks may differ in free memory and processor, but all must use the same chunk and backend.
     chunk = ranks.broadcast(choose_chunk(resolved, display.note))
     backend = ranks.broadcast(choose_backend(resolved, display.note))
@@ -133,10 +135,15 @@ def _start_new(resolved: Resolved, path: Path, text: bytes, display: Display, ra
     return _Start(path, resolved.with_recipe(settled), text, chunk.as_dict(), None)
 
 
-def _start_resumed(resolved: Resolved, path: Path, text: bytes) -> _Start:
-    """A resumed run: schedule and data are functions of the recipe, so the recipe must be the same."""
+def _start_resumed(recipe: Recipe, path: Path, text: bytes) -> _Start:
+    """A resumed run: schedule and data are functions of the recipe, so the recipe must be the same, and each model of
+    the commit that the run started with.
+    """
     run = RunDir.open(path)
-    recorded = recipes.load(run.resolved)
+    commits, recorded = run.commits(), recipes.load(run.resolved)
+    resolved = resolve(recipe, commits=commits)
+    if not commits:  # an earlier version of potstill recorded none
+        recorded, _ = pin(recorded, resolved.commits)
     recipe = as_started(resolved.recipe, recorded)
     before, now = (_flat(dataclasses.asdict(of.without_places())) for of in (recorded, recipe))
     _require_equal(before, now, "recipe", run)
@@ -161,7 +168,8 @@ def _run(
     if start.run is None:
         # Only after every check: a refused recipe leaves no folder behind.
         record: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
-        create = partial(RunDir.create, start.path, recipe=start.recipe_text, **record, chunk=start.chunk)
+        record |= {"chunk": start.chunk, "commits": dict(setup.resolved.commits)}
+        create = partial(RunDir.create, start.path, recipe=start.recipe_text, **record)
         ranks.on_first(create)
     run = start.run or RunDir(start.path)
     note(f"run: {run.path}")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from potstill.data.tokenizers import encode
 from potstill.errors import UserError
-from potstill.io.safe_open import opened
+from potstill.io.safe_open import opened, printable_name
 
 TEXTS_PER_CALL = 64
 MAX_LINE_BYTES = 2**26
@@ -152,7 +152,8 @@ def is_encodable(value: str) -> bool:
 
 
 def names_of(record: dict[str, Any]) -> str:
-    return ", ".join(record) or "nothing"
+    names = [*map(printable_name, islice(record, 8)), *(["…"] if len(record) > 8 else [])]
+    return ", ".join(names) or "nothing"
 
 
 def require_column(where: Path, column: str, names: Sequence[str]) -> None:

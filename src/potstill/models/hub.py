@@ -1,0 +1,84 @@
+"""A model's files on this machine, and the one commit of a hub's model that they are of.
+
+A branch moves while a run goes on: whoever reads more than one file of a model, or reads it twice, names it by
+`pinned(source)`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from potstill.errors import UserError, one_line
+from potstill.recipe.paths import hub_id
+
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""No code, and no pickles."""
+
+
+def local_copy(source: str | Path) -> Path:
+    """A folder or file on this machine; `owner/name` or `owner/name@revision` is fetched from the hub, or taken from
+    its cache where there is no network.
+
+    Raises:
+        UserError: there is no such file, model or revision, or it cannot be fetched.
+    """
+    if not isinstance(source, str | Path):
+        raise UserError(f"model: {source!r:.60} is no path. Give a folder, a hub id or a GGUF file.")
+    if (on_hub := hub_model(source)) is not None:
+        return _snapshot(*on_hub)
+    if not os.path.exists(source):
+        raise UserError(
+            f"{source}: no such file or folder. A model is a Hugging Face folder, a hub id or a GGUF file."
+        )
+    return Path(source)
+
+
+def hub_model(source: str | Path) -> tuple[str, str] | None:
+    """`owner/name` and the revision that `source` names; None where it is a path. What exists here is a path."""
+    return hub_id(source) if isinstance(source, str) and not os.path.exists(source) else None
+
+
+def pinned(source: str) -> str:
+    """`owner/name@COMMIT`, the commit that the revision is now; a path as it is.
+
+    Raises:
+        UserError: see `local_copy`.
+    """
+    on_hub = hub_model(source)
+    return source if on_hub is None else f"{on_hub[0]}@{_snapshot(*on_hub).name}"
+
+
+def _snapshot(name: str, revision: str) -> Path:
+    """The folder of the hub's cache that has the files of one commit, and its name."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except Exception as error:  # a network fails in many ways
+        what = f"{name}@{revision}: no such folder here, and not to be had from the hub"
+        raise UserError(f"{what}: {_why(error, name, revision)}") from error
+
+
+def _why(error: BaseException, name: str, revision: str) -> str:
+    """What is wrong and what to do."""
+    from huggingface_hub import errors
+
+    chain = list(_chain(error))
+    for kind, why in (
+        (errors.RevisionNotFoundError, f"no revision {revision!r}. Name a branch, tag or commit of {name}."),
+        (errors.GatedRepoError, "its owner grants access on request. Ask for it there, and set HF_TOKEN."),
+        (errors.RepositoryNotFoundError, "no such model, or a private one. Check the name, or set HF_TOKEN."),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and the cache lacks it. Unset it once."),
+    ):
+        if any(isinstance(each, kind) for each in chain):
+            return why
+    return f"{one_line(chain[1] if len(chain) > 1 else error)} Check the name, the network and HF_TOKEN."
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__
