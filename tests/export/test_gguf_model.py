@@ -97,11 +97,50 @@ def test_biases_of_a_llama_are_moved_like_their_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_transformers_reads_the_same_model_out_of_the_file(kind: str, tmp_path: Path) -> None:
-    hf = make_model(kind, head_dim=128 if kind == "qwen3" else 16).eval()  # it believes that of every Qwen3
+    hf = make_model(kind).eval()
     other = load_causal_lm(export(tmp_path, hf, "f32", "qwen2")).hf
     ids = torch.arange(3, 43)[None]
     with torch.no_grad():
         torch.testing.assert_close(other(ids).logits, hf(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+LLAMA3 = {
+    "rope_theta": 5000.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+ROPES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", LLAMA3),
+    ("qwen2", {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}),
+    (
+        "qwen3",
+        {"rope_theta": 5e3, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "rope"), ROPES)
+def test_a_scaled_rope_is_read_back_at_far_positions(kind: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    hf = make_model(kind, rope_parameters=rope, max_position_embeddings=1024).eval()
+    other = load_causal_lm(export(tmp_path, hf, "f32")).hf
+    assert other.config.rope_parameters == hf.config.rope_parameters
+    ids = torch.randint(3, 340, (1, 400), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids).logits, hf(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rope_whose_scaling_is_lost_fails_the_round_trip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potstill.export.gguf_model._rope_factors", lambda _: None)
+    rope = LLAMA3 | {"original_max_position_embeddings": 1000}  # no position of a short prompt is scaled much
+    hf = make_model(rope_parameters=rope, max_position_embeddings=1024)
+    run = make_run(tmp_path / "run", hf, make_tokenizer("gpt-2"))
+    path = export_run(run.path, formats=["f16"]).records[0]["three_path"]["potstill"]
+    assert path["status"] == "failed" and "nats after 1023 tokens" in path["why"]
 
 
 @pytest.mark.parametrize("form", ["f16", "bf16", "q8_0", "q4_0"])
@@ -170,9 +209,7 @@ def test_a_scaled_rope_is_in_the_metadata(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_frequencies_of_llama_3_are_a_tensor(tmp_path: Path) -> None:
-    rope = {"rope_theta": 5000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 128}
-    written = read(export(tmp_path, make_model(rope_parameters=rope), "f32"))["rope_freqs.weight"]
+    written = read(export(tmp_path, make_model(rope_parameters=LLAMA3), "f32"))["rope_freqs.weight"]
     wanted = []
     for i in range(8):
         length = 2 * math.pi * 5000.0 ** (2 * i / 16)

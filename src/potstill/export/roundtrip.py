@@ -1,9 +1,11 @@
 """Does an exported model behave as the student does in the programs that people use? Three paths.
 
-potstill and Transformers read the folder, llama.cpp reads the GGUF files, each in a process of its own and
-from a clean folder with nothing else in it. Each tokenises the same texts, gives the next-token distribution
-after the same ids, and generates; ids and distributions are compared with those of the student in the run
-directory. A path that is not available is recorded as not run, with the reason; it never counts as passed.
+potstill and Transformers read the folder, potstill (through Transformers) and llama.cpp the GGUF files, each
+in a process of its own and from a clean folder with nothing else in it. Each tokenises the same texts, gives
+the next-token distribution after the same ids, and generates; ids and distributions are compared with those
+of the student in the run directory. One row of ids is long: a rope that was not scaled and a window that was
+left out show only there. A path that is not available is recorded as not run, with the reason; it never
+counts as passed.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 from potstill.errors import UserError, one_line
 from potstill.export.gguf_model import as_written
 from potstill.export.gguf_tokenizer import probe_texts, special_tokens
+from potstill.export.roundtrip_reader import last_logits
 from potstill.models.causal_lm import CausalLM
 
 PATHS = ("potstill", "transformers", "llama.cpp")
@@ -59,6 +62,11 @@ PROMPTS = (
     '{"name": "potstill", "version": "',
 )
 MAX_IDS = 64
+FAR, BEYOND, MOST = 320, 64, 1024
+"""Tokens of the long row: at least FAR, and BEYOND more than a rope's original context or a window; at most
+MOST, and what the model has positions for."""
+FAR_KL = 5
+"""How many times the limit of the mean the long row, a single one, may be off."""
 PROMPT = "The quick brown fox"
 DEADLINE_S = 1800
 READER = Path(__file__).with_name("roundtrip_reader.py")
@@ -72,6 +80,7 @@ class Reference:
     texts: list[str]
     tokens: list[list[int]]
     ids: list[list[int]]
+    """The last is the long row."""
     logp_PV: torch.Tensor
     written_PV: torch.Tensor | None = None
     """The student's with the weights of a quantised file, activations unrounded."""
@@ -83,6 +92,7 @@ class Reference:
         """In float32 and one prompt at a time, as on each path."""
         probes = probe_texts(texts, special_tokens(tokenizer))
         ids = [tokenizer(text)["input_ids"][:MAX_IDS] for text in prompts]
+        ids.append(far_row(model.hf.config, [i for row in ids for i in row]))
         tokens = [tokenizer(text)["input_ids"] for text in probes]
         return cls(probes, tokens, ids, _logp(model.hf, ids))
 
@@ -92,9 +102,20 @@ class Reference:
         return dataclasses.replace(self, written_PV=_logp(as_written(model, file, form), self.ids))
 
 
+def far_row(config: Any, ids: list[int]) -> list[int]:
+    """The ids repeated, as long as it takes to see what only far positions show."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    edges = [rope.get("full_attention", rope).get("original_max_position_embeddings")]
+    edges.append(getattr(config, "sliding_window", None))
+    length = min(MOST, max([FAR, *(edge + BEYOND for edge in edges if edge)]))
+    length = min(length, (getattr(config, "max_position_embeddings", None) or MOST) - 1)  # llama.cpp adds one
+    repeated: list[int] = ids * (length // len(ids) + 1)
+    return repeated[:length]
+
+
 def _logp(hf: Any, prompts: list[list[int]]) -> torch.Tensor:
-    with torch.no_grad():
-        rows = [hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in prompts]
+    rows = [last_logits(hf, ids) for ids in prompts]
     return F.log_softmax(torch.stack(rows).double(), dim=-1)
 
 
@@ -116,7 +137,9 @@ def _why_not_run(path: str, form: str) -> str:
         if form == "hf":
             return "llama.cpp reads GGUF, not a folder"
         return NO_LLAMA_CPP if importlib.util.find_spec("xllamacpp") is None else ""
-    return "" if form == "hf" else "reads the folder: --format hf"
+    if path == "transformers" and form != "hf":
+        return "reads the folder (--format hf); potstill reads this file through it"
+    return ""
 
 
 def _run(path: str, form: str, file: Path, reference: Reference) -> dict[str, Any]:
@@ -124,7 +147,7 @@ def _run(path: str, form: str, file: Path, reference: Reference) -> dict[str, An
         logits_PV, answer = ask(path, file, reference)
     except UserError as error:
         return {"status": "failed", "why": str(error)}
-    return compare(form, logits_PV, answer, reference)
+    return compare(path, form, logits_PV, answer, reference)
 
 
 def ask(
@@ -173,9 +196,13 @@ def ask(
 
 
 def compare(
-    form: str, logits_PV: torch.Tensor, answer: dict[str, Any], reference: Reference
+    path: str, form: str, logits_PV: torch.Tensor, answer: dict[str, Any], reference: Reference
 ) -> dict[str, Any]:
-    """The path's record. It passed if every text has the student's ids and KL(student‖path) is in bounds."""
+    """The path's record. It passed if every text has the student's ids and KL(student‖path) is in bounds.
+
+    The ids that Transformers makes of a GGUF file's tokenizer are counted, not judged: it does not know every
+    pre-tokenizer that the file may name.
+    """
     logp_PV = F.log_softmax(logits_PV.double(), dim=-1)
     kl_P = _kl(reference.logp_PV, logp_PV)
     judged_P, limit = kl_P, MEAN_KL.get(form, MEAN_KL_TO_WRITTEN)
@@ -186,15 +213,20 @@ def compare(
     same_top = int((logp_PV.argmax(-1) == reference.logp_PV.argmax(-1)).sum())
     pairs = list(zip(answer["tokens"], reference.tokens, strict=True))
     first = next((i for i, (path_ids, own_ids) in enumerate(pairs) if path_ids != own_ids), None)
-    mean_kl, prompts = float(judged_P.mean()), len(reference.ids)
+    mean_kl, far_kl, prompts = float(judged_P[:-1].mean()), float(judged_P[-1]), len(reference.ids)
     faults = []
-    if first is not None:
+    if first is not None and (form == "hf" or path == "llama.cpp"):
         faults.append(
             f"other tokens for {reference.texts[first]!r:.60}: {pairs[first][0]} and not {pairs[first][1]}"
         )
     if not mean_kl <= limit:
         of = "the student" if form in MEAN_KL else "the file's own weights"
         faults.append(f"mean KL to {of} {mean_kl:.3g} nats, above {limit:.0e}")
+    if not far_kl <= FAR_KL * limit:
+        faults.append(
+            f"KL {far_kl:.3g} nats after {len(reference.ids[-1])} tokens, above {FAR_KL * limit:.0e}: far"
+            " positions differ, as where a rope's scaling or a window is lost"
+        )
     if form in EQUAL_TOP1 and same_top < prompts:
         faults.append(f"another likeliest token after {prompts - same_top} of {prompts} prompts")
     return {
@@ -208,7 +240,9 @@ def compare(
         "mean_kl": _finite(mean_kl),
         "max_kl": _finite(float(judged_P.max())),
         "mean_kl_limit": limit,
-        "mean_kl_to_student": _finite(float(kl_P.mean())),
+        "far_tokens": len(reference.ids[-1]),
+        "far_kl": _finite(far_kl),
+        "mean_kl_to_student": _finite(float(kl_P[:-1].mean())),
         "prompt": PROMPT,
         "generated": answer["generated"],
     }

@@ -9,6 +9,7 @@ imported, potstill on its own path alone, so that any version of the others can 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -21,6 +22,8 @@ from safetensors.numpy import save_file
 
 GENERATED = 16
 """Tokens that each path decodes greedily after the prompt."""
+CONTEXT = 512
+"""Tokens that llama.cpp is started for, until a longer row comes."""
 
 
 class Reader(Protocol):
@@ -29,6 +32,15 @@ class Reader(Protocol):
     def tokenise(self, text: str) -> list[int]: ...
     def logits(self, ids: list[int]) -> Any: ...
     def generate(self, prompt: str) -> str: ...
+
+
+def last_logits(hf: Any, ids: list[int]) -> Any:
+    """logits_V after the last of `ids`; those of the others are not computed where the model allows it."""
+    import torch
+
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(hf.forward).parameters else {}
+    with torch.no_grad():
+        return hf(input_ids=torch.tensor([ids]), use_cache=False, **keep).logits[0, -1]
 
 
 class TransformersReader:
@@ -45,10 +57,7 @@ class TransformersReader:
         return ids
 
     def logits(self, ids: list[int]) -> Any:
-        import torch
-
-        with torch.no_grad():
-            return self.hf(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float().numpy()
+        return last_logits(self.hf, ids).float().numpy()
 
     def generate(self, prompt: str) -> str:
         import torch
@@ -89,17 +98,23 @@ class LlamaCppReader:
         import xllamacpp
 
         self.version = f"xllamacpp {xllamacpp.__version__}"
-        self.width = width
+        self.model, self.width = model, width
+        self.start(CONTEXT)
+        self.open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self.sampled = self.tokenise("a", special=False)[0]
+
+    def start(self, context: int) -> None:
+        """For rows of so many tokens: a longrope takes its long factors in a context beyond the original."""
+        import xllamacpp
+
         params = xllamacpp.CommonParams()
-        params.model.path = os.fspath(model)
-        params.n_ctx, params.n_parallel = 512, 1
+        params.model.path = os.fspath(self.model)
+        params.n_ctx, params.n_parallel = context, 1
         params.verbosity, params.warmup = -1, False
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
-        self.server = xllamacpp.Server(params)
-        self.open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        self.sampled = self.tokenise("a", special=False)[0]
+        self.context, self.server = context, xllamacpp.Server(params)
 
     def tokenise(self, text: str, special: bool = True) -> list[int]:
         body = {"content": text, "add_special": special, "parse_special": special}
@@ -118,6 +133,8 @@ class LlamaCppReader:
         They are the model's own, whatever token is sampled. The server returns none with a token that ends
         the text or is part of a character, so a bias makes it sample an `a`.
         """
+        if len(ids) >= self.context:
+            self.start(len(ids) + 1)
         first = self._complete(ids, 1, n_probs=self.width, logit_bias=[[self.sampled, 1e9]])
         logp_V = np.full(self.width, -np.inf, dtype=np.float32)
         for token in first["logprobs"]["content"][0]["top_logprobs"]:
@@ -129,7 +146,10 @@ class LlamaCppReader:
 
     def _complete(self, prompt: Any, tokens: int, **more: Any) -> Any:
         request = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False, **more}
-        return self.server.handle_completions(request)["choices"][0]
+        answer = self.server.handle_completions(request)
+        if "choices" not in answer:
+            raise RuntimeError(f"llama.cpp completes nothing: {answer}")
+        return answer["choices"][0]
 
 
 def main(path: str, model: Path, request: Path, answer: Path) -> None:

@@ -12,9 +12,11 @@ import os
 import reprlib
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from gguf import GGUFReader
 from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
 from potstill.io.safe_open import FETCH_AGAIN, LFS_POINTER, opened, printable_name, refuse, require_size
@@ -23,6 +25,7 @@ Shape = tuple[int, ...]
 Scalar = int | float | bool | str
 
 MODEL_IS = "A model is a Hugging Face folder or a GGUF file."
+FOLDER = "Use the folder that it was converted from."
 MAX_DIMS = 4
 # struct's code for each type in the enum's order; _ stands for strings and arrays, which have none.
 CODES = dict(zip(GGUFValueType, "BbHhIif?__Qqd", strict=True))
@@ -41,6 +44,34 @@ class GGUFInfo:
     """An array is given as the type and number of its elements."""
     vocab_size: int | None
     """Length of the token list, None for a file without a tokenizer."""
+
+
+@dataclass
+class GGUFModel:
+    """A file whose header is good, and the values of it that the header alone does not give."""
+
+    path: Path
+    info: GGUFInfo
+
+    @cached_property
+    def reader(self) -> GGUFReader:
+        return GGUFReader(self.path)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key of the architecture, an array as a list."""
+        name = f"{self.info.architecture}.{key}"
+        value = self.info.metadata.get(name, default)
+        return self.reader.get_field(name).contents() if isinstance(value, tuple) else value
+
+    def numbers(self, tensor: str) -> list[float] | None:
+        """Those of a small tensor; None where the file does not have it."""
+        if tensor not in self.info.tensors:
+            return None
+        (found,) = (each for each in self.reader.tensors if each.name == tensor)
+        return [float(each) for each in found.data.flatten()]
+
+    def refuse(self, what: str) -> NoReturn:
+        refuse(self.path, what, FOLDER)
 
 
 def check_gguf(path: Path) -> GGUFInfo:

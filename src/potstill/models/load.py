@@ -25,6 +25,7 @@ from potstill.errors import UserError, one_line
 from potstill.io.safe_open import opened, read_object, require_plain
 from potstill.io.silence import quiet_transformers
 from potstill.models.causal_lm import CausalLM
+from potstill.models.gguf_config import complete, require_known_tensors
 from potstill.models.gguf_files import require_layers
 from potstill.models.hub import local_copy
 from potstill.models.model_files import check_model_files, tensor_shapes
@@ -94,7 +95,10 @@ def vocab_size_of(path: Path) -> int:
 
 
 def load_config(source: str | Path) -> Any:
-    """The Transformers config of a config.json, of a folder with one, of a hub id, or of a GGUF file."""
+    """The Transformers config of a config.json, of a folder with one, of a hub id, or of a GGUF file.
+
+    That of a GGUF file has what Transformers leaves out of it: see `gguf_config.complete`.
+    """
     path = local_copy(source)
     settings = _check_config(path)
     is_gguf = path.suffix == ".gguf"
@@ -102,6 +106,9 @@ def load_config(source: str | Path) -> Any:
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+            config = complete(path, config) if is_gguf else config
+    except UserError:
+        raise
     except Exception as error:  # Transformers raises anything over a damaged config
         why = _why(error, settings)
         raise UserError(f"{path}: not a model config: {why} {ANOTHER_CONFIG}") from error
@@ -163,9 +170,12 @@ def num_weights(config: Any) -> int:
     Raises:
         Exception: whatever Transformers raises over a config that fits no causal LM.
     """
+    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
+
+
+def _on_meta(config: Any) -> Any:
     with quiet_transformers(), torch.device("meta"):
-        hf = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in hf.parameters())
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _check_config(path: Path) -> dict[str, Any]:
@@ -328,20 +338,23 @@ def _require_same_vocabulary(path: Path, config: Any) -> None:
 
 def _require_same_size(path: Path, config: Any) -> None:
     """Refuse a damaged width before it is allocated: Transformers fills with random numbers what a checkpoint
-    lacks, and reports it only afterwards.
+    lacks, and reports it only afterwards. What it leaves out of a GGUF file it does not report at all.
     """
     if getattr(config, "quantization_config", None) is not None and path.suffix != ".gguf":
         return  # its files pack several weights into one number
     available = sum(math.prod(shape) for shape in tensor_shapes(path).values())
     try:
-        described = num_weights(config)
+        hf = _on_meta(config)
     except Exception as error:  # Transformers raises anything over a config that fits no causal LM
         raise UserError(f"{path}: {no_model_of(config, error)}") from error
+    described = sum(parameter.numel() for parameter in hf.parameters())
     if described > MAX_SIZE_RATIO * available:
         raise UserError(
             f"{path}: its config describes {described} weights, its files hold {available}."
             " Config and checkpoint have drifted apart; take both from one model."
         )
+    if path.suffix == ".gguf":
+        require_known_tensors(path, hf)
 
 
 def _require_whole(path: Path, report: dict[str, Any]) -> None:
