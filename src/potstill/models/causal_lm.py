@@ -54,6 +54,7 @@ class CausalLM(nn.Module):
         """Called in place of `hf.base_model`: see `compile`. A function, as a module would name its weights
         twice.
         """
+        self._routers: list[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -164,8 +165,25 @@ class CausalLM(nn.Module):
             assuming_packed_rows() if is_packed and is_asynchronous(self.device) else contextlib.nullcontext()
         ):
             body = self.compiled_body or self.hf.base_model
-            hidden_BTD: Tensor = body(**inputs).last_hidden_state
+            if self._routers is None:
+                outputs = body(**inputs)
+            else:
+                outputs = body(**inputs, output_router_logits=True)
+                self._routers.extend(outputs.router_logits)
+        hidden_BTD: Tensor = outputs.last_hidden_state
         return hidden_BTD
+
+    @contextlib.contextmanager
+    def recording_routers(self) -> Iterator[list[Tensor]]:
+        """Inside, `hidden` adds the logits_MX of each layer's router to the list, M = B * T tokens, X experts. For a
+        model that has a `Routing`.
+        """
+        routers: list[Tensor] = []
+        self._routers = routers
+        try:
+            yield routers
+        finally:
+            self._routers = None
 
     @property
     def head(self) -> Head:
