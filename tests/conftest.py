@@ -87,6 +87,31 @@ def make_model(folder: Path, seed: int = 0, with_tokenizer: bool = True, **chang
     return folder
 
 
+COEFFICIENT = 0.5
+
+
+def make_mixture(folder: Path, kind: str = "Mixtral", **changes: Any) -> Path:
+    """Two layers of four experts, whose config asks for their balancing loss."""
+    shape = {
+        name: value
+        for name, value in tiny_config().to_dict().items()
+        if name not in ("architectures", "model_type", "transformers_version", "head_dim", "dtype")
+    }
+    options = {
+        "num_hidden_layers": 2,
+        "num_local_experts" if kind == "Mixtral" else "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "output_router_logits": True,
+        "router_aux_loss_coef": COEFFICIENT,
+    }
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{kind}Config")(**shape | options | changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def make_corpus(folder: Path, documents: int = 40, words: int = 30) -> Path:
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(7)

@@ -43,6 +43,15 @@ class Batch:
     labels_N: Tensor
     """int64, the next tokens."""
 
+    @property
+    def counted_M(self) -> Tensor:
+        """bool, flat over B * T: tokens of the rows that have a label. The routers of a mixture of experts are balanced
+        over them, and not over a row that fills up a rank's share of a step.
+        """
+        B, T = self.input_ids_BT.shape
+        rows_B = torch.zeros(B, dtype=torch.bool, device=self.positions_N.device)
+        return rows_B.index_fill(0, self.positions_N // T, True).repeat_interleave(T)
+
     def to(self, device: torch.device | str) -> Batch:
         """On the device, all but `rows_B`."""
         inputs = (moved(getattr(self, f.name), device) for f in fields(self)[1:])

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_mixture, make_model
 from safetensors.torch import load_file
 
 from potstill import distill
+from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
 # Five rows in micro-batches of two: three for two ranks, so that one rank has one without labels.
@@ -109,6 +110,33 @@ def test_shards_of_student_and_teacher_are_the_whole(tiny_recipe: Recipe, tmp_pa
     back_to_step_10(tmp_path / "two", tmp_path / "again")
     ranks(2, "distill", recipe, "--resume", "--out", tmp_path / "again")
     assert_equal_runs(tmp_path / "again", alone)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "rows"),
+    [
+        ("ddp", 5),  # three micro-batches: one rank has one of the step's and one without labels
+        pytest.param("ddp", 4, marks=pytest.mark.soak),  # one for each rank, which are counted as they go
+        pytest.param("fsdp", 5, marks=pytest.mark.soak),
+        pytest.param("fsdp", 4, marks=pytest.mark.soak),
+    ],
+)
+def test_the_router_loss_is_that_of_all_ranks(
+    tiny_recipe: Recipe, tmp_path: Path, parallel: str, rows: int
+) -> None:
+    train = (TRAIN % f"optimizer: sgd, parallel: {parallel}").replace(
+        "steps: 20, rows_per_step: 5", f"steps: 2, rows_per_step: {rows}"
+    )
+    recipe = tiny_recipe(
+        student=f"{{name: checkpoint, model: {make_mixture(tmp_path / 'student')}}}", train=train
+    )
+    alone = distill(recipe, out=tmp_path / "alone").path
+    ranks(2, "distill", recipe, "--out", tmp_path / "two")
+    assert_equal_runs(tmp_path / "two", alone)
+    one, two = (RunDir(path).metrics() for path in (alone, tmp_path / "two"))
+    for name in ("train/router_loss", "experts/share_max", "experts/share_min"):
+        figures = [line[name] for line in one if name in line]
+        assert len(figures) == 2 and figures == pytest.approx([x[name] for x in two if name in x], rel=1e-5)
 
 
 @pytest.mark.soak

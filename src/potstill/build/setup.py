@@ -120,7 +120,8 @@ def _set_up_student(
     student = make_trainable(recipe, model, teacher)
     numel, lora = sum(p.numel() for p in model.parameters()), origin.get("lora")
     trained = f", of adapters {lora['trainable_weights'] / 1e6:.3g} M alone trained" if lora else ""
-    note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}")
+    balanced = f", router loss with coefficient {weight:g}" if (weight := student.router_coefficient) else ""
+    note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}{balanced}")
     return RunSetup(resolved, corpus, tokenizer, teacher, student, origin, shared)
 
 

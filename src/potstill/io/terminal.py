@@ -27,6 +27,7 @@ FIGURES = {
     "train/loss": "loss {:.2f}",
     "train/ce": "ce {:.2f}",
     "train/kd": "kd {:.2f}",
+    "train/router_loss": "router {:.3f}",
     "train/lr": "lr {:.1e}",
     "train/grad_norm": "grad {:.2f}",
     "train/positions": "positions {:.0f}",

@@ -60,6 +60,7 @@ class CausalLM(nn.Module):
         if not self._takes_positions():
             self.packing_fault = f"{type(hf).__name__} takes no position_ids"
         per_document_rope(hf)
+        self._routers: list[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -189,8 +190,25 @@ class CausalLM(nn.Module):
             assuming_packed_rows() if is_packed and is_asynchronous(self.device) else contextlib.nullcontext()
         ):
             body = self.compiled_body or self.body
-            hidden_BTD: Tensor = body(**inputs).last_hidden_state
+            if self._routers is None:
+                outputs = body(**inputs)
+            else:
+                outputs = body(**inputs, output_router_logits=True)
+                self._routers.extend(outputs.router_logits)
+        hidden_BTD: Tensor = outputs.last_hidden_state
         return hidden_BTD
+
+    @contextlib.contextmanager
+    def recording_routers(self) -> Iterator[list[Tensor]]:
+        """Inside, `hidden` adds the logits_MX of each layer's router to the list, M = B * T tokens, X experts. For a
+        model that has a `Routing`.
+        """
+        routers: list[Tensor] = []
+        self._routers = routers
+        try:
+            yield routers
+        finally:
+            self._routers = None
 
     def row_positions(self, position_ids_BT: Tensor | None) -> Tensor | None:
         """The positions to pass with rows of the corpus; None where the model has to count them itself.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_transformers
+from potstill.losses.balance import expert_counts
 from potstill.losses.objective import Objective, require_labels
 from potstill.models.causal_lm import CausalLM
+from potstill.models.experts import routing_of
 from potstill.models.load import (
     load_causal_lm,
     load_config,
@@ -48,15 +50,47 @@ class Student(nn.Module):
         self.model = model
         self.objective = objective
         self.autocast = autocast
+        self.routing = routing_of(model)
+        """Of a mixture of experts; None for another model."""
+        self.sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts_LX: counts_LX
 
-    def forward(self, batch: Batch, targets: Targets | None) -> dict[str, Tensor]:
-        """Sums over the batch's N positions, in nats: `loss` with a gradient, `ce`, and `kd` with targets.
+    def forward(
+        self, batch: Batch, targets: Targets | None, counts_LX: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Sums over the batch's N positions, in nats: `loss` with a gradient, `ce`, and `kd` with targets. Of a
+        mixture of experts also `Routing.terms`.
 
         Nothing waits for the device: the caller checks labels on the CPU before (`require_labels`), and the
         sums once it reads them.
+
+        Args:
+            counts_LX: how often each expert is chosen in the whole step; None: the batch is all that this rank
+                has of it.
         """
-        hidden_ND = self.hidden_ND(batch)
-        return self.objective(hidden_ND, self.model.head, batch.labels_N, targets, checked=False)
+        if self.routing is None:
+            hidden_ND, routed = self.hidden_ND(batch), {}
+        else:
+            with self.model.recording_routers() as routers:
+                hidden_ND = self.hidden_ND(batch)
+            routed = self.routing.terms(routers, batch.counted_M, counts_LX, self.sum_over_ranks)
+        return routed | self.objective(hidden_ND, self.model.head, batch.labels_N, targets, checked=False)
+
+    @property
+    def router_coefficient(self) -> float:
+        """What `router_loss` is multiplied by; 0 without one."""
+        return 0.0 if self.routing is None else self.routing.coefficient or 0.0
+
+    def router_term(self, terms: dict[str, Tensor]) -> Tensor | float:
+        """What a micro-batch's terms add to the loss of its step, which is a mean."""
+        return self.router_coefficient * terms.get("router_loss", 0.0)
+
+    @torch.no_grad()
+    def expert_counts(self, batch: Batch) -> Tensor:
+        """counts_LX of the batch's tokens: see `losses.balance`."""
+        assert self.routing is not None
+        with self.model.recording_routers() as routers:
+            self.hidden_ND(batch)
+        return expert_counts(routers, batch.counted_M, self.routing.top_k)
 
     def require_labels(self, batch: Batch) -> None:
         """UserError for a label that is not an id of this student. For a batch on the CPU."""

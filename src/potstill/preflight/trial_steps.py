@@ -210,6 +210,9 @@ def trial_steps(setup: RunSetup) -> Iterator[Finding]:
         else ""
     )
     figure = f"{len(steps)} real steps{thinned}; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    if coefficient := setup.student.router_coefficient:
+        first, last = (step["train/router_loss"] for step in (steps[0], steps[-1]))
+        figure += f"; router loss {first:.4f} -> {last:.4f}, coefficient {coefficient:g}"
     yield Finding("steps", figure, all(map(math.isfinite, losses)))
     first_s, deadline_s = steps[0]["speed/step_s"], setup.recipe.guard.first_step_s
     figure = f"{first_s:.3g} s, guard.first_step_s is {deadline_s:g}"

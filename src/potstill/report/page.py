@@ -37,6 +37,11 @@ CHARTS = [  # title, unit, training metric, held-out metric, constant, whether i
     ("Throughput", "tokens/s", "speed/tokens_per_s", "", "", False),
     ("Memory", "GiB", "memory/peak_gib", "", "", False),
 ]
+MIXTURE_CHARTS = [  # of mixtures of experts alone
+    ("Router loss", "balanced: the experts of a token", "train/router_loss", "", "", False),
+    ("Most used expert", "share of its layer's assignments", "experts/share_max", "", "", False),
+    ("Least used expert", "share of its layer's assignments", "experts/share_min", "", "", False),
+]
 STATES = ("beginning", "running", "stopped", "finished", "failed")
 
 
@@ -230,7 +235,8 @@ def _figures(report: RunReport) -> list[Figure]:
 
 def _charts(runs: Sequence[RunReport]) -> list[str]:
     charts = []
-    for title, unit, train, heldout, level, may_be_log in CHARTS:
+    mixture = [entry for entry in MIXTURE_CHARTS if any(report.points(entry[2]) for report in runs)]
+    for title, unit, train, heldout, level, may_be_log in [*CHARTS, *mixture]:
         kinds: list[tuple[str, Literal["line", "points", "level"], str, int]] = [
             ("train" if heldout else "per step", "line", train, 0),
             ("held out", "points", heldout, 1),

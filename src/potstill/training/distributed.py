@@ -67,6 +67,7 @@ class Ranks:
 
     def parallelize(self, student: Student) -> Callable[..., Any]:
         """What to call for a forward in the place of `student`, whose weights may now lie in shards."""
+        student.sum_over_ranks = self.sum
         if self.world == 1:
             student.model.sum_tied_gradients_in_place()
             return student
@@ -84,6 +85,7 @@ class Ranks:
         # Whatever runs first becomes the root and sets up the others. That is an evaluation, which calls
         # `measure` and not `forward`: unregistered, it would start at a layer, and the layer be the root.
         register_fsdp_forward_method(student, "measure")
+        register_fsdp_forward_method(student, "expert_counts")
         return student
 
     def shard_teacher(self, model: CausalLM) -> None:
@@ -115,6 +117,14 @@ class Ranks:
         finally:
             for part in sharded:
                 part.reshard()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """A tensor over ranks, on its device; integers exactly."""
+        if self.world == 1:
+            return tensor
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
 
     def total(self, sums: dict[str, float]) -> dict[str, float]:
         """Over ranks, in float64."""

@@ -109,9 +109,10 @@ def rows_at_fault(
             student.zero_grad(set_to_none=True)
             on_device = row_batch.to(device)
             terms = student(on_device, None if teacher is None else answer(teacher, on_device))
-            (terms["loss"] / positions).backward()
+            (terms["loss"] / positions + student.router_term(terms)).backward()
             total_norm = norm_of_gradients(student.parameters())
-            (sums,), grad_norm = read([{name: value.detach() for name, value in terms.items()}], total_norm)
+            terms.pop("expert_counts", None)
+            (sums,), (grad_norm,) = read([terms], [total_norm])
             worst = next((v for v in sums.values() if not math.isfinite(v)), sums["loss"]) / positions
             if not worst <= ceiling:
                 at_fault.append({"row": row, "loss": _as_json(worst)})

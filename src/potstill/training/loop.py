@@ -47,8 +47,9 @@ def train(
     """Train `student` in place for `recipe.train.steps` steps, or until `hooks.should_stop`.
 
     The gradient of a step is that of the loss summed over all its supervised positions, divided once by their
-    number: how rows are cut into micro-batches and shared among ranks changes nothing. `teacher` may be None
-    only where `objective.kd_weight` is 0.
+    number: how rows are cut into micro-batches and shared among ranks changes nothing. A mixture of experts may
+    have a second term, the balancing loss of all tokens of the step (`losses.balance`), of which the same is true.
+    `teacher` may be None only where `objective.kd_weight` is 0.
 
     Raises:
         UserError: a loss or gradient that `guard.policy` does not let pass; the weights are those before it.
@@ -83,12 +84,14 @@ def train(
         step = prefetch.step(outcome.step)
         step.require_labels(student)
         try:
+            counts = step.expert_counts(student, hooks.beat)
             for batch, targets in prefetch.with_targets(step):
                 with ranks.no_sync_before_last(forward, is_last=step.is_at_last_batch):
                     with error_context(step.number, batch):
-                        terms = forward(batch, targets)
-                    # The one division. Ranks average their gradients, and the sum is meant.
-                    (terms["loss"] / step.positions * ranks.world).backward()
+                        terms = forward(batch, targets, *counts)
+                    # The one division: the router's term is a part of a mean over the step already.
+                    loss = terms["loss"] / step.positions + student.router_term(terms)
+                    (loss * ranks.world).backward()  # ranks average their gradients, and the sum is meant
                 step.add(terms)
                 hooks.beat()
             totals = step.totals(student)

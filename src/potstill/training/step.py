@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from potstill.errors import UserError
+from potstill.losses.balance import extreme_shares
 from potstill.models.student import Student
 from potstill.training.checkpoint import Metrics
 from potstill.training.distributed import Ranks, full
@@ -27,6 +28,7 @@ class Step:
         self.positions = sum(len(batch.positions_N) for batch in batches)
         """Supervised positions of all ranks: the divisor of the loss, known before any backward."""
         self._terms: list[dict[str, Tensor]] = []
+        self._counts: list[Tensor] = []
 
     @property
     def num_rows(self) -> int:
@@ -41,31 +43,61 @@ class Step:
             with error_context(self.number, batch):
                 student.require_labels(batch)
 
+    def expert_counts(self, student: Student, beat: Callable[[], None]) -> tuple[Tensor, ...]:
+        """counts_LX of all micro-batches and ranks, which the balancing loss of a mixture of experts needs before the
+        first backward: an additional forward of the student's body for each micro-batch. Nothing where each rank has
+        one and can count as it goes, and for other students.
+        """
+        if student.routing is None or student.routing.coefficient is None:
+            return ()
+        if len(self.batches) == self.ranks.world:
+            return ()
+        device, counts = student.model.device, []
+        # So that dropout and a router's noise are the same in the step itself.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for batch in self.share:
+                counts.append(student.expert_counts(batch.to(device)))
+                beat()
+        return (self.ranks.sum(torch.stack(counts).sum(0)),)
+
     def add(self, terms: dict[str, Tensor]) -> None:
         """Keep the sums of a micro-batch, on the device: nothing waits for them before `totals`."""
-        self._terms.append({name: value.detach() for name, value in terms.items()})
+        terms = {name: value.detach() for name, value in terms.items()}
+        if (counts_LX := terms.pop("expert_counts", None)) is not None:
+            self._counts.append(counts_LX)
+        self._terms.append(terms)
 
     def totals(self, student: Student) -> Totals:
         """Of all micro-batches and ranks. The step waits for its device here, and nowhere else."""
         parameters = [p for p in student.parameters() if p.grad is not None]
         total_norm = norm_of_gradients(parameters)
-        of_batches, grad_norm = read(self._terms, total_norm)
+        shares = extreme_shares(self.ranks.sum(torch.stack(self._counts).sum(0))) if self._counts else {}
+        of_batches, (grad_norm, *numbers) = read(self._terms, [total_norm, *shares.values()])
         sums: Metrics = {}
         for of_batch in of_batches:
             for name, value in of_batch.items():
                 sums[name] = sums.get(name, 0.0) + value
-        return Totals(of_batches, self.ranks.total(sums), grad_norm, total_norm, parameters)
+        experts = dict(zip(shares, numbers, strict=True))
+        return Totals(of_batches, self.ranks.total(sums), experts, grad_norm, total_norm, parameters)
 
     def metrics(self, totals: Totals, lr: float, epoch: int, seconds: float) -> Metrics:
-        losses = {f"train/{name}": value / self.positions for name, value in totals.sums.items()}
-        return losses | {
-            "train/lr": lr,
-            "train/grad_norm": totals.grad_norm,
-            "train/positions": self.positions,
-            "train/epoch": epoch,
-            "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in self.batches) / seconds,
-            "speed/step_s": seconds,
-        }
+        means = {name: value / self.positions for name, value in totals.sums.items()}
+        if "router_loss" in means:  # its parts add up to a mean over tokens
+            means["router_loss"] = totals.sums["router_loss"]
+        losses = {f"train/{name}": value for name, value in means.items()}
+        experts = {f"experts/{name}": value for name, value in totals.experts.items()}
+        return (
+            losses
+            | experts
+            | {
+                "train/lr": lr,
+                "train/grad_norm": totals.grad_norm,
+                "train/positions": self.positions,
+                "train/epoch": epoch,
+                "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in self.batches) / seconds,
+                "speed/step_s": seconds,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +108,8 @@ class Totals:
     """Sums over each of this rank's micro-batches, in nats."""
     sums: Metrics
     """Over all positions of the step, on all ranks."""
+    experts: Metrics
+    """`extreme_shares` of a mixture of experts, on all ranks."""
     grad_norm: float
     total_norm: Tensor
     """The same on the device, where clipping needs it."""
@@ -93,11 +127,11 @@ def norm_of_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
     return get_total_norm(p.grad for p in parameters if p.grad is not None)
 
 
-def read(terms: list[dict[str, Tensor]], total_norm: Tensor) -> tuple[list[Metrics], float]:
-    """The terms of each micro-batch and the gradient norm as numbers, in one transfer from the device."""
-    on_device = [value for of_batch in terms for value in of_batch.values()]
-    numbers = iter(torch.stack([value.double() for value in (*on_device, full(total_norm))]).tolist())
-    return [{name: next(numbers) for name in of_batch} for of_batch in terms], next(numbers)
+def read(terms: list[dict[str, Tensor]], others: Sequence[Tensor]) -> tuple[list[Metrics], list[float]]:
+    """The terms of each micro-batch, and other scalars, as numbers, in one transfer from the device."""
+    on_device = [value.detach() for of_batch in terms for value in of_batch.values()]
+    numbers = iter(torch.stack([full(value).double() for value in (*on_device, *others)]).tolist())
+    return [{name: next(numbers) for name in of_batch} for of_batch in terms], list(numbers)
 
 
 @contextlib.contextmanager

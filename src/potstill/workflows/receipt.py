@@ -90,9 +90,10 @@ def _origins(setup: RunSetup, run: RunDir, finished: Finished, after: dict[str, 
 def _settings(setup: RunSetup, run: RunDir) -> dict[str, Any]:
     """The settings in effect, read back from the objects where they have them."""
     recipe, objective = setup.recipe, setup.recipe.objective
+    router = f" + {weight} * router loss" if (weight := setup.student.router_coefficient) else ""
     return {
         "objective": f"{objective.ce_weight} * CE + {objective.kd_weight} * T^2 *"
-        f" {objective.divergence.name}, T = {objective.temperature}",
+        f" {objective.divergence.name}, T = {objective.temperature}{router}",
         # Runs of versions before `chunk: auto` have no record of it.
         "chunk": {"asked": objective.chunk, "used": objective.chunk} | run.chunk(),
         "seed": recipe.train.seed,
