@@ -43,8 +43,9 @@ def broken_laws(divergence: Divergence) -> list[str]:
     )
     if not torch.allclose(nats_N, each_N, rtol=1e-6, atol=ROUNDING, equal_nan=True):
         raise UserError(
-            f"a position's value depends on the other positions: {float(nats_N[0].detach()):.4g} nats among {POSITIONS},"
-            f" {float(each_N[0].detach()):.4g} alone. Return one value per position, without a sum or mean over them."
+            f"a position's value depends on the other positions: {float(nats_N[0].detach()):.4g} nats among"
+            f" {POSITIONS}, {float(each_N[0].detach()):.4g} alone. Return one value per position, without a sum or mean"
+            " over them."
         )
     broken = []
     if not bool(nats_N.isfinite().all()):
