@@ -18,7 +18,13 @@ from potstill.recipe.sections_evaluation import HumanEvalConfig, LmEvalConfig
 
 Recipe = Callable[..., Path]
 HUMANEVAL = {"samples": 3, "temperature": 0.5, "max_new_tokens": 7, "limit": 2, "seed": 9}
-LM_EVAL = {"tasks": ["arc_easy", "piqa"], "limit": 2, "seed": 9}
+LM_EVAL = {
+    "tasks": ["arc_easy", "piqa"],
+    "limit": 2,
+    "add_bos_token": True,
+    "apply_chat_template": False,
+    "seed": 9,
+}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from conftest import make_model, make_tokenizer
 from scripted import TOKENIZER, scripted
 
 from potstill.cli.main import main
+from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError
 from potstill.evals import humaneval
 from potstill.evals.humaneval_problems import (
@@ -28,15 +30,17 @@ from potstill.evals.humaneval_problems import (
     chat_prompt,
     digest,
     end_of_turn,
+    is_whole,
     program_of,
     read_problems,
     read_tests,
-    stop_condition,
 )
 from potstill.evals.pass_at_k import compare, wilson
 from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused, Verdict
+from potstill.evals.subject import Subject
 from potstill.models import generate
 from potstill.models.generate import Completion, InferenceFailed
+from potstill.recipe.sections_evaluation import HumanEvalConfig
 from potstill.runs.run_dir import RunDir
 
 CHATML = (
@@ -79,7 +83,7 @@ def test_a_base_prompt_ends_where_a_model_breaks_the_line_itself() -> None:
 )
 def test_a_base_completion_ends_before_the_next_thing(after: str) -> None:
     answer = "\n    # inside\n    if a:\n        print(a)\n    def inner(): pass\n    return a + b"
-    stops = stop_condition(ADD, "base")
+    stops = is_whole(ADD, "base")
     assert not stops(answer)
     assert stops(answer + after)
     assert program_of(ADD, "base", f"{answer}{after} and broken (((") == f"{ADD.prompt.rstrip()}{answer}\n"
@@ -96,8 +100,8 @@ def test_an_end_that_was_left_in_the_text_is_no_code(leftover: str) -> None:
     )
     assert adds(program_of(ADD, "chat", f"```python\n{WHOLE}{leftover}"))
     for kind in ("base", "chat"):
-        assert stop_condition(ADD, kind)(f"\n    return a{leftover}")
-        assert not stop_condition(ADD, kind)("\n    return a < b | c > 1")
+        assert is_whole(ADD, kind)(f"\n    return a{leftover}")
+        assert not is_whole(ADD, kind)("\n    return a < b | c > 1")
 
 
 BODY = "    return a + b\n"
@@ -156,7 +160,7 @@ def test_an_answer_that_is_no_code_is_a_program_that_does_not_parse() -> None:
 
 
 def test_a_chat_answer_is_whole_once_the_fence_around_the_function_is_closed() -> None:
-    whole = stop_condition(ADD, "chat")
+    whole = is_whole(ADD, "chat")
     text = f"Sure:\n```\npip install nothing\n```\nThen\n```python\n{ANSWERS['backticks in a docstring'][10:-9]}\n"
     assert [n for n in range(len(text)) if whole(text[:n])] == []
     assert whole(f"{text}```")
@@ -534,6 +538,30 @@ def test_the_real_sandbox_judges_right_and_wrong_ones(
     assert result["verdicts"] == {"failed": 1, "error": 1, "timeout": 1, "died": 1, "passed": 3}
     assert (result["controls"]["canonical"], result["controls"]["empty"]) == ("7/7", "0/7")
     assert result["settings"]["sandbox"] == shut_in.tier
+
+
+def test_the_real_sandbox_passes_dataclasses_and_coroutines(
+    shut_in: Sandbox,
+    problems: list[Problem],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a chat answer that begins with a future statement: the prompt's imports come after it."""
+
+    def answer(problem: Problem, sample: int) -> str:
+        body = problem.canonical.replace(f"def {problem.entry_point}(", "def solve(")
+        return (
+            "```python\nfrom __future__ import annotations\nimport asyncio\nfrom dataclasses import dataclass\n"
+            f"{body}\n@dataclass\nclass Call:\n    values: tuple[object, ...]\n"
+            "    async def answer(self):\n        return solve(*self.values)\n"
+            f"def {problem.entry_point}(*values):\n    return asyncio.run(Call(values).answer())\n```\n"
+        )
+
+    source = tokenizer_in(tmp_path / "model", lambda tokenizer: setattr(tokenizer, "chat_template", CHATML))
+    answers(monkeypatch, problems, answer)
+    code, result = run([source, "--limit", "2", "--out", str(tmp_path / "out")], capsys)
+    assert (code, result["settings"]["prompt"], result["verdicts"]) == (0, "chat", {"passed": 2})
 
 
 @pytest.mark.soak
@@ -1140,6 +1168,65 @@ def test_auto_is_chat_where_there_is_a_template_with_its_tokens_once_and_its_end
     )
     _, result = run([source, "--limit", "3", "--prompt", "base", "--out", str(tmp_path / "base")], capsys)
     assert result["settings"]["prompt"] == "base" and result["settings"]["eos_token_ids"] == [0]
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_model_that_thinks_is_judged_by_its_answer_alone(
+    special: bool,
+    opened: bool,
+    trusting: Any,
+    problems: list[Problem],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Token by token, with tags that are special tokens or not, the first by the template or by the model: a wrong
+    draft and a right answer, a right draft and a wrong answer, a right draft and no answer, an answer alone.
+    """
+
+    def thinks(tokenizer: Any) -> None:
+        tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+        tokenizer.chat_template = CHATML.replace("assistant\n", "assistant\n<think>\n") if opened else CHATML
+
+    source = tokenizer_in(tmp_path / "model", thinks)
+    tokenizer = load_tokenizer(Path(source))
+    right, wrong = [], []
+    for problem in problems[:4]:
+        head, body = f"def {problem.entry_point}(*_):\n", problem.canonical_solution.rstrip()
+        names = re.findall(r"(\w+):", problem.prompt.split(problem.entry_point)[1].split(")")[0])
+        right.append(f"```python\n{head.replace('*_', ', '.join(names))}{body}\n```\n")
+        wrong.append(f"```python\n{head}    pass\n```\n")
+    start = "" if opened else "<think>"
+    texts = [
+        f"{start}I try\n{wrong[0]}no</think>\nSo:\n{right[0]}",
+        f"{start}I try\n{right[1]}yes</think>\nSo:\n{wrong[1]}",
+        f"{start}I try\n{right[2]}and",
+        f"{start}</think>{right[3]}",
+    ]
+    table = {}
+    for problem, text in zip(problems, texts, strict=False):
+        prompt = tokenizer(chat_prompt(problem, tokenizer), add_special_tokens=False)["input_ids"]
+        table[tuple(prompt)] = [*tokenizer(text, add_special_tokens=False)["input_ids"], 0]
+    writer = scripted({}, width=262)
+    writer.hf.base_model.table = table
+    monkeypatch.setattr(humaneval, "load_causal_lm", lambda *a, **o: writer)
+    flags = [source, "--limit", "4", "--max-new-tokens", "4000", "--out", str(tmp_path / "out")]
+    code, result = run(flags, capsys)
+    assert code == 0 and result["settings"]["prompt_opens_thought"] == opened
+    assert [*result["passed_by_problem"].values()] == [1, 0, 0, 1]
+    assert (result["cut_in_thought"], result["programs_that_parse"]) == (1, 0.75)
+    lines = content_of(tmp_path / "out")[1][1:]
+    assert [line["cut_in_thought"] for line in lines] == [False, False, True, False]
+    assert [line["finish"] for line in lines] == ["stop", "stop", "eos", "stop"] and lines[2]["program"] == ""
+    assert [line["completion"].strip() for line in lines] == [text.strip() for text in texts]
+    assert main(["eval", *flags, "--humaneval"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 of 4 answers were cut in their thought and judged as no answer: raise --max-new-tokens" in shown
+    figures = HumanEvalConfig(limit=4, max_new_tokens=4000).run(
+        Subject(Path(source), tmp_path / "out", "cpu", None, lambda line: None)
+    )
+    assert figures["cut_in_thought"] == 1.0 and figures["subset/samples_passed"] == 2.0
 
 
 def test_a_prompt_longer_than_the_models_context_is_noted(

@@ -289,17 +289,36 @@ def test_a_score_of_humaneval_has_its_n_seed_and_interval_in_card_and_metadata(r
         "scores": {"pass@1": score},
         "settings": settings | {"do_sample": False},
         "controls": {"canonical": "164/164", "empty": "0/164"},
+        "cut_in_thought": 12,
     }
     (place / "humaneval.json").write_text(json.dumps(found))
     assert publish(run, "--dry-run") == 0
     card = (run / "publish" / "README.md").read_text()
     assert "| pass@1 | 25.0 % | 19.0 to 32.0 % | Wilson, 95 % |" in card
-    assert "164 problems, 1 sample each, greedy, seed 7, base prompts, at most 512 tokens" in card
+    assert (
+        "164 problems, 1 sample each, greedy, seed 7, base prompts, at most 512 tokens, 12 answers cut in their thought"
+        in card
+    )
     entry = yaml.safe_load((run / "publish" / ".eval_results" / "humaneval.yaml").read_text())[0]
     assert entry["dataset"] == {"id": "openai/openai_humaneval", "task_id": "openai_humaneval"}
     assert entry["value"] == 25.0
     assert ".eval_results/humaneval.yaml" in planned(run)
     assert ModelCard(card).data.eval_results[-1].metric_value == 0.25
+
+
+def test_a_score_of_lm_eval_says_how_prompts_were_written(run: Path) -> None:
+    place = run / "evals" / "lm-eval"
+    place.mkdir(parents=True)
+    result = {"whole": True, "lm_eval": "0.4.13", "results": {"cats": {"acc,none": 0.25}}}
+    prompts = "chat template (the model ends a turn with <|im_end|>), nothing added before it"
+    for recorded, shown in (
+        ({}, "as lm-eval writes them"),
+        ({"prompts": prompts}, "chat template (the model"),
+    ):
+        (place / "result.json").write_text(json.dumps(result | recorded))
+        assert publish(run, "--dry-run") == 0
+        card = (run / "publish" / "README.md").read_text()
+        assert "| cats | acc,none | 0.2500 |\n\nPrompts: " + shown in card
 
 
 def test_an_exported_gguf_file_comes_with_a_modelfile_and_its_three_paths(run: Path) -> None:

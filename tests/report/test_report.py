@@ -337,6 +337,14 @@ def test_humaneval_is_shown_problem_by_problem(run: RunDir) -> None:
             {"status": "finished", "subset": {"problems": 5, "samples": 5, "samples_passed": 2}},
             "2 of 5 samples pass, of a subset of 5 problems, which is no score of HumanEval",
         ),
+        (
+            {
+                "status": "finished",
+                "subset": {"problems": 5, "samples": 5, "samples_passed": 2},
+                "cut_in_thought": 3,
+            },
+            "; 3 answers cut in their thought.",
+        ),
     ],
 )
 def test_humaneval_without_a_score_has_no_number(result: dict[str, Any], expected: str, run: RunDir) -> None:

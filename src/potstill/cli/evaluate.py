@@ -29,11 +29,16 @@ BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
     "device": (str, "default auto: CUDA if there is a GPU"),
     "out": (Path, "result folder; default RUN/evals/BENCHMARK or evals/NAME/BENCHMARK"),
     "lm_eval_tasks": (Path, "folder of further tasks, whose YAML may import Python functions"),
+    "add_bos_token": (bool, "put BOS before each text; default as the tokenizer or chat template does"),
+    "apply_chat_template": (
+        bool,
+        "prompt by user turns; default if the model ends where its template ends one",
+    ),
 }
 """Type and help of the flags: the fields of `HumanEvalSettings` and `LmEvalSettings`, and the output folder."""
 BOTH = {"batch_rows", "seed", "limit", "dtype", "device", "out"}
-LM_EVAL = {*BOTH, "lm_eval_tasks"}
-HUMANEVAL = {*BENCHMARK_FLAGS} - {"lm_eval_tasks"}
+LM_EVAL = {*BOTH, "lm_eval_tasks", "add_bos_token", "apply_chat_template"}
+HUMANEVAL = {*BOTH} | {*BENCHMARK_FLAGS} - LM_EVAL
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +52,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --humaneval or --lm-eval", argument_default=argparse.SUPPRESS)
     for name, (value_type, text) in BENCHMARK_FLAGS.items():
         prefix = "" if name in BOTH else "lm-eval: " if name in LM_EVAL else "HumanEval: "
-        group.add_argument(_flag(name), type=value_type, help=prefix + text)
+        kind = {"action": argparse.BooleanOptionalAction} if value_type is bool else {"type": value_type}
+        group.add_argument(_flag(name), help=prefix + text, **kind)
 
 
 def run_eval(options: argparse.Namespace, display: Display) -> int:
@@ -66,7 +72,7 @@ def _require_consistent(options: argparse.Namespace, given: dict[str, Any]) -> N
     benchmark = "--humaneval" if options.humaneval else "--lm-eval" if options.lm_eval is not None else ""
     for name in given:
         if not benchmark:
-            needed = "--lm-eval" if name == "lm_eval_tasks" else "--humaneval"
+            needed = "--humaneval" if name in HUMANEVAL else "--lm-eval"
             raise UserError(f"{_flag(name)}: has no effect without {needed}.")
         if name not in (HUMANEVAL if options.humaneval else LM_EVAL):
             raise UserError(f"{_flag(name)}: has no effect with {benchmark}. Leave it out.")

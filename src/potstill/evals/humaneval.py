@@ -34,11 +34,13 @@ from potstill.evals.humaneval_problems import (
     chat_prompt,
     digest,
     end_of_turn,
+    is_whole,
+    opens_thought,
     parsed,
     program_of,
     read_problems,
     read_tests,
-    stop_condition,
+    thought_ids,
 )
 from potstill.evals.pass_at_k import RESULT, summarize
 from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused
@@ -53,7 +55,7 @@ from potstill.models.load import choose_device, choose_dtype, load_causal_lm, we
 from potstill.recipe.sections_evaluation import HumanEvalConfig
 from potstill.runs.run_dir import RunDir, environment, write_whole
 
-TASK_VERSION = "potstill-humaneval-1"
+TASK_VERSION = "potstill-humaneval-2"
 """To be changed together with anything that changes a score: prompts, stops, extraction, judging."""
 SAMPLES = "humaneval.samples.jsonl"
 PROGRESS_S = 20.0
@@ -196,9 +198,10 @@ def of_subject(config: HumanEvalConfig, subject: Subject) -> dict[str, float]:
     result = evaluate(subject.folder, _settings_of(config, subject.device), subject.out, subject.note)
     if result["status"] != "finished":
         raise UserError(f"humaneval: inference failed, there is no score: {result['why']}")
+    cut = {"cut_in_thought": float(result["cut_in_thought"])} if "cut_in_thought" in result else {}
     if "subset" in result:
-        return {f"subset/{name}": float(value) for name, value in result["subset"].items()}
-    return {
+        return cut | {f"subset/{name}": float(value) for name, value in result["subset"].items()}
+    return cut | {
         f"{metric}/{name}": float(value)
         for metric, score in result["scores"].items()
         for name, value in score.items()
@@ -226,7 +229,8 @@ def _load(source: str | Path, config: HumanEvalSettings, note: Note) -> _Complet
         top_p=config.top_p,
         end_ids=end_of_turn(tokenizer) if prompt == "chat" else (),
     )
-    return _Completer(model, tokenizer, settings, prompt, config, note, vocab.fingerprint)
+    in_thought = prompt == "chat" and opens_thought(tokenizer)
+    return _Completer(model, tokenizer, settings, prompt, in_thought, config, note, vocab.fingerprint)
 
 
 def _settings(
@@ -242,6 +246,7 @@ def _settings(
         "weights_sha256": weights_sha256(completer.model),
         "tokenizer_sha256": completer.tokenizer_sha256,
         "prompt": completer.prompt,
+        "prompt_opens_thought": completer.in_thought,
         "samples": config.samples,
         "seed": config.seed,
         "stops": list(STOPS) if completer.prompt == "base" else ["a closed fence around the function"],
@@ -336,6 +341,8 @@ class _Completer:
     settings: GenerationConfig
     prompt: str
     """`base` or `chat`."""
+    in_thought: bool
+    """Whether the prompt opens a thought."""
     config: HumanEvalSettings
     note: Note
     tokenizer_sha256: str
@@ -346,7 +353,9 @@ class _Completer:
         ids = self.tokenizer(text, add_special_tokens=self.prompt == "base")["input_ids"]
         while self.prompt == "base" and len(ids) > 1 and ids[-1] in self.settings.eos_token_id:
             ids.pop()
-        return Request(f"{problem.task_id} sample {sample}", ids, stop_condition(problem, self.prompt))
+        should_stop = is_whole(problem, self.prompt, self.in_thought)
+        shown = thought_ids(self.tokenizer)
+        return Request(f"{problem.task_id} sample {sample}", ids, should_stop, shown)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         try:
@@ -381,7 +390,7 @@ def _complete_all(
         tokens += sum(completion.tokens for completion in completions)
         for (_, problem, sample), completion, is_missing in zip(batch, completions, missing, strict=True):
             if is_missing:
-                line = _line(problem, sample, completer.prompt, completion)
+                line = _line(problem, sample, completer, completion)
                 verdicts.append(judge.pool.submit(_judge_line, judge, problem, line, samples))
         if time.perf_counter() - noted > PROGRESS_S:
             noted = time.perf_counter()
@@ -399,17 +408,18 @@ def _complete_all(
     }
 
 
-def _line(problem: Problem, sample: int, prompt: str, completion: Completion) -> dict[str, Any]:
-    program = program_of(problem, prompt, completion.text)
+def _line(problem: Problem, sample: int, completer: _Completer, completion: Completion) -> dict[str, Any]:
+    program = program_of(problem, completer.prompt, completion.text, completer.in_thought)
     return {
         "task_id": problem.task_id,
         "sample": sample,
-        "prompt": prompt,
+        "prompt": completer.prompt,
         "completion": completion.text,
         "tokens": completion.tokens,
         "finish": completion.finish,
         "program": program,
-        "parses": parsed(program) is not None,
+        "parses": bool(program) and parsed(program) is not None,
+        "cut_in_thought": not program,
     }
 
 

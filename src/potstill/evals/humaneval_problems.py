@@ -35,6 +35,8 @@ INSTRUCTION = (
     "Complete this Python function. Answer with the whole function and the imports it needs, in one"
     " ```python code block.\n\n```python\n{prompt}\n```"
 )
+REFUSAL = ("humaneval", "Use --prompt base.")
+"""How the error of a failing chat template begins and ends."""
 FENCED = re.compile(
     r"^(?P<indent>[ \t]*)(?P<fence>```+)[^\n`]*\n(?P<code>.*?)"
     r"(?P<end>^(?:(?P=indent))?[ ]{0,3}(?P=fence)|\Z)",
@@ -43,6 +45,10 @@ FENCED = re.compile(
 """A block ends at a fence of at least its own length and no more indented: one in a docstring is code."""
 LEFTOVER = re.compile(r"<\|\w+\|>|</s>|<(?:eos|end_of_turn)>")
 """An end of text or turn that is not a special token of the tokenizer, and so stays in the text."""
+_THOUGHT = r"(?:<{0}(?:seed:)?(?:think|thinking|thought)>|\[{0}THINK\])"
+THOUGHT_STARTS, THOUGHT_ENDS = (re.compile(_THOUGHT.format(slash)) for slash in ("", "/"))
+"""Around what a reasoning model writes before its answer. A template may write the first of them itself."""
+FUTURE = re.compile(r"^from __future__ import (?:\([^)]*\)|[^\n(]*)\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -130,31 +136,68 @@ def chat_prompt(problem: Problem, tokenizer: Any) -> str:
     return _by_template(tokenizer, [turn], prompt=True)
 
 
-def _by_template(tokenizer: Any, turns: list[dict[str, str]], prompt: bool) -> str:
+def _by_template(
+    tokenizer: Any, turns: list[dict[str, str]], prompt: bool, words: tuple[str, str] = REFUSAL
+) -> str:
     try:
         text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template is a program that came with the model
-        raise UserError(
-            f"humaneval: the model's chat template fails: {one_line(error)} Use --prompt base."
-        ) from error
+        where, todo = words
+        raise UserError(f"{where}: the model's chat template fails: {one_line(error)} {todo}") from error
     return text
 
 
-def end_of_turn(tokenizer: Any) -> list[int]:
-    """The token that the template writes after the assistant's text, if it is an added token."""
+def end_of_turn(tokenizer: Any, words: tuple[str, str] = REFUSAL) -> list[int]:
+    """The token that the template writes after the assistant's text, if it is an added token.
+
+    Raises:
+        UserError: the template fails; `words` begin and end the message.
+    """
     reply = "Kx7Q"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
-    after = _by_template(tokenizer, turns, prompt=False).rpartition(reply)[2]
+    after = _by_template(tokenizer, turns, False, words).rpartition(reply)[2]
     first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after.strip() else []
     return [i for i in first if i in tokenizer.added_tokens_decoder]
 
 
-def stop_condition(problem: Problem, prompt: str) -> Callable[[str], bool]:
+def opens_thought(tokenizer: Any) -> bool:
+    """Whether the template itself opens a thought, and leaves it open, where the assistant's turn starts."""
+    turn = [{"role": "user", "content": "?"}]
+    before, whole = (_by_template(tokenizer, turn, prompt) for prompt in (False, True))
+    return answer_of(whole.removeprefix(before)) is None
+
+
+def thought_ids(tokenizer: Any) -> frozenset[int]:
+    """The tags around a thought that are special tokens, and so would be left out of a completion's text."""
+    return frozenset(
+        i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+        and (THOUGHT_STARTS.fullmatch(token.content) or THOUGHT_ENDS.fullmatch(token.content))
+    )
+
+
+def answer_of(completion: str, in_thought: bool = False) -> str | None:
+    """What stands after the last thought. None if the completion was cut in its thought.
+
+    Args:
+        in_thought: whether the prompt has opened one.
+    """
+    *thoughts, answer = THOUGHT_ENDS.split(completion)
+    if THOUGHT_STARTS.search(answer) or (in_thought and not thoughts):
+        return None
+    return answer
+
+
+def is_whole(problem: Problem, prompt: str, in_thought: bool = False) -> Callable[[str], bool]:
     """Whether a completion so far contains everything that will be judged."""
     if prompt == "base":
         return lambda text: any(stop in text for stop in STOPS) or LEFTOVER.search(text) is not None
 
-    def closed(text: str) -> bool:
+    def closed(completion: str) -> bool:
+        text = answer_of(completion, in_thought)
+        if text is None:
+            return False
         blocks = FENCED.finditer(text) if text.count("```") > 1 else ()
         if any(block["end"] and _defines(_code_in(block), problem.entry_point) for block in blocks):
             return True
@@ -163,21 +206,27 @@ def stop_condition(problem: Problem, prompt: str) -> Callable[[str], bool]:
     return closed
 
 
-def program_of(problem: Problem, prompt: str, completion: str) -> str:
-    """The program in a raw completion.
+def program_of(problem: Problem, prompt: str, completion: str, in_thought: bool = False) -> str:
+    """The program in a raw completion; "" if a chat completion was cut in its thought.
 
-    Base: the prompt and the completion up to the first stop. Chat: the first fenced block that defines the
-    function, closed or not; otherwise the first block, or the text itself. Code that does not define the
-    function is taken as its body. A function written anew comes after the prompt's imports and helpers.
+    Base: the prompt and the completion up to the first stop. Chat, of what stands after the last thought: the
+    first fenced block that defines the function, closed or not; otherwise the first block, or the text
+    itself. Code that does not define the function is taken as its body. A function written anew comes after
+    the prompt's imports and helpers, but for its future statements, which must be first.
     """
-    text = LEFTOVER.split(completion, maxsplit=1)[0]
     if prompt == "base":
+        text = LEFTOVER.split(completion, maxsplit=1)[0]
         ends = [at for stop in STOPS if (at := text.find(stop)) >= 0]
         return f"{base_prompt(problem)}{text[: min(ends, default=None)]}\n"
+    answer = answer_of(completion, in_thought)
+    if answer is None:
+        return ""
+    text = LEFTOVER.split(answer, maxsplit=1)[0]
     blocks = [_code_in(block) for block in FENCED.finditer(text)]
     code = next((b for b in blocks if _defines(b, problem.entry_point)), next(iter(blocks), text))
     if _defines(code, problem.entry_point):
-        return f"{problem.preamble}\n{code}\n"
+        future = "".join(FUTURE.findall(code))
+        return f"{future}{problem.preamble}\n{FUTURE.sub('', code)}\n"
     return f"{base_prompt(problem)}\n{code}\n"
 
 

@@ -135,11 +135,17 @@ def summarize(
         }
         if whole and len(passed_extra) == len(passed):
             summary["with_extra_tests"]["scores"] = table(passed_extra)
-    cut = sorted(line["task_id"] for line in lines if line["finish"] == "context")
+    ended = sorted(line["task_id"] for line in lines if line["finish"] == "context")
     summary["programs_that_parse"] = sum(line["parses"] for line in lines) / len(lines)
     summary["verdicts"] = dict(Counter(line["verdict"] for line in lines))
     summary["finishes"] = dict(Counter(line["finish"] for line in lines))
-    summary["notes"] = [f"the model's context ended the completion of {task}" for task in cut]
+    summary["notes"] = [f"the model's context ended the completion of {task}" for task in ended]
+    if cut := sum(line["cut_in_thought"] for line in lines):
+        summary["cut_in_thought"] = cut
+        summary["notes"].append(
+            f"{cut} of {len(lines)} answers were cut in their thought and judged as no answer:"
+            " raise --max-new-tokens"
+        )
     return summary
 
 

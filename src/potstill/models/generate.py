@@ -42,6 +42,8 @@ class Request:
     name: str
     prompt_ids: list[int]
     should_stop: Callable[[str], bool]
+    shown: frozenset[int] = frozenset()
+    """Special tokens that are in the completion's text; all others are left out of it."""
 
 
 @dataclass(frozen=True)
@@ -214,16 +216,22 @@ def _append(row: _Row, token: int, tokenizer: Any, ends: set[int]) -> None:
         row.finish = "eos"
         return
     row.new.append(token)
-    row.text = _decode(tokenizer, row.request.prompt_ids[-DECODE_CONTEXT:], row.new)
+    row.text = _decode(tokenizer, row.request.prompt_ids[-DECODE_CONTEXT:], row.new, row.request.shown)
     if row.request.should_stop(row.text):
         row.finish = "stop"
     elif len(row.new) >= row.max_new:
         row.finish = row.limit
 
 
-def _decode(tokenizer: Any, before: list[int], new: list[int]) -> str:
+def _decode(tokenizer: Any, before: list[int], new: list[int], shown: frozenset[int]) -> str:
     """The text of `new` as it reads after `before`, leading white space included."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    if not shown.isdisjoint([*before, *new]):
+        added = tokenizer.added_tokens_decoder
+        before, new = (
+            [i for i in ids if i in shown or i not in added or not added[i].special] for ids in (before, new)
+        )
+        options["skip_special_tokens"] = False
     text: str = tokenizer.decode([*before, *new], **options)
     return text[len(tokenizer.decode(before, **options)) :]
 

@@ -120,9 +120,11 @@ def scores(inputs: CardInputs) -> list[tuple[str, Mapping[str, Any]]]:
 def setting(result: Mapping[str, Any]) -> str:
     of = result.get("settings", {})
     how = "greedy" if not of.get("do_sample") else f"temperature {of.get('temperature')}"
+    cut = result.get("cut_in_thought")
     return (
         f"{of.get('problems')} problems, {of.get('samples')} sample each, {how}, seed {of.get('seed')},"
         f" {of.get('prompt')} prompts, at most {of.get('max_new_tokens')} tokens"
+        + (f", {cut} answers cut in their thought" if cut else "")
     )
 
 

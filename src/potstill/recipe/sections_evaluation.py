@@ -65,6 +65,10 @@ class LmEvalConfig(EvaluationConfig):
     """Names of its tasks, groups or tags."""
     limit: Count | None = None
     """Only the first documents of each task; null: all."""
+    add_bos_token: bool | None = None
+    """Put BOS before each text; null: what the tokenizer puts there, in a chat what the template writes."""
+    apply_chat_template: bool | None = None
+    """Make each prompt a user's turn; null: if the model ends where its chat template ends a turn."""
     seed: Seed = 0
     """Seed of the examples in a prompt."""
 

@@ -153,6 +153,8 @@ def _problems(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[st
     verdicts = [str(sample.get("verdict", "none")) for sample in samples]
     known = sorted({*verdicts})
     counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in known) or "no samples kept"
+    if cut := result.get("cut_in_thought"):
+        counts += f"; {cut} answers cut in their thought"
     problems = []
     for number, (sample, verdict) in enumerate(zip(samples, verdicts, strict=True)):
         task, passed = str(sample["task_id"]), sample.get("passed") is True

@@ -132,7 +132,30 @@ os.rmdir(sys.prefix)
 FAMILIES = ["AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK", "AF_PACKET", "AF_VSOCK", "AF_ALG", "AF_CAN"]
 OTHERS = [
     *(tries(f"socket {family}", f"socket.socket(socket.{family})\nsocket.socket(socket.{family}, socket.SOCK_DGRAM)\nsocket.socket(socket.{family}, socket.SOCK_RAW)", "import socket") for family in FAMILIES),
-    tries("socket pair", "socket.socketpair()\nsocket.create_connection(('127.0.0.1', 22), 1)\nsocket.create_server(('', 0))\nsocket.getaddrinfo('example.org', 80)", "import socket"),
+    tries("connections", "socket.create_connection(('127.0.0.1', 22), 1)\nsocket.create_server(('', 0))\nsocket.getaddrinfo('example.org', 80)", "import socket"),
+    tries("pairs that are no streams", "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_RAW)\nsocket.socketpair(socket.AF_INET)\nsocket.socketpair(socket.AF_UNIX, 0)", "import socket"),
+    tries("out of a pair", """
+a.connect('/run/systemd/journal/stdout')
+a.connect('\\0hostile-mark')
+a.bind('@CWD@/hostile-mark')
+a.bind('\\0hostile-mark')
+a.listen()
+a.accept()
+a.sendto(b'x', '\\0hostile-mark')
+a.sendmsg([b'x'])
+a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, bytes(4))])
+b.recvmsg(1, 99)
+a.getsockopt(socket.SOL_SOCKET, 17, 12)
+fcntl.fcntl(a, fcntl.F_SETOWN, @PID@)
+fcntl.ioctl(a, 0x8901, bytes(4))
+fcntl.ioctl(a, 0x8902, bytes(4))
+fcntl.ioctl(a, 0x5452, bytes(4))
+""", "import fcntl, socket\na, b = socket.socketpair()\nb.setblocking(False)"),
+    tries("a loop of asyncio", """
+asyncio.run(asyncio.wait_for(asyncio.open_connection('127.0.0.1', 22), 1))
+asyncio.run(asyncio.start_unix_server(print, '@CWD@/hostile-mark'))
+asyncio.run(asyncio.create_subprocess_exec('true'))
+""", "import asyncio"),
     tries("a server", "http.server.HTTPServer(('', 0), http.server.BaseHTTPRequestHandler)\nurllib.request.urlopen('http://127.0.0.1/')", "import http.server, urllib.request"),
     tries("fork", "os.fork() or os._exit(0)\nos.forkpty()", ""),
     tries("fork bomb", "[os.fork() for _ in range(64)]"),
@@ -156,6 +179,7 @@ NUMBERS = [
     plain("signals", ("kill", 62), ("tkill", 200), ("tgkill", 234), ("rt_sigqueueinfo", 129), ("rt_tgsigqueueinfo", 297)),
     plain("memory of others", ("ptrace", 101), ("process_vm_readv", 310), ("process_vm_writev", 311), ("process_madvise", 440), ("userfaultfd", 323), ("move_pages", 279), ("migrate_pages", 256), ("memfd_create", 319), ("memfd_secret", 447), ("remap_file_pages", 216), ("pkey_alloc", 330), ("modify_ldt", 154)),
     plain("network", ("socket", 41), ("connect", 42), ("accept", 43), ("sendto", 44), ("recvfrom", 45), ("sendmsg", 46), ("bind", 49), ("listen", 50), ("socketpair", 53), ("sendfile", 40), ("splice", 275), ("vmsplice", 278), ("tee", 276)),
+    numbered("network by argument", ("socketpair", 53, 1, 2, 0, 0), ("socketpair", 53, 1, 0x80005, 0, 0), ("socketpair", 53, 2, 1, 0, 0), ("socketpair", 53, 16, 3, 0, 0), ("sendto with an address", 44, 9, 0, 0, 0, 1, 110), ("sendto with a high address", 44, 9, 0, 0, 0, 1 << 32, 110), ("sendto a pipe", 44, 4, 0, 0, 0, 0, 0), ("recvfrom a pipe", 45, 3, 0, 0, 0, 0, 0), ("recvmsg", 47, 9, 0, 0), ("recvmmsg", 299, 9, 0, 0, 0, 0), ("sendmmsg", 307, 9, 0, 0, 0), ("ioctl", 16, 9, 0x5452, 0)),
     plain("the kernel", ("io_uring_setup", 425), ("io_uring_enter", 426), ("bpf", 321), ("perf_event_open", 298), ("keyctl", 250), ("add_key", 248), ("request_key", 249), ("init_module", 175), ("finit_module", 313), ("delete_module", 176), ("kexec_load", 246), ("reboot", 169), ("syslog", 103), ("io_setup", 206), ("lookup_dcookie", 212), ("ioctl", 16), ("iopl", 172), ("ioperm", 173), ("personality", 135), ("acct", 163)),
     plain("namespaces", ("unshare", 272), ("setns", 308), ("mount", 165), ("umount2", 166), ("pivot_root", 155), ("chroot", 161), ("chdir", 80), ("fchdir", 81), ("open_tree", 428), ("move_mount", 429), ("fsopen", 430), ("fsmount", 432), ("mount_setattr", 442), ("sethostname", 170), ("setdomainname", 171), ("swapon", 167), ("quotactl", 179)),
     plain("rights", ("setuid", 105), ("setgid", 106), ("setreuid", 113), ("setresuid", 117), ("setresgid", 119), ("setgroups", 116), ("setfsuid", 122), ("capset", 126), ("prctl", 157), ("seccomp", 317), ("landlock_create_ruleset", 444), ("landlock_add_rule", 445), ("landlock_restrict_self", 446)),

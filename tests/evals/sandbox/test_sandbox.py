@@ -239,6 +239,37 @@ def test_the_right_answer_passes(box: Sandbox) -> None:
     assert judged(box, "def f(x):\n    print('noise')\n    return 2 * x\n").passed
 
 
+RIGHT = {
+    "a dataclass": "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\ndef f(x): return 2 * A(x).x",
+    "a dataclass with annotations as text": "from __future__ import annotations\nfrom dataclasses import dataclass, field\nfrom typing import ClassVar\n@dataclass(order=True, slots=True)\nclass A:\n    x: int\n    all: list[int] = field(default_factory=list)\n    by: ClassVar[int] = 2\ndef f(x): return A.by * A(x).x",
+    "annotations as they are": "def g(x: int): ...\ndef f(x): return 2 * x if g.__annotations__ == {'x': int} else 0",
+    "its own future statement": "from __future__ import annotations\ndef g(x: int): ...\ndef f(x): return 2 * x if g.__annotations__ == {'x': 'int'} else 0",
+    "annotations that are looked up": "import typing\nclass A:\n    next: 'A | None'\ndef f(x): return 2 * x if typing.get_type_hints(A) == {'next': A | None} else 0",
+    "a named tuple": "import typing\nclass A(typing.NamedTuple):\n    x: int\n    next: 'A'\ndef f(x): return 2 * A(x, None).x if typing.get_type_hints(A)['next'] is A else 0",
+    "an enumeration": "import enum, pickle\nclass A(enum.IntFlag):\n    one = 1\n    two = 2\ndef f(x): return 2 * x if pickle.loads(pickle.dumps(A.two)) is A.two else 0",
+    "a pickle": "import pickle\nclass A:\n    x = 2\ndef f(x): return x * pickle.loads(pickle.dumps(A())).x",
+    "a deep copy": "import copy\nclass A:\n    def __init__(self, x): self.x = x\ndef f(x): return 2 * copy.deepcopy(A(x)).x",
+    "its own module": "import sys\ny = 2\ndef f(x): return x * sys.modules[__name__].y * (sys.modules[__name__].f is f)",
+    "its own source": "import inspect\ndef g(x): return 2 * x\ndef f(x): return g(x) if inspect.getsource(g) == 'def g(x): return 2 * x\\n' else 0",
+    "a coroutine": "import asyncio\nasync def g(x):\n    await asyncio.sleep(0)\n    return 2 * x\ndef f(x): return asyncio.run(g(x))",
+    "coroutines and a thread": "import asyncio\nasync def g(x):\n    one, two = await asyncio.gather(asyncio.to_thread(int, x), asyncio.wait_for(asyncio.sleep(0, x), 9))\n    return one + two\ndef f(x): return asyncio.run(g(x))",
+    "a pair of sockets": "import socket\none, two = socket.socketpair()\ndef f(x):\n    one.sendall(bytes([2 * x]))\n    return two.recv(9)[0]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", RIGHT)
+def test_a_right_program_passes_as_it_would_as_a_module(box: Sandbox, program: str) -> None:
+    found = judged(box, RIGHT[program])
+    assert (found.status, found.detail) == ("passed", "")
+
+
+def test_a_test_and_its_helpers_are_a_module_too(box: Sandbox) -> None:
+    helpers = "from dataclasses import dataclass, fields\n@dataclass\nclass A:\n    x: int\n"
+    test = "def check(candidate):\n    assert fields(A)[0].type is int and candidate(21) == A(42).x\n"
+    found = box.judge(source="def f(x): return 42", entry_point="f", helpers=helpers, test=test, cpu_s=2.0)
+    assert (found.status, found.detail) == ("passed", "")
+
+
 def test_time_is_the_program_s_own_and_too_much_of_it_is_no_pass(box: Sandbox) -> None:
     busy = "import time\ndef f(x):\n    while time.process_time() < 0.6: pass\n    return 2 * x\n"
     assert judged(box, busy, cpu_s=0.3).status == "timeout"

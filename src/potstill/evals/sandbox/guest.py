@@ -2,19 +2,21 @@
 
 Started by `sandbox.py` as `python -c`, with the descriptors of requests and answers as arguments. The kernel
 enforces the restrictions and cannot be asked to lift them: resource limits, no new privileges, Landlock (no
-file is written, only Python's own are read), seccomp (a list of allowed system calls: no socket, no new
-process, no signal to another). The program may do anything to this interpreter: the other end trusts none of
-it.
+file is written, only Python's own are read), seccomp (a list of allowed system calls: no socket but a pair
+that is connected to itself, no new process, no signal to another). The program may do anything to this
+interpreter: the other end trusts none of it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import linecache
 import os
 import resource
 import struct
 import sys
+import types
 from typing import Any
 
 from potstill.evals.sandbox.protocol import ProtocolError, pack, receive, send, unpack
@@ -31,6 +33,10 @@ SIGNALS_BY_FCNTL = (8, 10, 15)
 CLONE_THREAD, CLONE_NEW = 0x10000, 0x7E020000
 """A thread; any new namespace."""
 ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+CANDIDATE = "candidate"
+LOAD, EQUAL, AT_LEAST, AND, RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+"""Instructions of a seccomp filter, and what it returns."""
 ALLOWED = """
     read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62,
     mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135,
@@ -51,11 +57,28 @@ ALLOWED = """
     293, faccessat2 439 439, epoll_pwait2 441 441
 """
 """All that an interpreter needs without writing, children or network: name, number on x86_64, on aarch64."""
-BY_ARGUMENT = {
-    "x86_64": {"clone": 56, "clone3": 435, "fcntl": 72},
-    "aarch64": {"clone": 220, "clone3": 435, "fcntl": 25},
+EVERY_BIT = 0xFFFFFFFF
+SOCK_TYPE_BITS, FIONBIO, FIRST_FREE = 0xF, 0x5421, 5
+"""Descriptors 0 to 4 are the null device and the pipes to the judge."""
+BY_ARGUMENT: dict[str, tuple[int, int, list[tuple[float, int, str, int]]]] = {
+    # A thread, and nothing else.
+    "clone": (56, 220, [(0, CLONE_THREAD | CLONE_NEW, "==", CLONE_THREAD)]),
+    "fcntl": (72, 25, [(1, EVERY_BIT, "!=", command) for command in SIGNALS_BY_FCNTL]),
+    # An event loop of asyncio wakes itself through a pair of sockets. A stream pair is connected to itself
+    # for good: it has no address, and none can be sent to. A datagram pair could send to any socket of the
+    # machine.
+    "socketpair": (53, 199, [(0, EVERY_BIT, "==", 1), (1, SOCK_TYPE_BITS, "==", 1)]),  # AF_UNIX, SOCK_STREAM
+    "sendto": (
+        44,
+        206,
+        [(0, EVERY_BIT, ">=", FIRST_FREE), (4, EVERY_BIT, "==", 0), (4.5, EVERY_BIT, "==", 0)],
+    ),
+    "recvfrom": (45, 207, [(0, EVERY_BIT, ">=", FIRST_FREE)]),
+    "ioctl": (16, 29, [(1, EVERY_BIT, "==", FIONBIO)]),
 }
-"""System calls that are allowed for some arguments only."""
+"""System calls that are allowed for some arguments only: numbers on x86_64 and aarch64, and what each
+argument must be: its index (and a half: its upper 32 bits), the bits that count, comparison, value."""
+CLONE3 = 435
 
 
 def lock_down(limits: dict[str, int], readable: list[str]) -> None:
@@ -101,28 +124,45 @@ def _landlock(libc: Any, readable: list[str]) -> None:
 def _seccomp(libc: Any) -> None:
     """Every system call that is not listed fails with EPERM; `clone` may only start a thread."""
     machine = os.uname().machine
-    calls = BY_ARGUMENT[machine]
-    column = list(BY_ARGUMENT).index(machine) + 1
-    allowed = [number for call in ALLOWED.split(",") if (number := call.split()[column]) != "-"]
-    load, equal, at_least, ret = 0x20, 0x15, 0x35, 0x06
-    masked, allow, refuse, kill = 0x54, 0x7FFF0000, 0x00050000 | EPERM, 0x80000000
-    program = [(load, 0, 0, 4), (equal, 1, 0, ARCH[machine]), (ret, 0, 0, kill), (load, 0, 0, 0)]
+    column = list(ARCH).index(machine)
+    allowed = [number for call in ALLOWED.split(",") if (number := call.split()[column + 1]) != "-"]
+    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, ARCH[machine]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     if machine == "x86_64":
-        program += [(at_least, 0, 1, 0x40000000), (ret, 0, 0, kill)]  # x32 system calls
+        program += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]  # x32 system calls
     for number in allowed:
-        program += [(equal, 0, 1, int(number)), (ret, 0, 0, allow)]
-    commands = [(equal, len(SIGNALS_BY_FCNTL) - i, 0, c) for i, c in enumerate(SIGNALS_BY_FCNTL)]
-    program += [(equal, 0, len(commands) + 3, calls["fcntl"]), (load, 0, 0, 24), *commands]
-    program += [(ret, 0, 0, allow), (ret, 0, 0, refuse)]
+        program += [(EQUAL, 0, 1, int(number)), (RETURN, 0, 0, ALLOW)]
+    for x86_64, aarch64, tests in BY_ARGUMENT.values():
+        program += _if_arguments((x86_64, aarch64)[column], tests)
     # The flags of clone3 are in memory, where a filter cannot look. ENOSYS makes libc fall back to `clone`.
-    program += [(equal, 0, 1, calls["clone3"]), (ret, 0, 0, 0x00050000 | ENOSYS)]
-    program += [(equal, 0, 4, calls["clone"]), (load, 0, 0, 16), (masked, 0, 0, CLONE_THREAD | CLONE_NEW)]
-    program += [(equal, 0, 1, CLONE_THREAD), (ret, 0, 0, allow), (ret, 0, 0, refuse)]
+    program += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, REFUSE | ENOSYS), (RETURN, 0, 0, REFUSE | EPERM)]
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code)
     filters = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(buffer))
     if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filters, 0, 0):
         raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def _if_arguments(number: int, tests: list[tuple[float, int, str, int]]) -> list[tuple[int, int, int, int]]:
+    """Instructions that allow the system call `number` if every test holds."""
+    body: list[tuple[int, int, int, int]] = []
+    for at, (argument, bits, comparison, value) in enumerate(tests):
+        refuse = 3 * (len(tests) - at - 1) + 1  # instructions between this jump and the last one
+        holds, fails = (refuse, 0) if comparison == "!=" else (0, refuse)
+        jump = AT_LEAST if comparison == ">=" else EQUAL
+        body += [(LOAD, 0, 0, int(16 + 8 * argument)), (AND, 0, 0, bits), (jump, holds, fails, value)]
+    body += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE | EPERM)]
+    return [(EQUAL, 0, len(body), number), *body]
+
+
+def _run(source: str) -> dict[str, Any]:
+    """The names that the program defines, run as an imported module is: with its own future statements only,
+    and found by who looks a class up by its module (dataclasses, typing, pickle) or reads its source
+    (inspect).
+    """
+    module = sys.modules[CANDIDATE] = types.ModuleType(CANDIDATE)
+    linecache.cache[CANDIDATE] = (len(source), None, source.splitlines(keepends=True), CANDIDATE)
+    exec(compile(source, CANDIDATE, "exec", dont_inherit=True), vars(module))
+    return vars(module)
 
 
 def main() -> None:
@@ -145,10 +185,8 @@ def main() -> None:
 
     request = receive(read)
     lock_down(request["limits"], request["readable"])
-    namespace: dict[str, Any] = {"__name__": "candidate"}
     try:
-        exec(compile(request["source"], "candidate", "exec"), namespace)
-        candidate = namespace[request["entry_point"]]
+        candidate = _run(request["source"])[request["entry_point"]]
     except BaseException as error:
         answer(request, raised=_name(error), text=_text(error))
         candidate = None

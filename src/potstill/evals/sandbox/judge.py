@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import sys
+import types
 from typing import Any, NoReturn
 
 from potstill.evals.sandbox.protocol import ProtocolError, pack, receive, send, unpack
@@ -102,10 +103,11 @@ def _rebuilt(error_type: type[Exception], text: str) -> Exception:
 
 def judge(spec: dict[str, Any], guest: Guest) -> tuple[str, str]:
     """The verdict's status and detail."""
-    namespace: dict[str, Any] = {"__name__": "test"}
+    module = sys.modules["test"] = types.ModuleType("test")  # where dataclasses, for one, look a class up
+    namespace = vars(module)
     try:
-        exec(compile(spec["helpers"], "helpers", "exec"), namespace)
-        exec(compile(spec["test"], "test", "exec"), namespace)
+        for name in ("helpers", "test"):  # without the future statement of this file
+            exec(compile(spec[name], name, "exec", dont_inherit=True), namespace)
     except Exception as error:
         return "error", f"the test itself does not run: {type(error).__name__}: {error}"
     try:

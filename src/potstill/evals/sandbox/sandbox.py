@@ -8,8 +8,8 @@ verdict: only the trusted side reports `passed`, after the last check. Two tiers
     landlock     Landlock and seccomp alone, where namespaces are not available
 
 In both, the program can read a copy of Python's standard library and the C library. It cannot write a file,
-open a socket, start a process or signal one. `docs/sandbox.md` says what is not contained. This folder uses
-the standard library only and nothing else from potstill.
+open a socket to anything outside it, start a process or signal one. `docs/sandbox.md` says what is not
+contained. This folder uses the standard library only and nothing else from potstill.
 """
 
 from __future__ import annotations
