@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import make_mixture
 from safetensors.torch import load_file
 
 from potstill import distill
@@ -152,6 +153,112 @@ def test_all_linear_is_every_matrix_of_the_body(
     recipe.write_text(recipe.read_text() + "allow_identical: true\n")
     lora = distill(recipe, out=tmp_path / "run").receipt()["student"]["lora"]
     assert lora["matrices"] == 4 * 7 and lora["targets"] == ["all-linear"]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_mixture(tmp_path_factory.mktemp("models") / "mixture")
+
+
+def adapted(mixture: Path, lora: str = "rank: 4") -> str:
+    return f"{{name: checkpoint, model: {mixture}, lora: {{{lora}}}}}"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_all_linear_reaches_fused_experts_and_peft_reads_them(
+    tiny_recipe: Recipe, mixture: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(student=adapted(mixture), train=TRAIN)
+    run = distill(recipe, out=tmp_path / "run")
+    lora = run.receipt()["student"]["lora"]
+    # Two layers: four projections, and two matrices of each of four experts.
+    assert lora["matrices"] == 2 * (4 + 4 * 2)
+    assert lora["without_adapter"] == ["mlp.gate.weight"] and 0 < lora["share_without_adapter"] < 0.01
+
+    student = transformers.AutoModelForCausalLM.from_pretrained(run.student)
+    base = transformers.AutoModelForCausalLM.from_pretrained(mixture)
+    before = dict(base.named_parameters())
+    experts = [name for name in before if "experts" in name]
+    after = dict(student.named_parameters())
+    assert len(experts) == 4 and not any(torch.equal(after[name], before[name]) for name in experts)
+    with_adapter = peft.PeftModel.from_pretrained(base, run.adapter)
+    apart = (logits(with_adapter) - logits(student)).abs().max()
+    assert apart < 1e-5 * logits(student).abs().max()
+
+
+def test_experts_adapters_are_resumed_and_recomputed_exactly(
+    tiny_recipe: Recipe, mixture: Path, tmp_path: Path
+) -> None:
+    train = TRAIN.replace("steps: 6", "steps: 4")
+    whole = distill(tiny_recipe(student=adapted(mixture), train=train), out=tmp_path / "whole")
+    saving = tiny_recipe(
+        student=adapted(mixture), train=train.replace("{", "{activation_checkpointing: true, ")
+    )
+    run, log = tmp_path / "run", RunDir.log
+
+    def killed(self: RunDir, step: int, metrics: dict[str, float]) -> None:
+        log(self, step, metrics)
+        if step == 3 and "train/loss" in metrics:
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(RunDir, "log", killed)
+        distill(saving, out=run)
+    distill(saving, out=run, resume=True)
+    name = "adapter/adapter_model.safetensors"
+    one, other = load_file(whole.path / name), load_file(run / name)
+    assert one.keys() == other.keys() and any("experts" in key for key in one)
+    assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+
+
+def test_experts_without_adapters_are_named(
+    tiny_recipe: Recipe, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With dropout peft has none for them: most of the weights are left as they are, which is said at the start."""
+    recipe = tiny_recipe(student=adapted(mixture, "rank: 4, dropout: 0.1"), train=TRAIN)
+    assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("lora: "))
+    assert said == (
+        "lora: 88.94% of the layers' weights have no adapter: mlp.experts.down_proj, mlp.experts.gate_up_proj,"
+        " mlp.gate.weight"
+    )
+    lora = RunDir(tmp_path / "run").receipt()["student"]["lora"]
+    assert lora["matrices"] == 8 and lora["share_without_adapter"] == pytest.approx(0.8894, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "train", "error"),
+    [
+        ("targets: [gate_up_proj], dropout: 0.1", TRAIN, "student.lora.dropout: is 0.1"),
+        ("rank: 4", TRAIN.replace("{", "{compile: true, "), "train.compile: is true, and fused experts"),
+    ],
+)
+def test_what_experts_adapters_cannot_do_is_refused(
+    tiny_recipe: Recipe,
+    mixture: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    lora: str,
+    train: str,
+    error: str,
+) -> None:
+    monkeypatch.setattr("potstill.build.setup.require_compiler", lambda device: None)
+    recipe = tiny_recipe(student=adapted(mixture, lora), train=train)
+    assert main(["distill", str(recipe)]) == 2
+    assert error in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_plan_and_check_run_with_experts_adapters(
+    tiny_recipe: Recipe, mixture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tiny_recipe(student=adapted(mixture), train=TRAIN))
+    assert main(["plan", recipe, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert main(["check", recipe]) == 0
+    moved = next(line for line in capsys.readouterr().out.splitlines() if "tensors moved" in line)
+    assert "24 of 24 tensors moved" in moved and "; 0 of" in moved
+    weights = 2 * (4 * 4 * 32 * 2 - 2 * 4 * 16 + 4 * 4 * ((32 + 128) + (64 + 32)))
+    assert planned["largest"]["gradients"] == 4 * weights
 
 
 def test_the_plan_counts_gradients_and_moments_of_adapters_alone(

@@ -140,6 +140,19 @@ def test_the_router_loss_is_that_of_all_ranks(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_adapters_of_experts_are_those_of_one_process(
+    tiny_recipe: Recipe, tmp_path: Path, parallel: str
+) -> None:
+    pytest.importorskip("peft", reason="the extra lora is not installed; not run")
+    student = f"{{name: checkpoint, model: {make_mixture(tmp_path / 'student')}, lora: {{rank: 4}}}}"
+    recipe = tiny_recipe(student=student, train=TRAIN % f"optimizer: sgd, parallel: {parallel}")
+    alone = distill(recipe, overrides=["train.steps=4"], out=tmp_path / "alone").path
+    ranks(2, "distill", recipe, "train.steps=4", "--out", tmp_path / "two")
+    assert_equal_runs(tmp_path / "two", alone)
+
+
+@pytest.mark.soak
 def test_a_killed_rank_ends_the_job_with_one_error_and_the_run_goes_on(
     tiny_recipe: Recipe, tmp_path: Path
 ) -> None:

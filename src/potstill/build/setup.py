@@ -120,6 +120,10 @@ def _set_up_student(
     student = make_trainable(recipe, model, teacher)
     numel, lora = sum(p.numel() for p in model.parameters()), origin.get("lora")
     trained = f", of adapters {lora['trainable_weights'] / 1e6:.3g} M alone trained" if lora else ""
+    if lora and lora["without_adapter"]:
+        share, names = lora["share_without_adapter"], lora["without_adapter"]
+        more = f" and {len(names) - 4} more" if names[4:] else ""
+        note(f"lora: {share:.2%} of the layers' weights have no adapter: {', '.join(names[:4])}{more}")
     balanced = f", router loss with coefficient {weight:g}" if (weight := student.router_coefficient) else ""
     note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}{balanced}")
     return RunSetup(resolved, corpus, tokenizer, teacher, student, origin, shared)
@@ -238,7 +242,13 @@ def match(
 
 
 def make_trainable(recipe: Recipe, model: CausalLM, teacher: Teacher) -> Student:
-    """The student with its objective, and both models compiled where the recipe says so."""
+    """The student with its objective, and both models compiled where the recipe says so.
+
+    Raises:
+        UserError: a student that cannot be compiled, or whose balancing loss is not known.
+    """
+    if recipe.train.compile and isinstance(model, LoraLM):
+        model.require_compilable()
     for each in (model, teacher.model):
         if recipe.train.compile and each is not None and not each.is_packed:
             compile_body(each)

@@ -138,7 +138,8 @@ class LoraConfig(Config):
     alpha: Positive = 32.0
     """Scale: alpha / rank * B A is added to a matrix."""
     dropout: BelowOne = 0.0
-    """Probability that an element of an adapter's input is dropped in a training step."""
+    """Probability that an element of an adapter's input is dropped in a training step; above 0, fused experts have
+    no adapters."""
     targets: Annotated[
         list[Annotated[str, MinLen(1)]],
         MinLen(1),
@@ -147,8 +148,8 @@ class LoraConfig(Config):
             {"anyOf": [{"const": ALL_LINEAR}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
         ),
     ] = field(default_factory=lambda: [ALL_LINEAR])
-    """Linear layers of the body that get adapters, by the ends of their names, such as [q_proj, v_proj], or
-    all-linear: every one, which the output head is not."""
+    """Linear layers of the body and matrices of fused experts that get adapters, by the ends of their names, such as
+    [q_proj, v_proj], or all-linear: every one, which the output head is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
