@@ -112,7 +112,9 @@ def load_config(source: str | Path) -> Any:
     except Exception as error:  # Transformers raises anything over a damaged config
         why = _why(error, settings)
         raise UserError(f"{path}: not a model config: {why} {ANOTHER_CONFIG}") from error
-    _require_ends(path, config, _require_no_section(path, config).vocab_size)
+    ids = getattr(_require_no_section(path, config), "vocab_size", None)
+    if ids is not None:  # without one it is no language model's, and is refused by whoever needs one
+        _require_ends(path, config, ids)
     return config
 
 
