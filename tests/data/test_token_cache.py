@@ -334,7 +334,7 @@ def test_tokens_that_would_be_lost_on_the_way_are_noticed(
     pack = packing.pack
 
     def losing(documents: Any, numbers: Any, *rest: Any) -> Any:
-        return pack(documents, numbers[:-1] if rest[-1] == packing.TRAIN else numbers, *rest)
+        return pack(documents, numbers[:-1] if packing.TRAIN in rest[1:] else numbers, *rest)
 
     monkeypatch.setattr(packing, "pack", losing)
     with pytest.raises(AssertionError, match="tokens were lost on the way"):

@@ -63,6 +63,7 @@ SHOWN_BY = {
     "decontaminate.against": "tests/data/test_decontamination.py",
     "decontaminate.action": "tests/data/test_decontamination.py",
     "decontaminate.ngram": "tests/data/test_decontamination.py",
+    "corpus.packing": "tests/preflight/test_packing_probe.py",
     "corpus.shards": "tests/data/test_token_cache.py",
     "corpus.tokenizer": "test_a_tokenizer_of_its_own_reads_the_corpus",
     "teacher.model": "tests/teachers",
@@ -99,6 +100,9 @@ SHOWN_BY = {
     "guard.first_step_s": "tests/training/test_guard.py",
     "guard.stall_s": "tests/training/test_guard.py",
     "allow_identical": "tests/preflight/test_checks.py",
+    "allow_weak_teacher": "tests/preflight/test_checks.py",
+    "allow_coarse_store": "tests/teachers/test_stored.py",
+    "allow_any_divergence": "tests/losses/test_laws.py",
     "train.save_every": "test_checkpoints_are_written_as_often_as_asked",
     "train.device": "CUDA asked for and absent, in cli/test_cli.py",
     "eval.every": "test_held_out_rows_are_measured_at_the_start_at_intervals_and_at_the_end",
@@ -121,6 +125,8 @@ SHOWN_BY = {
     "evaluations.max_new_tokens": "tests/evals/test_evaluations.py",
     "evaluations.limit": "tests/evals/test_evaluations.py",
     "evaluations.seed": "tests/evals/test_evaluations.py",
+    "evaluations.add_bos_token": "tests/evals/test_lm_eval.py",
+    "evaluations.apply_chat_template": "tests/evals/test_lm_eval.py",
     "evaluations.tasks": "tests/evals/test_evaluations.py",
     "plugins": "test_a_plug_in_divergence_trains",
 }
@@ -189,7 +195,7 @@ def test_fields_that_trade_memory_change_what_exists_at_once(
         return found
 
     monkeypatch.setattr(
-        "potstill.workflows.distill.require_sound", lambda setup, place: Checked("not planned", [])
+        "potstill.workflows.distill.require_sound", lambda setup, place, note: Checked("not planned", [])
     )  # it looks at rows of its own
     monkeypatch.setattr(Objective, "_parts", watched)
     for rows, chunk in ((4, 16), (1, 8)):
@@ -204,7 +210,7 @@ def test_activation_checkpointing_changes_memory_and_no_result(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "potstill.workflows.distill.require_sound", lambda setup, place: Checked("not planned", [])
+        "potstill.workflows.distill.require_sound", lambda setup, place, note: Checked("not planned", [])
     )  # it trains a little, too
     kept: list[int] = []
 

@@ -164,6 +164,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "name": "text",
             "path": str(folder / "text"),
             "tokens_per_row": 256,
+            "packing": True,
             "heldout_rows": 16,
             "tokenizer": None,
             "shards": None,
@@ -232,6 +233,9 @@ def test_the_defaults_are_those_of_the_documentation(
             "license": None,
         },
         "allow_identical": False,
+        "allow_weak_teacher": False,
+        "allow_coarse_store": False,
+        "allow_any_divergence": False,
         "evaluations": [],
         "sinks": [],
         "plugins": [],
@@ -247,6 +251,7 @@ CHANGES = {
     "publish.data_license": "cc0-1.0",
     "publish.license": "mit",
     "corpus.tokens_per_row": 32,
+    "corpus.packing": False,
     "corpus.heldout_rows": 3,
     "corpus.tokenizer": "owner/name",
     "corpus.decontaminate": {"against": [dataclasses.__file__], "action": "list", "ngram": 13},
@@ -457,11 +462,11 @@ UNKNOWN = [
     ),
     (
         {"zzz": "{steps: 1}"},
-        "zzz: unknown key. Known: allow_identical, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, sinks, student, teacher, train.",
+        "zzz: unknown key. Known: allow_any_divergence, allow_coarse_store, allow_identical, allow_weak_teacher, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, sinks, student, teacher, train.",
     ),
     (
         {"on": "1"},
-        "on: unknown key. Known: allow_identical, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, sinks, student, teacher, train.",
+        "on: unknown key. Known: allow_any_divergence, allow_coarse_store, allow_identical, allow_weak_teacher, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, sinks, student, teacher, train.",
     ),
     (
         {"objective": "{divergence: {name: jsd, zzz: 1}}"},
@@ -610,7 +615,7 @@ def test_an_override_keeps_an_equals_sign_of_its_value(load: Callable[..., recip
     [
         ("train.stepz=5", "unknown key. Did you mean train.steps?"),
         ("steps=5", "unknown key. Did you mean train.steps?"),
-        ("a.b.c=1", "a: unknown key. Known: allow_identical,"),
+        ("a.b.c=1", "a: unknown key. Known: allow_any_divergence,"),
         ("train", "not of the form a.b=value. Write, say, train.steps=10."),
         ("=5", "not of the form a.b=value."),
         ("train.steps.x=4", "train.steps is 4 and has no fields."),

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -225,10 +225,7 @@ class CausalLM(nn.Module):
     def require_packing(self) -> None:
         """UserError where documents packed in a row would not be kept apart."""
         if self.packing_fault is not None:
-            raise UserError(
-                f"corpus.packing: {self.name}: {self.packing_fault}, so documents in one row would see each"
-                " other. Set it to false: one document a row."
-            )
+            refuse_packing(self.name, self.packing_fault)
 
     @property
     def head(self) -> Head:
@@ -317,6 +314,14 @@ class CausalLM(nn.Module):
 
     def tolerance(self) -> float:
         return TOLERANCE[self.hf.get_output_embeddings().weight.dtype]
+
+
+def refuse_packing(name: str, fault: str) -> NoReturn:
+    """UserError for packed rows and a model that has this fault."""
+    raise UserError(
+        f"corpus.packing: {name}: {fault}, so documents in one row would see each other. Set it to false: one"
+        " document a row."
+    )
 
 
 def _sum_in_place(embedding: nn.Embedding, inputs: tuple[Tensor], embedded_BTD: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,13 +11,16 @@ import transformers
 
 from potstill.errors import UserError
 from potstill.io.silence import quiet_transformers
-from potstill.models.causal_lm import CausalLM
+from potstill.models.causal_lm import CausalLM, refuse_packing
 from potstill.models.load import num_weights, without_data
 from potstill.models.pruning import PER_LAYER, cut_config
 
 FEW_IDS = 64
 MOST_WEIGHTS = 50_000_000
 """Of a copy. A model with larger layers is probed once it is loaded."""
+
+_known: dict[str, str | None] = {}
+"""By config: a plan that does not fit is made again for every change that it suggests."""
 
 
 def require_packing(config: Any, name: str) -> None:
@@ -27,20 +30,19 @@ def require_packing(config: Any, name: str) -> None:
     Args:
         name: of the model, for the message.
     """
-    # By its signature, whatever its size.
-    without_data(config, torch.float32, torch.device("meta"), name).require_packing()
-    family: Any = type(config)
-    copy = _small_copy(json.dumps(config.to_dict(), sort_keys=True, default=str), family)
-    if copy is not None:
-        copy.name = name
-        copy.require_packing()
+    key = f"{type(config)} {json.dumps(config.to_dict(), sort_keys=True, default=str)}"
+    if key not in _known:
+        # By the signature of the model, whatever its size; else by a copy.
+        signature = without_data(config, torch.float32, torch.device("meta"), name).packing_fault
+        _known[key] = signature or _fault_of_copy(config)
+    if (fault := _known[key]) is not None:
+        refuse_packing(name, fault)
 
 
-@lru_cache(maxsize=8)
-def _small_copy(config_json: str, family: Any) -> CausalLM | None:
-    """A random model of the config with the first layer of each kind and few ids."""
+def _fault_of_copy(config: Any) -> str | None:
+    """Of a random model of the config with the first layer of each kind and few ids."""
     try:
-        config = family.from_dict(json.loads(config_json))
+        config = copy.deepcopy(config)
         text = config.get_text_config()
         lists = [value for name in PER_LAYER if isinstance(value := getattr(text, name, None), list)]
         kinds = [str(kind) for kind in zip(*lists, strict=False)] or [""]
@@ -58,7 +60,6 @@ def _small_copy(config_json: str, family: Any) -> CausalLM | None:
         with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model = CausalLM(transformers.AutoModelForCausalLM.from_config(config), "copy").eval()
-            model.packing_fault = model.packing_fault or model.find_packing_fault()
+            return model.find_packing_fault()
     except Exception:  # a config that cannot be made small
         return None
-    return model
