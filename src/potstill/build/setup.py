@@ -110,6 +110,7 @@ def _set_up_student(
     # After the teacher: random numbers drawn while a library loads it must not change the student's weights.
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(resolved, teacher, corpus.train)
+    _note_left_out(model, note)
     if recipe.lora is not None:
         # After the cut, so that adapters are named after the student's layers, not the teacher's.
         model = LoraLM(model, recipe.lora)
@@ -170,9 +171,18 @@ def require_teacher(resolved: Resolved, teacher: Teacher, tokenizer: Any | None,
     backend = teacher.backend
     by = "" if backend is None else f"; {backend['backend']} runs it ({backend['reason']})"
     note(f"teacher: {label}, vocabulary of {teacher.vocab_size}{by}")
+    if teacher.model is not None:
+        _note_left_out(teacher.model, note)
     if tokenizer is not None and teacher.vocab.tokens is not None:
         in_corpus = tokenizers.vocab_of(tokenizer, teacher.vocab_size)
         tokenizers.require_same(teacher.vocab, in_corpus, label, "corpus")
+
+
+def _note_left_out(model: CausalLM, note: Note) -> None:
+    if model.left_out:
+        parts = ", ".join(f"{name} ({count})" for name, count in model.left_out.items())
+        total = sum(model.left_out.values())
+        note(f"{model.name}: the text half of a multimodal model; {total} tensors are left out: {parts}")
 
 
 def make_student(
@@ -187,7 +197,8 @@ def make_student(
     if config.name == "checkpoint":
         assert source.files is not None
         model = from_checkpoint(config.model, device, source.files.config)
-        return model, {"name": "checkpoint", "model": config.model}
+        left_out = {"left_out": model.left_out} if model.left_out else {}
+        return model, {"name": "checkpoint", "model": config.model} | left_out
     if config.name == "config":
         assert source.files is not None
         seed = resolved.recipe.train.seed

@@ -51,15 +51,21 @@ class CausalLM(nn.Module):
         self.is_packed = False
         """Its layers have weights of fewer bits, in the form of a quantisation library."""
         self.compiled_body: Callable[..., Any] | None = None
-        """Called in place of `hf.base_model`: see `compile`. A function, as a module would name its weights
-        twice.
-        """
+        """Called in place of `body`: see `compile`. A function, as a module would name its weights twice."""
+        self.left_out: dict[str, int] = {}
+        """Number of tensors of a multimodal checkpoint that are not of its text half, by what they are in."""
         self._routers: list[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.hf.parameters()).device
         return device
+
+    @property
+    def body(self) -> Any:
+        """The model without its head."""
+        base = self.hf.base_model  # the model itself where its class names another part: Llama 4's text half
+        return base if base is not self.hf else getattr(self.hf, "model", base)
 
     @property
     def vocab_size(self) -> int:
@@ -164,7 +170,7 @@ class CausalLM(nn.Module):
         with (
             assuming_packed_rows() if is_packed and is_asynchronous(self.device) else contextlib.nullcontext()
         ):
-            body = self.compiled_body or self.hf.base_model
+            body = self.compiled_body or self.body
             if self._routers is None:
                 outputs = body(**inputs)
             else:
@@ -233,7 +239,7 @@ class CausalLM(nn.Module):
             raise UserError(
                 f"{self.name}: its logits are not finite. Its weights are damaged; take another copy."
             )
-        gap = _relative_gap(logits_BTV, expected_BTV)
+        gap = relative_gap(logits_BTV, expected_BTV)
         if not gap <= self._tolerance():
             raise UserError(
                 f"{self.name}: head(hidden) of {type(self.hf).__name__} differs from its own logits by"
@@ -242,7 +248,7 @@ class CausalLM(nn.Module):
             )
 
     def _probe_packing(self) -> None:
-        if "position_ids" not in inspect.signature(self.hf.base_model.forward).parameters:
+        if "position_ids" not in inspect.signature(self.body.forward).parameters:
             raise UserError(
                 f"{self.name}: {type(self.hf).__name__} takes no position_ids, so documents packed in a row"
                 " would attend to each other. Use another architecture."
@@ -253,8 +259,8 @@ class CausalLM(nn.Module):
         positions_T = torch.cat([torch.arange(first), torch.arange(second)]).to(ids_BT.device)
         packed_BTD = self.hidden(ids_BT, positions_T.expand(2, -1))[:, first:].float()
         alone_BTD = self.hidden(ids_BT[:1, first:]).float()
-        leak = _relative_gap(packed_BTD[1], packed_BTD[0])
-        gap = _relative_gap(packed_BTD[0], alone_BTD[0])
+        leak = relative_gap(packed_BTD[1], packed_BTD[0])
+        gap = relative_gap(packed_BTD[0], alone_BTD[0])
         # The tolerance is tight: masked attention weights are exactly 0, so that nothing of the first
         # document may arrive.
         if not leak <= min(self._tolerance(), 1e-6):
@@ -301,7 +307,7 @@ def _policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if SAVED_OPS.match(str(op)) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _relative_gap(actual: Tensor, reference: Tensor) -> float:
+def relative_gap(actual: Tensor, reference: Tensor) -> float:
     return float((actual - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
 
 

@@ -28,7 +28,7 @@ def compile_body(model: CausalLM, backend: str = "inductor") -> None:
     options: dict[str, Any] = {"isolate_recompiles": True}
     known = inspect.signature(torch.compile).parameters
     options = {name: value for name, value in options.items() if name in known}
-    compiled = torch.compile(model.hf.base_model, dynamic=False, backend=backend, **options)
+    compiled = torch.compile(model.body, dynamic=False, backend=backend, **options)
     model.compiled_body = lambda **inputs: compiled(**inputs)  # type: ignore[no-untyped-call]
 
 

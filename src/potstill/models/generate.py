@@ -167,11 +167,11 @@ def _generate(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live:
     )
     warpers, ends, cache = _warpers(settings), set(_ids(settings.eos_token_id)), None
     # Transformers calls it `cache` since 5.24 and warns about the old name.
-    parameters = inspect.signature(model.hf.base_model.forward).parameters
+    parameters = inspect.signature(model.body.forward).parameters
     cache_name = "cache" if "cache" in parameters else "past_key_values"
     while live:
         positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
-        out = model.hf.base_model(
+        out = model.body(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             position_ids=positions_BT,

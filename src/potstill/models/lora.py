@@ -181,7 +181,7 @@ def _targets(model: CausalLM, config: LoraConfig) -> tuple[list[str], list[str]]
     """Full names of the linear layers and of the fused experts' parameters that `config.targets` name; never the
     head, which the loss applies itself.
     """
-    body, head = model.hf.base_model, model.hf.get_output_embeddings()
+    body, head = model.body, model.hf.get_output_embeddings()
     names = {id(module): name for name, module in model.hf.named_modules()}
     linear = sorted(
         names[id(module)]
