@@ -111,6 +111,7 @@ def _set_up_student(
     torch.manual_seed(recipe.train.seed)
     model, origin = make_student(resolved, teacher, corpus.train)
     _use_rows(recipe, model)
+    _note_left_out(model, note)
     if recipe.lora is not None:
         # After the cut, so that adapters are named after the student's layers, not the teacher's.
         model = LoraLM(model, recipe.lora)
@@ -173,6 +174,8 @@ def require_teacher(resolved: Resolved, teacher: Teacher, tokenizer: Any | None,
     backend = teacher.backend
     by = "" if backend is None else f"; {backend['backend']} runs it ({backend['reason']})"
     note(f"teacher: {label}, vocabulary of {teacher.vocab_size}{by}")
+    if teacher.model is not None:
+        _note_left_out(teacher.model, note)
     if tokenizer is not None and teacher.vocab.tokens is not None:
         in_corpus = tokenizers.vocab_of(tokenizer, teacher.vocab_size)
         tokenizers.require_same(teacher.vocab, in_corpus, label, "corpus")
@@ -183,6 +186,13 @@ def _use_rows(recipe: Recipe, model: CausalLM) -> None:
     model.rows_are_packed = recipe.corpus.packing
     if recipe.corpus.packing:
         model.require_packing()
+
+
+def _note_left_out(model: CausalLM, note: Note) -> None:
+    if model.left_out:
+        parts = ", ".join(f"{name} ({count})" for name, count in model.left_out.items())
+        total = sum(model.left_out.values())
+        note(f"{model.name}: the text half of a multimodal model; {total} tensors are left out: {parts}")
 
 
 def make_student(
@@ -197,7 +207,8 @@ def make_student(
     if config.name == "checkpoint":
         assert source.files is not None
         model = from_checkpoint(config.model, device, source.files.config)
-        return model, {"name": "checkpoint", "model": config.model}
+        left_out = {"left_out": model.left_out} if model.left_out else {}
+        return model, {"name": "checkpoint", "model": config.model} | left_out
     if config.name == "config":
         assert source.files is not None
         seed = resolved.recipe.train.seed

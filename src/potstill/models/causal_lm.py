@@ -59,6 +59,8 @@ class CausalLM(nn.Module):
         """Why documents packed in a row would not be kept apart; None: they are. `probe` measures it."""
         if not self._takes_positions():
             self.packing_fault = f"{type(hf).__name__} takes no position_ids"
+        self.left_out: dict[str, int] = {}
+        """Number of tensors of a multimodal checkpoint that are not of its text half, by what they are in."""
         per_document_rope(hf)
         self._routers: list[Tensor] | None = None
 

@@ -31,6 +31,7 @@ from potstill.models.hub import local_copy
 from potstill.models.model_files import check_model_files, tensor_shapes
 from potstill.models.probes import require_finite, settle_ties
 from potstill.models.quantization import keep_layout, parts_of
+from potstill.models.text_half import has_more_than_text, load_text_half, text_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDINGS = (
@@ -97,7 +98,8 @@ def vocab_size_of(path: Path) -> int:
 def load_config(source: str | Path) -> Any:
     """The Transformers config of a config.json, of a folder with one, of a hub id, or of a GGUF file.
 
-    That of a GGUF file has what Transformers leaves out of it: see `gguf_config.complete`.
+    That of a GGUF file has what Transformers leaves out of it: see `gguf_config.complete`; of a multimodal model it
+    is that of its text half.
     """
     path = local_copy(source)
     settings = _check_config(path)
@@ -106,7 +108,7 @@ def load_config(source: str | Path) -> Any:
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
-            config = complete(path, config) if is_gguf else config
+            config = complete(path, config) if is_gguf else text_config(config)
     except UserError:
         raise
     except Exception as error:  # Transformers raises anything over a damaged config
@@ -220,7 +222,8 @@ def load_causal_lm(
     device: torch.device | str = "cpu",
     quantisation: Any = None,
 ) -> CausalLM:
-    """A model with every tensor of the checkpoint and no other; its two halves are probed.
+    """A model with every tensor of the checkpoint and no other; its two halves are probed. Of a multimodal
+    checkpoint the text half: see `text_half`.
 
     Args:
         source: a folder, a hub id or a GGUF file.
@@ -243,25 +246,30 @@ def load_causal_lm(
     _require_same_size(path, config)
     try:
         with quiet_transformers():
-            options = {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
+            options: dict[str, Any] = (
+                {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
+            )
             if quantisation is not None:  # packed on the device where it stays: packed matrices do not move
                 options |= {"quantization_config": quantisation, "device_map": {"": device}}
-            hf, report = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent if path.suffix == ".gguf" else path,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that the report names them, for `_require_whole`
-                trust_remote_code=False,
-                **options,
-            )
+            options |= {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+            options["ignore_mismatched_sizes"] = True  # so that the report names them, for `_require_whole`
+            if has_more_than_text(path, config):
+                hf, report, left_out = load_text_half(path, config, **options)
+            else:
+                place = path.parent if path.suffix == ".gguf" else path
+                left_out = {}
+                hf, report = transformers.AutoModelForCausalLM.from_pretrained(
+                    place, config=config, **options
+                )
+    except UserError:
+        raise
     except Exception as error:  # Transformers raises anything over a damaged checkpoint
         raise UserError(f"{path}: Transformers cannot load it: {one_line(error)}") from error
     _require_whole(path, report)
     settle_ties(hf)
     hf = as_plain(hf).to(device) if quantisation is None else keep_layout(hf)
     model = CausalLM(hf, name=str(source)).eval()
-    model.is_packed = quantisation is not None
+    model.is_packed, model.left_out = quantisation is not None, left_out
     require_finite(model)
     model.probe()
     return model
@@ -381,11 +389,15 @@ def write_portable_config(folder: Path) -> None:
     """Let Transformers 4 read a config and a tokenizer that Transformers 5 wrote.
 
     It ignores rope_parameters: without a top-level rope_theta it assumes 10,000, without rope_scaling an
-    unscaled rope. It refuses a tokenizer class that only 5 has, and a list of extra special tokens.
+    unscaled rope; of Gemma 3, which has a rope for each kind of layer, 1,000,000 and 10,000. It refuses a
+    tokenizer class that only 5 has, and a list of extra special tokens.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
+    if "rope_theta" in (rope.get("sliding_attention") or {}):
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    rope = rope.get("full_attention") or rope
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":

@@ -161,7 +161,8 @@ class TorchTeacher(BaseTeacher):
 
     def describe(self) -> dict[str, Any]:
         where = None if self.source is None else self.source.config.model
-        return {"source": where}
+        left_out = self.model.left_out
+        return {"source": where} | ({"left_out": left_out} if left_out else {})
 
     @property
     def backend(self) -> dict[str, str]:  # type: ignore[override]  # read-only here
