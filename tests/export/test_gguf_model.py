@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from tokenizers import normalizers
 
-from export.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
+from export.tiny_models import KINDS, make_model, make_pieces, make_run, make_tokenizer, needs_llama_cpp
+from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError
 from potstill.export.export import export_run
+from potstill.export.gguf_tokenizer import probe_texts, special_tokens
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.models.pruning import cut
@@ -33,6 +36,11 @@ LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -43,16 +51,18 @@ def export(tmp_path: Path, hf: Any, form: str, pre: str = "gpt-2") -> Path:
 
 
 def expected(hf: Any) -> dict[str, np.ndarray]:
-    """Row by row: in llama, rows i and i + half of a head become its rows 2i and 2i + 1."""
+    """Row by row: in llama, rows i and i + half of a head become its rows 2i and 2i + 1; Gemma's norms count from 0."""
     found, config = {}, hf.config
+    is_gemma = config.model_type.startswith("gemma")
+    layer_names = LAYER | (GEMMA if is_gemma else {})
     for name, parameter in hf.named_parameters():
         stem, suffix = name.rsplit(".", 1)
         if stem in WHOLE:
             mine = WHOLE[stem]
         else:
             _, _, layer, part = stem.split(".", 3)
-            mine = f"blk.{layer}.{LAYER[part]}"
-        array = parameter.detach().numpy()
+            mine = f"blk.{layer}.{layer_names[part]}"
+        array = parameter.detach().numpy() + (is_gemma and mine.endswith("norm"))
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
             mine.split(".")[-1]
         )
@@ -79,7 +89,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_tensor_equals_the_student_s(kind: str, tied: bool, tmp_path: Path) -> None:
     hf = make_model(kind, tie_word_embeddings=tied)
     written, wanted = read(export(tmp_path, hf, "f32")), expected(hf)
@@ -95,11 +105,11 @@ def test_biases_of_a_llama_are_moved_like_their_rows(tmp_path: Path) -> None:
     assert all(np.array_equal(written[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_reads_the_same_model_out_of_the_file(kind: str, tmp_path: Path) -> None:
     hf = make_model(kind).eval()
     other = load_causal_lm(export(tmp_path, hf, "f32", "qwen2")).hf
-    ids = torch.arange(3, 43)[None]
+    ids = torch.randint(3, 340, (1, 250), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(other(ids).logits, hf(ids).logits, rtol=1e-5, atol=1e-5)
 
@@ -196,6 +206,51 @@ def test_the_metadata_is_complete(tmp_path: Path) -> None:
     assert "<|im_start|>" in found["tokenizer.chat_template"]
 
 
+def test_the_metadata_of_windows(tmp_path: Path) -> None:
+    found = metadata(export(tmp_path, make_model("gemma3"), "f32"))
+    expected = {
+        "general.architecture": "gemma3",
+        "gemma3.attention.sliding_window": 40,
+        "gemma3.attention.sliding_window_pattern": 2,
+        "gemma3.rope.freq_base": 5000.0,
+        "gemma3.rope.freq_base_swa": 100.0,
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 4.0,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("space_in_front", [False, True])
+def test_pieces_of_sentencepiece_have_scores(space_in_front: bool, tmp_path: Path) -> None:
+    tokenizer = make_pieces(space_in_front)
+    run = make_run(tmp_path / "run", make_model("gemma3", eos_token_id=1, bos_token_id=2), tokenizer)
+    record = export_run(run.path, formats=["f32"], check=False).records[0]
+    found = metadata(run.path / record["file"])
+    assert found["tokenizer.ggml.model"] == "llama" and "tokenizer.ggml.merges" not in found
+    assert found["tokenizer.ggml.add_space_prefix"] is space_in_front
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    kinds = found["tokenizer.ggml.token_type"]
+    assert kinds[:4] == [3, 3, 3, 2] and set(kinds[4:260]) == {6} and kinds[260:300] == [1] * 40
+    scores = found["tokenizer.ggml.scores"]
+    joined = [
+        i for i, token in enumerate(found["tokenizer.ggml.tokens"][:330]) if i >= 260 and len(token) > 1
+    ]
+    assert [scores[i] for i in joined] == sorted((scores[i] for i in joined), reverse=True)
+    texts = probe_texts(200, special_tokens(tokenizer))
+    again = load_tokenizer(run.path / record["file"])
+    same = [again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in texts]
+    assert space_in_front or all(same)
+
+
+def test_pieces_that_llama_cpp_would_split_otherwise_are_refused(tmp_path: Path) -> None:
+    tokenizer = make_pieces()
+    inner = tokenizer.backend_tokenizer
+    inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), inner.normalizer])
+    run = make_run(tmp_path / "run", make_model("gemma3"), tokenizer)
+    with pytest.raises(UserError, match=r"llama.cpp would split .* otherwise, by the scores of its pieces"):
+        export_run(run.path, formats=["f32"], check=False)
+
+
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 def test_a_scaled_rope_is_in_the_metadata(kind: str, tmp_path: Path) -> None:
     rope = {"rope_theta": 5000.0, "rope_type": kind, "factor": 4.0}
@@ -267,8 +322,18 @@ def test_a_student_cut_to_a_width_of_no_whole_blocks_is_exported_all_the_same(tm
 @pytest.mark.parametrize(
     ("what", "error"),
     [
-        ({"kind": "mistral"}, "mistral: .*: llama, qwen2, qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu'"),
+        ({"kind": "olmo2"}, "olmo2: .*: llama, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "its activation is 'gelu', not 'silu'"),
+        (
+            {"kind": "gemma3", "query_pre_attn_scalar": 32},
+            "query_pre_attn_scalar is 32, and llama.cpp takes 16",
+        ),
+        ({"kind": "gemma3", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"kind": "gemma3", "final_logit_softcapping": 30.0}, r"a softcap \(30.0\)"),
+        (
+            {"kind": "gemma3", "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types is full sliding: llama.cpp knows a full layer every so many",
+        ),
         ({"mlp_bias": True}, r"tensor model.layers.0.mlp.gate_proj.bias"),
         (
             {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "dynamic", "factor": 2.0}},

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers.tokenization_utils_base import generate_merges
 
 from potstill.io.hashing import file_sha256
 from potstill.models.load import write_portable_config
@@ -39,8 +50,23 @@ CONFIGS: dict[str, Any] = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
-    "mistral": transformers.MistralConfig,
+    "gemma3": transformers.Gemma3TextConfig,
+    "olmo2": transformers.Olmo2Config,
 }
+LOCAL = {"rope_theta": 100.0, "rope_type": "default"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0},
+            "sliding_attention": LOCAL,
+        },
+    },
+}
+"""What differs from the options of all."""
+KINDS = ["llama", "qwen2", "qwen3", "gemma3"]
 
 
 def make_tokenizer(pre: str, adds_bos: bool = False) -> Any:
@@ -71,6 +97,26 @@ def make_tokenizer(pre: str, adds_bos: bool = False) -> Any:
     return tokenizer
 
 
+def make_pieces(space_in_front: bool = False) -> Any:
+    """A tokenizer as Gemma's, or Llama 2's with a space in front: pieces of SentencePiece, and bytes."""
+    inner = Tokenizer(models.BPE())
+    spaces = [normalizers.Prepend("\u2581")] if space_in_front else []
+    inner.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "\u2581")])
+    inner.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=70, show_progress=False))
+    learnt = sorted(inner.get_vocab(), key=inner.get_vocab().__getitem__)
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = generate_merges(vocab, {token: -i for token, i in vocab.items()})
+    inner.model = models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
 def make_model(kind: str = "llama", rows: int = 352, **changes: Any) -> Any:
     torch.manual_seed(0)
     options: dict[str, Any] = {
@@ -88,7 +134,8 @@ def make_model(kind: str = "llama", rows: int = 352, **changes: Any) -> Any:
         "eos_token_id": [2, 0],
         "initializer_range": 0.3,
     }
-    hf = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**options | changes))
+    config = CONFIGS[kind](**options | OPTIONS.get(kind, {}) | changes)
+    hf = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
             if name.endswith(("norm.weight", ".bias")):  # ones and zeros would hide a mix-up

@@ -1,14 +1,16 @@
 """A tokenizer in the form of a GGUF file: tokens with their types, merges, a pre-tokenizer's name, end tokens.
 
-llama.cpp selects a pre-tokenizer by name and would silently use a wrong one. The name is determined by behaviour:
-the tokenizer splits many texts, and the result is compared with that of each pre-tokenizer listed here. One that
-splits like none of them is refused, and so is everything else that llama.cpp would do differently.
+llama.cpp selects the pre-tokenizer of a byte-level BPE by name and would silently use a wrong one. The name is
+determined by behaviour: the tokenizer splits many texts, and the result is compared with that of each
+pre-tokenizer listed here. One that splits like none of them is refused, and so is everything else that llama.cpp
+would do differently. Pieces of SentencePiece have scores instead: see `gguf_sentencepiece`.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -18,6 +20,7 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
 from potstill.errors import UserError
+from potstill.export.gguf_sentencepiece import SentencePiece, space_in_front
 
 REFUSED = "It cannot be written as GGUF; the folder (--format hf) can."
 WORDS = (
@@ -82,13 +85,19 @@ class TokenList:
     adds_eos: bool
     template: str | list[dict[str, str]] | None
     remarks: list[str] = field(default_factory=list)
+    scores: list[float] | None = None
+    """Of SentencePiece's pieces, which llama.cpp has in place of merges."""
+    space_in_front: bool = False
 
     def write(self, writer: GGUFWriter) -> None:
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("gpt2" if self.scores is None else "llama")
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        writer.add_token_merges(self.merges)
+        if self.scores is None:
+            writer.add_token_merges(self.merges)
+        else:
+            writer.add_token_scores(self.scores)
         writer.add_eos_token_id(self.ends[0])
         # Without one llama.cpp would use id 11.
         writer.add_bos_token_id(self.ends[0] if self.bos is None else self.bos)
@@ -102,7 +111,7 @@ class TokenList:
             writer.add_unk_token_id(self.unk)
         writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(self.adds_eos)
-        writer.add_add_space_prefix(False)
+        writer.add_add_space_prefix(self.space_in_front)
         if self.template is not None:
             writer.add_chat_template(self.template)
 
@@ -147,13 +156,14 @@ def token_list(where: str, tokenizer: Any, size: int, configs: list[Any]) -> Tok
     if inner is None:
         _refuse(where, f"{type(tokenizer).__name__} is not a fast tokenizer")
     model = json.loads(inner.to_str())["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or model.get("dropout"):
-        _refuse(where, f"a {model['type']} tokenizer, not a byte-level BPE")
+    if model["type"] != "BPE" or model.get("dropout"):
+        _refuse(where, f"a {model['type']} tokenizer, not a BPE")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         _refuse(where, "its BPE marks the inside or the end of words, which llama.cpp does not")
     if not model["merges"]:
         _refuse(where, "its BPE has no merges")
-    pre = name_pre_tokenizer(where, tokenizer)
+    pieces = bool(model.get("byte_fallback"))
+    pre = "default" if pieces else name_pre_tokenizer(where, tokenizer)
     remarks = []
     if any(
         inner.normalizer and inner.normalizer.normalize_str(text) != text for text in ("e\u0301", "\u2126")
@@ -175,6 +185,7 @@ def token_list(where: str, tokenizer: Any, size: int, configs: list[Any]) -> Tok
         remarks.append(f"{len(ends)} ends, of which GGUF names three: {ends[3:]} are left out")
     adds_bos, adds_eos = _additions(where, tokenizer)
     template = tokenizer.chat_template
+    scores, front = _scores(where, tokenizer, tokens, types, model["merges"]) if pieces else (None, False)
     return TokenList(
         pre=pre,
         tokens=tokens,
@@ -190,7 +201,25 @@ def token_list(where: str, tokenizer: Any, size: int, configs: list[Any]) -> Tok
         if isinstance(template, dict)
         else template,
         remarks=remarks,
+        scores=scores,
+        space_in_front=front,
     )
+
+
+def _scores(
+    where: str, tokenizer: Any, tokens: list[str], types: list[int], merges: list[list[str]]
+) -> tuple[list[float], bool]:
+    """Those of SentencePiece's pieces, and whether it puts a space in front; sets the types of bytes and UNK."""
+    for i, token in enumerate(tokens):
+        if types[i] == TokenType.NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            types[i] = int(TokenType.BYTE)
+    if tokenizer.unk_token_id is not None:
+        types[tokenizer.unk_token_id] = int(TokenType.UNKNOWN)
+    known = SentencePiece(tokens, types, [m.split(" ") if isinstance(m, str) else m for m in merges])
+    try:
+        return known.scores, space_in_front(known, tokenizer, probe_texts(400, special_tokens(tokenizer)))
+    except ValueError as error:
+        _refuse(where, f"llama.cpp would split {error.args[0]!r:.60} otherwise, by the scores of its pieces")
 
 
 def name_pre_tokenizer(where: str, tokenizer: Any) -> str:
