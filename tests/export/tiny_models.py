@@ -37,6 +37,7 @@ EXPRESSIONS = {
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
     "llama-bpe": [rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{REST}"],
+    "dbrx": [rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{REST}"],
     "qwen2": [rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{REST}"],
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -50,23 +51,40 @@ CONFIGS: dict[str, Any] = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "mistral": transformers.MistralConfig,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+    "gemma2": transformers.Gemma2Config,
     "gemma3": transformers.Gemma3TextConfig,
+    "phi3": transformers.Phi3Config,
     "olmo2": transformers.Olmo2Config,
 }
-LOCAL = {"rope_theta": 100.0, "rope_type": "default"}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "gemma2": {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 40,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
     "gemma3": {
         "query_pre_attn_scalar": 16,
         "sliding_window": 40,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
             "full_attention": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0},
-            "sliding_attention": LOCAL,
+            "sliding_attention": {"rope_theta": 100.0, "rope_type": "default"},
         },
     },
+    "phi3": {"pad_token_id": 0, "partial_rotary_factor": 0.5},
 }
 """What differs from the options of all."""
-KINDS = ["llama", "qwen2", "qwen3", "gemma3"]
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3"]
 
 
 def make_tokenizer(pre: str, adds_bos: bool = False) -> Any:

@@ -27,7 +27,7 @@ from potstill.export.gguf_tokenizer import TokenList
 from potstill.models.causal_lm import CausalLM
 from potstill.models.gguf_config import head_dim
 from potstill.models.gguf_files import check_gguf
-from potstill.models.gguf_rope import FREQS
+from potstill.models.gguf_rope import FREQS, LONG, SHORT
 
 Type = GGMLQuantizationType
 FILES = {
@@ -54,13 +54,15 @@ class FileTensor:
     hf_name: str
     """Transformers' name; empty for a tensor that it computes."""
     tensor: Tensor
-    num_heads: int | None
-    """Of rows that are reordered within each head; None where the order is Transformers'."""
-    offset: float
-    """Of the file's numbers from Transformers'."""
     type: GGMLQuantizationType
     preferred: GGMLQuantizationType
     """What it would have been, had its rows been whole blocks of that type."""
+    num_heads: int | None = None
+    """Of rows that are reordered within each head; None where the order is Transformers'."""
+    offset: float = 0.0
+    """Of the file's numbers from Transformers'."""
+    half: int | None = None
+    """Which half of Transformers' tensor it is, of each expert's rows; None: the whole."""
 
     @property
     def num_bytes(self) -> int:
@@ -81,7 +83,7 @@ def write_gguf(
     writer = GGUFWriter(path, architecture_of(config).name)
     try:
         _write_metadata(
-            writer, config, quantize, name, license_id, sum(each.tensor.numel() for each in tensors)
+            writer, model.hf, quantize, name, license_id, sum(each.tensor.numel() for each in tensors)
         )
         tokens.write(writer)
         for each in tensors:
@@ -124,7 +126,7 @@ def require_quantiser(model: CausalLM, quantize: list[str]) -> None:
 
 
 def _write_metadata(
-    writer: GGUFWriter, config: Any, quantize: str, name: str, license_id: str | None, num_weights: int
+    writer: GGUFWriter, hf: Any, quantize: str, name: str, license_id: str | None, num_weights: int
 ) -> None:
     writer.add_type("model")
     writer.add_name(name)
@@ -133,7 +135,7 @@ def _write_metadata(
         writer.add_license(license_id)
     writer.add_file_type(FILES[quantize][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    write_shape(writer, config)
+    write_shape(writer, hf)
 
 
 def _file_tensors(model: CausalLM, quantize: str) -> Iterator[FileTensor]:
@@ -144,22 +146,40 @@ def _file_tensors(model: CausalLM, quantize: str) -> Iterator[FileTensor]:
     parameters = dict(model.hf.named_parameters())
     tied = "lm_head.weight" not in parameters
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    factors = _rope_factors(model)
-    if factors is not None:
-        yield FileTensor(FREQS, "", factors, None, 0.0, Type.F32, Type.F32)
-    for hf_name, tensor in parameters.items():
-        name = names.get_name(hf_name, (".weight", ".bias"))
+    for factors, tensor in _rope_factors(model).items():
+        yield FileTensor(factors, "", tensor, Type.F32, Type.F32)
+    for hf_name, half, tensor in _halves(parameters):
+        name = _name(names, hf_name, half)
         part = (name or "").removesuffix(".bias").split(".")[-1]
         if name is None or (name.endswith(".bias") and part not in known.biases):
             refuse(f"{model.name}: {config.model_type}", f"tensor {hf_name} has no name in a GGUF file")
-        tensor, num_heads = tensor.detach(), heads.get(name.split(".")[-2]) if known.pairs else None
-        offset = known.norm_offset if name.endswith("norm.weight") else 0.0
+        num_heads = heads.get(name.split(".")[-2]) if known.pairs else None
         if num_heads is not None:
             tensor = _interleaved(tensor, num_heads, 2)
+        offset = known.norm_offset if name.endswith("norm.weight") else 0.0
+        if offset:
+            tensor = tensor + offset
         preferred = _preferred_type(name, tensor, quantize, tied, layers)
         row_type = _type_for_row(tensor.shape[-1], preferred)
-        tensor = tensor + offset if offset else tensor
-        yield FileTensor(name, hf_name, tensor, num_heads, offset, row_type, preferred)
+        yield FileTensor(name, hf_name, tensor, row_type, preferred, num_heads, offset, half)
+
+
+def _halves(parameters: dict[str, Tensor]) -> Iterator[tuple[str, int | None, Tensor]]:
+    """The parameters; gates and up projections of experts, which Transformers has in one tensor, apart."""
+    for name, parameter in parameters.items():
+        if name.endswith("experts.gate_up_proj"):
+            yield from (
+                (name, half, tensor) for half, tensor in enumerate(parameter.detach().chunk(2, dim=1))
+            )
+        else:
+            yield name, None, parameter.detach()
+
+
+def _name(names: gguf.TensorNameMap, hf_name: str, half: int | None) -> str | None:
+    if half is not None:
+        return f"blk.{hf_name.split('.')[2]}.{('ffn_gate_exps', 'ffn_up_exps')[half]}.weight"
+    name: str | None = names.get_name(hf_name, (".weight", ".bias"))
+    return f"{name}.weight" if name and name.endswith("_exps") else name
 
 
 def _interleaved(tensor: Tensor, num_heads: int, parts: int) -> Tensor:
@@ -184,36 +204,39 @@ def as_written(model: CausalLM, path: Path, quantize: str) -> Any:
             tensor = torch.from_numpy(np.array(array, dtype=np.float32)).reshape(each.tensor.shape)
             if each.num_heads is not None:
                 tensor = _interleaved(tensor, each.num_heads, tensor.shape[0] // each.num_heads // 2)
-            parameters[each.hf_name].data.copy_(tensor - each.offset)
+            target = parameters[each.hf_name].data
+            target = target if each.half is None else target.chunk(2, dim=1)[each.half]
+            target.copy_(tensor - each.offset)
     return hf
 
 
-def _rope_factors(model: CausalLM) -> Tensor | None:
-    """What llama3's rule divides each frequency by, read back from the model itself."""
+def _rope_factors(model: CausalLM) -> dict[str, Tensor]:
+    """What each frequency is divided by: of LongRoPE as the config has it, of llama3's rule as the model has it."""
     config = model.hf.config
     rope = config.rope_parameters or {}
+    if rope.get("rope_type") == "longrope":
+        return {LONG: torch.tensor(rope["long_factor"]), SHORT: torch.tensor(rope["short_factor"])}
     if rope.get("rope_type") != "llama3":
-        return None
+        return {}
     rotary = model.hf.model.rotary_emb
     if rotary.attention_scaling != 1.0:
         refuse(f"{model.name}: llama", f"its rope scales attention by {rotary.attention_scaling}")
     width = head_dim(config)
     plain = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    factors: Tensor = (plain / rotary.inv_freq.double().cpu()).float()
-    return factors
+    return {FREQS: (plain / rotary.inv_freq.double().cpu()).float()}
 
 
 def _preferred_type(
     name: str, tensor: Tensor, quantize: str, tied: bool, layers: int
 ) -> GGMLQuantizationType:
     """llama.cpp's mixture of types: the head, and half of the value and down projections, get more bits."""
-    if tensor.ndim == 1:
+    if tensor.ndim == 1 or name.endswith("ffn_gate_inp.weight"):
         return Type.F32
     wanted = FILES[quantize][0]
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         # llama.cpp has Q6_K here for Q4_0 too, but Q4_0 must not need more than the gguf package.
         return {Type.Q4_K: Type.Q6_K, Type.Q4_0: Type.Q8_0}.get(wanted, wanted)
-    if wanted is Type.Q4_K and name.endswith((".attn_v.weight", ".ffn_down.weight")):
+    if wanted is Type.Q4_K and name.endswith((".attn_v.weight", ".ffn_down.weight", ".ffn_down_exps.weight")):
         layer, eighth = int(name.split(".")[1]), layers // 8
         if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
             return Type.Q6_K

@@ -39,6 +39,7 @@ PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, bool]] = {
     "gpt-2": (_GPT2, False),
     "smollm": (Sequence([Digits(individual_digits=True), _GPT2]), False),
     "llama-bpe": (_split(r"\p{N}{1,3}"), True),
+    "dbrx": (_split(r"\p{N}{1,3}"), False),
     "qwen2": (_split(r"\p{N}"), False),
 }
 """llama.cpp's name -> how it splits, and whether a piece that is a token is taken whole, without merges."""
