@@ -115,7 +115,7 @@ def test_a_run_without_a_whole_student_is_refused(made: RunDir, capsys: pytest.C
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_reads_what_was_written(kind: str, tmp_path: Path) -> None:
-    pieces = {"gemma2": False, "gemma3": False, "mistral": True, "phi3": True}
+    pieces = {"gemma2": "gemma", "gemma3": "gemma", "mistral": "llama-2", "phi3": "phi-3"}
     tokenizer = make_pieces(pieces[kind]) if kind in pieces else make_tokenizer("qwen2")
     made = make_run(tmp_path / "run", make_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
     assert main(["export", str(made.path), "--format", "gguf", "--quantize", "f32,q8_0"]) == 0

@@ -25,7 +25,7 @@ from export.tiny_models import (
 from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError
 from potstill.export.export import export_run
-from potstill.export.gguf_tokenizer import name_pre_tokenizer, probe_texts, special_tokens
+from potstill.export.gguf_tokenizer import name_pre_tokenizer, texts_for
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.models.pruning import cut
@@ -243,14 +243,15 @@ def test_the_metadata_of_windows(tmp_path: Path) -> None:
     assert {name: found.get(name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("space_in_front", [False, True])
-def test_pieces_of_sentencepiece_have_scores(space_in_front: bool, tmp_path: Path) -> None:
-    tokenizer = make_pieces(space_in_front)
+@pytest.mark.parametrize("kind", ["gemma", "llama-2", "phi-3"])
+def test_pieces_of_sentencepiece_have_scores(kind: str, tmp_path: Path) -> None:
+    tokenizer = make_pieces(kind)
     run = make_run(tmp_path / "run", make_model("gemma3", eos_token_id=1, bos_token_id=2), tokenizer)
     record = export_run(run.path, formats=["f32"], check=False).records[0]
     found = metadata(run.path / record["file"])
     assert found["tokenizer.ggml.model"] == "llama" and "tokenizer.ggml.merges" not in found
-    assert found["tokenizer.ggml.add_space_prefix"] is space_in_front
+    assert found["tokenizer.ggml.add_space_prefix"] is (kind != "gemma")
+    assert found["general.name"] == ("phi-3 run" if kind == "phi-3" else "run")
     assert found["tokenizer.ggml.add_bos_token"] is True
     kinds = found["tokenizer.ggml.token_type"]
     assert kinds[:4] == [3, 3, 3, 2] and set(kinds[4:260]) == {6} and kinds[260:300] == [1] * 40
@@ -259,10 +260,16 @@ def test_pieces_of_sentencepiece_have_scores(space_in_front: bool, tmp_path: Pat
         i for i, token in enumerate(found["tokenizer.ggml.tokens"][:330]) if i >= 260 and len(token) > 1
     ]
     assert [scores[i] for i in joined] == sorted((scores[i] for i in joined), reverse=True)
-    texts = probe_texts(200, special_tokens(tokenizer))
+    texts = texts_for(tokenizer, 200)
     again = load_tokenizer(run.path / record["file"])
     same = [again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in texts]
-    assert space_in_front or all(same)
+    assert kind != "gemma" or all(same)
+
+
+def test_a_name_does_not_change_what_llama_cpp_makes_of_spaces(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "Phi3-cut", make_model(), make_tokenizer("gpt-2"))
+    record = export_run(run.path, formats=["f32"], check=False).records[0]
+    assert metadata(run.path / record["file"])["general.name"] == "Phi 3-cut"
 
 
 def test_pieces_that_llama_cpp_would_split_otherwise_are_refused(tmp_path: Path) -> None:

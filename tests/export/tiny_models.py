@@ -41,6 +41,7 @@ EXPRESSIONS = {
     "qwen2": [rf"{CONTRACTED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{REST}"],
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PHI_3 = ("</s>", "<|endoftext|>", "<s>")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 TEXT = [
     "def read(path):\n    return 1234 + 56\n",
@@ -115,23 +116,28 @@ def make_tokenizer(pre: str, adds_bos: bool = False) -> Any:
     return tokenizer
 
 
-def make_pieces(space_in_front: bool = False) -> Any:
-    """A tokenizer as Gemma's, or Llama 2's with a space in front: pieces of SentencePiece, and bytes."""
+def make_pieces(kind: str = "gemma") -> Any:
+    """Pieces of SentencePiece, and bytes. Of Llama 2 and Phi-3 with a space in front; special tokens of Phi-3, but
+    three, take the spaces behind with them.
+    """
+    space_in_front = kind != "gemma"
+    pad, eos, bos = PHI_3 if kind == "phi-3" else ("<pad>", "<eos>", "<bos>")
     inner = Tokenizer(models.BPE())
     spaces = [normalizers.Prepend("\u2581")] if space_in_front else []
     inner.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "\u2581")])
     inner.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=70, show_progress=False))
     learnt = sorted(inner.get_vocab(), key=inner.get_vocab().__getitem__)
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt]
+    tokens = [pad, eos, bos, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt]
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = generate_merges(vocab, {token: -i for token, i in vocab.items()})
     inner.model = models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     inner.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    inner.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 2)])
+    inner.add_special_tokens([AddedToken(pad, rstrip=kind == "phi-3", normalized=False)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=inner, eos_token=eos, bos_token=bos, pad_token=pad, unk_token="<unk>"
     )
 
 

@@ -83,7 +83,12 @@ def write_gguf(
     writer = GGUFWriter(path, architecture_of(config).name)
     try:
         _write_metadata(
-            writer, model.hf, quantize, name, license_id, sum(each.tensor.numel() for each in tensors)
+            writer,
+            model.hf,
+            quantize,
+            tokens.model_name(name),
+            license_id,
+            sum(each.tensor.numel() for each in tensors),
         )
         tokens.write(writer)
         for each in tensors:

@@ -21,7 +21,10 @@ WHOLE = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 class SentencePiece:
     """llama.cpp's tokenizer of the type `llama`, whose `scores` go into the file."""
 
-    def __init__(self, tokens: list[str], types: list[int], merges: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self, tokens: list[str], types: list[int], merges: Sequence[Sequence[str]], strips: set[int]
+    ) -> None:
+        """`strips`: ids after which spaces are dropped."""
         places: dict[str, int] = {}
         for place, (left, right) in enumerate(merges):
             places.setdefault(left + right, place)
@@ -29,13 +32,14 @@ class SentencePiece:
         self.ids = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}
         whole = [i for i, kind in enumerate(types) if kind in WHOLE and tokens[i]]
         self.whole = sorted(((tokens[i], i) for i in whole), key=lambda pair: -len(pair[0]))
+        self.strips = strips
 
     def split(self, text: str, space_in_front: bool) -> list[int]:
         """Without BOS and EOS; `space_in_front`: of the text and of what follows a special token."""
         parts: list[str | int] = [text] if text else []
         for token, i in self.whole:
             if token in text:
-                parts = list(itertools.chain.from_iterable(_cut(part, token, i) for part in parts))
+                parts = list(itertools.chain.from_iterable(self._cut(part, token, i) for part in parts))
         ids: list[int] = []
         after_special = True
         for part in parts:
@@ -46,6 +50,16 @@ class SentencePiece:
                 ids += self._join((front + part).replace(" ", SPACE))
             after_special = isinstance(part, int)
         return ids
+
+    def _cut(self, part: str | int, token: str, i: int) -> list[str | int]:
+        if isinstance(part, int):
+            return [part]
+        first, *others = part.split(token)
+        found: list[str | int] = [first] if first else []
+        for piece in others:
+            piece = piece.lstrip(" \t\n\r\v\f") if i in self.strips else piece
+            found += [i, piece] if piece else [i]
+        return found
 
     def _join(self, text: str) -> list[int]:
         pieces = list(text)
@@ -76,12 +90,3 @@ def space_in_front(known: SentencePiece, tokenizer: Any, texts: list[str]) -> bo
         if (text := next(other, None)) is None:
             return front
     raise ValueError(text)
-
-
-def _cut(part: str | int, token: str, i: int) -> list[str | int]:
-    if isinstance(part, int):
-        return [part]
-    found: list[str | int] = []
-    for piece in part.split(token):
-        found += [i, piece] if piece else [i]
-    return found[1:]
