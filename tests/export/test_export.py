@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
+from export.tiny_models import KINDS, make_model, make_pieces, make_run, make_tokenizer, needs_llama_cpp
 from potstill.cli.main import main
 from potstill.export import export
 from potstill.io.hashing import file_sha256
@@ -113,9 +113,11 @@ def test_a_run_without_a_whole_student_is_refused(made: RunDir, capsys: pytest.C
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_reads_what_was_written(kind: str, tmp_path: Path) -> None:
-    made = make_run(tmp_path / "run", make_model(kind), make_tokenizer("qwen2"))
+    pieces = {"gemma2": "gemma", "gemma3": "gemma", "mistral": "llama-2", "phi3": "phi-3"}
+    tokenizer = make_pieces(pieces[kind]) if kind in pieces else make_tokenizer("qwen2")
+    made = make_run(tmp_path / "run", make_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
     assert main(["export", str(made.path), "--format", "gguf", "--quantize", "f32,q8_0"]) == 0
     for record in made.receipt()["exports"]:
         assert record["three_path"]["llama.cpp"]["status"] == "passed"

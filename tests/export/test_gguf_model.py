@@ -11,10 +11,21 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from tokenizers import normalizers
 
-from export.tiny_models import make_model, make_run, make_tokenizer, needs_llama_cpp
+from export.tiny_models import (
+    EXPRESSIONS,
+    KINDS,
+    make_model,
+    make_pieces,
+    make_run,
+    make_tokenizer,
+    needs_llama_cpp,
+)
+from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError
 from potstill.export.export import export_run
+from potstill.export.gguf_tokenizer import name_pre_tokenizer, texts_for
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.models.pruning import cut
@@ -29,9 +40,17 @@ LAYER = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -43,20 +62,28 @@ def export(tmp_path: Path, hf: Any, form: str, pre: str = "gpt-2") -> Path:
 
 
 def expected(hf: Any) -> dict[str, np.ndarray]:
-    """Row by row: in llama, rows i and i + half of a head become its rows 2i and 2i + 1."""
+    """Row by row: in llama, rows i and i + half of a head become its rows 2i and 2i + 1; Gemma's norms count from 0."""
     found, config = {}, hf.config
+    is_gemma = config.model_type.startswith("gemma")
+    layer_names = LAYER | (GEMMA if is_gemma else {})
     for name, parameter in hf.named_parameters():
         stem, suffix = name.rsplit(".", 1)
+        if stem.endswith(".experts"):
+            parts = {"gate_up_proj": ["gate", "up"], "down_proj": ["down"]}[suffix]
+            split = np.split(parameter.detach().numpy(), len(parts), axis=1)
+            layer = stem.split(".")[2]
+            found |= {f"blk.{layer}.ffn_{p}_exps.weight": a for p, a in zip(parts, split, strict=True)}
+            continue
         if stem in WHOLE:
             mine = WHOLE[stem]
         else:
             _, _, layer, part = stem.split(".", 3)
-            mine = f"blk.{layer}.{LAYER[part]}"
-        array = parameter.detach().numpy()
+            mine = f"blk.{layer}.{layer_names[part]}"
+        array = parameter.detach().numpy() + (is_gemma and mine.endswith("norm"))
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
             mine.split(".")[-1]
         )
-        if config.model_type == "llama" and heads:
+        if config.model_type in ("llama", "mistral") and heads:
             moved, size = np.empty_like(array), len(array) // heads
             for head in range(heads):
                 for i in range(size // 2):
@@ -78,8 +105,9 @@ def metadata(path: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [(kind, tied) for kind in KINDS for tied in (True, False) if tied or kind != "gemma2"]
+)
 def test_every_tensor_equals_the_student_s(kind: str, tied: bool, tmp_path: Path) -> None:
     hf = make_model(kind, tie_word_embeddings=tied)
     written, wanted = read(export(tmp_path, hf, "f32")), expected(hf)
@@ -95,11 +123,11 @@ def test_biases_of_a_llama_are_moved_like_their_rows(tmp_path: Path) -> None:
     assert all(np.array_equal(written[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_reads_the_same_model_out_of_the_file(kind: str, tmp_path: Path) -> None:
     hf = make_model(kind).eval()
     other = load_causal_lm(export(tmp_path, hf, "f32", "qwen2")).hf
-    ids = torch.arange(3, 43)[None]
+    ids = torch.randint(3, 340, (1, 250), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(other(ids).logits, hf(ids).logits, rtol=1e-5, atol=1e-5)
 
@@ -112,6 +140,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+LONGROPE = {"rope_theta": 5e3, "rope_type": "longrope", "original_max_position_embeddings": 64}
 ROPES: list[tuple[str, dict[str, Any]]] = [
     ("llama", LLAMA3),
     ("qwen2", {"rope_theta": 5000.0, "rope_type": "linear", "factor": 4.0}),
@@ -124,18 +153,22 @@ ROPES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("kind", "rope"), ROPES)
 def test_a_scaled_rope_is_read_back_at_far_positions(kind: str, rope: dict[str, Any], tmp_path: Path) -> None:
-    hf = make_model(kind, rope_parameters=rope, max_position_embeddings=1024).eval()
+    more = {"original_max_position_embeddings": 64} if kind == "phi3" else {}
+    hf = make_model(kind, rope_parameters=dict(rope), max_position_embeddings=1024, **more).eval()
     other = load_causal_lm(export(tmp_path, hf, "f32")).hf
-    assert other.config.rope_parameters == hf.config.rope_parameters
-    ids = torch.randint(3, 340, (1, 400), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(other(ids).logits, hf(ids).logits, rtol=1e-5, atol=1e-5)
+    read = other.config.rope_parameters
+    assert {name: read[name] for name in hf.config.rope_parameters} == hf.config.rope_parameters
+    assert other.model.rotary_emb.attention_scaling == pytest.approx(hf.model.rotary_emb.attention_scaling)
+    for length in (60, 400):
+        ids = torch.randint(3, 340, (1, length), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            torch.testing.assert_close(other(ids).logits, hf(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rope_whose_scaling_is_lost_fails_the_round_trip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("potstill.export.gguf_model._rope_factors", lambda _: None)
+    monkeypatch.setattr("potstill.export.gguf_model._rope_factors", lambda _: {})
     rope = LLAMA3 | {"original_max_position_embeddings": 1000}  # no position of a short prompt is scaled much
     hf = make_model(rope_parameters=rope, max_position_embeddings=1024)
     run = make_run(tmp_path / "run", hf, make_tokenizer("gpt-2"))
@@ -194,6 +227,58 @@ def test_the_metadata_is_complete(tmp_path: Path) -> None:
     assert {name: found.get(name) for name in expected} == expected
     assert math.isclose(found["llama.attention.layer_norm_rms_epsilon"], 1e-6, rel_tol=1e-6)
     assert "<|im_start|>" in found["tokenizer.chat_template"]
+
+
+def test_the_metadata_of_windows(tmp_path: Path) -> None:
+    found = metadata(export(tmp_path, make_model("gemma3"), "f32"))
+    expected = {
+        "general.architecture": "gemma3",
+        "gemma3.attention.sliding_window": 40,
+        "gemma3.attention.sliding_window_pattern": 2,
+        "gemma3.rope.freq_base": 5000.0,
+        "gemma3.rope.freq_base_swa": 100.0,
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 4.0,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama-2", "phi-3"])
+def test_pieces_of_sentencepiece_have_scores(kind: str, tmp_path: Path) -> None:
+    tokenizer = make_pieces(kind)
+    run = make_run(tmp_path / "run", make_model("gemma3", eos_token_id=1, bos_token_id=2), tokenizer)
+    record = export_run(run.path, formats=["f32"], check=False).records[0]
+    found = metadata(run.path / record["file"])
+    assert found["tokenizer.ggml.model"] == "llama" and "tokenizer.ggml.merges" not in found
+    assert found["tokenizer.ggml.add_space_prefix"] is (kind != "gemma")
+    assert found["general.name"] == ("phi-3 run" if kind == "phi-3" else "run")
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    kinds = found["tokenizer.ggml.token_type"]
+    assert kinds[:4] == [3, 3, 3, 2] and set(kinds[4:260]) == {6} and kinds[260:300] == [1] * 40
+    scores = found["tokenizer.ggml.scores"]
+    joined = [
+        i for i, token in enumerate(found["tokenizer.ggml.tokens"][:330]) if i >= 260 and len(token) > 1
+    ]
+    assert [scores[i] for i in joined] == sorted((scores[i] for i in joined), reverse=True)
+    texts = texts_for(tokenizer, 200)
+    again = load_tokenizer(run.path / record["file"])
+    same = [again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in texts]
+    assert kind != "gemma" or all(same)
+
+
+def test_a_name_does_not_change_what_llama_cpp_makes_of_spaces(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "Phi3-cut", make_model(), make_tokenizer("gpt-2"))
+    record = export_run(run.path, formats=["f32"], check=False).records[0]
+    assert metadata(run.path / record["file"])["general.name"] == "Phi 3-cut"
+
+
+def test_pieces_that_llama_cpp_would_split_otherwise_are_refused(tmp_path: Path) -> None:
+    tokenizer = make_pieces()
+    inner = tokenizer.backend_tokenizer
+    inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), inner.normalizer])
+    run = make_run(tmp_path / "run", make_model("gemma3"), tokenizer)
+    with pytest.raises(UserError, match=r"llama.cpp would split .* otherwise, by the scores of its pieces"):
+        export_run(run.path, formats=["f32"], check=False)
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
@@ -267,8 +352,35 @@ def test_a_student_cut_to_a_width_of_no_whole_blocks_is_exported_all_the_same(tm
 @pytest.mark.parametrize(
     ("what", "error"),
     [
-        ({"kind": "mistral"}, "mistral: .*: llama, qwen2, qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu'"),
+        ({"kind": "olmo2"}, "olmo2: not one .*: llama, mistral, qwen2"),
+        ({"hidden_act": "gelu"}, "its activation is 'gelu', not 'silu'"),
+        (
+            {"kind": "gemma3", "query_pre_attn_scalar": 32},
+            "query_pre_attn_scalar is 32, and llama.cpp takes 16",
+        ),
+        (
+            {"kind": "gemma3", "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping is 50.0, .* never has one",
+        ),
+        (
+            {"kind": "gemma3", "final_logit_softcapping": 30.0},
+            "final_logit_softcapping is 30.0, .* never has one",
+        ),
+        (
+            {"kind": "gemma2", "attn_logit_softcapping": None},
+            "attn_logit_softcapping is None, .* always has one",
+        ),
+        ({"kind": "mistral", "sliding_window": 64}, "sliding_window is 64, and llama.cpp computes without"),
+        ({"kind": "phi3", "sliding_window": 64}, "sliding_window is 64, and llama.cpp computes without"),
+        (
+            {"kind": "qwen3_moe", "norm_topk_prob": False},
+            "norm_topk_prob is False, and llama.cpp computes with True",
+        ),
+        ({"kind": "qwen3_moe", "mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        (
+            {"kind": "gemma3", "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types is full sliding: llama.cpp knows a full layer every so many",
+        ),
         ({"mlp_bias": True}, r"tensor model.layers.0.mlp.gate_proj.bias"),
         (
             {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "dynamic", "factor": 2.0}},
@@ -315,3 +427,8 @@ def test_k_quants_without_llama_cpp_are_one_line(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"need llama.cpp's quantiser: pip install 'potstill\[gguf\]'"):
         export(tmp_path, hf, "q4_k")
     assert not (tmp_path / "run" / "exports").exists()
+
+
+@pytest.mark.parametrize("pre", EXPRESSIONS)
+def test_a_pre_tokenizer_is_known_by_how_it_splits(pre: str) -> None:
+    assert name_pre_tokenizer("tokenizer", make_tokenizer(pre)) == pre

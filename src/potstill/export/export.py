@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError, one_line
-from potstill.export.gguf_model import FILES, require_known, require_quantiser, write_gguf
+from potstill.export.gguf_architectures import require_known
+from potstill.export.gguf_model import FILES, require_quantiser, write_gguf
 from potstill.export.gguf_tokenizer import TokenList, token_list
 from potstill.export.roundtrip import Reference, check_paths, not_run
 from potstill.io.atomic import SUMS

@@ -1,8 +1,7 @@
 """A student as one GGUF file: the tensors under llama.cpp's names, in its order and types, and its metadata.
 
-Three architectures are written: llama (SmolLM too), qwen2, qwen3. A setting that a GGUF file of the
-architecture cannot hold is refused by name: llama.cpp would silently run the model without it. Rows that a
-block type cannot hold get one that can, and the record lists them. K-quants are llama.cpp's own quantiser's.
+Rows that a block type cannot hold get one that can, and the record lists them. K-quants are llama.cpp's own
+quantiser's.
 """
 
 from __future__ import annotations
@@ -14,26 +13,23 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.export.gguf_tokenizer import REFUSED, TokenList
+from potstill.export.gguf_architectures import architecture_of, refuse, write_shape
+from potstill.export.gguf_tokenizer import TokenList
 from potstill.models.causal_lm import CausalLM
+from potstill.models.gguf_config import head_dim
 from potstill.models.gguf_files import check_gguf
+from potstill.models.gguf_rope import FREQS, LONG, SHORT
 
 Type = GGMLQuantizationType
-ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
-BIASES = {
-    "llama": ("attn_q", "attn_k", "attn_v", "attn_output"),
-    "qwen2": ("attn_q", "attn_k", "attn_v"),
-    "qwen3": (),
-}
 FILES = {
     "f32": (Type.F32, LlamaFileType.ALL_F32, "F32"),
     "f16": (Type.F16, LlamaFileType.MOSTLY_F16, "F16"),
@@ -48,7 +44,6 @@ K_QUANTS = (Type.Q4_K, Type.Q6_K)
 FALLBACK = {Type.Q4_K: Type.Q8_0, Type.Q6_K: Type.Q8_0}
 """For rows that are not whole blocks of 256. llama.cpp's own quantiser takes Q5_0 for Q4_K, which loses more:
 0.062 nats against 0.023 on the demo's student, whose rows are 576 wide."""
-ROPE = {"default", "linear", "yarn", "llama3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +54,15 @@ class FileTensor:
     hf_name: str
     """Transformers' name; empty for a tensor that it computes."""
     tensor: Tensor
-    num_heads: int | None
-    """Of rows that are reordered within each head; None where the order is Transformers'."""
     type: GGMLQuantizationType
     preferred: GGMLQuantizationType
     """What it would have been, had its rows been whole blocks of that type."""
+    num_heads: int | None = None
+    """Of rows that are reordered within each head; None where the order is Transformers'."""
+    offset: float = 0.0
+    """Of the file's numbers from Transformers'."""
+    half: int | None = None
+    """Which half of Transformers' tensor it is, of each expert's rows; None: the whole."""
 
     @property
     def num_bytes(self) -> int:
@@ -81,10 +80,15 @@ def write_gguf(
     """
     config = model.hf.config
     tensors = list(_file_tensors(model, quantize))
-    writer = GGUFWriter(path, config.model_type)
+    writer = GGUFWriter(path, architecture_of(config).name)
     try:
         _write_metadata(
-            writer, config, quantize, name, license_id, sum(each.tensor.numel() for each in tensors)
+            writer,
+            model.hf,
+            quantize,
+            tokens.model_name(name),
+            license_id,
+            sum(each.tensor.numel() for each in tensors),
         )
         tokens.write(writer)
         for each in tensors:
@@ -120,33 +124,6 @@ def write_gguf(
     }
 
 
-def require_known(model: CausalLM) -> None:
-    """Refuse a model of which llama.cpp would ignore something, before anything is written."""
-    config, head = model.hf.config, model.head
-    kind = config.model_type
-    where = f"{model.name}: {kind}"
-    if kind not in ARCHITECTURES:
-        _refuse(where, f"not one of the architectures that are written: {', '.join(ARCHITECTURES)}")
-    rope = config.rope_parameters or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ROPE or (rope_type == "llama3" and kind != "llama"):
-        _refuse(where, f"rope_type {rope_type!r} is not one that a GGUF file of it can have")
-    given = {k for k, v in rope.items() if v is not None}
-    extra = given - {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings"}
-    extra -= {"low_freq_factor", "high_freq_factor"} if rope_type == "llama3" else set()
-    if extra:
-        _refuse(where, f"rope_parameters has {', '.join(sorted(extra))}, which a GGUF file has no field for")
-    if config.hidden_act != "silu":
-        _refuse(where, f"hidden_act is {config.hidden_act!r}, not 'silu'")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        _refuse(
-            where, f"layer_types has {', '.join(sorted(kinds - {'full_attention'}))}, not only full_attention"
-        )
-    if head.bias_V is not None or head.scale != 1.0 or head.softcap is not None:
-        _refuse(where, f"its head has a bias, a scale ({head.scale}) or a softcap ({head.softcap})")
-
-
 def require_quantiser(model: CausalLM, quantize: list[str]) -> None:
     """Refuse K-quants without llama.cpp's quantiser, before anything is written."""
     if any(each.type in K_QUANTS for each_type in quantize for each in _file_tensors(model, each_type)):
@@ -154,10 +131,8 @@ def require_quantiser(model: CausalLM, quantize: list[str]) -> None:
 
 
 def _write_metadata(
-    writer: GGUFWriter, config: Any, quantize: str, name: str, license_id: str | None, num_weights: int
+    writer: GGUFWriter, hf: Any, quantize: str, name: str, license_id: str | None, num_weights: int
 ) -> None:
-    head_dim = _head_dim(config)
-    rope = config.rope_parameters or {}
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(num_weights, num_weights, 0, 0))
@@ -165,50 +140,51 @@ def _write_metadata(
         writer.add_license(license_id)
     writer.add_file_type(FILES[quantize][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope.get("rope_type") in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope.get("rope_type") == "yarn":
-        length = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        writer.add_rope_scaling_orig_ctx_len(length)
+    write_shape(writer, hf)
 
 
 def _file_tensors(model: CausalLM, quantize: str) -> Iterator[FileTensor]:
     """Every tensor once: a tied head has no `output.weight`, and llama.cpp uses the embedding."""
     config = model.hf.config
-    kind, layers = config.model_type, config.num_hidden_layers
-    names = gguf.get_tensor_name_map(ARCHITECTURES[kind], layers)
+    known, layers = architecture_of(config), config.num_hidden_layers
+    names = gguf.get_tensor_name_map(known.number, layers)
     parameters = dict(model.hf.named_parameters())
     tied = "lm_head.weight" not in parameters
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    heads = heads if kind == "llama" else {}
-    factors = _rope_factors(model)
-    if factors is not None:
-        yield FileTensor("rope_freqs.weight", "", factors, None, Type.F32, Type.F32)
-    for hf_name, tensor in parameters.items():
-        name = names.get_name(hf_name, (".weight", ".bias"))
+    for factors, tensor in _rope_factors(model).items():
+        yield FileTensor(factors, "", tensor, Type.F32, Type.F32)
+    for hf_name, half, tensor in _halves(parameters):
+        name = _name(names, hf_name, half)
         part = (name or "").removesuffix(".bias").split(".")[-1]
-        if name is None or (name.endswith(".bias") and part not in BIASES[kind]):
-            _refuse(f"{model.name}: {kind}", f"tensor {hf_name} has no name in a GGUF file")
-        tensor, num_heads = tensor.detach(), heads.get(name.split(".")[-2])
+        if name is None or (name.endswith(".bias") and part not in known.biases):
+            refuse(f"{model.name}: {config.model_type}", f"tensor {hf_name} has no name in a GGUF file")
+        num_heads = heads.get(name.split(".")[-2]) if known.pairs else None
         if num_heads is not None:
             tensor = _interleaved(tensor, num_heads, 2)
+        offset = known.norm_offset if name.endswith("norm.weight") else 0.0
+        if offset:
+            tensor = tensor + offset
         preferred = _preferred_type(name, tensor, quantize, tied, layers)
-        yield FileTensor(
-            name, hf_name, tensor, num_heads, _type_for_row(tensor.shape[-1], preferred), preferred
-        )
+        row_type = _type_for_row(tensor.shape[-1], preferred)
+        yield FileTensor(name, hf_name, tensor, row_type, preferred, num_heads, offset, half)
+
+
+def _halves(parameters: dict[str, Tensor]) -> Iterator[tuple[str, int | None, Tensor]]:
+    """The parameters; gates and up projections of experts, which Transformers has in one tensor, apart."""
+    for name, parameter in parameters.items():
+        if name.endswith("experts.gate_up_proj"):
+            yield from (
+                (name, half, tensor) for half, tensor in enumerate(parameter.detach().chunk(2, dim=1))
+            )
+        else:
+            yield name, None, parameter.detach()
+
+
+def _name(names: gguf.TensorNameMap, hf_name: str, half: int | None) -> str | None:
+    if half is not None:
+        return f"blk.{hf_name.split('.')[2]}.{('ffn_gate_exps', 'ffn_up_exps')[half]}.weight"
+    name: str | None = names.get_name(hf_name, (".weight", ".bias"))
+    return f"{name}.weight" if name and name.endswith("_exps") else name
 
 
 def _interleaved(tensor: Tensor, num_heads: int, parts: int) -> Tensor:
@@ -233,40 +209,39 @@ def as_written(model: CausalLM, path: Path, quantize: str) -> Any:
             tensor = torch.from_numpy(np.array(array, dtype=np.float32)).reshape(each.tensor.shape)
             if each.num_heads is not None:
                 tensor = _interleaved(tensor, each.num_heads, tensor.shape[0] // each.num_heads // 2)
-            parameters[each.hf_name].data.copy_(tensor)
+            target = parameters[each.hf_name].data
+            target = target if each.half is None else target.chunk(2, dim=1)[each.half]
+            target.copy_(tensor - each.offset)
     return hf
 
 
-def _rope_factors(model: CausalLM) -> Tensor | None:
-    """What llama3's rule divides each frequency by, read back from the model itself."""
+def _rope_factors(model: CausalLM) -> dict[str, Tensor]:
+    """What each frequency is divided by: of LongRoPE as the config has it, of llama3's rule as the model has it."""
     config = model.hf.config
     rope = config.rope_parameters or {}
+    if rope.get("rope_type") == "longrope":
+        return {LONG: torch.tensor(rope["long_factor"]), SHORT: torch.tensor(rope["short_factor"])}
     if rope.get("rope_type") != "llama3":
-        return None
+        return {}
     rotary = model.hf.model.rotary_emb
     if rotary.attention_scaling != 1.0:
-        _refuse(f"{model.name}: llama", f"its rope scales attention by {rotary.attention_scaling}")
-    head_dim = _head_dim(config)
-    plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    factors: Tensor = (plain / rotary.inv_freq.double().cpu()).float()
-    return factors
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        refuse(f"{model.name}: llama", f"its rope scales attention by {rotary.attention_scaling}")
+    width = head_dim(config)
+    plain = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return {FREQS: (plain / rotary.inv_freq.double().cpu()).float()}
 
 
 def _preferred_type(
     name: str, tensor: Tensor, quantize: str, tied: bool, layers: int
 ) -> GGMLQuantizationType:
     """llama.cpp's mixture of types: the head, and half of the value and down projections, get more bits."""
-    if tensor.ndim == 1:
+    if tensor.ndim == 1 or name.endswith("ffn_gate_inp.weight"):
         return Type.F32
     wanted = FILES[quantize][0]
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         # llama.cpp has Q6_K here for Q4_0 too, but Q4_0 must not need more than the gguf package.
         return {Type.Q4_K: Type.Q6_K, Type.Q4_0: Type.Q8_0}.get(wanted, wanted)
-    if wanted is Type.Q4_K and name.endswith((".attn_v.weight", ".ffn_down.weight")):
+    if wanted is Type.Q4_K and name.endswith((".attn_v.weight", ".ffn_down.weight", ".ffn_down_exps.weight")):
         layer, eighth = int(name.split(".")[1]), layers // 8
         if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2:
             return Type.Q6_K
@@ -284,7 +259,7 @@ def quantised(name: str, tensor: Tensor, to: GGMLQuantizationType) -> np.ndarray
     """The tensor in that type; the bytes of whole blocks where it is a block type."""
     array = np.ascontiguousarray(tensor.float().cpu().numpy())
     if not np.isfinite(array).all():
-        _refuse(name, f"{int((~np.isfinite(array)).sum())} of its {array.size} numbers are not finite")
+        refuse(name, f"{int((~np.isfinite(array)).sum())} of its {array.size} numbers are not finite")
     largest = float(np.abs(array).max(initial=0.0))
     if to is Type.F16 and largest > float(np.finfo(np.float16).max):
         raise UserError(f"{name}: {largest:.6g} is more than F16 holds, 65504. Use bf16 or f32.")
@@ -325,7 +300,3 @@ def _llama_cpp_quantiser() -> Any:
     quantize_chunk.restype = ctypes.c_size_t
     quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
     return quantize_chunk
-
-
-def _refuse(where: str, what: str) -> NoReturn:
-    raise UserError(f"{where}: {what}. {REFUSED}")

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from potstill.errors import UserError, one_line
 from potstill.export.gguf_model import as_written
-from potstill.export.gguf_tokenizer import probe_texts, special_tokens
+from potstill.export.gguf_tokenizer import texts_for
 from potstill.export.roundtrip_reader import last_logits
 from potstill.models.causal_lm import CausalLM
 
@@ -90,7 +90,7 @@ class Reference:
         cls, model: CausalLM, tokenizer: Any, *, texts: int = TEXTS, prompts: Sequence[str] = PROMPTS
     ) -> Reference:
         """In float32 and one prompt at a time, as on each path."""
-        probes = probe_texts(texts, special_tokens(tokenizer))
+        probes = texts_for(tokenizer, texts)
         ids = [tokenizer(text)["input_ids"][:MAX_IDS] for text in prompts]
         ids.append(far_row(model.hf.config, [i for row in ids for i in row]))
         tokens = [tokenizer(text)["input_ids"] for text in probes]

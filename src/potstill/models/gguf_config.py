@@ -104,9 +104,10 @@ def require_known_tensors(path: Path, hf: Any) -> None:
         known = transformers_gguf.get_gguf_hf_weights_map(hf, processor(config=hf.config.to_dict()))
     except Exception as error:  # an architecture that the gguf package does not name
         refuse(path, f"Transformers cannot load it: {one_line(error)}", FOLDER)
-    if extra := sorted(info.tensors.keys() - known.keys() - {FREQS, LONG, SHORT}):
-        names = f"{len(extra)} tensor(s), first {printable_name(extra[0])}"
-        refuse(path, f"{names}: no weight of {type(hf).__name__}, and another model without", FOLDER)
+    names = known.keys() | {f"{name}.weight" for name in known if name.endswith("_exps")}
+    if extra := sorted(info.tensors.keys() - names - {FREQS, LONG, SHORT}):
+        what = f"{len(extra)} tensor(s), first {printable_name(extra[0])}"
+        refuse(path, f"{what}: no weight of {type(hf).__name__}, and another model without", FOLDER)
 
 
 def windowed(period: int, num_layers: int) -> list[bool]:
