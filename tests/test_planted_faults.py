@@ -82,12 +82,12 @@ FAULTS = {
     ),
     "mean of means": Fault(
         "training/loop.py",
-        'terms["loss"] / step.positions * ranks.world',
+        'terms["loss"] / step.positions',
         'terms["loss"] / len(batch.positions_N) / len(step.share)',
         STEP,
     ),
     "divided twice": Fault(
-        "training/loop.py", "/ step.positions * ranks.world", "/ step.positions / len(step.share)", STEP
+        "training/loop.py", '["loss"] / step.positions', '["loss"] / step.positions / len(step.share)', STEP
     ),
     "scaled rope lost on an older library": Fault(
         "models/load.py",
@@ -129,8 +129,8 @@ FAULTS = {
     ),
     "unshifted mask": Fault(
         "data/packing.py",
-        "following = slice(first + 1, min(first + T + 1, len(self.ids)))",
-        "following = slice(first, min(first + T, len(self.ids)))",
+        "following = slice(first + 1, min(last + 1, len(self.ids)))",
+        "following = slice(first, last)",
         "data/test_packing.py",
     ),
     "documents see each other": Fault(

@@ -251,7 +251,7 @@ def load_causal_lm(
             )
             if quantisation is not None:  # packed on the device where it stays: packed matrices do not move
                 options |= {"quantization_config": quantisation, "device_map": {"": device}}
-            options |= {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+            options |= {"dtype": dtype, "output_loading_info": True}
             options["ignore_mismatched_sizes"] = True  # so that the report names them, for `_require_whole`
             if has_more_than_text(path, config):
                 hf, report, left_out = load_text_half(path, config, **options)
@@ -259,7 +259,7 @@ def load_causal_lm(
                 place = path.parent if path.suffix == ".gguf" else path
                 left_out = {}
                 hf, report = transformers.AutoModelForCausalLM.from_pretrained(
-                    place, config=config, **options
+                    place, config=config, trust_remote_code=False, **options
                 )
     except UserError:
         raise

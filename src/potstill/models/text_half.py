@@ -80,7 +80,7 @@ def load_text_half(path: Path, config: Any, **options: Any) -> tuple[Any, Any, d
             break
     else:
         raise UserError(f"{path}: Transformers has no class for a whole {whole_config.model_type}.")
-    whole, report = auto.from_pretrained(path, config=whole_config, **options)
+    whole, report = auto.from_pretrained(path, config=whole_config, trust_remote_code=False, **options)
     decoder, head = whole.eval().get_decoder(), whole.get_output_embeddings()
     is_causal_lm = decoder.get_output_embeddings() is not None  # Llama 4
     config = copy.deepcopy(config)

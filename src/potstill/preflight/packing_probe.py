@@ -59,7 +59,9 @@ def _fault_of_copy(config: Any) -> str | None:
             return None
         with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            model = CausalLM(transformers.AutoModelForCausalLM.from_config(config), "copy").eval()
+            model = CausalLM(
+                transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False), "copy"
+            ).eval()
             return model.find_packing_fault()
     except Exception:  # a config that cannot be made small
         return None
