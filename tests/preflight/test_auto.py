@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is planned, and nothing looked at before a run."""
     monkeypatch.setattr(choosing, "plan", lambda *_: SimpleNamespace(peak_bytes=0))
     monkeypatch.setattr(
-        "potstill.workflows.distill.require_sound", lambda setup, place: Checked("not planned", [])
+        "potstill.workflows.distill.require_sound", lambda setup, place, note: Checked("not planned", [])
     )
 
 

@@ -109,7 +109,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planted here goes wrong on the way; the checks before a run see none of it."""
     for module in ("workflows.distill", "preflight.trial_steps"):
         monkeypatch.setattr(
-            f"potstill.{module}.require_sound", lambda setup, place: Checked("not planned", [])
+            f"potstill.{module}.require_sound", lambda setup, place, note: Checked("not planned", [])
         )
 
 

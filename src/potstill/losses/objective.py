@@ -351,7 +351,7 @@ def require_finite(sums: dict[str, float], positions: int, plugin: str = "") -> 
     for name, value in sums.items():
         if plugin and name == "kd" and not math.isfinite(value):
             raise Fault(
-                f"objective.divergence: {plugin}, of a plug-in, is {value} over {positions} positions."
+                f"objective.divergence: {plugin}, of a plug-in: kd is {value} over {positions} positions."
             )
         if not math.isfinite(value):
             raise Fault(
