@@ -249,7 +249,7 @@ def test_options_of_a_plug_in_are_validated_and_explained_like_ours(
     shown = potstill("schema", recipe)
     properties = json.loads(shown.stdout)["$defs"]["SumsCorpusConfig"]["properties"]
     assert properties["count"]["description"] == "Number of documents."
-    assert properties["tokens_per_row"]["description"].startswith("Length of a packed row")
+    assert properties["tokens_per_row"]["description"].startswith("Length of a row")
 
 
 @pytest.mark.parametrize(

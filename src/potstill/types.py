@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -42,20 +42,26 @@ class Batch:
     """
     labels_N: Tensor
     """int64, the next tokens."""
+    lengths_B: Tensor | None = None
+    """int64, tokens of each row before its padding; None: no row is padded."""
 
     @property
     def counted_M(self) -> Tensor:
-        """bool, flat over B * T: tokens of the rows that have a label. The routers of a mixture of experts are balanced
-        over them, and not over a row that fills up a rank's share of a step.
+        """bool, flat over B * T: tokens of the rows that have a label, without padding. The routers of a mixture of
+        experts are balanced over them, and not over a row that fills up a rank's share of a step.
         """
         B, T = self.input_ids_BT.shape
-        rows_B = torch.zeros(B, dtype=torch.bool, device=self.positions_N.device)
-        return rows_B.index_fill(0, self.positions_N // T, True).repeat_interleave(T)
+        device = self.positions_N.device
+        counted_B = torch.zeros(B, dtype=torch.bool, device=device).index_fill(0, self.positions_N // T, True)
+        counted_BT = counted_B[:, None].expand(B, T)
+        if self.lengths_B is not None:
+            counted_BT = counted_BT & (torch.arange(T, device=device) < self.lengths_B[:, None])
+        return counted_BT.flatten()
 
     def to(self, device: torch.device | str) -> Batch:
         """On the device, all but `rows_B`."""
-        inputs = (moved(getattr(self, f.name), device) for f in fields(self)[1:])
-        return Batch(self.rows_B, *inputs)
+        inputs = {f.name: tensor for f in fields(self)[1:] if (tensor := getattr(self, f.name)) is not None}
+        return replace(self, **{name: moved(tensor, device) for name, tensor in inputs.items()})
 
     def split(self) -> Iterator[Batch]:
         """Each row as a batch of its own, as if it had been packed alone."""
@@ -69,6 +75,7 @@ class Batch:
                 self.position_ids_BT[b : b + 1],
                 self.positions_N[own_N] - b * num_tokens,
                 self.labels_N[own_N],
+                None if self.lengths_B is None else self.lengths_B[b : b + 1],
             )
 
 

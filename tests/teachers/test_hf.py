@@ -185,7 +185,7 @@ def test_a_path_that_is_not_there_is_refused(source: str) -> None:
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_one_line() -> None:
-    with pytest.raises(UserError, match="potstill/no-such-model: no such folder here") as caught:
+    with pytest.raises(UserError, match="potstill/no-such-model@main: no such folder here") as caught:
         TorchTeacher.for_inference("potstill/no-such-model", device="cpu")
     assert "\n" not in str(caught.value)
 

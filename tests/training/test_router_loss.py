@@ -100,6 +100,30 @@ def test_a_step_is_that_of_transformers_with_its_balancing_loss(
         assert float((ours[router] - without[router]).abs().max()) > 1e-3
 
 
+def test_padding_counts_for_nothing(tiny_recipe: Recipe, mixture: Path) -> None:
+    """As under Transformers' attention mask: the last row of a corpus is padded."""
+    setup = set_up(resolve(load_recipe(tiny_recipe(student=student_of(mixture)))), lambda text: None)
+    rows, student = setup.corpus.train, setup.student
+    batch = rows.batch([0, len(rows) - 1])
+    assert batch.lengths_B is not None
+    length = int(batch.lengths_B[1])
+    assert length < 32
+    mask_BT = torch.ones(2, 32)
+    mask_BT[1, length:] = 0
+    with torch.no_grad():
+        terms = student(batch, setup.teacher.targets(batch))
+        inputs = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT}
+        routers = student.model.hf(**inputs, use_cache=False, output_router_logits=True).router_logits
+        counts_LX = terms["expert_counts"]
+        parts = [
+            student(row, setup.teacher.targets(row), counts_LX)["router_loss"].item() for row in batch.split()
+        ]
+    expected, other = (load_balancing_loss_func(routers, 4, 2, mask).item() for mask in (mask_BT, None))
+    assert terms["router_loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert sum(parts) == pytest.approx(expected, rel=1e-6) and abs(other - expected) > 1e-4
+    assert counts_LX.sum(-1).tolist() == [2 * (32 + length)] * 2
+
+
 def test_recomputed_layers_change_nothing(tiny_recipe: Recipe, tmp_path: Path, mixture: Path) -> None:
     recipe = tiny_recipe(student=student_of(mixture), train=SGD % (1, ", rows_per_micro_batch: 3"))
     line, plain = one_step(recipe, tmp_path / "plain")

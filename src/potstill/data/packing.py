@@ -75,8 +75,10 @@ class PackedRows:
         ids_BT = np.zeros((B, T), dtype=np.int64)
         positions_BT = np.zeros((B, T), dtype=np.int64)
         labels_BT = np.full((B, T), -1, dtype=np.int64)
+        lengths_B = np.full(B, T, dtype=np.int64)
         for b, row in enumerate(rows):
             first, last = self._span(row)
+            lengths_B[b] = last - first
             ids_BT[b, : last - first] = self.ids[first:last]
             positions_BT[b] = self._positions(first, last)
             following = slice(first + 1, min(last + 1, len(self.ids)))
@@ -90,6 +92,7 @@ class PackedRows:
             position_ids_BT=torch.from_numpy(positions_BT),
             positions_N=positions_N,
             labels_N=labels[positions_N],
+            lengths_B=torch.from_numpy(lengths_B),
         )
 
     def row_hash(self, row: int) -> bytes:
