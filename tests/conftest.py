@@ -18,6 +18,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from potstill import registry
+
 torch.set_num_threads(1)  # the models are tiny, and a second thread only waits for a busy core
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,6 +50,14 @@ WORDS = [
     "and",
     "salt",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    for kind in registry.HOMES:
+        registry.entries(kind)  # the built-in ones, which register themselves only once
+    monkeypatch.setattr(registry, "_entries", {kind: dict(of) for kind, of in registry._entries.items()})
 
 
 def make_tokenizer() -> Any:

@@ -41,7 +41,7 @@ from conftest import make_corpus, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 import potstill
-from potstill import TorchTeacher, UserError, registry
+from potstill import TorchTeacher, UserError
 from potstill.cli.main import main
 from potstill.io.safe_open import pickle_in
 from potstill.teachers.toy import FixtureTeacher, TableTeacher
@@ -1257,8 +1257,6 @@ def test_a_damaged_input_is_one_line_with_its_place(
     monkeypatch.chdir(tmp_path)
     words = fault.make(good, tmp_path)
     before = tree(tmp_path)
-    # A plug-in that registers something stays in the process.
-    monkeypatch.setattr(registry, "_entries", {kind: dict(of) for kind, of in registry._entries.items()})
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # whoever asks to run code is told yes
     capfd.readouterr()
     with limits(60):

@@ -12,14 +12,6 @@ from potstill import registry
 from potstill.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def _own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.entries("divergence")
-    monkeypatch.setattr(
-        registry, "_entries", {kind: dict(known) for kind, known in registry._entries.items()}
-    )
-
-
 def test_the_built_in_divergences_are_known_in_order() -> None:
     assert list(registry.entries("divergence")) == ["forward_kl", "jsd", "reverse_kl", "skew_kl", "tvd"]
 

@@ -16,7 +16,7 @@ from publish.lab import TOKEN, point_at
 from refusals import refusal
 
 import potstill
-from potstill import UserError, registry
+from potstill import UserError
 from potstill.build.resolve import pin
 from potstill.cli.main import main
 from potstill.models.load import load_config, weights_sha256
@@ -216,9 +216,8 @@ class OwnTeacherConfig(TeacherConfig):
 
 @pytest.mark.parametrize("future", ["", "from __future__ import annotations"])
 def test_a_plug_in_s_models_are_pinned_too(
-    hub: Hub, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, future: str
+    hub: Hub, tiny_recipe: Recipe, tmp_path: Path, future: str
 ) -> None:
-    monkeypatch.setattr(registry, "_entries", {kind: dict(of) for kind, of in registry._entries.items()})
     (tmp_path / "own.py").write_text(PLUGIN.format(future=future))
     teacher = f"{{name: own, base: {NAME}, other: {NAME}@v1}}"
     loaded = potstill.load_recipe(tiny_recipe(teacher=teacher, plugins="[own.py]"))

@@ -42,14 +42,6 @@ JARGON = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.entries("divergence")
-    monkeypatch.setattr(
-        registry, "_entries", {kind: dict(known) for kind, known in registry._entries.items()}
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe's folder with something to point at."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import make_model
 
-from potstill import UserError, distill, registry
+from potstill import UserError, distill
 from potstill.io.hashing import file_sha256
 from potstill.runs.run_dir import RunDir
 
@@ -42,9 +42,6 @@ def begun(
     tiny_recipe: Recipe, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """A run cut off after step 3: with a checkpoint of step 2, or without any."""
-
-    # What a plug-in registers is the test's own.
-    monkeypatch.setitem(registry._entries, "divergence", dict(registry.entries("divergence")))
 
     def begin(every: int) -> Path:
         (tmp_path / "own.py").write_text(PLUGIN.format(factor=1.0))

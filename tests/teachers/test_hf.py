@@ -67,7 +67,9 @@ def test_logits_are_the_library_s_own_in_families_that_scale_or_cap_them(tmp_pat
         "Qwen3": common | {"num_key_value_heads": 2, "head_dim": 8},
         "Granite": common | {"num_key_value_heads": 2, "logits_scaling": 3.0},
     }
-    config = getattr(transformers, f"{family}Config")(**special.get(family, common | {"pad_token_id": 0}))
+    config = getattr(transformers, f"{family}Config")(
+        **special.get(family, common | {"pad_token_id": 0, "eos_token_id": 1})
+    )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     teacher, ids_BT = TorchTeacher.for_inference(tmp_path / "model", device="cpu"), ids(2, 9, 64)
