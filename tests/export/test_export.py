@@ -138,7 +138,9 @@ def test_llama_cpp_scales_a_rope_as_the_student_does(scaling: str, tmp_path: Pat
     if scaling != "linear":
         rope["original_max_position_embeddings"] = 512
     made = make_run(
-        tmp_path / "run", make_model(rope_parameters=rope, max_position_embeddings=1024), make_tokenizer("gpt-2")
+        tmp_path / "run",
+        make_model(rope_parameters=rope, max_position_embeddings=1024),
+        make_tokenizer("gpt-2"),
     )
     assert main(["export", str(made.path), "--format", "gguf", "--quantize", "f32"]) == 0
     (record,) = made.receipt()["exports"]
