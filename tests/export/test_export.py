@@ -121,3 +121,28 @@ def test_llama_cpp_reads_what_was_written(kind: str, tmp_path: Path) -> None:
     assert main(["export", str(made.path), "--format", "gguf", "--quantize", "f32,q8_0"]) == 0
     for record in made.receipt()["exports"]:
         assert record["three_path"]["llama.cpp"]["status"] == "passed"
+
+
+ROPES = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "longrope": {"short_factor": [1.0 + i for i in range(8)], "long_factor": [9.0 - i for i in range(8)]},
+}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("scaling", ROPES)
+def test_llama_cpp_scales_a_rope_as_the_student_does(scaling: str, tmp_path: Path) -> None:
+    rope = {"rope_theta": 5000.0, "rope_type": scaling} | ROPES[scaling]
+    if scaling != "linear":
+        rope["original_max_position_embeddings"] = 512
+    made = make_run(
+        tmp_path / "run",
+        make_model(rope_parameters=rope, max_position_embeddings=1024),
+        make_tokenizer("gpt-2"),
+    )
+    assert main(["export", str(made.path), "--format", "gguf", "--quantize", "f32"]) == 0
+    (record,) = made.receipt()["exports"]
+    found = record["three_path"]["llama.cpp"]
+    assert found["status"] == "passed" and found["far_tokens"] == (320 if scaling == "linear" else 576)

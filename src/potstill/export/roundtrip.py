@@ -19,13 +19,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from torch.nn import functional as F
 
 from potstill.errors import UserError, one_line
@@ -84,6 +86,8 @@ class Reference:
     logp_PV: torch.Tensor
     written_PV: torch.Tensor | None = None
     """The student's with the weights of a quantised file, activations unrounded."""
+    table_PV: torch.Tensor | None = None
+    """The same with GELU as llama.cpp computes it on a CPU; None for models without."""
 
     @classmethod
     def of(
@@ -97,9 +101,14 @@ class Reference:
         return cls(probes, tokens, ids, _logp(model.hf, ids))
 
     def of_written(self, model: CausalLM, file: Path, form: str) -> Reference:
-        if form in MEAN_KL:
-            return self
-        return dataclasses.replace(self, written_PV=_logp(as_written(model, file, form), self.ids))
+        """With what the file's types, and llama.cpp's GELU, make of the answers."""
+        hf = model.hf if form in MEAN_KL else as_written(model, file, form)
+        written_PV = None if form in MEAN_KL else _logp(hf, self.ids)
+        table_PV = None
+        if form != "hf" and getattr(hf.config, "hidden_activation", None) == "gelu_pytorch_tanh":
+            with gelu_by_table(hf):
+                table_PV = _logp(hf, self.ids)
+        return dataclasses.replace(self, written_PV=written_PV, table_PV=table_PV)
 
 
 def far_row(config: Any, ids: list[int]) -> list[int]:
@@ -112,6 +121,26 @@ def far_row(config: Any, ids: list[int]) -> list[int]:
     length = min(length, (getattr(config, "max_position_embeddings", None) or MOST) - 1)  # llama.cpp adds one
     repeated: list[int] = ids * (length // len(ids) + 1)
     return repeated[:length]
+
+
+class TableGelu(nn.Module):
+    """Llama.cpp's on a CPU: between -10 and 10 it looks GELU up in a table of half-precision numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        looked_up = F.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, looked_up))
+
+
+@contextmanager
+def gelu_by_table(hf: Any) -> Iterator[None]:
+    own = [(module, module.act_fn) for module in hf.modules() if hasattr(module, "act_fn")]
+    try:
+        for module, _ in own:
+            module.act_fn = TableGelu()
+        yield
+    finally:
+        for module, activation in own:
+            module.act_fn = activation
 
 
 def _logp(hf: Any, prompts: list[list[int]]) -> torch.Tensor:
@@ -210,6 +239,8 @@ def compare(
         if reference.written_PV is None:
             raise ValueError(f"{form}: needs a reference with the weights as written: Reference.of_written")
         judged_P = _kl(reference.written_PV, logp_PV)
+    if path == "llama.cpp" and reference.table_PV is not None:  # unless it is built to compute GELU
+        judged_P = min(judged_P, _kl(reference.table_PV, logp_PV), key=lambda kl_P: float(kl_P.mean()))
     same_top = int((logp_PV.argmax(-1) == reference.logp_PV.argmax(-1)).sum())
     pairs = list(zip(answer["tokens"], reference.tokens, strict=True))
     first = next((i for i, (path_ids, own_ids) in enumerate(pairs) if path_ids != own_ids), None)

@@ -55,7 +55,7 @@ TENSOR_FLAGS = {
     "blk.0.ffn_up.bias": ("mlp_bias", True),
 }
 """A tensor -> the field that its presence decides."""
-NO_EFFECT = {"tensor_data_layout", "rope.scaling.finetuned"}
+NO_EFFECT = {"context_length", "tensor_data_layout", "rope.scaling.finetuned"}
 GATING = {"softmax": 1, "sigmoid": 2}
 GEMMA_PERIODS = {"gemma2": 2, "gemma3": 6}
 """Every so many layers one has full attention, where the file names no pattern."""
