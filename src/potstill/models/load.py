@@ -139,6 +139,9 @@ def _require_no_section(where: str | Path, config: Any) -> Any:
             f"{where}: not a model config: {section} is in a config of {config.model_type}, which has none."
             " Take the config that came with the model."
         )
+    if type(ids := getattr(text, "vocab_size", None)) is not int:
+        what = f"vocab_size of {config.model_type} is {ids!r:.60}, no number of tokens"
+        raise UserError(f"{where}: not a model config: {what}. A causal language model is needed.")
     return text
 
 
