@@ -104,7 +104,7 @@ def load_config(source: str | Path) -> Any:
     except Exception as error:  # Transformers raises anything over a damaged config
         why = _why(error, settings)
         raise UserError(f"{path}: not a model config: {why} {ANOTHER_CONFIG}") from error
-    _require_ends(path, config, _require_no_section(path, config).vocab_size)
+    _require_ends(path, config, _text_config_of(path, config).vocab_size)
     return config
 
 
@@ -127,7 +127,7 @@ def _why(error: BaseException, settings: Mapping[str, Any]) -> str:
     return ": ".join([*([", ".join(zeros)] if zeros else []), one_line(error)])
 
 
-def _require_no_section(where: str | Path, config: Any) -> Any:
+def _text_config_of(where: str | Path, config: Any) -> Any:
     """The config of the text model. Refused: a text model's config with a section that would be taken for it."""
     try:
         text = config.get_text_config()
@@ -312,7 +312,7 @@ def _as_config(config: Any, own: Any) -> Any:
         raise UserError(
             f"config: not a model config: {one_line(error)} Give the checkpoint's own."
         ) from error
-    _require_no_section("config", config)
+    _text_config_of("config", config)
     return config
 
 
