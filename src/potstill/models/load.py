@@ -114,9 +114,7 @@ def load_config(source: str | Path) -> Any:
     except Exception as error:  # Transformers raises anything over a damaged config
         why = _why(error, settings)
         raise UserError(f"{path}: not a model config: {why} {ANOTHER_CONFIG}") from error
-    ids = getattr(_require_no_section(path, config), "vocab_size", None)
-    if ids is not None:  # without one it is no language model's, and is refused by whoever needs one
-        _require_ends(path, config, ids)
+    _require_ends(path, config, _text_config_of(path, config).vocab_size)
     return config
 
 
@@ -139,7 +137,7 @@ def _why(error: BaseException, settings: Mapping[str, Any]) -> str:
     return ": ".join([*([", ".join(zeros)] if zeros else []), one_line(error)])
 
 
-def _require_no_section(where: str | Path, config: Any) -> Any:
+def _text_config_of(where: str | Path, config: Any) -> Any:
     """The config of the text model. Refused: a text model's config with a section that would be taken for it."""
     try:
         text = config.get_text_config()
@@ -151,6 +149,9 @@ def _require_no_section(where: str | Path, config: Any) -> Any:
             f"{where}: not a model config: {section} is in a config of {config.model_type}, which has none."
             " Take the config that came with the model."
         )
+    if type(ids := getattr(text, "vocab_size", None)) is not int:
+        what = f"vocab_size of {config.model_type} is {ids!r:.60}, no number of tokens"
+        raise UserError(f"{where}: not a model config: {what}. A causal language model is needed.")
     return text
 
 
@@ -332,7 +333,7 @@ def _as_config(config: Any, own: Any) -> Any:
         raise UserError(
             f"config: not a model config: {one_line(error)} Give the checkpoint's own."
         ) from error
-    _require_no_section("config", config)
+    _text_config_of("config", config)
     return config
 
 
