@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from potstill.errors import UserError as UserError
+    from potstill.models.load import load_causal_lm as load_causal_lm
     from potstill.recipe.load import load as load_recipe
     from potstill.recipe.sections_data import CorpusConfig as CorpusConfig
     from potstill.recipe.sections_evaluation import EvaluationConfig as EvaluationConfig
@@ -43,6 +44,7 @@ _HOMES = {
     "compare": "potstill.workflows.compare",
     "distill": "potstill.workflows.distill",
     "evaluate": "potstill.workflows.distill",
+    "load_causal_lm": "potstill.models.load",
     "load_recipe": "potstill.recipe.load",
     "register": "potstill.registry",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "compare",
     "distill",
     "evaluate",
+    "load_causal_lm",
     "load_recipe",
     "register",
 ]

@@ -252,7 +252,7 @@ def test_spaces_at_an_answer_s_ends_are_the_answer_s_whatever_the_tokenizer_s_of
         tmp_path, [{"role": "user", "content": " a "}, {"role": "assistant", "content": " é😀 b "}]
     )
     (found,) = readers.chat.read(file, tokenizer).documents
-    assert found.labels is not None and tokenizer.decode(found.ids[found.labels]) == " é😀 b "
+    assert found.labels is not None and tokenizer.decode(found.ids[found.labels]) == " é😀 b  <eos>"
 
 
 def test_a_template_that_changes_what_its_blocks_write_is_one_line(tmp_path: Path) -> None:
@@ -279,9 +279,17 @@ def test_an_answer_that_merges_with_the_prompt_is_still_told_apart(tmp_path: Pat
     assert found.labels is not None and found.labels.tolist() == [False] * 4 + [True] * 2
 
 
-def test_a_conversation_without_an_answer_bears_no_loss(tmp_path: Path) -> None:
-    (found,) = readers.chat.read(conversation(tmp_path, CHAT[:1]), word_tokenizer(CHATML)).documents
-    assert found.labels is not None and not found.labels.any()
+def test_a_conversation_without_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
+    both = "".join(json.dumps({"messages": each}) + "\n" for each in (CHAT[:1], CHAT))
+    reading = readers.chat.read(write(tmp_path / "chat.jsonl", both), word_tokenizer(CHATML))
+    assert len(read(reading)) == 1
+    assert reading.counts == {"conversations": 2, "without_an_answer": 1}
+
+
+def test_conversations_without_any_answer_are_one_line(tmp_path: Path) -> None:
+    reading = readers.chat.read(conversation(tmp_path, CHAT[:1]), word_tokenizer(CHATML))
+    with pytest.raises(UserError, match=r"none of 1 conversations has a token of the assistant's to learn"):
+        read(reading)
 
 
 @pytest.mark.real
@@ -446,17 +454,26 @@ REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
     "null": (jsonl_of('{"text": null}'), "{f}/x.jsonl:1: 'text' is NoneType, not a string"),
     "lone surrogate": (jsonl_of('{"text": "\\ud800"}'), "{f}/x.jsonl:1: 'text' holds half of a surrogate pair"),
     "no chat template": (chat_of(GOOD, None), "corpus.name: chat needs a tokenizer with a chat template"),
-    "no messages": (chat_of('{"text": "a"}'), "{f}/x.jsonl:1: 'messages' is not a list of messages; the line has text."),
+    "no messages": (chat_of('{"text": "a"}'), "{f}/x.jsonl:1: no conversation; the line has text. A record is a list of messages"),
     "empty messages": (chat_of('{"messages": []}'), "{f}/x.jsonl:1: 'messages' is not a list of messages"),
     "message without a role": (
-        chat_of('{"messages": [{"content": "a"}]}'), "{f}/x.jsonl:1: a message must have a `role` and a `content`"
+        chat_of('{"messages": [{"content": "a"}]}'), "{f}/x.jsonl:1: message 0: a message must have a `role` and a `content`"
     ),
-    "message of parts": (
-        chat_of('{"messages": [{"role": "user", "content": ["a"]}]}'), "{f}/x.jsonl:1: a message must have a `role`"
+    "message with a picture": (
+        chat_of('{"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}]}'),
+        "{f}/x.jsonl:1: message 0: a message must have a `role` and a `content`, both strings; a part of its content is",
     ),
-    "message that is text": (chat_of('{"messages": ["hi"]}'), '{f}/x.jsonl:1: a message must have a `role` and a'),
+    "a role that nobody has": (
+        chat_of('{"messages": [{"role": "user", "content": "a"}, {"role": "bard", "content": "b"}]}'),
+        "{f}/x.jsonl:1: message 1: role 'bard' is none that a chat template knows",
+    ),
+    "a weight that is none": (
+        chat_of('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}'),
+        "{f}/x.jsonl:1: message 1: 'weight' is 0.5",
+    ),
+    "message that is text": (chat_of('{"messages": ["hi"]}'), '{f}/x.jsonl:1: message 0: a message must have a `role` and a'),
     "message of half a character": (
-        chat_of('{"messages": [{"role": "user", "content": "\\ud800"}]}'), "{f}/x.jsonl:1: a message must have a `role`"
+        chat_of('{"messages": [{"role": "user", "content": "\\ud800"}]}'), "{f}/x.jsonl:1: holds half of a surrogate pair"
     ),
     "an answer to nothing": (
         chat_of('{"messages": [{"role": "assistant", "content": "yo"}]}'),

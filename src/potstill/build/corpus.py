@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from potstill.build.resolve import Resolved
 from potstill.data import packing, readers, token_cache, tokenizers
 from potstill.data.decontamination import Decontamination, EvaluationTexts
@@ -16,18 +18,35 @@ from potstill.models.hub import local_copy
 from potstill.types import Vocab
 
 
-def make_corpus(
-    resolved: Resolved, beat: Callable[[], None] = lambda: None
-) -> tuple[packing.Corpus, Any | None]:
-    """The packed rows, and the tokenizer that encoded them; None for a corpus of ids without one.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a corpus is read with."""
 
-    Args:
-        beat: called with every document that is read, a sign of life for a watchdog.
+    tokenizer: Any | None
+    """None for a corpus of ids without one."""
+    vocabulary: Vocab
+    begin: list[int]
+    """Ids before each text."""
+    decontamination: Decontamination | None
+
+    def read(self, config: Any, beat: Callable[[], None] = lambda: None) -> readers.Reading:
+        """The documents that are packed."""
+        reading: readers.Reading = config.read(self.tokenizer, self.vocabulary)
+        reading = dataclasses.replace(reading, documents=_with_beat(reading.documents, beat))
+        if self.decontamination is not None:
+            reading = self.decontamination.apply(reading, self.tokenizer)
+        if self.begin:
+            reading.counts["begin_ids"] = self.begin
+            reading = dataclasses.replace(reading, documents=_begun(reading.documents, self.begin))
+        return reading
+
+
+def open_source(resolved: Resolved) -> Source:
+    """Tokenizer, vocabulary and evaluation texts; no document is read.
 
     Raises:
-        UserError: a text corpus or decontamination without a tokenizer, or whatever a reader refuses.
+        UserError: a text corpus or decontamination without a tokenizer, or a tokenizer that does not fit the teacher.
     """
-    config = resolved.recipe.corpus
     size = resolved.teacher.vocab_size
     tokenizer = _tokenizer(resolved)
     vocabulary = Vocab(size=size) if tokenizer is None else tokenizers.vocab_of(tokenizer, size)
@@ -39,17 +58,35 @@ def make_corpus(
             f" {vocabulary.eos_id}, and teacher {resolved.teacher.label} has the ids from 0 to"
             f" {vocabulary.size - 1}. Set eos_token in tokenizer_config.json to a token of the model's."
         )
-    decontamination = make_decontamination(resolved, tokenizer)
+    return Source(
+        tokenizer,
+        vocabulary,
+        _begin(resolved.recipe.corpus, tokenizer),
+        make_decontamination(resolved, tokenizer),
+    )
+
+
+def make_corpus(
+    resolved: Resolved, beat: Callable[[], None] = lambda: None
+) -> tuple[packing.Corpus, Any | None]:
+    """The packed rows, and the tokenizer that encoded them; None for a corpus of ids without one.
+
+    Args:
+        beat: called with every document that is read, a sign of life for a watchdog.
+
+    Raises:
+        UserError: whatever `open_source` or a reader refuses.
+    """
+    config, source = resolved.recipe.corpus, open_source(resolved)
+    tokenizer, vocabulary, decontamination = source.tokenizer, source.vocabulary, source.decontamination
 
     def build(folder: Path | None) -> packing.Corpus:
-        reading = config.read(tokenizer, vocabulary)
-        documents = dataclasses.replace(reading, documents=_with_beat(reading.documents, beat))
         corpus = packing.build(
-            documents if decontamination is None else decontamination.apply(documents, tokenizer),
+            source.read(config, beat),
             tokens_per_row=config.tokens_per_row,
             heldout_rows=config.heldout_rows,
             vocab=vocabulary,
-            packed=config.packing,
+            layout=config.layout,
             folder=folder,
         )
         # After packing: its counts are complete once every document has been read.
@@ -59,8 +96,27 @@ def make_corpus(
     if config.shards is None:
         return build(None), tokenizer
     evaluation_files = None if decontamination is None else decontamination.texts.files
-    provenance = token_cache.provenance(config, tokenizer, vocabulary, evaluation_files)
+    provenance = token_cache.provenance(config, tokenizer, vocabulary, source.begin, evaluation_files)
     return token_cache.load_or_build(config, provenance, build, beat), tokenizer
+
+
+def _begin(config: Any, tokenizer: Any | None) -> list[int]:
+    """The ids before each text: what `corpus.bos` says, else what the tokenizer itself puts there."""
+    if tokenizer is None or config.bos is False:
+        return []
+    if config.bos is None:
+        return tokenizers.begin_ids(tokenizer)
+    if tokenizer.bos_token_id is None:
+        raise UserError(f"corpus.bos: {tokenizer.name_or_path} has no BOS token. Set it to null.")
+    return [tokenizer.bos_token_id]
+
+
+def _begun(documents: Iterator[readers.Document], begin: list[int]) -> Iterator[readers.Document]:
+    before = np.array(begin, dtype=np.uint32)
+    for document in documents:
+        if document.is_text:
+            document = dataclasses.replace(document, ids=np.concatenate([before, document.ids]))
+        yield document
 
 
 def _tokenizer(resolved: Resolved) -> Any | None:

@@ -159,6 +159,8 @@ def read_corpus(
         f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; rows of"
         f" {recipe.corpus.tokens_per_row}: {len(corpus.train)} to train on, {len(corpus.heldout)} held out"
     )
+    for each in packing.about_documents(counts):
+        note(f"corpus: {each}")
     if counts["decontamination"] is not None:
         note(f"decontamination: {summary(counts['decontamination'])}")
     if recipe.eval.sample_prompt is not None and tokenizer is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, report
+from potstill.cli import capture, check, distill, evaluate, export, report, rows
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
 
@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_flags(
         verb("check", check.run_check, "find what would make the run worthless, before time is spent on it"),
         verb("plan", check.run_plan, "estimate peak memory by part, disk and time from the configs alone"),
+    )
+    rows.add_flags(
+        verb("rows", rows.run_rows, "print what a recipe trains on, with the tokens that bear loss marked")
     )
     capture.add_flags(
         verb("capture", capture.run_capture, "run a recipe's teacher once and store its targets in a folder"),

@@ -3,17 +3,21 @@
 A row is `tokens_per_row` consecutive tokens of one long stream of documents. Labels are decided here, once:
 the label of token i is token i+1 of the same document, if that may be predicted; nothing downstream shifts or
 masks. Positions restart at 0 with each document and each row, which is how attention stays inside a document.
-With `packing: false` a row is one document, or a part of one that is longer, and padded at its end: for models that
-cannot keep documents apart. A corpus too small to hold rows out is refused.
+Rows are laid out in one of three ways (`Layout`): documents end to end, cut where a row ends; whole documents, as many
+as fit; or one document a row, for models that cannot keep documents apart. The latter two are padded at their ends, and
+a document that is longer than a row goes on in the next. A corpus too small to hold rows out is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +25,12 @@ from numpy.typing import NDArray
 
 from potstill.data.fixed import FixedRows, Order
 from potstill.data.memmap import Stream, hashed, in_blocks, require_ids
-from potstill.data.readers import Reading
+from potstill.data.readers import Reading, chat
 from potstill.errors import UserError
 from potstill.types import Batch, Vocab
 
 TRAIN, HELDOUT = "train", "heldout"
+Layout = Literal["stream", "whole", "single"]
 SPREAD = 8  # held-out rows come from up to so many times their tokens, or a twentieth of the corpus
 
 
@@ -36,7 +41,8 @@ class PackedRows:
         ids: uint32, the stream of all documents.
         starts: int64, where in the stream each document begins.
         bears: bool, whether a token may be predicted from the one before it; False where a document begins.
-        packed: whether rows hold `tokens_per_row` tokens of the stream each; otherwise each document begins a row.
+        layout: "stream": rows of `tokens_per_row` tokens each; "whole": of whole documents that fit into so many,
+            in the order of `best_fit`; "single": each document begins a row.
     """
 
     def __init__(
@@ -45,10 +51,11 @@ class PackedRows:
         starts: NDArray[np.int64],
         bears: NDArray[np.bool_],
         tokens_per_row: int,
-        packed: bool = True,
+        layout: Layout = "stream",
     ) -> None:
         self.ids, self.starts, self.bears, self.tokens_per_row = ids, starts, bears, tokens_per_row
-        self.first_of_row = None if packed else _first_tokens(starts, len(ids), tokens_per_row)
+        self.layout = layout
+        self.first_of_row = FIRST_TOKENS[layout](starts, len(ids), tokens_per_row)
         """int64, where in the stream each row begins; None: every `tokens_per_row` tokens."""
         self.first_row = 0
         """The number of row 0 in a batch: a store of targets numbers the rows of both splits in one sequence.
@@ -160,13 +167,61 @@ def _supervised(bears: NDArray[np.bool_], tokens_per_row: int) -> NDArray[np.int
     return counts
 
 
-def _first_tokens(starts: NDArray[np.int64], num_tokens: int, tokens_per_row: int) -> NDArray[np.int64]:
+def best_fit(lengths: Sequence[int], tokens_per_row: int) -> NDArray[np.int64]:
+    """An order of documents in which rows of whole ones waste little: the longest first, each into the fullest row that
+    has room for it. Rows follow each other, each with the document that began it in front, so that where a row ends can
+    be seen from the lengths: the next row's first document did not fit.
+    """
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = defaultdict(list)
+    rooms: list[int] = []  # the keys of `with_room`, sorted
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        length = lengths[number]
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[at]
+            rows[row].append(number)
+            room -= length
+        else:
+            row, room = len(rows), -length % tokens_per_row
+            rows.append([number])
+        if room:
+            if not with_room[room]:
+                insort(rooms, room)
+            with_room[room].append(row)
+    return np.fromiter((number for row in rows for number in row), np.int64, len(lengths))
+
+
+def _first_of_whole(starts: NDArray[np.int64], num_tokens: int, tokens_per_row: int) -> NDArray[np.int64]:
+    """Where rows of whole documents begin: with each that has no room in the row before."""
+    first: list[int] = []
+    room = 0
+    for start, length in zip(starts.tolist(), np.diff(starts, append=num_tokens).tolist(), strict=True):
+        if length > room:
+            first += range(start, start + length, tokens_per_row)
+            room = -length % tokens_per_row
+        else:
+            room -= length
+    return np.array(first, dtype=np.int64)
+
+
+def _first_of_single(starts: NDArray[np.int64], num_tokens: int, tokens_per_row: int) -> NDArray[np.int64]:
     """Where rows begin that hold one document each; a longer one goes on in the next row."""
     lengths = np.diff(starts, append=num_tokens)
     rows = -(-lengths // tokens_per_row)
     within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
     first: NDArray[np.int64] = np.repeat(starts, rows) + within * tokens_per_row
     return first
+
+
+FIRST_TOKENS: dict[Layout, Callable[..., NDArray[np.int64] | None]] = {
+    "stream": lambda starts, num_tokens, tokens_per_row: None,
+    "whole": _first_of_whole,
+    "single": _first_of_single,
+}
 
 
 def _supervised_from(bears: NDArray[np.bool_], first: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -186,17 +241,19 @@ def build(
     tokens_per_row: int,
     heldout_rows: int,
     vocab: Vocab,
-    packed: bool = True,
+    layout: Layout = "stream",
     folder: Path | None = None,
 ) -> Corpus:
     """Split whole documents, pack both sides, drop training rows that equal a held-out row, and count.
 
     With a folder, tokens pass through its files, and memory does not grow with them.
     """
-    documents = Stream(folder, "documents")
+    documents, leaders = Stream(folder, "documents"), array("q")
     try:
         for document in reading.documents:
             require_ids(document.source, document.ids, vocab.size)
+            # Parts of one conversation share its text, and are held out or trained on together.
+            leaders.append(leaders[-1] if document.is_further_part else len(leaders))
             documents.append(document.ids, document.labels)
     except BaseException:
         documents.discard()
@@ -205,10 +262,10 @@ def build(
         raise UserError(
             "corpus.path: not one document with text in it. Check the path, the field and the patterns."
         )
-    total = documents.num_tokens
+    total, lengths = documents.num_tokens, documents.lengths
     if tokens_per_row > total:  # before a row of that length is allocated
         raise _too_little(len(documents), total, 0, 0, heldout_rows, tokens_per_row)
-    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row, folder, packed)
+    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row, folder, layout, leaders)
     documents.discard()
     dropped = train.drop(heldout)
     heldout.first_row = len(train)
@@ -218,7 +275,7 @@ def build(
         "documents": len(documents),
         "tokens": total,
         "tokens_per_row": tokens_per_row,
-        "packing": packed,
+        "layout": layout,
         "train_documents": len(documents) - num_heldout,
         "train_rows": len(train),
         "train_tokens": len(train.ids),
@@ -231,9 +288,25 @@ def build(
         "vocab_size": vocab.size,
         "tokenizer_sha256": vocab.fingerprint,
         "fingerprint": _fingerprint(vocab, train, heldout),
+        "reading": reading.counts,
         "files": reading.files,
     }
+    if layout != "stream":  # end to end, any document may be cut
+        manifest["documents_longer_than_a_row"] = sum(length > tokens_per_row for length in lengths)
     return Corpus(train, heldout, manifest)
+
+
+def about_documents(manifest: dict[str, Any]) -> Iterator[str]:
+    """What whoever starts a run should know of the documents, a line each; nothing where all is as usual."""
+    reading = manifest.get("reading") or {}
+    if begin := reading.get("begin_ids"):
+        yield f"each text begins with {', '.join(f'id {number}' for number in begin)}, as the tokenizer has it (BOS)"
+    yield from chat.notes(reading)
+    if number := manifest.get("documents_longer_than_a_row"):
+        yield (
+            f"{number} of {manifest['documents']} documents are longer than a row and are cut: what is behind a cut"
+            " does not see what is before it. Set corpus.tokens_per_row higher"
+        )
 
 
 def _too_little(
@@ -251,31 +324,35 @@ def split(
     heldout_rows: int,
     tokens_per_row: int,
     folder: Path | None = None,
-    packed: bool = True,
+    layout: Layout = "stream",
+    leaders: Sequence[int] | None = None,
 ) -> tuple[PackedRows, PackedRows, int]:
     """Training rows, held-out rows, and the number of documents on the held-out side.
 
     Documents go there in the order of their hash, so that the split depends on content and not on names, and
     the same text is never on both sides, whichever of its tokens bear loss. The rows are drawn from more
-    documents than needed, so that no single one dominates; the other rows of these documents go unused.
+    documents than needed, so that no single one dominates; the other rows of these documents go unused. `leaders`: for
+    each document the one whose side it takes, None for its own.
     """
     each = (hashed(documents[number][0]) for number in range(len(documents)))
     digests = np.fromiter(each, "S32", len(documents))
+    if leaders is not None:
+        digests = digests[np.asarray(leaders)]
     order = np.argsort(digests, kind="stable")
     needed = heldout_rows * tokens_per_row
     wanted = max(needed, min(SPREAD * needed, documents.num_tokens // 20))
     count, tokens = 0, 0
-    heldout = pack(documents, order[:0], tokens_per_row, None, HELDOUT, packed)
+    heldout = pack(documents, order[:0], tokens_per_row, None, HELDOUT, layout)
     while len(heldout) < heldout_rows and count < len(order):
         while count < len(order) and (tokens < wanted or digests[order[count]] == digests[order[count - 1]]):
             tokens += documents.lengths[order[count]]
             count += 1
-        heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT, packed)
+        heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT, layout)
         # Rows without a label do not count: long prompts with short answers may need more documents.
         wanted = 2 * tokens
     by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
     heldout.kept = heldout.kept[sorted(by_content)]
-    train = pack(documents, order[count:], tokens_per_row, folder, TRAIN, packed)
+    train = pack(documents, order[count:], tokens_per_row, folder, TRAIN, layout)
     return train, heldout, count
 
 
@@ -285,22 +362,24 @@ def pack(
     tokens_per_row: int,
     folder: Path | None,
     name: str,
-    packed: bool = True,
+    layout: Layout = "stream",
 ) -> PackedRows:
-    """Some of the documents, end to end in the order in which they were read."""
-    stream = Stream(folder, name)
-    for number in np.sort(numbers):
+    """Some of the documents, end to end in the order in which they were read, or in that of `best_fit`."""
+    stream, numbers = Stream(folder, name), np.sort(numbers)
+    if layout == "whole":
+        numbers = numbers[best_fit([documents.lengths[number] for number in numbers], tokens_per_row)]
+    for number in numbers:
         stream.append(*documents[number])
-    return PackedRows(stream.ids(), stream.starts(), stream.bears(), tokens_per_row, packed)
+    return PackedRows(stream.ids(), stream.starts(), stream.bears(), tokens_per_row, layout)
 
 
 def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:
     digest = hashlib.sha256(vocab.fingerprint.encode())
     for rows in splits:
         digest.update(f"{rows.tokens_per_row} {len(rows.ids)} {len(rows)}\n".encode())
-        if rows.first_of_row is not None:
-            digest.update(b"one document a row\n")
-        for array in (rows.ids, rows.starts, rows.bears, rows.kept):
-            for _, block in in_blocks(array):
+        if rows.layout != "stream":
+            digest.update(f"{rows.layout}\n".encode())
+        for part in (rows.ids, rows.starts, rows.bears, rows.kept):
+            for _, block in in_blocks(part):
                 digest.update(block.data)
     return digest.hexdigest()

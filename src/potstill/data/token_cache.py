@@ -36,11 +36,20 @@ AGAIN = "Remove the folder to have it written again, or name another in corpus.s
 Json = dict[str, Any]
 
 
-def provenance(config: Any, tokenizer: Any | None, vocabulary: Vocab, against: list[Json] | None) -> Json:
-    """Everything but the source files that the rows depend on. `against`: the evaluation texts, by file."""
+def provenance(
+    config: Any, tokenizer: Any | None, vocabulary: Vocab, begin: list[int], against: list[Json] | None
+) -> Json:
+    """Everything but the source files that the rows depend on. `begin`: ids before each text; `against`: the evaluation
+    texts, by file.
+    """
     section = {name: value for name, value in asdict(config).items() if name != "shards"}
-    if section["packing"]:  # the default, which older caches do not mention
-        del section["packing"]
+    for name in (
+        "packing",
+        "whole_documents",
+    ):  # older caches, which do not mention them, are of rows end to end
+        del section[name]
+    if config.layout != "stream":
+        section["layout"] = config.layout
     if against is not None:  # their content counts, and not their paths
         section["decontaminate"].pop("against")
         against = [{name: text[name] for name in ("sha256", "texts")} for text in against]
@@ -157,7 +166,7 @@ def _read(folder: Path, config: Any, made_of: Json) -> Corpus:
 def _rows(folder: Path, name: str, config: Any) -> PackedRows:
     ids, bears = mapped(folder / f"{name}.ids", ID), mapped(folder / f"{name}.bears", BEARS)
     starts = mapped(folder / f"{name}.starts", PLACE)
-    rows = PackedRows(ids, starts, bears, config.tokens_per_row, config.packing)
+    rows = PackedRows(ids, starts, bears, config.tokens_per_row, config.layout)
     rows.kept = mapped(folder / f"{name}.kept", PLACE)
     return rows
 

@@ -7,18 +7,14 @@ refused, with the first id that does.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
-import re
 import tempfile
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import transformers
 
 from potstill.errors import UserError, one_line
@@ -152,106 +148,19 @@ def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
     return ids
 
 
+def begin_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text by itself: the BOS of Llama, Gemma and Mistral, mostly nothing."""
+    plain = encode("a text", ["a"], tokenizer)[0]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    for before in range(len(whole) - len(plain) + 1):
+        if whole[before : before + len(plain)] == plain:
+            return whole[:before]
+    return []
+
+
 def _is_library_error(error: BaseException) -> bool:
     """Whether a library failed: a panic of tokenizers, too, which is a BaseException."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-BLOCK_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-MARKING = "{%% macro potstill_mark() %%}%s{{ caller() }}%s{%% endmacro %%}\n"
-"""Put before a template whose blocks call it. The line end is no text: Transformers sets trim_blocks."""
-NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-"""Code points that Unicode assigns to nothing: no text should have them."""
-
-
-def label_by_template(
-    where: str, messages: list[dict[str, str]], tokenizer: Any
-) -> tuple[list[int], list[bool]]:
-    """Ids, and labels on the tokens that have a character of a `{% generation %}` block, and on the end of turn that
-    follows one.
-
-    Transformers' own mask looks for the block in the wrong place where a macro has it, and labels the user's turns of
-    further templates in some versions. So the blocks are marked in the text, by a character at both ends.
-    """
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    marks = [mark for mark in NONCHARACTERS if mark not in whole][:2]
-    template = BLOCK_TAG.sub(
-        lambda tag: tag[1] + ("endcall" if tag[2] else "call potstill_mark()") + tag[3],
-        tokenizer.get_chat_template(),
-    )
-    options = {"chat_template": MARKING % tuple(marks) + template, "tokenize": False}
-    pieces = re.split(f"([{''.join(marks)}])", tokenizer.apply_chat_template(messages, **options))
-    parts, found = pieces[::2], pieces[1::2]
-    if "".join(parts) != whole or found != marks * (len(found) // 2):
-        raise UserError(
-            f"{where}: the chat template changes what its {{% generation %}} blocks write, so the assistant's tokens"
-            " cannot be told apart. Use a template that writes them as they are."
-        )
-    # Parts outside and inside of blocks alternate.
-    bounds = np.cumsum([len(part) for part in parts])
-    ids, begins, ends = _whole_tokens(whole, tokenizer)
-    labels = np.zeros(len(ids), dtype=np.bool_)
-    for start, stop in zip(bounds[::2], bounds[1::2], strict=False):
-        labels |= (begins < stop) & (ends > start)
-    # Many templates end the block before the end of turn; a student never trained on that token never stops.
-    labels[1:] |= labels[:-1] & (np.array(ids[1:]) == tokenizer.eos_token_id)
-    return ids, labels.tolist()
-
-
-def _whole_tokens(
-    text: str, tokenizer: Any
-) -> tuple[list[int], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ids of a text, and for each the character that it begins with and the one that it ends before."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    if "trim_offsets=True" in repr(tokenizer.backend_tokenizer.post_processor):
-        offsets = _untrimmed(tokenizer).encode(text, add_special_tokens=False).offsets
-    begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    return encoded["input_ids"], begins, ends
-
-
-@lru_cache(maxsize=2)
-def _untrimmed(tokenizer: Any) -> Any:
-    """A copy of the library's tokenizer whose offsets include the spaces at a token's ends: without them a token of
-    spaces alone has no characters, and the answer's last one seems to lie behind the answer.
-    """
-    inner = copy.deepcopy(tokenizer.backend_tokenizer)
-    inner.post_processor = None  # it only adds special tokens, which a template has, and trims
-    return inner
-
-
-def label_by_prefix(
-    where: str, messages: list[dict[str, str]], tokenizer: Any
-) -> tuple[list[int], list[bool]]:
-    """Ids, and labels on what each of the assistant's messages adds to the text.
-
-    Texts are compared, not ids: a tokenizer may merge the prompt's last character with the answer's first.
-    """
-
-    def render(upto: int, prompt: bool) -> str:
-        rendered: str = tokenizer.apply_chat_template(
-            messages[:upto], add_generation_prompt=prompt, tokenize=False
-        )
-        return rendered
-
-    whole = render(len(messages), False)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    begins = np.array([begin for begin, _ in encoded["offset_mapping"]], dtype=np.int64)
-    labels = np.zeros(len(begins), dtype=np.bool_)
-    if messages[0]["role"] == "assistant":
-        raise UserError(
-            f"{where}: message 0 is the assistant's, with nothing to answer. Put a user's before it."
-        )
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(turn, True), render(turn + 1, False)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise UserError(
-                    f"{where}: the chat template rewrites earlier turns, so the assistant's tokens of message"
-                    f" {turn} cannot be told apart. Use a template with a {{% generation %}} block."
-                )
-            labels |= (begins >= len(before)) & (begins < len(after))
-    return encoded["input_ids"], labels.tolist()
 
 
 def vocab_of(tokenizer: Any, size: int) -> Vocab:

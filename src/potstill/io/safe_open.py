@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -220,3 +221,17 @@ def require_size(path: Path, needed: int, size: int) -> None:
 
 def refuse(where: object, what: str, todo: str = FETCH_AGAIN) -> NoReturn:
     raise UserError(f"{where}: {what}. {todo}")
+
+
+def is_encodable(value: str) -> bool:
+    """Whether UTF-8 has it: JSON can spell half a surrogate pair, which tokenizers refuse."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def names_of(record: dict[str, Any]) -> str:
+    names = [*map(printable_name, islice(record, 8)), *(["…"] if len(record) > 8 else [])]
+    return ", ".join(names) or "nothing"

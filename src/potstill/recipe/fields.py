@@ -7,6 +7,7 @@ from 1 up.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import re
 import sys
@@ -91,6 +92,16 @@ HubId = Annotated[str, check(_id("hub id (owner/name)", r"[A-Za-z0-9][\w.-]{0,95
 LicenseId = Annotated[
     str, check(_id("license in the Hub's spelling, such as apache-2.0", r"[a-z0-9][a-z0-9.+-]{0,63}"))
 ]
+
+
+def _date(value: str, folder: Path) -> str:
+    try:
+        return datetime.date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise UserError(f"{shown(value)} is not a date. Write it as 2024-07-26, in quotes.") from None
+
+
+Date = Annotated[str, check(_date)]
 
 
 class Config:

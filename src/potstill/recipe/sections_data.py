@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from potstill.recipe.fields import (
     Config,
     Count,
     CountOrZero,
+    Date,
     EvaluationPath,
     LocalPath,
     ModelSource,
@@ -45,11 +47,17 @@ class CorpusConfig(Config):
     tokens_per_row: Annotated[int, Interval(ge=2, le=MAX_INT32)] = 256
     """Length of a row, in tokens."""
     packing: bool = True
-    """Documents end to end in rows; false: one document a row, padded, for models that cannot keep documents apart."""
+    """Several documents in a row; false: one document a row, padded, for models that cannot keep documents apart."""
+    whole_documents: bool = False
+    """Of several documents in a row: each whole, as many as fit, and the row padded; false: end to end, cut where a row
+    ends. A document longer than a row is cut."""
     heldout_rows: Count = 16
     """Number of rows held out for evaluation; never trained on."""
     tokenizer: ModelSource | None = None
     """Folder, hub id or GGUF file whose tokenizer reads the text; null: the teacher's, else the student's."""
+    bos: bool | None = None
+    """Whether the tokenizer's BOS stands before each text, without loss; null: where the tokenizer itself puts one, as
+    models that have one were trained to read."""
     shards: Place | None = None
     """Folder of token shards, relative to the recipe: written the first time, memory-mapped from then on; null:
     the corpus is tokenized into memory at every start."""
@@ -57,6 +65,13 @@ class CorpusConfig(Config):
     """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
 
     needs_tokenizer: ClassVar[bool] = True
+
+    @property
+    def layout(self) -> Literal["stream", "whole", "single"]:
+        """How rows are made of documents."""
+        if not self.packing:
+            return "single"
+        return "whole" if self.whole_documents else "stream"
 
     @property
     def origin(self) -> str:
@@ -141,13 +156,20 @@ class JsonlCorpusConfig(FileCorpusConfig):
 class ChatCorpusConfig(FileCorpusConfig):
     name: Literal["chat"] = "chat"
     """A file of conversations, one JSON object a line; the loss is on the assistant's tokens."""
-    field: str = "messages"
-    """Key of the list of messages in each object."""
+    field: str | None = None
+    """Key of the list of messages in each object; null: messages, ShareGPT, prompt and completion, or Alpaca, whichever
+    a record is."""
+    date: Date = "2024-07-26"
+    """What a chat template that asks for the time is told, so that the corpus is the same tomorrow."""
+    whole_documents: bool = True
+    """Of several conversations in a row: each whole, as many as fit; false: cut where a row ends, so that answers stand
+    in a row without their question."""
 
     patterns: ClassVar[str] = "jsonl:PATTERNS"
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        return cast("Reading", _reader("chat:read")(Path(self.path), tokenizer, self.field))
+        date = datetime.date.fromisoformat(self.date)
+        return cast("Reading", _reader("chat:read")(Path(self.path), tokenizer, self.field, date))
 
 
 @register("corpus")

@@ -433,7 +433,7 @@ def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
             | {"files": len(corpus["files"])}
         )
 
-    recorded = {"packing": True} | run.corpus()  # of a time when there was nothing else
+    recorded = {"layout": "stream"} | run.corpus()  # of a time when there was nothing else
     _require_equal(by_file(recorded), by_file(manifest), "corpus", run)
 
 

@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
-import json
-import re
+import datetime
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from potstill.data.chats.labels import Labeller
+from potstill.data.chats.records import Shapes
+from potstill.data.chats.templates import ChatTemplate
 from potstill.data.readers.jsonl import records
-from potstill.data.readers.reading import Document, Reading, is_encodable, names_of
-from potstill.data.tokenizers import label_by_prefix, label_by_template
-from potstill.errors import UserError, one_line
-from potstill.io.silence import quiet_transformers
+from potstill.data.readers.reading import Document, Reading
+from potstill.errors import UserError
 
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+DATE = datetime.date(2024, 7, 26)
+"""What the templates of Llama 3 write without a clock."""
 
 
-def read(path: Path, tokenizer: Any, field: str = "messages") -> Reading:
-    """One conversation a line, `[{"role", "content"}, …]` under `field`; the assistant's tokens bear loss.
+def read(path: Path, tokenizer: Any, field: str | None = None, date: datetime.date = DATE) -> Reading:
+    """One conversation a line, in any shape that `data.chats.records` knows; see there and `data.chats.labels`.
 
-    A template with a `{% generation %}` block marks them itself. With any other template they are what the
-    assistant's message adds after the generation prompt, its end-of-turn token included.
+    Args:
+        field: key of the list of messages; None takes the shape that a record has.
+        date: what a template that asks for the time is told.
     """
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise UserError(
-            "corpus.name: chat needs a tokenizer with a chat template, and this one has none."
-            f" Set corpus.tokenizer to another. ({one_line(error)})"
-        ) from error
-    label = label_by_template if GENERATION_BLOCK.search(template) else label_by_prefix
+    template = ChatTemplate(tokenizer, date)  # refused before anything is read
     reading = Reading(iter(()))
 
     def conversations() -> Iterator[Document]:
-        for where, record in records(path, reading):
-            messages = _messages(where, record, field)
-            try:
-                with quiet_transformers():
-                    ids, labels = label(where, messages, tokenizer)
-            except UserError:
-                raise
-            except Exception as error:  # a template may raise anything, jinja2's own errors included
-                raise UserError(
-                    f"{where}: the chat template refuses this conversation: {one_line(error)}"
-                ) from error
-            yield Document(where, np.array(ids, dtype=np.uint32), np.array(labels, dtype=np.bool_))
+        shapes, counts = Shapes(field), Counter[str]()
+        with template:
+            labeller = Labeller(template)
+            for where, record in records(path, reading):
+                conversation = shapes.conversation(where, record)
+                documents = labeller.documents(conversation)
+                counts["conversations"] += 1
+                counts["without_an_answer"] += not any(each.labels.any() for each in documents)
+                counts["in_several_documents"] += len(documents) > 1
+                counts["without_an_end"] += not all(each.ends for each in documents)
+                for number, each in enumerate(documents):
+                    if each.labels.any():
+                        yield Document(where, each.ids, each.labels, is_further_part=number > 0)
+        counts["spell_control_tokens"] = len(labeller.spelled)
+        counts["turns_prompted_otherwise"] = len(labeller.prompted)
+        renamed = {f"{old} as {new}": number for (old, new), number in sorted(shapes.renamed.items())}
+        reading.counts |= {name: number for name, number in counts.items() if number}
+        reading.counts |= {"roles": renamed} if renamed else {}
+        if counts["conversations"] and counts["conversations"] == counts["without_an_answer"]:
+            raise UserError(
+                f"{path}: none of {counts['conversations']} conversations has a token of the assistant's to learn: no"
+                " message has that role, all are marked as not to be trained on, or the chat template writes nothing"
+                f" for them. `role: assistant` is looked for, and what {tokenizer.name_or_path} writes for it."
+            )
 
     reading.documents = conversations()
     return reading
 
 
-def _messages(where: str, record: dict[str, Any], field: str) -> list[dict[str, str]]:
-    messages = record.get(field)
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"{where}: {field!r} is not a list of messages; the line has {names_of(record)}."
-            " Set corpus.field."
+def notes(counts: dict[str, Any]) -> Iterator[str]:
+    """What a reader of a chat corpus should know of it, a line each."""
+    of = f"of {counts.get('conversations', 0)} conversations"
+    if roles := counts.get("roles"):
+        read_as = ", ".join(f"{each} in {number} messages" for each, number in roles.items())
+        yield f"a role is read as another: {read_as}"
+    if number := counts.get("without_an_answer"):
+        yield f"{number} {of} have no token to learn, and are left out"
+    if number := counts.get("in_several_documents"):
+        yield f"{number} {of} are several documents: the chat template writes earlier turns otherwise than they were"
+    if number := counts.get("spell_control_tokens"):
+        yield f"{number} {of} spell control tokens, which stay words"
+    if number := counts.get("without_an_end"):
+        yield (
+            f"{number} {of} have a turn without an end of turn (a control token): the student does not learn to stop"
+            " there. Use a chat template that writes one."
         )
-    for message in messages:
-        parts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else []
-        if not parts or not all(isinstance(part, str) and is_encodable(part) for part in parts):
-            raise UserError(
-                f"{where}: a message must have a `role` and a `content`, both strings;"
-                f" found {json.dumps(message)[:80]}."
-            )
-    return messages
+    if number := counts.get("turns_prompted_otherwise"):
+        yield (
+            f"in {number} turns the generation prompt writes what is missing before the written answer (a thought,"
+            " mostly): at inference the student answers after a text that it has not learnt from"
+        )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from potstill.data.tokenizers import encode
 from potstill.errors import UserError
-from potstill.io.safe_open import opened, printable_name
+from potstill.io.safe_open import is_encodable, names_of, opened
 
 TEXTS_PER_CALL = 64
 MAX_LINE_BYTES = 2**26
@@ -36,6 +36,10 @@ class Document:
     ids: NDArray[np.uint32]
     labels: NDArray[np.bool_] | None = None
     """Which tokens may be predicted; None is all of them."""
+    is_text: bool = False
+    """Whether it was tokenized from a text, before which the tokenizer may put a token."""
+    is_further_part: bool = False
+    """Whether it belongs to the document before it, and is held out or trained on with that one."""
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Reading:
 
     documents: Iterator[Document]
     files: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
+    """What else is to be known of the documents, for `corpus.json`."""
 
 
 def files_of(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
@@ -117,7 +123,7 @@ def tokenize(texts: Iterable[tuple[str, str]], tokenizer: Any) -> Iterator[Docum
                 f" {len(chunk) - 1} documents after it. Set corpus.tokenizer to one for this text."
             )
         for (where, _), ids in zip(chunk, ids_of, strict=True):
-            yield Document(where, np.array([*ids, *end], dtype=np.uint32))
+            yield Document(where, np.array([*ids, *end], dtype=np.uint32), is_text=True)
 
 
 def from_texts(texts: Iterable[tuple[str, str]], tokenizer: Any) -> Reading:
@@ -140,20 +146,6 @@ def string_field(where: str, record: dict[str, Any], name: str) -> str:
             " Correct the record."
         )
     return value
-
-
-def is_encodable(value: str) -> bool:
-    """Whether UTF-8 has it: JSON can spell half a surrogate pair, which tokenizers refuse."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def names_of(record: dict[str, Any]) -> str:
-    names = [*map(printable_name, islice(record, 8)), *(["…"] if len(record) > 8 else [])]
-    return ", ".join(names) or "nothing"
 
 
 def require_column(where: Path, column: str, names: Sequence[str]) -> None:

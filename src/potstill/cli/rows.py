@@ -1,0 +1,122 @@
+"""The verb `rows`: what a recipe trains on, as it is trained on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from potstill.errors import UserError
+from potstill.io.terminal import Display, printable
+
+SHOWN = 4
+"""Rows, where --limit says nothing and people look."""
+BOLD, PLAIN = "\x1b[1;32m", "\x1b[0m"
+
+
+def add_flags(rows: argparse.ArgumentParser) -> None:
+    rows.add_argument("recipe", type=Path, metavar="RECIPE")
+    rows.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    rows.add_argument("--heldout", action="store_true", help="the held-out rows instead of those to train on")
+    rows.add_argument(
+        "--documents", action="store_true", help="the documents as they are read, before they are packed"
+    )
+    rows.add_argument(
+        "--limit", type=int, metavar="N", help=f"at most so many; default {SHOWN}, and all with --json"
+    )
+
+
+def run_rows(options: argparse.Namespace, display: Display) -> None:
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"rows: --limit is {options.limit}; give a number from 1 on.")
+    if options.heldout and options.documents:
+        raise UserError(
+            "rows: --documents come before rows are held out. Leave out one of --heldout and --documents."
+        )
+    from potstill.recipe.load import load
+
+    recipe = load(options.recipe, options.overrides)
+    from potstill.build.corpus import make_corpus, open_source
+    from potstill.build.resolve import resolve
+    from potstill.data.decontamination import summary
+    from potstill.data.packing import about_documents
+
+    resolved = resolve(recipe)
+    limit = options.limit if options.limit or options.json else SHOWN
+    with contextlib.closing(resolved.teacher):
+        if options.documents:
+            source = open_source(resolved)
+            reading = source.read(recipe.corpus)
+            _print(options, display, source.tokenizer, itertools.islice(_of_documents(reading), limit))
+            return
+        corpus, tokenizer = make_corpus(resolved)
+    split = corpus.heldout if options.heldout else corpus.train
+    _print(options, display, tokenizer, itertools.islice(_of_rows(split), limit))
+    manifest, say = corpus.manifest, display.note if options.json else display.result
+    say(
+        f"{manifest['documents']} documents; {len(corpus.train)} rows to train on, {len(corpus.heldout)} held out;"
+        f" {manifest['train_positions']} tokens bear loss"
+    )
+    for line in about_documents(manifest):
+        say(line)
+    if dropped := manifest["rows_dropped_as_held_out"]:
+        say(f"{dropped} rows are left out of training: they are held out")
+    if manifest["decontamination"] is not None:
+        say(summary(manifest["decontamination"]))
+
+
+Shown = tuple[str, list[int], list[bool], list[int]]
+"""Title, ids, whether each bears loss, and where documents begin."""
+
+
+def _of_documents(reading: Any) -> Iterator[Shown]:
+    for document in reading.documents:
+        ids = document.ids.tolist()
+        labels = [True] * len(ids) if document.labels is None else document.labels.tolist()
+        yield (
+            document.source,
+            ids,
+            [False, *labels[1:]],
+            [],
+        )  # the first has nothing that it could follow from
+
+
+def _of_rows(rows: Any) -> Iterator[Shown]:
+    for row in range(len(rows)):
+        batch = rows.batch([row])
+        length = int(batch.lengths_B[0])
+        ids, labels = batch.input_ids_BT[0, :length].tolist(), [False] * (length + 1)
+        for position in batch.positions_N.tolist():  # of each the label is the next token
+            labels[position + 1] = True
+        begins = (batch.position_ids_BT[0, 1:length] == 0).nonzero()[:, 0] + 1
+        yield f"row {row}", ids, labels[:length], begins.tolist()
+
+
+def _print(options: argparse.Namespace, display: Display, tokenizer: Any, shown: Iterator[Shown]) -> None:
+    for title, ids, labels, begins in shown:
+        if options.json:
+            display.result(json.dumps({"ids": ids, "labels": labels, "begins": begins}))
+            continue
+        display.result(f"--- {title}: {len(ids)} tokens, {sum(labels)} bear loss")
+        display.result(_as_text(tokenizer, ids, labels, begins))
+
+
+def _as_text(tokenizer: Any, ids: Sequence[int], labels: Sequence[bool], begins: Sequence[int]) -> str:
+    """Tokens that bear loss in green on a terminal, in brackets elsewhere; a line between documents."""
+    marks = (BOLD, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
+    pieces: list[tuple[int, str]] = []
+    for key, run in itertools.groupby(
+        range(len(ids)), key=lambda at: (sum(b <= at for b in begins), labels[at])
+    ):
+        part = [ids[at] for at in run]
+        if pieces and pieces[-1][0] != key[0]:
+            pieces.append((key[0], "\n|\n"))
+        text = " ".join(map(str, part)) if tokenizer is None else tokenizer.decode(part)
+        text = printable(text)
+        pieces.append((key[0], f"{marks[0]}{text}{marks[1]}" if key[1] else text))
+    return "".join(text for _, text in pieces)

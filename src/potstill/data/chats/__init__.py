@@ -1,0 +1,1 @@
+"""Conversations as labelled ids: shapes of records, chat templates, and which tokens bear loss."""

@@ -1,0 +1,225 @@
+"""Which tokens of a conversation bear loss: what the assistant writes at inference, and its end of turn.
+
+A turn of the assistant is what it adds to the text that it is asked with. Where a template writes earlier turns
+otherwise than it did when they were the last (Qwen 3 drops their thoughts), one text cannot teach all of them, and the
+conversation becomes several documents: each turn is learnt from the text that it has at inference.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.data.chats.records import Conversation, strings
+from potstill.data.chats.templates import ChatTemplate
+from potstill.data.chats.turns import Span, Turns, unused
+from potstill.errors import UserError
+
+MAX_BEFORE_END = 4
+"""Tokens of white space that a template may write between an answer and its end of turn."""
+
+Numbers = NDArray[np.int64]
+Labels = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A document of a conversation."""
+
+    ids: NDArray[np.uint32]
+    labels: Labels
+    ends: bool
+    """Whether every turn that bears loss ends with a control token: without one a student never learns to stop."""
+
+
+@dataclass
+class Labeller:
+    """Conversations into documents, by the chat template of a tokenizer."""
+
+    template: ChatTemplate
+    spelled: list[str] = field(default_factory=list)
+    """Conversations whose words spell control tokens; they stay words."""
+    prompted: list[str] = field(default_factory=list)
+    """Conversations, once a turn, where the generation prompt writes what is missing before the written answer."""
+
+    def __post_init__(self) -> None:
+        self.tokenizer = self.template.tokenizer
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: chat needs a tokenizer with tokenizer.json, which knows where"
+                " in a text each token stands. Set corpus.tokenizer to one."
+            )
+        added = self.tokenizer.added_tokens_decoder
+        self._control_ids = {number for number, token in added.items() if token.special}
+        # A mark inside of one keeps it from being read; a token of one character has no inside.
+        self._control = [
+            token.content for token in added.values() if token.special and len(token.content) > 1
+        ]
+        self._is_control = _any_of(self._control)
+        self._is_added = _any_of([token.content for token in added.values()])
+
+    def documents(self, conversation: Conversation) -> list[Labelled]:
+        """None for a conversation without a turn that bears loss.
+
+        Raises:
+            UserError: the template refuses the conversation, or the assistant's part cannot be told apart.
+        """
+        if conversation.messages[0]["role"] == "assistant":
+            raise UserError(
+                f"{conversation.where}: message 0 is the assistant's, with nothing to answer. Put a user's before it."
+            )
+        conversation = self._shielded(conversation)
+        turns = Turns(conversation, self.template, self._is_added)
+        remaining, made = conversation.trained, []
+        while remaining:
+            last = remaining[-1]
+            if (by_hand := turns.with_thought(last)) is not None:
+                text, span = by_hand
+                made.append(self._labelled(conversation, text, [span], None))
+                remaining = remaining[:-1]
+                continue
+            text = turns.upto(last)
+            taught = [turn for turn in remaining if turn == last or turns.is_part_of(turn, text)]
+            self.prompted += [conversation.where for turn in taught if turns.is_prompted_otherwise(turn)]
+            spans = [turns.span(turn, is_last=turn == last) for turn in taught]
+            blocks = turns.blocks(last) if self.template.has_blocks else None
+            made.append(self._labelled(conversation, text, spans, blocks))
+            remaining = [turn for turn in remaining if turn not in taught]
+        return made[::-1]
+
+    def _shielded(self, conversation: Conversation) -> Conversation:
+        """With a mark inside of every control token that somebody's words spell, so that it is not read as one."""
+        said = [
+            {key: value for key, value in each.items() if key != "role"} for each in conversation.messages
+        ]
+        words = list(strings([said, conversation.tools]))
+        if not any(self._is_control.search(text) for text in words):
+            return conversation
+        self.spelled.append(conversation.where)
+        mark = unused("".join(words), 1)
+
+        def shield(tree: Any) -> Any:
+            if isinstance(tree, str):
+                return self._is_control.sub(lambda found: _marked(found[0], mark), tree)
+            if isinstance(tree, dict):
+                return {shield(key): shield(value) for key, value in tree.items()}
+            return [shield(each) for each in tree] if isinstance(tree, list) else tree
+
+        messages = [shield(each) | {"role": each["role"]} for each in conversation.messages]
+        return replace(conversation, messages=messages, tools=shield(conversation.tools), mark=mark)
+
+    def _labelled(
+        self, conversation: Conversation, text: str, spans: list[Span], blocks: list[Span] | None
+    ) -> Labelled:
+        ids, begins, ends = self._tokens(conversation, text)
+        labels, stops = np.zeros(len(ids), dtype=np.bool_), True
+        for start, stop in spans:
+            # A tokenizer may merge the prompt's last character with the answer's first: that token is the prompt's.
+            own = (begins >= start) & (begins < stop)
+            if blocks is not None:
+                inside = [block for block in blocks if start <= block[1] <= stop]
+                own = self._in_blocks(ids, begins, ends, own, inside)
+            labels |= own
+            stops &= any(int(number) in self._control_ids for number in ids[own][-MAX_BEFORE_END:])
+        return Labelled(ids.astype(np.uint32), labels, stops)
+
+    def _in_blocks(
+        self, ids: Numbers, begins: Numbers, ends: Numbers, own: Labels, blocks: list[Span]
+    ) -> Labels:
+        """Of a turn's own tokens those that have a character of a block, and the end of turn behind the last one.
+
+        Many templates end the block before the end of turn; a student never trained on that token never stops.
+        """
+        chosen = np.zeros(len(ids), dtype=np.bool_)
+        for start, stop in blocks:
+            chosen |= (begins < stop) & (ends > start)
+        behind = np.flatnonzero(own & (begins >= blocks[-1][1])) if blocks else np.zeros(0, np.int64)
+        for at in behind[:MAX_BEFORE_END]:
+            if int(ids[at]) in self._control_ids:
+                chosen[behind[0] : at + 1] = True
+                break
+            if self.tokenizer.decode([int(ids[at])]).strip():
+                break
+        return chosen
+
+    def _tokens(self, conversation: Conversation, text: str) -> tuple[Numbers, Numbers, Numbers]:
+        """Ids of a text, and for each the character that it begins with and the one that it ends before."""
+        mark = conversation.mark
+        if not mark:
+            return _whole_tokens(text, self.tokenizer)
+        harmless = _any_of([_marked(token, mark) for token in self._control]).sub("", text)
+        ids = self._in_pieces(harmless, mark)[0]
+        is_escaped = json.dumps(mark)[1:-1] in text.lower()
+        if (
+            is_escaped
+            or mark in harmless
+            or not np.array_equal(ids, _whole_tokens(harmless, self.tokenizer)[0])
+        ):
+            raise UserError(
+                f"{conversation.where}: the words of a message spell a control token, and this tokenizer or"
+                " its template cannot keep it as words. Leave the record out, or write it otherwise."
+            )
+        return self._in_pieces(text, mark)
+
+    def _in_pieces(self, text: str, mark: str) -> tuple[Numbers, Numbers, Numbers]:
+        """The same, where marks are no characters, and only what the template wrote is a control token."""
+        inner, tokens = _reads_words(self.tokenizer), []
+        place = 0
+        for piece in re.split(f"({self._is_control.pattern})", text):
+            if self._is_control.fullmatch(piece):
+                tokens.append((self.tokenizer.convert_tokens_to_ids(piece), place, place + len(piece)))
+            elif piece:
+                kept = [at for at, character in enumerate(piece, place) if character != mark]
+                encoded = inner.encode(piece.replace(mark, ""), add_special_tokens=False)
+                kept.append(place + len(piece))
+                for number, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
+                    tokens.append((number, kept[begin], kept[end - 1] + 1 if end > begin else kept[begin]))
+            place += len(piece)
+        ids, begins, ends = np.array(tokens, dtype=np.int64).reshape(-1, 3).T
+        return ids, begins, ends
+
+
+def _marked(token: str, mark: str) -> str:
+    return token[0] + mark + token[1:]
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of them, the longest first; nothing where there is none."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _whole_tokens(text: str, tokenizer: Any) -> tuple[Numbers, Numbers, Numbers]:
+    """Ids of a text, and for each the character that it begins with and the one that it ends before."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    if "trim_offsets=True" in repr(tokenizer.backend_tokenizer.post_processor):
+        offsets = _untrimmed(tokenizer).encode(text, add_special_tokens=False).offsets
+    begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    return np.array(encoded["input_ids"], dtype=np.int64), begins, ends
+
+
+@lru_cache(maxsize=2)
+def _untrimmed(tokenizer: Any) -> Any:
+    """A copy of the library's tokenizer whose offsets include the spaces at a token's ends: without them a token of
+    spaces alone has no characters, and the answer's last one seems to lie behind the answer.
+    """
+    inner = copy.deepcopy(tokenizer.backend_tokenizer)
+    inner.post_processor = None  # it only adds special tokens, which a template has, and trims
+    return inner
+
+
+@lru_cache(maxsize=2)
+def _reads_words(tokenizer: Any) -> Any:
+    """A copy that reads control tokens as the words that spell them."""
+    inner = copy.deepcopy(_untrimmed(tokenizer))
+    inner.encode_special_tokens = True
+    return inner

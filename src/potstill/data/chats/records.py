@@ -1,0 +1,265 @@
+"""Records of a data set as conversations: every shape that people's data has, brought to one.
+
+| shape | keys |
+|---|---|
+| messages | `messages` (or `conversations`), a list of `role` and `content` |
+| ShareGPT | `conversations`, a list of `from` and `value`, with `system` and `tools` beside it |
+| prompt and completion | `prompt` and `completion` (or `response`), each a text or a list of messages |
+| Alpaca | `instruction`, `input` and `output` (or `response`), with `system` beside it |
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from potstill.errors import UserError, one_line
+from potstill.io.safe_open import is_encodable, names_of, parse_json
+
+ROLES = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+    "ipython",
+    "environment",
+    "documents",
+)
+"""What templates know. A template may refuse some of them, and says so."""
+SYNONYMS = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""Roles that data sets write for those of the templates; capitals do not matter."""
+LISTS = ("messages", "conversations", "conversation")
+ANSWERS = ("completion", "response", "output")
+UNTRAINED = ("weight", "train")
+"""Keys of a message that say whether it bears loss; no template sees them."""
+SHAPES = (
+    "a list of messages under `messages` or `conversations`, `prompt` and `completion`, or"
+    " `instruction` and `output`"
+)
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    where: str
+    """File and line."""
+    messages: list[Json]
+    tools: list[Json] | None = None
+    untrained: frozenset[int] = frozenset()
+    """Messages of the assistant that bear no loss, by number."""
+    mark: str = ""
+    """A character put inside of control tokens that the words spell; empty: there are none."""
+
+    @property
+    def trained(self) -> list[int]:
+        """Numbers of the messages that bear loss."""
+        turns = (number for number, each in enumerate(self.messages) if each["role"] == "assistant")
+        return [number for number in turns if number not in self.untrained]
+
+
+@dataclass
+class Shapes:
+    """Reads records, and counts what it took for something else.
+
+    Args:
+        field: key of the list of messages; None takes the shape that a record has.
+    """
+
+    field: str | None = None
+
+    def __post_init__(self) -> None:
+        self.renamed: Counter[tuple[str, str]] = Counter()
+        """(role as written, role it was read as) -> messages."""
+
+    def conversation(self, where: str, record: Json) -> Conversation:
+        """Raises: UserError: a record of no known shape, or a message that is none."""
+        found, context = self._messages(where, record)
+        messages, untrained = [], set()
+        for number, message in enumerate(found):
+            place = f"{where}: message {number}"
+            messages.append(self._message(place, message))
+            if number < context or not _bears_loss(place, message):
+                untrained.add(number)
+        if isinstance(system := record.get("system"), str) and system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+            untrained = {number + 1 for number in untrained}
+        for text in strings([messages, record.get("tools")]):
+            if not is_encodable(text):
+                raise UserError(
+                    f"{where}: holds half of a surrogate pair, which UTF-8 cannot encode. Correct the record."
+                )
+        return Conversation(where, messages, _tools(where, record.get("tools")), frozenset(untrained))
+
+    def _messages(self, where: str, record: Json) -> tuple[list[Any], int]:
+        """The messages, and how many of them are there as context alone."""
+        key = self.field or next((name for name in LISTS if record.get(name) is not None), None)
+        if key is not None:
+            messages = _parsed(record.get(key))
+            if not isinstance(messages, list) or not messages:
+                raise UserError(
+                    f"{where}: {key!r} is not a list of messages; the line has {names_of(record)}. Set corpus.field"
+                    f" to its key, or to null where a record is {SHAPES}."
+                )
+            return messages, 0
+        answer = next((name for name in ANSWERS if record.get(name) is not None), None)
+        if answer is not None and record.get("prompt") is not None:
+            prompt, answered = _as_turns(record["prompt"], "user"), _as_turns(record[answer], "assistant")
+            return [*prompt, *answered], len(prompt)
+        if answer is not None and isinstance(record.get("instruction"), str):
+            parts = [record["instruction"], record.get("input")]
+            question = "\n\n".join(part for part in parts if isinstance(part, str) and part)
+            return [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": record[answer]},
+            ], 0
+        raise UserError(
+            f"{where}: no conversation; the line has {names_of(record)}. A record is {SHAPES}."
+            " Rename its keys, or set corpus.field to the key of a list of messages."
+        )
+
+    def _message(self, place: str, message: Any) -> Json:
+        """`role`, `content` and whatever else the template may look at."""
+        given = (
+            {key: value for key, value in message.items() if value is not None}
+            if isinstance(message, dict)
+            else {}
+        )
+        role = given.pop("role", given.pop("from", None))
+        content = given.pop("content", given.pop("value", None))
+        calls = _calls(place, given.pop("tool_calls", None))
+        if content is None and (calls or (isinstance(message, dict) and "content" in message)):
+            content = ""
+        content = _joined(place, content)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(
+                f"{place}: a message must have a `role` and a `content`, both strings; found"
+                f" {json.dumps(message)[:80]}."
+            )
+        rest = {key: value for key, value in given.items() if key not in UNTRAINED}
+        named = {"role": self._role(place, role), "content": content}
+        return named | ({"tool_calls": calls} if calls else {}) | rest
+
+    def _role(self, place: str, written: str) -> str:
+        role = written.strip().lower()
+        role = SYNONYMS.get(role, role)
+        if role not in ROLES:
+            raise UserError(
+                f"{place}: role {written!r:.60} is none that a chat template knows: {', '.join(ROLES)}. Rename it."
+            )
+        if role != written:
+            self.renamed[written, role] += 1
+        return role
+
+
+def _as_turns(value: Any, role: str) -> list[Any]:
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _parsed(value: Any) -> Any:
+    """JSON that a data set keeps as a string."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return parse_json(value.encode("utf-8", "surrogatepass"))
+        except ValueError:
+            return value
+    return value
+
+
+def _joined(place: str, content: Any) -> Any:
+    """Content in parts, as multimodal data writes it, as one text."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise UserError(
+                f"{place}: a message must have a `role` and a `content`, both strings; a part of its content is"
+                f" {kind!r:.40}, no text. Leave such records out."
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _bears_loss(place: str, message: Json) -> bool:
+    """What `weight` (0 or 1) and `train` (true or false) of a message say."""
+    for key in UNTRAINED:
+        if (value := message.get(key)) is not None:
+            if value not in (0, 1):
+                raise UserError(
+                    f"{place}: {key!r} is {value!r:.40}; a message is trained on (1, true) or not (0, false)."
+                )
+            if not value:
+                return False
+    return True
+
+
+def _calls(place: str, calls: Any) -> list[Json]:
+    """`tool_calls` as templates want them: arguments as an object, whether the data spells them so or as a string."""
+    calls = _parsed(calls)
+    if calls in (None, "", []):
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{place}: tool_calls is {json.dumps(calls)[:60]}, not a list of calls.")
+    made = []
+    for call in calls:
+        function = dict(call["function"]) if isinstance(call.get("function"), dict) else dict(call)
+        if not isinstance(function.get("name"), str):
+            raise UserError(f"{place}: a call of tool_calls without a name: {json.dumps(call)[:60]}.")
+        function["arguments"] = _arguments(place, function.get("arguments"))
+        outer = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
+        made.append({"type": "function"} | outer | {"function": function})
+    return made
+
+
+def _arguments(place: str, arguments: Any) -> Any:
+    if arguments in (None, ""):
+        return {}
+    if isinstance(arguments, str):
+        try:
+            return parse_json(arguments.encode("utf-8", "surrogatepass"))
+        except ValueError as error:
+            raise UserError(
+                f"{place}: the arguments of a tool call are a string that is no JSON: {one_line(error)}"
+                " Write them as an object, or as JSON."
+            ) from error
+    return arguments
+
+
+def _tools(where: str, tools: Any) -> list[Json] | None:
+    """Descriptions of functions as servers take them: `{"type": "function", "function": {…}}`."""
+    tools = _parsed(tools)
+    if tools in (None, "", []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{where}: tools is {json.dumps(tools)[:60]}, not a list of functions.")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def strings(tree: Any) -> Iterator[str]:
+    """Every string of nested lists and mappings, keys too."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from strings([*tree, *tree.values()])
+    elif isinstance(tree, list):
+        for each in tree:
+            yield from strings(each)

@@ -1,0 +1,183 @@
+"""Chat templates, which are programs that came with a model: run in a process of their own, within limits.
+
+A template cannot be stopped from inside: one expression may compute for days or fill the memory. So a child process
+renders, with a limit of memory, and is ended where it takes too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import re
+import resource
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+from potstill.errors import UserError, one_line
+from potstill.io.silence import quiet_process, quiet_transformers
+
+SECONDS = 10
+"""For one text. A template needs a millisecond."""
+MEMORY_BYTES = 2**30
+"""Beyond what this process has when the child is forked."""
+MAX_CHARACTERS = 2**26
+GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+BLOCK_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+MARKING = "{%% macro potstill_mark() %%}%s{{ caller() }}%s{%% endmacro %%}\n"
+"""Put before a template whose blocks call it. The line end is no text: Transformers sets trim_blocks."""
+CLOCK = (
+    "{% macro strftime_now(format) %}{% if format not in potstill_dates %}"
+    "{{ raise_exception('strftime_now of a format that is no literal of the template') }}"
+    "{% endif %}{{ potstill_dates[format] }}{% endmacro %}\n"
+)
+"""Put before a template that asks for the time, which would make the corpus another one every day."""
+FORMAT = re.compile(r"strftime_now\(\s*(?:'([^']*)'|\"([^\"]*)\")\s*\)")
+
+Json = dict[str, Any]
+
+
+class TemplateRefused(UserError):
+    """The template raised an error of its own for this conversation."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer. A context manager, which ends the child process.
+
+    Args:
+        date: what a template that asks for the time is told.
+
+    Raises:
+        UserError: a tokenizer without a chat template.
+    """
+
+    def __init__(self, tokenizer: Any, date: datetime.date) -> None:
+        try:
+            self.source = str(tokenizer.get_chat_template())
+        except ValueError as error:
+            raise UserError(
+                "corpus.name: chat needs a tokenizer with a chat template, and this one has none."
+                f" Set corpus.tokenizer to another. ({one_line(error)})"
+            ) from error
+        self.tokenizer = tokenizer
+        self.has_blocks = GENERATION_BLOCK.search(self.source) is not None
+        self.asks_for_the_time = "strftime_now" in self.source
+        formats = {single or double for single, double in FORMAT.findall(self.source)}
+        self.dates = {format: date.strftime(format) for format in formats}
+        self._child: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> ChatTemplate:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.join()
+            self._child = self._connection = None
+
+    def render(
+        self,
+        where: str,
+        messages: list[Json],
+        tools: list[Json] | None = None,
+        prompt: bool = False,
+        marks: tuple[str, str] | None = None,
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            where: what is rendered, for errors.
+            prompt: whether the text goes on to where the assistant answers.
+            marks: put at both ends of what a `{% generation %}` block writes.
+
+        Raises:
+            TemplateRefused: the template has an error, or raises one.
+            UserError: it takes too long, or too much memory.
+        """
+        options: Json = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
+        source = self.source
+        if marks is not None:
+            source = BLOCK_TAG.sub(
+                lambda tag: tag[1] + ("endcall" if tag[2] else "call potstill_mark()") + tag[3], source
+            )
+            source = MARKING % marks + source
+        if self.asks_for_the_time:
+            source = CLOCK + source
+            options["potstill_dates"] = self.dates
+        if self._connection is None:
+            self._start()
+        assert self._connection is not None
+        try:
+            self._connection.send((messages, options | {"chat_template": source}))
+            if not self._connection.poll(SECONDS):
+                self.close()
+                raise UserError(f"{where}: {self._name()} took more than {SECONDS} s. {TAKE_ANOTHER}")
+            is_text, told = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.close()
+            raise UserError(
+                f"{where}: {self._name()} ended its process, for want of memory perhaps. {TAKE_ANOTHER}"
+            ) from error
+        if is_text:
+            return str(told)
+        if told is None:
+            raise UserError(f"{where}: {self._name()} took more than 1 GiB of memory. {TAKE_ANOTHER}")
+        raise TemplateRefused(f"{where}: the chat template refuses this conversation: {told}")
+
+    def _name(self) -> str:
+        return f"the chat template of {self.tokenizer.name_or_path}"
+
+    def _start(self) -> None:
+        fork = multiprocessing.get_context(
+            "fork"
+        )  # the tokenizer is there already, and Transformers imported
+        self._connection, theirs = fork.Pipe()
+        arguments = (theirs, self._connection, self.tokenizer.apply_chat_template)
+        self._child = fork.Process(target=_serve, args=arguments, daemon=True)
+        with warnings.catch_warnings():
+            # Of threads that may hold locks: the child takes none of theirs.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._child.start()
+        theirs.close()
+
+
+TAKE_ANOTHER = "Set corpus.tokenizer to one whose template does not."
+
+
+def _serve(connection: Connection, parents: Connection, apply: Callable[..., str]) -> None:
+    """The child: texts for conversations, until it is killed or the parent has gone."""
+    parents.close()  # or the parent's end would never seem closed
+    _limit_memory()
+    with quiet_transformers(), quiet_process(), contextlib.suppress(EOFError, OSError):
+        while True:
+            messages, options = connection.recv()
+            try:
+                text = apply(messages, **options)
+                answer: tuple[bool, str | None] = (True, text)
+                if len(text) > MAX_CHARACTERS:
+                    answer = (False, None)
+            except MemoryError:
+                answer = (False, None)
+            except Exception as error:  # a template may raise anything, jinja2's own errors included
+                answer = (False, one_line(error))
+            connection.send(answer)
+    os._exit(0)
+
+
+def _limit_memory() -> None:
+    try:
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # not Linux: limited by time alone
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_BYTES, resource.RLIM_INFINITY))
