@@ -1,9 +1,11 @@
 """Every kind of plug-in on docs/extending.md, in the files and recipes that are printed there: no line of the package
-knows them. Each runs in a process of its own, since what a plug-in registers stays registered.
+knows them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -18,6 +20,7 @@ from conftest import make_model
 from safetensors.torch import save_file
 
 from potstill import distill
+from potstill.cli.main import main
 
 Recipe = Callable[..., Path]
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
@@ -57,7 +60,8 @@ from potstill.teachers.base import Uniform
 
 class Counted(Uniform):
     def close(self):
-        open("log", "a").write("closed ")
+        with open("log", "a") as log:
+            log.write("closed ")
 
 
 @register("teacher")
@@ -66,7 +70,8 @@ class CountedConfig(TeacherConfig):
     name: Literal["counted"] = "counted"
 
     def load(self, device):
-        open("log", "a").write("opened ")
+        with open("log", "a") as log:
+            log.write("opened ")
         return Counted(258)
 """
 
@@ -94,8 +99,11 @@ def recipe_with(tiny_recipe: Recipe, folder: Path, *titles: str, **sections: str
 
 
 def potstill(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "potstill", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    """The command line, in this process: what it registers is gone after the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(each) for each in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

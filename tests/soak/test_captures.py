@@ -54,7 +54,7 @@ def finish(lab: Lab, out: Path, whole: Path) -> None:
     assert list(verify(out)) == []
 
 
-@pytest.mark.parametrize("trial", range(count(3, 50)))
+@pytest.mark.parametrize("trial", range(count(2, 50)))
 def test_a_capture_killed_at_any_instant_goes_on_to_the_same_store(
     lab: Lab, whole: Path, tmp_path: Path, trial: int
 ) -> None:
@@ -74,7 +74,7 @@ def test_a_capture_killed_at_any_instant_goes_on_to_the_same_store(
     finish(lab, out, whole)
 
 
-@pytest.mark.parametrize("trial", range(count(2, 20)))
+@pytest.mark.parametrize("trial", range(count(1, 20)))
 def test_a_disk_that_fills_up_is_one_line_and_the_capture_goes_on(
     lab: Lab, whole: Path, tmp_path: Path, trial: int
 ) -> None:
@@ -92,7 +92,7 @@ def test_damage_anywhere_is_found_by_verify_and_before_a_row_is_used(
 ) -> None:
     store = Path(shutil.copytree(whole, tmp_path / "store"))
     names, generator = sorted(content(store)), random.Random(f"{how}{part}")
-    for _ in range(count(20, 84) if how == "flipped" else count(6, 17)):
+    for _ in range(count(8, 84) if how == "flipped" else count(3, 17)):
         name = generator.choice(names)
         sound = (store / name).read_bytes()
         damaged, at = bytearray(sound), generator.randrange(len(sound))

@@ -18,10 +18,10 @@ from soak.forkserver import PHASES
 from soak.lab import KILLED, LONG, ROWS_PER_STEP, SHORT, Lab, count
 
 STUDENTS = ("gpt2", "llama")
-PARTS = count(3, 24)
+PARTS = count(1, 24)
 
 
-@pytest.mark.parametrize("trial", range(count(3, 200)))
+@pytest.mark.parametrize("trial", range(count(1, 200)))
 def test_a_run_killed_at_a_random_instant_is_the_run_that_was_not(
     lab: Lab, tmp_path: Path, trial: int
 ) -> None:

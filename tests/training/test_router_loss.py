@@ -133,6 +133,7 @@ def test_recomputed_layers_change_nothing(tiny_recipe: Recipe, tmp_path: Path, m
         assert largest_gap(recomputed, plain) < 1e-6
 
 
+@pytest.mark.soak
 def test_a_compiled_body_records_its_routers(tiny_recipe: Recipe, tmp_path: Path) -> None:
     folder = make_mixture(tmp_path / "s", num_hidden_layers=1)
     recipe = tiny_recipe(student=student_of(folder), train=SGD % (1, ", rows_per_micro_batch: 3"))

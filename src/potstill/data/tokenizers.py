@@ -18,6 +18,7 @@ from typing import Any
 import transformers
 
 from potstill.errors import UserError, one_line
+from potstill.io.gguf_library import quick_gguf
 from potstill.io.safe_open import opened, read_object, require_plain
 from potstill.io.silence import quiet_process, quiet_transformers
 from potstill.types import Vocab
@@ -84,7 +85,7 @@ def load_tokenizer(path: Path) -> Any:
 def _read(path: Path, files: tuple[tuple[int, int, int], ...]) -> Any:
     """`files` has their inodes, sizes and times: the part of the cache key that changes with them."""
     settings = _settings(path)
-    with quiet_transformers(), quiet_process():
+    with quiet_transformers(), quiet_process(), quick_gguf():
         if path.suffix == ".gguf":
             return transformers.AutoTokenizer.from_pretrained(
                 path.parent, gguf_file=path.name, trust_remote_code=False

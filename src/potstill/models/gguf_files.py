@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gguf import GGUFReader
 from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
+from potstill.io.gguf_library import Reader
 from potstill.io.safe_open import FETCH_AGAIN, LFS_POINTER, opened, printable_name, refuse, require_size
 
 Shape = tuple[int, ...]
@@ -54,8 +54,8 @@ class GGUFModel:
     info: GGUFInfo
 
     @cached_property
-    def reader(self) -> GGUFReader:
-        return GGUFReader(self.path)
+    def reader(self) -> Reader:
+        return Reader(self.path)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the architecture, an array as a list."""

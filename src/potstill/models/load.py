@@ -22,6 +22,7 @@ import transformers
 from transformers.initialization import no_init_weights
 
 from potstill.errors import UserError, one_line
+from potstill.io.gguf_library import quick_gguf
 from potstill.io.safe_open import opened, read_object, require_plain
 from potstill.io.silence import quiet_transformers
 from potstill.models.causal_lm import CausalLM
@@ -106,7 +107,7 @@ def load_config(source: str | Path) -> Any:
     is_gguf = path.suffix == ".gguf"
     place, options = (path.parent, {"gguf_file": path.name}) if is_gguf else (path, {})
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quick_gguf():
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
             config = complete(path, config) if is_gguf else text_config(config)
     except UserError:
@@ -246,7 +247,7 @@ def load_causal_lm(
     _require_same_vocabulary(path, config)
     _require_same_size(path, config)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quick_gguf():
             options: dict[str, Any] = (
                 {"gguf_file": path.name} if path.suffix == ".gguf" else {"use_safetensors": True}
             )

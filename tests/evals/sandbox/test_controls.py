@@ -142,8 +142,8 @@ def pass_and_do_not(box: Sandbox, problems: Sequence[Problem]) -> None:
 
 
 def test_published_solutions_pass_and_empty_functions_do_not(box: Sandbox) -> None:
-    """Each tier takes every second problem; the soak has all of them in both."""
-    pass_and_do_not(box, PROBLEMS[TIERS.index(box.tier) :: 2])
+    """Each tier takes every eighth problem; the soak has all of them in both."""
+    pass_and_do_not(box, PROBLEMS[TIERS.index(box.tier) :: 8])
 
 
 @pytest.mark.soak
@@ -173,9 +173,9 @@ def same_as_plain(box: Sandbox, seed: int, problems: Sequence[Problem]) -> tuple
 
 
 def test_a_changed_solution_gets_the_verdict_of_a_plain_run(box: Sandbox) -> None:
-    """Each tier takes every second problem; the soak has all of them in both."""
-    _, found = same_as_plain(box, 0, PROBLEMS[TIERS.index(box.tier) :: 2])
-    assert found.count("failed") > 40 and found.count("passed") < 30
+    """Each tier takes every eighth problem; the soak has all of them in both."""
+    _, found = same_as_plain(box, 0, PROBLEMS[TIERS.index(box.tier) :: 8])
+    assert found.count("failed") > 10 and found.count("passed") < 8
 
 
 @pytest.mark.soak
