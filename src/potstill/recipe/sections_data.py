@@ -14,8 +14,8 @@ from potstill.recipe.fields import (
     Config,
     Count,
     CountOrZero,
+    DataPath,
     EvaluationPath,
-    LocalPath,
     ModelSource,
     Place,
     lacks_method,
@@ -90,7 +90,7 @@ def _reader(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Path(Config):
-    path: LocalPath
+    path: DataPath
     """File or folder to read, relative to the recipe; also `stdlib:FOLDER` and `package:NAME/FILE`."""
 
 
@@ -102,7 +102,7 @@ class FileCorpusConfig(CorpusConfig, _Path):
     """The reader's file name patterns, as `FORMAT:NAME`."""
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return list(_reader("reading:files_of")(Path(self.path), _reader(self.patterns)))
+        return list(_reader("folders:files_of")(Path(self.path), _reader(self.patterns)))
 
 
 @register("corpus")
@@ -119,7 +119,7 @@ class TextCorpusConfig(FileCorpusConfig):
         return cast("Reading", _reader("text:read")(Path(self.path), tokenizer, self.include, self.exclude))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return list(_reader("reading:files_of")(Path(self.path), self.include, self.exclude))
+        return list(_reader("folders:files_of")(Path(self.path), self.include, self.exclude))
 
 
 @register("corpus")
