@@ -31,10 +31,12 @@ def read(path: Path, tokenizer: Any, column: str = "text") -> Reading:
     def texts() -> Iterator[tuple[str, str]]:
         for file in files_of(path, PATTERNS):
             where, number = str(file), 0
-            with opened(file, "Parquet", "Leave it out, or write it again."):
-                pass
             try:
-                with pq.ParquetFile(file, page_checksum_verification=True) as table:
+                # The stream and not its name, which the library can only read where it is UTF-8.
+                with (
+                    opened(file, "Parquet", "Leave it out, or write it again.") as stream,
+                    pq.ParquetFile(stream, page_checksum_verification=True) as table,
+                ):
                     require_column(file, column, table.schema_arrow.names)
                     for batch in table.iter_batches(columns=[column], batch_size=TEXTS_PER_CALL):
                         for value in batch.column(0):
