@@ -303,7 +303,9 @@ def plugins() -> Iterator[tuple[Any, ...]]:
 def texts() -> Iterator[tuple[Any, ...]]:
     yield "empty", corpus("a.txt", b""), r"corpus\.path: not one document"
     yield "latin-1", corpus("a.txt", b"ok\n\xe9t\xe9\n"), r"a\.txt: not UTF-8 text at byte 3 of 7"
-    yield "UTF-16", corpus("a.txt", "the cat".encode("utf-16")), r"a\.txt: not UTF-8 text at byte 0"
+    yield "UTF-16", corpus("a.txt", "the cat".encode("utf-16")), r"a\.txt: UTF-16 text .*ff fe.*, not UTF-8"
+    yield "UTF-32", corpus("a.txt", "the cat".encode("utf-32")), r"a\.txt: UTF-32 text .*ff fe 00 00.*, not UTF-8"
+    yield "UTF-16 without a mark", corpus("a.txt", "the cat".encode("utf-16-le")), r"a\.txt: .*zero byte at 1"
     yield "half a character", corpus("a.txt", "the é".encode()[:-1]), r"a\.txt: not UTF-8 text at byte 4"
     yield "zero bytes", corpus("a.txt", b"the cat\n" + bytes(500)), r"a\.txt: .*zero byte at 8"
     yield "10 GiB of nothing", corpus("a.txt", sparse(10 * GIB)), r"a\.txt: .*10737418240 bytes"
@@ -320,6 +322,26 @@ def texts() -> Iterator[tuple[Any, ...]]:
 
     yield "a folder with a link to itself", in_a_folder, r"000a\.txt: cannot be read"
 
+    def beside_texts(name: str, make: Callable[[Path], Any]) -> Damage:
+        def made(good: Good, folder: Path) -> Words:
+            path = Path(shutil.copytree(good.texts, folder / "texts"))
+            make(path / name)
+            return recipe(good, folder, corpus=f"{{name: text, path: {path}}}")
+
+        return made
+
+    yield "a FIFO in a folder", beside_texts("pipe", os.mkfifo), r"texts/pipe: a FIFO, not a file"
+    yield "a device in a folder", beside_texts("zero", zeros), r"texts/zero: a device, not a file"
+    yield "a folder of the kernel's in a folder", beside_texts("p", lambda path: path.symlink_to("/proc")), r"texts/p: made by the kernel \(proc\)"
+    yield "a folder that holds itself", beside_texts("up", lambda path: path.symlink_to("../..")), r"texts/up: a link to a folder that holds"
+    yield "a linked folder that is gone", beside_texts("more", lambda path: path.symlink_to("gone/")), r"texts/more: no such file"
+    bad = os.fsdecode(b"\xe9.txt")
+    yield "a name that is not UTF-8", beside_texts(bad, lambda path: path.write_bytes(b"\xff")), r"texts/\\udce9\.txt: not UTF-8 text at byte 0"
+    for place in ("/proc/kmsg", "/proc", "/proc/self/pagemap", "/dev"):
+        if os.path.exists(place):
+            yield place, sections(corpus=f"{{name: text, path: {place}}}"), rf"{place}.*, not a (file|folder)"
+    yield "a data set of the hub", sections(corpus="{name: hf, path: owner/name}"), r"corpus\.path: no file or folder .*owner/name.*save_to_disk"
+
 
 def jsonl() -> Iterator[tuple[Any, ...]]:
     good = [json.dumps({"text": f"the cat sat on mat {n}"}).encode() for n in range(40)]
@@ -334,7 +356,7 @@ def jsonl() -> Iterator[tuple[Any, ...]]:
     yield "a record cut off", line(b'{"text": "the"'), at + "not a line of JSON: Expecting ',' delimiter"
     yield "two records on a line", line(good[0] * 2), at + "not a line of JSON: Extra data"
     yield "a number for a text", line(b'{"text": 5}'), at + "'text' is int, not a string"
-    yield "null for a text", line(b'{"text": null}'), at + "'text' is NoneType"
+    yield "null for a text", line(b'{"text": null}'), at + "'text' is null, not a string. Drop such records: jq"
     yield "NaN for a text", line(b'{"text": NaN}'), at + "'text' is float"
     yield "a list for a text", line(b'{"text": ["a"]}'), at + "'text' is list"
     yield "a list for a record", line(b'["text"]'), at + "list, not an object"
@@ -344,8 +366,8 @@ def jsonl() -> Iterator[tuple[Any, ...]]:
     yield "10^4 keys", line(json.dumps(dict.fromkeys(map(str, range(10**4)))).encode()), at + "'text' is missing; found 0, 1, "
     yield "a key twice", line(b'{"text": "a", "text": "b"}'), at + ".*text is there twice"
     yield "half a surrogate pair", line(b'{"text": "\\ud800"}'), at + "'text' holds half of a surrogate pair"
-    yield "a byte-order mark", corpus("c.jsonl", b"\xef\xbb\xbf" + good[0]), r"c\.jsonl:1: .*BOM"
-    yield "UTF-16", corpus("c.jsonl", b"\n".join(good).decode().encode("utf-16")), r"c\.jsonl:1: .*utf-8"
+    yield "a byte-order mark in the middle", line(b"\xef\xbb\xbf" + good[0]), at + ".*BOM"
+    yield "UTF-16", corpus("c.jsonl", b"\n".join(good).decode().encode("utf-16")), r"c\.jsonl: UTF-16 text"
     yield "latin-1", line(b'{"text": "\xe9"}'), at + ".*byte 0xe9 in position 10"
     yield "a zero byte", line(b'{"text": "a\0b"}'), at + "not a line of JSON: Invalid control character"
     yield "zero bytes", line(bytes(5000)), at + "not a line of JSON"
@@ -414,7 +436,7 @@ def parquet() -> Iterator[tuple[Any, ...]]:
     yield "lists", column([["a"]] * 9), at + ":0: 'text' is list"
     yield "structs", column([{"a": 1}] * 9), at + ":0: 'text' is dict"
     yield "bytes", column([b"\xff\xfe"] * 9), at + ":0: 'text' is bytes"
-    yield "a null in record 17", column(["a"] * 17 + [None]), at + ":17: 'text' is NoneType"
+    yield "a null in record 17", column(["a"] * 17 + [None]), at + ":17: 'text' is null, not a string. Drop such records"
     bad = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(struct.pack("<3i", 0, 2, 4)), pa.py_buffer(b"ab\xff\xfe")]
     )
@@ -439,7 +461,9 @@ def shards() -> Iterator[tuple[Any, ...]]:
     yield "three quarters of an id", corpus("ids.bin", bytes(403), ", dtype: uint32"), at + "403 bytes are not"
     yield "an id beyond the vocabulary", ids(258), at + "id 258 at token 5 is outside the vocabulary of 258"
     yield "the largest id", ids(2**32 - 1, dtype="<u4", more=", dtype: uint32"), at + "id 4294967295 at token 5"
-    yield "the other width", ids(7, more=", dtype: uint32"), at + "id 65536 at token 0"
+    yield "the other width", ids(7, more=", dtype: uint32"), at + "ids of 2 bytes, not uint32: id 65536 at token 0"
+    yield "twice the width", ids(7, dtype="<u4"), at + "ids of 4 bytes, not uint16: .*Set corpus.dtype: uint32"
+    yield "four times the width", ids(7, dtype="<i8"), at + "ids of 8 bytes, not uint16: .*Write them as uint32"
     yield "the other byte order", ids(7, dtype=">u2"), at + "id 512 at token 2"
     yield "an end beyond the vocabulary", ids(7, more=", document_end: 258"), r"corpus\.document_end: id 258"
     yield "an unknown width", ids(7, more=", dtype: uint8"), r"corpus\.dtype: 'uint8' is not one of"

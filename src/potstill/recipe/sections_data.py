@@ -15,9 +15,9 @@ from potstill.recipe.fields import (
     Config,
     Count,
     CountOrZero,
+    DataPath,
     Date,
     EvaluationPath,
-    LocalPath,
     ModelSource,
     Place,
     lacks_method,
@@ -105,7 +105,7 @@ def _reader(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Path(Config):
-    path: LocalPath
+    path: DataPath
     """File or folder to read, relative to the recipe; also `stdlib:FOLDER` and `package:NAME/FILE`."""
 
 
@@ -117,7 +117,7 @@ class FileCorpusConfig(CorpusConfig, _Path):
     """The reader's file name patterns, as `FORMAT:NAME`."""
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return list(_reader("reading:files_of")(Path(self.path), _reader(self.patterns)))
+        return list(_reader("folders:files_of")(Path(self.path), _reader(self.patterns)))
 
 
 @register("corpus")
@@ -134,7 +134,7 @@ class TextCorpusConfig(FileCorpusConfig):
         return cast("Reading", _reader("text:read")(Path(self.path), tokenizer, self.include, self.exclude))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return list(_reader("reading:files_of")(Path(self.path), self.include, self.exclude))
+        return list(_reader("folders:files_of")(Path(self.path), self.include, self.exclude))
 
 
 @register("corpus")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from potstill.data.readers.reading import (
     tokenize,
 )
 from potstill.errors import UserError, one_line
+from potstill.io.safe_open import require_file, require_plain
+
+REMOVE = "Leave it out, or name another in corpus.path."
 
 
 def read(path: Path, tokenizer: Any, split: str | None = None, column: str = "text") -> Reading:
     """One document a record of a dataset that `save_to_disk` wrote; the only split needs no name."""
     datasets = import_extra("datasets")
     reading = Reading(iter(()))
+    drop_nulls = f'dataset.filter(lambda record: record["{column}"] is not None).save_to_disk(FOLDER)'
+    _require_plain(path)
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -47,7 +53,7 @@ def read(path: Path, tokenizer: Any, split: str | None = None, column: str = "te
         try:
             for number, record in enumerate(data.select_columns([column])):
                 where = f"{path}:{number}"
-                yield where, string_field(where, record, column)
+                yield where, string_field(where, record, column, drop_nulls)
         except UserError:
             raise
         except Exception as error:  # a damaged table raises many things, and only once it is read
@@ -55,3 +61,14 @@ def read(path: Path, tokenizer: Any, split: str | None = None, column: str = "te
 
     reading.documents = tokenize(texts(), tokenizer)
     return reading
+
+
+def _require_plain(path: Path) -> None:
+    """Refuse what the library would wait for without end: a FIFO, a device or a file of the kernel's."""
+    if not os.path.isdir(path):
+        require_file(path, REMOVE)
+        return
+    require_plain(path, REMOVE)
+    for split in sorted(path.iterdir()):
+        if split.is_dir():
+            require_plain(split, REMOVE)

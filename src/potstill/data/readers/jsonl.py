@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from potstill.data.readers.reading import Reading, files_of, lines_of, string_field, tokenize
+from potstill.data.readers.folders import files_of
+from potstill.data.readers.reading import MARK, Reading, lines_of, string_field, tokenize
 from potstill.errors import UserError, one_line
 from potstill.io.safe_open import parse_json
 
@@ -16,7 +17,10 @@ PATTERNS = ("*.jsonl",)
 def read(path: Path, tokenizer: Any, field: str = "text") -> Reading:
     """One document a line, the string under `field`."""
     reading = Reading(iter(()))
-    texts = ((where, string_field(where, record, field)) for where, record in records(path, reading))
+    drop_nulls = f"""jq -c 'select(.["{field}"] != null)'"""
+    texts = (
+        (where, string_field(where, record, field, drop_nulls)) for where, record in records(path, reading)
+    )
     reading.documents = tokenize(texts, tokenizer)
     return reading
 
@@ -25,6 +29,8 @@ def records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]
     """Each line of each file as a mapping, with its place."""
     for file in files_of(path, PATTERNS):
         for number, line in enumerate(lines_of(file, reading), start=1):
+            if number == 1:
+                line = line.removeprefix(MARK.encode())
             if line.strip():
                 where = f"{file}:{number}"
                 try:

@@ -1,4 +1,4 @@
-"""What the readers share: documents and their files, which files a folder has, text into ids.
+"""What the readers share: documents and their files, lines of text, text into ids.
 
 A reader refuses what it cannot read whole, with the file and line, the offset or the column. Text readers end
 every document with the tokenizer's EOS, which is how a student learns to stop; special tokens spelled out
@@ -7,12 +7,11 @@ inside a text stay text. Nothing here knows of rows.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import importlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,14 @@ from potstill.io.safe_open import is_encodable, names_of, opened
 TEXTS_PER_CALL = 64
 MAX_LINE_BYTES = 2**26
 """A document is in memory as a whole, with its tokens: a longer line is a damaged file, or no text."""
+MARK = "\ufeff"
+"""The byte-order mark that some editors write in front of a text: not a character of it."""
+OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 @dataclass(frozen=True)
@@ -52,37 +59,12 @@ class Reading:
     """What else is to be known of the documents, for `corpus.json`."""
 
 
-def files_of(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
-    """Files of a folder that match, sorted so that a corpus is the same on every file system."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        return [path]  # also a FIFO or a device: opening it raises the error that names it
-    if not os.path.isdir(path):
-        raise UserError(f"corpus.path: no file or folder {path}.")
-
-    def matches(relative: Path, patterns: Sequence[str]) -> bool:
-        return any(fnmatch(str(relative), p) or fnmatch(relative.name, p) for p in patterns)
-
-    matching = []
-    for file in path.rglob("*"):
-        relative = file.relative_to(path)
-        if not matches(relative, include) or matches(relative, exclude):
-            continue
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        # A broken link is kept, so that opening it raises: skipped, a document would be lost silently.
-        if not hidden and (file.is_file() or (file.is_symlink() and not file.exists())):
-            matching.append(file)
-    matching.sort()
-    if not matching:
-        left = f", {', '.join(exclude)} left out" if exclude else ""
-        raise UserError(f"corpus.path: no file of {path} matches {', '.join(include)}{left}.")
-    return matching
-
-
 def lines_of(file: Path, reading: Reading, whole: bool = False) -> Iterator[bytes]:
     """The lines of a file, hashed as they pass: only a file that is one text (`whole`) is held in memory."""
     digest, size, number = hashlib.sha256(), 0, 1
     try:
         with opened(file, "text", "Leave it out, or write it again.") as stream:
+            _require_no_other_mark(file, stream.peek(4))
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 if len(line) > MAX_LINE_BYTES and not whole:
                     raise UserError(
@@ -96,6 +78,16 @@ def lines_of(file: Path, reading: Reading, whole: bool = False) -> Iterator[byte
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}.") from error
     reading.files.append({"path": str(file), "bytes": size, "sha256": digest.hexdigest()})
+
+
+def _require_no_other_mark(file: Path, start: bytes) -> None:
+    """Refuse UTF-16 and UTF-32 by their marks, none of which is UTF-8."""
+    for mark, encoding in OTHER_ENCODINGS.items():
+        if start.startswith(mark):
+            raise UserError(
+                f"{file}: {encoding} text (it begins with the bytes {mark.hex(' ')}), not UTF-8."
+                f" Convert it: iconv -f {encoding} -t UTF-8."
+            )
 
 
 def add_file(file: Path, reading: Reading) -> None:
@@ -131,10 +123,13 @@ def from_texts(texts: Iterable[tuple[str, str]], tokenizer: Any) -> Reading:
     return Reading(tokenize(texts, tokenizer))
 
 
-def string_field(where: str, record: dict[str, Any], name: str) -> str:
+def string_field(where: str, record: dict[str, Any], name: str, drop_nulls: str) -> str:
+    """The text of a record, which may be empty. `drop_nulls` is how its format leaves out records without one."""
     value = record.get(name)
     if name not in record:
         raise UserError(f"{where}: {name!r} is missing; found {names_of(record)}. Set corpus.field.")
+    if value is None:
+        raise UserError(f"{where}: {name!r} is null, not a string. Drop such records: {drop_nulls}.")
     if not isinstance(value, str):
         raise UserError(
             f"{where}: {name!r} is {type(value).__name__}, not a string; found {names_of(record)}."

@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from potstill.data.readers.reading import Reading, files_of, lines_of, tokenize
+from potstill.data.readers.folders import files_of
+from potstill.data.readers.reading import MARK, Reading, lines_of, tokenize
 from potstill.errors import UserError
 
 MAX_TEXT_BYTES = 2**28
 
 
 def read(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Reading:
-    """One document a file. Patterns match a file's name or its path in the folder; hidden files are none."""
+    """One document a file, its line ends as they are and without a byte-order mark. Patterns match a file's name
+    or its path in the folder; hidden files are none.
+    """
     reading = Reading(iter(()))
 
     def texts() -> Iterator[tuple[str, str]]:
@@ -37,7 +40,7 @@ def read(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: S
                     f"{file}: not a text: zero byte at {content.index(0)} of {len(content)}."
                     " Leave it out with corpus.include or corpus.exclude."
                 )
-            yield str(file), decoded
+            yield str(file), decoded.removeprefix(MARK)
 
     reading.documents = tokenize(texts(), tokenizer)
     return reading
