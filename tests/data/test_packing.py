@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -305,3 +306,73 @@ def test_the_fingerprint_repeats_and_the_manifest_counts_what_the_rows_hold() ->
     assert found["tokenizer_sha256"] == Vocab(V).fingerprint
     assert found["files"] == [{"path": "a", "bytes": 1, "sha256": "0"}]
     assert corpus.order(3) == Order(len(corpus.train), 3)
+
+
+# ---- whole documents in a row
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 25), min_size=1, max_size=40), st.integers(2, 12))
+def test_whole_documents_stand_in_one_row_each_and_the_rows_are_few(lengths: list[int], T: int) -> None:
+    order = rows_.best_fit(lengths, T)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    stream = Stream(None, "x")
+    for number in order:
+        stream.append(np.full(lengths[number], number, np.uint32), None)
+    rows = PackedRows(stream.ids(), stream.starts(), stream.bears(), T, "whole")
+    assert rows.first_of_row is not None
+    bounds = [*rows.first_of_row.tolist(), len(rows.ids)]
+    held = [rows.ids[first:last].tolist() for first, last in pairwise(bounds)]
+    assert [token for row in held for token in row] == rows.ids.tolist()
+    assert all(1 <= len(row) <= T for row in held)
+    for number, length in enumerate(lengths):
+        assert sum(number in row for row in held) == -(-length // T)
+    # Two neighbouring rows that both are at most half full would have been one.
+    remainders = [length % T for length in lengths if length % T]
+    if all(length <= T for length in lengths) and T % 2 == 0:
+        half_empty = sum(len(row) <= T // 2 for row in held)
+        assert half_empty <= 1 or all(r > T // 2 for r in remainders)
+
+
+def test_no_answer_stands_in_a_row_without_its_question() -> None:
+    """Of 100 chats of 93 tokens in rows of 128 a row holds one; end to end 43 % of the labels lack their beginning."""
+    chats = []
+    for number in range(100):
+        labels = [False] * 33 + [True] * 60
+        chats.append(document([number % V] + [(number * 7 + i) % V for i in range(92)], labels))
+
+    def share_cut(layout: rows_.Layout) -> float:
+        made = build(Reading(iter(chats)), tokens_per_row=128, heldout_rows=2, vocab=Vocab(V), layout=layout)
+        cut = labels = 0
+        for row in range(len(made.train)):
+            batch = made.train.batch([row])
+            first, last = made.train._span(row)
+            begins = set(made.train.starts.tolist())
+            second = min((at - first for at in begins if first < at < last), default=last - first)
+            labels += len(batch.positions_N)
+            cut += 0 if first in begins else int((batch.positions_N < second).sum())
+        return cut / labels
+
+    assert share_cut("whole") == 0 and share_cut("stream") == pytest.approx(0.43, abs=0.1)
+
+
+def test_parts_of_one_conversation_are_held_out_or_trained_on_together() -> None:
+    parts = []
+    for number in range(40):
+        first = document([number % V, number // V + 1, 3, 4, 5, 6])
+        second = document([number % V, number // V + 1, 3, 4, 5, 6, 7, 8])
+        parts += [first, dataclasses.replace(second, is_further_part=True)]
+    made = build(Reading(iter(parts)), tokens_per_row=8, heldout_rows=6, vocab=Vocab(V), layout="single")
+
+    def conversations(rows: PackedRows) -> set[tuple[int, ...]]:
+        return {tuple(rows.batch([row]).input_ids_BT[0, :2].tolist()) for row in range(len(rows))}
+
+    assert not conversations(made.train) & conversations(made.heldout)
+
+
+def test_a_document_longer_than_a_row_is_counted_and_told() -> None:
+    documents = [document([1] * 5), document([2] * 20), *(document([n % V, n]) for n in range(40))]
+    made = build(Reading(iter(documents)), tokens_per_row=8, heldout_rows=2, vocab=Vocab(V), layout="whole")
+    assert made.manifest["documents_longer_than_a_row"] == 1 and made.manifest["layout"] == "whole"
+    (line,) = rows_.about_documents(made.manifest)
+    assert line.startswith("1 of 42 documents are longer than a row")

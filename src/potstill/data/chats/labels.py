@@ -87,13 +87,18 @@ class Labeller:
                 remaining = remaining[:-1]
                 continue
             text = turns.upto(last)
-            taught = [turn for turn in remaining if turn == last or turns.is_part_of(turn, text)]
+            taught = [turn for turn in remaining if turn == last or self._is_taught(turns, turn, text)]
             self.prompted += [conversation.where for turn in taught if turns.is_prompted_otherwise(turn)]
             spans = [turns.span(turn, is_last=turn == last) for turn in taught]
             blocks = turns.blocks(last) if self.template.has_blocks else None
             made.append(self._labelled(conversation, text, spans, blocks))
             remaining = [turn for turn in remaining if turn not in taught]
         return made[::-1]
+
+    @staticmethod
+    def _is_taught(turns: Turns, turn: int, text: str) -> bool:
+        """Whether a text that goes on has all of an earlier turn, as it was at inference."""
+        return turns.with_thought(turn) is None and turns.is_part_of(turn, text)
 
     def _shielded(self, conversation: Conversation) -> Conversation:
         """With a mark inside of every control token that somebody's words spell, so that it is not read as one."""

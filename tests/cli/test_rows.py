@@ -1,0 +1,123 @@
+"""`potstill rows`: what is trained on, as it is trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_model, tiny_config
+from data.chat_templates import CHATML, tokenizer_for
+from tokenizers import processors
+
+from potstill.cli.main import main
+
+Recipe = Callable[..., Path]
+
+
+def with_tokenizer(folder: Path, adds_bos: bool = False) -> Path:
+    tokenizer = tokenizer_for(CHATML)
+    if adds_bos:
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    make_model(folder, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat_recipe(tiny_recipe: Recipe, folder: Path, **corpus: Any) -> Path:
+    teacher = with_tokenizer(folder / "T")
+    chats = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"it is {n}"}]}
+        for n in range(40)
+    ]
+    (folder / "c.jsonl").write_text(
+        "".join(json.dumps(each) + "\n" for each in [*chats, {"messages": chats[0]["messages"][:1]}])
+    )
+    section = {"name": "chat", "path": "c.jsonl", "tokens_per_row": 64, "heldout_rows": 2} | corpus
+    return tiny_recipe(corpus=json.dumps(section), teacher=f"{{name: torch, model: {teacher}}}")
+
+
+def test_rows_are_shown_with_what_bears_loss_and_what_was_left_out(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = chat_recipe(tiny_recipe, tmp_path)
+    assert main(["rows", str(recipe), "--limit", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "--- row 0: " in out and "<|im_start|>assistant\n⟦it is " in out and "<|im_end|>\n⟧" in out
+    assert "1 of 41 conversations have no token to learn, and are left out" in out
+    assert main(["rows", str(recipe), "--json", "--heldout"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2
+    for line in lines:
+        assert len(line["ids"]) == len(line["labels"]) and any(line["labels"]) and not line["labels"][0]
+
+
+def test_documents_are_shown_before_they_are_packed(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = chat_recipe(tiny_recipe, tmp_path)
+    assert main(["rows", str(recipe), "--documents", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    tokenizer = tokenizer_for(CHATML)
+    assert len(lines) == 40
+    for number, line in enumerate(lines):
+        said = [token for token, bears in zip(line["ids"], line["labels"], strict=True) if bears]
+        assert tokenizer.decode(said) == f"it is {number}<|im_end|>\n"
+
+
+def test_the_marks_of_a_data_set_do_not_reach_the_terminal(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(30):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"a\x1b[31mred {number}\n" * 5)
+    assert (
+        main(
+            ["rows", str(tiny_recipe(corpus="{name: text, path: text, tokens_per_row: 32, heldout_rows: 2}"))]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "\\x1b[31mred" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("words", [["--limit", "0"], ["--heldout", "--documents"]])
+def test_what_cannot_be_shown_is_one_line(
+    words: list[str], tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rows", str(tiny_recipe()), *words]) == 2
+    assert capsys.readouterr().err.startswith("error: rows: ")
+
+
+@pytest.mark.parametrize(("bos", "first"), [("null", True), ("true", True), ("false", False)])
+def test_a_text_begins_as_the_tokenizer_begins_it_or_as_the_recipe_says(
+    bos: str, first: bool, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = with_tokenizer(tmp_path / "T", adds_bos=True)
+    (tmp_path / "text").mkdir()
+    for number in range(30):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"it is {number}\n" * 5)
+    corpus = f"{{name: text, path: text, tokens_per_row: 32, heldout_rows: 2, bos: {bos}}}"
+    recipe = tiny_recipe(corpus=corpus, teacher=f"{{name: torch, model: {teacher}}}")
+    assert main(["rows", str(recipe), "--documents", "--json"]) == 0
+    tokenizer = tokenizer_for(CHATML)
+    for line in map(json.loads, capsys.readouterr().out.splitlines()):
+        assert (line["ids"][0] == tokenizer.bos_token_id) == first
+        assert line["labels"] == [False] + [True] * (len(line["ids"]) - 1)
+        assert line["ids"].count(tokenizer.bos_token_id) == first
+    assert main(["rows", str(recipe)]) == 0
+    assert ("each text begins with id" in capsys.readouterr().out) == first
+
+
+def test_a_bos_of_a_tokenizer_that_has_none_is_one_line(
+    tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str], corpus_folder: Path
+) -> None:
+    assert tiny_config().vocab_size == 258
+    corpus = f"{{name: text, path: {corpus_folder}, bos: true}}"
+    assert main(["rows", str(tiny_recipe(corpus=corpus))]) == 2
+    assert "corpus.bos: " in capsys.readouterr().err
