@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import make_model
+from data.chat_templates import QWEN_3, tokenizer_for
 
 import potstill
-from potstill.cli.main import _parser
+from potstill.cli.main import _parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "potstill"
@@ -138,3 +140,21 @@ def test_the_python_page_runs(
     assert done.returncode == 0, done.stderr
     assert "runs/first finished" in done.stdout
     assert "objective.temperature" in done.stdout  # the nearest known name, in the error
+
+
+def test_the_page_of_chats_shows_what_is_printed(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "chats.md").read_text()
+    (chats,), (printed,) = (
+        re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("jsonl", "text")
+    )
+    tokenizer = tokenizer_for(QWEN_3)
+    make_model(tmp_path / "T", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path / "T")
+    (tmp_path / "chats.jsonl").write_text(chats)
+    recipe = tiny_recipe(
+        corpus="{name: chat, path: chats.jsonl}", teacher=f"{{name: torch, model: {tmp_path / 'T'}}}"
+    )
+    assert main(["rows", str(recipe), "--documents", "--limit", "9"]) == 0
+    assert capsys.readouterr().out.replace(f"{tmp_path}/", "") == printed

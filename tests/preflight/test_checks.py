@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import transformers
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 from test_malformed import gguf_file, gguf_tensors
+from tokenizers import processors
 
 from potstill import UserError, distill, load_recipe
 from potstill.build.resolve import resolve
@@ -27,6 +29,7 @@ from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.losses.targets import HiddenTargets
 from potstill.models.student import Student
+from potstill.preflight.bos_probe import texts_begin_as_the_teacher_reads_them
 from potstill.preflight.checks import (
     cheap,
     machine_has_room,
@@ -581,3 +584,40 @@ def test_no_step_is_tried_past_a_red_line(
 def test_steps_that_leave_the_numbers_are_red(tiny_recipe: Recipe) -> None:
     train = "{steps: 10, rows_per_step: 4, lr: 1e30, clip: null, device: cpu}"
     assert red(setup_of(tiny_recipe(train=train))) == ["steps"]
+
+
+def test_the_worth_of_a_bos_is_shown_where_the_tokenizer_has_one(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    """The same labels with and without; the independent value is Transformers' own loss on each document."""
+    teacher = make_model(tmp_path / "T")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    tokenizer.bos_token = "<pad>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", tokenizer.convert_tokens_to_ids("<pad>"))]
+    )
+    tokenizer.save_pretrained(teacher)
+    found = {}
+    for bos in ("null", "false"):
+        recipe = tiny_recipe(
+            corpus=f"{{name: text, path: {tmp_path / 'text'}, tokens_per_row: 64, heldout_rows: 2, bos: {bos}}}",
+            teacher=f"{{name: torch, model: {teacher}}}",
+        )
+        (tmp_path / "text").mkdir(exist_ok=True)
+        for number in range(20):
+            (tmp_path / "text" / f"{number}.txt").write_text(f"the cat sat {number} on it")
+        setup = setup_of(recipe)
+        (finding,) = texts_begin_as_the_teacher_reads_them(setup)
+        found[bos] = [float(number) for number in re.findall(r"\d+\.\d{3}", finding.figure)]
+        rows = setup.corpus.heldout
+        hf = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
+        begin = [tokenizer.bos_token_id]
+        for place, before in enumerate((begin, [])):
+            nats, count = 0.0, 0
+            for start, end in list(pairwise([*rows.starts.tolist(), len(rows.ids)]))[:2]:
+                ids = rows.ids[start:end].tolist()
+                ids = before + (ids[1:] if bos == "null" else ids)
+                with torch.no_grad():
+                    logp_TV = hf(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                for at in range(len(before) + 1, len(ids)):
+                    nats, count = nats - float(logp_TV[at - 1, ids[at]]), count + 1
+            assert found[bos][place] == pytest.approx(nats / count, abs=6e-4)
+    assert "texts begin without it" in finding.figure

@@ -29,6 +29,7 @@ from potstill.io.terminal import Display, clock, size
 from potstill.models.lora import REACHED_LATE
 from potstill.models.student import from_checkpoint
 from potstill.preflight.auto import settle
+from potstill.preflight.bos_probe import texts_begin_as_the_teacher_reads_them
 from potstill.preflight.checks import cheap, plan_of, require_sound
 from potstill.preflight.plan import Plan, available
 from potstill.preflight.probe_batches import window
@@ -87,6 +88,7 @@ def projected(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Fin
 def trial(setup: RunSetup) -> Iterator[Finding]:
     """The expensive checks: the student is saved and loaded, then trained for a few real steps."""
     setup.student.eval()
+    yield from texts_begin_as_the_teacher_reads_them(setup)
     # Before the steps: what has not been trained can still be compared with what was loaded.
     yield save_and_reload_agree(setup, window(setup.corpus.heldout.batch([0])).to(setup.device))
     try:

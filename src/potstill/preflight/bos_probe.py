@@ -1,0 +1,69 @@
+"""What the token that a tokenizer puts before each text (BOS) is worth to the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.build.setup import RunSetup
+from potstill.data.packing import PackedRows
+from potstill.data.tokenizers import begin_ids
+from potstill.training.prefetch import checked_targets
+from potstill.types import Finding
+
+DOCUMENTS = 2
+BEFORE_TRAINING = -1
+MUCH = 0.02
+"""Nats by which the teacher must be worse for the recipe to be called wrong."""
+
+
+def texts_begin_as_the_teacher_reads_them(setup: RunSetup) -> Iterator[Finding]:
+    """The teacher's cross-entropy on the same labels with a BOS before each text, and without.
+
+    Nothing where the tokenizer has none, the corpus is no text, or the teacher cannot read another text.
+    """
+    tokenizer, config = setup.tokenizer, setup.recipe.corpus
+    begun = (setup.corpus.manifest.get("reading") or {}).get("begin_ids") or []
+    begin = begun or (begin_ids(tokenizer) if tokenizer is not None and config.bos is False else [])
+    documents = list(_documents(setup.corpus.heldout, begun, config.tokens_per_row - len(begin)))
+    if not begin or not documents or not setup.teacher.reads_new_text:
+        return
+    with_it, without = (_cross_entropy(setup, documents, before) for before in (begin, []))
+    figure = (
+        f"the teacher's cross-entropy is {with_it:.3f} nats with the tokenizer's BOS before each text, {without:.3f}"
+        f" without it; texts begin {'with' if begun else 'without'} it"
+    )
+    other, this = ("false", with_it - without) if begun else ("null", without - with_it)
+    yield Finding("bos", figure, this < MUCH, f"Set corpus.bos: {other}", ends_run=False)
+
+
+def _documents(rows: PackedRows, begun: list[int], longest: int) -> Iterator[NDArray[np.uint32]]:
+    """The ids of some documents from their beginning, without what was put before them."""
+    found = 0
+    for start, end in zip(rows.starts, [*rows.starts[1:], len(rows.ids)], strict=True):
+        document = rows.ids[int(start) + len(begun) : int(end)][:longest]
+        if len(document) > 1 and found < DOCUMENTS:
+            found += 1
+            yield document
+
+
+def _cross_entropy(setup: RunSetup, documents: list[NDArray[np.uint32]], before: list[int]) -> float:
+    """The teacher's, in nats, on all tokens of the documents but each one's first."""
+    ids: list[NDArray[np.uint32]] = []
+    starts, bears = [], []
+    for document in documents:
+        starts.append(sum(len(each) for each in ids))
+        ids.append(np.concatenate([np.array(before, np.uint32), document]))
+        bears.append(np.arange(len(ids[-1])) > len(before))
+    rows = PackedRows(
+        np.concatenate(ids),
+        np.array(starts, np.int64),
+        np.concatenate(bears),
+        setup.recipe.corpus.tokens_per_row,
+        "single",
+    )
+    batch = rows.batch(range(len(rows))).to(setup.device)
+    sums = setup.student.measure(batch, checked_targets(setup.teacher, batch, BEFORE_TRAINING))
+    return float(sums["teacher_ce"]) / len(batch.labels_N)
