@@ -23,7 +23,7 @@ from tokenizers import (
 from transformers.tokenization_utils_base import generate_merges
 
 from potstill.io.hashing import file_sha256
-from potstill.models.load import write_portable_config
+from potstill.models.portable import write_portable_config
 from potstill.runs.run_dir import RunDir
 
 needs_llama_cpp = pytest.mark.skipif(
