@@ -331,6 +331,49 @@ def test_an_exported_gguf_file_comes_with_a_modelfile_and_its_three_paths(run: P
     assert "ollama create small -f Modelfile" in card
 
 
+def test_an_export_elsewhere_is_published_from_any_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "run", "--out", "shelf/deep"]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert publish(Path("../run"), "--dry-run") == 0
+    plan, shelf = planned(run), tmp_path / "shelf" / "deep"
+    assert plan["model.safetensors"] == file_sha256(shelf / "hf" / "model.safetensors")
+    assert plan["run-F16.gguf"] == file_sha256(shelf / "run-F16.gguf")
+    assert str(tmp_path / "shelf") not in "".join(
+        file.read_text() for file in (run / "publish").iterdir() if file.is_file()
+    )
+    (shelf / "run-F16.gguf").unlink()
+    assert publish(Path("../run"), "--dry-run") == 2
+
+
+def test_a_folder_in_another_dtype_is_what_is_published_and_the_card_says_what_that_costs(run: Path) -> None:
+    assert main(["export", str(run), "--format", "hf", "--dtype", "bfloat16"]) == 0
+    assert publish(run, "--dry-run") == 0
+    assert planned(run)["model.safetensors"] == file_sha256(run / "exports" / "hf" / "model.safetensors")
+    (record,) = json.loads((run / "receipt.json").read_text())["exports"]
+    cost = record["three_path"]["potstill"]["mean_kl_to_student"]
+    card = (run / "publish" / "README.md").read_text()
+    assert f"weights rounded to bfloat16: mean KL {cost:.2g} nats to those as trained" in card
+
+
+def test_the_modelfile_stops_at_each_end_of_the_generation_config_and_of_the_file(run: Path) -> None:
+    assert main(["export", str(run), "--format", "gguf"]) == 0
+    settings = run / "student" / "generation_config.json"
+    edit(settings, lambda found: found.update(eos_token_id=[0, 70, 1]))
+    edit(run / "receipt.json", lambda r: r["output"].update({settings.name: file_sha256(settings)}))
+    assert publish(run, "--dry-run") == 0
+    tokens = json.loads((run / "student" / "tokenizer.json").read_text())["model"]["vocab"]
+    named = {i: token for token, i in tokens.items()}
+    lines = (run / "publish" / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./run-F16.gguf" and lines[1] == "TEMPLATE {{ .Prompt }}"
+    assert [line for line in lines if "stop" in line] == [
+        f'PARAMETER stop "{named[end]}"' for end in (0, 70, 1)
+    ]
+
+
 def test_an_export_that_fails_and_is_removed_is_reported_and_not_published(run: Path) -> None:
     failed_path(run)
     (run / "exports" / "small-F16.gguf").unlink()
