@@ -266,6 +266,14 @@ def test_an_exported_folder_ends_where_rows_do_and_has_the_template_twice(tmp_pa
     assert (folder / "chat_template.jinja").read_text() == TEMPLATE
 
 
+def test_named_templates_are_exported(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("smollm")
+    tokenizer.chat_template = named = {"default": TEMPLATE, "tool_use": "tools"}
+    made = make_run(tmp_path / "run", make_model(), tokenizer)
+    export.export_run(made.path, formats=["hf"], check=False)
+    assert transformers.AutoTokenizer.from_pretrained(made.exports / "hf").chat_template == named
+
+
 def test_a_modelfile_stops_at_every_end(tmp_path: Path) -> None:
     """A GGUF file has places for three ends; the generation config lists four."""
     tokenizer = make_tokenizer("smollm")

@@ -100,12 +100,13 @@ def test_a_template_of_the_config_alone_gets_its_file(tmp_path: Path) -> None:
     assert (folder / "chat_template.jinja").read_bytes().decode() == TEMPLATE
 
 
-def test_named_templates_are_in_both_places(tmp_path: Path) -> None:
+def test_named_templates_are_in_the_config_and_the_folder_has_files_alone(tmp_path: Path) -> None:
     named = {"default": TEMPLATE, "tool_use": TOOLS}
     folder = saved(tmp_path, chat_tokenizer(named))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["chat_template"] == [{"name": n, "template": t} for n, t in named.items()]
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == named
+    assert all(file.is_file() for file in folder.iterdir())
 
 
 def test_no_template_stays_none(tmp_path: Path) -> None:

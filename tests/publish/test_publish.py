@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from gguf import GGUFWriter
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
@@ -336,16 +337,15 @@ def test_an_export_elsewhere_is_published_from_any_folder(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert main(["export", "run", "--out", "shelf/deep"]) == 0
+    assert main(["export", "run", "--format", "hf", "--out", "shelf/deep"]) == 0
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert publish(Path("../run"), "--dry-run") == 0
-    plan, shelf = planned(run), tmp_path / "shelf" / "deep"
-    assert plan["model.safetensors"] == file_sha256(shelf / "hf" / "model.safetensors")
-    assert plan["run-F16.gguf"] == file_sha256(shelf / "run-F16.gguf")
+    shelf = tmp_path / "shelf" / "deep" / "hf"
+    assert planned(run)["model.safetensors"] == file_sha256(shelf / "model.safetensors")
     assert str(tmp_path / "shelf") not in "".join(
         file.read_text() for file in (run / "publish").iterdir() if file.is_file()
     )
-    (shelf / "run-F16.gguf").unlink()
+    (shelf / "model.safetensors").unlink()
     assert publish(Path("../run"), "--dry-run") == 2
 
 
@@ -360,17 +360,27 @@ def test_a_folder_in_another_dtype_is_what_is_published_and_the_card_says_what_t
 
 
 def test_the_modelfile_stops_at_each_end_of_the_generation_config_and_of_the_file(run: Path) -> None:
-    assert main(["export", str(run), "--format", "gguf"]) == 0
+    exported = record(run)
+    place = run / exported["file"]
+    writer = GGUFWriter(place, "llama")
+    writer.add_token_list([f"<{i}>" for i in range(80)] + ['say "x"'])  # which no Modelfile can name
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(80)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    in_receipt(exports=[exported | {"sha256": file_sha256(place)}])(run)
     settings = run / "student" / "generation_config.json"
-    edit(settings, lambda found: found.update(eos_token_id=[0, 70, 1]))
+    edit(settings, lambda found: found.update(eos_token_id=[0, 70, 2]))
     edit(run / "receipt.json", lambda r: r["output"].update({settings.name: file_sha256(settings)}))
     assert publish(run, "--dry-run") == 0
-    tokens = json.loads((run / "student" / "tokenizer.json").read_text())["model"]["vocab"]
-    named = {i: token for token, i in tokens.items()}
-    lines = (run / "publish" / "Modelfile").read_text().splitlines()
-    assert lines[0] == "FROM ./run-F16.gguf" and lines[1] == "TEMPLATE {{ .Prompt }}"
-    assert [line for line in lines if "stop" in line] == [
-        f'PARAMETER stop "{named[end]}"' for end in (0, 70, 1)
+    assert (run / "publish" / "Modelfile").read_text().splitlines() == [
+        "FROM ./small-F16.gguf",
+        "TEMPLATE {{ .Prompt }}",
+        "PARAMETER temperature 0",
+        'PARAMETER stop "<2>"',
+        'PARAMETER stop "<0>"',
+        'PARAMETER stop "<70>"',
     ]
 
 

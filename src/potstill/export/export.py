@@ -30,7 +30,13 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.models.model_files import dtype_of_files, folder_sha256
 from potstill.models.ollama import MODELFILE, modelfile
-from potstill.models.portable import GENERATION, add_ends, write_generation_config, write_portable_config
+from potstill.models.portable import (
+    GENERATION,
+    MORE_TEMPLATES,
+    add_ends,
+    write_generation_config,
+    write_portable_config,
+)
 from potstill.runs.run_dir import RunDir
 
 Record = dict[str, Any]
@@ -202,6 +208,10 @@ def _copy_student(student: Path, to: Path, model: CausalLM) -> None:
     for file in sorted(student.iterdir()):
         if file.is_file() and file.name != SUMS:
             shutil.copyfile(file, to / file.name)
+    if (
+        student / MORE_TEMPLATES
+    ).is_dir():  # of an earlier version: `write_portable_config` puts them elsewhere
+        shutil.copytree(student / MORE_TEMPLATES, to / MORE_TEMPLATES)
     if not (to / GENERATION).exists():
         write_generation_config(model.hf.generation_config, to)
     write_portable_config(to)

@@ -25,17 +25,12 @@ def modelfile(file: Path, folder: Path) -> str:
         ends += ids_of(read_object(folder / GENERATION, FETCH_AGAIN).get("eos_token_id"))
     tokens = _tokens(file, info) if info.vocab_size else []
     stops = [tokens[end] for end in dict.fromkeys(ends) if isinstance(end, int) and 0 <= end < len(tokens)]
+    stops = [stop for stop in stops if not {'"', "\n"} & set(stop)]  # a Modelfile knows no escapes
     template = "" if "tokenizer.chat_template" in info.metadata else "TEMPLATE {{ .Prompt }}\n"
-    parameters = ["temperature 0", *(f"stop {_quoted(stop)}" for stop in stops)]
+    parameters = ["temperature 0", *(f'stop "{stop}"' for stop in stops)]
     return f"FROM ./{file.name}\n{template}" + "".join(f"PARAMETER {each}\n" for each in parameters)
 
 
 def _tokens(file: Path, info: Any) -> list[str]:
     tokens: list[str] = GGUFModel(file, info).reader.get_field("tokenizer.ggml.tokens").contents()
     return tokens
-
-
-def _quoted(text: str) -> str:
-    """A Modelfile knows no escapes; three quotes enclose a text with a quote."""
-    quote = '"""' if '"' in text or "\n" in text else '"'
-    return f"{quote}{text}{quote}"

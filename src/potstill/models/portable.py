@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,18 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _write_templates(folder: Path, templates: dict[str, str]) -> str | list[dict[str, str]]:
-    """Write their files, as Transformers 5 does, and return them as the tokenizer's config of Transformers 4 has them:
-    some programs read the file alone, others the config alone.
+    """A single one in its file, as some programs read the file alone, and others the config alone. Several in the
+    config alone, which both Transformers read: beside a file of the default they would be ignored, and the folder of
+    files that Transformers 5 writes is not in sums, receipts and uploads, which are of files.
+
+    Returns:
+        What the tokenizer's config has.
     """
-    for name, template in templates.items():
-        file = folder / TEMPLATE if name == DEFAULT else folder / MORE_TEMPLATES / f"{name}.jinja"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(template.encode("utf-8"))
     if list(templates) == [DEFAULT]:
+        (folder / TEMPLATE).write_bytes(templates[DEFAULT].encode("utf-8"))
         return templates[DEFAULT]
+    (folder / TEMPLATE).unlink(missing_ok=True)
+    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
     return [{"name": name, "template": template} for name, template in templates.items()]
 
 
