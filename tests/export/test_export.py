@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from export.tiny_models import (
     make_tokenizer,
     needs_llama_cpp,
 )
+from potstill import distill
 from potstill.cli.main import main
 from potstill.export import export
 from potstill.io.hashing import file_sha256
@@ -205,6 +207,26 @@ def test_the_dtype_of_a_folder_is_a_choice(
     weights = load_file(made.exports / "hf" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {expected}
     assert record["dtype"] == str(expected).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("kind", ["cut", "checkpoint", "config"])
+def test_a_run_records_the_dtype_of_its_base_and_keeps_float32(
+    kind: str, tiny_recipe: Callable[..., Path], teacher_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(teacher_folder, tmp_path / "base")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    hf.save_pretrained(base)
+    student = "{name: cut, layers: 2}" if kind == "cut" else f"{{name: {kind}, model: {base}}}"
+    teacher = f"{{name: torch, model: {base if kind == 'cut' else teacher_folder}}}"
+    train = "{steps: 1, rows_per_step: 2, lr: 1e-3, device: cpu}"
+    options = {"student": student, "teacher": teacher, "train": train, "allow_identical": "true"}
+    run = distill(tiny_recipe(**options), out=tmp_path / "run")
+    assert run.receipt()["student"]["base_dtype"] == "bfloat16"
+    weights = load_file(run.student / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    (record,) = export.export_run(run.path, formats=["hf"], check=False).records
+    rounded = load_file(run.exports / "hf" / "model.safetensors")
+    assert record["dtype"] == "bfloat16" and {t.dtype for t in rounded.values()} == {torch.bfloat16}
 
 
 def test_shards_are_rounded_one_by_one(made: RunDir) -> None:

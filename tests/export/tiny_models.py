@@ -177,7 +177,7 @@ def make_run(path: Path, hf: Any, tokenizer: Any) -> RunDir:
         tokenizer.save_pretrained(place)
 
     run.replace_student(save)
-    output = {file.name: file_sha256(file) for file in sorted(run.student.iterdir())}
+    output = {file.name: file_sha256(file) for file in sorted(run.student.iterdir()) if file.is_file()}
     run.write_receipt({"output": output, "teacher": {}, "student": {"name": "cut"}})
     run.set_status("finished")
     return run
