@@ -25,7 +25,7 @@ THOUGHT = (
 NOTHING = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
 WORDS = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n### End\n{% endfor %}"
 REFUSES = "{{ raise_exception('no') }}"
-REWRITES = "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}"
+REWRITES = "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}<|im_end|>{% endfor %}"
 
 
 def made(template: str | dict[str, str] | None) -> Any:

@@ -208,10 +208,9 @@ def _copy_student(student: Path, to: Path, model: CausalLM) -> None:
     for file in sorted(student.iterdir()):
         if file.is_file() and file.name != SUMS:
             shutil.copyfile(file, to / file.name)
-    if (
-        student / MORE_TEMPLATES
-    ).is_dir():  # of an earlier version: `write_portable_config` puts them elsewhere
-        shutil.copytree(student / MORE_TEMPLATES, to / MORE_TEMPLATES)
+    more = student / MORE_TEMPLATES
+    if more.is_dir():  # of an earlier version: `write_portable_config` puts them elsewhere
+        shutil.copytree(more, to / MORE_TEMPLATES)
     if not (to / GENERATION).exists():
         write_generation_config(model.hf.generation_config, to)
     write_portable_config(to)
