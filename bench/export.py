@@ -125,7 +125,7 @@ def main() -> int:
     found: dict[str, dict[str, Any]] = {}
     for record in run.receipt()["exports"]:
         form, file = record["format"], run.path / record["file"]
-        asked = reference.of_written(model, file, form)
+        asked = reference.of_written(model, file, form, record.get("dtype", "float32"))
         found[form] = {
             name: {key: path[key] for key in SHOWN if key in path}
             for name, path in check_paths(form, file, asked).items()

@@ -229,6 +229,18 @@ def test_the_metadata_is_complete(tmp_path: Path) -> None:
     assert "<|im_start|>" in found["tokenizer.chat_template"]
 
 
+@pytest.mark.parametrize("listed", [0, [0, 1], [1, 0, 5]])
+def test_the_end_of_a_turn_has_its_key(listed: int | list[int], tmp_path: Path) -> None:
+    """EOS ends a text, the chat template ends a turn with another token, and the configs need not list it."""
+    tokenizer = make_tokenizer("smollm")
+    tokenizer.eos_token = "<|endoftext|>"
+    run = make_run(tmp_path / "run", make_model(eos_token_id=listed), tokenizer)
+    record = export_run(run.path, formats=["f32"], check=False).records[0]
+    found = metadata(run.path / record["file"])
+    assert found["tokenizer.ggml.eos_token_id"] == 0 and found["tokenizer.ggml.eot_token_id"] == 2
+    assert found.get("tokenizer.ggml.eom_token_id") == (None if listed == 0 else 1)
+
+
 def test_the_metadata_of_windows(tmp_path: Path) -> None:
     found = metadata(export(tmp_path, make_model("gemma3"), "f32"))
     expected = {

@@ -283,3 +283,16 @@ def test_a_folder_with_an_at_sign_is_a_folder(
     (tmp_path / folder).symlink_to(trees["old"])
     recipe = tiny_recipe(teacher=f"{{name: torch, model: {folder}}}", student="{name: cut, layers: 1}")
     assert main(["plan", str(recipe)]) == 0
+
+
+def test_an_adapter_names_its_base_on_the_hub_and_its_commit(
+    hub: Hub, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="the extra lora is not installed; not run")
+    student = f"{{name: checkpoint, model: {NAME}, lora: {{rank: 2, targets: [q_proj]}}}}"
+    recipe = tiny_recipe(
+        student=student, teacher=f"{{name: torch, model: {NAME}}}", train=RUN, allow_identical="true"
+    )
+    run = potstill.distill(recipe, out=tmp_path / "run")
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == NAME and config["revision"] == hub.repos[NAME].head

@@ -66,6 +66,31 @@ def test_a_run_trains_adapters_alone_and_saves_the_merged_model_and_them(
     assert apart < 1e-5 * logits(student).abs().max()
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "adapter" / "adapter_config.json").read_text()))
+
+
+def test_an_adapter_of_a_cut_student_names_the_cut_and_no_place(folder: Path, teacher_folder: Path) -> None:
+    config = adapter_config(folder)
+    assert config["base_model_name_or_path"] == f"{teacher_folder.name} cut to layers 0, 3"
+    assert config["revision"] is None
+    assert not any(
+        str(teacher_folder.parent) in file.read_text("latin-1") for file in folder.glob("adapter/*")
+    )
+
+
+def test_an_adapter_of_a_folder_names_the_folder_alone(
+    tiny_recipe: Recipe, teacher_folder: Path, tmp_path: Path
+) -> None:
+    student = f"{{name: checkpoint, model: {teacher_folder}, lora: {{rank: 2, targets: [q_proj]}}}}"
+    train = "{steps: 1, rows_per_step: 2, lr: 1e-2, device: cpu}"
+    run = distill(tiny_recipe(student=student, train=train, allow_identical="true"), out=tmp_path / "run")
+    assert adapter_config(run.path)["base_model_name_or_path"] == teacher_folder.name
+    for saved in (*run.adapter.iterdir(), *run.student.iterdir()):
+        assert str(teacher_folder) not in saved.read_text("latin-1"), saved.name
+    assert peft.PeftConfig.from_pretrained(run.adapter).base_model_name_or_path == teacher_folder.name
+
+
 def test_a_checkpoint_holds_the_adapters_and_resuming_is_exact(
     tiny_recipe: Recipe, folder: Path, tmp_path: Path
 ) -> None:

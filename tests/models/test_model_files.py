@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 from weight_files import ARRAYS, make_folder, make_gguf, make_safetensors, make_sharded, refusal, with_header
 
 from potstill.io.hashing import file_sha256
-from potstill.models.model_files import check_model_files, folder_sha256, tensor_shapes
+from potstill.models.model_files import check_model_files, dtype_of_files, folder_sha256, tensor_shapes
 from potstill.models.safetensors_files import check_safetensors
 
 
@@ -222,3 +226,34 @@ def test_the_hash_of_a_folder_covers_its_config_and_weights_and_nothing_else(
         assert folder_sha256(folder) != before
         (folder / name).write_bytes(original)
     assert folder_sha256(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.float32, "float32"),
+        (torch.bfloat16, "bfloat16"),
+        (torch.float16, "float16"),
+        (torch.int8, None),
+    ],
+)
+def test_the_dtype_of_files_is_that_of_most_weights(
+    tmp_path: Path, dtype: torch.dtype, name: str | None
+) -> None:
+    tensors = {"a.weight": torch.zeros(8, 8, dtype=dtype), "norm.weight": torch.zeros(8), "b": torch.zeros(3)}
+    save_torch(tensors, tmp_path / "model.safetensors")
+    assert dtype_of_files(tmp_path) == name
+
+
+@pytest.mark.parametrize(("kind", "name"), [("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", None)])
+def test_the_dtype_of_a_gguf_file(tmp_path: Path, kind: str, name: str | None) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    type_ = gguf.GGMLQuantizationType[kind]
+    array = gguf.quants.quantize(np.ones((4, 32), dtype=np.float32), type_)
+    writer.add_tensor("output.weight", array, raw_dtype=type_)
+    writer.add_tensor("output_norm.weight", np.ones(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert dtype_of_files(tmp_path / "m.gguf") == name

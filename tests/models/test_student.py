@@ -77,9 +77,13 @@ def test_a_student_from_a_config_is_a_function_of_the_seed(tmp_path: Path) -> No
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_config_of_no_causal_lm_is_refused(tmp_path: Path) -> None:
-    transformers.ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no causal LM can be made"):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("ViT", "vit is None, no number of tokens. A causal language"), ("T5", "no causal LM can be made")],
+)
+def test_a_config_of_no_causal_lm_is_refused(kind: str, said: str, tmp_path: Path) -> None:
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=said):
         from_config(tmp_path, CPU)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from gguf import GGUFWriter
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
 
@@ -329,6 +330,58 @@ def test_an_exported_gguf_file_comes_with_a_modelfile_and_its_three_paths(run: P
     card = (run / "publish" / "README.md").read_text()
     assert "| f16 | llama.cpp | not run | xllamacpp is not installed |" in card
     assert "ollama create small -f Modelfile" in card
+
+
+def test_an_export_elsewhere_is_published_from_any_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "run", "--format", "hf", "--out", "shelf/deep"]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert publish(Path("../run"), "--dry-run") == 0
+    shelf = tmp_path / "shelf" / "deep" / "hf"
+    assert planned(run)["model.safetensors"] == file_sha256(shelf / "model.safetensors")
+    assert str(tmp_path / "shelf") not in "".join(
+        file.read_text() for file in (run / "publish").iterdir() if file.is_file()
+    )
+    (shelf / "model.safetensors").unlink()
+    assert publish(Path("../run"), "--dry-run") == 2
+
+
+def test_a_folder_in_another_dtype_is_what_is_published_and_the_card_says_what_that_costs(run: Path) -> None:
+    assert main(["export", str(run), "--format", "hf", "--dtype", "bfloat16"]) == 0
+    assert publish(run, "--dry-run") == 0
+    assert planned(run)["model.safetensors"] == file_sha256(run / "exports" / "hf" / "model.safetensors")
+    (record,) = json.loads((run / "receipt.json").read_text())["exports"]
+    cost = record["three_path"]["potstill"]["mean_kl_to_student"]
+    card = (run / "publish" / "README.md").read_text()
+    assert f"weights rounded to bfloat16: mean KL {cost:.2g} nats to those as trained" in card
+
+
+def test_the_modelfile_stops_at_each_end_of_the_generation_config_and_of_the_file(run: Path) -> None:
+    exported = record(run)
+    place = run / exported["file"]
+    writer = GGUFWriter(place, "llama")
+    writer.add_token_list([f"<{i}>" for i in range(80)] + ['say "x"'])  # which no Modelfile can name
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(80)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    in_receipt(exports=[exported | {"sha256": file_sha256(place)}])(run)
+    settings = run / "student" / "generation_config.json"
+    edit(settings, lambda found: found.update(eos_token_id=[0, 70, 2]))
+    edit(run / "receipt.json", lambda r: r["output"].update({settings.name: file_sha256(settings)}))
+    assert publish(run, "--dry-run") == 0
+    assert (run / "publish" / "Modelfile").read_text().splitlines() == [
+        "FROM ./small-F16.gguf",
+        "TEMPLATE {{ .Prompt }}",
+        "PARAMETER temperature 0",
+        'PARAMETER stop "<2>"',
+        'PARAMETER stop "<0>"',
+        'PARAMETER stop "<70>"',
+    ]
 
 
 def test_an_export_that_fails_and_is_removed_is_reported_and_not_published(run: Path) -> None:

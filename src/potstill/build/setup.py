@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +26,11 @@ from potstill.io.cpu_matmul import matmul_with, return_freed_memory
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body, require_compiler
-from potstill.models.load import longest_row
+from potstill.models.hub import public_name
+from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
 from potstill.models.pruning import cut, ffn_width_of
+from potstill.models.source import ModelFiles
 from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
 from potstill.registry import entries
@@ -114,7 +116,7 @@ def _set_up_student(
     _note_left_out(model, note)
     if recipe.lora is not None:
         # After the cut, so that adapters are named after the student's layers, not the teacher's.
-        model = LoraLM(model, recipe.lora)
+        model = LoraLM(model, recipe.lora, base_of(origin))
         origin |= {"lora": model.described()}
     shared = match(resolved, teacher, model, origin, corpus, tokenizer, note)
     # After `match`, which masks padded ids in the head: the compiled body does not contain the head.
@@ -210,20 +212,43 @@ def make_student(
         assert source.files is not None
         model = from_checkpoint(config.model, device, source.files.config)
         left_out = {"left_out": model.left_out} if model.left_out else {}
-        return model, {"name": "checkpoint", "model": config.model} | left_out
+        own = {"base_dtype": source.files.dtype} | left_out
+        return model, {"name": "checkpoint", "model": config.model} | own
     if config.name == "config":
         assert source.files is not None
         seed = resolved.recipe.train.seed
         model = from_config(config.model, device, source.files.config)
-        return model, {"name": "config", "model": config.model, "seed": seed}
+        dtype = str(source.files.config.dtype).removeprefix("torch.")
+        own = {"base_dtype": dtype if dtype in DTYPES else None}
+        return model, {"name": "config", "model": config.model, "seed": seed} | own
     uncut, where = teacher.to_cut_from()
     uncut.rows_are_packed = resolved.recipe.corpus.packing
     total, keep = uncut.hf.config.get_text_config().num_hidden_layers, source.layers_kept
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
+    origin |= {"base_dtype": dtype_of(where)}
     if config.ffn_width is not None:
         origin |= {"ffn_width": config.ffn_width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
     calibration = [rows.batch([row]) for row in range(min(CALIBRATION_ROWS, len(rows)))]
     return cut(uncut, keep, config.ffn_width, calibration), origin
+
+
+def dtype_of(source: str) -> str | None:
+    """Of the files of the model that a student is cut from; None where it has none on this machine."""
+    try:
+        return ModelFiles(source).dtype
+    except UserError:  # of a teacher that is no file, `source` is a name alone
+        return None
+
+
+def base_of(origin: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What adapters are for, as their files name it: a hub id and its commit, or the name of a folder or file."""
+    if origin["name"] == "checkpoint":
+        return public_name(origin["model"])
+    # A cut is nowhere to be had: it is named so that nobody loads the whole model instead.
+    kept = f"layers {', '.join(map(str, origin['layers_kept']))}"
+    if "ffn_width" in origin:
+        kept += f" with {origin['ffn_width']} of {origin['of_ffn_width']} channels"
+    return f"{public_name(origin['from'])[0]} cut to {kept}", None
 
 
 def match(

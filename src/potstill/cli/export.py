@@ -18,6 +18,11 @@ def add_export_flags(export: argparse.ArgumentParser) -> None:
         metavar="TYPE,…",
         help="GGUF types, one file each: f32,f16,bf16,q8_0,q4_0,q4_k,q6_k; default f16",
     )
+    export.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the folder's weights; default auto: that of the files that the student started from",
+    )
     export.add_argument("--out", type=Path, metavar="FOLDER", help="default RUN/exports")
 
 
@@ -40,11 +45,16 @@ def export(options: argparse.Namespace, display: Display) -> int:
         raise UserError(
             "--quantize: has no effect with --format hf, which writes no GGUF file. Leave one out."
         )
+    if options.format == "gguf" and options.dtype is not None:
+        raise UserError(
+            "--dtype: has no effect with --format gguf, whose types --quantize names. Leave one out."
+        )
     from potstill.export.export import export_run, verdict
 
     quantize = [word.strip() for word in (options.quantize or "f16").split(",")]
     formats = [*(["hf"] if options.format != "gguf" else []), *(quantize if options.format != "hf" else [])]
-    exported = export_run(options.run, options.out, formats, note=display.note)
+    dtype = options.dtype or "auto"
+    exported = export_run(options.run, options.out, formats, dtype=dtype, note=display.note)
     if options.json:
         display.result(json.dumps(exported.records, indent=2))
     else:

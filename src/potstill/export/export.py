@@ -16,17 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from potstill.data.end_of_turn import ends_of
 from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError, one_line
+from potstill.export.dtype import AUTO, cast_folder, settle_dtype
 from potstill.export.gguf_architectures import require_known
 from potstill.export.gguf_model import FILES, require_quantiser, write_gguf
 from potstill.export.gguf_tokenizer import TokenList, token_list
 from potstill.export.roundtrip import Reference, check_paths, not_run
-from potstill.io.atomic import SUMS
+from potstill.io.atomic import SUMS, write_whole
 from potstill.io.hashing import file_sha256
 from potstill.models.causal_lm import CausalLM
-from potstill.models.load import load_causal_lm, write_portable_config
-from potstill.models.model_files import folder_sha256
+from potstill.models.load import load_causal_lm
+from potstill.models.model_files import dtype_of_files, folder_sha256
+from potstill.models.ollama import MODELFILE, modelfile
+from potstill.models.portable import (
+    GENERATION,
+    MORE_TEMPLATES,
+    add_ends,
+    write_generation_config,
+    write_portable_config,
+)
 from potstill.runs.run_dir import RunDir
 
 Record = dict[str, Any]
@@ -48,6 +58,7 @@ def export_run(
     out: Path | None = None,
     formats: Sequence[str] = ("hf", "f16"),
     *,
+    dtype: str = AUTO,
     check: bool = True,
     note: Callable[[str], None] = lambda _: None,
 ) -> Exported:
@@ -56,6 +67,7 @@ def export_run(
     Args:
         run: a finished run.
         formats: of `FORMATS`. An existing export of the same format is replaced.
+        dtype: of the folder's weights, a key of `DTYPES`; `auto`: that of the files that the student started from.
         check: read each back on three paths; otherwise these are recorded as not run.
 
     Raises:
@@ -67,7 +79,7 @@ def export_run(
         raise UserError(f"export: no format {unknown[0]!r}. Known: {', '.join(FORMATS)}.")
     run_dir = RunDir.open(run)
     with run_dir.locked():
-        return _export(run_dir, out or run_dir.exports, formats, check, note)
+        return _export(run_dir, out or run_dir.exports, formats, dtype, check, note)
 
 
 def verdict(record: Record) -> Literal["passed", "failed", "not run"]:
@@ -77,11 +89,17 @@ def verdict(record: Record) -> Literal["passed", "failed", "not run"]:
 
 
 def _export(
-    run: RunDir, out: Path, formats: Sequence[str], check: bool, note: Callable[[str], None]
+    run: RunDir,
+    out: Path,
+    formats: Sequence[str],
+    dtype: str,
+    check: bool,
+    note: Callable[[str], None],
 ) -> Exported:
     receipt = run.receipt()
     _require_finished(run, receipt)
     run.whole_student()
+    dtype = settle_dtype(dtype, receipt)
     model, tokenizer = load_causal_lm(run.student), load_tokenizer(run.student)
     model.name = str(run.student)
     tokens = None
@@ -93,17 +111,24 @@ def _export(
     reference = Reference.of(model, tokenizer) if check else None
     student_sha256, records = folder_sha256(run.student), []
     for form in formats:
-        record = _write(run, out, form, model, tokens, receipt) | {"student_sha256": student_sha256}
-        place = out / Path(record["file"]).name
-        note(f"{form}: {place}, {record['bytes'] / 2**20:.1f} MiB")
+        if tokens is None or form == "hf":
+            record = _write_folder(run, out, model, ends_of(tokenizer), dtype)
+        else:
+            record = _write_gguf(run, out, form, model, tokens, _inherited_license(receipt))
+        record |= {"student_sha256": student_sha256}
+        place = run.path / record["file"]
+        rounding = f", {record['dtype']}" if form == "hf" else ""
+        note(f"{form}: {place}, {record['bytes'] / 2**20:.1f} MiB{rounding}")
         if reference is None:
             paths = not_run("was not asked for")
         else:
-            paths = check_paths(form, place, reference.of_written(model, place, form))
+            paths = check_paths(form, place, reference.of_written(model, place, form, dtype))
         records.append(record | {"three_path": paths})
         others = [other for other in receipt.get("exports", []) if other["format"] != form]
         receipt["exports"] = [*others, records[-1]]
         run.write_receipt(receipt)
+    if files := [run.path / record["file"] for record in records if record["format"] != "hf"]:
+        write_whole(files[0].with_name(MODELFILE), modelfile(files[0], run.student).encode())
     return Exported(out, records)
 
 
@@ -116,23 +141,33 @@ def _require_finished(run: RunDir, receipt: dict[str, Any]) -> None:
         )
 
 
-def _write(
-    run: RunDir, out: Path, form: str, model: CausalLM, tokens: TokenList | None, receipt: dict[str, Any]
+def _write_folder(run: RunDir, out: Path, model: CausalLM, ends: list[int], dtype: str) -> Record:
+    place = out / "hf"
+    with _replacing(place) as fresh:
+        _copy_student(run.student, fresh, model)
+        add_ends(fresh, ends)
+        if dtype != dtype_of_files(fresh):
+            cast_folder(fresh, dtype)
+    return {"format": "hf", "file": _recorded(run, place), "dtype": dtype} | _folder_record(place)
+
+
+def _write_gguf(
+    run: RunDir, out: Path, form: str, model: CausalLM, tokens: TokenList, license_id: str | None
 ) -> Record:
     name = run.path.resolve().name
-    place = out / ("hf" if form == "hf" else f"{name}-{FILES[form][2]}.gguf")
-    inside = place.resolve().is_relative_to(run.path.resolve())
-    record: Record = {
-        "format": form,
-        "file": str(place.resolve().relative_to(run.path.resolve()) if inside else place),
-    }
-    if tokens is None or form == "hf":
-        with _replacing(place) as fresh:
-            _copy_student(run.student, fresh, model)
-        return record | _folder_record(place)
+    place = out / f"{name}-{FILES[form][2]}.gguf"
     with _replacing(place) as fresh:
-        contents = write_gguf(model, tokens, fresh, form, name, _inherited_license(receipt))
-    return record | {"sha256": file_sha256(place), "bytes": place.stat().st_size} | contents
+        contents = write_gguf(model, tokens, fresh, form, name, license_id)
+    record = {"format": form, "file": _recorded(run, place), "sha256": file_sha256(place)}
+    return record | {"bytes": place.stat().st_size} | contents
+
+
+def _recorded(run: RunDir, place: Path) -> str:
+    """Relative to the run, which may be moved with what is in it. Elsewhere absolute: the next command may be started
+    in another folder.
+    """
+    place, inside = place.resolve(), run.path.resolve()
+    return str(place.relative_to(inside) if place.is_relative_to(inside) else place)
 
 
 @contextmanager
@@ -173,8 +208,11 @@ def _copy_student(student: Path, to: Path, model: CausalLM) -> None:
     for file in sorted(student.iterdir()):
         if file.is_file() and file.name != SUMS:
             shutil.copyfile(file, to / file.name)
-    if not (to / "generation_config.json").exists():
-        model.hf.generation_config.save_pretrained(to)
+    more = student / MORE_TEMPLATES
+    if more.is_dir():  # of an earlier version: `write_portable_config` puts them elsewhere
+        shutil.copytree(more, to / MORE_TEMPLATES)
+    if not (to / GENERATION).exists():
+        write_generation_config(model.hf.generation_config, to)
     write_portable_config(to)
 
 

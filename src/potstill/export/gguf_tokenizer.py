@@ -19,6 +19,7 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
+from potstill.data.end_of_turn import ends_of
 from potstill.errors import UserError
 from potstill.export.gguf_sentencepiece import SentencePiece, space_in_front
 
@@ -74,7 +75,7 @@ ALPHABETS = (
 
 @dataclass(slots=True)
 class TokenList:
-    """The tokenizer section of a GGUF file. `ends` has EOS first."""
+    """The tokenizer section of a GGUF file. `ends` has EOS first, then the end of a turn."""
 
     pre: str
     tokens: list[str]
@@ -286,8 +287,8 @@ def name_pre_tokenizer(where: str, tokenizer: Any) -> str:
 
 
 def _ends(where: str, tokenizer: Any, configs: list[Any]) -> list[int]:
-    """The tokenizer's EOS, then the other end tokens of the model's configs."""
-    ends: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    """The tokenizer's EOS, the chat template's end of turn, then the other end tokens of the model's configs."""
+    ends = ends_of(tokenizer)
     for config in configs:
         named = getattr(config, "eos_token_id", None)
         ends += named if isinstance(named, list) else [] if named is None else [named]

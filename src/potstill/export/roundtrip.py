@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from potstill.errors import UserError, one_line
+from potstill.export.dtype import rounded
 from potstill.export.gguf_model import as_written
 from potstill.export.gguf_tokenizer import texts_for
 from potstill.export.roundtrip_reader import last_logits
@@ -85,7 +86,7 @@ class Reference:
     """The last is the long row."""
     logp_PV: torch.Tensor
     written_PV: torch.Tensor | None = None
-    """The student's with the weights of a quantised file, activations unrounded."""
+    """The student's with the weights of a quantised file or of a folder in another dtype, activations unrounded."""
     table_PV: torch.Tensor | None = None
     """The same with GELU as llama.cpp computes it on a CPU; None for models without."""
 
@@ -100,10 +101,12 @@ class Reference:
         tokens = [tokenizer(text)["input_ids"] for text in probes]
         return cls(probes, tokens, ids, _logp(model.hf, ids))
 
-    def of_written(self, model: CausalLM, file: Path, form: str) -> Reference:
-        """With what the file's types, and llama.cpp's GELU, make of the answers."""
+    def of_written(self, model: CausalLM, file: Path, form: str, dtype: str = "float32") -> Reference:
+        """With what the file's types, and llama.cpp's GELU, make of the answers; `dtype` is that of a folder."""
         hf = model.hf if form in MEAN_KL else as_written(model, file, form)
-        written_PV = None if form in MEAN_KL else _logp(hf, self.ids)
+        if form == "hf" and dtype != "float32":
+            hf = rounded(hf, dtype)
+        written_PV = None if hf is model.hf else _logp(hf, self.ids)
         table_PV = None
         if form != "hf" and getattr(hf.config, "hidden_activation", None) == "gelu_pytorch_tanh":
             with gelu_by_table(hf):
@@ -235,17 +238,20 @@ def compare(
     logp_PV = F.log_softmax(logits_PV.double(), dim=-1)
     kl_P = _kl(reference.logp_PV, logp_PV)
     judged_P, limit = kl_P, MEAN_KL.get(form, MEAN_KL_TO_WRITTEN)
-    if form not in MEAN_KL:
-        if reference.written_PV is None:
-            raise ValueError(f"{form}: needs a reference with the weights as written: Reference.of_written")
+    if reference.written_PV is not None:
         judged_P = _kl(reference.written_PV, logp_PV)
+    elif form not in MEAN_KL:
+        raise ValueError(f"{form}: needs a reference with the weights as written: Reference.of_written")
     if path == "llama.cpp" and reference.table_PV is not None:  # unless it is built to compute GELU
         # Numbers that differ in their last bits fall into other entries here and there: what that costs, and no more
         # than half of what the table does, is the reader's and not the file's.
         of_table = float(_kl(reference.logp_PV, reference.table_PV)[:-1].mean())
         judged_P = min(judged_P, _kl(reference.table_PV, logp_PV), key=lambda kl_P: float(kl_P.mean()))
         limit = max(limit, of_table / 2)
-    same_top = int((logp_PV.argmax(-1) == reference.logp_PV.argmax(-1)).sum())
+    own_PV = reference.logp_PV
+    if form in EQUAL_TOP1 and reference.written_PV is not None:
+        own_PV = reference.written_PV
+    same_top = int((logp_PV.argmax(-1) == own_PV.argmax(-1)).sum())
     pairs = list(zip(answer["tokens"], reference.tokens, strict=True))
     first = next((i for i, (path_ids, own_ids) in enumerate(pairs) if path_ids != own_ids), None)
     mean_kl, far_kl, prompts = float(judged_P[:-1].mean()), float(judged_P[-1]), len(reference.ids)
@@ -255,7 +261,7 @@ def compare(
             f"other tokens for {reference.texts[first]!r:.60}: {pairs[first][0]} and not {pairs[first][1]}"
         )
     if not mean_kl <= limit:
-        of = "the student" if form in MEAN_KL else "the file's own weights"
+        of = "the student" if reference.written_PV is None else "the file's own weights"
         faults.append(f"mean KL to {of} {mean_kl:.3g} nats, above {limit:.0e}")
     if not far_kl <= FAR_KL * limit:
         faults.append(

@@ -45,11 +45,17 @@ def last_logits(hf: Any, ids: list[int]) -> Any:
 
 class TransformersReader:
     def __init__(self, model: Path) -> None:
+        import torch
         import transformers
 
         self.version = f"transformers {transformers.__version__}"
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        self.hf = transformers.AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+        # What is compared are the file's numbers, not the rounding of activations in their dtype.
+        version = tuple(map(int, transformers.__version__.split(".")[:2]))
+        of_weights = "dtype" if version >= (4, 56) else "torch_dtype"
+        self.hf = transformers.AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=False, **{of_weights: torch.float32}
+        )
         self.hf.eval()
 
     def tokenise(self, text: str) -> list[int]:

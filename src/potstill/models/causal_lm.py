@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import masking_utils
+from transformers import GenerationConfig, masking_utils
 
 from potstill.errors import UserError, one_line
+from potstill.models.portable import write_generation_config
 from potstill.models.rope import document_numbers, per_document_rope
 from potstill.types import Head
 
@@ -110,7 +111,14 @@ class CausalLM(nn.Module):
 
     def save(self, folder: Path) -> None:
         """A folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits."""
-        self.hf.save_pretrained(folder, state_dict=self.state())
+        own = self.hf.generation_config
+        # Transformers refuses to save flags that have no effect together, as published models have them.
+        self.hf.generation_config = GenerationConfig()
+        try:
+            self.hf.save_pretrained(folder, state_dict=self.state())
+        finally:
+            self.hf.generation_config = own
+        write_generation_config(own, folder)
 
     def checkpoint_activations(self, *, selective: bool = False) -> None:
         """Recompute the inside of each layer in the backward pass (Chen et al. 2016, arXiv 1604.06174).

@@ -40,6 +40,11 @@ def hub_model(source: str | Path) -> tuple[str, str] | None:
     return hub_id(source) if isinstance(source, str) and not os.path.exists(source) else None
 
 
+def public_name(source: str) -> tuple[str, str | None]:
+    """What another machine may know a model by: `owner/name` and its revision, or the last part of a path."""
+    return hub_model(source) or (Path(source).name, None)
+
+
 def pinned(source: str) -> str:
     """`owner/name@COMMIT`, the commit that the revision is now; a path as it is.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -385,36 +384,3 @@ def _require_whole(path: Path, report: dict[str, Any]) -> None:
             f"{path}: {len(extra)} tensor(s) of the checkpoint are not in its config, first {extra[0]}."
             " The model would be partly loaded; take config and checkpoint from one model."
         )
-
-
-def write_portable_config(folder: Path) -> None:
-    """Let Transformers 4 read a config and a tokenizer that Transformers 5 wrote.
-
-    It ignores rope_parameters: without a top-level rope_theta it assumes 10,000, without rope_scaling an
-    unscaled rope; of Gemma 3, which has a rope for each kind of layer, 1,000,000 and 10,000. It refuses a
-    tokenizer class that only 5 has, and a list of extra special tokens.
-    """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in (rope.get("sliding_attention") or {}):
-        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    rope = rope.get("full_attention") or rope
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-        _write_json(path, config)
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in 4, which 5 knows too
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    _write_json(path, config)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

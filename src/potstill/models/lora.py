@@ -52,15 +52,18 @@ class LoraLM(CausalLM):
     Args:
         model: its weights are taken over, frozen; it is of no use afterwards.
         config: the recipe's section.
+        base: name and revision of the model, as the adapter's files name what it is for.
 
     Raises:
         UserError: peft is not installed, or `config.targets` names no linear layer of the body.
     """
 
-    def __init__(self, model: CausalLM, config: LoraConfig) -> None:
+    def __init__(
+        self, model: CausalLM, config: LoraConfig, base: tuple[str | None, str | None] = (None, None)
+    ) -> None:
         peft = require_peft()
         super().__init__(model.hf, model.name)
-        self.config = config
+        self.config, self.base = config, base
         linear, experts = _targets(model, config)
         self.peft_config = peft.LoraConfig(
             r=config.rank,
@@ -138,7 +141,8 @@ class LoraLM(CausalLM):
             for name, tensor in self.adapters.items()
         }
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        fields = self.peft_config.to_dict() | {"inference_mode": True}
+        base = dict(zip(("base_model_name_or_path", "revision"), self.base, strict=True))
+        fields = self.peft_config.to_dict() | {"inference_mode": True} | base
         # Sets have no order: two saves of one adapter are to be equal byte for byte.
         fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
         text = json.dumps(fields, indent=2, sort_keys=True) + "\n"

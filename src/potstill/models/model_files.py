@@ -7,6 +7,7 @@ Refused by name: what is missing, damaged or contradicts itself, and pickles, wh
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import reprlib
 from pathlib import Path
@@ -22,6 +23,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_PICKLE = "a pickle can run code; convert to safetensors"
 # Beside config.json; Transformers takes a damaged one of some of them for a missing one.
 SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
 
@@ -64,6 +66,18 @@ def tensor_shapes(source: Path) -> dict[str, Shape]:
                 refuse(source, f"tensor {printable_name(name)} is both in {file_of[name]} and in {file}")
             file_of[name], shapes[name] = file, shape
     return shapes
+
+
+def dtype_of_files(source: Path) -> str | None:
+    """`float32`, `bfloat16` or `float16`: what most weights of a folder or a GGUF file have; None for another type."""
+    count: dict[str, int] = {}
+    if os.path.isdir(source):
+        headers = [check_safetensors(source / file) for file in _weight_files(source)]
+    else:
+        headers = [check_gguf(source).tensors]
+    for type_, shape in (tensor for header in headers for tensor in header.values()):
+        count[type_] = count.get(type_, 0) + math.prod(shape)
+    return FLOATS.get(max(count, key=count.__getitem__, default=""))
 
 
 def folder_sha256(source: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from potstill.data.tokenizers import has_tokenizer, load_tokenizer
 from potstill.models.hub import local_copy
 from potstill.models.load import load_config, vocab_size_of
-from potstill.models.model_files import check_model_files
+from potstill.models.model_files import check_model_files, dtype_of_files
 
 
 class ModelFiles:
@@ -41,6 +41,11 @@ class ModelFiles:
     @cached_property
     def tokenizer(self) -> Any | None:
         return load_tokenizer(self.path) if has_tokenizer(self.path) else None
+
+    @property
+    def dtype(self) -> str | None:
+        """What most of its weights have: see `dtype_of_files`."""
+        return dtype_of_files(self.path)
 
     @property
     def bytes_of_file(self) -> int:

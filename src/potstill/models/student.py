@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from potstill.data.end_of_turn import ends_of
 from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_transformers
 from potstill.losses.balance import expert_counts
@@ -28,9 +29,9 @@ from potstill.models.load import (
     no_model_of,
     num_weights,
     weights_sha256,
-    write_portable_config,
 )
 from potstill.models.lora import LoraLM
+from potstill.models.portable import add_ends, write_portable_config
 from potstill.types import Batch, Targets
 
 
@@ -116,7 +117,8 @@ class Student(nn.Module):
         return weights_sha256(self.model)
 
     def save(self, folder: Path, tokenizer: Any | None) -> None:
-        """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits.
+        """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads with equal logits, and that
+        ends where rows of this tokenizer end: see `ends_of`.
 
         Raises:
             UserError: it cannot be written.
@@ -125,6 +127,7 @@ class Student(nn.Module):
             self.model.save(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+                add_ends(folder, [end for end in ends_of(tokenizer) if end < self.model.head.num_ids])
             write_portable_config(folder)
 
     def save_adapter(self, folder: Path) -> None:

@@ -78,9 +78,3 @@ def eval_results(inputs: CardInputs) -> str | None:
         if name == "pass@1"
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
-
-
-def modelfile(file: str, has_template: bool) -> str:
-    """For `ollama create NAME -f Modelfile`; the format of prompts comes from the GGUF file."""
-    template = "" if has_template else "TEMPLATE {{ .Prompt }}\n"
-    return f"FROM ./{file}\n{template}PARAMETER temperature 0\n"

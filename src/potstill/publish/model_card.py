@@ -165,14 +165,19 @@ def _exports(receipt: Mapping[str, Any]) -> Iterator[dict[str, str]]:
                 "format": record["format"],
                 "loader": loader,
                 "verdict": f"{status}, so it is not here" if status == "failed" else status,
-                "details": _export_details(result),
+                "details": _export_details(result, record.get("dtype", "float32")),
             }
 
 
-def _export_details(result: Mapping[str, Any]) -> str:
+def _export_details(result: Mapping[str, Any], dtype: str) -> str:
+    """`dtype` is that of a folder: the card's other figures are those of the weights as trained, in float32."""
     if result.get("why"):
         return str(result["why"])
     parts = []
+    if dtype != "float32" and "mean_kl_to_student" in result:
+        parts.append(
+            f"weights rounded to {dtype}: mean KL {result['mean_kl_to_student']:.2g} nats to those as trained"
+        )
     if "tokens_equal" in result:
         texts = result.get("texts", result["prompts"])
         parts.append(f"{result['tokens_equal']} of {texts} texts with equal tokens")

@@ -28,13 +28,13 @@ from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
-from potstill.models.gguf_files import check_gguf
 from potstill.models.model_files import folder_sha256, tensor_shapes
+from potstill.models.ollama import MODELFILE, modelfile
 from potstill.models.safetensors_files import check_safetensors
 from potstill.publish import hub
 from potstill.publish.hub import MANIFEST, Item
 from potstill.publish.licenses import Parent, license_of, settle
-from potstill.publish.metadata import eval_results, metadata, modelfile
+from potstill.publish.metadata import eval_results, metadata
 from potstill.publish.model_card import CardInputs, card
 from potstill.recipe.load import publish_section
 from potstill.recipe.paths import short_name
@@ -320,8 +320,7 @@ def _written(run: RunDir, inputs: CardInputs, files: Mapping[str, Path]) -> Prep
     if (results := eval_results(inputs)) is not None:
         texts[".eval_results/humaneval.yaml"] = results
     if inputs.gguf:
-        template = check_gguf(files[inputs.gguf[0]]).metadata.get("tokenizer.chat_template")
-        texts["Modelfile"] = modelfile(inputs.gguf[0], template is not None)
+        texts[MODELFILE] = modelfile(files[inputs.gguf[0]], files["config.json"].parent)
     for name, content in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_whole(folder / name, content.encode("utf-8", "backslashreplace"))
