@@ -90,7 +90,7 @@ FAULTS = {
         "training/loop.py", '["loss"] / step.positions', '["loss"] / step.positions / len(step.share)', STEP
     ),
     "scaled rope lost on an older library": Fault(
-        "models/load.py",
+        "models/portable.py",
         'rope.get("rope_type", "default") != "default"',
         'rope.get("rope_type") == "default"',
         "models/test_student.py::test_an_older_transformers_finds_the_rope_scaling",
