@@ -284,6 +284,32 @@ def test_a_conversation_is_the_same_in_every_shape(shape: str, tmp_path: Path) -
     assert shown(tmp_path, tokenizer, SHAPES[shape]) == shown(tmp_path, tokenizer, TWO_TURNS)
 
 
+@pytest.mark.parametrize("kind", ["json", "parquet", "hf", "two splits"])
+def test_conversations_are_read_out_of_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    tokenizer, chats = (
+        tokenizer_for(CHATML),
+        [{"messages": TWO_TURNS}, {"messages": SPELLINGS["an object"][:2]}],
+    )
+    options: dict[str, Any] = {}
+    if kind == "json":
+        path = tmp_path / "chats.json"
+        path.write_text(json.dumps(chats, indent=1))
+    else:
+        datasets = pytest.importorskip("datasets", reason="the data extra is not installed; not run")
+        path, data = tmp_path / "folder", datasets.Dataset.from_list(chats)
+        if kind == "parquet":
+            path.mkdir()
+            data.to_parquet(path / "chats.parquet")
+        else:
+            both = {"train": data, "test": data.select([0])}
+            (datasets.DatasetDict(both) if kind == "two splits" else data).save_to_disk(str(path))
+            options = {"split": "train"} if kind == "two splits" else {}
+    reading = readers.chat.read(path, tokenizer, **options)
+    found = [document.ids.tolist() for document in reading.documents]
+    expected = [document.ids.tolist() for document in reading_of(tmp_path, tokenizer, *chats).documents]
+    assert found == expected and len(found) == 2 and reading.files
+
+
 @pytest.mark.parametrize(
     "record",
     [

@@ -155,7 +155,10 @@ class JsonlCorpusConfig(FileCorpusConfig):
 @dataclass(frozen=True, kw_only=True)
 class ChatCorpusConfig(FileCorpusConfig):
     name: Literal["chat"] = "chat"
-    """A file of conversations, one JSON object a line; the loss is on the assistant's tokens."""
+    """Conversations, one a line of JSON or a record of Parquet or of a dataset of the Hugging Face library on disk; the
+    loss is on the assistant's tokens."""
+    split: str | None = None
+    """Split of a dataset on disk; null: the only one."""
     field: str | None = None
     """Key of the list of messages in each object; null: messages, ShareGPT, prompt and completion, or Alpaca, whichever
     a record is."""
@@ -165,11 +168,15 @@ class ChatCorpusConfig(FileCorpusConfig):
     """Of several conversations in a row: each whole, as many as fit; false: cut where a row ends, so that answers stand
     in a row without their question."""
 
-    patterns: ClassVar[str] = "jsonl:PATTERNS"
+    patterns: ClassVar[str] = "chat:PATTERNS"
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         date = datetime.date.fromisoformat(self.date)
-        return cast("Reading", _reader("chat:read")(Path(self.path), tokenizer, self.field, date))
+        return cast("Reading", _reader("chat:read")(Path(self.path), tokenizer, self.field, date, self.split))
+
+    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+        is_dataset = _reader("hf:is_saved")(Path(self.path))
+        return CorpusConfig.sources(self, files) if is_dataset else super().sources(files)
 
 
 @register("corpus")

@@ -1,4 +1,4 @@
-"""Conversations as JSON lines; the assistant's tokens bear loss."""
+"""Conversations as JSON, Parquet or a saved dataset; the assistant's tokens bear loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from potstill.data.chats.labels import Labeller
 from potstill.data.chats.records import Shapes
 from potstill.data.chats.templates import ChatTemplate
-from potstill.data.readers.jsonl import records
+from potstill.data.readers import hf, jsonl, parquet
+from potstill.data.readers.folders import files_of
 from potstill.data.readers.reading import Document, Reading
 from potstill.errors import UserError
 
@@ -19,21 +20,32 @@ DATE = datetime.date(2024, 7, 26)
 """What the templates of Llama 3 write without a clock."""
 
 
-def read(path: Path, tokenizer: Any, field: str | None = None, date: datetime.date = DATE) -> Reading:
-    """One conversation a line, in any shape that `data.chats.records` knows; see there and `data.chats.labels`.
+PATTERNS = ("*.jsonl", "*.parquet")
+
+
+def read(
+    path: Path,
+    tokenizer: Any,
+    field: str | None = None,
+    date: datetime.date = DATE,
+    split: str | None = None,
+) -> Reading:
+    """One conversation a record, in any shape that `data.chats.records` knows; see there and `data.chats.labels`.
 
     Args:
         field: key of the list of messages; None takes the shape that a record has.
         date: what a template that asks for the time is told.
+        split: of a dataset that `save_to_disk` wrote; its only one needs no name.
     """
     template = ChatTemplate(tokenizer, date)  # refused before anything is read
     reading = Reading(iter(()))
+    found = _records(path, reading, split)
 
     def conversations() -> Iterator[Document]:
         shapes, counts = Shapes(field), Counter[str]()
         with template:
             labeller = Labeller(template)
-            for where, record in records(path, reading):
+            for where, record in found:
                 conversation = shapes.conversation(where, record)
                 documents = labeller.documents(conversation)
                 counts["conversations"] += 1
@@ -57,6 +69,21 @@ def read(path: Path, tokenizer: Any, field: str | None = None, date: datetime.da
 
     reading.documents = conversations()
     return reading
+
+
+def _records(path: Path, reading: Reading, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    if hf.is_saved(path):
+        return hf.records(path, reading, split)
+    if split is not None:
+        raise UserError(f"corpus.split: {path} is no dataset that save_to_disk wrote. Set it to null.")
+    if path.suffix == ".json" and path.is_file():
+        return jsonl.records_of_array(path, reading)
+    files = files_of(path, PATTERNS)
+    return (
+        each
+        for file in files
+        for each in (parquet.records if file.suffix == ".parquet" else jsonl.records_of)(file, reading)
+    )
 
 
 def notes(counts: dict[str, Any]) -> Iterator[str]:

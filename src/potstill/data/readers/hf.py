@@ -23,9 +23,28 @@ REMOVE = "Leave it out, or name another in corpus.path."
 
 def read(path: Path, tokenizer: Any, split: str | None = None, column: str = "text") -> Reading:
     """One document a record of a dataset that `save_to_disk` wrote; the only split needs no name."""
-    datasets = import_extra("datasets")
     reading = Reading(iter(()))
     drop_nulls = f'dataset.filter(lambda record: record["{column}"] is not None).save_to_disk(FOLDER)'
+    texts = (
+        (where, string_field(where, record, column, drop_nulls))
+        for where, record in records(path, reading, split, column)
+    )
+    reading.documents = tokenize(texts, tokenizer)
+    return reading
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def records(
+    path: Path, reading: Reading, split: str | None, column: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record of the split as a mapping, with its place; with `column`, of that one alone. The dataset is opened at
+    once, and read as the records are taken.
+    """
+    datasets = import_extra("datasets")
     _require_plain(path)
     try:
         data = datasets.load_from_disk(str(path))
@@ -42,25 +61,26 @@ def read(path: Path, tokenizer: Any, split: str | None = None, column: str = "te
         data, described, folder = data[chosen], [path / "dataset_dict.json"], path / str(chosen)
     elif split is not None:
         raise UserError(f"corpus.split: {path} is one dataset without splits; the recipe names {split!r}.")
-    require_column(path, column, data.column_names)
+    if column is not None:
+        require_column(path, column, data.column_names)
+        data = data.select_columns([column])
 
-    def texts() -> Iterator[tuple[str, str]]:
+    def each() -> Iterator[tuple[str, dict[str, Any]]]:
         # state.json lists the data files; what `.map()` caches beside them is not data.
         described.extend(folder / name for name in ("state.json", "dataset_info.json"))
         for file in (*described, *(Path(each["filename"]) for each in data.cache_files)):
             add_file(file, reading)
         where = str(path)
         try:
-            for number, record in enumerate(data.select_columns([column])):
+            for number, record in enumerate(data):
                 where = f"{path}:{number}"
-                yield where, string_field(where, record, column, drop_nulls)
+                yield where, record
         except UserError:
             raise
         except Exception as error:  # a damaged table raises many things, and only once it is read
             raise UserError(f"{where}: not a readable dataset: {one_line(error)}") from error
 
-    reading.documents = tokenize(texts(), tokenizer)
-    return reading
+    return each()
 
 
 def _require_plain(path: Path) -> None:

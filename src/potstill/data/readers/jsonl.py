@@ -28,15 +28,39 @@ def read(path: Path, tokenizer: Any, field: str = "text") -> Reading:
 def records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line of each file as a mapping, with its place."""
     for file in files_of(path, PATTERNS):
-        for number, line in enumerate(lines_of(file, reading), start=1):
-            if number == 1:
-                line = line.removeprefix(MARK.encode())
-            if line.strip():
-                where = f"{file}:{number}"
-                try:
-                    record = parse_json(line)
-                except ValueError as error:
-                    raise UserError(f"{where}: not a line of JSON: {one_line(error)}") from error
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: {type(record).__name__}, not an object with named fields.")
-                yield where, record
+        yield from records_of(file, reading)
+
+
+def records_of(file: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a file as a mapping, with its place."""
+    for number, line in enumerate(lines_of(file, reading), start=1):
+        if number == 1:
+            line = line.removeprefix(MARK.encode())
+        if line.strip():
+            where = f"{file}:{number}"
+            try:
+                record = parse_json(line)
+            except ValueError as error:
+                raise UserError(f"{where}: not a line of JSON: {one_line(error)}") from error
+            yield where, _mapping(where, record)
+
+
+def records_of_array(file: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each element of a file that is one array of JSON, with its number from 0; the file is held in memory."""
+    content = b"".join(lines_of(file, reading, whole=True)).removeprefix(MARK.encode())
+    try:
+        records = parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {one_line(error)} Write one record a line, as .jsonl.") from error
+    if not isinstance(records, list):
+        raise UserError(
+            f"{file}: {type(records).__name__}, not an array of records. Write one a line, as .jsonl."
+        )
+    for number, record in enumerate(records):
+        yield f"{file}:{number}", _mapping(f"{file}:{number}", record)
+
+
+def _mapping(where: str, record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: {type(record).__name__}, not an object with named fields.")
+    return record

@@ -24,32 +24,43 @@ PATTERNS = ("*.parquet",)
 
 def read(path: Path, tokenizer: Any, column: str = "text") -> Reading:
     """One document a record, the string in `column`."""
-    _, pq = import_extra("pyarrow"), import_extra("pyarrow.parquet")
     reading = Reading(iter(()))
     drop_nulls = f'table.filter(~pyarrow.compute.is_null(table["{column}"])) and write it again'
 
-    def texts() -> Iterator[tuple[str, str]]:
-        for file in files_of(path, PATTERNS):
-            where, number = str(file), 0
-            try:
-                # The stream and not its name, which the library can only read where it is UTF-8.
-                with (
-                    opened(file, "Parquet", "Leave it out, or write it again.") as stream,
-                    pq.ParquetFile(stream, page_checksum_verification=True) as table,
-                ):
-                    require_column(file, column, table.schema_arrow.names)
-                    for batch in table.iter_batches(columns=[column], batch_size=TEXTS_PER_CALL):
-                        for value in batch.column(0):
-                            where = f"{file}:{number}"
-                            yield where, string_field(where, {column: value.as_py()}, column, drop_nulls)
-                            number += 1
-                    if number != table.metadata.num_rows:
-                        raise ValueError(f"{number} records, its footer says {table.metadata.num_rows}")
-            except UserError:
-                raise
-            except Exception as error:  # damaged pages raise more than Arrow's own errors
-                raise UserError(f"{where}: not a readable Parquet file: {one_line(error)}") from error
-            add_file(file, reading)  # last: a file that is no Parquet is not hashed first
-
-    reading.documents = tokenize(texts(), tokenizer)
+    import_parquet()  # before anything is read
+    found = (each for file in files_of(path, PATTERNS) for each in records(file, reading, column))
+    texts = ((where, string_field(where, record, column, drop_nulls)) for where, record in found)
+    reading.documents = tokenize(texts, tokenizer)
     return reading
+
+
+def import_parquet() -> Any:
+    """UserError where the library is not installed."""
+    import_extra("pyarrow")
+    return import_extra("pyarrow.parquet")
+
+
+def records(file: Path, reading: Reading, column: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record of a file as a mapping, with its place; with `column`, of that one alone."""
+    where, number = str(file), 0
+    try:
+        # The stream and not its name, which the library can only read where it is UTF-8.
+        with (
+            opened(file, "Parquet", "Leave it out, or write it again.") as stream,
+            import_parquet().ParquetFile(stream, page_checksum_verification=True) as table,
+        ):
+            if column is not None:
+                require_column(file, column, table.schema_arrow.names)
+            columns = None if column is None else [column]
+            for batch in table.iter_batches(columns=columns, batch_size=TEXTS_PER_CALL):
+                for record in batch.to_pylist():
+                    where = f"{file}:{number}"
+                    yield where, record
+                    number += 1
+            if number != table.metadata.num_rows:
+                raise ValueError(f"{number} records, its footer says {table.metadata.num_rows}")
+    except UserError:
+        raise
+    except Exception as error:  # damaged pages raise more than Arrow's own errors
+        raise UserError(f"{where}: not a readable Parquet file: {one_line(error)}") from error
+    add_file(file, reading)  # last: a file that is no Parquet is not hashed first
