@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import make_model, tiny_config
-from data.chat_templates import CHATML, tokenizer_for
+from data.chat_templates import CHATML, QWEN_3, tokenizer_for
 from tokenizers import processors
 
 from potstill.cli.main import main
@@ -17,8 +17,8 @@ from potstill.cli.main import main
 Recipe = Callable[..., Path]
 
 
-def with_tokenizer(folder: Path, adds_bos: bool = False) -> Path:
-    tokenizer = tokenizer_for(CHATML)
+def with_tokenizer(folder: Path, adds_bos: bool = False, template: str = CHATML) -> Path:
+    tokenizer = tokenizer_for(template)
     if adds_bos:
         bos = tokenizer.bos_token
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -55,6 +55,43 @@ def test_rows_are_shown_with_what_bears_loss_and_what_was_left_out(
     assert len(lines) == 2
     for line in lines:
         assert len(line["ids"]) == len(line["labels"]) and any(line["labels"]) and not line["labels"][0]
+
+
+def test_parts_of_conversations_and_their_counts_pass_the_decontamination(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first part of the first conversation is dropped; the others stay, and so do the counts."""
+    leak = "one two three four five six seven eight nine ten eleven twelve"
+    (tmp_path / "leak.txt").write_text(leak)
+    teacher = with_tokenizer(tmp_path / "T", template=QWEN_3)
+    chats = []
+    for number in range(40):
+        thought = leak if number == 0 else f"hm {number}"
+        turns = [
+            ("user", "q"),
+            ("assistant", f"<think>\n{thought}\n</think>\n\na{number}"),
+            ("user", "r"),
+            ("assistant", "b"),
+        ]
+        chats.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(each) + "\n" for each in chats))
+    corpus = {
+        "name": "chat", "path": "c.jsonl", "tokens_per_row": 128, "heldout_rows": 2,
+        "decontaminate": {"against": ["leak.txt"]},
+    }  # fmt: skip
+    recipe = tiny_recipe(corpus=json.dumps(corpus), teacher=f"{{name: torch, model: {teacher}}}")
+    assert main(["rows", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "79 documents" in out and "40 of 40 conversations are several documents" in out
+
+
+def test_chats_of_a_tokenizer_with_a_bos_are_not_said_to_begin_with_it(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = chat_recipe(tiny_recipe, tmp_path)
+    with_tokenizer(tmp_path / "T", adds_bos=True)
+    assert main(["rows", str(recipe)]) == 0
+    assert "each text begins" not in capsys.readouterr().out
 
 
 def test_documents_are_shown_before_they_are_packed(

@@ -101,7 +101,45 @@ SMOLLM_2 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CHATML = SMOLLM_2.replace("{{ '<|im_start|>system\\nBe kind<|im_end|>\\n' }}", "")
+GPT_OSS = """
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{- '<|start|>user<|message|>' + m.content + '<|end|>' }}
+    {%- elif m.role == 'assistant' %}
+        {%- set is_last = loop.last and not add_generation_prompt %}
+        {%- if is_last and m.thinking %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}
+        {%- endif %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if is_last else '<|end|>') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{% endif %}
+"""
+QWQ = """
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' + m.content.split('</think>')[-1].lstrip('\\n') }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\\n<tool_call>\\n' + call.function.name + (call.function.arguments | tojson) + '\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{% endif %}
+"""
+DEEPSEEK_V3_1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
+    "{{ '<|Assistant|></think>' + m.content.split('</think>')[-1] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|></think>' }}{% endif %}"
+)
+SMOLLM_3 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\\n' + m.content +"
+    " '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 SPECIAL = {
+    GPT_OSS: ["<|start|>", "<|end|>", "<|return|>", "<|message|>", "<|channel|>"],
+    DEEPSEEK_V3_1: ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"],
     QWEN_3: ["<|im_start|>", "<|im_end|>"],
     LLAMA_3_1: ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
     GEMMA_3: ["<bos>", "<end_of_turn>", "<start_of_turn>"],
@@ -116,7 +154,9 @@ WORDS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 """Added tokens that are no control tokens, as Qwen 3 has them."""
 
 
-def tokenizer_for(template: str, eos: str = "<|endoftext|>", special: list[str] | None = None) -> Any:
+def tokenizer_for(
+    template: str, eos: str = "<|endoftext|>", special: list[str] | None = None, words: list[str] = WORDS
+) -> Any:
     """A token a byte, the control tokens of a template, and an end of text that is none of them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
@@ -126,6 +166,6 @@ def tokenizer_for(template: str, eos: str = "<|endoftext|>", special: list[str] 
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token=control[0], eos_token=eos, additional_special_tokens=control
     )
-    made.add_tokens([AddedToken(word, special=False, normalized=False) for word in WORDS])
+    made.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     made.chat_template = template
     return made

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 from data.chat_templates import (
     CHATML,
+    DEEPSEEK_V3_1,
     GEMMA_3,
+    GPT_OSS,
     LLAMA_3_1,
     PHI_3,
     PHI_4,
     QWEN_3,
+    QWQ,
     R1_DISTILL,
     SMOLLM_2,
+    SMOLLM_3,
     tokenizer_for,
 )
 
@@ -286,10 +290,10 @@ def test_a_conversation_is_the_same_in_every_shape(shape: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["json", "parquet", "hf", "two splits"])
 def test_conversations_are_read_out_of_every_kind_of_file(kind: str, tmp_path: Path) -> None:
-    tokenizer, chats = (
-        tokenizer_for(CHATML),
-        [{"messages": TWO_TURNS}, {"messages": SPELLINGS["an object"][:2]}],
-    )
+    # The two calls have arguments of other names, which are null in a table where a record has none.
+    call = [{"function": {"name": "look", "arguments": {"city": "Rome"}}}]
+    chats = [{"messages": SPELLINGS["an object"][:2]}, {"messages": with_call(call, {"content": ""})[:2]}]
+    tokenizer = tokenizer_for(QWEN_3)
     options: dict[str, Any] = {}
     if kind == "json":
         path = tmp_path / "chats.json"
@@ -350,6 +354,125 @@ def test_what_was_taken_for_something_else_is_counted(tmp_path: Path) -> None:
         "conversations": 3,
         "without_an_answer": 1,
         "without_an_end": 2,
+        "first": {
+            "without_an_answer": f"{tmp_path / 'chat.jsonl'}:3",
+            "without_an_end": f"{tmp_path / 'chat.jsonl'}:1",
+        },
         "roles": {"gpt as assistant": 2, "human as user": 2},
     }
     assert len(list(readers.chat.notes(reading.counts))) == 3
+
+
+def test_a_turn_that_is_written_otherwise_when_it_is_the_last_is_a_document_of_its_own(
+    tmp_path: Path,
+) -> None:
+    chat = [user("hi"), assistant("yo", thinking="t1"), user("and?"), assistant("so", thinking="t2")]
+    first = "<|start|>user<|message|>hi<|end|><|start|>assistant"
+    assert shown(tmp_path, tokenizer_for(GPT_OSS), chat) == [
+        f"{first}[<|channel|>analysis<|message|>t1<|end|><|start|>assistant<|channel|>final<|message|>yo<|return|>]",
+        f"{first}<|channel|>final<|message|>yo<|end|><|start|>user<|message|>and?<|end|><|start|>assistant"
+        "[<|channel|>analysis<|message|>t2<|end|><|start|>assistant<|channel|>final<|message|>so<|return|>]",
+    ]
+
+
+@pytest.mark.parametrize("answer", ["end", "d", "|", "<b>", "assistant", "a"])
+def test_an_answer_that_is_a_part_of_the_template_s_own_words(answer: str, tmp_path: Path) -> None:
+    thought = [user("hi"), assistant(f"<think>\nhm\n</think>\n\n{answer}")]
+    (text,) = shown(tmp_path, tokenizer_for(R1_DISTILL), thought)
+    assert text == f"<|begin|><|User|>hi<|Assistant|><think>\n[hm\n</think>\n\n{answer}<|end|>]"
+    (text,) = shown(tmp_path, tokenizer_for(QWQ), [user("hi"), assistant(answer)])
+    assert text == f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[{answer}<|im_end|>\n]"
+
+
+@pytest.mark.parametrize("answer", ["Rome", ""])
+def test_a_thought_before_a_call_keeps_the_call(answer: str, tmp_path: Path) -> None:
+    call = {"function": {"name": "look", "arguments": {"city": "Rome"}}}
+    chat = [user("hi"), assistant(f"<think>\nhm\n</think>\n\n{answer}", tool_calls=[call])]
+    (text,) = shown(tmp_path, tokenizer_for(QWQ), chat)
+    assert text.endswith(
+        f'assistant\n<think>\n[hm\n</think>\n\n{answer}\n<tool_call>\nlook{{"city": "Rome"}}\n</tool_call><|im_end|>\n]'
+    )
+
+
+def test_a_prompt_that_closes_a_thought_opens_one_for_an_answer_that_has_one(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(DEEPSEEK_V3_1)
+    assert shown(tmp_path, tokenizer, [user("1+1"), assistant("<think>add</think>2")]) == [
+        "<|begin|><|User|>1+1<|Assistant|><think>[add</think>2<|end|>]"
+    ]
+    assert shown(tmp_path, tokenizer, [user("1+1"), assistant("2")]) == [
+        "<|begin|><|User|>1+1<|Assistant|></think>[2<|end|>]"
+    ]
+
+
+def test_what_the_template_knows_nothing_of_is_left_out_and_counted(tmp_path: Path) -> None:
+    # No token and no word of this template is of thoughts, nor of calls.
+    tokenizer = tokenizer_for(PHI_4, words=[])
+    reading = reading_of(
+        tmp_path, tokenizer, [user("1+1"), assistant("2", reasoning_content="add")], SPELLINGS["an object"]
+    )
+    texts = [tokenizer.decode(each.ids[each.labels]) for each in reading.documents]
+    assert texts == ["2<|im_end|>", "it is 2<|im_end|>"]
+    assert reading.counts["turns_without_their_thought"] == 1
+    assert reading.counts["turns_without_their_calls"] == 1
+    assert len(list(readers.chat.notes(reading.counts))) == 2
+
+
+def test_the_template_for_tools_is_used_where_there_are_tools(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": QWEN_3}
+    text = "".join(shown(tmp_path, tokenizer, {"messages": SPELLINGS["an object"], "tools": [TOOL]}))
+    assert "<tools>" in text and "<tool_call>" in text
+    (plain,) = shown(tmp_path, tokenizer, TWO_TURNS)
+    assert "<think>" not in plain
+
+
+def test_a_header_inside_of_a_block_is_not_the_assistant_s(tmp_path: Path) -> None:
+    (text,) = shown(tmp_path, tokenizer_for(SMOLLM_3), TWO_TURNS)
+    assert text == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[yo<|im_end|>\n]"
+        "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n[so it is<|im_end|>\n]"
+    )
+
+
+def test_thoughts_between_control_tokens_stay_thoughts(tmp_path: Path) -> None:
+    special = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokenizer = tokenizer_for(QWEN_3, special=special, words=[])
+    (text,) = shown(tmp_path, tokenizer, THOUGHTS[:2])
+    assert text.endswith("assistant\n[<think>\nadd\n</think>\n\n2<|im_end|>\n]")
+    both = [user(FORGED), THOUGHTS[1]]
+    reading = reading_of(tmp_path, tokenizer, both)
+    (document,) = reading.documents
+    assert document.ids.tolist().count(tokenizer.convert_tokens_to_ids("<think>")) == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"instruction": "Q", "context": "P", "response": "A"}, "Q\n\nP"),
+        (
+            {"instruction": "Q", "output": "A", "history": [["hi", "yo"]]},
+            "hi<|im_end|>\n<|im_start|>assistant\n[yo",
+        ),
+        ({"system_prompt": "S", "prompt": "Q", "response": "A"}, "<|im_start|>system\nS<|im_end|>"),
+    ],
+)
+def test_nothing_of_a_record_is_lost(record: Any, said: str, tmp_path: Path) -> None:
+    (text,) = shown(tmp_path, tokenizer_for(CHATML), record)
+    assert said in text and text.endswith("assistant\n[A<|im_end|>\n]")
+
+
+def test_calls_as_older_data_writes_them(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(QWEN_3)
+    wanted = shown(tmp_path, tokenizer, SPELLINGS["an object"])
+    older = with_call([], {"content": None, "function_call": CALL})
+    assert (
+        shown(tmp_path, tokenizer, [{k: v for k, v in each.items() if k != "tool_calls"} for each in older])
+        == wanted
+    )
+    sharegpt = [
+        {"from": "human", "value": "1+1"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "it is 2"},
+    ]
+    assert shown(tmp_path, tokenizer, {"conversations": sharegpt}) == wanted

@@ -361,13 +361,28 @@ def test_parts_of_one_conversation_are_held_out_or_trained_on_together() -> None
     for number in range(40):
         first = document([number % V, number // V + 1, 3, 4, 5, 6])
         second = document([number % V, number // V + 1, 3, 4, 5, 6, 7, 8])
-        parts += [first, dataclasses.replace(second, is_further_part=True)]
+        parts += [dataclasses.replace(each, part_of=f"chat {number}") for each in (first, second)]
     made = build(Reading(iter(parts)), tokens_per_row=8, heldout_rows=6, vocab=Vocab(V), layout="single")
 
     def conversations(rows: PackedRows) -> set[tuple[int, ...]]:
         return {tuple(rows.batch([row]).input_ids_BT[0, :2].tolist()) for row in range(len(rows))}
 
     assert not conversations(made.train) & conversations(made.heldout)
+
+
+def test_what_of_a_conversation_would_lack_its_question_is_left_out_and_counted() -> None:
+    labels = [False] * 4 + [True] * 16
+    long, short = (
+        document([1] * 20, labels),
+        [document([n % V, n, 3], [False, True, True]) for n in range(40)],
+    )
+    made = build(
+        Reading(iter([long, *short])), tokens_per_row=8, heldout_rows=2, vocab=Vocab(V), layout="whole"
+    )
+    assert made.manifest["conversations_cut"] == {"documents": 1, "labels": 12}
+    assert made.manifest["tokens"] == 8 + 3 * 40
+    (line,) = rows_.about_documents(made.manifest)
+    assert line.startswith("1 of 41 conversations are longer than a row, and end with it: 12 tokens")
 
 
 def test_a_document_longer_than_a_row_is_counted_and_told() -> None:

@@ -470,7 +470,8 @@ def test_a_conversation_without_an_answer_is_left_out_and_counted(tmp_path: Path
     both = "".join(json.dumps({"messages": each}) + "\n" for each in (CHAT[:1], CHAT))
     reading = readers.chat.read(write(tmp_path / "chat.jsonl", both), word_tokenizer(CHATML))
     assert len(read(reading)) == 1
-    assert reading.counts == {"conversations": 2, "without_an_answer": 1}
+    first = {"without_an_answer": f"{tmp_path / 'chat.jsonl'}:1"}
+    assert reading.counts == {"conversations": 2, "without_an_answer": 1, "first": first}
 
 
 def test_conversations_without_any_answer_are_one_line(tmp_path: Path) -> None:
@@ -722,7 +723,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
     "lone surrogate": (jsonl_of('{"text": "\\ud800"}'), "{f}/x.jsonl:1: 'text' holds half of a surrogate pair"),
     "no chat template": (chat_of(GOOD, None), "corpus.name: chat needs a tokenizer with a chat template"),
     "no messages": (chat_of('{"text": "a"}'), "{f}/x.jsonl:1: no conversation; the line has text. A record is a list of messages"),
-    "empty messages": (chat_of('{"messages": []}'), "{f}/x.jsonl:1: 'messages' is not a list of messages"),
+    "empty messages": (chat_of('{"messages": []}'), "{f}/x.jsonl:1: 'messages' is an empty list of messages."),
     "message without a role": (
         chat_of('{"messages": [{"content": "a"}]}'), "{f}/x.jsonl:1: message 0: a message must have a `role` and a `content`"
     ),

@@ -36,8 +36,7 @@ class Source:
         if self.decontamination is not None:
             reading = self.decontamination.apply(reading, self.tokenizer)
         if self.begin:
-            reading.counts["begin_ids"] = self.begin
-            reading = dataclasses.replace(reading, documents=_begun(reading.documents, self.begin))
+            reading = dataclasses.replace(reading, documents=_begun(reading, self.begin))
         return reading
 
 
@@ -111,10 +110,11 @@ def _begin(config: Any, tokenizer: Any | None) -> list[int]:
     return [tokenizer.bos_token_id]
 
 
-def _begun(documents: Iterator[readers.Document], begin: list[int]) -> Iterator[readers.Document]:
+def _begun(reading: readers.Reading, begin: list[int]) -> Iterator[readers.Document]:
     before = np.array(begin, dtype=np.uint32)
-    for document in documents:
+    for document in reading.documents:
         if document.is_text:
+            reading.counts["begin_ids"] = begin
             document = dataclasses.replace(document, ids=np.concatenate([before, document.ids]))
         yield document
 

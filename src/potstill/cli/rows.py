@@ -52,7 +52,12 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
         if options.documents:
             source = open_source(resolved)
             reading = source.read(recipe.corpus)
-            _print(options, display, source.tokenizer, itertools.islice(_of_documents(reading), limit))
+            shown = _print(
+                options, display, source.tokenizer, itertools.islice(_of_documents(reading), limit)
+            )
+            if limit is None or shown < limit:  # all were read, and counted
+                for line in about_documents({"reading": reading.counts}):
+                    (display.note if options.json else display.result)(line)
             return
         corpus, tokenizer = make_corpus(resolved)
     split = corpus.heldout if options.heldout else corpus.train
@@ -97,13 +102,17 @@ def _of_rows(rows: Any) -> Iterator[Shown]:
         yield f"row {row}", ids, labels[:length], begins.tolist()
 
 
-def _print(options: argparse.Namespace, display: Display, tokenizer: Any, shown: Iterator[Shown]) -> None:
+def _print(options: argparse.Namespace, display: Display, tokenizer: Any, shown: Iterator[Shown]) -> int:
+    """Prints them; returns how many there were."""
+    count = 0
     for title, ids, labels, begins in shown:
+        count += 1
         if options.json:
             display.result(json.dumps({"ids": ids, "labels": labels, "begins": begins}))
             continue
         display.result(f"--- {title}: {len(ids)} tokens, {sum(labels)} bear loss")
         display.result(_as_text(tokenizer, ids, labels, begins))
+    return count
 
 
 def _as_text(tokenizer: Any, ids: Sequence[int], labels: Sequence[bool], begins: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ class Decontamination:
         Raises:
             UserError: at the end of the reading, if there are hits to refuse or no document is left.
         """
-        return Reading(self._kept(reading, tokenizer), reading.files)
+        return replace(reading, documents=self._kept(reading, tokenizer))
 
     def _kept(self, reading: Reading, tokenizer: Any) -> Iterator[Document]:
         for document in reading.documents:

@@ -249,12 +249,20 @@ def build(
     With a folder, tokens pass through its files, and memory does not grow with them.
     """
     documents, leaders = Stream(folder, "documents"), array("q")
+    part_of, longer, lost = None, 0, 0
     try:
         for document in reading.documents:
             require_ids(document.source, document.ids, vocab.size)
             # Parts of one conversation share its text, and are held out or trained on together.
-            leaders.append(leaders[-1] if document.is_further_part else len(leaders))
-            documents.append(document.ids, document.labels)
+            is_further = document.part_of is not None and document.part_of == part_of
+            leaders.append(leaders[-1] if is_further else len(leaders))
+            part_of, ids, labels = document.part_of, document.ids, document.labels
+            if layout != "stream" and labels is not None and len(ids) > tokens_per_row:
+                # Of a conversation what would stand in a row without its question is not learnt.
+                lost += int(labels[tokens_per_row:].sum())
+                ids, labels = ids[:tokens_per_row], labels[:tokens_per_row]
+                longer += 1
+            documents.append(ids, labels)
     except BaseException:
         documents.discard()
         raise
@@ -293,6 +301,7 @@ def build(
     }
     if layout != "stream":  # end to end, any document may be cut
         manifest["documents_longer_than_a_row"] = sum(length > tokens_per_row for length in lengths)
+        manifest["conversations_cut"] = {"documents": longer, "labels": lost}
     return Corpus(train, heldout, manifest)
 
 
@@ -306,6 +315,11 @@ def about_documents(manifest: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{number} of {manifest['documents']} documents are longer than a row and are cut: what is behind a cut"
             " does not see what is before it. Set corpus.tokens_per_row higher"
+        )
+    if (cut := manifest.get("conversations_cut") or {}).get("documents"):
+        yield (
+            f"{cut['documents']} of {manifest['documents']} conversations are longer than a row, and end with it:"
+            f" {cut['labels']} tokens of the assistant's are left out. Set corpus.tokens_per_row higher"
         )
 
 

@@ -25,8 +25,10 @@ def texts_begin_as_the_teacher_reads_them(setup: RunSetup) -> Iterator[Finding]:
     Nothing where the tokenizer has none, the corpus is no text, or the teacher cannot read another text.
     """
     tokenizer, config = setup.tokenizer, setup.recipe.corpus
-    begun = (setup.corpus.manifest.get("reading") or {}).get("begin_ids") or []
-    begin = begun or (begin_ids(tokenizer) if tokenizer is not None and config.bos is False else [])
+    reading = setup.corpus.manifest.get("reading") or {}
+    begun, is_chat = reading.get("begin_ids") or [], "conversations" in reading
+    is_off = config.bos is False and tokenizer is not None and not is_chat
+    begin = begun or (begin_ids(tokenizer) if is_off else [])
     documents = list(_documents(setup.corpus.heldout, begun, config.tokens_per_row - len(begin)))
     if not begin or not documents or not setup.teacher.reads_new_text:
         return

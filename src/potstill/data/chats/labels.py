@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from potstill.data.chats.records import Conversation, strings
 from potstill.data.chats.templates import ChatTemplate
-from potstill.data.chats.turns import Span, Turns, unused
+from potstill.data.chats.turns import THOUGHTS, Span, Turns, unused
 from potstill.errors import UserError
 
 MAX_BEFORE_END = 4
@@ -49,6 +49,10 @@ class Labeller:
     """Conversations whose words spell control tokens; they stay words."""
     prompted: list[str] = field(default_factory=list)
     """Conversations, once a turn, where the generation prompt writes what is missing before the written answer."""
+    thoughtless: list[str] = field(default_factory=list)
+    """Conversations, once a turn, whose thoughts the template knows nothing of; they are left out."""
+    uncalled: list[str] = field(default_factory=list)
+    """Conversations, once a turn, whose calls of tools the template does not write; these turns bear no loss."""
 
     def __post_init__(self) -> None:
         self.tokenizer = self.template.tokenizer
@@ -58,12 +62,16 @@ class Labeller:
                 " in a text each token stands. Set corpus.tokenizer to one."
             )
         added = self.tokenizer.added_tokens_decoder
-        self._control_ids = {number for number, token in added.items() if token.special}
+        # Tags such as </think> close something else than a turn.
+        ends = {number for number, token in added.items() if not token.content.startswith(("</", "[/"))}
+        self._end_ids = ends | {self.tokenizer.eos_token_id}
         # A mark inside of one keeps it from being read; a token of one character has no inside.
         self._control = [
             token.content for token in added.values() if token.special and len(token.content) > 1
         ]
         self._is_control = _any_of(self._control)
+        tags = {tag for pair in THOUGHTS for tag in pair}
+        self._is_control_beside_thoughts = _any_of([each for each in self._control if each not in tags])
         self._is_added = _any_of([token.content for token in added.values()])
 
     def documents(self, conversation: Conversation) -> list[Labelled]:
@@ -78,7 +86,9 @@ class Labeller:
             )
         conversation = self._shielded(conversation)
         turns = Turns(conversation, self.template, self._is_added)
-        remaining, made = conversation.trained, []
+        remaining, made = [turn for turn in conversation.trained if turns.writes_calls(turn)], []
+        self.uncalled += [conversation.where] * (len(conversation.trained) - len(remaining))
+        self.thoughtless += [conversation.where for turn in remaining if turns.leaves_thoughts_out(turn)]
         while remaining:
             last = remaining[-1]
             if (by_hand := turns.with_thought(last)) is not None:
@@ -90,7 +100,7 @@ class Labeller:
             taught = [turn for turn in remaining if turn == last or self._is_taught(turns, turn, text)]
             self.prompted += [conversation.where for turn in taught if turns.is_prompted_otherwise(turn)]
             spans = [turns.span(turn, is_last=turn == last) for turn in taught]
-            blocks = turns.blocks(last) if self.template.has_blocks else None
+            blocks = turns.blocks(last) if turns.has_blocks else None
             made.append(self._labelled(conversation, text, spans, blocks))
             remaining = [turn for turn in remaining if turn not in taught]
         return made[::-1]
@@ -108,12 +118,14 @@ class Labeller:
         words = list(strings([said, conversation.tools]))
         if not any(self._is_control.search(text) for text in words):
             return conversation
+        if not any(self._is_control_beside_thoughts.search(text) for text in words):
+            return conversation  # a thought that the assistant's message has in front, between its own tags
         self.spelled.append(conversation.where)
         mark = unused("".join(words), 1)
 
         def shield(tree: Any) -> Any:
             if isinstance(tree, str):
-                return self._is_control.sub(lambda found: _marked(found[0], mark), tree)
+                return self._is_control_beside_thoughts.sub(lambda found: _marked(found[0], mark), tree)
             if isinstance(tree, dict):
                 return {shield(key): shield(value) for key, value in tree.items()}
             return [shield(each) for each in tree] if isinstance(tree, list) else tree
@@ -133,7 +145,7 @@ class Labeller:
                 inside = [block for block in blocks if start <= block[1] <= stop]
                 own = self._in_blocks(ids, begins, ends, own, inside)
             labels |= own
-            stops &= any(int(number) in self._control_ids for number in ids[own][-MAX_BEFORE_END:])
+            stops &= self._ends(ids[own])
         return Labelled(ids.astype(np.uint32), labels, stops)
 
     def _in_blocks(
@@ -145,15 +157,24 @@ class Labeller:
         """
         chosen = np.zeros(len(ids), dtype=np.bool_)
         for start, stop in blocks:
-            chosen |= (begins < stop) & (ends > start)
+            chosen |= own & (begins < stop) & (ends > start)
         behind = np.flatnonzero(own & (begins >= blocks[-1][1])) if blocks else np.zeros(0, np.int64)
         for at in behind[:MAX_BEFORE_END]:
-            if int(ids[at]) in self._control_ids:
+            if int(ids[at]) in self._end_ids:
                 chosen[behind[0] : at + 1] = True
                 break
             if self.tokenizer.decode([int(ids[at])]).strip():
                 break
         return chosen
+
+    def _ends(self, ids: Numbers) -> bool:
+        """Whether labelled ids end with an end of turn, white space behind it aside."""
+        for number in ids[: -MAX_BEFORE_END - 1 : -1]:
+            if int(number) in self._end_ids:
+                return True
+            if self.tokenizer.decode([int(number)]).strip():
+                return False
+        return False
 
     def _tokens(self, conversation: Conversation, text: str) -> tuple[Numbers, Numbers, Numbers]:
         """Ids of a text, and for each the character that it begins with and the one that it ends before."""

@@ -46,7 +46,7 @@ SYNONYMS = {
 """Roles that data sets write for those of the templates; capitals do not matter."""
 LISTS = ("messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "output")
-UNTRAINED = ("weight", "train")
+UNTRAINED = ("weight", "train", "loss")
 """Keys of a message that say whether it bears loss; no template sees them."""
 SHAPES = (
     "a list of messages under `messages` or `conversations`, `prompt` and `completion`, or"
@@ -97,7 +97,8 @@ class Shapes:
             messages.append(self._message(place, message))
             if number < context or not _bears_loss(place, message):
                 untrained.add(number)
-        if isinstance(system := record.get("system"), str) and system and messages[0]["role"] != "system":
+        system = record.get("system") or record.get("system_prompt")
+        if isinstance(system, str) and system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
             untrained = {number + 1 for number in untrained}
         for text in strings([messages, record.get("tools")]):
@@ -112,6 +113,8 @@ class Shapes:
         key = self.field or next((name for name in LISTS if record.get(name) is not None), None)
         if key is not None:
             messages = _parsed(record.get(key))
+            if messages == []:
+                raise UserError(f"{where}: {key!r} is an empty list of messages. Leave the record out.")
             if not isinstance(messages, list) or not messages:
                 raise UserError(
                     f"{where}: {key!r} is not a list of messages; the line has {names_of(record)}. Set corpus.field"
@@ -123,12 +126,12 @@ class Shapes:
             prompt, answered = _as_turns(record["prompt"], "user"), _as_turns(record[answer], "assistant")
             return [*prompt, *answered], len(prompt)
         if answer is not None and isinstance(record.get("instruction"), str):
-            parts = [record["instruction"], record.get("input")]
+            before = record.get("history") or []  # of LLaMA-Factory: pairs of a question and its answer
+            turns = [turn for pair in before for turn in zip(("user", "assistant"), pair, strict=False)]
+            parts = [record["instruction"], record.get("input"), record.get("context")]
             question = "\n\n".join(part for part in parts if isinstance(part, str) and part)
-            return [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": record[answer]},
-            ], 0
+            turns += [("user", question), ("assistant", record[answer])]
+            return [{"role": role, "content": content} for role, content in turns], 0
         raise UserError(
             f"{where}: no conversation; the line has {names_of(record)}. A record is {SHAPES}."
             " Rename its keys, or set corpus.field to the key of a list of messages."
@@ -143,7 +146,10 @@ class Shapes:
         )
         role = given.pop("role", given.pop("from", None))
         content = given.pop("content", given.pop("value", None))
-        calls = _calls(place, given.pop("tool_calls", None))
+        call = given.pop("function_call", None)  # one, as servers wrote it before `tool_calls`
+        calls = _calls(place, given.pop("tool_calls", None if call is None else [call]))
+        if role == "function_call":  # of LLaMA-Factory: the call is the message's text
+            role, calls, content = "assistant", _calls(place, _as_list(_parsed(content))), ""
         if content is None and (calls or (isinstance(message, dict) and "content" in message)):
             content = ""
         content = _joined(place, content)
@@ -166,6 +172,10 @@ class Shapes:
         if role != written:
             self.renamed[written, role] += 1
         return role
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
 
 
 def _as_turns(value: Any, role: str) -> list[Any]:
@@ -247,7 +257,7 @@ def _arguments(place: str, arguments: Any) -> Any:
 def _tools(where: str, tools: Any) -> list[Json] | None:
     """Descriptions of functions as servers take them: `{"type": "function", "function": {…}}`."""
     tools = _parsed(tools)
-    if tools in (None, "", []):
+    if tools in (None, "", "null", []):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{where}: tools is {json.dumps(tools)[:60]}, not a list of functions.")

@@ -7,7 +7,9 @@ renders, with a limit of memory, and is ended where it takes too long.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
+import functools
 import multiprocessing
 import os
 import re
@@ -45,8 +47,29 @@ class TemplateRefused(UserError):
     """The template raised an error of its own for this conversation."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The text of a template, and what is to be known of it."""
+
+    text: str
+    date: datetime.date
+
+    @functools.cached_property
+    def has_blocks(self) -> bool:
+        return GENERATION_BLOCK.search(self.text) is not None
+
+    @functools.cached_property
+    def dates(self) -> dict[str, str] | None:
+        """What each call of `strftime_now` gives, by its format; None for a template that does not ask."""
+        if "strftime_now" not in self.text:
+            return None
+        formats = {single or double for single, double in FORMAT.findall(self.text)}
+        return {format: self.date.strftime(format) for format in formats}
+
+
 class ChatTemplate:
-    """The chat template of a tokenizer. A context manager, which ends the child process.
+    """The chat template of a tokenizer, or its two: one may be for conversations with tools. A context manager, which
+    ends the child process.
 
     Args:
         date: what a template that asks for the time is told.
@@ -57,19 +80,21 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, date: datetime.date) -> None:
         try:
-            self.source = str(tokenizer.get_chat_template())
+            kinds: tuple[list[Json] | None, ...] = (None, [{}])
+            texts = [str(tokenizer.get_chat_template(tools=tools)) for tools in kinds]
         except ValueError as error:
             raise UserError(
                 "corpus.name: chat needs a tokenizer with a chat template, and this one has none."
                 f" Set corpus.tokenizer to another. ({one_line(error)})"
             ) from error
         self.tokenizer = tokenizer
-        self.has_blocks = GENERATION_BLOCK.search(self.source) is not None
-        self.asks_for_the_time = "strftime_now" in self.source
-        formats = {single or double for single, double in FORMAT.findall(self.source)}
-        self.dates = {format: date.strftime(format) for format in formats}
+        self._plain, self._with_tools = (Source(text, date) for text in texts)
         self._child: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
+
+    def source(self, tools: list[Json] | None) -> Source:
+        """The template of a conversation with these tools."""
+        return self._with_tools if tools else self._plain
 
     def __enter__(self) -> ChatTemplate:
         return self
@@ -105,20 +130,21 @@ class ChatTemplate:
             UserError: it takes too long, or too much memory.
         """
         options: Json = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
-        source = self.source
+        source = self.source(tools)
+        text = source.text
         if marks is not None:
-            source = BLOCK_TAG.sub(
-                lambda tag: tag[1] + ("endcall" if tag[2] else "call potstill_mark()") + tag[3], source
+            text = BLOCK_TAG.sub(
+                lambda tag: tag[1] + ("endcall" if tag[2] else "call potstill_mark()") + tag[3], text
             )
-            source = MARKING % marks + source
-        if self.asks_for_the_time:
-            source = CLOCK + source
-            options["potstill_dates"] = self.dates
+            text = MARKING % marks + text
+        if source.dates is not None:
+            text = CLOCK + text
+            options["potstill_dates"] = source.dates
         if self._connection is None:
             self._start()
         assert self._connection is not None
         try:
-            self._connection.send((messages, options | {"chat_template": source}))
+            self._connection.send((messages, options | {"chat_template": text}))
             if not self._connection.poll(SECONDS):
                 self.close()
                 raise UserError(f"{where}: {self._name()} took more than {SECONDS} s. {TAKE_ANOTHER}")

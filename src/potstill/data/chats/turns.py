@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -31,6 +32,9 @@ class Turns:
         self.conversation, self.template, self.added = conversation, template, added
         self._messages = conversation.messages
         self._texts: dict[tuple[int, bool], str] = {}
+        # Each is asked for by every later turn.
+        self._start, self._end = functools.cache(self._find_start), functools.cache(self._find_end)
+        self.with_thought = functools.cache(self._find_thought)
 
     def upto(self, turn: int) -> str:
         """The conversation up to a message, that message included."""
@@ -54,16 +58,24 @@ class Turns:
             self._texts[count, prompt] = text
         return self._texts[count, prompt]
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the template says itself what the assistant writes."""
+        return self.template.source(self.conversation.tools).has_blocks
+
     def is_prompted_otherwise(self, turn: int) -> bool:
         """Whether the generation prompt has a text that is missing before the turn once it is written."""
-        return not self.template.has_blocks and not self.upto(turn).startswith(self.asked(turn))
+        return not self.has_blocks and not self.upto(turn).startswith(self.asked(turn))
 
     def is_part_of(self, turn: int, text: str) -> bool:
-        """Whether a text that goes on writes the conversation up to this turn as it was at inference."""
-        written = self.upto(turn)
+        """Whether a text that goes on writes the conversation up to this turn as it was at inference, to its end."""
+        written, end = self.upto(turn), self._end(turn)
         if text.startswith(written):
             return True
-        return text.startswith(written[: self._end(turn)])
+        # What is written only where nothing follows may be another token, not a part of the answer or its end.
+        added = written[self._start(turn) : end].rstrip()
+        ends = any(found.end() == len(added) for found in self.added.finditer(added))
+        return ends and not self.added.sub("", written[end:]).strip() and text.startswith(written[:end])
 
     def span(self, turn: int, is_last: bool) -> Span:
         """What the assistant adds; `is_last`: whether the text ends with this turn.
@@ -72,7 +84,12 @@ class Turns:
         """
         return self._start(turn), len(self.upto(turn)) if is_last else self._end(turn)
 
-    def _start(self, turn: int) -> int:
+    def writes_calls(self, turn: int) -> bool:
+        """Whether the turn's text names every tool that the turn calls: many templates leave calls out."""
+        text = self.upto(turn)[self._start(turn) :]
+        return all(call["function"]["name"] in text for call in self._messages[turn].get("tool_calls", []))
+
+    def _find_start(self, turn: int) -> int:
         written = self.upto(turn)
         try:
             asked = self.asked(turn)
@@ -81,18 +98,20 @@ class Turns:
             # The generation prompt begins an answer, with a thought mostly, and this one begins otherwise.
             start, least = self._common(asked, written), self._common(asked, self._text(turn, False))
         except TemplateRefused:
-            if self.template.has_blocks:
+            if self.has_blocks:
                 return 0
             raise
-        if start < least and not self.template.has_blocks:
+        if start < least and not self.has_blocks:
             raise UserError(
                 f"{self.conversation.where}: the chat template rewrites earlier turns, so the assistant's tokens of"
                 f" message {turn} cannot be told apart. Use a template with a {{% generation %}} block."
             )
-        begin = written.find(self._messages[turn]["content"].strip()[:16] or written, least)
-        return start if begin < 0 else min(start, begin)
+        # The two may have their first characters in common.
+        head = self._messages[turn]["content"].strip()[:16]
+        shifts = range(min(16, start - least + 1)) if head else ()
+        return next((start - shift for shift in shifts if written.startswith(head, start - shift)), start)
 
-    def _end(self, turn: int) -> int:
+    def _find_end(self, turn: int) -> int:
         """Where the turn's text ends if the conversation goes on: some templates write more where it does not."""
         try:
             return self._common(self.upto(turn), self._text(turn + 1, True))
@@ -101,40 +120,73 @@ class Turns:
 
     def _common(self, one: str, other: str) -> int:
         """The length of what two texts begin with, without the beginning of an added token."""
-        length = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-        length = min(len(one), len(other)) if length is None else length
+        length, least, most = 0, 0, min(len(one), len(other))
+        while least <= most:
+            length = (least + most) // 2
+            least, most = (length + 1, most) if one[:length] == other[:length] else (least, length - 1)
+        length = most
         for text in (one, other):
             for found in self.added.finditer(text, max(0, length - 256)):
                 if found.start() < length < found.end():
                     length = found.start()
         return length
 
-    def with_thought(self, turn: int) -> tuple[str, Span] | None:
+    def _find_thought(self, turn: int) -> tuple[str, Span] | None:
         """The text of a turn whose thoughts the template does not write, put together from what it does write.
 
         Templates of reasoning models leave thoughts out of a written turn, and open one in the generation prompt:
-        what the model wrote at inference was the rest of it, and the answer. None: the template writes all of it.
+        what the model wrote at inference was the rest of it, and the answer. None: the template writes all of it, or
+        knows of no thoughts.
         """
-        message, asked, written = self._messages[turn], self.asked(turn), self.upto(turn)
-        content = message["content"]
-        reasoning = next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
-        opened = next((pair for pair in THOUGHTS if asked.rstrip().endswith(pair[0])), None)
-        begin, end = next((pair for pair in THOUGHTS if pair[1] in content), opened or THOUGHTS[0])
-        if end not in content and reasoning.strip():
-            content = f"{begin}\n{reasoning.strip()}\n{end}\n\n{content}"
-        thought, _, answer = content.partition(end)
-        thought, answer = thought.split(begin)[-1].strip(), content.rpartition(end)[2].strip()
-        if end not in content or not thought or not answer:
+        asked, written = self.asked(turn), self.upto(turn)
+        content, pair = self._with_reasoning(turn)
+        if pair is None or pair[1] not in content:
             return None
-        added = written[len(asked) :] if written.startswith(asked) else "" if opened else written
-        at = written.rfind(answer)
-        if thought in added or at < 0:
-            return None
-        said = content.lstrip().removeprefix(begin).lstrip("\n") if opened else content
-        return asked + said + written[at + len(answer) :], (
-            len(asked),
-            len(asked + said) + len(written) - at - len(answer),
+        begin, end = pair
+        thought, answer = (
+            content.partition(end)[0].split(begin)[-1].strip(),
+            content.rpartition(end)[2].strip(),
         )
+        is_opened = asked.rstrip().endswith(begin)
+        added = written[len(asked) :] if written.startswith(asked) else "" if is_opened else written
+        if not thought or thought in added:
+            return None
+        at = self._start(turn)
+        at += len(written[at:]) - len(written[at:].lstrip()) if answer else 0
+        if not written.startswith(answer, at):
+            return None
+        if asked.rstrip().endswith(end):  # the prompt for answers without a thought closes one at once
+            asked, is_opened = asked.rstrip().removesuffix(end) + begin, True
+        said = content.lstrip().removeprefix(begin).lstrip("\n") if is_opened else content
+        text = asked + said + written[at + len(answer) :]
+        return text, (len(asked), len(text))
+
+    def leaves_thoughts_out(self, turn: int) -> bool:
+        """Whether the data has a thought for the turn that neither the template nor `with_thought` writes."""
+        content, pair = self._with_reasoning(turn)
+        reasoning = self._reasoning(turn).strip()
+        if pair is not None and pair[1] in content:
+            reasoning = content.partition(pair[1])[0].split(pair[0])[-1].strip()
+        return bool(reasoning) and self.with_thought(turn) is None and reasoning not in self.upto(turn)
+
+    def _reasoning(self, turn: int) -> str:
+        message = self._messages[turn]
+        return next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
+
+    def _with_reasoning(self, turn: int) -> tuple[str, tuple[str, str] | None]:
+        """The content with the thought before it, and the tags of thoughts; None where template and tokens have
+        none.
+        """
+        content, reasoning = self._messages[turn]["content"], self._reasoning(turn).strip()
+        source = self.template.source(self.conversation.tools).text
+        known = [each for each in THOUGHTS if each[1] in content or each[1] in source or each[0] in source]
+        known += [each for each in THOUGHTS if self.added.fullmatch(each[0])]
+        if not known:
+            return content, None
+        begin, end = known[0]
+        if end not in content and reasoning:
+            content = f"{begin}\n{reasoning}\n{end}\n\n{content}"
+        return content, known[0]
 
     def blocks(self, turn: int) -> list[Span]:
         """What the template's `{% generation %}` blocks write, in the text up to this turn.

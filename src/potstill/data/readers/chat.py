@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +42,35 @@ def read(
     found = _records(path, reading, split)
 
     def conversations() -> Iterator[Document]:
-        shapes, counts = Shapes(field), Counter[str]()
+        shapes, counts, first = Shapes(field), Counter[str](), dict[str, str]()
         with template:
             labeller = Labeller(template)
             for where, record in found:
                 conversation = shapes.conversation(where, record)
-                documents = labeller.documents(conversation)
+                documents = [each for each in labeller.documents(conversation) if each.labels.any()]
                 counts["conversations"] += 1
-                counts["without_an_answer"] += not any(each.labels.any() for each in documents)
-                counts["in_several_documents"] += len(documents) > 1
-                counts["without_an_end"] += not all(each.ends for each in documents)
-                for number, each in enumerate(documents):
-                    if each.labels.any():
-                        yield Document(where, each.ids, each.labels, is_further_part=number > 0)
-        counts["spell_control_tokens"] = len(labeller.spelled)
-        counts["turns_prompted_otherwise"] = len(labeller.prompted)
+                for name, is_so in (
+                    ("without_an_answer", not documents),
+                    ("in_several_documents", len(documents) > 1),
+                    ("without_an_end", not all(each.ends for each in documents)),
+                ):
+                    counts[name] += is_so
+                    if is_so:
+                        first.setdefault(name, where)
+                part_of = where if len(documents) > 1 else None
+                for each in documents:
+                    yield Document(where, each.ids, each.labels, part_of=part_of)
+        for name, places in (
+            ("spell_control_tokens", labeller.spelled),
+            ("turns_prompted_otherwise", labeller.prompted),
+            ("turns_without_their_thought", labeller.thoughtless),
+            ("turns_without_their_calls", labeller.uncalled),
+        ):
+            counts[name] = len(places)
+            first |= {name: places[0]} if places else {}
         renamed = {f"{old} as {new}": number for (old, new), number in sorted(shapes.renamed.items())}
         reading.counts |= {name: number for name, number in counts.items() if number}
-        reading.counts |= {"roles": renamed} if renamed else {}
+        reading.counts |= ({"roles": renamed} if renamed else {}) | ({"first": first} if first else {})
         if counts["conversations"] and counts["conversations"] == counts["without_an_answer"]:
             raise UserError(
                 f"{path}: none of {counts['conversations']} conversations has a token of the assistant's to learn: no"
@@ -73,38 +84,55 @@ def read(
 
 def _records(path: Path, reading: Reading, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if hf.is_saved(path):
-        return hf.records(path, reading, split)
+        return without_nulls(hf.records(path, reading, split))
     if split is not None:
         raise UserError(f"corpus.split: {path} is no dataset that save_to_disk wrote. Set it to null.")
     if path.suffix == ".json" and path.is_file():
         return jsonl.records_of_array(path, reading)
-    files = files_of(path, PATTERNS)
-    return (
-        each
-        for file in files
-        for each in (parquet.records if file.suffix == ".parquet" else jsonl.records_of)(file, reading)
-    )
+    return _records_of(files_of(path, PATTERNS), reading)
+
+
+def _records_of(files: list[Path], reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in files:
+        if file.suffix == ".parquet":
+            yield from without_nulls(parquet.records(file, reading))
+        else:
+            yield from jsonl.records_of(file, reading)
+
+
+def without_nulls(records: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of tables, whose columns are the union of all records' keys: what other records have is null here."""
+
+    def stripped(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: stripped(value) for key, value in tree.items() if value is not None}
+        return [stripped(each) for each in tree] if isinstance(tree, list) else tree
+
+    for where, record in records:
+        nulls = {key for key in ("content", "value") if key in record}
+        yield where, stripped(record) | {key: record[key] for key in nulls}
+
+
+NOTES = {
+    "without_an_answer": "{number} of {all} conversations have no token to learn, and are left out",
+    "in_several_documents": "{number} of {all} conversations are several documents: the chat template writes earlier"
+    " turns otherwise than they were",
+    "spell_control_tokens": "{number} of {all} conversations spell control tokens, which stay words",
+    "without_an_end": "{number} of {all} conversations have a turn without an end of turn: the student does not learn"
+    " to stop there. Use a chat template that writes one",
+    "turns_prompted_otherwise": "in {number} turns the generation prompt writes what is missing before the written"
+    " answer (a thought, mostly): at inference the student answers after a text that it has not learnt from",
+    "turns_without_their_thought": "the thoughts of {number} turns are left out: the chat template knows of none",
+    "turns_without_their_calls": "{number} turns bear no loss: the chat template does not write their calls of tools",
+}
 
 
 def notes(counts: dict[str, Any]) -> Iterator[str]:
-    """What a reader of a chat corpus should know of it, a line each."""
-    of = f"of {counts.get('conversations', 0)} conversations"
+    """What a reader of a chat corpus should know of it, a line each, with the first place."""
     if roles := counts.get("roles"):
         read_as = ", ".join(f"{each} in {number} messages" for each, number in roles.items())
         yield f"a role is read as another: {read_as}"
-    if number := counts.get("without_an_answer"):
-        yield f"{number} {of} have no token to learn, and are left out"
-    if number := counts.get("in_several_documents"):
-        yield f"{number} {of} are several documents: the chat template writes earlier turns otherwise than they were"
-    if number := counts.get("spell_control_tokens"):
-        yield f"{number} {of} spell control tokens, which stay words"
-    if number := counts.get("without_an_end"):
-        yield (
-            f"{number} {of} have a turn without an end of turn (a control token): the student does not learn to stop"
-            " there. Use a chat template that writes one."
-        )
-    if number := counts.get("turns_prompted_otherwise"):
-        yield (
-            f"in {number} turns the generation prompt writes what is missing before the written answer (a thought,"
-            " mostly): at inference the student answers after a text that it has not learnt from"
-        )
+    for name, words in NOTES.items():
+        if number := counts.get(name):
+            told = words.format(number=number, all=counts["conversations"])
+            yield f"{told} (first: {counts['first'][name]})"

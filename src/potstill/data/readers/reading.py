@@ -45,8 +45,8 @@ class Document:
     """Which tokens may be predicted; None is all of them."""
     is_text: bool = False
     """Whether it was tokenized from a text, before which the tokenizer may put a token."""
-    is_further_part: bool = False
-    """Whether it belongs to the document before it, and is held out or trained on with that one."""
+    part_of: str | None = None
+    """What it is a part of: neighbours that are parts of the same are held out or trained on together."""
 
 
 @dataclass
