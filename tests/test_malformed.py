@@ -395,11 +395,11 @@ def jsonl() -> Iterator[tuple[Any, ...]]:
         return make
 
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    yield "chat without messages", chat({"messages": []}), r"c\.chat:1: 'messages' is not a list"
-    yield "chat of texts", chat({"messages": ["a"]}), r"c\.chat:1: a message must have"
-    yield "chat with a number", chat({"messages": [user, answer | {"content": 5}]}), r"c\.chat:1: a message must have"
+    yield "chat without messages", chat({"messages": []}), r"c\.chat:1: 'messages' is an empty list"
+    yield "chat of texts", chat({"messages": ["a"]}), r"c\.chat:1: message 0: a message must have"
+    yield "chat with a number", chat({"messages": [user, answer | {"content": 5}]}), r"c\.chat:1: message 1: a message must have"
     yield "chat that begins with an answer", chat({"messages": [answer]}), r"c\.chat:1: message 0 is the assistant's"
-    yield "chat with half a pair", chat({"messages": [user | {"content": "\ud800"}]}), r"c\.chat:1: a message must have"
+    yield "chat with half a pair", chat({"messages": [user | {"content": "\ud800"}]}), r"c\.chat:1: holds half of a surrogate pair"
 
 
 def parquet() -> Iterator[tuple[Any, ...]]:

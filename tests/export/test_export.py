@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,16 @@ def test_a_run_without_a_whole_student_is_refused(made: RunDir, capsys: pytest.C
     assert not made.exports.exists()
 
 
+AT_EVERY_TEST = ("llama", "gemma3", "llama3")
+"""The others are read by llama.cpp in `make soak`: each takes three programs."""
+
+
+def soaked(names: Iterable[str]) -> list[Any]:
+    return [each if each in AT_EVERY_TEST else pytest.param(each, marks=pytest.mark.soak) for each in names]
+
+
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", soaked(KINDS))
 def test_llama_cpp_reads_what_was_written(kind: str, tmp_path: Path) -> None:
     pieces = {"gemma2": "gemma", "gemma3": "gemma", "mistral": "llama-2", "phi3": "phi-3"}
     tokenizer = make_pieces(pieces[kind]) if kind in pieces else make_tokenizer("qwen2")
@@ -152,7 +160,7 @@ ROPES = {
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("scaling", ROPES)
+@pytest.mark.parametrize("scaling", soaked(ROPES))
 def test_llama_cpp_scales_a_rope_as_the_student_does(scaling: str, tmp_path: Path) -> None:
     rope = {"rope_theta": 5000.0, "rope_type": scaling} | ROPES[scaling]
     if scaling != "linear":
@@ -309,7 +317,7 @@ def test_a_modelfile_stops_at_every_end(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("place", ["out", "run/../out/deep"])
+@pytest.mark.parametrize("place", ["out", pytest.param("run/../out/deep", marks=pytest.mark.soak)])
 def test_an_export_elsewhere_is_recorded_so_that_any_folder_finds_it(
     place: str, made: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -696,7 +696,7 @@ def test_a_model_that_is_no_path_may_be_a_hub_id(load: Callable[..., recipes.Rec
             "corpus.path=owner/name",
             "no file or folder {folder}/owner/name. A path is relative to the recipe. A data set of the hub is read"
             " from disk: run datasets.load_dataset('owner/name').save_to_disk('FOLDER') and set corpus: {name: hf,"
-            " path: FOLDER}.",
+            " path: FOLDER}, or {name: chat, …} for conversations.",
         ),
         (
             "corpus.path=owner/name@v2",

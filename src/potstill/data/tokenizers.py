@@ -152,7 +152,16 @@ def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
 def begin_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text by itself: the BOS of Llama, Gemma and Mistral, mostly nothing."""
     plain = encode("a text", ["a"], tokenizer)[0]
-    whole: list[int] = tokenizer("a")["input_ids"]
+    try:
+        with quiet_process():
+            whole: list[int] = tokenizer("a")["input_ids"]
+    except BaseException as error:
+        if not _is_library_error(error):
+            raise
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer cannot be read: what it puts before a text fails:"
+            f" {one_line(error)} Set corpus.tokenizer to one that works."
+        ) from error
     for before in range(len(whole) - len(plain) + 1):
         if whole[before : before + len(plain)] == plain:
             return whole[:before]

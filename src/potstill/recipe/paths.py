@@ -98,7 +98,7 @@ def locate_data(value: str, folder: Path) -> str:
         raise UserError(
             f"{error} A data set of the hub is read from disk: run"
             f" datasets.load_dataset({name!r}{more}).save_to_disk('FOLDER') and set corpus:"
-            " {name: hf, path: FOLDER}."
+            " {name: hf, path: FOLDER}, or {name: chat, …} for conversations."
         ) from error
 
 
