@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from conftest import make_tokenizer
 
+from potstill.data.chats import templates
 from potstill.data.end_of_turn import end_of_turn, ends_of
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -57,6 +58,11 @@ def test_the_end_of_a_turn_is_the_added_token_behind_an_answer(
     tokenizer = made(template)
     expected = None if token is None else tokenizer.convert_tokens_to_ids(token)
     assert end_of_turn(tokenizer) == expected
+
+
+def test_a_template_that_does_not_end_has_no_end_of_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 1)
+    assert end_of_turn(made("{{ 9 ** (9 ** 9) }}" + CHATML)) is None
 
 
 def test_rows_end_with_eos_and_with_the_end_of_a_turn() -> None:

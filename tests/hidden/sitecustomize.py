@@ -14,7 +14,10 @@ HIDDEN = frozenset(os.environ.get("HIDE", "").split(","))
 _find_spec, _which = PathFinder.find_spec, shutil.which
 
 
-def find_spec(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+@classmethod  # so that whoever keeps it as an attribute of a class keeps it bound, as pytest does
+def find_spec(
+    cls: type[PathFinder], fullname: str, path: Any = None, target: Any = None
+) -> ModuleSpec | None:
     return None if fullname.partition(".")[0] in HIDDEN else _find_spec(fullname, path, target)
 
 

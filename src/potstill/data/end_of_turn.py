@@ -7,9 +7,11 @@ alone never stops.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from potstill.io.silence import quiet_transformers
+from potstill.data.chats.templates import DATE, ChatTemplate
+from potstill.errors import UserError
 
 ANSWER = "potstill"
 """What the assistant says in the conversation that is rendered: a word that templates leave as it is."""
@@ -19,12 +21,19 @@ CONVERSATION = [{"role": "user", "content": "Hello"}, {"role": "assistant", "con
 def end_of_turn(tokenizer: Any) -> int | None:
     """Id of the added token that directly follows an assistant's message in the chat template, white space aside.
 
-    None without a chat template, where none follows, and where the template refuses a plain conversation.
+    None without a chat template, where none follows, and where the template refuses a plain conversation, or does not
+    end with it. Asked for at every save, it is rendered once.
     """
+    return _end_of_turn(tokenizer, str(tokenizer.chat_template))
+
+
+@functools.lru_cache(maxsize=4)
+def _end_of_turn(tokenizer: Any, template_text: str) -> int | None:
+    """`template_text` is the part of the cache key that may change."""
     try:
-        with quiet_transformers():
-            rendered: str = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
-    except Exception:  # a template may raise anything, and without one it is a ValueError
+        with ChatTemplate(tokenizer, DATE) as template:
+            rendered = template.render("a plain conversation", CONVERSATION)
+    except UserError:
         return None
     _, answer, behind = rendered.rpartition(ANSWER)
     behind = behind.lstrip()

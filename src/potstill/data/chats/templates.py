@@ -23,6 +23,8 @@ from typing import Any
 from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_process, quiet_transformers
 
+DATE = datetime.date(2024, 7, 26)
+"""What the templates of Llama 3 write without a clock."""
 SECONDS = 10
 """For one text. A template needs a millisecond."""
 MEMORY_BYTES = 2**30

@@ -10,15 +10,11 @@ from typing import Any
 
 from potstill.data.chats.labels import Labeller
 from potstill.data.chats.records import Shapes
-from potstill.data.chats.templates import ChatTemplate
+from potstill.data.chats.templates import DATE, ChatTemplate
 from potstill.data.readers import hf, jsonl, parquet
 from potstill.data.readers.folders import files_of
 from potstill.data.readers.reading import Document, Reading
 from potstill.errors import UserError
-
-DATE = datetime.date(2024, 7, 26)
-"""What the templates of Llama 3 write without a clock."""
-
 
 PATTERNS = ("*.jsonl", "*.parquet")
 
