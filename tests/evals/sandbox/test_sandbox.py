@@ -347,7 +347,8 @@ def test_root_of_a_namespace_without_other_users_is_refused_by_name() -> None:
     if done.returncode:
         pytest.skip(f"{done.stderr.strip()}; not run")
     program = "from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused\ntry: Sandbox()\nexcept SandboxRefused as refused: print(refused)"
-    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    path = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([*command, program], capture_output=True, text=True, env=environment)
     installed = [tier for tier in TIERS if tier != "bubblewrap" or shutil.which("bwrap")]
     assert done.stdout.count("root of a user namespace without other users") == len(installed), done.stderr
