@@ -57,6 +57,10 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
+def need_data_extra() -> None:
+    pytest.importorskip("datasets", reason="the data extra is not installed; not run")
+
+
 def word_tokenizer(template: str | None) -> Any:
     """One id a word, so that an expected mask can be written by hand."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[unk]"))
@@ -249,6 +253,8 @@ def test_a_link_that_leads_nowhere_may_have_led_to_a_folder(tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_read_is_named(
     reader: str, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if reader == "parquet":
+        need_data_extra()
     ending = {"text": "txt", "tokens": "bin"}.get(reader, reader)
     for name in ("0", "shut/1", "shut/deep/2"):
         write(tmp_path / f"{name}.{ending}", '{"text": "a"}')
@@ -792,6 +798,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], readers.Reading], str]] = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_it_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
     make, said = REFUSALS[name]
+    if "Parquet" in name or "dataset" in name:
+        need_data_extra()
     with pytest.raises(UserError) as refused:
         read(make(tmp_path))
     assert str(refused.value).startswith(said.replace("{f}", str(tmp_path)))
