@@ -53,9 +53,9 @@ def records(file: Path, reading: Reading, column: str | None = None) -> Iterator
                 require_column(file, column, table.schema_arrow.names)
             columns = None if column is None else [column]
             for batch in table.iter_batches(columns=columns, batch_size=TEXTS_PER_CALL):
-                for record in batch.to_pylist():
+                for row in range(batch.num_rows):
                     where = f"{file}:{number}"
-                    yield where, record
+                    yield where, {name: batch[name][row].as_py() for name in batch.schema.names}
                     number += 1
             if number != table.metadata.num_rows:
                 raise ValueError(f"{number} records, its footer says {table.metadata.num_rows}")
