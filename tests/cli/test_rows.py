@@ -151,6 +151,23 @@ def test_a_text_begins_as_the_tokenizer_begins_it_or_as_the_recipe_says(
     assert ("each text begins with id" in capsys.readouterr().out) == first
 
 
+def test_a_cache_of_texts_without_the_bos_is_not_read_for_texts_with_it(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was written before texts had it, and by a recipe that says nothing of it."""
+    teacher = with_tokenizer(tmp_path / "T", adds_bos=True)
+    (tmp_path / "text").mkdir()
+    for number in range(30):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"it is {number}\n" * 5)
+    corpus = "{name: text, path: text, tokens_per_row: 32, heldout_rows: 2, shards: cache}"
+    recipe = str(tiny_recipe(corpus=corpus, teacher=f"{{name: torch, model: {teacher}}}"))
+    with monkeypatch.context() as patch:
+        patch.setattr("potstill.data.tokenizers.bos_ids", lambda tokenizer: [])
+        assert main(["rows", recipe]) == 0
+    assert main(["rows", recipe]) == 2
+    assert "corpus.bos_ids was None when it was written" in capsys.readouterr().err
+
+
 def test_a_bos_of_a_tokenizer_that_has_none_is_one_line(
     tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str], corpus_folder: Path
 ) -> None:

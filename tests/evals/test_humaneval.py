@@ -200,6 +200,12 @@ def test_a_template_that_fails_is_one_line(template: str) -> None:
             fails()
 
 
+def test_a_template_that_does_not_end_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("potstill.data.chats.templates.SECONDS", 1)
+    with pytest.raises(UserError, match=r"the model's chat template fails: .* took more than 1 s"):
+        end_of_turn(chat_tokenizer("{{ 9 ** (9 ** 9) }}"))
+
+
 # ---- the published data -----------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ class Source:
     tokenizer: Any | None
     """None for a corpus of ids without one."""
     vocabulary: Vocab
-    begin: list[int]
+    bos_ids: list[int]
     """Ids before each text."""
     decontamination: Decontamination | None
 
@@ -35,8 +35,8 @@ class Source:
         reading = dataclasses.replace(reading, documents=_with_beat(reading.documents, beat))
         if self.decontamination is not None:
             reading = self.decontamination.apply(reading, self.tokenizer)
-        if self.begin:
-            reading = dataclasses.replace(reading, documents=_begun(reading, self.begin))
+        if self.bos_ids:
+            reading = dataclasses.replace(reading, documents=_with_bos(reading, self.bos_ids))
         return reading
 
 
@@ -60,7 +60,7 @@ def open_source(resolved: Resolved) -> Source:
     return Source(
         tokenizer,
         vocabulary,
-        _begin(resolved.recipe.corpus, tokenizer),
+        _bos_ids(resolved.recipe.corpus, tokenizer),
         make_decontamination(resolved, tokenizer),
     )
 
@@ -95,26 +95,26 @@ def make_corpus(
     if config.shards is None:
         return build(None), tokenizer
     evaluation_files = None if decontamination is None else decontamination.texts.files
-    provenance = token_cache.provenance(config, tokenizer, vocabulary, source.begin, evaluation_files)
+    provenance = token_cache.provenance(config, tokenizer, vocabulary, source.bos_ids, evaluation_files)
     return token_cache.load_or_build(config, provenance, build, beat), tokenizer
 
 
-def _begin(config: Any, tokenizer: Any | None) -> list[int]:
+def _bos_ids(config: Any, tokenizer: Any | None) -> list[int]:
     """The ids before each text: what `corpus.bos` says, else what the tokenizer itself puts there."""
     if tokenizer is None or config.bos is False:
         return []
     if config.bos is None:
-        return tokenizers.begin_ids(tokenizer)
+        return tokenizers.bos_ids(tokenizer)
     if tokenizer.bos_token_id is None:
         raise UserError(f"corpus.bos: {tokenizer.name_or_path} has no BOS token. Set it to null.")
     return [tokenizer.bos_token_id]
 
 
-def _begun(reading: readers.Reading, begin: list[int]) -> Iterator[readers.Document]:
-    before = np.array(begin, dtype=np.uint32)
+def _with_bos(reading: readers.Reading, bos_ids: list[int]) -> Iterator[readers.Document]:
+    before = np.array(bos_ids, dtype=np.uint32)
     for document in reading.documents:
         if document.is_text:
-            reading.counts["begin_ids"] = begin
+            reading.counts["bos_ids"] = bos_ids
             document = dataclasses.replace(document, ids=np.concatenate([before, document.ids]))
         yield document
 

@@ -308,8 +308,8 @@ def build(
 def about_documents(manifest: dict[str, Any]) -> Iterator[str]:
     """What whoever starts a run should know of the documents, a line each; nothing where all is as usual."""
     reading = manifest.get("reading") or {}
-    if begin := reading.get("begin_ids"):
-        yield f"each text begins with {', '.join(f'id {number}' for number in begin)}, as the tokenizer has it (BOS)"
+    if bos_ids := reading.get("bos_ids"):
+        yield f"each text begins with {', '.join(f'id {number}' for number in bos_ids)}, as the tokenizer has it (BOS)"
     yield from chat.notes(reading)
     if number := manifest.get("documents_longer_than_a_row"):
         yield (

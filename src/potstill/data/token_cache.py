@@ -37,19 +37,22 @@ Json = dict[str, Any]
 
 
 def provenance(
-    config: Any, tokenizer: Any | None, vocabulary: Vocab, begin: list[int], against: list[Json] | None
+    config: Any, tokenizer: Any | None, vocabulary: Vocab, bos_ids: list[int], against: list[Json] | None
 ) -> Json:
-    """Everything but the source files that the rows depend on. `begin`: ids before each text; `against`: the evaluation
-    texts, by file.
+    """Everything but the source files that the rows depend on.
+
+    Args:
+        bos_ids: what stands before each text.
+        against: the evaluation texts, by file.
     """
     section = {name: value for name, value in asdict(config).items() if name != "shards"}
-    for name in (
-        "packing",
-        "whole_documents",
-    ):  # older caches, which do not mention them, are of rows end to end
+    # Older caches mention none of these: their rows are end to end, and their texts have nothing in front.
+    for name in ("bos", "packing", "whole_documents"):
         del section[name]
     if config.layout != "stream":
         section["layout"] = config.layout
+    if bos_ids:
+        section["bos_ids"] = bos_ids
     if against is not None:  # their content counts, and not their paths
         section["decontaminate"].pop("against")
         against = [{name: text[name] for name in ("sha256", "texts")} for text in against]

@@ -149,7 +149,7 @@ def encode(where: str, contents: list[str], tokenizer: Any) -> list[list[int]]:
     return ids
 
 
-def begin_ids(tokenizer: Any) -> list[int]:
+def bos_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text by itself: the BOS of Llama, Gemma and Mistral, mostly nothing."""
     plain = encode("a text", ["a"], tokenizer)[0]
     try:

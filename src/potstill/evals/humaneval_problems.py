@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from potstill.data.chats.templates import DATE, ChatTemplate
+from potstill.data.end_of_turn import CONVERSATION
+from potstill.data.end_of_turn import end_of_turn as token_behind_an_answer
 from potstill.errors import UserError, one_line
 from potstill.evals.sandbox.sandbox import Sandbox, Verdict
 from potstill.io.safe_open import json_lines
@@ -139,12 +142,12 @@ def chat_prompt(problem: Problem, tokenizer: Any) -> str:
 def _by_template(
     tokenizer: Any, turns: list[dict[str, str]], prompt: bool, words: tuple[str, str] = REFUSAL
 ) -> str:
+    where, todo = words
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # a template is a program that came with the model
-        where, todo = words
+        with ChatTemplate(tokenizer, DATE) as template:
+            return template.render("this prompt", turns, prompt=prompt)
+    except UserError as error:
         raise UserError(f"{where}: the model's chat template fails: {one_line(error)} {todo}") from error
-    return text
 
 
 def end_of_turn(tokenizer: Any, words: tuple[str, str] = REFUSAL) -> list[int]:
@@ -153,11 +156,9 @@ def end_of_turn(tokenizer: Any, words: tuple[str, str] = REFUSAL) -> list[int]:
     Raises:
         UserError: the template fails; `words` begin and end the message.
     """
-    reply = "Kx7Q"
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
-    after = _by_template(tokenizer, turns, False, words).rpartition(reply)[2]
-    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after.strip() else []
-    return [i for i in first if i in tokenizer.added_tokens_decoder]
+    _by_template(tokenizer, CONVERSATION, False, words)
+    end = token_behind_an_answer(tokenizer)
+    return [] if end is None else [end]
 
 
 def opens_thought(tokenizer: Any) -> bool:

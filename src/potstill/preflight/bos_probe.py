@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from potstill.build.setup import RunSetup
 from potstill.data.packing import PackedRows
-from potstill.data.tokenizers import begin_ids
+from potstill.data.tokenizers import bos_ids
+from potstill.preflight.checks import BEFORE_TRAINING
 from potstill.training.prefetch import checked_targets
 from potstill.types import Finding
 
 DOCUMENTS = 2
-BEFORE_TRAINING = -1
 MUCH = 0.02
 """Nats by which the teacher must be worse for the recipe to be called wrong."""
 
@@ -26,26 +26,26 @@ def texts_begin_as_the_teacher_reads_them(setup: RunSetup) -> Iterator[Finding]:
     """
     tokenizer, config = setup.tokenizer, setup.recipe.corpus
     reading = setup.corpus.manifest.get("reading") or {}
-    begun, is_chat = reading.get("begin_ids") or [], "conversations" in reading
+    in_corpus, is_chat = reading.get("bos_ids") or [], "conversations" in reading
     is_off = config.bos is False and tokenizer is not None and not is_chat
-    begin = begun or (begin_ids(tokenizer) if is_off else [])
-    documents = list(_documents(setup.corpus.heldout, begun, config.tokens_per_row - len(begin)))
-    if not begin or not documents or not setup.teacher.reads_new_text:
+    bos = in_corpus or (bos_ids(tokenizer) if is_off else [])
+    documents = list(_documents(setup.corpus.heldout, len(in_corpus), config.tokens_per_row - len(bos)))
+    if not bos or not documents or not setup.teacher.reads_new_text:
         return
-    with_it, without = (_cross_entropy(setup, documents, before) for before in (begin, []))
+    with_it, without = (_cross_entropy(setup, documents, before) for before in (bos, []))
     figure = (
         f"the teacher's cross-entropy is {with_it:.3f} nats with the tokenizer's BOS before each text, {without:.3f}"
-        f" without it; texts begin {'with' if begun else 'without'} it"
+        f" without it; texts begin {'with' if in_corpus else 'without'} it"
     )
-    other, this = ("false", with_it - without) if begun else ("null", without - with_it)
-    yield Finding("bos", figure, this < MUCH, f"Set corpus.bos: {other}", ends_run=False)
+    other, worse_by = ("false", with_it - without) if in_corpus else ("null", without - with_it)
+    yield Finding("bos", figure, worse_by < MUCH, f"Set corpus.bos: {other}", ends_run=False)
 
 
-def _documents(rows: PackedRows, begun: list[int], longest: int) -> Iterator[NDArray[np.uint32]]:
+def _documents(rows: PackedRows, num_bos: int, longest: int) -> Iterator[NDArray[np.uint32]]:
     """The ids of some documents from their beginning, without what was put before them."""
     found = 0
     for start, end in zip(rows.starts, [*rows.starts[1:], len(rows.ids)], strict=True):
-        document = rows.ids[int(start) + len(begun) : int(end)][:longest]
+        document = rows.ids[int(start) + num_bos : int(end)][:longest]
         if len(document) > 1 and found < DOCUMENTS:
             found += 1
             yield document

@@ -163,7 +163,7 @@ class ChatCorpusConfig(FileCorpusConfig):
     """Key of the list of messages in each object; null: messages, ShareGPT, prompt and completion, or Alpaca, whichever
     a record is."""
     date: Date = "2024-07-26"
-    """What a chat template that asks for the time is told, so that the corpus is the same tomorrow."""
+    """The date that a chat template gets if it asks for one, so that the corpus is the same tomorrow."""
     whole_documents: bool = True
     """Of several conversations in a row: each whole, as many as fit; false: cut where a row ends, so that answers stand
     in a row without their question."""

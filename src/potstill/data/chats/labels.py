@@ -45,13 +45,13 @@ class Labeller:
     """Conversations into documents, by the chat template of a tokenizer."""
 
     template: ChatTemplate
-    spelled: list[str] = field(default_factory=list)
+    with_control_tokens: list[str] = field(default_factory=list)
     """Conversations whose words spell control tokens; they stay words."""
-    prompted: list[str] = field(default_factory=list)
+    with_other_prompt: list[str] = field(default_factory=list)
     """Conversations, once a turn, where the generation prompt writes what is missing before the written answer."""
-    thoughtless: list[str] = field(default_factory=list)
+    without_thought: list[str] = field(default_factory=list)
     """Conversations, once a turn, whose thoughts the template knows nothing of; they are left out."""
-    uncalled: list[str] = field(default_factory=list)
+    without_calls: list[str] = field(default_factory=list)
     """Conversations, once a turn, whose calls of tools the template does not write; these turns bear no loss."""
 
     def __post_init__(self) -> None:
@@ -87,8 +87,8 @@ class Labeller:
         conversation = self._shielded(conversation)
         turns = Turns(conversation, self.template, self._is_added)
         remaining, made = [turn for turn in conversation.trained if turns.writes_calls(turn)], []
-        self.uncalled += [conversation.where] * (len(conversation.trained) - len(remaining))
-        self.thoughtless += [conversation.where for turn in remaining if turns.leaves_thoughts_out(turn)]
+        self.without_calls += [conversation.where] * (len(conversation.trained) - len(remaining))
+        self.without_thought += [conversation.where for turn in remaining if turns.leaves_thoughts_out(turn)]
         while remaining:
             last = remaining[-1]
             if (by_hand := turns.with_thought(last)) is not None:
@@ -98,7 +98,9 @@ class Labeller:
                 continue
             text = turns.upto(last)
             taught = [turn for turn in remaining if turn == last or self._is_taught(turns, turn, text)]
-            self.prompted += [conversation.where for turn in taught if turns.is_prompted_otherwise(turn)]
+            self.with_other_prompt += [
+                conversation.where for turn in taught if turns.is_prompted_otherwise(turn)
+            ]
             spans = [turns.span(turn, is_last=turn == last) for turn in taught]
             blocks = turns.blocks(last) if turns.has_blocks else None
             made.append(self._labelled(conversation, text, spans, blocks))
@@ -120,7 +122,7 @@ class Labeller:
             return conversation
         if not any(self._is_control_beside_thoughts.search(text) for text in words):
             return conversation  # a thought that the assistant's message has in front, between its own tags
-        self.spelled.append(conversation.where)
+        self.with_control_tokens.append(conversation.where)
         mark = unused("".join(words), 1)
 
         def shield(tree: Any) -> Any:

@@ -74,7 +74,7 @@ class ChatTemplate:
     ends the child process.
 
     Args:
-        date: what a template that asks for the time is told.
+        date: what a template gets that asks for the date.
 
     Raises:
         UserError: a tokenizer without a chat template.
@@ -150,17 +150,17 @@ class ChatTemplate:
             if not self._connection.poll(SECONDS):
                 self.close()
                 raise UserError(f"{where}: {self._name()} took more than {SECONDS} s. {TAKE_ANOTHER}")
-            is_text, told = self._connection.recv()
+            is_text, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self.close()
             raise UserError(
                 f"{where}: {self._name()} ended its process, for want of memory perhaps. {TAKE_ANOTHER}"
             ) from error
         if is_text:
-            return str(told)
-        if told is None:
+            return str(answer)
+        if answer is None:
             raise UserError(f"{where}: {self._name()} took more than 1 GiB of memory. {TAKE_ANOTHER}")
-        raise TemplateRefused(f"{where}: the chat template refuses this conversation: {told}")
+        raise TemplateRefused(f"{where}: the chat template refuses this conversation: {answer}")
 
     def _name(self) -> str:
         return f"the chat template of {self.tokenizer.name_or_path}"

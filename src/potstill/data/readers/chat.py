@@ -30,7 +30,7 @@ def read(
 
     Args:
         field: key of the list of messages; None takes the shape that a record has.
-        date: what a template that asks for the time is told.
+        date: what a template gets that asks for the date.
         split: of a dataset that `save_to_disk` wrote; its only one needs no name.
     """
     template = ChatTemplate(tokenizer, date)  # refused before anything is read
@@ -57,10 +57,10 @@ def read(
                 for each in documents:
                     yield Document(where, each.ids, each.labels, part_of=part_of)
         for name, places in (
-            ("spell_control_tokens", labeller.spelled),
-            ("turns_prompted_otherwise", labeller.prompted),
-            ("turns_without_their_thought", labeller.thoughtless),
-            ("turns_without_their_calls", labeller.uncalled),
+            ("spell_control_tokens", labeller.with_control_tokens),
+            ("turns_prompted_otherwise", labeller.with_other_prompt),
+            ("turns_without_their_thought", labeller.without_thought),
+            ("turns_without_their_calls", labeller.without_calls),
         ):
             counts[name] = len(places)
             first |= {name: places[0]} if places else {}
@@ -130,5 +130,5 @@ def notes(counts: dict[str, Any]) -> Iterator[str]:
         yield f"a role is read as another: {read_as}"
     for name, words in NOTES.items():
         if number := counts.get(name):
-            told = words.format(number=number, all=counts["conversations"])
-            yield f"{told} (first: {counts['first'][name]})"
+            line = words.format(number=number, all=counts["conversations"])
+            yield f"{line} (first: {counts['first'][name]})"
