@@ -25,6 +25,7 @@ import yaml
 
 LARGE = (".safetensors", ".gguf")
 SILENCE_S = 30.0
+REPO = r"(?:datasets/)?[^/]+/[^/]+"
 Tree = dict[str, bytes]
 
 
@@ -205,14 +206,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(request.body))
         if path == "/api/validate-yaml":
             return self._validate(json.loads(request.body)["content"])
+        path = re.sub(
+            "^/api/datasets/", "/api/models/datasets/", path
+        )  # a data set is the repository datasets/NAME
         for pattern, answer in (
-            (r"/api/models/([^/]+/[^/]+)", self._info),
-            (r"/api/models/([^/]+/[^/]+)/revision/(.+)", self._info),
-            (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
+            (rf"/api/models/({REPO})", self._info),
+            (rf"/api/models/({REPO})/revision/(.+)", self._info),
+            (rf"/api/models/({REPO})/tree/([^/]+)", self._tree),
+            (rf"/api/models/({REPO})/tree/([^/]+)/(.+)", self._tree),
+            (rf"/api/models/({REPO})/paths-info/([^/]+)", self._paths),
             (r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self._preupload),
             (r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self._commit),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
+            (rf"/({REPO})/resolve/([^/]+)/(.+)", self._resolve),
         ):
             if found := re.fullmatch(pattern, path):
                 repo = self.hub.repos.get(found[1])
@@ -248,8 +254,23 @@ class _Handler(BaseHTTPRequestHandler):
         sha = repo.resolved(revision)
         return 200, {"id": name, "modelId": name, "sha": sha, "private": repo.private, "tags": []}, {}
 
-    def _tree(self, name: str, repo: Repo, request: Request, revision: str) -> Any:
-        return 200, [_entry(path, content) for path, content in sorted(repo.tree(revision).items())], {}
+    def _tree(self, name: str, repo: Repo, request: Request, revision: str, folder: str = "") -> Any:
+        inside = f"{folder}/" if folder else ""
+        tree = {path: content for path, content in repo.tree(revision).items() if path.startswith(inside)}
+        if not tree:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        if "recursive=true" in request.path.lower():
+            return 200, [_entry(path, content) for path, content in sorted(tree.items())], {}
+        files = [_entry(path, content) for path, content in tree.items() if "/" not in path[len(inside) :]]
+        folders = {path[: path.index("/", len(inside))] for path in tree if "/" in path[len(inside) :]}
+        return 200, files + [_folder(path) for path in sorted(folders)], {}
+
+    def _paths(self, name: str, repo: Repo, request: Request, revision: str) -> Any:
+        asked = json.loads(request.body)["paths"]
+        tree = repo.tree(revision)
+        files = [_entry(path, tree[path]) for path in asked if path in tree]
+        folders = [path for path in asked if any(each.startswith(f"{path}/") for each in tree)]
+        return 200, files + [_folder(path) for path in folders], {}
 
     def _preupload(self, name: str, repo: Repo, request: Request, revision: str) -> Any:
         there = repo.tree(revision)
@@ -303,8 +324,19 @@ class _Handler(BaseHTTPRequestHandler):
             content = bytes([content[0] ^ 1]) + content[1:]
         large = path.endswith(LARGE)
         etag = sha256(tree[path]) if large else git_oid(tree[path])
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": repo.resolved(revision)}
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": repo.resolved(revision), "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(
+            r"bytes=(\d+)-(\d+)", request.headers.get("Range") or request.headers.get("range", "")
+        )
+        if wanted is not None:
+            first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
+            where = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
+            return 206, content[first : last + 1], headers | where
         return 200, content, headers | {"X-Linked-Size": str(len(content))}
+
+
+def _folder(path: str) -> dict[str, Any]:
+    return {"type": "directory", "path": path, "size": 0, "oid": git_oid(path.encode())}
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:

@@ -93,6 +93,11 @@ def make_corpus(
         return dataclasses.replace(corpus, manifest=corpus.manifest | overlaps)
 
     if config.shards is None:
+        if config.is_streamed:
+            raise UserError(
+                f"corpus.shards: name a folder. {config.origin} is read from the hub once, and a run and its"
+                " --resume read its tokens from there."
+            )
         return build(None), tokenizer
     evaluation_files = None if decontamination is None else decontamination.texts.files
     provenance = token_cache.provenance(config, tokenizer, vocabulary, source.bos_ids, evaluation_files)

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from potstill.data.readers import hub
 from potstill.errors import UserError
 from potstill.models.hub import hub_model, pinned
 from potstill.models.load import choose_device, plain_config
 from potstill.models.pruning import cut_config, layers_to_keep
 from potstill.models.source import ModelFiles
-from potstill.recipe.fields import with_models
+from potstill.recipe.fields import HubKind, with_sources
 from potstill.recipe.load import AnyStudent, Recipe
 from potstill.recipe.sections_models import CheckpointStudentConfig
 from potstill.teachers.base import TeacherSource, refuse_cut, source_of
@@ -82,13 +83,13 @@ class Resolved:
     """A recipe, with its device and the sources of its two models."""
 
     recipe: Recipe
-    """With the commit of each model on the hub: see `pin`."""
+    """With the commit of each model and data set on the hub: see `pin`."""
     device: torch.device
     teacher: TeacherSource
     student: StudentSource
 
     commits: Mapping[str, str]
-    """The commit of each model on the hub, by the name that the recipe had for it: `owner/name@revision`."""
+    """The commit of each model and data set on the hub, by the recipe's name for it: see `pin`."""
 
     @property
     def teacher_config(self) -> Any | None:
@@ -140,29 +141,32 @@ def resolve(
 
 def pin(recipe: Recipe, commits: Mapping[str, str]) -> tuple[Recipe, dict[str, str]]:
     """The recipe with each `owner/name@revision` as `owner/name@COMMIT`, and these commits: one for all that names the
-    same, although its branch may move meanwhile.
+    same, although its branch may move meanwhile. A data set's is under `datasets/owner/name@revision`.
 
     Args:
         commits: known ones, which are not looked up.
 
     Raises:
-        UserError: a model that neither the hub nor its cache has.
+        UserError: a model that neither the hub nor its cache has, or a data set that the hub does not have.
     """
     found: dict[str, str] = {}
 
-    def replaced(field: str, source: str) -> str:
-        if (on_hub := hub_model(source)) is None:
+    def replaced(field: str, source: str, kind: HubKind) -> str:
+        is_model = kind == "model"
+        if (on_hub := hub_model(source) if is_model else hub.hub_dataset(source)) is None:
             return source
         name, revision = on_hub
         full = f"{name}@{revision}"
-        if full not in found:
+        key = full if is_model else f"datasets/{full}"
+        if key not in found:
             try:
-                found[full] = commits.get(full) or pinned(full).rpartition("@")[2]
+                newest = pinned if is_model else hub.pinned
+                found[key] = commits.get(key) or newest(full).rpartition("@")[2]
             except UserError as error:
                 raise UserError(f"{field}: {error}") from error
-        return f"{name}@{found[full]}"
+        return f"{name}@{found[key]}"
 
-    return with_models(recipe, replaced), found
+    return with_sources(recipe, replaced), found
 
 
 def _shared_files(source: str, teacher: TeacherSource) -> ModelFiles:

@@ -51,7 +51,7 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
     with contextlib.closing(resolved.teacher):
         if options.documents:
             source = open_source(resolved)
-            reading = source.read(recipe.corpus)
+            reading = source.read(resolved.recipe.corpus)
             shown = _print(
                 options, display, source.tokenizer, itertools.islice(_of_documents(reading), limit)
             )

@@ -49,6 +49,9 @@ def provenance(
     # Older caches mention none of these: their rows are end to end, and their texts have nothing in front.
     for name in ("bos", "packing", "whole_documents"):
         del section[name]
+    for name in ("subset", "records"):
+        if section.get(name, ...) is None:
+            del section[name]
     if config.layout != "stream":
         section["layout"] = config.layout
     if bos_ids:
@@ -84,7 +87,7 @@ def load_or_build(
             holds other things.
     """
     folder = Path(config.shards)
-    if (path := getattr(config, "path", None)) is not None:
+    if (path := getattr(config, "path", None)) is not None and os.path.isabs(path):  # not on the hub
         inner, outer = (Path(os.path.realpath(place)) for place in (folder, path))
         if inner.is_relative_to(outer):
             raise UserError(

@@ -7,10 +7,10 @@ A branch moves while a run goes on: whoever reads more than one file of a model,
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from potstill.errors import UserError, one_line
+from potstill.errors import UserError
+from potstill.io.hub import why_not
 from potstill.recipe.paths import hub_id
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -63,27 +63,4 @@ def _snapshot(name: str, revision: str) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except Exception as error:  # a network fails in many ways
         what = f"{name}@{revision}: no such folder here, and not to be had from the hub"
-        raise UserError(f"{what}: {_why(error, name, revision)}") from error
-
-
-def _why(error: BaseException, name: str, revision: str) -> str:
-    """What is wrong and what to do."""
-    from huggingface_hub import errors
-
-    chain = list(_chain(error))
-    for kind, why in (
-        (errors.RevisionNotFoundError, f"no revision {revision!r}. Name a branch, tag or commit of {name}."),
-        (errors.GatedRepoError, "its owner grants access on request. Ask for it there, and set HF_TOKEN."),
-        (errors.RepositoryNotFoundError, "no such model, or a private one. Check the name, or set HF_TOKEN."),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and the cache lacks it. Unset it once."),
-    ):
-        if any(isinstance(each, kind) for each in chain):
-            return why
-    return f"{one_line(chain[1] if len(chain) > 1 else error)} Check the name, the network and HF_TOKEN."
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    one: BaseException | None = error
-    while one is not None:
-        yield one
-        one = one.__cause__
+        raise UserError(f"{what}: {why_not(error, name, revision, 'model')}") from error

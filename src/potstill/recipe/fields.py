@@ -22,8 +22,9 @@ from pydantic_core import PydanticCustomError
 
 from potstill.errors import UserError
 from potstill.recipe.messages import shown
-from potstill.recipe.paths import locate, locate_data, locate_evaluation, place
+from potstill.recipe.paths import locate, locate_data, locate_dataset, locate_evaluation, place
 
+HubKind = Literal["model", "data set"]
 MAX_INT32 = 2**31 - 1
 DEVICE = "^(auto|cpu|cuda(:[0-9]{1,3})?)$"
 
@@ -63,6 +64,8 @@ def check(verify: Callable[[Any, Path], Any]) -> AfterValidator:
 LocalPath = Annotated[str, check(locate)]
 Place = Annotated[str, check(place)]
 DataPath = Annotated[str, check(locate_data)]
+DataSet = Annotated[str, check(locate_dataset)]
+"""Data: a path relative to the recipe, or a data set of the hub, `owner/name` or `owner/name@revision`."""
 EvaluationPath = Annotated[str, check(locate_evaluation)]
 ModelSource = Annotated[str, check(functools.partial(locate, or_hub_id=True))]
 """A model: a path relative to the recipe, `package:NAME/FILE`, or a hub id, `owner/name` or `owner/name@revision`."""
@@ -129,29 +132,35 @@ class Config:
 C = TypeVar("C", bound=Config)
 
 
-def with_models(config: C, replaced: Callable[[str, str], str], prefix: str = "") -> C:
-    """A copy of a section, and of those inside it, with each model replaced by `replaced(dotted field, model)`."""
+def with_sources(config: C, replaced: Callable[[str, str, HubKind], str], prefix: str = "") -> C:
+    """A copy of a section, and of those inside it, with each model and data set that it names replaced by
+    `replaced(dotted field, name, kind)`."""
     section: Any = config
     changed: dict[str, Any] = {}
     for each in dataclasses.fields(section):
         value, name = getattr(section, each.name), f"{prefix}{each.name}"
         if isinstance(value, Config):
-            changed[each.name] = with_models(value, replaced, f"{name}.")
+            changed[each.name] = with_sources(value, replaced, f"{name}.")
         elif isinstance(value, list) and any(isinstance(entry, Config) for entry in value):
             changed[each.name] = [
-                with_models(entry, replaced, f"{name}.{i}.") for i, entry in enumerate(value)
+                with_sources(entry, replaced, f"{name}.{i}.") for i, entry in enumerate(value)
             ]
-        elif isinstance(value, str) and _is_model(each.type):
-            changed[each.name] = replaced(name, value)
+        elif isinstance(value, str) and (kind := _hub_kind(each.type)) is not None:
+            changed[each.name] = replaced(name, value, kind)
     replacement: C = dataclasses.replace(section, **changed)
     return replacement
 
 
-def _is_model(annotation: Any) -> bool:
+def _hub_kind(annotation: Any) -> HubKind | None:
     """Also of an annotation that is still text, in a plug-in, too: nothing of its module is evaluated."""
-    if isinstance(annotation, str):
-        return "ModelSource" in annotation
-    return ModelSource in (annotation, *typing.get_args(annotation))
+    kinds: dict[HubKind, Any] = {"model": ModelSource, "data set": DataSet}
+    for kind, type_ in kinds.items():
+        if isinstance(annotation, str):
+            if re.search(rf"\b{'ModelSource' if kind == 'model' else 'DataSet'}\b", annotation):
+                return kind
+        elif type_ in (annotation, *typing.get_args(annotation)):
+            return kind
+    return None
 
 
 def lacks_method(config: Config, method: str) -> UserError:

@@ -82,7 +82,7 @@ def place(value: str, folder: Path) -> str:
 
 
 def locate_data(value: str, folder: Path) -> str:
-    """The absolute path of a corpus; where there is none and `value` may be a data set of the hub, how to get it.
+    """The absolute path of a corpus; where there is none and `value` may be a data set of the hub, how to read that.
 
     Raises:
         UserError: no such file or folder. The caller puts the field's name in front.
@@ -90,16 +90,23 @@ def locate_data(value: str, folder: Path) -> str:
     try:
         return locate(value, folder)
     except UserError as error:
-        found = None if value.endswith(DATA_ENDINGS) else hub_id(value)
-        if found is None:
+        if dataset_id(value) is None:
             raise
-        name, revision = found
-        more = "" if revision == "main" else f", revision={revision!r}"
         raise UserError(
-            f"{error} A data set of the hub is read from disk: run"
-            f" datasets.load_dataset({name!r}{more}).save_to_disk('FOLDER') and set corpus:"
-            " {name: hf, path: FOLDER}, or {name: chat, …} for conversations."
+            f"{error} A data set of the hub is read by corpus: {{name: hf, path: {value}}}, or {{name: chat, …}} for"
+            " conversations."
         ) from error
+
+
+def locate_dataset(value: str, folder: Path) -> str:
+    """The absolute path of a corpus, or `value` itself where it can only be a data set of the hub."""
+    is_id = dataset_id(value) is not None
+    return locate(value, folder, or_hub_id=is_id)
+
+
+def dataset_id(value: str) -> tuple[str, str] | None:
+    """`hub_id`, where the value does not end like a file of data."""
+    return None if value.endswith(DATA_ENDINGS) else hub_id(value)
 
 
 def locate_evaluation(value: str, folder: Path) -> str:

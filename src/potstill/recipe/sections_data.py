@@ -16,12 +16,14 @@ from potstill.recipe.fields import (
     Count,
     CountOrZero,
     DataPath,
+    DataSet,
     Date,
     EvaluationPath,
     ModelSource,
     Place,
     lacks_method,
 )
+from potstill.recipe.paths import dataset_id
 from potstill.registry import implementation, register
 
 if TYPE_CHECKING:
@@ -72,6 +74,11 @@ class CorpusConfig(Config):
         if not self.packing:
             return "single"
         return "whole" if self.whole_documents else "stream"
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether it is on the hub: read once, into `shards`."""
+        return False
 
     @property
     def origin(self) -> str:
@@ -151,14 +158,34 @@ class JsonlCorpusConfig(FileCorpusConfig):
         return cast("Reading", _reader("jsonl:read")(Path(self.path), tokenizer, self.field))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataSetCorpusConfig(FileCorpusConfig):
+    """Base of every corpus that may be a data set of the hub."""
+
+    path: DataSet
+    """File or folder to read, relative to the recipe; or a data set of the Hugging Face hub, owner/name or
+    owner/name@revision, which is streamed into the folder `shards`."""
+    subset: str | None = None
+    """Subset of a data set on the hub; null: the only one, or its default."""
+    split: str | None = None
+    """Split of a dataset; null: the only one."""
+    records: Count | None = None
+    """Of a data set on the hub only the first so many records; null: all."""
+
+    @property
+    def is_streamed(self) -> bool:
+        return dataset_id(self.path) is not None
+
+    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+        return [] if self.is_streamed else super().sources(files)
+
+
 @register("corpus")
 @dataclass(frozen=True, kw_only=True)
-class ChatCorpusConfig(FileCorpusConfig):
+class ChatCorpusConfig(DataSetCorpusConfig):
     name: Literal["chat"] = "chat"
-    """Conversations, one a line of JSON or a record of Parquet or of a dataset of the Hugging Face library on disk; the
-    loss is on the assistant's tokens."""
-    split: str | None = None
-    """Split of a dataset on disk; null: the only one."""
+    """Conversations, one a line of JSON or a record of Parquet, of a dataset of the Hugging Face library on disk, or of
+    one on its hub; the loss is on the assistant's tokens."""
     field: str | None = None
     """Key of the list of messages in each object; null: messages, ShareGPT, prompt and completion, or Alpaca, whichever
     a record is."""
@@ -172,10 +199,11 @@ class ChatCorpusConfig(FileCorpusConfig):
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         date = datetime.date.fromisoformat(self.date)
-        return cast("Reading", _reader("chat:read")(Path(self.path), tokenizer, self.field, date, self.split))
+        which = {"split": self.split, "subset": self.subset, "count": self.records}
+        return cast("Reading", _reader("chat:read")(self.path, tokenizer, self.field, date, **which))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        is_dataset = _reader("hf:is_saved")(Path(self.path))
+        is_dataset = _reader("hf:is_dataset")(self.path)
         return CorpusConfig.sources(self, files) if is_dataset else super().sources(files)
 
 
@@ -195,16 +223,15 @@ class ParquetCorpusConfig(FileCorpusConfig):
 
 @register("corpus")
 @dataclass(frozen=True, kw_only=True)
-class HfCorpusConfig(FileCorpusConfig):
+class HfCorpusConfig(DataSetCorpusConfig):
     name: Literal["hf"] = "hf"
-    """A dataset of the Hugging Face library on disk, each record one document."""
-    split: str | None = None
-    """Split to read; null: the only one."""
+    """A dataset of the Hugging Face library on disk or on its hub, each record one document."""
     column: str = "text"
     """Column of the text."""
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        return cast("Reading", _reader("hf:read")(Path(self.path), tokenizer, self.split, self.column))
+        which = {"subset": self.subset, "count": self.records}
+        return cast("Reading", _reader("hf:read")(self.path, tokenizer, self.split, self.column, **which))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
         # Its state.json, one of the recorded files, lists the others: no file is added without it changing.

@@ -11,7 +11,7 @@ from typing import Any
 from potstill.data.chats.labels import Labeller
 from potstill.data.chats.records import Shapes
 from potstill.data.chats.templates import DATE, ChatTemplate
-from potstill.data.readers import hf, jsonl, parquet
+from potstill.data.readers import hf, hub, jsonl, parquet
 from potstill.data.readers.folders import files_of
 from potstill.data.readers.reading import Document, Reading
 from potstill.errors import UserError
@@ -20,22 +20,24 @@ PATTERNS = ("*.jsonl", "*.parquet")
 
 
 def read(
-    path: Path,
+    path: str | Path,
     tokenizer: Any,
     field: str | None = None,
     date: datetime.date = DATE,
     split: str | None = None,
+    subset: str | None = None,
+    count: int | None = None,
 ) -> Reading:
     """One conversation a record, in any shape that `data.chats.records` knows; see there and `data.chats.labels`.
 
     Args:
         field: key of the list of messages; None takes the shape that a record has.
         date: what a template gets that asks for the date.
-        split: of a dataset that `save_to_disk` wrote; its only one needs no name.
+        split, subset, count: of a dataset that `save_to_disk` wrote, or of the hub; see `hf.records`.
     """
     template = ChatTemplate(tokenizer, date)  # refused before anything is read
     reading = Reading(iter(()))
-    found = _records(path, reading, split)
+    found = _records(path, reading, split, subset, count)
 
     def conversations() -> Iterator[Document]:
         shapes, counts, first = Shapes(field), Counter[str](), dict[str, str]()
@@ -78,11 +80,15 @@ def read(
     return reading
 
 
-def _records(path: Path, reading: Reading, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    if hf.is_saved(path):
-        return without_nulls(hf.records(path, reading, split))
+def _records(
+    path: str | Path, reading: Reading, split: str | None, subset: str | None, count: int | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    if hf.is_dataset(path):
+        return without_nulls(hf.records(path, reading, split, None, subset, count))
     if split is not None:
         raise UserError(f"corpus.split: {path} is no dataset that save_to_disk wrote. Set it to null.")
+    hub.refuse_selection(path, subset, count)
+    path = Path(path)
     if path.suffix == ".json" and path.is_file():
         return jsonl.records_of_array(path, reading)
     return _records_of(files_of(path, PATTERNS), reading)

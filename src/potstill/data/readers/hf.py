@@ -1,4 +1,4 @@
-"""Datasets that `save_to_disk` of Hugging Face's datasets wrote, one document a record."""
+"""Datasets of Hugging Face's library, one document a record: those that `save_to_disk` wrote, or the hub's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from potstill.data.readers import hub
 from potstill.data.readers.reading import (
     Reading,
     add_file,
@@ -21,30 +22,50 @@ from potstill.io.safe_open import require_file, require_plain
 REMOVE = "Leave it out, or name another in corpus.path."
 
 
-def read(path: Path, tokenizer: Any, split: str | None = None, column: str = "text") -> Reading:
-    """One document a record of a dataset that `save_to_disk` wrote; the only split needs no name."""
+def read(
+    path: str | Path,
+    tokenizer: Any,
+    split: str | None = None,
+    column: str = "text",
+    subset: str | None = None,
+    count: int | None = None,
+) -> Reading:
+    """One document a record; see `records`."""
     reading = Reading(iter(()))
     drop_nulls = f'dataset.filter(lambda record: record["{column}"] is not None).save_to_disk(FOLDER)'
     texts = (
         (where, string_field(where, record, column, drop_nulls))
-        for where, record in records(path, reading, split, column)
+        for where, record in records(path, reading, split, column, subset, count)
     )
     reading.documents = tokenize(texts, tokenizer)
     return reading
 
 
-def is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+def is_dataset(path: str | Path) -> bool:
+    """Whether it is on the hub, or `save_to_disk` wrote the folder."""
+    saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return saved or hub.hub_dataset(path) is not None
 
 
 def records(
-    path: Path, reading: Reading, split: str | None, column: str | None = None
+    path: str | Path,
+    reading: Reading,
+    split: str | None,
+    column: str | None = None,
+    subset: str | None = None,
+    count: int | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each record of the split as a mapping, with its place; with `column`, of that one alone. The dataset is opened at
     once, and read as the records are taken.
+
+    Args:
+        split: the only one needs no name.
+        subset, count: of a data set on the hub, see `hub.records`.
     """
-    datasets = import_extra("datasets")
+    if isinstance(path, str) and hub.hub_dataset(path) is not None:
+        return hub.records(path, reading, subset, split, count, column)
+    hub.refuse_selection(path, subset, count)
+    datasets, path = import_extra("datasets"), Path(path)
     _require_plain(path)
     try:
         data = datasets.load_from_disk(str(path))

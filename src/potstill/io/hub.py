@@ -1,0 +1,38 @@
+"""Why something is not to be had from the Hugging Face hub, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from potstill.errors import one_line
+
+
+def why_not(error: BaseException, name: str, revision: str, what: str) -> str:
+    """An error of the hub's client or of its network, in a sentence and with what to do.
+
+    Args:
+        name: `owner/name`.
+        what: what it is called, a model or a data set.
+    """
+    from huggingface_hub import errors
+
+    chain = list(_chain(error))
+    for kind, why in (
+        (errors.RevisionNotFoundError, f"no revision {revision!r}. Name a branch, tag or commit of {name}."),
+        (errors.GatedRepoError, "its owner grants access on request. Ask for it there, and set HF_TOKEN."),
+        (
+            errors.RepositoryNotFoundError,
+            f"no such {what}, or a private one. Check the name, or set HF_TOKEN.",
+        ),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and the cache lacks it. Unset it once."),
+    ):
+        if any(isinstance(each, kind) for each in chain):
+            return why
+    return f"{one_line(chain[1] if len(chain) > 1 else error)} Check the name, the network and HF_TOKEN."
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__
