@@ -340,7 +340,7 @@ def texts() -> Iterator[tuple[Any, ...]]:
     for place in ("/proc/kmsg", "/proc", "/proc/self/pagemap", "/dev"):
         if os.path.exists(place):
             yield place, sections(corpus=f"{{name: text, path: {place}}}"), rf"{place}.*, not a (file|folder)"
-    yield "a data set of the hub", sections(corpus="{name: hf, path: owner/name}"), r"corpus\.path: no file or folder .*owner/name.*save_to_disk"
+    yield "a data set of the hub", sections(corpus="{name: hf, path: owner/name}"), r"corpus\.path: owner/name@main: no such file or folder here"
 
 
 def jsonl() -> Iterator[tuple[Any, ...]]:

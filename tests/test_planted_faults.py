@@ -174,8 +174,8 @@ FAULTS = {
     ),
     "an evaluation that a signal cut short is forgotten": Fault(
         "workflows/distill.py",
-        "if outcome.evaluated < recipe.train.steps:",
-        "if outcome.step < recipe.train.steps:",
+        "if outcome.evaluated < recipe.train.num_steps:",
+        "if outcome.step < recipe.train.num_steps:",
         "training/test_guard.py",
     ),
     "the gradient of a refused step is kept": Fault(
@@ -217,8 +217,8 @@ FAULTS = {
     ),
     "a step that the guard leaves out is prefetched": Fault(
         "training/loop.py",
-        "return number < recipe.train.steps and number + 1 not in outcome.left_out",
-        "return number < recipe.train.steps",
+        "return number < recipe.train.num_steps and number + 1 not in outcome.left_out",
+        "return number < recipe.train.num_steps",
         f"{DATA}a_step_that_is_left_out_is_not_asked_for[True]",
     ),
     "a row taken out of a batch keeps its place in it": Fault(

@@ -91,7 +91,7 @@ KINDS = {
         "jsonl": "path: c.jsonl, field: code",
         "chat": "path: c.jsonl, field: turns",
         "parquet": "path: c.parquet, column: code",
-        "hf": "path: text, split: train, column: code",
+        "hf": "path: text, subset: plain, split: train, records: 3, column: code",
         "tokens": "path: t.bin, dtype: uint16, document_end: 0",
     },
     "teacher": {
@@ -194,6 +194,7 @@ def test_the_defaults_are_those_of_the_documentation(
         },
         "train": {
             "steps": 4,
+            "epochs": None,
             "rows_per_step": 4,
             "rows_per_micro_batch": None,
             "lr": 0.001,
@@ -270,6 +271,7 @@ CHANGES = {
     "objective.chunk": 7,
     "objective.engine": "reference",
     "train.steps": 5,
+    "train.epochs": 1.5,
     "train.rows_per_step": 6,
     "train.rows_per_micro_batch": 4,
     "train.lr": 3e-05,
@@ -390,7 +392,7 @@ def test_the_json_schema_describes_every_field() -> None:
         ("train.steps=3.0", "3.0 is not a whole number."),
         ("train.steps=true", "true is not a whole number."),
         ("train.steps='5'", "'5' is not a whole number. Write it without quotes."),
-        ("train.steps=", "null is not a whole number."),
+        ("train.steps=", "missing. Give steps or epochs."),
         ("train.steps=[1]", "a list is not a whole number."),
         ("train.steps=0", "0 must be 1 or more."),
         ("train.steps=9999999999", "9999999999 must be 2147483647 or less."),
@@ -695,13 +697,12 @@ def test_a_model_that_is_no_path_may_be_a_hub_id(load: Callable[..., recipes.Rec
         (
             "corpus.path=owner/name",
             "no file or folder {folder}/owner/name. A path is relative to the recipe. A data set of the hub is read"
-            " from disk: run datasets.load_dataset('owner/name').save_to_disk('FOLDER') and set corpus: {name: hf,"
-            " path: FOLDER}, or {name: chat, …} for conversations.",
+            " by corpus: {name: hf, path: owner/name}, or {name: chat, …} for conversations.",
         ),
         (
             "corpus.path=owner/name@v2",
             "no file or folder {folder}/owner/name@v2. A path is relative to the recipe. A data set of the hub is"
-            " read from disk: run datasets.load_dataset('owner/name', revision='v2').save_to_disk('FOLDER')",
+            " read by corpus: {name: hf, path: owner/name@v2}",
         ),
         ("corpus.path=''", "'' is not a path."),
         ('corpus.path="a\\0b"', "'a\\x00b' is not a path."),

@@ -97,6 +97,7 @@ def set_up(resolved: Resolved, note: Note, beat: Callable[[], None] = lambda: No
     try:
         verify_files(resolved, note)
         corpus, tokenizer = read_corpus(resolved, note, beat)
+        resolved = with_steps(resolved, len(corpus.train), note)
         open_teacher = teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
         require_teacher(resolved, teacher, tokenizer, note)
         return _set_up_student(resolved, corpus, tokenizer, teacher, note)
@@ -130,6 +131,15 @@ def _set_up_student(
     balanced = f", router loss with coefficient {weight:g}" if (weight := student.router_coefficient) else ""
     note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}{balanced}")
     return RunSetup(resolved, corpus, tokenizer, teacher, student, origin, shared)
+
+
+def with_steps(resolved: Resolved, num_rows: int, note: Note) -> Resolved:
+    """With `train.epochs` as steps."""
+    recipe = resolved.recipe
+    train = recipe.train.of_rows(num_rows)
+    if train.epochs is not None:
+        note(f"steps: {train.num_steps}, {train.epochs:g} epochs of {num_rows} rows")
+    return resolved.with_recipe(dataclasses.replace(recipe, train=train))
 
 
 def verify_files(resolved: Resolved, note: Note) -> None:
@@ -265,7 +275,7 @@ def match(
     in_corpus = None if tokenizer is None else tokenizers.vocab_of(tokenizer, teacher.vocab_size)
     shared = match_vocabularies(resolved, teacher, in_corpus, model, origin)
     order, train = corpus.order(recipe.train.seed), recipe.train
-    rows = (row for step in range(train.steps) for row in order.rows(step, train.rows_per_step))
+    rows = (row for step in range(train.num_steps) for row in order.rows(step, train.rows_per_step))
     # After the vocabularies: stored targets are over the ids that teacher and student share.
     teacher.require_fits(counts, recipe.objective, shared.ids, rows)
     for difference in shared.differences:

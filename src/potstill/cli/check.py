@@ -108,7 +108,7 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
     if options.measure and fits:
         from potstill.preflight.trial_steps import smoke
 
-        measured = smoke(resolved, min(3, recipe.train.steps), display, options.recipe.stem)
+        measured = smoke(resolved, min(3, recipe.train.steps or 1), display, options.recipe.stem)
         planned = dataclasses.replace(planned, time_s=measured["smoke/projected_s"])
     if options.json:
         result = planned.as_dict() | {"fits": fits, "chunk": chunk.as_dict()}

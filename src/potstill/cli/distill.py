@@ -75,7 +75,7 @@ def _smoke(recipe: Recipe, name: str, options: argparse.Namespace, display: Disp
     else:
         display.result(
             f"{options.smoke} steps: loss {figures['train/loss']:.4f}, {figures['smoke/step_s']:.3g} s per step;"
-            f" the full run of {recipe.train.steps} steps takes about {clock(figures['smoke/projected_s'])}"
+            f" the full run of {figures['smoke/of_steps']} steps takes about {clock(figures['smoke/projected_s'])}"
         )
     return 0
 

@@ -125,4 +125,7 @@ def as_started(recipe: Recipe, started: Recipe) -> Recipe:
     """The recipe of a resumed run, with the values that were chosen when it `started`."""
     if recipe.train.matmul == "auto":
         recipe = with_matmul(recipe, started.train.matmul)
+    if (epochs := recipe.train.epochs) is not None and epochs == started.train.epochs:
+        train = dataclasses.replace(recipe.train, steps=started.train.steps)
+        recipe = dataclasses.replace(recipe, train=train)
     return with_chunk(recipe, started.objective.chunk) if recipe.objective.chunk == "auto" else recipe

@@ -121,8 +121,8 @@ def recipe_is_read(setup: RunSetup) -> Finding:
     """Never fails: the recipe was checked as it was loaded."""
     config = setup.recipe.train
     rows = len(setup.corpus.train)
-    epochs = config.steps * config.rows_per_step / rows
-    figure = f"{config.steps} steps of {config.rows_per_step} rows: {epochs:.3g} times the {rows} rows"
+    epochs = config.num_steps * config.rows_per_step / rows
+    figure = f"{config.num_steps} steps of {config.rows_per_step} rows: {epochs:.3g} times the {rows} rows"
     return Finding("recipe", figure, True)
 
 

@@ -68,7 +68,7 @@ def _key(resolved: Resolved) -> str:
     configs = (resolved.teacher_config, resolved.student.model_config)
     parts = (
         dataclasses.replace(_small(recipe), **rates),
-        recipe.train.steps > 1,
+        recipe.train.steps != 1,
         (recipe.corpus.tokens_per_row, recipe.corpus.heldout_rows, recipe.corpus.packing),
         (recipe.objective, recipe.lora, recipe.guard, recipe.eval.every),
         resolved.teacher.plan_key(),
@@ -81,7 +81,9 @@ def _small(recipe: Recipe) -> Any:
     """A step of two micro-batches, or of fewer where the recipe has no more."""
     config = recipe.train
     few = min(config.rows_per_step, 2 * config.micro_batch_rows)
-    return dataclasses.replace(config, steps=1, warmup=0, rows_per_step=few, save_every=0, compile=False)
+    return dataclasses.replace(
+        config, steps=1, epochs=None, warmup=0, rows_per_step=few, save_every=0, compile=False
+    )
 
 
 def _trace(resolved: Resolved) -> Traced:
@@ -96,7 +98,7 @@ def _trace(resolved: Resolved) -> Traced:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(tracker.gradient)  # type: ignore[no-untyped-call]
-        hooks = _tracking_hooks(resolved, teacher, student, trained, tracker, has_moments=full.steps > 1)
+        hooks = _tracking_hooks(resolved, teacher, student, trained, tracker, has_moments=full.steps != 1)
         rows, few = FakeRows(recipe.corpus.tokens_per_row, 1), recipe.train.rows_per_step
         data = FakeData(rows, few, min(full.micro_batch_rows, few))
         train(student, teacher if recipe.objective.kd_weight else None, data, recipe, hooks)

@@ -28,6 +28,7 @@ from potstill.preflight.plan_disk import (
     TOKENIZER_FILE_BYTES_PER_ID,
     corpus_bytes,
     corpus_tokens,
+    planned_steps,
     shards_bytes,
 )
 from potstill.recipe.load import Recipe
@@ -163,7 +164,7 @@ def _plan(resolved: Resolved) -> Plan:
     saved = 4 * traced.weights + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
     moments = 2 * 4 * traced.trained + 4 * traced.trained_tensors if train.optimizer == "adamw" else 0
     checkpoint = 4 * traced.trained + moments
-    written = train.steps // train.save_every if train.save_every else 0
+    written = planned_steps(recipe) // train.save_every if train.save_every else 0
     written += recipe.guard.policy == "rollback"  # the state before the first step
     # At least one, whatever save_every says: a signal saves one.
     at_once = min(max(written, 1), CHECKPOINTS_KEPT + 1)
@@ -230,5 +231,5 @@ def capture_size(resolved: Resolved) -> dict[str, float] | None:
     each = planned_bytes(dataclasses.asdict(recipe.capture), ids, teacher.hidden_size)
     tokens, train = corpus_tokens(recipe), recipe.train
     if recipe.capture.rows == "steps":
-        tokens = min(tokens, train.steps * train.rows_per_step * recipe.corpus.tokens_per_row)
+        tokens = min(tokens, planned_steps(recipe) * train.rows_per_step * recipe.corpus.tokens_per_row)
     return {"bytes_per_position": each, "tokens": int(tokens), "bytes": int(each * tokens)}

@@ -15,14 +15,23 @@ TOKENIZER_FILE_BYTES_PER_ID = 72  # its tokenizer.json
 
 
 def corpus_tokens(recipe: Recipe) -> float:
-    """Estimated from the size of its files; 0 for a corpus that has none."""
+    """Estimated from the size of its files; 0 for a corpus that has none, as on the hub."""
     config = recipe.corpus
     path = getattr(config, "path", None)
-    if path is None:
+    if path is None or config.is_streamed:
         return 0.0
     files = files_of(Path(path), getattr(config, "include", ("*",)), getattr(config, "exclude", ()))
     size = sum(file.stat().st_size for file in files if file.exists())
     return size / {"uint16": 2.0, "uint32": 4.0}.get(getattr(config, "dtype", ""), BYTES_PER_TOKEN_OF_TEXT)
+
+
+def planned_steps(recipe: Recipe) -> int:
+    """The recipe's, or of its epochs an estimate; at least one."""
+    train = recipe.train
+    if train.steps is not None and train.epochs is None:
+        return train.steps
+    rows = max(int(corpus_tokens(recipe) / recipe.corpus.tokens_per_row), 1)
+    return max(train.of_rows(rows).num_steps, 1)
 
 
 def corpus_bytes(recipe: Recipe, vocab_size: int) -> int:

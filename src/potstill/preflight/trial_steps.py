@@ -142,7 +142,7 @@ class _Observer:
         self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
         self.late = {name for name in self.trained if REACHED_LATE in name}
         """Adapters whose gradient is 0 in the first step."""
-        self.num_steps = min(STEPS, setup.recipe.train.steps)
+        self.num_steps = min(STEPS, setup.recipe.train.num_steps)
         self.compared_after = min(2 if self.late else 1, self.num_steps)
         """Number of steps after which weights are compared with those before."""
         self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -224,9 +224,8 @@ def trial_steps(setup: RunSetup) -> Iterator[Finding]:
         median = f"{statistics.median(busy):.0f} % in the median" if busy else ""
         yield Finding("GPU utilisation", median or "not measured: pip install nvidia-ml-py", True)
     step_s = _median_step_s(steps[:WHOLE_STEPS])
-    figure = (
-        f"{clock(config.steps * step_s)} for {config.steps} steps of {step_s:.3g} s, evaluations not counted"
-    )
+    whole = clock(config.num_steps * step_s)
+    figure = f"{whole} for {config.num_steps} steps of {step_s:.3g} s, evaluations not counted"
     yield Finding("projected time", figure, True)
 
 
@@ -303,25 +302,32 @@ def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: 
     Raises:
         UserError: whatever keeps `distill` from starting, a failed check included.
     """
-    recipe = resolved.recipe
-    if not 1 <= steps <= recipe.train.steps:
-        raise UserError(f"--smoke {steps}: must be from 1 to the recipe's {recipe.train.steps} steps.")
+    _require_as_many(steps, resolved.recipe.train.steps)
     display = display or Display(quiet=True)
     resolved = settle(resolved, display.note)
     with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)
+        recipe = setup.recipe
         with contextlib.closing(setup.teacher):
+            _require_as_many(steps, recipe.train.num_steps)
             require_sound(setup, default_path(name), display.note)
             metrics, evaluations = _smoke_steps(setup, steps, display)
     step_s, evaluation_s = _median_step_s(metrics), statistics.median(evaluations)
     # Before the first step, after the last one, and between steps where the recipe says so.
-    num_evaluations = 2 + (recipe.train.steps - 1) // recipe.eval.every if recipe.eval.every else 2
+    num_evaluations = 2 + (recipe.train.num_steps - 1) // recipe.eval.every if recipe.eval.every else 2
     return metrics[-1] | {
         "smoke/steps": len(metrics),
         "smoke/step_s": step_s,
         "smoke/evaluation_s": evaluation_s,
-        "smoke/projected_s": recipe.train.steps * step_s + num_evaluations * evaluation_s,
+        "smoke/of_steps": recipe.train.num_steps,
+        "smoke/projected_s": recipe.train.num_steps * step_s + num_evaluations * evaluation_s,
     }
+
+
+def _require_as_many(steps: int, of: int | None) -> None:
+    if steps < 1 or (of is not None and steps > of):
+        run = "1 on" if of is None else f"1 to the recipe's {of} steps"
+        raise UserError(f"--smoke {steps}: must be from {run}.")
 
 
 def _smoke_steps(setup: RunSetup, steps: int, display: Display) -> tuple[list[Metrics], list[float]]:

@@ -291,6 +291,8 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     if compare is not None:
         yield from _across_arms(compare, tree)
     steps, warmup = train.get("steps"), train.get("warmup")
+    if train and steps is None and train.get("epochs") is None:
+        yield ("train", "steps"), "missing. Give steps or epochs."
     if isinstance(steps, int) and isinstance(warmup, int) and warmup > steps > 0:
         yield (
             ("train", "warmup"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +15,7 @@ from pydantic import WithJsonSchema
 from potstill.errors import UserError
 from potstill.recipe.fields import (
     DEVICE,
+    MAX_INT32,
     BelowOne,
     Chunk,
     Config,
@@ -55,8 +59,10 @@ class ObjectiveConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    steps: Count
-    """Optimizer steps."""
+    steps: Count | None = None
+    """Optimizer steps; with epochs, too, at most so many."""
+    epochs: Positive | None = None
+    """How often the training rows are read, 1.5 for one and a half times; null: as often as the steps need."""
     rows_per_step: Count
     """Rows of one optimizer step, over all micro-batches."""
     rows_per_micro_batch: Count | None = None
@@ -106,6 +112,30 @@ class TrainConfig(Config):
     def micro_batch_rows(self) -> int:
         """Rows in memory at once."""
         return self.rows_per_micro_batch or self.rows_per_step
+
+    @property
+    def num_steps(self) -> int:
+        """The steps, once they are known: see `of_rows`."""
+        assert self.steps is not None, "epochs are steps once the corpus is read"
+        return self.steps
+
+    def of_rows(self, num_rows: int) -> TrainConfig:
+        """With the steps that its epochs are, each beginning one counted whole.
+
+        Raises:
+            UserError: fewer steps than the warm-up, or more than can be counted.
+        """
+        if self.epochs is None:
+            return self
+        # In fractions: 0.7 epochs of 10 rows are 7 rows, and 0.7 * 10 is more than 7.
+        steps = math.ceil(Fraction(str(self.epochs)) * num_rows / self.rows_per_step)
+        steps = min(steps, self.steps or MAX_INT32)
+        if self.warmup > steps:
+            raise UserError(
+                f"train.warmup: {self.warmup} steps of warm-up in a run of {steps}, {self.epochs:g} epochs of"
+                f" {num_rows} rows. Lower it, or raise train.epochs."
+            )
+        return dataclasses.replace(self, steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True)

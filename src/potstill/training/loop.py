@@ -44,7 +44,7 @@ class Hooks:
 def train(
     student: Student, teacher: Teacher | None, data: Data, recipe: Recipe, hooks: Hooks, ranks: Ranks = ALONE
 ) -> Outcome:
-    """Train `student` in place for `recipe.train.steps` steps, or until `hooks.should_stop`.
+    """Train `student` in place for `recipe.train.num_steps` steps, or until `hooks.should_stop`.
 
     The gradient of a step is that of the loss summed over all its supervised positions, divided once by their
     number: how rows are cut into micro-batches and shared among ranks changes nothing. A mixture of experts may
@@ -65,7 +65,7 @@ def train(
     student.train()
 
     while True:
-        is_last = outcome.step == plan.steps
+        is_last = outcome.step == plan.num_steps
         stopping = ranks.any(hooks.should_stop()) and not is_last
         # Before the checkpoint, so that a step's checkpoint holds its evaluation and no resume repeats it.
         if evaluation_due(outcome, recipe) and not stopping:
@@ -132,7 +132,7 @@ def evaluated(student: Student, outcome: Outcome, hooks: Hooks, ranks: Ranks) ->
 def evaluation_due(outcome: Outcome, recipe: Recipe) -> bool:
     """At the start, at intervals and at the end; once, however often a run is resumed there."""
     step = outcome.step
-    is_moment = step in (0, recipe.train.steps) or is_multiple(step, recipe.eval.every)
+    is_moment = step in (0, recipe.train.num_steps) or is_multiple(step, recipe.eval.every)
     return is_moment and outcome.evaluated < step
 
 
@@ -147,4 +147,4 @@ def is_multiple(step: int, every: int) -> bool:
 
 def is_taken(number: int, outcome: Outcome, recipe: Recipe) -> bool:
     """Whether a step, counted from 0, is before the end of the run and not left out by the guard."""
-    return number < recipe.train.steps and number + 1 not in outcome.left_out
+    return number < recipe.train.num_steps and number + 1 not in outcome.left_out

@@ -29,7 +29,7 @@ def lr_at(step: int, train: TrainConfig) -> float:
     """Linear from lr/warmup to lr over `warmup` steps, then a half cosine down to lr * final_lr_ratio."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
-    progress = (step - train.warmup) / max(train.steps - 1 - train.warmup, 1)
+    progress = (step - train.warmup) / max(train.num_steps - 1 - train.warmup, 1)
     floor = train.final_lr_ratio
     return train.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 

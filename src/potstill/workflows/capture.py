@@ -218,7 +218,7 @@ def _row_numbers(setup: RunSetup) -> list[int]:
     plan, order = setup.recipe.train, setup.corpus.order(setup.recipe.train.seed)
     if setup.recipe.capture.rows == "all":
         return list(range(len(setup.corpus.train)))
-    return sorted({row for step in range(plan.steps) for row in order.rows(step, plan.rows_per_step)})
+    return sorted({row for step in range(plan.num_steps) for row in order.rows(step, plan.rows_per_step)})
 
 
 def _capture_shards(

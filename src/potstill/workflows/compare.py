@@ -127,16 +127,16 @@ def _make_or_read_plan(
         return plan
     RunDir.require_free(folder)
     resolved = settle(resolve(recipe), display.note)
-    recipe = resolved.recipe
-    arms = {arm: _recipe_of(arm, recipe, config.seeds[0]) for arm in (CE, KD)}
-    with process_of(recipe):
+    with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)
+        recipe = setup.recipe
+        arms = {arm: _recipe_of(arm, recipe, config.seeds[0]) for arm in (CE, KD)}
         display.note("comparison: timing trial steps of both arms, alternating")
         with contextlib.closing(setup.teacher):
             step_s = step_seconds(setup, arms)
-    steps = {arm: recipe.train.steps for arm in (CE, KD)}
+    steps = {arm: recipe.train.num_steps for arm in (CE, KD)}
     if config.budget == "time":
-        steps[CE] = max(1, round(recipe.train.steps * step_s[KD] / step_s[CE]))
+        steps[CE] = max(1, round(recipe.train.num_steps * step_s[KD] / step_s[CE]))
     plan = {
         "recipe": recipes.dump(recipe),
         "step_s": step_s,
@@ -155,8 +155,9 @@ def _recipe_in(plan: dict[str, Any], folder: Path) -> Recipe:
 
 def _recipe_of(arm: str, recipe: Recipe, seed: int, steps: int | None = None) -> Recipe:
     """The recipe of one arm's run: only the loss weights, the seed and the number of steps differ."""
-    steps = steps or recipe.train.steps
-    train = replace(recipe.train, seed=seed, steps=steps, warmup=min(recipe.train.warmup, steps))
+    steps = steps or recipe.train.num_steps
+    warmup = min(recipe.train.warmup, steps)
+    train = replace(recipe.train, seed=seed, steps=steps, epochs=None, warmup=warmup)
     objective = replace(recipe.objective, kd_weight=0.0, ce_weight=1.0) if arm == CE else recipe.objective
     return replace(recipe, train=train, objective=objective, compare=None)
 
@@ -197,7 +198,7 @@ class _Comparison:
         run = self.run_of(arm, seed)
         started = run.resolved.exists()
         if not (started and run.status().get("state") == "finished"):
-            self.display.note(f"comparison: {arm}, seed {seed}, {recipe.train.steps} steps")
+            self.display.note(f"comparison: {arm}, seed {seed}, {recipe.train.num_steps} steps")
             distill(recipe, out=run.path, resume=started, display=self.display)
         return bool(run.status()["state"] == "finished")
 
@@ -215,14 +216,14 @@ class _Comparison:
     def corrected_recipe(self, seed: int) -> Recipe:
         """KD from the trained teacher, with what its training has left of the budget."""
         if self.config.budget == "steps":
-            steps = self.recipe.train.steps - self.config.corrected_steps
+            steps = self.recipe.train.num_steps - self.config.corrected_steps
         else:
             spent_s = self.run_of(TEACHER, seed).receipt()["training_seconds"]
-            steps = int(self.recipe.train.steps - spent_s / self.plan["step_s"][KD])
+            steps = int(self.recipe.train.num_steps - spent_s / self.plan["step_s"][KD])
         if steps < 1:
             raise UserError(
                 f"compare.corrected_steps: {self.config.corrected_steps} steps of the teacher's own training"
-                f" take the whole budget of {self.recipe.train.steps} KD steps. Set it lower, or train.steps"
+                f" take the whole budget of {self.recipe.train.num_steps} KD steps. Set it lower, or train.steps"
                 " higher."
             )
         return replace(

@@ -254,7 +254,7 @@ class _ActiveRun:
         is_resumed: bool,
     ) -> None:
         self.setup, self.run, self.display, self.watch, self.ranks = setup, run, display, watch, ranks
-        self.clock = _Clock(setup.recipe.train.steps)
+        self.clock = _Clock(setup.recipe.train.num_steps)
         self.inputs, self.is_resumed = inputs, is_resumed
         corpus_hashes = {
             "corpus": setup.corpus.fingerprint,
@@ -272,7 +272,7 @@ class _ActiveRun:
         if setup.teacher.is_sharded and setup.teacher.model is not None:
             self.ranks.shard_teacher(setup.teacher.model)
         outcome = self.train()
-        if outcome.evaluated < recipe.train.steps:
+        if outcome.evaluated < recipe.train.num_steps:
             why = f"by a signal after step {outcome.step}; --resume continues"
             self.ranks.on_first(lambda: run.set_status("stopped", why))
             self.display.note(
@@ -378,7 +378,7 @@ class _ActiveRun:
         self.watch.stepped()
         self.log(step, metrics | {"memory/peak_gib": peak_gib(self.setup.device)})
         left_s = self.clock.left(step, metrics["speed/step_s"])
-        self.display.step_line(step, self.setup.recipe.train.steps, metrics, left_s)
+        self.display.step_line(step, self.setup.recipe.train.num_steps, metrics, left_s)
 
     def on_best(self, step: int, metrics: Metrics) -> None:
         self.ranks.on_first(self.write_student)
@@ -461,7 +461,9 @@ def _print_summary(
 ) -> None:
     names = sorted(outcome.first)
     table = [[n, *(f"{m[n]:.4f}" for m in (outcome.first, outcome.last, outcome.best))] for n in names]
-    display.table("held-out rows", ["metric", "step 0", f"step {setup.recipe.train.steps}", "best"], table)
+    display.table(
+        "held-out rows", ["metric", "step 0", f"step {setup.recipe.train.num_steps}", "best"], table
+    )
     prompt = setup.recipe.eval.sample_prompt
     if prompt is not None:
         for when, text in samples.items():

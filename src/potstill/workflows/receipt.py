@@ -102,7 +102,7 @@ def _settings(setup: RunSetup, run: RunDir) -> dict[str, Any]:
         "weights_dtype": str(setup.student.model.head.weight_VD.dtype).removeprefix("torch."),
         "precision": recipe.train.precision,
         "matmul": recipe.train.matmul,
-        "steps": recipe.train.steps,
+        "steps": recipe.train.num_steps,
     }
 
 
