@@ -62,7 +62,7 @@ def test_a_cut_of_it_is_read_back_out_of_a_gguf_file(gemma: tuple[CausalLM, Any]
 
 @pytest.mark.soak
 def test_it_teaches_a_cut_of_itself_within_the_memory_that_was_planned(tmp_path: Path) -> None:
-    """`check` is green, 20 steps are taken, and the peak is at most 15 % above the plan; it was 26 % below."""
+    """`check` is green, 20 steps are taken, and the plan is within 15 % of the peak."""
     file = importlib.import_module(PACKAGE).assemble(tmp_path / "gemma.gguf")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -75,7 +75,8 @@ def test_it_teaches_a_cut_of_itself_within_the_memory_that_was_planned(tmp_path:
     done = potstill("distill", recipe, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
-    assert receipt["plan"]["measured_peak_gib"] < 1.15 * receipt["plan"]["predicted_peak_gib"]
+    measured, planned = (receipt["plan"][f"{each}_peak_gib"] for each in ("measured", "predicted"))
+    assert 0.85 < planned / measured < 1.15
     assert receipt["heldout_last"]["heldout/kl"] < 0.8 * receipt["heldout_first"]["heldout/kl"]
 
 

@@ -41,6 +41,8 @@ class Traced:
     phase: str
     at_peak: Counter[str]
     largest: Counter[str]
+    on_heap: int
+    """Bytes at the peak in blocks that glibc takes from its heap."""
     libraries: int
     """Resident bytes of this process before the trace, the code that it imported included."""
     weights: int
@@ -106,6 +108,7 @@ def _trace(resolved: Resolved) -> Traced:
         tracker.peak_phase,
         tracker.at_peak,
         tracker.largest,
+        tracker.on_heap_at_peak,
         tracker.libraries,
         sum(parameter.numel() for parameter in student.parameters()),
         sum(parameter.numel() for parameter in trained),

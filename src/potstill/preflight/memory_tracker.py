@@ -42,6 +42,11 @@ class Answers(TorchFunctionMode):
         return [1] * args[0].numel() if func is Tensor.tolist else func(*args, **kwargs or {})
 
 
+LARGEST_KEPT = 32 * 2**20
+"""Bytes of the largest block that glibc takes from its heap: `DEFAULT_MMAP_THRESHOLD_MAX` of its malloc. What is larger
+is mapped by itself, and given back when it is freed."""
+
+
 class MemoryTracker(TorchDispatchMode):
     """Bytes of every live storage, by the part of the run that allocated it: now, and at the peak of their sum."""
 
@@ -52,6 +57,8 @@ class MemoryTracker(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self.largest: Counter[str] = Counter()
+        self.on_heap = self.on_heap_at_peak = 0
+        """Bytes in storages that glibc takes from its heap."""
         self._peak = 0
         self._making = "activations"
         self._owner: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
@@ -100,12 +107,14 @@ class MemoryTracker(TorchDispatchMode):
             return
         owner, size = [self._making], storage.nbytes()
         self._owner[storage] = owner
+        self.on_heap += size if size <= LARGEST_KEPT else 0
         # The list, not its entry: `gradient` may change the owner before the storage is freed.
         weakref.finalize(storage, self._forget, owner, size).atexit = False
         self._add(owner[0], size)
 
     def _forget(self, owner: list[str], size: int) -> None:
         self.now[owner[0]] -= size
+        self.on_heap -= size if size <= LARGEST_KEPT else 0
 
     def _add(self, part: str, size: int) -> None:
         self.now[part] += size
@@ -113,6 +122,7 @@ class MemoryTracker(TorchDispatchMode):
         total = sum(self.now.values())
         if total > self._peak:
             self._peak, self.at_peak, self.peak_phase = total, Counter(self.now), self.phase
+            self.on_heap_at_peak = self.on_heap
 
 
 @dataclass(frozen=True)

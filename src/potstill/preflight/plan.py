@@ -92,7 +92,7 @@ class Plan:
 TRACED = ("teacher", "student", "gradients", "optimizer", "activations", "loss_chunk", "store")
 PARTS = (*TRACED, "corpus", "libraries", "allocator")
 KEPT_BY_GLIBC = 0.3
-"""As a share of the tensors alive at the peak; bench/plan.py measured 0.22 to 0.46 in six cases (docs/log.md)."""
+"""As a share of the tensors alive at the peak that are of at most 32 MiB: larger ones go back to the system."""
 MOST_POSITIONS, LONGEST_ROW = 2**36, 2**22
 """Of a micro-batch: with more, sizes in bytes overflow 64 bits."""
 
@@ -216,7 +216,7 @@ def _require_countable(resolved: Resolved) -> None:
 def _kept_by_allocator(traced: Traced, recipe: Recipe) -> int:
     if recipe.train.return_memory or platform.libc_ver()[0] != "glibc":
         return 0
-    return int(KEPT_BY_GLIBC * sum(traced.at_peak[part] for part in TRACED))
+    return int(KEPT_BY_GLIBC * traced.on_heap)
 
 
 def capture_size(resolved: Resolved) -> dict[str, float] | None:
