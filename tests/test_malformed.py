@@ -854,6 +854,8 @@ def tokenizers() -> Iterator[tuple[Any, ...]]:
     yield "an unknown normalizer", change(lambda t: t.update(normalizer={"type": "Runes"})), at
     yield "a damaged normalizer", change(lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"})), at
     yield "a regular expression unclosed", change(lambda t: t.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False})), at
+    backtracks = {"type": "Split", "pattern": {"Regex": r"(\w|\w\w|\s)+$0"}, "behavior": "Isolated", "invert": False}
+    yield "a regular expression that backtracks", change(lambda t: t.update(pre_tokenizer=backtracks)), at + "its tokenizer fails on .*retry-limit"
     template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}], "pair": [], "special_tokens": {}}
     yield "a template of unknown tokens", change(lambda t: t.update(post_processor=template)), at
     yield "an added token of a number", change(lambda t: t.update(added_tokens=[5])), at

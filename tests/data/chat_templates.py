@@ -137,7 +137,19 @@ SMOLLM_3 = (
     " '<|im_end|>\\n' }}{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+MISTRAL_V3 = """
+{%- set system = messages[0].content if messages[0].role == 'system' else none %}
+{{- bos_token }}
+{%- for m in (messages[1:] if system is not none else messages) %}
+    {%- if m.role == 'user' %}
+        {{- '[INST] ' + (system + '\\n\\n' if loop.last and system is not none else '') + m.content + '[/INST]' }}
+    {%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim + eos_token }}
+    {%- else %}{{ raise_exception('Only user and assistant roles are supported') }}
+    {%- endif %}
+{%- endfor %}
+"""
 SPECIAL = {
+    MISTRAL_V3: ["<s>", "[INST]", "[/INST]"],
     GPT_OSS: ["<|start|>", "<|end|>", "<|return|>", "<|message|>", "<|channel|>"],
     DEEPSEEK_V3_1: ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"],
     QWEN_3: ["<|im_start|>", "<|im_end|>"],

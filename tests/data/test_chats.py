@@ -14,6 +14,7 @@ from data.chat_templates import (
     GEMMA_3,
     GPT_OSS,
     LLAMA_3_1,
+    MISTRAL_V3,
     PHI_3,
     PHI_4,
     QWEN_3,
@@ -402,6 +403,49 @@ def test_a_prompt_that_closes_a_thought_opens_one_for_an_answer_that_has_one(tmp
     assert shown(tmp_path, tokenizer, [user("1+1"), assistant("2")]) == [
         "<|begin|><|User|>1+1<|Assistant|></think>[2<|end|>]"
     ]
+
+
+def test_a_system_message_that_moves_to_the_last_question_is_there_for_each_answer(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be kind"}, *TWO_TURNS]
+    assert shown(tmp_path, tokenizer_for(MISTRAL_V3, "</s>"), chat) == [
+        "<s>[INST] Be kind\n\nhi[/INST][ yo</s>]",
+        "<s>[INST] hi[/INST] yo</s>[INST] Be kind\n\nand?[/INST][ so it is</s>]",
+    ]
+    assert shown(tmp_path, tokenizer_for(MISTRAL_V3, "</s>"), TWO_TURNS) == [
+        "<s>[INST] hi[/INST][ yo</s>][INST] and?[/INST][ so it is</s>]"
+    ]
+
+
+def test_what_the_assistant_says_before_a_question_is_left_out_and_counted(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    greeting = [
+        {"from": "gpt", "value": "welcome"},
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "yo"},
+    ]
+    for before in ([], [{"from": "system", "value": "be kind"}]):
+        reading = reading_of(tmp_path, tokenizer, {"conversations": before + greeting})
+        (document,) = reading.documents
+        assert tokenizer.decode(document.ids[document.labels]) == "yo<|im_end|>\n"
+        assert ("be kind" in tokenizer.decode(document.ids)) == bool(before)
+        assert reading.counts["begun_by_the_assistant"] == 1
+    skipped = [greeting[0] | {"weight": 0}, greeting[1], greeting[2] | {"weight": 0}, *greeting[1:]]
+    (document,) = reading_of(tmp_path, tokenizer, {"conversations": skipped}).documents
+    assert tokenizer.decode(document.ids[document.labels]) == "yo<|im_end|>\n"
+
+
+def test_words_beside_a_call_that_are_not_written_are_counted(tmp_path: Path) -> None:
+    beside = [
+        each | ({"content": "let me add"} if "tool_calls" in each else {}) for each in SPELLINGS["an object"]
+    ]
+    assert "turns_without_their_text" not in counts_of(tmp_path, tokenizer_for(QWEN_3), beside)
+    assert counts_of(tmp_path, tokenizer_for(R1_DISTILL), beside)["turns_without_their_text"] == 1
+
+
+def counts_of(folder: Path, tokenizer: Any, record: Any) -> dict[str, Any]:
+    reading = reading_of(folder, tokenizer, record)
+    assert list(reading.documents)
+    return reading.counts
 
 
 def test_what_the_template_knows_nothing_of_is_left_out_and_counted(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ class Labeller:
     without_calls: list[str] = field(default_factory=list)
     """Conversations, once a turn, whose calls of tools the template does not write; these turns bear no loss."""
 
+    without_text: list[str] = field(default_factory=list)
+    """Conversations, once a turn, whose words beside a call of tools the template does not write."""
+
     def __post_init__(self) -> None:
         self.tokenizer = self.template.tokenizer
         if not getattr(self.tokenizer, "is_fast", False):
@@ -80,18 +83,15 @@ class Labeller:
         Raises:
             UserError: the template refuses the conversation, or the assistant's part cannot be told apart.
         """
-        if conversation.messages[0]["role"] == "assistant":
-            raise UserError(
-                f"{conversation.where}: message 0 is the assistant's, with nothing to answer. Put a user's before it."
-            )
         conversation = self._shielded(conversation)
         turns = Turns(conversation, self.template, self._is_added)
         remaining, made = [turn for turn in conversation.trained if turns.writes_calls(turn)], []
         self.without_calls += [conversation.where] * (len(conversation.trained) - len(remaining))
         self.without_thought += [conversation.where for turn in remaining if turns.leaves_thoughts_out(turn)]
+        self.without_text += [conversation.where for turn in remaining if turns.leaves_text_out(turn)]
         while remaining:
             last = remaining[-1]
-            if (by_hand := turns.with_thought(last)) is not None:
+            if (by_hand := turns.with_thought(last) or turns.with_own_question(last)) is not None:
                 text, span = by_hand
                 made.append(self._labelled(conversation, text, [span], None))
                 remaining = remaining[:-1]
@@ -110,7 +110,8 @@ class Labeller:
     @staticmethod
     def _is_taught(turns: Turns, turn: int, text: str) -> bool:
         """Whether a text that goes on has all of an earlier turn, as it was at inference."""
-        return turns.with_thought(turn) is None and turns.is_part_of(turn, text)
+        by_hand = turns.with_thought(turn) or turns.with_own_question(turn)
+        return by_hand is None and turns.is_part_of(turn, text)
 
     def _shielded(self, conversation: Conversation) -> Conversation:
         """With a mark inside of every control token that somebody's words spell, so that it is not read as one."""

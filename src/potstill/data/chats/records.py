@@ -31,6 +31,7 @@ ROLES = (
     "documents",
 )
 """What templates know. A template may refuse some of them, and says so."""
+INSTRUCTIONS = ("system", "developer")
 SYNONYMS = {
     "human": "user",
     "prompter": "user",
@@ -87,6 +88,8 @@ class Shapes:
     def __post_init__(self) -> None:
         self.renamed: Counter[tuple[str, str]] = Counter()
         """(role as written, role it was read as) -> messages."""
+        self.unasked: list[str] = []
+        """Conversations that the assistant began; what it said before there was a question is left out."""
 
     def conversation(self, where: str, record: Json) -> Conversation:
         """Raises: UserError: a record of no known shape, or a message that is none."""
@@ -101,12 +104,31 @@ class Shapes:
         if isinstance(system, str) and system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
             untrained = {number + 1 for number in untrained}
+        messages, untrained = self._asked(where, messages, untrained)
         for text in strings([messages, record.get("tools")]):
             if not is_encodable(text):
                 raise UserError(
                     f"{where}: holds half of a surrogate pair, which UTF-8 cannot encode. Correct the record."
                 )
         return Conversation(where, messages, _tools(where, record.get("tools")), frozenset(untrained))
+
+    def _asked(self, where: str, messages: list[Json], untrained: set[int]) -> tuple[list[Json], set[int]]:
+        """Without the assistant's messages before the first of anybody's but the system's: many templates refuse them.
+
+        Raises:
+            UserError: there is no other message.
+        """
+        first = next((at for at, each in enumerate(messages) if each["role"] not in INSTRUCTIONS), 0)
+        asked = next((at for at in range(first, len(messages)) if messages[at]["role"] != "assistant"), None)
+        if asked is None:
+            raise UserError(
+                f"{where}: message {first} is the assistant's, with nothing to answer. Put a user's before it."
+            )
+        if left_out := asked - first:
+            self.unasked.append(where)
+            messages = messages[:first] + messages[asked:]
+            untrained = {at if at < first else at - left_out for at in untrained if not first <= at < asked}
+        return messages, untrained
 
     def _messages(self, where: str, record: Json) -> tuple[list[Any], int]:
         """The messages, and how many of them are there as context alone."""

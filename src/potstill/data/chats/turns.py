@@ -35,6 +35,7 @@ class Turns:
         # Each is asked for by every later turn.
         self._start, self._end = functools.cache(self._find_start), functools.cache(self._find_end)
         self.with_thought = functools.cache(self._find_thought)
+        self.with_own_question = functools.cache(self._find_answer)
 
     def upto(self, turn: int) -> str:
         """The conversation up to a message, that message included."""
@@ -86,8 +87,8 @@ class Turns:
 
     def writes_calls(self, turn: int) -> bool:
         """Whether the turn's text names every tool that the turn calls: many templates leave calls out."""
-        text = self.upto(turn)[self._start(turn) :]
-        return all(call["function"]["name"] in text for call in self._messages[turn].get("tool_calls", []))
+        names = [call["function"]["name"] for call in self._messages[turn].get("tool_calls", [])]
+        return not names or all(name in self.upto(turn)[self._start(turn) :] for name in names)
 
     def _find_start(self, turn: int) -> int:
         written = self.upto(turn)
@@ -160,6 +161,33 @@ class Turns:
         said = content.lstrip().removeprefix(begin).lstrip("\n") if is_opened else content
         text = asked + said + written[at + len(answer) :]
         return text, (len(asked), len(text))
+
+    def _find_answer(self, turn: int) -> tuple[str, Span] | None:
+        """The text of a turn whose question is written otherwise once it is answered: the question as it was asked,
+        and the answer and its end as they are written.
+
+        Mistral's templates write the system's message into the last message where that is the user's, and nowhere once
+        it is answered. None: the written turn begins with its question, or where its answer begins cannot be told.
+        """
+        asked, written = self.asked(turn), self.upto(turn)
+        answer = self._messages[turn]["content"].strip()
+        if self.has_blocks or written.startswith(asked) or not answer:
+            return None
+        start = len(written[: written.rfind(answer)].rstrip())
+        # Both answers stand behind the same token of the template's, such as [/INST].
+        tokens = [found for found in self.added.finditer(written, 0, start) if found.end() == start]
+        if answer not in written or not tokens or not asked.rstrip().endswith(tokens[-1][0]):
+            return None
+        if self._common(asked, written) >= self._common(asked, self._text(turn, False)):
+            return None  # the question is as it was: the two differ in the prompt for an answer
+        at = start + len(asked) - len(asked.rstrip())
+        return asked + written[at:], (len(asked), len(asked) + len(written) - at)
+
+    def leaves_text_out(self, turn: int) -> bool:
+        """Whether the words beside the turn's calls of tools are not written."""
+        message = self._messages[turn]
+        words = message["content"].rpartition("</think>")[2].strip()
+        return bool(message.get("tool_calls") and words) and words not in self.upto(turn)
 
     def leaves_thoughts_out(self, turn: int) -> bool:
         """Whether the data has a thought for the turn that neither the template nor `with_thought` writes."""

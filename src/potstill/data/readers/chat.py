@@ -63,6 +63,8 @@ def read(
             ("turns_prompted_otherwise", labeller.with_other_prompt),
             ("turns_without_their_thought", labeller.without_thought),
             ("turns_without_their_calls", labeller.without_calls),
+            ("turns_without_their_text", labeller.without_text),
+            ("begun_by_the_assistant", shapes.unasked),
         ):
             counts[name] = len(places)
             first |= {name: places[0]} if places else {}
@@ -125,6 +127,10 @@ NOTES = {
     "turns_prompted_otherwise": "in {number} turns the generation prompt writes what is missing before the written"
     " answer (a thought, mostly): at inference the student answers after a text that it has not learnt from",
     "turns_without_their_thought": "the thoughts of {number} turns are left out: the chat template knows of none",
+    "turns_without_their_text": "the words of {number} turns are left out: beside a call of tools the chat template"
+    " writes none",
+    "begun_by_the_assistant": "{number} of {all} conversations begin with the assistant: what it says before the first"
+    " question is left out",
     "turns_without_their_calls": "{number} turns bear no loss: the chat template does not write their calls of tools",
 }
 
