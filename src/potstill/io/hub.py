@@ -1,10 +1,30 @@
-"""Why something is not to be had from the Hugging Face hub, and what to do."""
+"""Names on the Hugging Face hub; why something is not to be had from it, and what to do."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from potstill.errors import one_line
+
+HUB_ID = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./+-]*))?", re.ASCII
+)
+DATA_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".gz", ".zst")
+FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt")
+
+
+def hub_id(value: str) -> tuple[str, str] | None:
+    """`owner/name` and the branch, tag or commit that a hub id names, by default main; None for a path."""
+    found = HUB_ID.fullmatch(value)
+    if found is None or value.endswith(FILE_ENDINGS) or found["name"].endswith(FILE_ENDINGS):
+        return None
+    return found["name"], found["revision"] or "main"
+
+
+def dataset_id(value: str) -> tuple[str, str] | None:
+    """`hub_id`, where the value does not end like a file of data."""
+    return None if value.endswith(DATA_ENDINGS) else hub_id(value)
 
 
 def why_not(error: BaseException, name: str, revision: str, what: str) -> str:

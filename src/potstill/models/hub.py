@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 
 from potstill.errors import UserError
-from potstill.io.hub import why_not
-from potstill.recipe.paths import hub_id
+from potstill.io.hub import hub_id, why_not
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 """No code, and no pickles."""

@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from potstill.errors import UserError
+from potstill.io.hub import hub_id
 from potstill.io.safe_open import opened, read_object
 from potstill.models.gguf_files import check_gguf
-from potstill.recipe.paths import hub_id
 
 NO_ANSWER = {"other", "unknown", "cc", "gpl", "lgpl", "gfdl"}
 """Accepted by the Hub as a license, without stating what is permitted."""

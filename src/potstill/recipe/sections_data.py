@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from annotated_types import Interval, MinLen
 
+from potstill.io.hub import dataset_id
 from potstill.recipe.fields import (
     MAX_INT32,
     Config,
@@ -23,7 +24,6 @@ from potstill.recipe.fields import (
     Place,
     lacks_method,
 )
-from potstill.recipe.paths import dataset_id
 from potstill.registry import implementation, register
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from typing import Any
 
 from potstill.data.readers.reading import Reading, import_extra, require_column
 from potstill.errors import UserError, one_line
-from potstill.io.hub import why_not
-from potstill.recipe.paths import dataset_id
+from potstill.io.hub import dataset_id, why_not
 
 
 def hub_dataset(path: str | Path) -> tuple[str, str] | None:
