@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from potstill.recipe.paths import hub_id, short_name
+from potstill.io.hub import hub_id
+from potstill.recipe.paths import short_name
 
 
 @pytest.mark.parametrize(

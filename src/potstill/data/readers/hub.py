@@ -15,6 +15,7 @@ from typing import Any
 from potstill.data.readers.reading import Reading, import_extra, require_column
 from potstill.errors import UserError, one_line
 from potstill.io.hub import dataset_id, why_not
+from potstill.io.silence import quiet_process
 
 
 def hub_dataset(path: str | Path) -> tuple[str, str] | None:
@@ -112,7 +113,8 @@ def _opened(path: str, subset: str | None, split: str | None) -> tuple[Any, str]
             " Start in another folder."
         )
     try:
-        splits = datasets.load_dataset(name, subset, revision=revision, streaming=True)
+        with quiet_process():
+            splits = datasets.load_dataset(name, subset, revision=revision, streaming=True)
     except ValueError as error:  # of several subsets none is named, or another; or its files are no data set
         advice = " Set corpus.subset." if "config" in str(error).lower() else ""
         raise UserError(f"{path}: {one_line(error)}{advice}") from error
