@@ -143,7 +143,10 @@ MISTRAL_V3 = """
 {%- for m in (messages[1:] if system is not none else messages) %}
     {%- if m.role == 'user' %}
         {{- '[INST] ' + (system + '\\n\\n' if loop.last and system is not none else '') + m.content + '[/INST]' }}
+    {%- elif m.role == 'assistant' and m.tool_calls %}
+        {{- ' [TOOL_CALLS]' + m.tool_calls[0].function.name + (m.tool_calls[0].function.arguments | tojson) + eos_token }}
     {%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim + eos_token }}
+    {%- elif m.role == 'tool' %}{{- '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}
     {%- else %}{{ raise_exception('Only user and assistant roles are supported') }}
     {%- endif %}
 {%- endfor %}

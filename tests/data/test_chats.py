@@ -411,6 +411,13 @@ def test_a_system_message_that_moves_to_the_last_question_is_there_for_each_answ
         "<s>[INST] Be kind\n\nhi[/INST][ yo</s>]",
         "<s>[INST] hi[/INST] yo</s>[INST] Be kind\n\nand?[/INST][ so it is</s>]",
     ]
+    sign = [chat[0], user("end?"), assistant("/"), *TWO_TURNS]  # the answer's letters are in its end
+    assert (
+        shown(tmp_path, tokenizer_for(MISTRAL_V3, "</s>"), sign)[0]
+        == "<s>[INST] Be kind\n\nend?[/INST][ /</s>]"
+    )
+    called = [chat[0], *SPELLINGS["an object"]]
+    assert "[ [TOOL_CALLS]add" in shown(tmp_path, tokenizer_for(MISTRAL_V3, "</s>"), called)[0]
     assert shown(tmp_path, tokenizer_for(MISTRAL_V3, "</s>"), TWO_TURNS) == [
         "<s>[INST] hi[/INST][ yo</s>][INST] and?[/INST][ so it is</s>]"
     ]
@@ -429,6 +436,16 @@ def test_what_the_assistant_says_before_a_question_is_left_out_and_counted(tmp_p
         assert tokenizer.decode(document.ids[document.labels]) == "yo<|im_end|>\n"
         assert ("be kind" in tokenizer.decode(document.ids)) == bool(before)
         assert reading.counts["begun_by_the_assistant"] == 1
+    call = [{"role": "assistant", "content": "", "tool_calls": SPELLINGS["an object"][1]["tool_calls"]}]
+    chat = [*call, {"role": "tool", "content": "2"}, *TWO_TURNS]
+    (document,) = reading_of(tmp_path, tokenizer, chat).documents
+    assert tokenizer.decode(document.ids).startswith("<|im_start|>user\nhi<|im_end|>")
+    instructed = [
+        {"role": "system", "content": "say yo"},
+        assistant("yo"),
+    ]  # an instruction is a question, too
+    (document,) = reading_of(tmp_path, tokenizer, instructed).documents
+    assert tokenizer.decode(document.ids[document.labels]) == "yo<|im_end|>\n"
     skipped = [greeting[0] | {"weight": 0}, greeting[1], greeting[2] | {"weight": 0}, *greeting[1:]]
     (document,) = reading_of(tmp_path, tokenizer, {"conversations": skipped}).documents
     assert tokenizer.decode(document.ids[document.labels]) == "yo<|im_end|>\n"

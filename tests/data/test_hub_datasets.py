@@ -16,6 +16,7 @@ from refusals import refusal
 
 import potstill
 from potstill.cli.main import main
+from potstill.publish.licenses import license_of
 from potstill.recipe.load import load
 
 datasets = pytest.importorskip("datasets")
@@ -139,6 +140,14 @@ def test_a_run_reads_the_hub_once_and_its_resume_has_the_commit_it_was_started_w
     assert "corpus.path was" in line and commit[:8] in line
 
 
+def test_more_records_than_the_card_says_are_read(
+    hub: Hub, tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stale = hub.repos["datasets/me/stale"] = Repo(private=False)
+    stale.commit(tree(LINES, examples=50), "a card of before")
+    assert len(documents(tiny_recipe(corpus=corpus(", split: train", "me/stale")), capsys)) == 60
+
+
 def test_the_first_records_and_no_more(
     hub: Hub, tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +183,7 @@ def test_conversations_of_a_data_set(
             "me/short",
             "59 records were read, and its card says 60. Set corpus.records to 59",
         ),
+        (", split: train, records: 70", "me/short", "59 records were read, and its card says 60."),
         (", split: train", "me/bad", "the data set cannot be read on"),
     ],
 )
@@ -196,6 +206,49 @@ def test_what_the_hub_does_not_have_is_one_line(
     line = refusal(["distill", str(recipe), "--out", str(tmp_path / "run")], capsys, tmp_path / "run")
     assert said.replace("COMMIT", hub.repos[f"datasets/{NAME}"].head) in line
     assert not (recipe.parent / "tokens").exists()
+
+
+def test_the_license_is_that_of_the_data_set_and_not_of_a_model_of_its_name(
+    hub: Hub,
+) -> None:
+    data = hub.repos[f"datasets/{NAME}"]
+    data.commit(data.tree("main") | {"README.md": b"---\nlicense: cc-by-4.0\n---\n"}, "license")
+    model = hub.repos[NAME] = Repo(private=False)
+    model.commit({"README.md": b"---\nlicense: mit\n---\n"}, "a model")
+    assert license_of(NAME, "dataset")["license"] == "cc-by-4.0"
+    assert license_of(NAME)["license"] == "mit"
+
+
+def test_a_plan_does_not_know_how_much_there_is(
+    hub: Hub, tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = "{epochs: 3, rows_per_step: 4, lr: 1e-3, warmup: 30, save_every: 10, device: cpu}"
+    recipe = str(tiny_recipe(corpus=corpus(", split: train"), train=train))
+    assert main(["plan", recipe]) == 0
+    assert "corpus: on the hub; how many tokens it has is not known" in capsys.readouterr().out
+    assert main(["plan", recipe, "--measure"]) == 0  # reads it
+    assert main(["plan", recipe]) == 0
+    assert "is not known" not in capsys.readouterr().out.splitlines()[-1]
+    hub.requests.clear()
+    assert main(["plan", recipe, "--measure"]) == 0
+    assert not [request for request in hub.requests if "/resolve/" in request.path]
+
+
+def test_what_an_earlier_load_left_is_not_taken_for_the_commit(
+    hub: Hub,
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    datasets.load_dataset(NAME, split="train", verification_mode="no_checks")
+    commit = hub.repos[f"datasets/{NAME}"].tags["v1"]
+    recipe = tiny_recipe(corpus=corpus(", split: train", f"{NAME}@{commit}"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    line = refusal(["distill", str(recipe), "--out", str(tmp_path / "run")], capsys, tmp_path / "run")
+    assert f"{NAME}@{commit}: the data set cannot be opened: " in line
 
 
 def test_without_a_folder_for_its_tokens_it_is_refused(

@@ -58,6 +58,8 @@ def test_a_resumed_run_has_its_steps(
     again = ["distill", str(recipe), "--resume", "--out", str(tmp_path / "run")]
     line = refusal([*again, "train.epochs=1"], capsys, tmp_path / "run")
     assert "train.epochs (0.5 -> 1.0)" in line
+    line = refusal([*again, "train.steps=3"], capsys, tmp_path / "run")
+    assert "train.steps (" in line and "-> 3)" in line
     assert main(again) == 0
     whole = potstill.distill(recipe, out=tmp_path / "whole")
     ends = [run.receipt()["student"]["weights_sha256_end"] for run in (RunDir.open(tmp_path / "run"), whole)]
@@ -67,6 +69,8 @@ def test_a_resumed_run_has_its_steps(
 def test_all_verbs_know_them(tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(tiny_recipe(train=f"{{epochs: 0.5, {TRAIN}}}", compare="{seeds: [0], budget: steps}"))
     assert main(["plan", recipe]) == 0
+    few = ["plan", recipe, "train.epochs=0.01", "train.warmup=0", "--measure"]  # fewer steps than it measures
+    assert main(few) == 0
     assert main(["distill", recipe, "--smoke", "1"]) == 0
     assert "the full run of " in capsys.readouterr().out
     assert main(["compare", recipe, "--out", str(tmp_path / "compared")]) == 0

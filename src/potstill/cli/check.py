@@ -100,7 +100,7 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
     resolved = resolve(recipe)
     with contextlib.closing(resolved.teacher):
         chunk = choose_chunk(resolved)
-        resolved = resolved.with_recipe(with_chunk(recipe, chunk.used))
+        resolved = resolved.with_recipe(with_chunk(resolved.recipe, chunk.used))
         planned, captured = plan(resolved), capture_size(resolved)
         memory, disk = available(resolved.recipe, Path("runs"))
         fits = planned.fits(memory, disk)
@@ -108,7 +108,7 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
     if options.measure and fits:
         from potstill.preflight.trial_steps import smoke
 
-        measured = smoke(resolved, min(3, recipe.train.steps or 1), display, options.recipe.stem)
+        measured = smoke(resolved, 3, display, options.recipe.stem, at_most=True)
         planned = dataclasses.replace(planned, time_s=measured["smoke/projected_s"])
     if options.json:
         result = planned.as_dict() | {"fits": fits, "chunk": chunk.as_dict()}
@@ -139,13 +139,22 @@ def _memory_lines(planned: Plan, memory: int, chunk: str) -> list[str]:
 
 
 def _disk_lines(planned: Plan, disk: int, resolved: Resolved, captured: dict[str, Any] | None) -> list[str]:
+    from potstill.preflight.plan_disk import corpus_tokens
+
     lines = [
         f"disk: {size(planned.disk_peak_bytes)} in the run, {size(planned.disk_bytes)} after; {size(disk)} free"
     ]
     if captured is not None:
-        per_position, tokens = captured["bytes_per_position"], captured["tokens"]
-        amount = f"{size(int(captured['bytes']))}, {per_position:.4g} bytes for each of about {tokens} tokens"
+        each = f"{captured['bytes_per_position']:.4g} bytes for each of"
+        known = captured["tokens"] is not None
+        amount = (
+            f"{size(int(captured['bytes']))}, {each} about {captured['tokens']} tokens"
+            if known
+            else f"{each} its tokens"
+        )
         lines.append(f"`potstill capture` would store {resolved.recipe.capture.name} targets: {amount}")
+    if corpus_tokens(resolved.recipe) is None:
+        lines.append("corpus: on the hub; how many tokens it has is not known, and not in these figures")
     not_measured = "not measured; `potstill plan RECIPE --measure` runs three steps"
     return [*lines, f"time: {not_measured if planned.time_s is None else clock(planned.time_s)}"]
 

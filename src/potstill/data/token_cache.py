@@ -115,6 +115,11 @@ def is_whole(folder: str | Path) -> bool:
     return (Path(folder) / SUMS).exists()
 
 
+def count_tokens(folder: str | Path) -> float:
+    """Of a complete cache."""
+    return sum((Path(folder) / f"{split}.ids").stat().st_size for split in (TRAIN, HELDOUT)) / ID.itemsize
+
+
 def _names(folder: Path) -> set[str]:
     return {entry.name for entry in listed(folder)}
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from gguf import GGUFReader
 
 from potstill.errors import UserError, one_line
-from potstill.io.gguf_library import quick_gguf
+from potstill.io.gguf_library import Reader, quick_gguf
 from potstill.io.safe_open import opened, read_object, require_plain
 from potstill.io.silence import quiet_process, quiet_transformers
 from potstill.types import Vocab
@@ -103,7 +102,7 @@ def _put_bos(path: Path, tokenizer: Any) -> None:
     """The library (before 5.23) forgets that a file of Gemma's asks for a BOS before each text."""
     if tokenizer.bos_token_id is None or bos_ids(tokenizer):
         return
-    field = GGUFReader(path).get_field("tokenizer.ggml.add_bos_token")
+    field = Reader(path).get_field("tokenizer.ggml.add_bos_token")
     if field is not None and field.contents():
         tokenizer.add_bos_token = True
         if not bos_ids(tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Literal
 
 from potstill.errors import one_line
 
@@ -27,12 +28,19 @@ def dataset_id(value: str) -> tuple[str, str] | None:
     return None if value.endswith(DATA_ENDINGS) else hub_id(value)
 
 
-def why_not(error: BaseException, name: str, revision: str, what: str) -> str:
+OFFLINE = {
+    "model": "the cache lacks it. Unset it once.",
+    "data set": "what a branch or tag is now is not known. Name a commit (owner/name@COMMIT), which needs no network"
+    " once its tokens are in corpus.shards.",
+}
+
+
+def why_not(error: BaseException, name: str, revision: str, what: Literal["model", "data set"]) -> str:
     """An error of the hub's client or of its network, in a sentence and with what to do.
 
     Args:
         name: `owner/name`.
-        what: what it is called, a model or a data set.
+        what: a model or a data set.
     """
     from huggingface_hub import errors
 
@@ -44,7 +52,7 @@ def why_not(error: BaseException, name: str, revision: str, what: str) -> str:
             errors.RepositoryNotFoundError,
             f"no such {what}, or a private one. Check the name, or set HF_TOKEN.",
         ),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and the cache lacks it. Unset it once."),
+        (errors.OfflineModeIsEnabled, f"HF_HUB_OFFLINE is set, and {OFFLINE[what]}"),
     ):
         if any(isinstance(each, kind) for each in chain):
             return why

@@ -121,11 +121,14 @@ def settle(resolved: Resolved, note: Callable[[str], None]) -> Resolved:
         raise
 
 
-def as_started(recipe: Recipe, started: Recipe) -> Recipe:
-    """The recipe of a resumed run, with the values that were chosen when it `started`."""
+def as_started(recipe: Recipe, started: Recipe, num_rows: int | None = None) -> Recipe:
+    """The recipe of a resumed run, with the values that were chosen when it `started`.
+
+    Args:
+        num_rows: its training rows, of which epochs are steps; None where no epochs were known.
+    """
     if recipe.train.matmul == "auto":
         recipe = with_matmul(recipe, started.train.matmul)
-    if (epochs := recipe.train.epochs) is not None and epochs == started.train.epochs:
-        train = dataclasses.replace(recipe.train, steps=started.train.steps)
-        recipe = dataclasses.replace(recipe, train=train)
+    if num_rows is not None:
+        recipe = dataclasses.replace(recipe, train=recipe.train.of_rows(num_rows))
     return with_chunk(recipe, started.objective.chunk) if recipe.objective.chunk == "auto" else recipe

@@ -132,6 +132,8 @@ def files_are_whole(setup: RunSetup) -> Finding:
     without = [file["path"] for file in files if not file.get("sha256")]
     read = size(sum(file["bytes"] for file in files))
     figure = f"{len(files)} of the corpus, {read}, read whole; checkpoints verified"
+    if (dataset := (setup.corpus.manifest.get("reading") or {}).get("dataset")) is not None:
+        figure = f"{dataset['records']} records of {dataset['name']}@{dataset['commit'][:12]}; checkpoints verified"
     return Finding("files", figure, not without, f"Not read: {without[:1]}.")
 
 

@@ -219,9 +219,9 @@ def _kept_by_allocator(traced: Traced, recipe: Recipe) -> int:
     return int(KEPT_BY_GLIBC * traced.on_heap)
 
 
-def capture_size(resolved: Resolved) -> dict[str, float] | None:
+def capture_size(resolved: Resolved) -> dict[str, float | None] | None:
     """The size of what `potstill capture` would write for the training rows, with tokens estimated from the size
-    of the files; None for a teacher whose hidden states are not in this process.
+    of the files, None where nobody knows; None for a teacher whose hidden states are not in this process.
     """
     recipe, config = resolved.recipe, resolved.teacher.model_config
     if config is None:
@@ -230,6 +230,9 @@ def capture_size(resolved: Resolved) -> dict[str, float] | None:
     ids = min(teacher.vocab_size, student.vocab_size)
     each = planned_bytes(dataclasses.asdict(recipe.capture), ids, teacher.hidden_size)
     tokens, train = corpus_tokens(recipe), recipe.train
-    if recipe.capture.rows == "steps":
-        tokens = min(tokens, planned_steps(recipe) * train.rows_per_step * recipe.corpus.tokens_per_row)
+    if recipe.capture.rows == "steps" and (tokens is not None or train.steps is not None):
+        read = planned_steps(recipe) * train.rows_per_step * recipe.corpus.tokens_per_row
+        tokens = read if tokens is None else min(tokens, read)
+    if tokens is None:
+        return {"bytes_per_position": each, "tokens": None, "bytes": None}
     return {"bytes_per_position": each, "tokens": int(tokens), "bytes": int(each * tokens)}

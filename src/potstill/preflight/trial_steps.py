@@ -286,7 +286,9 @@ def learning_rate_follows_schedule(actual: list[list[float]], scheduled: list[fl
     return Finding("learning rate", figure, True)
 
 
-def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: str = "run") -> Metrics:
+def smoke(
+    resolved: Resolved, steps: int, display: Display | None = None, name: str = "run", at_most: bool = False
+) -> Metrics:
     """Run exactly `steps` steps of the recipe, and project the time of the whole run; writes nothing.
 
     Args:
@@ -294,6 +296,7 @@ def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: 
         steps: from 1 to the recipe's own number.
         display: where progress is shown; None: nowhere.
         name: of the run directory, whose disk is checked.
+        at_most: run all of a recipe that has fewer steps.
 
     Returns:
         The metrics of the last step, the median seconds of a step and of an evaluation, and the projected
@@ -302,13 +305,15 @@ def smoke(resolved: Resolved, steps: int, display: Display | None = None, name: 
     Raises:
         UserError: whatever keeps `distill` from starting, a failed check included.
     """
-    _require_as_many(steps, resolved.recipe.train.steps)
+    if not at_most:  # before anything is read, where the recipe says it itself
+        _require_as_many(steps, resolved.recipe.train.steps)
     display = display or Display(quiet=True)
     resolved = settle(resolved, display.note)
     with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)
         recipe = setup.recipe
         with contextlib.closing(setup.teacher):
+            steps = min(steps, recipe.train.num_steps) if at_most else steps
             _require_as_many(steps, recipe.train.num_steps)
             require_sound(setup, default_path(name), display.note)
             metrics, evaluations = _smoke_steps(setup, steps, display)

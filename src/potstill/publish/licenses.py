@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -126,27 +126,28 @@ def _advice(role: str) -> str:
     )
 
 
-def license_of(source: str) -> dict[str, str | None]:
+def license_of(source: str, repo_type: Literal["model", "dataset"] = "model") -> dict[str, str | None]:
     """`license`, as the Hub spells it, or None where none is found, and `read_from`, the file that states it.
 
     Args:
         source: a Hugging Face folder or a hub id, of which the local copy is read; a GGUF file; a corpus.
+        repo_type: what a hub id names.
     """
     try:
-        found, where = _read(source)
+        found, where = _read(source, repo_type)
     except UserError:  # a damaged file states nothing; whoever needs the file refuses it
         found, where = None, None
     return {"license": found, "read_from": where}
 
 
-def _read(source: str) -> tuple[str | None, str | None]:
+def _read(source: str, repo_type: str) -> tuple[str | None, str | None]:
     path = Path(source)
     if source.endswith(".gguf") and os.path.isfile(path):
         return _identifier(
             check_gguf(path).metadata.get("general.license")
         ), f"general.license in {path.name}"
     if not os.path.exists(path):
-        return _card_of_hub(source)
+        return _card_of_hub(source, repo_type)
     if not os.path.isdir(path):
         return None, None
     if (card := _in_card(path / "README.md")) is not None:
@@ -159,13 +160,13 @@ def _read(source: str) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _card_of_hub(source: str) -> tuple[str | None, str | None]:
+def _card_of_hub(source: str, repo_type: str) -> tuple[str | None, str | None]:
     if (on_hub := hub_id(source)) is None:
         return None, None
     from huggingface_hub import hf_hub_download
 
     try:
-        card = Path(hf_hub_download(on_hub[0], "README.md", revision=on_hub[1]))
+        card = Path(hf_hub_download(on_hub[0], "README.md", revision=on_hub[1], repo_type=repo_type))
     except Exception:  # no network, or no such card: the recipe can state it
         return None, None
     return _in_card(card), f"the card of {source}"

@@ -65,6 +65,12 @@ class CardInputs:
         return self.publish.teacher or hub_name(self.resolved["teacher"].get("model"))
 
     @property
+    def dataset(self) -> str | None:
+        """Hub id of the data set, where it was read from there."""
+        read = (self.corpus.get("reading") or {}).get("dataset")
+        return None if read is None else str(read["name"])
+
+    @property
     def base(self) -> str | None:
         """Hub id of the model whose weights the student started with."""
         kind = self.resolved["student"]["name"]

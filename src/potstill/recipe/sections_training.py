@@ -119,17 +119,23 @@ class TrainConfig(Config):
         assert self.steps is not None, "epochs are steps once the corpus is read"
         return self.steps
 
+    def steps_of(self, num_rows: int) -> int:
+        """The steps of a corpus of so many training rows; one that is begun is counted whole."""
+        most = self.steps or MAX_INT32
+        if self.epochs is None:
+            return most
+        # In fractions: 0.7 epochs of 10 rows are 7 rows, and 0.7 * 10 is more than 7.
+        return min(most, math.ceil(Fraction(str(self.epochs)) * num_rows / self.rows_per_step))
+
     def of_rows(self, num_rows: int) -> TrainConfig:
-        """With the steps that its epochs are, each beginning one counted whole.
+        """With the steps that its epochs are; the same once more changes nothing.
 
         Raises:
-            UserError: fewer steps than the warm-up, or more than can be counted.
+            UserError: fewer steps than the warm-up.
         """
         if self.epochs is None:
             return self
-        # In fractions: 0.7 epochs of 10 rows are 7 rows, and 0.7 * 10 is more than 7.
-        steps = math.ceil(Fraction(str(self.epochs)) * num_rows / self.rows_per_step)
-        steps = min(steps, self.steps or MAX_INT32)
+        steps = self.steps_of(num_rows)
         if self.warmup > steps:
             raise UserError(
                 f"train.warmup: {self.warmup} steps of warm-up in a run of {steps}, {self.epochs:g} epochs of"

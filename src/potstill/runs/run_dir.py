@@ -3,7 +3,7 @@
     recipe.yaml       as given, byte for byte
     resolved.yaml     every default filled in
     code.diff         uncommitted changes of the code that ran
-    environment.json  versions, machine, command line, chosen chunk size, commits of models on the hub
+    environment.json  versions, machine, command line, chosen chunk size, commits of models and data sets on the hub
     corpus.json       files with hashes, counts, fingerprint
     inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
     metrics.jsonl     one object per step or evaluation

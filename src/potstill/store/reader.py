@@ -35,7 +35,7 @@ from potstill.store.layout import (
 from potstill.store.shards import AGAIN, FileRecord, Shard, VerifiedFile, flaws, require_size
 from potstill.types import Head
 
-ROWS_ADVICE = "Capture with capture.rows: all, or with the train.seed and train.steps of this recipe."
+ROWS_ADVICE = "Capture with capture.rows: all, or with the train.seed and the steps or epochs of this recipe."
 
 
 class Store:

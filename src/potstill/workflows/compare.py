@@ -98,7 +98,8 @@ def compare(
         require_sandbox("compare.humaneval_tokens", "Set it to 0.")
     plan = _make_or_read_plan(loaded, config, folder, resume, display)
     # The plan's recipe has every `auto` settled: all arms must run with the same choices and the same commits.
-    loaded = as_started(pin(loaded, plan.get("commits", {}))[0], _recipe_in(plan, folder))
+    pinned = pin(loaded, plan.get("commits", {}))[0]
+    loaded = as_started(pinned, _recipe_in(plan, folder), plan.get("train_rows"))
     comparison = _Comparison(loaded, config, folder, display, plan)
     if not comparison.run():
         display.note(f"stopped; the same command with --resume --out {folder} continues")
@@ -120,7 +121,8 @@ def _make_or_read_plan(
         recorded, recipe = (
             pin(each, plan.get("commits", {}))[0] for each in (_recipe_in(plan, folder), recipe)
         )
-        if recorded.without_places() != as_started(recipe, recorded).without_places():
+        now = as_started(recipe, recorded, plan.get("train_rows"))
+        if recorded.without_places() != now.without_places():
             raise UserError(
                 f"{folder}: started with another recipe. Resume with the same one, or start a new comparison."
             )
@@ -130,6 +132,9 @@ def _make_or_read_plan(
     with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)
         recipe = setup.recipe
+        if config.budget == "steps" and config.corrected_steps >= recipe.train.num_steps:
+            setup.teacher.close()
+            raise _no_steps_left(config, recipe)
         arms = {arm: _recipe_of(arm, recipe, config.seeds[0]) for arm in (CE, KD)}
         display.note("comparison: timing trial steps of both arms, alternating")
         with contextlib.closing(setup.teacher):
@@ -141,6 +146,7 @@ def _make_or_read_plan(
         "recipe": recipes.dump(recipe),
         "step_s": step_s,
         "steps": steps,
+        "train_rows": len(setup.corpus.train),
         "commits": dict(resolved.commits),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +166,13 @@ def _recipe_of(arm: str, recipe: Recipe, seed: int, steps: int | None = None) ->
     train = replace(recipe.train, seed=seed, steps=steps, epochs=None, warmup=warmup)
     objective = replace(recipe.objective, kd_weight=0.0, ce_weight=1.0) if arm == CE else recipe.objective
     return replace(recipe, train=train, objective=objective, compare=None)
+
+
+def _no_steps_left(config: CompareConfig, recipe: Recipe) -> UserError:
+    return UserError(
+        f"compare.corrected_steps: {config.corrected_steps} steps of the teacher's own training take the whole budget"
+        f" of {recipe.train.num_steps} KD steps. Set it lower, or train.steps or train.epochs higher."
+    )
 
 
 @dataclass(frozen=True)
@@ -221,11 +234,7 @@ class _Comparison:
             spent_s = self.run_of(TEACHER, seed).receipt()["training_seconds"]
             steps = int(self.recipe.train.num_steps - spent_s / self.plan["step_s"][KD])
         if steps < 1:
-            raise UserError(
-                f"compare.corrected_steps: {self.config.corrected_steps} steps of the teacher's own training"
-                f" take the whole budget of {self.recipe.train.num_steps} KD steps. Set it lower, or train.steps"
-                " higher."
-            )
+            raise _no_steps_left(self.config, self.recipe)
         return replace(
             _recipe_of(CORRECTED, self.recipe, seed, steps),
             teacher=self.recipe.teacher.with_model(str(self.run_of(TEACHER, seed).student)),

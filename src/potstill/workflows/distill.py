@@ -144,7 +144,7 @@ def _start_resumed(recipe: Recipe, path: Path, text: bytes) -> _Start:
     resolved = resolve(recipe, commits=commits)
     if not commits:  # an earlier version of potstill recorded none
         recorded, _ = pin(recorded, resolved.commits)
-    recipe = as_started(resolved.recipe, recorded)
+    recipe = as_started(resolved.recipe, recorded, run.corpus().get("train_rows"))
     before, now = (_flat(dataclasses.asdict(of.without_places())) for of in (recorded, recipe))
     _require_equal(before, now, "recipe", run)
     return _Start(run.path, resolved.with_recipe(recipe), text, {}, run)

@@ -31,7 +31,7 @@ ROLES = (
     "documents",
 )
 """What templates know. A template may refuse some of them, and says so."""
-INSTRUCTIONS = ("system", "developer")
+INSTRUCTIONS, TOOLS = ("system", "developer"), ("tool", "function", "ipython", "environment")
 SYNONYMS = {
     "human": "user",
     "prompter": "user",
@@ -113,13 +113,20 @@ class Shapes:
         return Conversation(where, messages, _tools(where, record.get("tools")), frozenset(untrained))
 
     def _asked(self, where: str, messages: list[Json], untrained: set[int]) -> tuple[list[Json], set[int]]:
-        """Without the assistant's messages before the first of anybody's but the system's: many templates refuse them.
+        """Without what the assistant and its tools say before the first question: many templates refuse it.
+
+        Instructions alone are a question, too.
 
         Raises:
-            UserError: there is no other message.
+            UserError: there is nothing else.
         """
-        first = next((at for at, each in enumerate(messages) if each["role"] not in INSTRUCTIONS), 0)
-        asked = next((at for at in range(first, len(messages)) if messages[at]["role"] != "assistant"), None)
+        first = next(
+            (at for at, each in enumerate(messages) if each["role"] not in INSTRUCTIONS), len(messages)
+        )
+        answers = ("assistant", *TOOLS)
+        asked = next((at for at in range(first, len(messages)) if messages[at]["role"] not in answers), None)
+        if asked is None and first:
+            return messages, untrained
         if asked is None:
             raise UserError(
                 f"{where}: message {first} is the assistant's, with nothing to answer. Put a user's before it."

@@ -88,7 +88,11 @@ class Turns:
     def writes_calls(self, turn: int) -> bool:
         """Whether the turn's text names every tool that the turn calls: many templates leave calls out."""
         names = [call["function"]["name"] for call in self._messages[turn].get("tool_calls", [])]
-        return not names or all(name in self.upto(turn)[self._start(turn) :] for name in names)
+        if not names:
+            return True
+        own = self.with_own_question(turn)
+        text = self.upto(turn)[self._start(turn) :] if own is None else own[0][own[1][0] :]
+        return all(name in text for name in names)
 
     def _find_start(self, turn: int) -> int:
         written = self.upto(turn)
@@ -170,23 +174,29 @@ class Turns:
         it is answered. None: the written turn begins with its question, or where its answer begins cannot be told.
         """
         asked, written = self.asked(turn), self.upto(turn)
-        answer = self._messages[turn]["content"].strip()
-        if self.has_blocks or written.startswith(asked) or not answer:
-            return None
-        start = len(written[: written.rfind(answer)].rstrip())
-        # Both answers stand behind the same token of the template's, such as [/INST].
-        tokens = [found for found in self.added.finditer(written, 0, start) if found.end() == start]
-        if answer not in written or not tokens or not asked.rstrip().endswith(tokens[-1][0]):
+        if self.has_blocks or written.startswith(asked):
             return None
         if self._common(asked, written) >= self._common(asked, self._text(turn, False)):
             return None  # the question is as it was: the two differ in the prompt for an answer
-        at = start + len(asked) - len(asked.rstrip())
-        return asked + written[at:], (len(asked), len(asked) + len(written) - at)
+        # Both stand behind a token of the template's that ends each question, such as [/INST].
+        in_question = list(self.added.finditer(asked))
+        if not in_question or in_question[-1].end() != len(asked):
+            return None
+        token = in_question[-1][0]
+        same = [found.end() for found in self.added.finditer(written) if found[0] == token]
+        questions = sum(found[0] == token for found in in_question)
+        if len(same) < questions:
+            return None
+        added = written[same[questions - 1] :]
+        return asked + added, (len(asked), len(asked) + len(added))
 
     def leaves_text_out(self, turn: int) -> bool:
         """Whether the words beside the turn's calls of tools are not written."""
         message = self._messages[turn]
-        words = message["content"].rpartition("</think>")[2].strip()
+        words = message["content"]
+        for _, end in THOUGHTS:
+            words = words.rpartition(end)[2]
+        words = words.strip()
         return bool(message.get("tool_calls") and words) and words not in self.upto(turn)
 
     def leaves_thoughts_out(self, turn: int) -> bool:

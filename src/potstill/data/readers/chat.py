@@ -33,7 +33,8 @@ def read(
     Args:
         field: key of the list of messages; None takes the shape that a record has.
         date: what a template gets that asks for the date.
-        split, subset, count: of a dataset that `save_to_disk` wrote, or of the hub; see `hf.records`.
+        split: of a dataset that `save_to_disk` wrote, or of one on the hub.
+        subset, count: of a data set on the hub; see `hub.records`.
     """
     template = ChatTemplate(tokenizer, date)  # refused before anything is read
     reading = Reading(iter(()))
@@ -88,7 +89,9 @@ def _records(
     if hf.is_dataset(path):
         return without_nulls(hf.records(path, reading, split, None, subset, count))
     if split is not None:
-        raise UserError(f"corpus.split: {path} is no dataset that save_to_disk wrote. Set it to null.")
+        raise UserError(
+            f"corpus.split: {path} is no dataset that save_to_disk wrote, and none of the hub. Set it to null."
+        )
     hub.refuse_selection(path, subset, count)
     path = Path(path)
     if path.suffix == ".json" and path.is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def pinned(path: str) -> str:
         UserError: there is no such data set or revision, or the hub cannot be asked.
     """
     on_hub = hub_dataset(path)
-    if on_hub is None or len(on_hub[1]) == 40:
+    if on_hub is None or re.fullmatch("[0-9a-f]{40}", on_hub[1]):
         return path
     from huggingface_hub import HfApi
 
@@ -40,8 +41,7 @@ def pinned(path: str) -> str:
     except Exception as error:  # a network fails in many ways
         raise UserError(
             f"{path}: no such file or folder here, and not to be had from the hub:"
-            f" {why_not(error, name, revision, 'data set')} A commit (owner/name@COMMIT) whose tokens are in"
-            " corpus.shards needs no network."
+            f" {why_not(error, name, revision, 'data set')}"
         ) from error
 
 
@@ -84,7 +84,7 @@ def records(
         except Exception as error:  # a damaged file or a lost connection raises many things
             raise UserError(f"{where}: the data set cannot be read on: {one_line(error)}") from error
         _require_all(path, data, chosen, number, count)
-        name, commit = path.split("@")
+        name, commit = hub_dataset(path) or (path, "")
         reading.counts["dataset"] = {
             "name": name,
             "commit": commit,
@@ -114,7 +114,11 @@ def _opened(path: str, subset: str | None, split: str | None) -> tuple[Any, str]
         )
     try:
         with quiet_process():
-            splits = datasets.load_dataset(name, subset, revision=revision, streaming=True)
+            builder = datasets.load_dataset_builder(name, subset, revision=revision)
+            if ".packaged_modules.cache." in type(builder).__module__:
+                # Where the hub does not answer, the library takes any revision that it once stored.
+                raise ConnectionError("the hub does not answer")
+            splits = builder.as_streaming_dataset()
     except ValueError as error:  # of several subsets none is named, or another; or its files are no data set
         advice = " Set corpus.subset." if "config" in str(error).lower() else ""
         raise UserError(f"{path}: {one_line(error)}{advice}") from error
@@ -133,9 +137,9 @@ def _require_all(path: str, data: Any, split: str, number: int, count: int | Non
     """Refuse fewer records than the data set's card says: a stream that ends early trains on a part, silently."""
     described = (data.info.splits or {}).get(split)
     expected = described.num_examples if described is not None else None
-    if expected and count is not None:
-        expected = min(expected, count)
-    if expected and number != expected:
+    if not number:
+        raise UserError(f"{path}: the split {split!r} has no record. Name another in corpus.split.")
+    if expected and number < min(expected, count or expected):
         raise UserError(
             f"{path}: {number} records were read, and its card says {expected}. Set corpus.records to {number} if that"
             " is all there is."
