@@ -18,7 +18,7 @@ from typing import Any
 import transformers
 
 from potstill.errors import UserError, one_line
-from potstill.io.gguf_library import Reader, quick_gguf
+from potstill.io.gguf_library import quick_gguf
 from potstill.io.safe_open import opened, read_object, require_plain
 from potstill.io.silence import quiet_process, quiet_transformers
 from potstill.types import Vocab
@@ -87,29 +87,13 @@ def _read(path: Path, files: tuple[tuple[int, int, int], ...]) -> Any:
     settings = _settings(path)
     with quiet_transformers(), quiet_process(), quick_gguf():
         if path.suffix == ".gguf":
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
+            return transformers.AutoTokenizer.from_pretrained(
                 path.parent, gguf_file=path.name, trust_remote_code=False
             )
-            _put_bos(path, tokenizer)
-            return tokenizer
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     _require_added(tokenizer, settings.get("tokenizer.json", {}).get("added_tokens") or [])
     _require_end(tokenizer, settings)
     return tokenizer
-
-
-def _put_bos(path: Path, tokenizer: Any) -> None:
-    """The library (before 5.23) forgets that a file of Gemma's asks for a BOS before each text."""
-    if tokenizer.bos_token_id is None or bos_ids(tokenizer):
-        return
-    field = Reader(path).get_field("tokenizer.ggml.add_bos_token")
-    if field is not None and field.contents():
-        tokenizer.add_bos_token = True
-        if not bos_ids(tokenizer):
-            raise UserError(
-                f"the file asks for a BOS before each text, and Transformers {transformers.__version__} puts none"
-                " there. Update Transformers."
-            )
 
 
 def _settings(path: Path) -> dict[str, Any]:
