@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 from conftest import make_model
+from cut_off import cut_off
 from publish.hub import Hub, Repo, Tree, loopback
 from publish.lab import TOKEN, point_at
 from refusals import refusal
@@ -26,10 +27,6 @@ from potstill.runs.run_dir import RunDir
 Recipe = Callable[..., Path]
 NAME = "me/model"
 RUN = "{steps: 2, rows_per_step: 2, lr: 1e-3, device: cpu, save_every: 1}"
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +112,12 @@ def test_a_resumed_run_has_the_commit_that_it_was_started_with(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
-    commit, log = hub.repos[NAME].head, RunDir.log
+    commit = hub.repos[NAME].head
     recipe = tiny_recipe(
         teacher=f"{{name: torch, model: {NAME}}}", student="{name: cut, layers: 1}", train=RUN
     )
 
-    def dying(self: RunDir, step: int, metrics: dict[str, float]) -> None:
-        log(self, step, metrics)
-        if step == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RunDir, "log", dying)
-        potstill.distill(recipe, out=tmp_path / "run")
+    cut_off(recipe, tmp_path / "run", 2, monkeypatch)
     push(hub.repos[NAME], trees["newest"])
     other = ["distill", str(recipe), f"teacher.model={NAME}@v1", "--resume", "--out", str(tmp_path / "run")]
     line = refusal(other, capsys, tmp_path / "run")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import make_model
+from cut_off import cut_off
 
 from potstill import UserError, distill
 from potstill.io.hashing import file_sha256
-from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
 TRAIN = "{{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, save_every: {every}}}"
@@ -25,10 +25,6 @@ def inputs_own(student_logp_NS, teacher_logp_NS):
     """Forward KL, times a factor."""
     return {factor} * (teacher_logp_NS.exp() * (teacher_logp_NS - student_logp_NS)).sum(-1)
 '''
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture
@@ -52,16 +48,7 @@ def begun(
             train=TRAIN.format(every=every),
             plugins="[own.py]",
         )
-        log = RunDir.log
-
-        def dying(self: RunDir, step: int, metrics: dict[str, float]) -> None:
-            log(self, step, metrics)
-            if step == 3:
-                raise Killed
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(RunDir, "log", dying)
-            distill(recipe, out=tmp_path / "run")
+        cut_off(recipe, tmp_path / "run", 3, monkeypatch)
         assert (tmp_path / "run" / "checkpoints").exists() == (every > 0)
         return recipe
 

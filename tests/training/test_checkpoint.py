@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model
+from cut_off import cut_off
 from safetensors.torch import load_file, save_file
 
 from potstill import UserError, distill
@@ -55,24 +56,6 @@ def essence(run: Path) -> tuple[list[dict[str, float]], dict[str, Any], bytes]:
     receipt = RunDir(run).receipt()
     facts = {key: receipt[key] for key in ("student", "positions", "heldout_best", "student_is_of_step")}
     return lines, facts, (run / "student" / "model.safetensors").read_bytes()
-
-
-def cut_off(recipe: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run, and die without a word right after the line of step `after` was logged."""
-    log = RunDir.log
-
-    class Killed(BaseException):
-        pass
-
-    def dying(self: RunDir, step: int, metrics: dict[str, float]) -> None:
-        log(self, step, metrics)
-        if step == after and "train/loss" in metrics:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "log", dying)
-        with pytest.raises(Killed):
-            distill(recipe, out=out)
 
 
 @pytest.mark.parametrize("after", [1, 3, 5, 7, 11])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cut_off import cut_off
 from refusals import refusal
 
 import potstill
@@ -16,10 +17,6 @@ from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
 TRAIN = "rows_per_step: 4, lr: 1e-3, device: cpu"
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize(
@@ -45,16 +42,8 @@ def test_epochs_are_the_run_of_as_many_steps(tiny_recipe: Recipe, tmp_path: Path
 def test_a_resumed_run_has_its_steps(
     tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, log = tiny_recipe(train=f"{{epochs: 0.5, save_every: 1, {TRAIN}}}"), RunDir.log
-
-    def dying(self: RunDir, step: int, metrics: dict[str, float]) -> None:
-        log(self, step, metrics)
-        if step == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RunDir, "log", dying)
-        potstill.distill(recipe, out=tmp_path / "run")
+    recipe = tiny_recipe(train=f"{{epochs: 0.5, save_every: 1, {TRAIN}}}")
+    cut_off(recipe, tmp_path / "run", 2, monkeypatch)
     again = ["distill", str(recipe), "--resume", "--out", str(tmp_path / "run")]
     line = refusal([*again, "train.epochs=1"], capsys, tmp_path / "run")
     assert "train.epochs (0.5 -> 1.0)" in line

@@ -153,7 +153,7 @@ def _disk_lines(planned: Plan, disk: int, resolved: Resolved, captured: dict[str
             else f"{each} its tokens"
         )
         lines.append(f"`potstill capture` would store {resolved.recipe.capture.name} targets: {amount}")
-    if corpus_tokens(resolved.recipe) is None:
+    if resolved.recipe.corpus.is_streamed and corpus_tokens(resolved.recipe) is None:
         lines.append("corpus: on the hub; how many tokens it has is not known, and not in these figures")
     not_measured = "not measured; `potstill plan RECIPE --measure` runs three steps"
     return [*lines, f"time: {not_measured if planned.time_s is None else clock(planned.time_s)}"]

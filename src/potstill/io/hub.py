@@ -30,8 +30,8 @@ def dataset_id(value: str) -> tuple[str, str] | None:
 
 OFFLINE = {
     "model": "the cache lacks it. Unset it once.",
-    "data set": "what a branch or tag is now is not known. Name a commit (owner/name@COMMIT), which needs no network"
-    " once its tokens are in corpus.shards.",
+    "data set": "a data set is streamed. Unset it, or name a commit (owner/name@COMMIT) whose tokens are in"
+    " corpus.shards.",
 }
 
 

@@ -35,9 +35,11 @@ def corpus_tokens(recipe: Recipe) -> float | None:
 
 def planned_steps(recipe: Recipe) -> int:
     """The recipe's, at most; where it says epochs alone an estimate, from above where the corpus is not known."""
-    train, tokens = recipe.train, corpus_tokens(recipe)
-    if train.steps is not None or tokens is None:
-        return train.steps or MAX_INT32
+    train = recipe.train
+    if train.steps is not None:
+        return train.steps
+    if (tokens := corpus_tokens(recipe)) is None:
+        return MAX_INT32
     return max(train.steps_of(int(tokens / recipe.corpus.tokens_per_row)), 1)
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -126,15 +126,15 @@ def _advice(role: str) -> str:
     )
 
 
-def license_of(source: str, repo_type: Literal["model", "dataset"] = "model") -> dict[str, str | None]:
+def license_of(source: str, role: str = "teacher") -> dict[str, str | None]:
     """`license`, as the Hub spells it, or None where none is found, and `read_from`, the file that states it.
 
     Args:
         source: a Hugging Face folder or a hub id, of which the local copy is read; a GGUF file; a corpus.
-        repo_type: what a hub id names.
+        role: teacher, student or data; a hub id of data names a data set.
     """
     try:
-        found, where = _read(source, repo_type)
+        found, where = _read(source, "dataset" if role == "data" else "model")
     except UserError:  # a damaged file states nothing; whoever needs the file refuses it
         found, where = None, None
     return {"license": found, "read_from": where}

@@ -283,9 +283,7 @@ def _parents(tree: Mapping[str, Any], publish: PublishConfig, receipt: Mapping[s
         if source is None:  # cut from the teacher, made from a config, or a teacher without weights
             continue
         stated = getattr(publish, f"{role}_license")
-        read = receipt.get("licences", {}).get(role) or license_of(
-            source, "dataset" if role == "data" else "model"
-        )
+        read = receipt.get("licences", {}).get(role) or license_of(source, role)
         name = getattr(publish, role) or short_name(source)
         if stated is not None:
             read = {"license": stated, "read_from": "the publisher's word"}

@@ -153,14 +153,14 @@ def with_sources(config: C, replaced: Callable[[str, str, HubKind], str], prefix
 
 def _hub_kind(annotation: Any) -> HubKind | None:
     """Also of an annotation that is still text, in a plug-in, too: nothing of its module is evaluated."""
-    kinds: dict[HubKind, Any] = {"model": ModelSource, "data set": DataSet}
-    for kind, type_ in kinds.items():
-        if isinstance(annotation, str):
-            if re.search(rf"\b{'ModelSource' if kind == 'model' else 'DataSet'}\b", annotation):
-                return kind
-        elif type_ in (annotation, *typing.get_args(annotation)):
-            return kind
-    return None
+    kinds: tuple[tuple[HubKind, str, Any], ...] = (
+        ("model", "ModelSource", ModelSource),
+        ("data set", "DataSet", DataSet),
+    )
+    if isinstance(annotation, str):
+        return next((kind for kind, name, _ in kinds if re.search(rf"\b{name}\b", annotation)), None)
+    types = (annotation, *typing.get_args(annotation))
+    return next((kind for kind, _, source in kinds if source in types), None)
 
 
 def lacks_method(config: Config, method: str) -> UserError:

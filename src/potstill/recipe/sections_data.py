@@ -163,8 +163,8 @@ class DataSetCorpusConfig(FileCorpusConfig):
     """Base of every corpus that may be a data set of the hub."""
 
     path: DataSet
-    """File or folder to read, relative to the recipe; or a data set of the Hugging Face hub, owner/name or
-    owner/name@revision, which is streamed into the folder `shards`."""
+    """File or folder to read, relative to the recipe; or a data set of the Hugging Face hub, owner/name or, for a
+    branch, tag or commit, owner/name@v1, which is streamed into the folder `shards`."""
     subset: str | None = None
     """Subset of a data set on the hub; null: the only one, or its default."""
     split: str | None = None

@@ -120,7 +120,7 @@ class TrainConfig(Config):
         return self.steps
 
     def steps_of(self, num_rows: int) -> int:
-        """The steps of a corpus of so many training rows; one that is begun is counted whole."""
+        """The steps that a corpus of this many training rows takes; the last may read rows of the next epoch."""
         most = self.steps or MAX_INT32
         if self.epochs is None:
             return most

@@ -143,11 +143,7 @@ def _licenses(setup: RunSetup) -> dict[str, dict[str, str | None]]:
         "student": student.model if student.name == "checkpoint" else None,
         "data": setup.recipe.corpus.origin,
     }
-    return {
-        role: license_of(source, "dataset" if role == "data" else "model")
-        for role, source in sources.items()
-        if source is not None
-    }
+    return {role: license_of(source, role) for role, source in sources.items() if source is not None}
 
 
 def _without_hits(overlaps: dict[str, Any] | None) -> dict[str, Any] | str:
