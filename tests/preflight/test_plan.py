@@ -183,6 +183,16 @@ def test_a_step_without_data_holds_what_the_same_step_with_data_holds(kind: str)
     assert fake.largest["activations"] == real.largest["activations"] > 0
 
 
+def test_blocks_that_glibc_maps_by_themselves_are_not_kept() -> None:
+    tracker, at_most = MemoryTracker(), 2**23  # in float32: 32 MiB
+    with FakeTensorMode(), tracker:
+        kept, mapped = torch.empty(at_most), torch.empty(at_most + 1)
+        assert tracker.on_heap == tracker.on_heap_at_peak == 2**25
+        del kept
+        assert tracker.on_heap == 0 and tracker.on_heap_at_peak == 2**25
+    assert mapped.numel() > at_most
+
+
 def test_smaller_chunks_and_micro_batches_need_less(wide: Write) -> None:
     recipe = load_recipe(wide())
     chunks = [

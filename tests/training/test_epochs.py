@@ -55,17 +55,24 @@ def test_a_resumed_run_has_its_steps(
     assert ends[0] == ends[1]
 
 
-def test_all_verbs_know_them(tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(tiny_recipe(train=f"{{epochs: 0.5, {TRAIN}}}", compare="{seeds: [0], budget: steps}"))
+def test_all_verbs_know_them(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tiny_recipe(train=f"{{epochs: 0.5, {TRAIN}}}", compare="{seeds: [0], budget: time}"))
     assert main(["plan", recipe]) == 0
     few = ["plan", recipe, "train.epochs=0.01", "train.warmup=0", "--measure"]  # fewer steps than it measures
     assert main(few) == 0
     assert main(["distill", recipe, "--smoke", "1"]) == 0
     assert "the full run of " in capsys.readouterr().out
+    # Plain training is given twice the steps, beyond the recipe's epochs.
+    monkeypatch.setattr(
+        "potstill.workflows.compare.step_seconds", lambda setup, arms: {"CE only": 1.0, "KD": 2.0}
+    )
     assert main(["compare", recipe, "--out", str(tmp_path / "compared")]) == 0
     plan = json.loads((tmp_path / "compared" / "plan.json").read_text())
     receipts = [json.loads(file.read_text()) for file in (tmp_path / "compared").glob("*/receipt.json")]
-    assert receipts and {receipt["steps"] for receipt in receipts} == set(plan["steps"].values())
+    assert {receipt["steps"] for receipt in receipts} == set(plan["steps"].values())
+    assert len(set(plan["steps"].values())) == 2
     assert main(["compare", recipe, "--resume", "--out", str(tmp_path / "compared")]) == 0
 
 
