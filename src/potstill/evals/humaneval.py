@@ -5,19 +5,19 @@
 
 Every evaluation first judges the published solutions, which must all pass, and empty functions, which must
 all fail; otherwise there is no score. A killed evaluation resumes from its complete lines.
+
+A machine with a GPU often has no sandbox: `complete` writes samples without verdicts there, and `judge` runs
+their programs on another one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,22 @@ from potstill.evals.humaneval_problems import (
     read_tests,
     thought_ids,
 )
+from potstill.evals.humaneval_samples import SamplesFile, recorded_settings
 from potstill.evals.pass_at_k import RESULT, summarize
 from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused
 from potstill.evals.subject import Subject
 from potstill.io.hashing import file_sha256
-from potstill.io.safe_open import opened, parse_json
+from potstill.io.safe_open import read_object
 from potstill.models import generate
 from potstill.models.causal_lm import CausalLM
 from potstill.models.generate import Completion, InferenceFailed, Request
 from potstill.models.hub import local_copy, pinned
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, weights_sha256
 from potstill.recipe.sections_evaluation import HumanEvalConfig
-from potstill.runs.run_dir import RunDir, environment, write_whole
+from potstill.runs.run_dir import environment, write_whole
 
 TASK_VERSION = "potstill-humaneval-2"
 """To be changed together with anything that changes a score: prompts, stops, extraction, judging."""
-SAMPLES = "humaneval.samples.jsonl"
 PROGRESS_S = 20.0
 
 Note = Callable[[str], None]
@@ -119,45 +119,131 @@ def evaluate(
     Raises:
         UserError: the user's mistake, a failed control, or samples in `out` that have other settings.
     """
-    if mistakes := config.mistakes():
-        raise UserError(*(f"humaneval: {name} {problem}" for name, problem in mistakes.items()))
-    published = read_problems(config.data)
-    problems = published[: config.limit]
-    extra = {} if config.extra_tests is None else read_tests(config.extra_tests, problems)
-    try:
-        sandbox = Sandbox()
-    except SandboxRefused as refused:
-        raise UserError(
-            f"humaneval: no sandbox works here, so nothing was run: {refused.why}. See docs/sandbox.md."
-        ) from refused
-    with sandbox, ThreadPoolExecutor(config.workers) as pool:
+    published, problems, extra = _problems(config)
+    with _judge(extra, config.workers) as judge:
         source = pinned(str(source))
         completer = _load(source, config, note)
-        settings = _settings(published, problems, completer, sandbox.tier)
-        samples = _SamplesFile(out, settings)
-        note(f"humaneval: {len(problems)} problems, {completer.prompt} prompts, sandbox {sandbox.tier}")
-        judge = Judge(sandbox, pool, extra)
-        controls = judge.controls(problems)
-        note(f"controls: published solutions {controls['canonical']}, empty {controls['empty']}")
+        samples = SamplesFile(out, _settings(published, problems, completer, judge.tier))
+        note(f"humaneval: {len(problems)} problems, {completer.prompt} prompts, sandbox {judge.tier}")
+        controls = _controls(judge, problems, note)
         with samples.locked():
-            result: dict[str, Any] = {
-                "model": str(source),
-                "settings": settings,
-                "extra_tests": None if config.extra_tests is None else str(config.extra_tests),
-                "completions_found": len(samples.lines),
-                "controls": controls,
-            }
+            result: dict[str, Any] = _begin_result(source, samples, config) | {"controls": controls}
             try:
                 generation = _complete_all(problems, completer, judge, samples)
             except InferenceFailed as failed:
                 result |= {"status": "inference_failed", "why": str(failed)}
             else:
                 result |= {"status": "finished", "generation": generation}
-                tasks, lines = [problem.task_id for problem in problems], [*samples.lines.values()]
-                result |= summarize(tasks, lines, [*extra], whole=len(problems) == len(published))
+                result |= _summary(published, problems, samples, extra)
             result["environment"] = environment()
-            write_whole(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
+            _write_result(out, result)
     return result
+
+
+def complete(
+    source: str | Path, config: HumanEvalSettings, out: Path, note: Note = lambda _: None
+) -> dict[str, Any]:
+    """Complete every problem and run nothing, so that no sandbox is needed. `judge` gives the score.
+
+    The result's `status` is `not_judged`, or `inference_failed` with the reason under `why`.
+
+    Raises:
+        UserError: as of `evaluate`.
+    """
+    published, problems, _ = _problems(config)
+    source = pinned(str(source))
+    completer = _load(source, config, note)
+    samples = SamplesFile(out, _settings(published, problems, completer, tier=None))
+    note(f"humaneval: {len(problems)} problems, {completer.prompt} prompts, not judged here")
+    with samples.locked():
+        result = _begin_result(source, samples, config)
+        try:
+            result |= {"status": "not_judged"}
+            result |= {"generation": _complete_all(problems, completer, None, samples)}
+        except InferenceFailed as failed:
+            result |= {"status": "inference_failed", "why": str(failed)}
+        result["environment"] = environment()
+        _write_result(out, result)
+    return result
+
+
+def judge(folder: Path, config: HumanEvalSettings, note: Note = lambda _: None) -> dict[str, Any]:
+    """Judge the samples that `complete` left in `folder`; no model is needed. The result is that of `evaluate`.
+
+    Of `config`, `data`, `extra_tests` and `workers` are read; everything else is as the samples say.
+
+    Raises:
+        UserError: no samples, too few or damaged ones, ones of other problems, no sandbox, a failed control.
+    """
+    recorded = recorded_settings(folder)
+    completed = read_object(folder / RESULT, "Complete the problems again.")
+    if completed.get("status") == "inference_failed":
+        raise UserError(
+            f"{folder}: inference failed there, so there is nothing to judge: {completed.get('why')}"
+        )
+    published, problems, extra = _problems(replace(config, limit=recorded["problems"]))
+    with _judge(extra, config.workers) as judge:
+        settings = recorded | {"task": TASK_VERSION, "data_sha256": digest(published), "sandbox": judge.tier}
+        settings["extra_tests_sha256"] = _sha256_of(config.extra_tests)
+        samples = SamplesFile(folder, settings, judges_alone=True)
+        samples.require_every((p.task_id, n) for p in problems for n in range(settings["samples"]))
+        controls = _controls(judge, problems, note)
+        with samples.locked():
+            _judge_all(problems, judge, samples, note)
+            result = completed | {"settings": settings, "controls": controls, "status": "finished"}
+            result |= {"extra_tests": None if config.extra_tests is None else str(config.extra_tests)}
+            result |= _summary(published, problems, samples, extra) | {"judged_in": environment()}
+            _write_result(folder, result)
+    return result
+
+
+def _problems(config: HumanEvalSettings) -> tuple[list[Problem], list[Problem], dict[str, str]]:
+    """All that are published, those that are asked for, and extra tests by task."""
+    if mistakes := config.mistakes():
+        raise UserError(*(f"humaneval: {name} {problem}" for name, problem in mistakes.items()))
+    published = read_problems(config.data)
+    problems = published[: config.limit]
+    extra = {} if config.extra_tests is None else read_tests(config.extra_tests, problems)
+    return published, problems, extra
+
+
+@contextlib.contextmanager
+def _judge(extra: Mapping[str, str], workers: int) -> Iterator[Judge]:
+    try:
+        sandbox = Sandbox()
+    except SandboxRefused as refused:
+        raise UserError(
+            f"humaneval: no sandbox works here, so nothing was run: {refused.why}. See docs/sandbox.md;"
+            " --no-judge completes the problems here, for another machine to judge."
+        ) from refused
+    with sandbox, ThreadPoolExecutor(workers) as pool:
+        yield Judge(sandbox, pool, extra)
+
+
+def _controls(judge: Judge, problems: Sequence[Problem], note: Note) -> dict[str, Any]:
+    controls = judge.controls(problems)
+    note(f"controls: published solutions {controls['canonical']}, empty {controls['empty']}")
+    return controls
+
+
+def _begin_result(source: str, samples: SamplesFile, config: HumanEvalSettings) -> dict[str, Any]:
+    return {
+        "model": source,
+        "settings": samples.settings,
+        "extra_tests": None if config.extra_tests is None else str(config.extra_tests),
+        "completions_found": len(samples.lines),
+    }
+
+
+def _summary(
+    published: Sequence[Problem], problems: Sequence[Problem], samples: SamplesFile, extra: Mapping[str, str]
+) -> dict[str, Any]:
+    tasks, lines = [problem.task_id for problem in problems], [*samples.lines.values()]
+    return summarize(tasks, lines, [*extra], whole=len(problems) == len(published))
+
+
+def _write_result(out: Path, result: dict[str, Any]) -> None:
+    write_whole(out / RESULT, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def require_sandbox(field: str, todo: str) -> None:
@@ -234,7 +320,7 @@ def _load(source: str | Path, config: HumanEvalSettings, note: Note) -> _Complet
 
 
 def _settings(
-    published: Sequence[Problem], problems: Sequence[Problem], completer: _Completer, tier: str
+    published: Sequence[Problem], problems: Sequence[Problem], completer: _Completer, tier: str | None
 ) -> dict[str, Any]:
     """Everything a sample depends on: samples with equal settings may be put together."""
     config = completer.config
@@ -242,7 +328,7 @@ def _settings(
         "task": TASK_VERSION,
         "problems": len(problems),
         "data_sha256": digest(published),
-        "extra_tests_sha256": None if config.extra_tests is None else file_sha256(config.extra_tests),
+        "extra_tests_sha256": _sha256_of(config.extra_tests),
         "weights_sha256": weights_sha256(completer.model),
         "tokenizer_sha256": completer.tokenizer_sha256,
         "prompt": completer.prompt,
@@ -258,78 +344,18 @@ def _settings(
     }
 
 
-class _SamplesFile:
-    """`humaneval.samples.jsonl`. A killed process may have left its last line incomplete."""
+def _judge_all(problems: Sequence[Problem], judge: Judge, samples: SamplesFile, note: Note) -> None:
+    by_id = {problem.task_id: problem for problem in problems}
+    waiting = [dict(line) for line in samples.lines.values() if not line["verdict"]]
+    note(f"humaneval: {len(waiting)} of {len(samples.lines)} programs to judge, sandbox {judge.tier}")
+    jobs = [judge.pool.submit(_judge_line, judge, by_id[line["task_id"]], line, samples) for line in waiting]
+    for job in jobs:
+        job.result()
+    samples.write_whole()
 
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        """Read an existing file; nothing is written yet.
 
-        Raises:
-            UserError: it is damaged, or was started with other settings.
-        """
-        self._out, self.path, self._lock = out, out / SAMPLES, threading.Lock()
-        self._settings = settings
-        self.lines: dict[tuple[str, int], dict[str, Any]] = {}
-        self._read()
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from writing to the folder."""
-        try:
-            self._out.mkdir(parents=True, exist_ok=True)
-            lock = RunDir(self._out).locked()
-        except OSError as error:
-            raise UserError(
-                f"{self._out}: cannot be written: {error.strerror}. Give --out another folder."
-            ) from error
-        with lock:
-            self._read()
-            self.write_whole()
-            (self._out / RESULT).unlink(missing_ok=True)  # it may not belong to the samples written now
-            yield
-
-    def _read(self) -> None:
-        if not os.path.lexists(self.path):
-            return
-        with opened(self.path, "samples", "Give --out another folder.") as file:
-            complete = file.read().split(b"\n")[:-1]
-        try:
-            header, *lines = [parse_json(line) for line in complete] or [{"settings": self._settings}]
-            recorded = header["settings"]
-            found = {(line["task_id"], int(line["sample"])): line for line in lines if line["verdict"]}
-            names = {**recorded, **self._settings}
-            differing = [name for name in names if recorded.get(name) != self._settings.get(name)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.path}: damaged: {one_line(error)} Remove it, or give --out another folder."
-            ) from error
-        if differing:
-            changes = [
-                f"{name} ({recorded.get(name)!r:.80} -> {self._settings.get(name)!r:.80})"
-                for name in differing[:6]
-            ]
-            raise UserError(
-                f"{self.path}: started with other settings: {', '.join(changes)}. Give --out another folder."
-            )
-        self.lines = found
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Append one line. May be called from several threads."""
-        try:
-            with self._lock, open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                self.lines[line["task_id"], line["sample"]] = line
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}. Make room, then run the command again."
-            ) from error
-
-    def write_whole(self) -> None:
-        """Rewrite the file in the order of the problems, so that files of equal runs are equal."""
-        ordered = sorted(self.lines, key=lambda key: (int(key[0].rpartition("/")[2]), key[1]))
-        header = {"settings": self._settings, "settings_sha256": _sha256(self._settings)}
-        content = [header, *(self.lines[key] for key in ordered)]
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in content).encode())
+def _sha256_of(extra_tests: Path | None) -> str | None:
+    return None if extra_tests is None else file_sha256(extra_tests)
 
 
 @dataclass(frozen=True)
@@ -369,9 +395,9 @@ class _Completer:
 
 
 def _complete_all(
-    problems: Sequence[Problem], completer: _Completer, judge: Judge, samples: _SamplesFile
+    problems: Sequence[Problem], completer: _Completer, judge: Judge | None, samples: SamplesFile
 ) -> dict[str, Any]:
-    """Complete the samples that have no line yet, while the previous batches are judged.
+    """Complete the samples that have no line yet, while the previous batches are judged, if there is a judge.
 
     A batch always contains the same rows, also after a resume: padding changes the last digits of logits.
     """
@@ -391,7 +417,10 @@ def _complete_all(
         for (_, problem, sample), completion, is_missing in zip(batch, completions, missing, strict=True):
             if is_missing:
                 line = _line(problem, sample, completer, completion)
-                verdicts.append(judge.pool.submit(_judge_line, judge, problem, line, samples))
+                if judge is None:
+                    samples.add(line | {"verdict": None})
+                else:
+                    verdicts.append(judge.pool.submit(_judge_line, judge, problem, line, samples))
         if time.perf_counter() - noted > PROGRESS_S:
             noted = time.perf_counter()
             completer.note(f"{start + len(batch)}/{len(todo)} completions, {tokens / seconds:.0f} tokens/s")
@@ -423,13 +452,9 @@ def _line(problem: Problem, sample: int, completer: _Completer, completion: Comp
     }
 
 
-def _judge_line(judge: Judge, problem: Problem, line: dict[str, Any], samples: _SamplesFile) -> None:
+def _judge_line(judge: Judge, problem: Problem, line: dict[str, Any], samples: SamplesFile) -> None:
     for prefix in ("", "extra_") if judge.has_extra(problem) else ("",):
         verdict = judge(problem, line["program"], extra=bool(prefix))
         line |= {f"{prefix}verdict": verdict.status, f"{prefix}passed": verdict.passed}
         line |= {f"{prefix}detail": verdict.detail, f"{prefix}cpu_s": round(verdict.cpu_s, 3)}
     samples.add(line)
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -244,7 +244,7 @@ class Judge:
     """Verdicts on programs, which run in the sandbox only. May be called from several threads."""
 
     def __init__(self, sandbox: Sandbox, pool: ThreadPoolExecutor, extra: Mapping[str, str]) -> None:
-        self.pool = pool
+        self.pool, self.tier = pool, sandbox.tier
         self._sandbox, self._extra = sandbox, extra
         self._limits: dict[tuple[str, bool], float] = {}
 
