@@ -167,7 +167,8 @@ def qwen(bench: Bench) -> None:
 def demo(bench: Bench) -> None:
     from gpu_arms import demo as make
 
-    steps_of(bench, "demo", "2x32" if bench.options.tiny else "32x256", make)
+    given = functools.partial(make, fields=bench.options.demo)
+    steps_of(bench, "demo", "2x32" if bench.options.tiny else "32x256", given)
 
 
 def steps_of(bench: Bench, section: str, size: str, make: Callable[..., Any]) -> None:
@@ -315,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--arms", nargs="+", help="those whose name contains one of these texts")
+    parser.add_argument("--demo", nargs="+", default=[], metavar="a.b=value", help="fields of its recipe")
     parser.add_argument("--steps", type=int, help="8, tiny 4; the first two are not counted, nor is the last")
     parser.add_argument("--rounds", type=int, help="2, tiny 1")
     parser.add_argument("--minutes", type=float, default=8, help="after which no arm is begun")

@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,13 +179,13 @@ def qwen(B: int, T: int, steps: int, device: torch.device, tiny: bool) -> Pair:
     return Pair(TorchTeacher(models[0], None), models[1], RandomRows(ids, T), recipe, device)
 
 
-def demo(B: int, T: int, steps: int, device: torch.device, tiny: bool) -> Pair:
-    """The demo's own models and rows; UserError where its teacher is not installed."""
+def demo(B: int, T: int, steps: int, device: torch.device, tiny: bool, fields: Sequence[str] = ()) -> Pair:
+    """The demo's own models and rows, or those of `fields`; UserError where its teacher is not installed."""
     given = [f"train.steps={steps}", f"train.rows_per_step={B}", f"corpus.tokens_per_row={T}"]
     given += ["teacher.dtype=bfloat16", "train.precision=bfloat16", f"train.device={device.type}"]
     given += ["objective.kd_weight=0.5", "objective.ce_weight=0.5", "corpus.include=[a*.py]"]
     given += [f"objective.chunk={MOST_POSITIONS[device.type]}"]  # what `auto` is where memory allows it
-    setup = set_up(resolve(load(DEMO, given)), lambda text: None)
+    setup = set_up(resolve(load(DEMO, [*given, *fields])), lambda text: None)
     assert isinstance(setup.teacher, TorchTeacher)
     return Pair(setup.teacher, setup.student.model, setup.corpus.train, setup.recipe, setup.device)
 
