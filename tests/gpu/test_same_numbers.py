@@ -7,7 +7,10 @@ that it fails where something is planted (tests/planted.py). `pytest -m gpu test
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,3 +173,14 @@ def test_a_student_with_padded_ids_learns_the_same_there(
     on_cpu = run(tiny_recipe(train=TRAIN % ("cpu", ""), **sections), tmp_path / "cpu")
     there = run(tiny_recipe(train=TRAIN % (device, ""), **sections), tmp_path / "there")
     assert losses(there) == pytest.approx(losses(on_cpu), rel=1e-5)
+
+
+def test_without_a_device_cuda_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """On a machine that has one, too: it is hidden."""
+    recipe = tiny_recipe(train=TRAIN % ("cuda", ""))
+    command = [sys.executable, "-m", "potstill", "distill", str(recipe), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "0 CUDA device" in errors[0], done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
