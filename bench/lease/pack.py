@@ -2,6 +2,7 @@
 
     python bench/lease/pack.py build/lease             wheels, the teacher, tokens of recipes/long.yaml's corpus
     python bench/lease/pack.py build/lease --tiny      the same of a random teacher, for the dry run on a CPU
+    python bench/lease/pack.py --constraints           for pip: what the machine has and keeps (`make test-lease`)
 
 Carried are the packages that `machine.txt` does not have in the version that pyproject.toml asks for, at the
 version that is installed here, where there is one; of its own needs each brings those that are missing there.
@@ -42,20 +43,33 @@ BLOCK = 2**14
 
 def machine() -> dict[str, str | None]:
     """Version by name of what the machine has; None is a version that is not known."""
-    lines = [line.strip() for line in (HERE / "machine.txt").read_text().splitlines()]
-    found = (line.partition("==") for line in lines if line and not line.startswith("#"))
-    return {canonicalize_name(name): version or None for name, _, version in found}
+    found = {}
+    for line in (HERE / "machine.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            found[canonicalize_name(requirement.name)] = str(requirement.specifier).removeprefix("==") or None
+    return found
+
+
+def constraints() -> list[str]:
+    """The lines of `machine.txt` whose versions are not replaced by what is carried."""
+    replaced = {each.name for each in own_requirements() if not is_there(each, machine(), is_own=True)}
+    lines = (HERE / "machine.txt").read_text().splitlines()
+    return [line for line in lines if "==" in line and Requirement(line).name not in replaced]
+
+
+def own_requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [each for extra in EXTRAS for each in project["optional-dependencies"][extra]]
+    return [*map(Requirement, (*project["dependencies"], *TESTS, *extras))]
 
 
 def wheels(folder: Path) -> None:
     """Download what is missing there, into `folder`."""
     folder.mkdir(parents=True)
     there = machine()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *TESTS]
-    asked += [each for extra in EXTRAS for each in project["optional-dependencies"][extra]]
     # An own bound is compared with a version; what others ask for is taken as met by whatever is there.
-    queue = [(Requirement(each), True) for each in asked]
+    queue = [(each, True) for each in own_requirements()]
     carried: set[str] = set()
     while queue:
         requirement, is_own = queue.pop()
@@ -170,13 +184,22 @@ def pack(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="a folder that is not there yet")
+    parser.add_argument("out", type=Path, nargs="?", help="a folder that is not there yet")
+    parser.add_argument("--constraints", action="store_true", help="print them and pack nothing")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--mib", type=float, default=56, help="of a part, at most")
     parser.add_argument("--corpus", type=Path, default=ROOT / "recipes" / "long.yaml", help="with its shards")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--student", type=Path, help="one that an earlier lease trained, to be trained on")
-    for entry in pack((options := parser.parse_args()).out, options):
+    options = parser.parse_args()
+    if options.constraints:
+        print(*constraints(), sep="\n")
+        return 0
+    if options.out is None or options.out.exists():
+        found = "no folder is named" if options.out is None else f"{options.out} is there already"
+        print(f"pack.py: {found}. Name one that is not there yet.", file=sys.stderr)
+        return 2
+    for entry in pack(options.out, options):
         print(f"{entry['name']}  {entry['bytes'] / 2**20:.1f} MiB  {entry['sha256']}")
     return 0
 

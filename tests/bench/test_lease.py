@@ -214,3 +214,10 @@ def test_a_wrong_call_is_one_line(arguments: list[str], says: str, tmp_path: Pat
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
     assert [*tmp_path.iterdir()] == []
+
+
+def test_what_the_machine_keeps_is_what_is_tested_with(lease: Any) -> None:
+    kept = {Requirement(line).name: line for line in lease.pack.constraints()}
+    assert kept["torch"] == "torch==2.11.0" and kept["tokenizers"] == "tokenizers==0.23.2"
+    assert "transformers" not in kept  # it is carried
+    assert "filelock" not in kept  # its version there is not known
