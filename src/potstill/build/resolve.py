@@ -44,7 +44,9 @@ class StudentSource:
 
     @cached_property
     def layers_kept(self) -> Sequence[int]:
-        """The teacher's layers that a cut student keeps, by index, ascending."""
+        """The teacher's layers that a cut student keeps, by index, ascending. Where its weights decide, and nobody
+        has looked yet, as many others: for a plan.
+        """
         assert self.config.name == "cut"
         total = self._layers_config.get_text_config().num_hidden_layers
         return self.config.keep or layers_to_keep(total, self.config.layers or 0, self.config.rule)
@@ -111,9 +113,11 @@ class Resolved:
 
     def with_recipe(self, recipe: Recipe) -> Resolved:
         """The same models under another recipe. Their files are not read again."""
-        teacher = copy.copy(self.teacher)
+        teacher, student = copy.copy(self.teacher), self.student
         teacher.config = recipe.teacher
-        return dataclasses.replace(self, recipe=recipe, teacher=teacher)
+        if not student.is_saved and recipe.student != student.config:
+            student = StudentSource(recipe.student, teacher)
+        return dataclasses.replace(self, recipe=recipe, teacher=teacher, student=student)
 
 
 def resolve(

@@ -27,9 +27,10 @@ from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body, require_compiler
 from potstill.models.hub import public_name
+from potstill.models.layer_harm import Harm, choose_layers
 from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
-from potstill.models.pruning import cut, ffn_width_of
+from potstill.models.pruning import cut, ffn_width_of, stack_of
 from potstill.models.source import ModelFiles
 from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
@@ -39,6 +40,8 @@ from potstill.types import Divergence, Teacher
 
 CALIBRATION_ROWS = 8
 """Training rows on which the channels of an MLP are ranked."""
+LAYER_ROWS = 4
+"""Training rows on which layers are left out."""
 Note = Callable[[str], None]
 """Reports one line about what was built."""
 
@@ -55,6 +58,8 @@ class RunSetup:
     origin: dict[str, Any]
     """Where the student's weights came from."""
     shared: Shared
+    harm: Harm | None = None
+    """What each layer is worth, where that was measured to choose them."""
 
     @property
     def recipe(self) -> Recipe:
@@ -112,7 +117,11 @@ def _set_up_student(
     recipe = resolved.recipe
     # After the teacher: random numbers drawn while a library loads it must not change the student's weights.
     torch.manual_seed(recipe.train.seed)
-    model, origin = make_student(resolved, teacher, corpus.train)
+    model, origin, harm = make_student(resolved, teacher, corpus.train, note)
+    if harm is not None:  # from now on the recipe names them
+        assert recipe.student.name == "cut"
+        recipe = dataclasses.replace(recipe, student=recipe.student.with_layers(harm.keep))
+        resolved = resolved.with_recipe(recipe)
     _use_rows(recipe, model)
     _note_left_out(model, note)
     if recipe.lora is not None:
@@ -121,16 +130,18 @@ def _set_up_student(
         origin |= {"lora": model.described()}
     shared = match(resolved, teacher, model, origin, corpus, tokenizer, note)
     # After `match`, which masks padded ids in the head: the compiled body does not contain the head.
-    student = make_trainable(recipe, model, teacher)
+    trainable = make_trainable(recipe, model, teacher)
     numel, lora = sum(p.numel() for p in model.parameters()), origin.get("lora")
     trained = f", of adapters {lora['trainable_weights'] / 1e6:.3g} M alone trained" if lora else ""
     if lora and lora["without_adapter"]:
         share, names = lora["share_without_adapter"], lora["without_adapter"]
         more = f" and {len(names) - 4} more" if names[4:] else ""
         note(f"lora: {share:.2%} of the layers' weights have no adapter: {', '.join(names[:4])}{more}")
-    balanced = f", router loss with coefficient {weight:g}" if (weight := student.router_coefficient) else ""
+    balanced = (
+        f", router loss with coefficient {weight:g}" if (weight := trainable.router_coefficient) else ""
+    )
     note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}{balanced}")
-    return RunSetup(resolved, corpus, tokenizer, teacher, student, origin, shared)
+    return RunSetup(resolved, corpus, tokenizer, teacher, trainable, origin, shared, harm)
 
 
 def with_steps(resolved: Resolved, num_rows: int, note: Note) -> Resolved:
@@ -210,9 +221,9 @@ def _note_left_out(model: CausalLM, note: Note) -> None:
 
 
 def make_student(
-    resolved: Resolved, teacher: Teacher, rows: packing.PackedRows
-) -> tuple[CausalLM, dict[str, Any]]:
-    """The student's model, and where its weights came from."""
+    resolved: Resolved, teacher: Teacher, rows: packing.PackedRows, note: Note
+) -> tuple[CausalLM, dict[str, Any], Harm | None]:
+    """The student's model, where its weights came from, and what its teacher's layers are worth, if that was asked."""
     source, config, device = resolved.student, resolved.student.config, resolved.device
     # A cut student needs no confirmation: `to_cut_from` loads the named model and compares it. Nor does a saved one:
     # what its run was made of is in the receipt, and the captured model may be gone.
@@ -223,23 +234,31 @@ def make_student(
         model = from_checkpoint(config.model, device, source.files.config)
         left_out = {"left_out": model.left_out} if model.left_out else {}
         own = {"base_dtype": source.files.dtype} | left_out
-        return model, {"name": "checkpoint", "model": config.model} | own
+        return model, {"name": "checkpoint", "model": config.model} | own, None
     if config.name == "config":
         assert source.files is not None
         seed = resolved.recipe.train.seed
         model = from_config(config.model, device, source.files.config)
         dtype = str(source.files.config.dtype).removeprefix("torch.")
         own = {"base_dtype": dtype if dtype in DTYPES else None}
-        return model, {"name": "config", "model": config.model, "seed": seed} | own
+        return model, {"name": "config", "model": config.model, "seed": seed} | own, None
     uncut, where = teacher.to_cut_from()
     uncut.rows_are_packed = resolved.recipe.corpus.packing
-    total, keep = uncut.hf.config.get_text_config().num_hidden_layers, source.layers_kept
+    total, keep, harm = uncut.hf.config.get_text_config().num_hidden_layers, source.layers_kept, None
+    if config.is_measured:
+        stack = stack_of(uncut)[0].removesuffix(".")
+        batches = [rows.batch([row]) for row in range(min(LAYER_ROWS, len(rows)))]
+        harm = choose_layers(uncut, stack, batches, config.layers or 0, config.rule, note)
+        keep = harm.keep
+        note(
+            f"student: {config.rule} leaves out layers {sorted(harm.left_out)}, KL {harm.kl:.3f} to the whole"
+        )
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
     if config.ffn_width is not None:
         origin |= {"ffn_width": config.ffn_width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
     calibration = [rows.batch([row]) for row in range(min(CALIBRATION_ROWS, len(rows)))]
-    return cut(uncut, keep, config.ffn_width, calibration), origin
+    return cut(uncut, keep, config.ffn_width, calibration), origin, harm
 
 
 def dtype_of(source: str) -> str | None:

@@ -42,10 +42,10 @@ WIDTHS = ("intermediate_size", "n_inner")
 
 
 def layers_to_keep(total: int, count: int, rule: str) -> list[int]:
-    """Numbers of the `count` layers to keep.
+    """Numbers of the `count` layers to keep, by place alone.
 
     Args:
-        rule: `first_last`: the first half, rounded up, and the last; `even`: evenly spaced, with both ends.
+        rule: `even`: evenly spaced, with both ends; any other: the first half, rounded up, and the last.
 
     Raises:
         UserError: fewer than one or more than `total`.
@@ -54,11 +54,11 @@ def layers_to_keep(total: int, count: int, rule: str) -> list[int]:
         raise UserError(
             f"student.layers: {count} layers cannot be kept of the teacher's {total}. Give 1 to {total}."
         )
-    if rule == "first_last":
-        first = (count + 1) // 2
-        return [*range(first), *range(total - (count - first), total)]
-    step = (total - 1) / max(count - 1, 1)
-    return [round(i * step) for i in range(count)]
+    if rule == "even":
+        step = (total - 1) / max(count - 1, 1)
+        return [round(i * step) for i in range(count)]
+    first = (count + 1) // 2
+    return [*range(first), *range(total - (count - first), total)]
 
 
 def ffn_width_of(config: Any) -> int:
@@ -93,7 +93,7 @@ def cut(
         UserError: layers that the teacher does not have, duplicates or another order, an architecture without
             one stack of layers, more channels than there are, or an MLP that is not in `MLPS`.
     """
-    prefix, total = _stack(teacher)
+    prefix, total = stack_of(teacher)
     if list(keep) != sorted(set(keep)) or not keep or not (keep[0] >= 0 and keep[-1] < total):
         raise UserError(
             f"student.keep: {list(keep)} must be rising layer numbers of the teacher's {total}, from 0 to"
@@ -301,7 +301,7 @@ def _rescale_queries(hf: Any, keep: Sequence[int]) -> None:
         queries.bias[: hf.config.hidden_size] *= (now + 1) / (before + 1)
 
 
-def _stack(model: CausalLM) -> tuple[str, int]:
+def stack_of(model: CausalLM) -> tuple[str, int]:
     """Prefix of the layers in the state dict, as `model.layers.`, and how many there are."""
     total = model.hf.config.get_text_config().num_hidden_layers
     stacks = [

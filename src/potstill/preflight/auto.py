@@ -131,4 +131,8 @@ def as_started(recipe: Recipe, started: Recipe, num_rows: int | None = None) -> 
         recipe = with_matmul(recipe, started.train.matmul)
     if num_rows is not None:
         recipe = dataclasses.replace(recipe, train=recipe.train.of_rows(num_rows))
+    asked, settled = recipe.student, started.student
+    if asked.name == settled.name == "cut" and asked.is_measured and asked.layers == len(settled.keep or []):
+        assert settled.keep is not None
+        recipe = dataclasses.replace(recipe, student=asked.with_layers(settled.keep))
     return with_chunk(recipe, started.objective.chunk) if recipe.objective.chunk == "auto" else recipe

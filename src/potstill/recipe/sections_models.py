@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -160,12 +161,22 @@ class CutStudentConfig(Config):
     """Number of layers to keep, chosen by the rule."""
     keep: Layers | None = None
     """Layers to keep, by index from 0, ascending."""
-    rule: Literal["first_last", "even"] = "first_last"
-    """How `layers` are chosen: from both ends of the stack, or evenly spaced."""
+    rule: Literal["first_last", "even", "least_harm", "greedy"] = "first_last"
+    """How `layers` are chosen: from both ends of the stack, evenly spaced, or by the KL without each of them on four
+    training rows, of each alone (least_harm) or one after the other (greedy)."""
     ffn_width: Count | None = None
     """Channels of each layer's MLP to keep, those that contribute most on eight training rows; null: all."""
     lora: LoraConfig | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the teacher's weights decide which layers are kept."""
+        return self.keep is None and self.rule in ("least_harm", "greedy")
+
+    def with_layers(self, keep: Sequence[int]) -> CutStudentConfig:
+        """With the layers that a rule chose, by index."""
+        return replace(self, layers=None, keep=[*keep], rule="first_last")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ chart's caption.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape as escape_html
 from typing import Literal
@@ -66,6 +66,32 @@ def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool =
         + f'viewBox="0 0 {WIDTH} {HEIGHT}" aria-label="{label}">'
         + "".join(parts)
         + "</svg></figure>"
+    )
+
+
+def bars(title: str, unit: str, of: str, values: Sequence[float], marked: Collection[int], mark: str) -> str:
+    """A figure with a bar for each of `values`, numbered from 0; those of `marked` in another color, named `mark`."""
+    y_ticks = ticks(0, max(*values, 1e-9))
+    scale = _Scale(float(len(values)), 0.0, y_ticks[-1], is_log=False)
+    parts = [scale.grid(y_ticks, [], of)]
+    width = scale.x(0.8) - scale.x(0)
+    for number_, value in enumerate(values):
+        x, y, color = scale.x(number_ + 0.1), scale.y(max(value, 0.0)), "s1" if number_ in marked else "s0"
+        shown = f"{of} {number_}: {value:.4g}{f', {mark}' if number_ in marked else ''}"
+        parts.append(
+            f'<rect class="fill {color}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}"'
+            f' height="{HEIGHT - BOTTOM - y:.1f}"><title>{escape(shown)}</title></rect>'
+        )
+        if len(values) <= 16 or number_ % 5 == 0:
+            parts.append(
+                f'<text class="x" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 16}">{number_}</text>'
+            )
+    listed = "; ".join(f"{number_} {value:.4g}" for number_, value in enumerate(values))
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b> <span>{escape(unit)}</span><ul class="key">'
+        f'<li class="s1">{escape(mark)}</li></ul></figcaption><svg role="img" tabindex="0"'
+        f' viewBox="0 0 {WIDTH} {HEIGHT}" aria-label="{escape(f"{title}, {unit}: {listed}")}">{"".join(parts)}'
+        "</svg></figure>"
     )
 
 
@@ -174,7 +200,7 @@ class _Scale:
         share = ((math.log(value) if self.is_log else value) - low) / (high - low)
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
 
-    def grid(self, y_ticks: Iterable[float], x_ticks: Iterable[float]) -> str:
+    def grid(self, y_ticks: Iterable[float], x_ticks: Iterable[float], name: str = "step") -> str:
         bottom, parts = HEIGHT - BOTTOM, []
         for tick in y_ticks:
             y = round(self.y(tick), 1)
@@ -186,7 +212,7 @@ class _Scale:
                 parts.append(f'<line class="tick" x1="{x}" x2="{x}" y1="{bottom}" y2="{bottom + 4}"/>')
                 parts.append(f'<text class="x" x="{x}" y="{bottom + 16}">{number(tick)}</text>')
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-        parts.append(f'<text class="x name" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">step</text>')
+        parts.append(f'<text class="x name" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">{escape(name)}</text>')
         return "".join(parts)
 
     def draw(self, series: Series) -> str:

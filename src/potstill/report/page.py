@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from potstill.io.terminal import clock, printable
 from potstill.report import sections
-from potstill.report.charts import COLORS, Series, chart, grouped
+from potstill.report.charts import COLORS, Series, bars, chart, grouped
 from potstill.runs.run_dir import RunDir, summary
 
 NATS = "nats per token"
@@ -250,6 +250,11 @@ def _charts(runs: Sequence[RunReport]) -> list[str]:
             if (points := report.points(name))
         ]
         charts.append(chart(title, unit, lines, may_be_log=may_be_log))
+    for report in runs:
+        if layers := report.run.layers():
+            whose = f" of {report.run.path.name}" if runs[1:] else ""
+            title = f"KL without each of the teacher's layers{whose}"
+            charts.append(bars(title, "nats", "layer", layers["alone_L"], layers["left_out"], "left out"))
     return charts
 
 

@@ -6,6 +6,7 @@
     environment.json  versions, machine, command line, chosen chunk size, commits of models and data sets on the hub
     corpus.json       files with hashes, counts, fingerprint
     inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
+    layers.json       what each of the teacher's layers is worth, where that chose the student's; absent otherwise
     metrics.jsonl     one object per step or evaluation
     faults.jsonl      steps whose update the guard refused, with reason and rows; absent if there were none
     disagreement.json where student and teacher disagree, measured for the first report
@@ -45,6 +46,7 @@ from potstill.io.locks import locked
 from potstill.io.safe_open import KeyTwice, object_of, opened, parse_json, read_object
 
 READABLE = "the run's other files are still readable."
+LAYERS = "layers.json"
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
 
 
@@ -67,6 +69,7 @@ class RunDir:
         inputs: dict[str, str] | None = None,
         chunk: dict[str, Any] | None = None,
         commits: dict[str, str] | None = None,
+        layers: dict[str, Any] | None = None,
     ) -> RunDir:
         """Make the folder, and write what is known before the first step.
 
@@ -88,6 +91,8 @@ class RunDir:
         run._write_json("environment.json", environment() | {"chunk": chunk or {}, "commits": commits or {}})
         run._write_json("corpus.json", corpus)
         run._write_json("inputs.json", inputs or {})
+        if layers is not None:
+            run._write_json(LAYERS, layers)
         # Last: `open` takes any folder that has it for a complete run.
         write_whole(path / "resolved.yaml", resolved.encode())
         run.set_status("running")
@@ -226,6 +231,10 @@ class RunDir:
 
     def corpus(self) -> dict[str, Any]:
         return self._read_json("corpus.json")
+
+    def layers(self) -> dict[str, Any] | None:
+        """`layers.json`: `models.layer_harm.Harm` as an object; None where no rule measured layers."""
+        return self._read_json(LAYERS) if (self.path / LAYERS).exists() else None
 
     def inputs(self) -> dict[str, Any]:
         return self._read_json("inputs.json")

@@ -169,6 +169,7 @@ def _run(
         # Only after every check: a refused recipe leaves no folder behind.
         record: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
         record |= {"chunk": start.chunk, "commits": dict(setup.resolved.commits)}
+        record |= {"layers": None if setup.harm is None else setup.harm.as_dict()}
         create = partial(RunDir.create, start.path, recipe=start.recipe_text, **record)
         ranks.on_first(create)
     run = start.run or RunDir(start.path)

@@ -1,0 +1,180 @@
+"""Which layers a model can spare: the KL from the whole model to the one without them, measured on a few rows.
+
+A layer adds to the residual stream, so without it the stream goes on as it came. That is measured for each layer
+alone, as in ShortGPT (Men et al. 2024, arXiv 2403.03853), which ranks by the cosine of a layer's input and output;
+here it is by what the loss of a distillation sees, the KL of the distributions at the end.
+
+    least_harm    the layers whose own absence costs least; one pass a layer
+    greedy        one after the other, each measured where the ones before it are out already
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.errors import UserError
+from potstill.losses.objective import Objective
+from potstill.losses.targets import HiddenTargets
+from potstill.models.causal_lm import CausalLM
+from potstill.types import Batch
+
+RULES = ("least_harm", "greedy")
+KL_ALONE = Objective(kd_weight=1.0, ce_weight=0.0)
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What leaving layers out costs, in nats per position, and which ones to keep."""
+
+    rule: str
+    positions: int
+    """That bear loss, of the calibration rows."""
+    alone_L: list[float]
+    """KL of the model without each layer alone."""
+    left_out: list[int]
+    """In the order in which they were chosen."""
+    kl: float
+    """Of the model without all of them."""
+
+    @property
+    def keep(self) -> list[int]:
+        """The other layers, rising."""
+        return sorted({*range(len(self.alone_L))} - {*self.left_out})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return asdict(self)
+
+
+def choose_layers(
+    model: CausalLM, stack: str, batches: Sequence[Batch], count: int, rule: str, note: Callable[[str], None]
+) -> Harm:
+    """Choose the `count` layers to keep.
+
+    Args:
+        stack: name of the list of layers in the Transformers model.
+        batches: calibration rows, of the training split.
+        rule: one of `RULES`.
+        note: called with a line before the measurement, and with one for each layer that `greedy` leaves out.
+
+    Raises:
+        UserError: fewer than one or more than all, or a KL that is not finite.
+    """
+    without = Without(model, stack, batches)
+    total = len(without.layers)
+    if not 1 <= count <= total:
+        raise UserError(
+            f"student.layers: {count} layers cannot be kept of the teacher's {total}. Give 1 to {total}."
+        )
+    note(f"student: measuring what each of {total} layers is worth, on {without.positions} positions")
+    alone_L = [without.kl([number]) for number in range(total)]
+    if rule == "least_harm":
+        left_out = sorted(range(total), key=lambda number: (alone_L[number], number))[: total - count]
+    else:
+        left_out = _one_after_the_other(without, alone_L, total - count, note)
+    kl = without.kl(left_out) if left_out else 0.0
+    return Harm(rule, without.positions, alone_L, left_out, kl)
+
+
+def _one_after_the_other(
+    without: Without, alone_L: Sequence[float], count: int, note: Callable[[str], None]
+) -> list[int]:
+    left_out: list[int] = []
+    costs = dict(enumerate(alone_L))
+    for turn in range(count):
+        number = min(costs, key=lambda number: (costs[number], number))
+        left_out.append(number)
+        note(
+            f"student: without {len(left_out)} of {len(alone_L)} layers, {number} the last: KL {costs[number]:.3f}"
+        )
+        if turn + 1 < count:
+            costs = {other: without.kl([*left_out, other]) for other in costs if other != number}
+    return left_out
+
+
+class Without:
+    """A model, and what it says without some of its layers.
+
+    Layers below the first that is out give what they gave before, and are not computed again: half of the work.
+    """
+
+    def __init__(self, model: CausalLM, stack: str, batches: Sequence[Batch]) -> None:
+        layers: Any = model.hf.get_submodule(stack)
+        self.model, self.layers = model, [*layers]
+        self._batches = [batch.to(model.device) for batch in batches]
+        self.positions = sum(len(batch.positions_N) for batch in batches)
+        self._whole = [self._observed(batch) for batch in self._batches]
+
+    @torch.no_grad()
+    def kl(self, out: Sequence[int]) -> float:
+        """Nats per position, from the whole model to the one without the layers `out`.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        head, total = self.model.head, 0.0
+        for batch, (whole_ND, inputs, is_tuple) in zip(self._batches, self._whole, strict=True):
+            with self._skipping(set(out), inputs[min(out)], is_tuple):
+                hidden_ND = self._hidden_ND(batch)
+            targets = HiddenTargets(whole_ND, head)
+            sums = KL_ALONE(hidden_ND, head, batch.labels_N, targets, checked=False)
+            total += float(sums["kd"])
+        if not total < float("inf"):
+            raise UserError(
+                f"student.rule: without layers {sorted(out)} the KL to the whole model is {total}. Use first_last."
+            )
+        return total / self.positions
+
+    def _hidden_ND(self, batch: Batch) -> Tensor:
+        hidden_BTD = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+        return hidden_BTD.flatten(0, 1)[batch.positions_N]
+
+    @torch.no_grad()
+    def _observed(self, batch: Batch) -> tuple[Tensor, list[Tensor], bool]:
+        """Of the whole model: hidden_ND at the end, each layer's input, and whether a layer gives a tuple."""
+        inputs: list[Tensor] = []
+        kinds: set[bool] = set()
+
+        def observe(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+            inputs.append(args[0] if args else kwargs["hidden_states"])
+            kinds.add(isinstance(output, tuple))
+
+        hooks = [layer.register_forward_hook(observe, with_kwargs=True) for layer in self.layers]
+        try:
+            hidden_ND = self._hidden_ND(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(inputs) != len(self.layers) or len(kinds) != 1:
+            raise UserError(
+                f"student.rule: {type(self.model.hf).__name__} does not call its {len(self.layers)} layers once each,"
+                " one after the other. Use first_last, or name the layers in student.keep."
+            )
+        return hidden_ND, inputs, kinds.pop()
+
+    @contextlib.contextmanager
+    def _skipping(self, out: set[int], first_input: Tensor, is_tuple: bool) -> Iterator[None]:
+        first = min(out)
+        for number, layer in enumerate(self.layers):
+            if number <= first:  # what comes into the first that is out is known
+                layer.forward = partial(_passed_on, is_tuple, first_input if number == first else None)
+            elif number in out:
+                layer.forward = partial(_passed_on, is_tuple, None)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                vars(layer).pop("forward", None)  # the class's own is back
+
+
+def _passed_on(is_tuple: bool, known: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    """In the place of a layer's forward: its input, or the input that it is known to have."""
+    hidden = (args[0] if args else kwargs["hidden_states"]) if known is None else known
+    return (hidden,) if is_tuple else hidden
