@@ -153,6 +153,19 @@ def extra_line(file: Path) -> None:
         (lambda file: file.write_bytes(file.read_bytes().replace(b"humaneval-2", b"humaneval-1")), "task"),
         (lambda file: os.remove(file.with_name("humaneval.json")), "humaneval.json"),
         (extra_line, "HumanEval/77"),
+        (
+            lambda file: file.write_bytes(file.read_bytes().replace(b'"program": ', b'"prog": ')),
+            "has no program",
+        ),
+        (
+            lambda file: file.write_bytes(file.read_bytes().replace(b'"verdict": null', b'"v": 0')),
+            "has no verdict",
+        ),
+        (
+            lambda file: file.write_bytes(file.read_bytes().replace(b'"samples": 2', b'"samples": "2"')),
+            "no settings",
+        ),
+        (lambda file: file.write_bytes(file.read_bytes().replace(b'"sandbox": null, ', b"")), "damaged"),
     ],
 )
 def test_samples_that_cannot_be_judged_are_refused(

@@ -187,6 +187,7 @@ def judge(folder: Path, config: HumanEvalSettings, note: Note = lambda _: None) 
         settings["extra_tests_sha256"] = _sha256_of(config.extra_tests)
         samples = SamplesFile(folder, settings, judges_alone=True)
         samples.require_every((p.task_id, n) for p in problems for n in range(settings["samples"]))
+        samples.require_fields()
         controls = _controls(judge, problems, note)
         with samples.locked():
             _judge_all(problems, judge, samples, note)

@@ -19,6 +19,9 @@ from potstill.runs.run_dir import RunDir, write_whole
 SAMPLES = "humaneval.samples.jsonl"
 
 
+COUNTS = ("problems", "samples")
+OF_COMPLETION = {"completion": str, "program": str, "finish": str, "parses": bool, "cut_in_thought": bool}
+"""Fields of a line that is judged alone, with their types."""
 OF_JUDGE = ("sandbox", "extra_tests_sha256")
 """Settings that are None until a judge sets them."""
 
@@ -33,7 +36,7 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
     with opened(path, "samples", f"Give a folder with a {SAMPLES}.") as file:
         header = object_of(file.readline(), str(path), "Complete the problems again.")
     settings = header.get("settings")
-    if not isinstance(settings, dict) or not isinstance(settings.get("problems"), int):
+    if not isinstance(settings, dict) or any(type(settings.get(name)) is not int for name in COUNTS):
         raise UserError(f"{path}: its first line has no settings. Complete the problems again.")
     return settings
 
@@ -72,6 +75,21 @@ class SamplesFile:
             raise UserError(
                 f"{self.path}: {min(unknown)[0]} is no problem of HumanEval. Complete them again."
             )
+
+    def require_fields(self) -> None:
+        """Every line has what a judge reads.
+
+        Raises:
+            UserError: with the first that has not.
+        """
+        for (task, number), line in self.lines.items():
+            wrong = [name for name, kind in OF_COMPLETION.items() if type(line.get(name)) is not kind]
+            if wrong or "verdict" not in line:
+                field = (wrong or ["verdict"])[0]
+                raise UserError(
+                    f"{self.path}: damaged: {task} sample {number} has no {field} that can be read."
+                    " Complete the problems again."
+                )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
