@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from potstill.data.chats.records import Conversation, strings
-from potstill.data.chats.templates import ChatTemplate
+from potstill.data.chats.records import INSTRUCTIONS, TOOLS, Conversation, strings
+from potstill.data.chats.templates import ChatTemplate, TemplateRefused
 from potstill.data.chats.turns import THOUGHTS, Span, Turns, unused
 from potstill.errors import UserError
 
@@ -54,6 +55,12 @@ class Labeller:
     without_calls: list[str] = field(default_factory=list)
     """Conversations, once a turn, whose calls of tools the template does not write; these turns bear no loss."""
 
+    without_question: list[str] = field(default_factory=list)
+    """Conversations, once a turn, where the template writes nothing of what the turn answers; these bear no loss."""
+    without_instructions: list[str] = field(default_factory=list)
+    """Conversations whose system's words the template does not write."""
+    renamed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(role, the one in its place that the template writes) -> messages."""
     without_text: list[str] = field(default_factory=list)
     """Conversations, once a turn, whose words beside a call of tools the template does not write."""
 
@@ -83,10 +90,12 @@ class Labeller:
         Raises:
             UserError: the template refuses the conversation, or the assistant's part cannot be told apart.
         """
-        conversation = self._shielded(conversation)
+        conversation = self._in_known_roles(self._shielded(conversation))
         turns = Turns(conversation, self.template, self._is_added)
-        remaining, made = [turn for turn in conversation.trained if turns.writes_calls(turn)], []
-        self.without_calls += [conversation.where] * (len(conversation.trained) - len(remaining))
+        asked = [turn for turn in conversation.trained if not turns.lacks_question(turn)]
+        self.without_question += [conversation.where] * (len(conversation.trained) - len(asked))
+        remaining, made = [turn for turn in asked if turns.writes_calls(turn)], []
+        self.without_calls += [conversation.where] * (len(asked) - len(remaining))
         self.without_thought += [conversation.where for turn in remaining if turns.leaves_thoughts_out(turn)]
         self.without_text += [conversation.where for turn in remaining if turns.leaves_text_out(turn)]
         while remaining:
@@ -102,7 +111,7 @@ class Labeller:
                 conversation.where for turn in taught if turns.is_prompted_otherwise(turn)
             ]
             spans = [turns.span(turn, is_last=turn == last) for turn in taught]
-            blocks = turns.blocks(last) if turns.has_blocks else None
+            blocks = [turns.own_blocks(turn, last) for turn in taught] if turns.has_blocks else None
             made.append(self._labelled(conversation, text, spans, blocks))
             remaining = [turn for turn in remaining if turn not in taught]
         return made[::-1]
@@ -112,6 +121,34 @@ class Labeller:
         """Whether a text that goes on has all of an earlier turn, as it was at inference."""
         by_hand = turns.with_thought(turn) or turns.with_own_question(turn)
         return by_hand is None and turns.is_part_of(turn, text)
+
+    def _in_known_roles(self, conversation: Conversation) -> Conversation:
+        """With `tool` for `function`, `system` for `developer` and the like where the template writes nothing of a
+        message of that role, and something of one of the other.
+        """
+        messages = conversation.messages
+        turns = Turns(conversation, self.template, self._is_added)
+        for number, message in enumerate(messages):
+            alike = next((roles for roles in (TOOLS, INSTRUCTIONS) if message["role"] in roles), ())
+            if not alike or not turns.ignores(number):
+                continue
+            for role in (each for each in alike if each != message["role"]):
+                others = [*messages[:number], message | {"role": role}, *messages[number + 1 :]]
+                renamed = replace(conversation, messages=others)
+                if self._writes(renamed, number):
+                    self.renamed[message["role"], role] += 1
+                    return self._in_known_roles(renamed)
+            if message["role"] in INSTRUCTIONS:
+                self.without_instructions.append(conversation.where)
+        return conversation
+
+    def _writes(self, conversation: Conversation, number: int) -> bool:
+        turns = Turns(conversation, self.template, self._is_added)
+        try:
+            turns.upto(number)
+        except TemplateRefused:
+            return False
+        return not turns.ignores(number)
 
     def _shielded(self, conversation: Conversation) -> Conversation:
         """With a mark inside of every control token that somebody's words spell, so that it is not read as one."""
@@ -137,16 +174,15 @@ class Labeller:
         return replace(conversation, messages=messages, tools=shield(conversation.tools), mark=mark)
 
     def _labelled(
-        self, conversation: Conversation, text: str, spans: list[Span], blocks: list[Span] | None
+        self, conversation: Conversation, text: str, spans: list[Span], blocks: list[list[Span]] | None
     ) -> Labelled:
         ids, begins, ends = self._tokens(conversation, text)
         labels, stops = np.zeros(len(ids), dtype=np.bool_), True
-        for start, stop in spans:
+        for number, (start, stop) in enumerate(spans):
             # A tokenizer may merge the prompt's last character with the answer's first: that token is the prompt's.
             own = (begins >= start) & (begins < stop)
             if blocks is not None:
-                inside = [block for block in blocks if start <= block[1] <= stop]
-                own = self._in_blocks(ids, begins, ends, own, inside)
+                own = self._in_blocks(ids, begins, ends, own, blocks[number])
             labels |= own
             stops &= self._ends(ids[own])
         return Labelled(ids.astype(np.uint32), labels, stops)

@@ -47,6 +47,8 @@ SYNONYMS = {
 """Roles that data sets write for those of the templates; capitals do not matter."""
 LISTS = ("messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "output")
+ARGUMENTS = ("arguments", "parameters", "input")
+"""Keys of a call under which data sets have its arguments."""
 UNTRAINED = ("weight", "train", "loss")
 """Keys of a message that say whether it bears loss; no template sees them."""
 SHAPES = (
@@ -90,6 +92,8 @@ class Shapes:
         """(role as written, role it was read as) -> messages."""
         self.unasked: list[str] = []
         """Conversations that the assistant began; what it said before there was a question is left out."""
+        self.unanswered: list[str] = []
+        """Conversations, once a turn of the assistant without content and calls: it bears no loss."""
 
     def conversation(self, where: str, record: Json) -> Conversation:
         """Raises: UserError: a record of no known shape, or a message that is none."""
@@ -98,6 +102,9 @@ class Shapes:
         for number, message in enumerate(found):
             place = f"{where}: message {number}"
             messages.append(self._message(place, message))
+            if _is_unanswered(message) and messages[-1]["role"] == "assistant":
+                self.unanswered.append(where)
+                untrained.add(number)
             if number < context or not _bears_loss(place, message):
                 untrained.add(number)
         system = record.get("system") or record.get("system_prompt")
@@ -105,12 +112,13 @@ class Shapes:
             messages.insert(0, {"role": "system", "content": system})
             untrained = {number + 1 for number in untrained}
         messages, untrained = self._asked(where, messages, untrained)
-        for text in strings([messages, record.get("tools")]):
+        tools = record.get("tools") or record.get("functions")  # as servers wrote it before `tools`
+        for text in strings([messages, tools]):
             if not is_encodable(text):
                 raise UserError(
                     f"{where}: holds half of a surrogate pair, which UTF-8 cannot encode. Correct the record."
                 )
-        return Conversation(where, messages, _tools(where, record.get("tools")), frozenset(untrained))
+        return Conversation(where, messages, _tools(where, tools), frozenset(untrained))
 
     def _asked(self, where: str, messages: list[Json], untrained: set[int]) -> tuple[list[Json], set[int]]:
         """Without what the assistant and its tools say before the first question: many templates refuse it.
@@ -203,11 +211,30 @@ class Shapes:
         return role
 
 
+def _is_unanswered(message: Any) -> bool:
+    """Whether a message has content of null and nothing in its place."""
+    if not isinstance(message, dict):
+        return False
+    key = next((key for key in ("content", "value") if key in message), None)
+    return (
+        key is not None
+        and message[key] is None
+        and not (message.get("tool_calls") or message.get("function_call"))
+    )
+
+
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
 def _as_turns(value: Any, role: str) -> list[Any]:
+    parsed = _parsed(value)
+    if (
+        isinstance(parsed, list)
+        and parsed
+        and all(isinstance(each, dict) and "role" in each for each in parsed)
+    ):
+        return parsed
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
@@ -263,7 +290,8 @@ def _calls(place: str, calls: Any) -> list[Json]:
         function = dict(call["function"]) if isinstance(call.get("function"), dict) else dict(call)
         if not isinstance(function.get("name"), str):
             raise UserError(f"{place}: a call of tool_calls without a name: {json.dumps(call)[:60]}.")
-        function["arguments"] = _arguments(place, function.get("arguments"))
+        given = [function.pop(key) for key in ARGUMENTS if key in function]
+        function["arguments"] = _arguments(place, next((each for each in given if each is not None), None))
         outer = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
         made.append({"type": "function"} | outer | {"function": function})
     return made

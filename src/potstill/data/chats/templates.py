@@ -30,6 +30,7 @@ SECONDS = 10
 MEMORY_BYTES = 2**30
 """Beyond what this process has when the child is forked."""
 MAX_CHARACTERS = 2**26
+PROBE = "potstill asks"
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BLOCK_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 MARKING = "{%% macro potstill_mark() %%}%s{{ caller() }}%s{%% endmacro %%}\n"
@@ -91,6 +92,8 @@ class ChatTemplate:
             ) from error
         self.tokenizer = tokenizer
         self._plain, self._with_tools = (Source(text, date) for text in texts)
+        self._takes_parts: dict[str, bool] = {}
+        """By the text of a template: see `takes_parts`."""
         self._child: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -131,8 +134,37 @@ class ChatTemplate:
             TemplateRefused: the template has an error, or raises one.
             UserError: it takes too long, or too much memory.
         """
-        options: Json = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
         source = self.source(tools)
+        if self.takes_parts(where, source):
+            messages = [_in_parts(message) for message in messages]
+        return self._render(where, source, messages, tools, prompt, marks)
+
+    def takes_parts(self, where: str, source: Source) -> bool:
+        """Whether a template writes content that is a list of parts and none that is a text, as those of some
+        multimodal models do.
+        """
+        if source.text not in self._takes_parts:
+            asked: Json = {"role": "user", "content": PROBE}
+
+            def is_written(message: Json) -> bool:
+                try:
+                    return PROBE in self._render(where, source, [message], None, False, None)
+                except TemplateRefused:
+                    return False
+
+            self._takes_parts[source.text] = not is_written(asked) and is_written(_in_parts(asked))
+        return self._takes_parts[source.text]
+
+    def _render(
+        self,
+        where: str,
+        source: Source,
+        messages: list[Json],
+        tools: list[Json] | None,
+        prompt: bool,
+        marks: tuple[str, str] | None,
+    ) -> str:
+        options: Json = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
         text = source.text
         if marks is not None:
             text = BLOCK_TAG.sub(
@@ -177,6 +209,10 @@ class ChatTemplate:
             warnings.simplefilter("ignore", DeprecationWarning)
             self._child.start()
         theirs.close()
+
+
+def _in_parts(message: Json) -> Json:
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
 TAKE_ANOTHER = "Set corpus.tokenizer to one whose template does not."

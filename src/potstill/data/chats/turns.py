@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from typing import Any
 
-from potstill.data.chats.records import Conversation, Json
+from potstill.data.chats.records import INSTRUCTIONS, Conversation, Json
 from potstill.data.chats.templates import ChatTemplate, TemplateRefused
 from potstill.errors import UserError
 
 NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 """Code points that Unicode assigns to nothing: no text should have them."""
+UNASSIGNED = NONCHARACTERS + "".join(map(chr, range(0xF0000, 0x100000)))
+"""The same, and a plane for private use: no text has all of them."""
+OTHER_WORDS = "potstill says"
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which data sets keep the thoughts before an answer."""
@@ -36,6 +40,7 @@ class Turns:
         self._start, self._end = functools.cache(self._find_start), functools.cache(self._find_end)
         self.with_thought = functools.cache(self._find_thought)
         self.with_own_question = functools.cache(self._find_answer)
+        self.blocks = functools.cache(self._find_blocks)
 
     def upto(self, turn: int) -> str:
         """The conversation up to a message, that message included."""
@@ -226,17 +231,64 @@ class Turns:
             content = f"{begin}\n{reasoning}\n{end}\n\n{content}"
         return content, known[0]
 
-    def blocks(self, turn: int) -> list[Span]:
+    def ignores(self, number: int) -> bool:
+        """Whether the template writes nothing of a message's words in the text that the next answer is learnt from."""
+        words = self._messages[number]["content"].strip()
+        answers = (
+            at for at in range(number, len(self._messages)) if self._messages[at]["role"] == "assistant"
+        )
+        end = next(answers, len(self._messages))
+        prompt = not self.has_blocks  # which are looked for in the text of the answer itself
+        end = end if prompt else min(end + 1, len(self._messages))
+        where, tools = self.conversation.where, self.conversation.tools
+        try:
+            text = self._text(end, prompt)
+            if not words or words in text:
+                return False
+            # Written in another form, perhaps: then other words make another text.
+            others = [*self._messages[:end]]
+            others[number] = others[number] | {"content": OTHER_WORDS}
+            return self.template.render(where, others, tools, prompt) == text
+        except TemplateRefused:
+            return False
+
+    def lacks_question(self, turn: int) -> bool:
+        """Whether the template writes nothing of a message that the turn answers, instructions aside."""
+        before = range(turn - 1, -1, -1)
+        first = next((at + 1 for at in before if self._messages[at]["role"] == "assistant"), 0)
+        return any(
+            self.ignores(at) for at in range(first, turn) if self._messages[at]["role"] not in INSTRUCTIONS
+        )
+
+    def own_blocks(self, turn: int, last: int) -> list[Span]:
+        """Of the blocks in the text up to message `last` those that write this turn: other words change them."""
+        blocks = self.blocks(last)
+        mark = unused(self.upto(last) + self._messages[turn]["content"], 1)
+        messages = [*self._messages[: last + 1]]
+        messages[turn] = _touched(messages[turn], mark)
+        try:
+            touched = [text for text, _ in self._pieces(messages)]
+        except UserError:
+            touched = []
+        if len(touched) != len(blocks) or not any(mark in text for text in touched):
+            start, stop = self.span(turn, is_last=turn == last)
+            return [block for block in blocks if start <= block[1] <= stop]
+        return [block for block, text in zip(blocks, touched, strict=True) if mark in text]
+
+    def _find_blocks(self, turn: int) -> list[Span]:
         """What the template's `{% generation %}` blocks write, in the text up to this turn.
 
         Transformers' own mask looks for the block in the wrong place where a macro has it, and labels the user's turns
         of further templates in some versions. So the blocks are marked in the text, by a character at both ends.
         """
-        whole, where = self.upto(turn), self.conversation.where
+        return [span for _, span in self._pieces(self._messages[: turn + 1])]
+
+    def _pieces(self, messages: list[Json]) -> list[tuple[str, Span]]:
+        """The text of each block, and where it stands in the text of the messages."""
+        where, tools = self.conversation.where, self.conversation.tools
+        whole = self.template.render(where, messages, tools)
         marks = unused(whole, 2)
-        marked = self.template.render(
-            where, self._messages[: turn + 1], self.conversation.tools, marks=(marks[0], marks[1])
-        )
+        marked = self.template.render(where, messages, tools, marks=(marks[0], marks[1]))
         pieces = re.split(f"([{marks}])", marked)
         parts, found = pieces[::2], pieces[1::2]
         if "".join(parts) != whole or found != [*marks] * (len(found) // 2):
@@ -248,12 +300,30 @@ class Turns:
         for part in parts:
             place += len(part)
             bounds.append(place)
-        return list(zip(bounds[1::2], bounds[2::2], strict=False))
+        return list(zip(parts[1::2], zip(bounds[1::2], bounds[2::2], strict=False), strict=False))
 
 
 def unused(text: str, count: int) -> str:
     """Characters that a text does not have."""
-    return "".join(each for each in NONCHARACTERS if each not in text)[:count]
+    free = (each for each in UNASSIGNED if each not in text)
+    return "".join(itertools.islice(free, count))
+
+
+def _touched(message: Json, mark: str) -> Json:
+    """With a mark in everything that a turn says: its answer, its thought, the names of its calls."""
+    content = message["content"]
+    for begin, end in THOUGHTS:
+        content = content.replace(end, mark + end, 1) if begin in content else content
+    made = message | ({"content": content + mark} if content.strip() else {})
+    made |= {
+        key: made[key] + mark for key in REASONING if isinstance(made.get(key), str) and made[key].strip()
+    }
+    if made.get("tool_calls"):
+        made["tool_calls"] = [
+            call | {"function": call["function"] | {"name": call["function"]["name"] + mark}}
+            for call in made["tool_calls"]
+        ]
+    return made
 
 
 def _has_objects(messages: list[Json]) -> bool:

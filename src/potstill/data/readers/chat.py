@@ -65,11 +65,15 @@ def read(
             ("turns_without_their_thought", labeller.without_thought),
             ("turns_without_their_calls", labeller.without_calls),
             ("turns_without_their_text", labeller.without_text),
+            ("turns_without_their_question", labeller.without_question),
+            ("without_their_instructions", labeller.without_instructions),
+            ("unanswered", shapes.unanswered),
             ("begun_by_the_assistant", shapes.unasked),
         ):
             counts[name] = len(places)
             first |= {name: places[0]} if places else {}
-        renamed = {f"{old} as {new}": number for (old, new), number in sorted(shapes.renamed.items())}
+        roles = shapes.renamed + labeller.renamed
+        renamed = {f"{old} as {new}": number for (old, new), number in sorted(roles.items())}
         reading.counts |= {name: number for name, number in counts.items() if number}
         reading.counts |= ({"roles": renamed} if renamed else {}) | ({"first": first} if first else {})
         if counts["conversations"] and counts["conversations"] == counts["without_an_answer"]:
@@ -134,6 +138,11 @@ NOTES = {
     " writes none",
     "begun_by_the_assistant": "{number} of {all} conversations begin with the assistant: what it says before the first"
     " question is left out",
+    "turns_without_their_question": "{number} turns bear no loss: the chat template writes nothing of a message that"
+    " they answer",
+    "without_their_instructions": "the system's words of {number} of {all} conversations are left out: the chat"
+    " template writes none",
+    "unanswered": "{number} turns bear no loss: their content is null, and they call no tool",
     "turns_without_their_calls": "{number} turns bear no loss: the chat template does not write their calls of tools",
 }
 
