@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_model
 from data.chat_templates import tokenizer_for
 from test_chats import assistant, reading_of, shown, user
 
+from potstill.build.corpus import make_corpus
+from potstill.build.resolve import resolve
 from potstill.data import readers
 from potstill.data.chats.turns import unused
+from potstill.errors import UserError
+from potstill.recipe.load import load
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 FIVE_ROLES = """
@@ -211,3 +217,48 @@ def test_there_is_a_mark_for_every_text(tmp_path: Path) -> None:
     chat = [user(f"{nonsense} <|im_end|>"), assistant("yo")]
     (text,) = shown(tmp_path, tokenizer_for(FIVE_ROLES), chat)
     assert text.count("[") == 1 and "[yo<|im_end|>\n]" in text
+
+
+# ---- conversations that cannot be learnt from ------------------------------------------------------------
+
+STRICT = FIVE_ROLES.replace(
+    "{%- if m.role in",
+    "{%- if 'forbidden' in m.content %}{{ raise_exception('no') }}{%- endif %}\n{%- if m.role in",
+)
+
+
+def test_what_a_template_refuses_ends_the_reading_or_is_left_out_and_counted(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(STRICT)
+    chats = [
+        [user("hi"), assistant("yo")],
+        [user("forbidden"), assistant("no")],
+        [user("and?"), assistant("so")],
+    ]
+    with pytest.raises(UserError, match=r"chat\.jsonl:2: the chat template refuses this conversation"):
+        shown(tmp_path, tokenizer, *chats)
+    assert len(shown(tmp_path, tokenizer, *chats, skip_refused=True)) == 2
+    reading = reading_of(tmp_path, tokenizer, *chats, skip_refused=True)
+    assert len([*reading.documents]) == 2
+    assert reading.counts["conversations"] == 3 and reading.counts["refused"] == 1
+    (note,) = [note for note in readers.chat.notes(reading.counts) if "left out" in note]
+    assert note.startswith("1 of 3 conversations are left out") and "chat.jsonl:2" in note
+    with pytest.raises(UserError, match="all of 1 conversations are refused"):
+        shown(tmp_path, tokenizer, chats[1], skip_refused=True)
+
+
+def test_a_recipe_leaves_refused_conversations_out(tmp_path: Path, tiny_recipe: Any) -> None:
+    tokenizer = tokenizer_for(STRICT)
+    folder = make_model(tmp_path / "teacher", with_tokenizer=False, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    chats = [[user(f"{'forbidden' if n % 5 == 0 else 'hi'} {n}"), assistant("yo")] for n in range(60)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    corpus = "{name: chat, path: c.jsonl, tokens_per_row: 64, heldout_rows: 2, skip_refused: %s}"
+
+    def recipe(skip: str) -> Path:
+        written: Path = tiny_recipe(corpus=corpus % skip, teacher=f"{{name: torch, model: {folder}}}")
+        return written
+
+    found, _ = make_corpus(resolve(load(recipe("true"))))
+    assert found.manifest["documents"] == 48 and found.manifest["reading"]["refused"] == 12
+    with pytest.raises(UserError, match=r"c\.jsonl:1: the chat template refuses"):
+        make_corpus(resolve(load(recipe("false"))))

@@ -69,6 +69,7 @@ SHOWN_BY = {
     "corpus.bos": "tests/cli/test_rows.py",
     "corpus.date": "tests/data/test_chats.py",
     "corpus.whole_documents": "tests/data/test_packing.py",
+    "corpus.skip_refused": "tests/data/test_what_templates_write.py",
     "corpus.packing": "tests/preflight/test_packing_probe.py",
     "corpus.shards": "tests/data/test_token_cache.py",
     "corpus.tokenizer": "test_a_tokenizer_of_its_own_reads_the_corpus",

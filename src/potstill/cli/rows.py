@@ -71,6 +71,12 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
         say(line)
     if dropped := manifest["rows_dropped_as_held_out"]:
         say(f"{dropped} rows are left out of training: they are held out")
+    used = manifest["train_tokens"] + manifest["heldout_tokens"]
+    if (unused := manifest["tokens"] - used) > 0 and not dropped:
+        say(
+            f"{unused} of {manifest['tokens']} tokens are in no row: of documents on the held-out side beyond"
+            " corpus.heldout_rows, and of ends that fill no row"
+        )
     if manifest["decontamination"] is not None:
         say(summary(manifest["decontamination"]))
 

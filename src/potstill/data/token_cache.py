@@ -52,6 +52,8 @@ def provenance(
     for name in ("subset", "records"):
         if section.get(name, ...) is None:
             del section[name]
+    if not section.get("skip_refused", True):
+        del section["skip_refused"]
     if config.layout != "stream":
         section["layout"] = config.layout
     if bos_ids:

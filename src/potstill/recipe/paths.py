@@ -88,8 +88,14 @@ def locate_data(value: str, folder: Path) -> str:
 
 def locate_dataset(value: str, folder: Path) -> str:
     """The absolute path of a corpus, or `value` itself where it can only be a data set of the hub."""
-    is_id = dataset_id(value) is not None
-    return locate(value, folder, or_hub_id=is_id)
+    if dataset_id(value) is not None:
+        return locate(value, folder, or_hub_id=True)
+    try:
+        return locate(value, folder)
+    except UserError as error:
+        if re.fullmatch(r"[\w.-]+", value) and not Path(value).suffix:
+            raise UserError(f"{error} A data set of the hub is named owner/{value}.") from None
+        raise
 
 
 def locate_evaluation(value: str, folder: Path) -> str:

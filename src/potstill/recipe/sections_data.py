@@ -194,12 +194,16 @@ class ChatCorpusConfig(DataSetCorpusConfig):
     whole_documents: bool = True
     """Of several conversations in a row: each whole, as many as fit; false: cut where a row ends, so that answers stand
     in a row without their question."""
+    skip_refused: bool = False
+    """Leave out, and count, conversations that the template refuses or whose turns cannot be told apart; false: the
+    first of them ends the run."""
 
     patterns: ClassVar[str] = "chat:PATTERNS"
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         date = datetime.date.fromisoformat(self.date)
         which = {"split": self.split, "subset": self.subset, "count": self.records}
+        which |= {"skip_refused": self.skip_refused}
         return cast("Reading", _reader("chat:read")(self.path, tokenizer, self.field, date, **which))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:

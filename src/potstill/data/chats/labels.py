@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.chats.records import INSTRUCTIONS, TOOLS, Conversation, strings
-from potstill.data.chats.templates import ChatTemplate, TemplateRefused
+from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused, TemplateRefused
 from potstill.data.chats.turns import THOUGHTS, Span, Turns, unused
 from potstill.errors import UserError
 
@@ -228,9 +228,9 @@ class Labeller:
             or mark in harmless
             or not np.array_equal(ids, _whole_tokens(harmless, self.tokenizer)[0])
         ):
-            raise UserError(
+            raise ConversationRefused(
                 f"{conversation.where}: the words of a message spell a control token, and this tokenizer or"
-                " its template cannot keep it as words. Leave the record out, or write it otherwise."
+                f" its template cannot keep it as words. Write it otherwise, or {SKIP}."
             )
         return self._in_pieces(text, mark)
 

@@ -46,7 +46,11 @@ FORMAT = re.compile(r"strftime_now\(\s*(?:'([^']*)'|\"([^\"]*)\")\s*\)")
 Json = dict[str, Any]
 
 
-class TemplateRefused(UserError):
+class ConversationRefused(UserError):
+    """One conversation cannot be learnt from; others can. `corpus.skip_refused` leaves it out."""
+
+
+class TemplateRefused(ConversationRefused):
     """The template raised an error of its own for this conversation."""
 
 
@@ -215,6 +219,7 @@ def _in_parts(message: Json) -> Json:
     return message | {"content": [{"type": "text", "text": message["content"]}]}
 
 
+SKIP = "leave such records out by corpus.skip_refused: true"
 TAKE_ANOTHER = "Set corpus.tokenizer to one whose template does not."
 
 

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from potstill.data.chats.records import INSTRUCTIONS, Conversation, Json
-from potstill.data.chats.templates import ChatTemplate, TemplateRefused
+from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused, TemplateRefused
 from potstill.errors import UserError
 
 NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
@@ -112,9 +112,9 @@ class Turns:
                 return 0
             raise
         if start < least and not self.has_blocks:
-            raise UserError(
+            raise ConversationRefused(
                 f"{self.conversation.where}: the chat template rewrites earlier turns, so the assistant's tokens of"
-                f" message {turn} cannot be told apart. Use a template with a {{% generation %}} block."
+                f" message {turn} cannot be told apart. Use a template with a {{% generation %}} block, or {SKIP}."
             )
         # The two may have their first characters in common.
         head = self._messages[turn]["content"].strip()[:16]
@@ -292,7 +292,7 @@ class Turns:
         pieces = re.split(f"([{marks}])", marked)
         parts, found = pieces[::2], pieces[1::2]
         if "".join(parts) != whole or found != [*marks] * (len(found) // 2):
-            raise UserError(
+            raise ConversationRefused(
                 f"{where}: the chat template changes what its {{% generation %}} blocks write, so the assistant's"
                 " tokens cannot be told apart. Use a template that writes them as they are."
             )

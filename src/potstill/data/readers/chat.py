@@ -10,11 +10,11 @@ from typing import Any
 
 from potstill.data.chats.labels import Labeller
 from potstill.data.chats.records import Shapes
-from potstill.data.chats.templates import DATE, ChatTemplate
+from potstill.data.chats.templates import DATE, ChatTemplate, ConversationRefused
 from potstill.data.readers import hf, hub, jsonl, parquet
 from potstill.data.readers.folders import files_of
 from potstill.data.readers.reading import Document, Reading
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 
 PATTERNS = ("*.jsonl", "*.parquet")
 
@@ -27,6 +27,7 @@ def read(
     split: str | None = None,
     subset: str | None = None,
     count: int | None = None,
+    skip_refused: bool = False,
 ) -> Reading:
     """One conversation a record, in any shape that `data.chats.records` knows; see there and `data.chats.labels`.
 
@@ -35,6 +36,7 @@ def read(
         date: what a template gets that asks for the date.
         split: of a dataset that `save_to_disk` wrote, or of one on the hub.
         subset, count: of a data set on the hub; see `hub.records`.
+        skip_refused: leave out, and count, conversations that cannot be learnt from; else the first ends the reading.
     """
     template = ChatTemplate(tokenizer, date)  # refused before anything is read
     reading = Reading(iter(()))
@@ -45,9 +47,16 @@ def read(
         with template:
             labeller = Labeller(template)
             for where, record in found:
-                conversation = shapes.conversation(where, record)
-                documents = [each for each in labeller.documents(conversation) if each.labels.any()]
                 counts["conversations"] += 1
+                try:
+                    conversation = shapes.conversation(where, record)
+                    documents = [each for each in labeller.documents(conversation) if each.labels.any()]
+                except ConversationRefused as error:
+                    if not skip_refused:
+                        raise
+                    counts["refused"] += 1
+                    first.setdefault("refused", one_line(error))
+                    continue
                 for name, is_so in (
                     ("without_an_answer", not documents),
                     ("in_several_documents", len(documents) > 1),
@@ -76,6 +85,10 @@ def read(
         renamed = {f"{old} as {new}": number for (old, new), number in sorted(roles.items())}
         reading.counts |= {name: number for name, number in counts.items() if number}
         reading.counts |= ({"roles": renamed} if renamed else {}) | ({"first": first} if first else {})
+        if counts["refused"] and counts["conversations"] == counts["refused"]:
+            raise UserError(
+                f"{path}: all of {counts['conversations']} conversations are refused. {first['refused']}"
+            )
         if counts["conversations"] and counts["conversations"] == counts["without_an_answer"]:
             raise UserError(
                 f"{path}: none of {counts['conversations']} conversations has a token of the assistant's to learn: no"
@@ -125,6 +138,7 @@ def without_nulls(records: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tup
 
 
 NOTES = {
+    "refused": "{number} of {all} conversations are left out (corpus.skip_refused): they cannot be learnt from",
     "without_an_answer": "{number} of {all} conversations have no token to learn, and are left out",
     "in_several_documents": "{number} of {all} conversations are several documents: the chat template writes earlier"
     " turns otherwise than they were",

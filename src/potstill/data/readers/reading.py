@@ -24,6 +24,8 @@ from potstill.errors import UserError
 from potstill.io.safe_open import is_encodable, names_of, opened
 
 TEXTS_PER_CALL = 64
+CONVERSATION_KEYS = {"messages", "conversations", "conversation", "instruction", "prompt", "completion"}
+"""Of records that `corpus.name: chat` reads."""
 MAX_LINE_BYTES = 2**26
 """A document is in memory as a whole, with its tokens: a longer line is a damaged file, or no text."""
 MARK = "\ufeff"
@@ -127,7 +129,12 @@ def string_field(where: str, record: dict[str, Any], name: str, drop_nulls: str)
     """The text of a record, which may be empty. `drop_nulls` is how its format leaves out records without one."""
     value = record.get(name)
     if name not in record:
-        raise UserError(f"{where}: {name!r} is missing; found {names_of(record)}. Set corpus.field.")
+        todo = (
+            "Set corpus.name: chat."
+            if record.keys() & CONVERSATION_KEYS
+            else "Set corpus.field to the key of its text."
+        )
+        raise UserError(f"{where}: {name!r} is missing; found {names_of(record)}. {todo}")
     if value is None:
         raise UserError(f"{where}: {name!r} is null, not a string. Drop such records: {drop_nulls}.")
     if not isinstance(value, str):
