@@ -57,6 +57,42 @@ def test_rows_are_shown_with_what_bears_loss_and_what_was_left_out(
         assert len(line["ids"]) == len(line["labels"]) and any(line["labels"]) and not line["labels"][0]
 
 
+def test_a_row_shows_where_its_documents_begin(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = chat_recipe(tiny_recipe, tmp_path, tokens_per_row=192)
+    assert main(["rows", str(recipe), "--json", "--limit", "3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    start = lines[0]["ids"][
+        0
+    ]  # of each conversation the first token is <|im_start|>, as is that of its answer
+    for line in lines:
+        assert line["begins"]
+        for at in (0, *line["begins"]):
+            begun = line["ids"][at : at + 200]
+            assert begun[0] == start and begun.count(start) >= 2
+        assert 2 * (1 + len(line["begins"])) == line["ids"].count(start)
+    assert main(["rows", str(recipe), "--limit", "1"]) == 0
+    row = capsys.readouterr().out.partition("--- row 1")[0]
+    assert row.count("\n|\n") == len(lines[0]["begins"])
+
+
+def test_tokens_that_are_in_no_row_are_counted(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = chat_recipe(tiny_recipe, tmp_path, heldout_rows=1)
+    assert main(["rows", str(recipe), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main(["rows", str(recipe), "--json", "--heldout"]) == 0
+    captured = capsys.readouterr()
+    rows += [json.loads(line) for line in captured.out.splitlines()]
+    assert main(["rows", str(recipe), "--documents", "--json"]) == 0
+    documents = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    unused = sum(len(each["ids"]) for each in documents) - sum(len(row["ids"]) for row in rows)
+    said = [line for line in captured.err.splitlines() if "are in no row" in line]
+    assert (unused > 0) == bool(said) and (not said or said[0].lstrip().startswith(f"{unused} of "))
+
+
 def test_parts_of_conversations_and_their_counts_pass_the_decontamination(
     tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

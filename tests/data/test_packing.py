@@ -334,6 +334,23 @@ def test_whole_documents_stand_in_one_row_each_and_the_rows_are_few(lengths: lis
         assert half_empty <= 1 or all(r > T // 2 for r in remainders)
 
 
+def test_a_corpus_of_whole_documents_is_packed_by_best_fit_and_not_as_it_was_read() -> None:
+    """Lengths that fill rows of ten in pairs, and none with its neighbour."""
+    lengths = [7] * 20 + [3] * 20
+    made = build(
+        Reading(
+            iter([document([1 + (i * 5 + at) % (V - 1) for at in range(n)]) for i, n in enumerate(lengths)])
+        ),
+        tokens_per_row=10,
+        heldout_rows=2,
+        vocab=Vocab(V),
+        layout="whole",
+    )
+    rows = len(made.train) + len(made.heldout)
+    tokens = made.manifest["train_tokens"] + made.manifest["heldout_tokens"]
+    assert rows * 10 == pytest.approx(tokens, abs=14), (rows, tokens)  # one row of each side may be half full
+
+
 def test_no_answer_stands_in_a_row_without_its_question() -> None:
     """Of 100 chats of 93 tokens in rows of 128 a row holds one; end to end 43 % of the labels lack their beginning."""
     chats = []

@@ -219,6 +219,31 @@ def test_there_is_a_mark_for_every_text(tmp_path: Path) -> None:
     assert text.count("[") == 1 and "[yo<|im_end|>\n]" in text
 
 
+def test_a_prompt_that_writes_what_the_answer_lacks_is_counted(tmp_path: Path) -> None:
+    opened = FIVE_ROLES.replace(
+        "'<|im_start|>assistant\\n' }}{%- endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+    )
+    assert opened != FIVE_ROLES
+    counts = counts_of(
+        tmp_path, tokenizer_for(opened), [user("hi"), assistant("yo"), user("and?"), assistant("so")]
+    )
+    assert counts["turns_prompted_otherwise"] == 2
+    assert any(
+        note.startswith("in 2 turns the generation prompt writes what is missing")
+        for note in readers.chat.notes(counts)
+    )
+    assert "turns_prompted_otherwise" not in counts_of(
+        tmp_path, tokenizer_for(FIVE_ROLES), [user("hi"), assistant("yo")]
+    )
+
+
+def test_a_text_without_end_is_refused(tmp_path: Path) -> None:
+    """68 MB of it, within a second and a gibibyte."""
+    endless = "{%- for i in range(68) %}{{- 'x' * 1000000 }}{%- endfor %}" + FIVE_ROLES
+    with pytest.raises(UserError, match="took more than 1 GiB of memory"):
+        shown(tmp_path, tokenizer_for(endless), [user("hi"), assistant("yo")])
+
+
 # ---- conversations that cannot be learnt from ------------------------------------------------------------
 
 STRICT = FIVE_ROLES.replace(
