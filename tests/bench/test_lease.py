@@ -156,7 +156,7 @@ def run(carried: Path, out: Path, *flags: str) -> tuple[dict[str, dict[str, Any]
 
 @pytest.mark.soak
 def test_the_whole_dry_run(carried: Path, tmp_path: Path) -> None:
-    stages, shown = run(carried, tmp_path / "out")
+    stages, shown = run(carried, tmp_path / "out", "--seconds", "1800")
     names = ["1 environment", "2 tests", "3 loss", "4 qwen", "7 on-policy", "8 quantised", "5 demo", "5 long"]
     assert [*stages] == [*names, "6 humaneval"]
     needs_extra = set() if has("torchao", "bitsandbytes") else {"8 quantised"}
