@@ -68,23 +68,7 @@ def read(
                 part_of = where if len(documents) > 1 else None
                 for each in documents:
                     yield Document(where, each.ids, each.labels, part_of=part_of)
-        for name, places in (
-            ("spell_control_tokens", labeller.with_control_tokens),
-            ("turns_prompted_otherwise", labeller.with_other_prompt),
-            ("turns_without_their_thought", labeller.without_thought),
-            ("turns_without_their_calls", labeller.without_calls),
-            ("turns_without_their_text", labeller.without_text),
-            ("turns_without_their_question", labeller.without_question),
-            ("without_their_instructions", labeller.without_instructions),
-            ("unanswered", shapes.unanswered),
-            ("begun_by_the_assistant", shapes.unasked),
-        ):
-            counts[name] = len(places)
-            first |= {name: places[0]} if places else {}
-        roles = shapes.renamed + labeller.renamed
-        renamed = {f"{old} as {new}": number for (old, new), number in sorted(roles.items())}
-        reading.counts |= {name: number for name, number in counts.items() if number}
-        reading.counts |= ({"roles": renamed} if renamed else {}) | ({"first": first} if first else {})
+        reading.counts |= _counts(counts, first, shapes, labeller)
         if counts["refused"] and counts["conversations"] == counts["refused"]:
             raise UserError(
                 f"{path}: all of {counts['conversations']} conversations are refused. {first['refused']}"
@@ -98,6 +82,29 @@ def read(
 
     reading.documents = conversations()
     return reading
+
+
+def _counts(
+    counts: Counter[str], first: dict[str, str], shapes: Shapes, labeller: Labeller
+) -> dict[str, Any]:
+    """What was read as something else or left out, and of each kind the first place."""
+    for name, places in (
+        ("spell_control_tokens", labeller.with_control_tokens),
+        ("turns_prompted_otherwise", labeller.with_other_prompt),
+        ("turns_without_their_thought", labeller.without_thought),
+        ("turns_without_their_calls", labeller.without_calls),
+        ("turns_without_their_text", labeller.without_text),
+        ("turns_without_their_question", labeller.without_question),
+        ("without_their_instructions", labeller.without_instructions),
+        ("unanswered", shapes.unanswered),
+        ("begun_by_the_assistant", shapes.unasked),
+    ):
+        counts[name] = len(places)
+        first |= {name: places[0]} if places else {}
+    roles = shapes.renamed + labeller.renamed
+    renamed = {f"{old} as {new}": number for (old, new), number in sorted(roles.items())}
+    found: dict[str, Any] = {name: number for name, number in counts.items() if number}
+    return found | ({"roles": renamed} if renamed else {}) | ({"first": first} if first else {})
 
 
 def _records(
