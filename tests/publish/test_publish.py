@@ -280,6 +280,14 @@ def test_an_allowed_regression_is_stated_on_the_card(run: Path) -> None:
     assert "**Worse than before training.** heldout/kl is" in card
 
 
+def test_completions_that_nobody_judged_are_no_humaneval(run: Path) -> None:
+    place = run / "evals" / "humaneval"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "humaneval.json").write_text(json.dumps({"status": "not_judged", "settings": {}}))
+    assert publish(run, "--dry-run") == 0
+    assert "HumanEval: not run." in (run / "publish" / "README.md").read_text()
+
+
 def test_a_score_of_humaneval_has_its_n_seed_and_interval_in_card_and_metadata(run: Path) -> None:
     score = {"value": 0.25, "low": 0.19, "high": 0.32, "interval": "Wilson, 95 %"}
     settings = {"problems": 164, "samples": 1, "seed": 7, "prompt": "base", "max_new_tokens": 512}

@@ -112,6 +112,8 @@ def _humaneval(options: argparse.Namespace, given: dict[str, Any], display: Disp
     for name in given.keys() - OF_JUDGE if is_completed else ():
         raise UserError(f"{_flag(name)}: has no effect: {options.target} has its completions. Leave it out.")
     out, judges = given.pop("out", None), given.pop("judge", True)
+    for name in given.keys() & {"workers", "extra_tests"} if not judges else ():
+        raise UserError(f"{_flag(name)}: has no effect with --no-judge. Give it to the command that judges.")
     config = HumanEvalSettings(**given)
     _require_no_mistakes(config.mistakes())
     if is_completed:

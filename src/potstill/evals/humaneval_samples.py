@@ -133,8 +133,10 @@ class SamplesFile:
                 f"{name} ({recorded.get(name)!r:.80} -> {self.settings.get(name)!r:.80})"
                 for name in differing[:6]
             ]
+            judged = f"`potstill eval {self._out} --humaneval` judges them; or give"
+            todo = judged if recorded.get("sandbox", ...) is None else "Give"
             raise UserError(
-                f"{self.path}: started with other settings: {', '.join(changes)}. Give --out another folder."
+                f"{self.path}: started with other settings: {', '.join(changes)}. {todo} --out another folder."
             )
         self.lines = found
 

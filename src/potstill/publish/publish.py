@@ -294,6 +294,8 @@ def _parents(tree: Mapping[str, Any], publish: PublishConfig, receipt: Mapping[s
 def _humaneval(path: Path, receipt: Mapping[str, Any]) -> dict[str, Any] | None:
     """Its result; refused where it is seen to be another student's."""
     result = _result(path)
+    if result is not None and result.get("status") == "not_judged":
+        return None  # completions alone say nothing of a score
     settings = (result or {}).get("settings", {})
     # Only the last step's weights have a hash in the receipt, and it holds for one dtype.
     is_last = receipt["student_is_of_step"] == receipt["steps"]

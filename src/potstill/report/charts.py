@@ -75,18 +75,16 @@ def bars(title: str, unit: str, of: str, values: Sequence[float], marked: Collec
     scale = _Scale(float(len(values)), 0.0, y_ticks[-1], is_log=False)
     parts = [scale.grid(y_ticks, [], of)]
     width = scale.x(0.8) - scale.x(0)
-    for number_, value in enumerate(values):
-        x, y, color = scale.x(number_ + 0.1), scale.y(max(value, 0.0)), "s1" if number_ in marked else "s0"
-        shown = f"{of} {number_}: {value:.4g}{f', {mark}' if number_ in marked else ''}"
+    for at, value in enumerate(values):
+        x, y, color = scale.x(at + 0.1), scale.y(max(value, 0.0)), "s1" if at in marked else "s0"
+        shown = f"{of} {at}: {value:.4g}{f', {mark}' if at in marked else ''}"
         parts.append(
             f'<rect class="fill {color}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}"'
             f' height="{HEIGHT - BOTTOM - y:.1f}"><title>{escape(shown)}</title></rect>'
         )
-        if len(values) <= 16 or number_ % 5 == 0:
-            parts.append(
-                f'<text class="x" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 16}">{number_}</text>'
-            )
-    listed = "; ".join(f"{number_} {value:.4g}" for number_, value in enumerate(values))
+        if len(values) <= 16 or at % 5 == 0:
+            parts.append(f'<text class="x" x="{x + width / 2:.1f}" y="{HEIGHT - BOTTOM + 16}">{at}</text>')
+    listed = "; ".join(f"{at} {value:.4g}" for at, value in enumerate(values))
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b> <span>{escape(unit)}</span><ul class="key">'
         f'<li class="s1">{escape(mark)}</li></ul></figcaption><svg role="img" tabindex="0"'

@@ -145,12 +145,14 @@ def _verdict(result: Mapping[str, Any]) -> str:
             f"{subset['samples_passed']} of {subset['samples']} samples pass, of a subset of"
             f" {subset['problems']} problems, which is no score of HumanEval"
         )
+    if result.get("status") == "not_judged":
+        return "no score: not judged yet"
     return f"no score: {result.get('status', 'unknown')}: {result.get('why', 'no reason was recorded')}"
 
 
 def _problems(name: str, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     key = hashlib.sha256(json.dumps([name, result], sort_keys=True).encode()).hexdigest()[:8]
-    verdicts = [str(sample.get("verdict", "none")) for sample in samples]
+    verdicts = [str(sample.get("verdict", "none") or "not judged") for sample in samples]
     known = sorted({*verdicts})
     counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in known) or "no samples kept"
     if cut := result.get("cut_in_thought"):

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.chats.records import INSTRUCTIONS, TOOLS, Conversation, strings
-from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused, TemplateRefused
+from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused
 from potstill.data.chats.turns import THOUGHTS, Span, Turns, unused
 from potstill.errors import UserError
 
@@ -90,8 +90,8 @@ class Labeller:
         Raises:
             UserError: the template refuses the conversation, or the assistant's part cannot be told apart.
         """
-        conversation = self._in_known_roles(self._shielded(conversation))
-        turns = Turns(conversation, self.template, self._is_added)
+        turns = self._in_known_roles(Turns(self._shielded(conversation), self.template, self._is_added))
+        conversation = turns.conversation
         asked = [turn for turn in conversation.trained if not turns.lacks_question(turn)]
         self.without_question += [conversation.where] * (len(conversation.trained) - len(asked))
         remaining, made = [turn for turn in asked if turns.writes_calls(turn)], []
@@ -122,33 +122,24 @@ class Labeller:
         by_hand = turns.with_thought(turn) or turns.with_own_question(turn)
         return by_hand is None and turns.is_part_of(turn, text)
 
-    def _in_known_roles(self, conversation: Conversation) -> Conversation:
+    def _in_known_roles(self, turns: Turns) -> Turns:
         """With `tool` for `function`, `system` for `developer` and the like where the template writes nothing of a
         message of that role, and something of one of the other.
         """
-        messages = conversation.messages
-        turns = Turns(conversation, self.template, self._is_added)
+        conversation, messages = turns.conversation, turns.conversation.messages
         for number, message in enumerate(messages):
             alike = next((roles for roles in (TOOLS, INSTRUCTIONS) if message["role"] in roles), ())
             if not alike or not turns.ignores(number):
                 continue
             for role in (each for each in alike if each != message["role"]):
                 others = [*messages[:number], message | {"role": role}, *messages[number + 1 :]]
-                renamed = replace(conversation, messages=others)
-                if self._writes(renamed, number):
+                renamed = Turns(replace(conversation, messages=others), self.template, self._is_added)
+                if renamed.writes(number):
                     self.renamed[message["role"], role] += 1
                     return self._in_known_roles(renamed)
             if message["role"] in INSTRUCTIONS:
                 self.without_instructions.append(conversation.where)
-        return conversation
-
-    def _writes(self, conversation: Conversation, number: int) -> bool:
-        turns = Turns(conversation, self.template, self._is_added)
-        try:
-            turns.upto(number)
-        except TemplateRefused:
-            return False
-        return not turns.ignores(number)
+        return turns
 
     def _shielded(self, conversation: Conversation) -> Conversation:
         """With a mark inside of every control token that somebody's words spell, so that it is not read as one."""

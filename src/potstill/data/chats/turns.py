@@ -252,6 +252,14 @@ class Turns:
         except TemplateRefused:
             return False
 
+    def writes(self, number: int) -> bool:
+        """Whether the template takes a message, and writes something of its words."""
+        try:
+            self.upto(number)
+        except TemplateRefused:
+            return False
+        return not self.ignores(number)
+
     def lacks_question(self, turn: int) -> bool:
         """Whether the template writes nothing of a message that the turn answers, instructions aside."""
         before = range(turn - 1, -1, -1)
@@ -263,11 +271,18 @@ class Turns:
     def own_blocks(self, turn: int, last: int) -> list[Span]:
         """Of the blocks in the text up to message `last` those that write this turn: other words change them."""
         blocks = self.blocks(last)
+        if not any(
+            each["role"] == "assistant" for at, each in enumerate(self._messages[:last]) if at != turn
+        ):
+            return blocks
         mark = unused(self.upto(last) + self._messages[turn]["content"], 1)
         messages = [*self._messages[: last + 1]]
         messages[turn] = _touched(messages[turn], mark)
         try:
-            touched = [text for text, _ in self._pieces(messages)]
+            where, tools = self.conversation.where, self.conversation.tools
+            touched = [
+                text for text, _ in self._pieces(messages, self.template.render(where, messages, tools))
+            ]
         except UserError:
             touched = []
         if len(touched) != len(blocks) or not any(mark in text for text in touched):
@@ -281,12 +296,12 @@ class Turns:
         Transformers' own mask looks for the block in the wrong place where a macro has it, and labels the user's turns
         of further templates in some versions. So the blocks are marked in the text, by a character at both ends.
         """
-        return [span for _, span in self._pieces(self._messages[: turn + 1])]
+        whole = self.upto(turn)
+        return [span for _, span in self._pieces(self._messages[: turn + 1], whole)]
 
-    def _pieces(self, messages: list[Json]) -> list[tuple[str, Span]]:
-        """The text of each block, and where it stands in the text of the messages."""
+    def _pieces(self, messages: list[Json], whole: str) -> list[tuple[str, Span]]:
+        """The text of each block, and where it stands in `whole`, the text of the messages."""
         where, tools = self.conversation.where, self.conversation.tools
-        whole = self.template.render(where, messages, tools)
         marks = unused(whole, 2)
         marked = self.template.render(where, messages, tools, marks=(marks[0], marks[1]))
         pieces = re.split(f"([{marks}])", marked)
