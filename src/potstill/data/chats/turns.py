@@ -271,9 +271,7 @@ class Turns:
     def own_blocks(self, turn: int, last: int) -> list[Span]:
         """Of the blocks in the text up to message `last` those that write this turn: other words change them."""
         blocks = self.blocks(last)
-        if not any(
-            each["role"] == "assistant" for at, each in enumerate(self._messages[:last]) if at != turn
-        ):
+        if [each["role"] for each in self._messages[: last + 1]].count("assistant") == 1:
             return blocks
         mark = unused(self.upto(last) + self._messages[turn]["content"], 1)
         messages = [*self._messages[: last + 1]]
