@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in registry.HOMES:
         registry.entries(kind)  # the built-in ones, which register themselves only once
     monkeypatch.setattr(registry, "_entries", {kind: dict(of) for kind, of in registry._entries.items()})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test finds what another has measured, nor the user's own; the folder is made by whoever writes to it."""
+    cache = tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

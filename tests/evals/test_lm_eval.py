@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import sys
+import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from scripted import ids_of
 from tokenizers.processors import TemplateProcessing
 
 from potstill.cli.main import main
+from potstill.data.chats import templates
 from potstill.data.tokenizers import load_tokenizer
 from potstill.evals import lm_eval
 from potstill.evals.lm_eval import LmEvalSettings, evaluate, table_rows
@@ -416,6 +419,40 @@ def test_a_chat_template_that_fails_is_one_line(
     line = errors(capsys)
     assert "lm-eval: the model's chat template fails: " in line
     assert line.endswith("Use --no-apply-chat-template.")
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+FOR_A_LONG_PROMPT = f"{{% if messages[0]['content'] | length > 15 %}}{ENDLESS}{{% endif %}}"
+
+
+@needs_lm_eval
+def test_a_chat_template_that_takes_too_long_or_too_much_for_a_task_is_one_line(
+    tasks: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain for the short conversation that is tried first."""
+    monkeypatch.setattr(templates, "SECONDS", 2)
+    folder = reader(tmp_path / "model", template=TEMPLATE + FOR_A_LONG_PROMPT)
+    flags = ["--lm-eval", "certain", "--lm-eval-tasks", tasks, "--out", str(tmp_path / "out")]
+    assert main(["eval", str(folder), *flags]) == 2
+    assert re.search("a task's prompt: the chat template of .* took more than", errors(capsys))
+
+
+@needs_lm_eval
+def test_a_template_without_a_system_turn_gets_prompts_without_it(tmp_path: Path) -> None:
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    )
+    reading = lm_eval._Reading(
+        load_tokenizer(reader(tmp_path / "model", template=refusing)), False, None, True, None, ""
+    )
+    system, asked, begun = (
+        {"role": role, "content": role[0] * 3} for role in ("system", "user", "assistant")
+    )
+    lm = types.SimpleNamespace()
+    with lm_eval._rendered_within_limits(lm, reading):
+        assert lm.apply_chat_template([system, asked]) == lm.apply_chat_template([asked])
+        assert lm.apply_chat_template([asked]).endswith("assistant\n")
+        assert lm.apply_chat_template([system, asked, begun], add_generation_prompt=False).endswith("aaa")
 
 
 @needs_lm_eval

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import html
+import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +23,10 @@ from torch import Tensor
 
 from potstill import UserError, distill, load_causal_lm
 from potstill.build import setup
+from potstill.build.resolve import resolve
 from potstill.cli.main import main
 from potstill.models.causal_lm import CausalLM
-from potstill.models.layer_harm import Without, choose_layers
+from potstill.models.layer_harm import Without, calibration, choose_layers
 from potstill.models.pruning import cut, stack_of
 from potstill.recipe.load import load
 from potstill.runs.run_dir import RunDir
@@ -154,7 +161,7 @@ def test_layers_that_are_not_called_one_after_the_other_are_refused() -> None:
     model = make("llama")
     model.hf.model.layers[2] = model.hf.model.layers[1]
     with pytest.raises(UserError, match="does not call its 5 layers once each"):
-        Without(model, "model.layers", rows())
+        Without(model, "model.layers", rows()).kl([0])
 
 
 @pytest.mark.parametrize("count", [0, 6])
@@ -163,6 +170,80 @@ def test_as_many_layers_as_there_are_can_be_kept(count: int) -> None:
         choose_layers(make("llama"), "model.layers", rows(), count, "greedy", lambda text: None)
     whole = choose_layers(make("llama"), "model.layers", rows(), 5, "greedy", lambda text: None)
     assert whole.left_out == [] and whole.kl == 0
+
+
+def long_row(T: int, bears_loss: Callable[[int, int], bool], B: int = 2) -> Batch:
+    ids = torch.randint(61, (B, T + 1), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([row * T + at for row in range(B) for at in range(T) if bears_loss(row, at)])
+    labels = ids[:, 1:].flatten()[positions]
+    return Batch(torch.arange(B), ids[:, :-1], torch.arange(T).expand(B, T), positions, labels)
+
+
+@pytest.mark.parametrize(
+    ("bears_loss", "tokens", "counts"),
+    [
+        (lambda row, at: True, 256, [64, 64]),
+        (
+            lambda row, at: at >= 300 if row else at % 8 == 0,
+            316,
+            [40, 16],
+        ),  # an answer behind a long question
+        (lambda row, at: row == 1 and at >= 395, 400, [0, 5]),
+    ],
+)
+def test_of_long_rows_the_beginning_is_read_and_positions_spread_over_it_are_compared(
+    bears_loss: Callable[[int, int], bool], tokens: int, counts: list[int]
+) -> None:
+    row = long_row(400, bears_loss)
+    found = calibration(row)
+    assert found.input_ids_BT.shape == found.position_ids_BT.shape == (2, tokens)
+    assert torch.equal(found.input_ids_BT, row.input_ids_BT[:, :tokens])
+    for number, count in enumerate(counts):
+        own = found.positions_N // tokens == number
+        places = (found.positions_N[own] % tokens).tolist()
+        eligible = [at for at in range(tokens) if bears_loss(number, at)]
+        assert len(places) == len({*places}) == count and {*places} <= {*eligible}
+        assert not places or (places[0], places[-1]) == (eligible[0], eligible[-1])
+        following = torch.tensor([*row.input_ids_BT[number, 1:].tolist(), int(row.labels_N[-1])])
+        assert found.labels_N[own].tolist() == following[places].tolist()
+
+
+def test_what_was_measured_is_remembered_for_these_weights_and_rows_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    choose = partial(choose_layers, stack="model.layers", count=2, rule="greedy", note=said.append)
+    first = choose(make("llama", spread=0.3), batches=rows())
+    assert "known" not in said[0]
+
+    passes: list[Sequence[int]] = []
+    measured = Without._measured
+    monkeypatch.setattr(Without, "_measured", lambda self, out: passes.append(out) or measured(self, out))
+    said.clear()
+    assert choose(make("llama", spread=0.3), batches=rows()) == first and not passes
+    assert "known from an earlier run" in said[0]
+    # The other rule asks for one choice more, at most, that nobody has measured.
+    choose_layers(make("llama", spread=0.3), "model.layers", rows(), 2, "least_harm", said.append)
+    assert len(passes) <= 1
+    for other in (
+        partial(choose, make("llama", spread=0.31), batches=rows()),
+        partial(choose, make("llama", spread=0.3), batches=rows(3)),
+    ):
+        passes.clear()
+        assert other() != first and len(passes) > 5
+
+
+def test_a_cache_that_is_damaged_or_cannot_be_written_is_measured_again(tmp_path: Path) -> None:
+    choose = partial(choose_layers, stack="model.layers", batches=rows(), count=2, rule="least_harm")
+    first = choose(make("llama"), note=print)
+    (file,) = Path(os.environ["XDG_CACHE_HOME"], "potstill", "layers").iterdir()
+    for damaged in ("{", '{"0": null}', '{"0": NaN}', "[]"):
+        file.write_text(damaged)
+        assert choose(make("llama"), note=print) == first
+        assert json.loads(file.read_text())["0"] == first.alone_L[0]
+    shutil.rmtree(file.parents[1])
+    file.parents[1].write_text("a file in the place of the folder")
+    assert choose(make("llama"), note=print) == first
 
 
 # ---- a run ------------------------------------------------------------------------------------------------
@@ -213,6 +294,14 @@ def test_a_resumed_run_and_its_evaluation_measure_nothing_again(
     assert again.receipt()["student"] == whole.receipt()["student"]
     with pytest.raises(UserError, match=r"student\.keep|student\.layers"):
         distill(recipe, overrides=["student.layers=3"], out=tmp_path / "again", resume=True)
+
+
+def test_ranks_take_what_the_first_has_measured(recipe: Path) -> None:
+    """Sums that differ by rounding may choose other layers, and ranks that average their gradients need one student."""
+    resolved = resolve(load(recipe))
+    setup_ = setup.set_up(resolved, print, agreed=lambda harm: replace(harm, left_out=[2, 3]))
+    with contextlib.closing(setup_.teacher):
+        assert setup_.recipe.student.keep == setup_.origin["layers_kept"] == [0, 1]  # type: ignore[union-attr]
 
 
 def test_a_rule_beside_named_layers_is_refused(recipe: Path) -> None:

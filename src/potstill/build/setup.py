@@ -44,6 +44,8 @@ LAYER_ROWS = 4
 """Training rows on which layers are left out."""
 Note = Callable[[str], None]
 """Reports one line about what was built."""
+Agree = Callable[[Harm], Harm]
+"""What all ranks take for measured."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,19 @@ def process_of(recipe: Recipe) -> Iterator[None]:
         yield
 
 
-def set_up(resolved: Resolved, note: Note, beat: Callable[[], None] = lambda: None) -> RunSetup:
+def set_up(
+    resolved: Resolved,
+    note: Note,
+    beat: Callable[[], None] = lambda: None,
+    agreed: Agree = lambda harm: harm,  # one process agrees with itself
+) -> RunSetup:
     """Build everything a run needs.
 
     Args:
         resolved: the recipe, with its device and model sources.
         note: called with one line for each object that was built, and for each warning.
         beat: called with every document that is read, a sign of life for a watchdog.
+        agreed: what the first of several ranks has measured: sums differ by rounding, and choices by that.
 
     Raises:
         UserError: a damaged file, a missing library, or models and a corpus that do not fit each other.
@@ -105,19 +113,24 @@ def set_up(resolved: Resolved, note: Note, beat: Callable[[], None] = lambda: No
         resolved = with_steps(resolved, len(corpus.train), note)
         open_teacher = teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
         require_teacher(resolved, teacher, tokenizer, note)
-        return _set_up_student(resolved, corpus, tokenizer, teacher, note)
+        return _set_up_student(resolved, corpus, tokenizer, teacher, note, agreed)
     except BaseException:
         open_teacher.close()  # nobody else has it yet
         raise
 
 
 def _set_up_student(
-    resolved: Resolved, corpus: packing.Corpus, tokenizer: Any | None, teacher: Teacher, note: Note
+    resolved: Resolved,
+    corpus: packing.Corpus,
+    tokenizer: Any | None,
+    teacher: Teacher,
+    note: Note,
+    agreed: Agree,
 ) -> RunSetup:
     recipe = resolved.recipe
     # After the teacher: random numbers drawn while a library loads it must not change the student's weights.
     torch.manual_seed(recipe.train.seed)
-    model, origin, harm = make_student(resolved, teacher, corpus.train, note)
+    model, origin, harm = make_student(resolved, teacher, corpus.train, note, agreed)
     if harm is not None:  # from now on the recipe names them
         assert recipe.student.name == "cut"
         recipe = dataclasses.replace(recipe, student=recipe.student.with_layers(harm.keep))
@@ -221,7 +234,11 @@ def _note_left_out(model: CausalLM, note: Note) -> None:
 
 
 def make_student(
-    resolved: Resolved, teacher: Teacher, rows: packing.PackedRows, note: Note
+    resolved: Resolved,
+    teacher: Teacher,
+    rows: packing.PackedRows,
+    note: Note,
+    agreed: Agree,
 ) -> tuple[CausalLM, dict[str, Any], Harm | None]:
     """The student's model, where its weights came from, and what its teacher's layers are worth, if that was asked."""
     source, config, device = resolved.student, resolved.student.config, resolved.device
@@ -247,8 +264,8 @@ def make_student(
     total, keep, harm = uncut.hf.config.get_text_config().num_hidden_layers, source.layers_kept, None
     if config.is_measured:
         stack = stack_of(uncut)[0].removesuffix(".")
-        batches = [rows.batch([row]) for row in range(min(LAYER_ROWS, len(rows)))]
-        harm = choose_layers(uncut, stack, batches, config.layers or 0, config.rule, note)
+        batches = [rows.batch([*range(min(LAYER_ROWS, len(rows)))])]
+        harm = agreed(choose_layers(uncut, stack, batches, config.layers or 0, config.rule, note))
         keep = harm.keep
         note(
             f"student: {config.rule} leaves out layers {sorted(harm.left_out)}, KL {harm.kl:.3f} to the whole"

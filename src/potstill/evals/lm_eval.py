@@ -9,10 +9,11 @@ tasks that execute generated code are rejected, because lm-eval has no sandbox.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from potstill.data.chats.templates import DATE, ChatTemplate, TemplateRefused
 from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError, one_line
 from potstill.evals.humaneval_problems import THOUGHT_ENDS, end_of_turn
@@ -238,20 +240,21 @@ def _run_tasks(
         _score_no_bos(lm)
         described = _described(lm, reading)
         note(f"lm-eval {lm_eval.__version__}: {', '.join(config.tasks)}; {described['prompts']}")
-        values = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[*config.tasks],
-            limit=config.limit,
-            apply_chat_template=reading.apply_chat_template,
-            fewshot_as_multiturn=reading.apply_chat_template,
-            log_samples=False,
-            task_manager=manager,
-            confirm_run_unsafe_code=False,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed,
-            torch_random_seed=config.seed,
-            fewshot_random_seed=config.seed,
-        )
+        with _rendered_within_limits(lm, reading):
+            values = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=[*config.tasks],
+                limit=config.limit,
+                apply_chat_template=reading.apply_chat_template,
+                fewshot_as_multiturn=reading.apply_chat_template,
+                log_samples=False,
+                task_manager=manager,
+                confirm_run_unsafe_code=False,
+                random_seed=config.seed,
+                numpy_random_seed=config.seed,
+                torch_random_seed=config.seed,
+                fewshot_random_seed=config.seed,
+            )
     except Exception as error:  # a task is a program, and its data set may have to be downloaded
         raise UserError(f"lm-eval: {','.join(config.tasks)}: it fails: {one_line(error)}") from error
     return {
@@ -277,6 +280,30 @@ def _score_no_bos(lm: Any) -> None:
             lm.add_bos_token = added
 
     lm.loglikelihood_rolling = without_bos
+
+
+@contextlib.contextmanager
+def _rendered_within_limits(lm: Any, reading: _Reading) -> Iterator[None]:
+    """Inside the block a chat template, which is a program that came with the model, has the time and memory that it
+    has for a corpus, and the same date every day.
+    """
+    if not reading.apply_chat_template:
+        yield
+        return
+    with ChatTemplate(reading.tokenizer, DATE) as template:
+
+        def render(chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            where, prompt = "a task's prompt", add_generation_prompt
+            try:
+                return template.render(where, chat_history, prompt=prompt, goes_on=not prompt)
+            except (
+                TemplateRefused
+            ):  # a system's message, mostly: lm-eval leaves it out then, and so its scores are
+                without = [each for each in chat_history if each["role"] != "system"]
+                return template.render(where, without, prompt=prompt, goes_on=not prompt)
+
+        lm.apply_chat_template = render
+        yield
 
 
 def _described(lm: Any, reading: _Reading) -> dict[str, Any]:

@@ -6,13 +6,19 @@ here it is by what the loss of a distillation sees, the KL of the distributions 
 
     least_harm    the layers whose own absence costs least; one pass a layer
     greedy        one after the other, each measured where the ones before it are out already
+
+A pass reads the beginning of a few rows, and compares logits at positions spread over it: the head of a small model
+is as much work as all of its layers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,13 +26,23 @@ import torch
 from torch import Tensor
 
 from potstill.errors import UserError
+from potstill.io.user_cache import recall, remember
+from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
-from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
+from potstill.models.load import weights_sha256
 from potstill.types import Batch
 
 RULES = ("least_harm", "greedy")
-KL_ALONE = Objective(kd_weight=1.0, ce_weight=0.0)
+CACHE = "layers"
+MAX_TOKENS = 256
+"""Of a row that are read; as many more as it takes to the first `MIN_POSITIONS` that bear loss."""
+MIN_POSITIONS = 16
+MAX_POSITIONS = 64
+"""Of a row at which distributions are compared."""
+NOTE_SECONDS = 10
+PLAIN = Objective()
+"""For the dtypes and the chunks of its logits alone."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class Harm:
 
     rule: str
     positions: int
-    """That bear loss, of the calibration rows."""
+    """At which distributions were compared."""
     alone_L: list[float]
     """KL of the model without each layer alone."""
     left_out: list[int]
@@ -56,7 +72,7 @@ class Harm:
 def choose_layers(
     model: CausalLM, stack: str, batches: Sequence[Batch], count: int, rule: str, note: Callable[[str], None]
 ) -> Harm:
-    """Choose the `count` layers to keep.
+    """Choose the `count` layers to keep. What was measured is remembered: see `io.user_cache`.
 
     Args:
         stack: name of the list of layers in the Transformers model.
@@ -73,14 +89,52 @@ def choose_layers(
         raise UserError(
             f"student.layers: {count} layers cannot be kept of the teacher's {total}. Give 1 to {total}."
         )
-    note(f"student: measuring what each of {total} layers is worth, on {without.positions} positions")
-    alone_L = [without.kl([number]) for number in range(total)]
+    key = without.sha256()
+    without.known |= (known := recall(CACHE, key))
+    before = " (known from an earlier run)" if {str(number) for number in range(total)} <= {*known} else ""
+    note(f"student: what each of {total} layers is worth, on {without.positions} positions{before}")
+    alone_L = _each_alone(without, note)
     if rule == "least_harm":
         left_out = sorted(range(total), key=lambda number: (alone_L[number], number))[: total - count]
     else:
         left_out = _one_after_the_other(without, alone_L, total - count, note)
     kl = without.kl(left_out) if left_out else 0.0
+    if without.known != known:
+        remember(CACHE, key, without.known)
     return Harm(rule, without.positions, alone_L, left_out, kl)
+
+
+def _each_alone(without: Without, note: Callable[[str], None]) -> list[float]:
+    costs: list[float] = []
+    total, last = len(without.layers), time.monotonic()
+    for number in range(total):
+        costs.append(without.kl([number]))
+        if time.monotonic() - last > NOTE_SECONDS:
+            note(f"student: {number + 1} of {total} layers measured")
+            last = time.monotonic()
+    return costs
+
+
+def calibration(batch: Batch) -> Batch:
+    """The beginning of some rows, with positions spread over each: see `MAX_TOKENS` and `MAX_POSITIONS`."""
+    B, T = batch.input_ids_BT.shape
+    rows_N, places_N = batch.positions_N // T, batch.positions_N % T
+    first = [places_N[rows_N == row][:MIN_POSITIONS] for row in range(B)]
+    end = min(T, max([MAX_TOKENS, *(int(places[-1]) + 1 for places in first if len(places))]))
+    own = [torch.nonzero((rows_N == row) & (places_N < end)).flatten() for row in range(B)]
+    chosen_N = torch.cat([numbers[_spread(len(numbers), MAX_POSITIONS)] for numbers in own])
+    return replace(
+        batch,
+        input_ids_BT=batch.input_ids_BT[:, :end],
+        position_ids_BT=batch.position_ids_BT[:, :end],
+        positions_N=rows_N[chosen_N] * end + places_N[chosen_N],
+        labels_N=batch.labels_N[chosen_N],
+        lengths_B=None if batch.lengths_B is None else batch.lengths_B.clamp_max(end),
+    )
+
+
+def _spread(total: int, most: int) -> Tensor:
+    return torch.linspace(0, total - 1, min(total, most)).round().long()
 
 
 def _one_after_the_other(
@@ -108,24 +162,42 @@ class Without:
     def __init__(self, model: CausalLM, stack: str, batches: Sequence[Batch]) -> None:
         layers: Any = model.hf.get_submodule(stack)
         self.model, self.layers = model, [*layers]
-        self._batches = [batch.to(model.device) for batch in batches]
-        self.positions = sum(len(batch.positions_N) for batch in batches)
-        self._whole = [self._observed(batch) for batch in self._batches]
+        self._batches = [calibration(batch).to(model.device) for batch in batches]
+        self.positions = sum(len(batch.positions_N) for batch in self._batches)
+        self.known: dict[str, float] = {}
+        """KL by the layers that are out: their numbers, rising, with a space between."""
 
-    @torch.no_grad()
+    def sha256(self) -> str:
+        """Of all that the KLs depend on: weights, rows, positions."""
+        digest = hashlib.sha256(f"1 {weights_sha256(self.model)} {self.model.hf.config}".encode())
+        for batch in self._batches:
+            for tensor in (batch.input_ids_BT, batch.position_ids_BT, batch.positions_N):
+                digest.update(f"{list(tensor.shape)} {tensor.tolist()}".encode())
+        return digest.hexdigest()
+
     def kl(self, out: Sequence[int]) -> float:
         """Nats per position, from the whole model to the one without the layers `out`.
 
         Raises:
             UserError: it is not finite.
         """
-        head, total = self.model.head, 0.0
-        for batch, (whole_ND, inputs, is_tuple) in zip(self._batches, self._whole, strict=True):
+        name = " ".join(map(str, sorted(out)))
+        if name not in self.known:
+            self.known[name] = self._measured(out)
+        return self.known[name]
+
+    @functools.cached_property
+    def _whole(self) -> list[tuple[Tensor, list[Tensor], bool]]:
+        return [self._observed(batch) for batch in self._batches]
+
+    @torch.no_grad()
+    def _measured(self, out: Sequence[int]) -> float:
+        total = 0.0
+        for batch, (whole_logp_NV, inputs, is_tuple) in zip(self._batches, self._whole, strict=True):
             with self._skipping(set(out), inputs[min(out)], is_tuple):
                 hidden_ND = self._hidden_ND(batch)
-            targets = HiddenTargets(whole_ND, head)
-            sums = KL_ALONE(hidden_ND, head, batch.labels_N, targets, checked=False)
-            total += float(sums["kd"])
+            for part, logits_CV in PLAIN.logits(hidden_ND, self.model.head):
+                total += float(forward_kl(logits_CV.log_softmax(-1), whole_logp_NV[part]).sum())
         if not total < float("inf"):
             raise UserError(
                 f"student.rule: without layers {sorted(out)} the KL to the whole model is {total}. Use first_last."
@@ -138,7 +210,7 @@ class Without:
 
     @torch.no_grad()
     def _observed(self, batch: Batch) -> tuple[Tensor, list[Tensor], bool]:
-        """Of the whole model: hidden_ND at the end, each layer's input, and whether a layer gives a tuple."""
+        """Of the whole model: logp_NV at the end, each layer's input, and whether a layer gives a tuple."""
         inputs: list[Tensor] = []
         kinds: set[bool] = set()
 
@@ -157,7 +229,8 @@ class Without:
                 f"student.rule: {type(self.model.hf).__name__} does not call its {len(self.layers)} layers once each,"
                 " one after the other. Use first_last, or name the layers in student.keep."
             )
-        return hidden_ND, inputs, kinds.pop()
+        logits = [logits_CV.log_softmax(-1) for _, logits_CV in PLAIN.logits(hidden_ND, self.model.head)]
+        return torch.cat(logits), inputs, kinds.pop()
 
     @contextlib.contextmanager
     def _skipping(self, out: set[int], first_input: Tensor, is_tuple: bool) -> Iterator[None]:

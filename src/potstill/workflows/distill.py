@@ -118,7 +118,7 @@ def _distill(
             watch.beat()
             display.note(text)
 
-        setup = set_up(start.resolved, note, beat=watch.beat)
+        setup = set_up(start.resolved, note, beat=watch.beat, agreed=ranks.broadcast)
         with contextlib.closing(setup.teacher):
             return _run(setup, start, note, display, watch, ranks, locked)
 

@@ -126,6 +126,7 @@ class ChatTemplate:
         tools: list[Json] | None = None,
         prompt: bool = False,
         marks: tuple[str, str] | None = None,
+        goes_on: bool = False,
     ) -> str:
         """The text of a conversation.
 
@@ -133,6 +134,7 @@ class ChatTemplate:
             where: what is rendered, for errors.
             prompt: whether the text goes on to where the assistant answers.
             marks: put at both ends of what a `{% generation %}` block writes.
+            goes_on: whether the text ends with the words of the last message, which the assistant goes on with.
 
         Raises:
             TemplateRefused: the template has an error, or raises one.
@@ -141,7 +143,8 @@ class ChatTemplate:
         source = self.source(tools)
         if self.takes_parts(where, source):
             messages = [_in_parts(message) for message in messages]
-        return self._render(where, source, messages, tools, prompt, marks)
+        options = {"add_generation_prompt": prompt} | ({"continue_final_message": True} if goes_on else {})
+        return self._render(where, source, messages, tools, options, marks)
 
     def takes_parts(self, where: str, source: Source) -> bool:
         """Whether a template writes content that is a list of parts and none that is a text, as those of some
@@ -152,7 +155,7 @@ class ChatTemplate:
 
             def is_written(message: Json) -> bool:
                 try:
-                    return PROBE in self._render(where, source, [message], None, False, None)
+                    return PROBE in self._render(where, source, [message], None, {}, None)
                 except TemplateRefused:
                     return False
 
@@ -165,10 +168,10 @@ class ChatTemplate:
         source: Source,
         messages: list[Json],
         tools: list[Json] | None,
-        prompt: bool,
+        options: Json,
         marks: tuple[str, str] | None,
     ) -> str:
-        options: Json = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
+        options = options | {"tools": tools, "tokenize": False}
         text = source.text
         if marks is not None:
             text = BLOCK_TAG.sub(
