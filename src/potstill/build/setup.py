@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from potstill.models.layer_harm import Harm, choose_layers
 from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
 from potstill.models.pruning import cut, ffn_width_of, stack_of
+from potstill.models.repair import Repair, fold_gaps
 from potstill.models.source import ModelFiles
 from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
@@ -42,10 +43,20 @@ CALIBRATION_ROWS = 8
 """Training rows on which the channels of an MLP are ranked."""
 LAYER_ROWS = 4
 """Training rows on which layers are left out."""
+REPAIR_ROWS = 16
+"""Training rows to which a cut student is fitted; behind them, as many as `JUDGE_ROWS` say whether that was good."""
+JUDGE_ROWS = 4
+BATCH_ROWS = 4
+"""Of these, read at once."""
+T = TypeVar("T")
 Note = Callable[[str], None]
 """Reports one line about what was built."""
-Agree = Callable[[Harm], Harm]
-"""What all ranks take for measured."""
+
+
+class Agree(Protocol):
+    """What all ranks take for measured: what the first has."""
+
+    def __call__(self, value: T) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,8 @@ class RunSetup:
     shared: Shared
     harm: Harm | None = None
     """What each layer is worth, where that was measured to choose them."""
+    repair: Repair | None = None
+    """What was folded into a cut student."""
 
     @property
     def recipe(self) -> Recipe:
@@ -93,7 +106,8 @@ def set_up(
     resolved: Resolved,
     note: Note,
     beat: Callable[[], None] = lambda: None,
-    agreed: Agree = lambda harm: harm,  # one process agrees with itself
+    agreed: Agree = lambda value: value,  # one process agrees with itself
+    repair: Repair | None = None,
 ) -> RunSetup:
     """Build everything a run needs.
 
@@ -102,6 +116,7 @@ def set_up(
         note: called with one line for each object that was built, and for each warning.
         beat: called with every document that is read, a sign of life for a watchdog.
         agreed: what the first of several ranks has measured: sums differ by rounding, and choices by that.
+        repair: of the run that is resumed: the same sums on another processor would make another student.
 
     Raises:
         UserError: a damaged file, a missing library, or models and a corpus that do not fit each other.
@@ -113,7 +128,7 @@ def set_up(
         resolved = with_steps(resolved, len(corpus.train), note)
         open_teacher = teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
         require_teacher(resolved, teacher, tokenizer, note)
-        return _set_up_student(resolved, corpus, tokenizer, teacher, note, agreed)
+        return _set_up_student(resolved, corpus, tokenizer, teacher, note, agreed, repair)
     except BaseException:
         open_teacher.close()  # nobody else has it yet
         raise
@@ -126,11 +141,13 @@ def _set_up_student(
     teacher: Teacher,
     note: Note,
     agreed: Agree,
+    repair: Repair | None,
 ) -> RunSetup:
     recipe = resolved.recipe
     # After the teacher: random numbers drawn while a library loads it must not change the student's weights.
     torch.manual_seed(recipe.train.seed)
-    model, origin, harm = make_student(resolved, teacher, corpus.train, note, agreed)
+    made = make_student(resolved, teacher, corpus.train, note, agreed, repair)
+    model, origin, harm = made.model, made.origin, made.harm
     if harm is not None:  # from now on the recipe names them
         assert recipe.student.name == "cut"
         recipe = dataclasses.replace(recipe, student=recipe.student.with_layers(harm.keep))
@@ -154,7 +171,7 @@ def _set_up_student(
         f", router loss with coefficient {weight:g}" if (weight := trainable.router_coefficient) else ""
     )
     note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}{balanced}")
-    return RunSetup(resolved, corpus, tokenizer, teacher, trainable, origin, shared, harm)
+    return RunSetup(resolved, corpus, tokenizer, teacher, trainable, origin, shared, harm, made.repair)
 
 
 def with_steps(resolved: Resolved, num_rows: int, note: Note) -> Resolved:
@@ -233,14 +250,26 @@ def _note_left_out(model: CausalLM, note: Note) -> None:
         note(f"{model.name}: the text half of a multimodal model; {total} tensors are left out: {parts}")
 
 
+@dataclass(frozen=True)
+class NewStudent:
+    """A student before training."""
+
+    model: CausalLM
+    origin: dict[str, Any]
+    """Where its weights came from, for the receipt."""
+    harm: Harm | None = None
+    repair: Repair | None = None
+
+
 def make_student(
     resolved: Resolved,
     teacher: Teacher,
     rows: packing.PackedRows,
     note: Note,
     agreed: Agree,
-) -> tuple[CausalLM, dict[str, Any], Harm | None]:
-    """The student's model, where its weights came from, and what its teacher's layers are worth, if that was asked."""
+    repair: Repair | None,
+) -> NewStudent:
+    """Build the student's model; see `set_up`."""
     source, config, device = resolved.student, resolved.student.config, resolved.device
     # A cut student needs no confirmation: `to_cut_from` loads the named model and compares it. Nor does a saved one:
     # what its run was made of is in the receipt, and the captured model may be gone.
@@ -251,31 +280,54 @@ def make_student(
         model = from_checkpoint(config.model, device, source.files.config)
         left_out = {"left_out": model.left_out} if model.left_out else {}
         own = {"base_dtype": source.files.dtype} | left_out
-        return model, {"name": "checkpoint", "model": config.model} | own, None
+        return NewStudent(model, {"name": "checkpoint", "model": config.model} | own)
     if config.name == "config":
         assert source.files is not None
         seed = resolved.recipe.train.seed
         model = from_config(config.model, device, source.files.config)
         dtype = str(source.files.config.dtype).removeprefix("torch.")
         own = {"base_dtype": dtype if dtype in DTYPES else None}
-        return model, {"name": "config", "model": config.model, "seed": seed} | own, None
+        return NewStudent(model, {"name": "config", "model": config.model, "seed": seed} | own)
     uncut, where = teacher.to_cut_from()
     uncut.rows_are_packed = resolved.recipe.corpus.packing
-    total, keep, harm = uncut.hf.config.get_text_config().num_hidden_layers, source.layers_kept, None
+    harm = None
     if config.is_measured:
         stack = stack_of(uncut)[0].removesuffix(".")
         batches = [rows.batch([*range(min(LAYER_ROWS, len(rows)))])]
         harm = agreed(choose_layers(uncut, stack, batches, config.layers or 0, config.rule, note))
-        keep = harm.keep
         note(
             f"student: {config.rule} leaves out layers {sorted(harm.left_out)}, KL {harm.kl:.3f} to the whole"
         )
+    keep = source.layers_kept if harm is None else harm.keep
+    total = uncut.hf.config.get_text_config().num_hidden_layers
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
     if config.ffn_width is not None:
         origin |= {"ffn_width": config.ffn_width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
     calibration = [rows.batch([row]) for row in range(min(CALIBRATION_ROWS, len(rows)))]
-    return cut(uncut, keep, config.ffn_width, calibration), origin, harm
+    model = cut(uncut, keep, config.ffn_width, calibration)
+    if not config.repair:
+        return NewStudent(model, origin, harm)
+    if repair is None:
+        repair = agreed(_repaired(uncut, model, keep, rows, note))
+    repair.apply(model)
+    return NewStudent(model, origin | {"repair": repair.as_dict()}, harm, repair)
+
+
+def _repaired(
+    uncut: CausalLM, student: CausalLM, keep: Sequence[int], rows: packing.PackedRows, note: Note
+) -> Repair:
+    student.rows_are_packed = uncut.rows_are_packed
+    count = min(REPAIR_ROWS + JUDGE_ROWS, len(rows))
+    judges = min(JUDGE_ROWS, count // 2)
+    fitted, judged = (
+        [rows.batch([*part[at : at + BATCH_ROWS]]) for at in range(0, len(part), BATCH_ROWS)]
+        for part in (range(count - judges), range(count - judges, count))
+    )
+    repair = fold_gaps(uncut, student, stack_of(uncut)[0].removesuffix("."), keep, fitted, judged, note)
+    if repair.why_not is not None:
+        note(f"student: repair: nothing is folded: {repair.why_not}")
+    return repair
 
 
 def dtype_of(source: str) -> str | None:

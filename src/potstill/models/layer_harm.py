@@ -13,13 +13,11 @@ is as much work as all of its layers.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import weights_sha256
+from potstill.models.skipping import skipping
 from potstill.types import Batch
 
 RULES = ("least_harm", "greedy")
@@ -115,6 +114,24 @@ def _each_alone(without: Without, note: Callable[[str], None]) -> list[float]:
     return costs
 
 
+def whole_logp_NV(model: CausalLM, batch: Batch) -> Tensor:
+    """The model's log-probabilities at a batch's positions."""
+    return torch.cat([logits_CV.log_softmax(-1) for _, logits_CV in _logits(model, batch)])
+
+
+def summed_kl(model: CausalLM, batch: Batch, whole_logp_NV: Tensor) -> float:
+    """Nats, summed over a batch's positions, from the distributions of a whole model to this one's."""
+    return sum(
+        float(forward_kl(logits_CV.log_softmax(-1), whole_logp_NV[part]).sum())
+        for part, logits_CV in _logits(model, batch)
+    )
+
+
+def _logits(model: CausalLM, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
+    hidden_BTD = model.hidden(batch.input_ids_BT, batch.position_ids_BT)
+    return PLAIN.logits(hidden_BTD.flatten(0, 1)[batch.positions_N], model.head)
+
+
 def calibration(batch: Batch) -> Batch:
     """The beginning of some rows, with positions spread over each: see `MAX_TOKENS` and `MAX_POSITIONS`."""
     B, T = batch.input_ids_BT.shape
@@ -194,19 +211,13 @@ class Without:
     def _measured(self, out: Sequence[int]) -> float:
         total = 0.0
         for batch, (whole_logp_NV, inputs, is_tuple) in zip(self._batches, self._whole, strict=True):
-            with self._skipping(set(out), inputs[min(out)], is_tuple):
-                hidden_ND = self._hidden_ND(batch)
-            for part, logits_CV in PLAIN.logits(hidden_ND, self.model.head):
-                total += float(forward_kl(logits_CV.log_softmax(-1), whole_logp_NV[part]).sum())
+            with skipping(self.layers, min(out), inputs[min(out)], is_tuple, set(out)):
+                total += summed_kl(self.model, batch, whole_logp_NV)
         if not total < float("inf"):
             raise UserError(
                 f"student.rule: without layers {sorted(out)} the KL to the whole model is {total}. Use first_last."
             )
         return total / self.positions
-
-    def _hidden_ND(self, batch: Batch) -> Tensor:
-        hidden_BTD = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
-        return hidden_BTD.flatten(0, 1)[batch.positions_N]
 
     @torch.no_grad()
     def _observed(self, batch: Batch) -> tuple[Tensor, list[Tensor], bool]:
@@ -220,7 +231,7 @@ class Without:
 
         hooks = [layer.register_forward_hook(observe, with_kwargs=True) for layer in self.layers]
         try:
-            hidden_ND = self._hidden_ND(batch)
+            logp_NV = whole_logp_NV(self.model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -229,25 +240,4 @@ class Without:
                 f"student.rule: {type(self.model.hf).__name__} does not call its {len(self.layers)} layers once each,"
                 " one after the other. Use first_last, or name the layers in student.keep."
             )
-        logits = [logits_CV.log_softmax(-1) for _, logits_CV in PLAIN.logits(hidden_ND, self.model.head)]
-        return torch.cat(logits), inputs, kinds.pop()
-
-    @contextlib.contextmanager
-    def _skipping(self, out: set[int], first_input: Tensor, is_tuple: bool) -> Iterator[None]:
-        first = min(out)
-        for number, layer in enumerate(self.layers):
-            if number <= first:  # what comes into the first that is out is known
-                layer.forward = partial(_passed_on, is_tuple, first_input if number == first else None)
-            elif number in out:
-                layer.forward = partial(_passed_on, is_tuple, None)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                vars(layer).pop("forward", None)  # the class's own is back
-
-
-def _passed_on(is_tuple: bool, known: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-    """In the place of a layer's forward: its input, or the input that it is known to have."""
-    hidden = (args[0] if args else kwargs["hidden_states"]) if known is None else known
-    return (hidden,) if is_tuple else hidden
+        return logp_NV, inputs, kinds.pop()

@@ -80,9 +80,9 @@ def require_same_cut(
         original: Any = copy.deepcopy(teacher.hf.get_submodule(f"{stack}.{number}")).float()
         if number in narrow:
             narrow[number](original)
-        expected = _hidden_of(original(*args, **kwargs))
-        actual = _hidden_of(layer.eval()(*args, **kwargs))
-        added = expected - _hidden_of(args or kwargs["hidden_states"])
+        expected = hidden_of(original(*args, **kwargs))
+        actual = hidden_of(layer.eval()(*args, **kwargs))
+        added = expected - hidden_of(args or kwargs["hidden_states"])
         gap = float((actual - expected).abs().max() / added.abs().max().clamp_min(1e-30))
         if not gap <= TOLERANCE:
             raise UserError(
@@ -128,6 +128,6 @@ def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _hidden_of(value: Any) -> Tensor:
+def hidden_of(value: Any) -> Tensor:
     """The hidden states of a layer's arguments or result."""
     return value if isinstance(value, Tensor) else value[0]

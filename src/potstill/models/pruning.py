@@ -228,7 +228,7 @@ def ffn_importance(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) 
     count = sum(len(batch.positions_N) for batch in batches)
     return {
         name: (squares[name] / count).sqrt()
-        * torch.linalg.vector_norm(_by_output(module, module.weight), dim=0, dtype=torch.float64)
+        * torch.linalg.vector_norm(by_output(module, module.weight), dim=0, dtype=torch.float64)
         for name, module in modules.items()
     }
 
@@ -257,7 +257,7 @@ def summed_inputs(
     return sums
 
 
-def _by_output(module: nn.Module, weight: Tensor) -> Tensor:
+def by_output(module: nn.Module, weight: Tensor) -> Tensor:
     """A weight with a row for each output, and back: GPT-2's `Conv1D` stores it transposed."""
     return weight.T if isinstance(module, Conv1D) else weight
 
@@ -266,7 +266,7 @@ def _narrowed(
     hf: Any, state: dict[str, Tensor], place: str, into: tuple[str, ...], out: str, keep_K: Tensor
 ) -> dict[str, Tensor]:
     """The tensors of the MLP at `place` with the channels `keep_K` alone."""
-    matrix = partial(_by_output, hf.get_submodule(f"{place}.{out}"))
+    matrix = partial(by_output, hf.get_submodule(f"{place}.{out}"))
     out_DC = matrix(state[f"{place}.{out}.weight"])
     narrowed = {f"{place}.{out}.weight": matrix(out_DC[:, keep_K])}
     for name in (f"{place}.{name}" for name in into):
@@ -282,7 +282,7 @@ def _narrowed(
 def _without(out: str, keep_K: Tensor, layer: nn.Module) -> None:
     """Set the weights out of all channels of a layer's MLP but `keep_K` to zero: what is left is the narrowed one."""
     matrix: Any = layer.get_submodule(out)
-    weight_DC = _by_output(matrix, matrix.weight)
+    weight_DC = by_output(matrix, matrix.weight)
     dropped_C = torch.ones(weight_DC.shape[1], dtype=torch.bool, device=weight_DC.device)
     dropped_C[keep_K] = False
     weight_DC[:, dropped_C] = 0

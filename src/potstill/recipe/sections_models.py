@@ -166,6 +166,9 @@ class CutStudentConfig(Config):
     training rows, of each alone (least_harm) or one after the other (greedy)."""
     ffn_width: Count | None = None
     """Channels of each layer's MLP to keep, those that contribute most on eight training rows; null: all."""
+    repair: bool = False
+    """Fold what left-out layers did into the MLPs before them, by least squares on sixteen training rows, where that
+    lowers the KL to the teacher on four others."""
     lora: LoraConfig | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
 

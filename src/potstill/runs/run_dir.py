@@ -7,6 +7,8 @@
     corpus.json       files with hashes, counts, fingerprint
     inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
     layers.json       what each of the teacher's layers is worth, where that chose the student's; absent otherwise
+    folds.json        what left-out layers did, folded into the student: the effect of each fold; absent otherwise
+    folds.safetensors the matrices that this changed, which --resume takes
     metrics.jsonl     one object per step or evaluation
     faults.jsonl      steps whose update the guard refused, with reason and rows; absent if there were none
     disagreement.json where student and teacher disagree, measured for the first report
@@ -39,7 +41,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from potstill.errors import UserError
+import safetensors.torch
+from torch import Tensor
+
+from potstill.errors import UserError, one_line
 from potstill.io.atomic import flush, listed, repair_folder, replace_folder, require_whole, writing
 from potstill.io.atomic import write_whole as write_whole
 from potstill.io.locks import locked
@@ -47,6 +52,8 @@ from potstill.io.safe_open import KeyTwice, object_of, opened, parse_json, read_
 
 READABLE = "the run's other files are still readable."
 LAYERS = "layers.json"
+FOLDS = "folds.json"
+FOLDED = "folds.safetensors"
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
 
 
@@ -70,6 +77,7 @@ class RunDir:
         chunk: dict[str, Any] | None = None,
         commits: dict[str, str] | None = None,
         layers: dict[str, Any] | None = None,
+        folds: tuple[dict[str, Any], dict[str, Tensor]] | None = None,
     ) -> RunDir:
         """Make the folder, and write what is known before the first step.
 
@@ -93,6 +101,9 @@ class RunDir:
         run._write_json("inputs.json", inputs or {})
         if layers is not None:
             run._write_json(LAYERS, layers)
+        if folds is not None:
+            run._write_json(FOLDS, folds[0])
+            write_whole(path / FOLDED, safetensors.torch.save(folds[1]))
         # Last: `open` takes any folder that has it for a complete run.
         write_whole(path / "resolved.yaml", resolved.encode())
         run.set_status("running")
@@ -235,6 +246,19 @@ class RunDir:
     def layers(self) -> dict[str, Any] | None:
         """`layers.json`: `models.layer_harm.Harm` as an object; None where no rule measured layers."""
         return self._read_json(LAYERS) if (self.path / LAYERS).exists() else None
+
+    def folds(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """`folds.json`: `models.repair.Repair` as an object, and its matrices; None where no student was repaired.
+
+        Raises:
+            UserError: damaged.
+        """
+        if not (self.path / FOLDS).exists():
+            return None
+        try:
+            return self._read_json(FOLDS), safetensors.torch.load_file(self.path / FOLDED)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{self.path / FOLDED}: damaged: {one_line(error)} Start a new run.") from error
 
     def inputs(self) -> dict[str, Any]:
         return self._read_json("inputs.json")

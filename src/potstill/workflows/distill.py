@@ -26,6 +26,7 @@ from potstill.io.terminal import Display
 from potstill.models.generate import greedy_text
 from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
+from potstill.models.repair import Repair
 from potstill.preflight.auto import as_started, choose_backend, choose_chunk, settle, with_chunk, with_matmul
 from potstill.preflight.checks import Checked, require_sound
 from potstill.recipe import load as recipes
@@ -118,7 +119,9 @@ def _distill(
             watch.beat()
             display.note(text)
 
-        setup = set_up(start.resolved, note, beat=watch.beat, agreed=ranks.broadcast)
+        folds = None if start.run is None else start.run.folds()
+        repair = None if folds is None else Repair.of(*folds)
+        setup = set_up(start.resolved, note, watch.beat, ranks.broadcast, repair)
         with contextlib.closing(setup.teacher):
             return _run(setup, start, note, display, watch, ranks, locked)
 
@@ -170,6 +173,8 @@ def _run(
         record: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
         record |= {"chunk": start.chunk, "commits": dict(setup.resolved.commits)}
         record |= {"layers": None if setup.harm is None else setup.harm.as_dict()}
+        if setup.repair is not None:
+            record |= {"folds": (setup.repair.as_dict(), setup.repair.weights)}
         create = partial(RunDir.create, start.path, recipe=start.recipe_text, **record)
         ranks.on_first(create)
     run = start.run or RunDir(start.path)
