@@ -248,7 +248,7 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_is_measured_again(tmp_path
 
 # ---- a run ------------------------------------------------------------------------------------------------
 
-NAMED = "student.layers=null;student.rule=first_last;student.keep={keep}"
+NAMED = "student.layers=null;student.rule=null;student.keep={keep}"
 TRAIN = "{steps: 4, rows_per_step: 2, lr: 1e-3, save_every: 2, device: cpu}"
 
 
@@ -263,7 +263,7 @@ def recipe(tiny_recipe: Recipe, tmp_path: Path) -> Path:
     model.hf.save_pretrained(folder)
     return tiny_recipe(
         teacher=f"{{name: torch, model: {folder}}}",
-        student="{name: cut, layers: 2, rule: least_harm}",
+        student="{name: cut, layers: 2, repair: false}",
         train=TRAIN,
     )
 
@@ -306,7 +306,7 @@ def test_ranks_take_what_the_first_has_measured(recipe: Path) -> None:
 
 def test_a_rule_beside_named_layers_is_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match="keep lists the layers, so that no rule chooses them"):
-        load(recipe, ["student.layers=null", "student.keep=[0, 1]"])
+        load(recipe, ["student.layers=null", "student.keep=[0, 1]", "student.rule=greedy"])
 
 
 def test_an_old_run_has_no_table(tmp_path: Path) -> None:

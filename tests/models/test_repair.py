@@ -20,6 +20,7 @@ from torch import Tensor
 from potstill import UserError, distill
 from potstill.build import setup
 from potstill.build.resolve import resolve
+from potstill.cli.main import main
 from potstill.models import repair as repairing
 from potstill.models.causal_lm import CausalLM
 from potstill.models.pruning import cut, stack_of
@@ -203,9 +204,8 @@ def test_a_run_starts_from_the_repaired_student_and_keeps_what_was_folded(
     recipe: Path, tmp_path: Path
 ) -> None:
     run = distill(recipe, out=tmp_path / "run")
-    found = run.folds()
-    assert found is not None
-    table, weights = found
+    table, weights = run.folds(), run.folded()
+    assert table is not None
     (fold,) = table["folds"]
     assert fold["left_out"] == [1, 2] and fold["kl_after"] < fold["kl_before"]
     assert [*weights] == ["model.layers.0.mlp.down_proj.weight"]
@@ -214,6 +214,15 @@ def test_a_run_starts_from_the_repaired_student_and_keeps_what_was_folded(
     assert bare.folds() is None and "repair" not in bare.receipt()["student"]
     first, second = (each.metrics()[0]["heldout/kl"] for each in (run, bare))
     assert first < second
+
+
+def test_the_report_has_the_kl_after_each_fold(recipe: Path, tmp_path: Path) -> None:
+    run = distill(recipe, out=tmp_path / "run")
+    assert main(["report", str(run.path), "--no-models"]) == 0
+    table, page = run.folds(), (run.path / "report.html").read_text()
+    assert table is not None
+    for number, value in enumerate((table["folds"][0]["kl_before"], table["folds"][0]["kl_after"])):
+        assert f"<title>gap {number}: {value:.4g}</title>" in page
 
 
 def test_a_resumed_run_takes_what_was_folded_and_fits_nothing_again(

@@ -34,6 +34,7 @@ TRAINS_OTHERWISE = {
     "student.layers": "3",
     "student.rule": "even",
     "student.ffn_width": "48",
+    "student.repair": "false",
     "objective.divergence": "reverse_kl",
     "objective.kd_weight": "0.5",
     "objective.ce_weight": "0.5",

@@ -171,8 +171,9 @@ def test_the_defaults_are_those_of_the_documentation(
             "name": "cut",
             "layers": 2,
             "keep": None,
-            "rule": "first_last",
+            "rule": None,
             "ffn_width": None,
+            "repair": True,
             "lora": None,
         },
         "objective": {
@@ -258,6 +259,7 @@ CHANGES = {
     "student.layers": 3,
     "student.rule": "even",
     "student.ffn_width": 48,
+    "student.repair": False,
     "capture.rows": "steps",
     "capture.rows_per_batch": 2,
     "capture.rows_per_shard": 7,
@@ -456,7 +458,7 @@ UNKNOWN = [
     (
         {"student": "{name: cut, model: x, layers: 2}"},
         "student.model: unknown key for cut; it is one of checkpoint and config."
-        " Known: ffn_width, keep, layers, lora, name, rule.",
+        " Known: ffn_width, keep, layers, lora, name, repair, rule.",
     ),
     (
         {"zzz": "{steps: 1}"},

@@ -27,11 +27,11 @@ from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body, require_compiler
 from potstill.models.hub import public_name
-from potstill.models.layer_harm import Harm, choose_layers
+from potstill.models.layer_harm import RULES, Harm, choose_layers
 from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
 from potstill.models.pruning import cut, ffn_width_of, stack_of
-from potstill.models.repair import Repair, fold_gaps
+from potstill.models.repair import UNREPAIRED, Repair, fold_gaps
 from potstill.models.source import ModelFiles
 from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
@@ -291,15 +291,14 @@ def make_student(
     uncut, where = teacher.to_cut_from()
     uncut.rows_are_packed = resolved.recipe.corpus.packing
     harm = None
-    if config.is_measured:
+    total = uncut.hf.config.get_text_config().num_hidden_layers
+    if config.is_measured and config.layers != total:
+        rule = config.rule or RULES[0]
         stack = stack_of(uncut)[0].removesuffix(".")
         batches = [rows.batch([*range(min(LAYER_ROWS, len(rows)))])]
-        harm = agreed(choose_layers(uncut, stack, batches, config.layers or 0, config.rule, note))
-        note(
-            f"student: {config.rule} leaves out layers {sorted(harm.left_out)}, KL {harm.kl:.3f} to the whole"
-        )
+        harm = agreed(choose_layers(uncut, stack, batches, config.layers or 0, rule, note))
+        note(f"student: {rule} leaves out layers {sorted(harm.left_out)}, KL {harm.kl:.3f} to the whole")
     keep = source.layers_kept if harm is None else harm.keep
-    total = uncut.hf.config.get_text_config().num_hidden_layers
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
     if config.ffn_width is not None:
@@ -311,6 +310,8 @@ def make_student(
     if repair is None:
         repair = agreed(_repaired(uncut, model, keep, rows, note))
     repair.apply(model)
+    if repair == UNREPAIRED:
+        return NewStudent(model, origin, harm)
     return NewStudent(model, origin | {"repair": repair.as_dict()}, harm, repair)
 
 

@@ -3,7 +3,8 @@
 Which layers are kept matters more than how many. Right after the cut, the 30-layer SmolLM2-135M has a
 held-out CE of 9.1 nats with its first 8 and last 7 layers and of 13.7 to 14.6 with every second one, where
 chance is 10.8: the ends of the stack read and write the residual stream, and layers in the middle can be
-spared. Hence `first_last`. Which channels are kept matters as much: see `ffn_importance`.
+spared: hence `first_last`. `models.layer_harm` measures which. Which channels are kept matters as much: see
+`ffn_importance`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ WIDTHS = ("intermediate_size", "n_inner")
 """Names of configs for the number of channels."""
 
 
-def layers_to_keep(total: int, count: int, rule: str) -> list[int]:
+def layers_to_keep(total: int, count: int, rule: str | None) -> list[int]:
     """Numbers of the `count` layers to keep, by place alone.
 
     Args:

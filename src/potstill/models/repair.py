@@ -91,6 +91,10 @@ class Repair:
         return {"folds": [asdict(fold) for fold in self.folds], "why_not": self.why_not}
 
 
+UNREPAIRED = Repair([], {})
+"""Of a run that was started without a repair."""
+
+
 def fold_gaps(
     teacher: CausalLM,
     student: CausalLM,

@@ -135,4 +135,6 @@ def as_started(recipe: Recipe, started: Recipe, num_rows: int | None = None) -> 
     if asked.name == settled.name == "cut" and asked.is_measured and asked.layers == len(settled.keep or []):
         assert settled.keep is not None
         recipe = dataclasses.replace(recipe, student=asked.with_layers(settled.keep))
+    elif asked.name == settled.name == "cut" and asked.rule is None:
+        recipe = dataclasses.replace(recipe, student=dataclasses.replace(asked, rule=settled.rule))
     return with_chunk(recipe, started.objective.chunk) if recipe.objective.chunk == "auto" else recipe

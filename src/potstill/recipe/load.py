@@ -275,7 +275,7 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
             ("objective", "kd_weight"),
             "kd_weight and ce_weight are both 0: nothing would be learned. Raise one.",
         )
-    if student.get("keep") is not None and student.get("rule", "first_last") != "first_last":
+    if student.get("keep") is not None and student.get("rule") not in (None, "first_last"):
         yield ("student", "rule"), "keep lists the layers, so that no rule chooses them. Leave one out."
     for name, default in (("beta1", 0.9), ("beta2", 0.95)):
         if train.get("optimizer") == "sgd" and train.get(name, default) != default:

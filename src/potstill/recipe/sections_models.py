@@ -161,12 +161,12 @@ class CutStudentConfig(Config):
     """Number of layers to keep, chosen by the rule."""
     keep: Layers | None = None
     """Layers to keep, by index from 0, ascending."""
-    rule: Literal["first_last", "even", "least_harm", "greedy"] = "first_last"
+    rule: Literal["first_last", "even", "least_harm", "greedy"] | None = None
     """How `layers` are chosen: from both ends of the stack, evenly spaced, or by the KL without each of them on four
-    training rows, of each alone (least_harm) or one after the other (greedy)."""
+    training rows, of each alone (least_harm) or one after the other (greedy); null: least_harm."""
     ffn_width: Count | None = None
     """Channels of each layer's MLP to keep, those that contribute most on eight training rows; null: all."""
-    repair: bool = False
+    repair: bool = True
     """Fold what left-out layers did into the MLPs before them, by least squares on sixteen training rows, where that
     lowers the KL to the teacher on four others."""
     lora: LoraConfig | None = None
@@ -175,11 +175,11 @@ class CutStudentConfig(Config):
     @property
     def is_measured(self) -> bool:
         """Whether the teacher's weights decide which layers are kept."""
-        return self.keep is None and self.rule in ("least_harm", "greedy")
+        return self.keep is None and self.rule in (None, "least_harm", "greedy")
 
     def with_layers(self, keep: Sequence[int]) -> CutStudentConfig:
         """With the layers that a rule chose, by index."""
-        return replace(self, layers=None, keep=[*keep], rule="first_last")
+        return replace(self, layers=None, keep=[*keep], rule=None)
 
 
 @dataclass(frozen=True, kw_only=True)

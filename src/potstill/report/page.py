@@ -251,10 +251,15 @@ def _charts(runs: Sequence[RunReport]) -> list[str]:
         ]
         charts.append(chart(title, unit, lines, may_be_log=may_be_log))
     for report in runs:
+        whose = f" of {report.run.path.name}" if runs[1:] else ""
         if layers := report.run.layers():
-            whose = f" of {report.run.path.name}" if runs[1:] else ""
             title = f"KL without each of the teacher's layers{whose}"
             charts.append(bars(title, "nats", "layer", layers["alone_L"], layers["left_out"], "left out"))
+        if (table := report.run.folds()) and (folds := table["folds"]):
+            title = f"KL to the teacher with so many gaps made up for, before training{whose}"
+            kls = [folds[0]["kl_before"], *(fold["kl_after"] for fold in folds)]
+            without = [number for number, fold in enumerate(folds, 1) if fold["ridge"] is None]
+            charts.append(bars(title, "nats", "gap", kls, without, "left as it is"))
     return charts
 
 

@@ -247,16 +247,18 @@ class RunDir:
         """`layers.json`: `models.layer_harm.Harm` as an object; None where no rule measured layers."""
         return self._read_json(LAYERS) if (self.path / LAYERS).exists() else None
 
-    def folds(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """`folds.json`: `models.repair.Repair` as an object, and its matrices; None where no student was repaired.
+    def folds(self) -> dict[str, Any] | None:
+        """`folds.json`: `models.repair.Repair` as an object; None where no student was repaired."""
+        return self._read_json(FOLDS) if (self.path / FOLDS).exists() else None
+
+    def folded(self) -> dict[str, Tensor]:
+        """The matrices that a repair changed.
 
         Raises:
             UserError: damaged.
         """
-        if not (self.path / FOLDS).exists():
-            return None
         try:
-            return self._read_json(FOLDS), safetensors.torch.load_file(self.path / FOLDED)
+            return safetensors.torch.load_file(self.path / FOLDED)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{self.path / FOLDED}: damaged: {one_line(error)} Start a new run.") from error
 

@@ -26,7 +26,7 @@ from potstill.io.terminal import Display
 from potstill.models.generate import greedy_text
 from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
-from potstill.models.repair import Repair
+from potstill.models.repair import UNREPAIRED, Repair
 from potstill.preflight.auto import as_started, choose_backend, choose_chunk, settle, with_chunk, with_matmul
 from potstill.preflight.checks import Checked, require_sound
 from potstill.recipe import load as recipes
@@ -119,11 +119,16 @@ def _distill(
             watch.beat()
             display.note(text)
 
-        folds = None if start.run is None else start.run.folds()
-        repair = None if folds is None else Repair.of(*folds)
+        repair = None if start.run is None else _repair_of(start.run)
         setup = set_up(start.resolved, note, watch.beat, ranks.broadcast, repair)
         with contextlib.closing(setup.teacher):
             return _run(setup, start, note, display, watch, ranks, locked)
+
+
+def _repair_of(run: RunDir) -> Repair:
+    """What its student began with; nothing in a run of a version that repaired none."""
+    table = run.folds()
+    return UNREPAIRED if table is None else Repair.of(table, run.folded())
 
 
 def _start_new(recipe: Recipe, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
