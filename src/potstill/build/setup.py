@@ -347,6 +347,8 @@ def base_of(origin: Mapping[str, Any]) -> tuple[str, str | None]:
     kept = f"layers {', '.join(map(str, origin['layers_kept']))}"
     if "ffn_width" in origin:
         kept += f" with {origin['ffn_width']} of {origin['of_ffn_width']} channels"
+    if any(fold["ridge"] is not None for fold in origin.get("repair", {"folds": []})["folds"]):
+        kept += " and repaired"
     return f"{public_name(origin['from'])[0]} cut to {kept}", None
 
 

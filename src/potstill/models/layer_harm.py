@@ -88,6 +88,11 @@ def choose_layers(
         raise UserError(
             f"student.layers: {count} layers cannot be kept of the teacher's {total}. Give 1 to {total}."
         )
+    if not without.positions:
+        raise UserError(
+            f"student.rule: no position of the first {sum(len(b.rows_B) for b in batches)} training rows bears loss, so"
+            " that layers cannot be compared. Use first_last."
+        )
     key = without.sha256()
     without.known |= (known := recall(CACHE, key))
     before = " (known from an earlier run)" if {str(number) for number in range(total)} <= {*known} else ""

@@ -118,10 +118,10 @@ def fold_gaps(
         for place, (p, q) in enumerate(itertools.pairwise([*keep, len(_layers(teacher, stack))]))
         if q > p + 1
     ]
-    if not gaps or not judged:
-        return Repair(
-            [], {}, "no layer was left out behind a kept one" if judged else "too few training rows"
-        )
+    if not gaps:
+        return Repair([], {}, "no layer was left out behind a kept one")
+    if not any(len(batch.positions_N) for batch in judged):
+        return Repair([], {}, "too few training rows")
     try:
         state = student.state()
         names = {place: f"{stack}.{place}.mlp" for place, _, _ in gaps}

@@ -140,7 +140,14 @@ def _student_start(kind: str, student: Mapping[str, Any]) -> str:
     kept = f"{len(student.get('layers_kept', []))} of {student.get('of')} layers"
     if "ffn_width" in student:
         kept += f" and {student['ffn_width']} of {student['of_ffn_width']} channels of each MLP"
-    return f"{kept} of the teacher, cut out"
+    folds = student.get("repair", {}).get("folds", [])
+    repaired = [fold for fold in folds if fold["ridge"] is not None]
+    if not repaired:
+        return f"{kept} of the teacher, cut out"
+    kl = f"KL {folds[0]['kl_before']:.3f} to {folds[-1]['kl_after']:.3f} nats on training rows"
+    return (
+        f"{kept} of the teacher, cut out; what others did is folded into {len(repaired)} of its MLPs ({kl})"
+    )
 
 
 def _heldout(receipt: Mapping[str, Any]) -> list[dict[str, Any]]:
