@@ -44,7 +44,7 @@ def test_its_losses_are_those_of_the_big_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tiny_recipe(
-        student="{name: cut, layers: 3}",
+        student="{name: cut, layers: 3, rule: first_last, repair: false}",
         objective="{kd_weight: 0.7, ce_weight: 0.3, temperature: 2.0, chunk: 16}",
         train=f"{{steps: {STEPS}, rows_per_step: {ROWS}, rows_per_micro_batch: {AT_ONCE}, lr: {LR}, warmup: {WARMUP},"
         " device: cpu}",

@@ -154,7 +154,7 @@ def test_rows_without_a_position_that_bears_loss_are_refused() -> None:
     batches = [
         replace(batch, positions_N=batch.positions_N[:0], labels_N=batch.labels_N[:0]) for batch in rows()
     ]
-    with pytest.raises(UserError, match="no position of the first 2 training rows bears loss"):
+    with pytest.raises(UserError, match="none of the first 1024 positions of 2 training rows bears loss"):
         choose_layers(make("llama"), "model.layers", batches, 3, "least_harm", print)
 
 
@@ -315,6 +315,88 @@ def test_ranks_take_what_the_first_has_measured(recipe: Path) -> None:
 def test_a_rule_beside_named_layers_is_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match="keep lists the layers, so that no rule chooses them"):
         load(recipe, ["student.layers=null", "student.keep=[0, 1]", "student.rule=greedy"])
+
+
+def test_where_nothing_can_be_measured_the_default_is_first_last_and_a_rule_is_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise UserError("student.rule: no")
+
+    monkeypatch.setattr(setup, "choose_layers", refuse)
+    run = distill(recipe, out=tmp_path / "run")
+    assert run.layers() is None and run.receipt()["student"]["layers_kept"] == [0, 3]
+    with pytest.raises(UserError, match=r"student\.rule: no"):
+        distill(recipe, overrides=["student.rule=least_harm"], out=tmp_path / "other")
+    cut_off(recipe, tmp_path / "again", 3, monkeypatch)
+    again = distill(recipe, out=tmp_path / "again", resume=True)
+    assert again.metrics()[-1]["heldout/kl"] == run.metrics()[-1]["heldout/kl"]
+
+
+def test_a_choice_that_cannot_be_cut_gives_way_to_first_last(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = setup.cut
+
+    def picky(model: CausalLM, keep: Sequence[int], *more: Any) -> CausalLM:
+        if list(keep) != [0, 3]:
+            raise UserError("student cut: not these")
+        return real(model, keep, *more)
+
+    monkeypatch.setattr(setup, "cut", picky)
+    run = distill(recipe, out=tmp_path / "run")
+    assert run.layers() is None and run.receipt()["student"]["layers_kept"] == [0, 3]
+    with pytest.raises(UserError, match="student cut: not these"):
+        distill(recipe, overrides=["student.rule=least_harm"], out=tmp_path / "other")
+
+
+class InTuple(torch.nn.Module):
+    """A layer that gives more than its hidden states, as those of Bamba and RWKV do."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_type = getattr(layer, "attention_type", None)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, str]:
+        return self.layer(hidden, *args, **kwargs), "beside"
+
+
+class OutOfTuple(torch.nn.Module):
+    """What calls such layers: it takes the pair apart."""
+
+    def __init__(self, layer: InTuple) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_type = layer.attention_type
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found, word = self.layer(hidden, *args, **kwargs)
+        assert word == "beside"
+        return found
+
+
+def test_layers_that_give_more_than_their_hidden_states_are_measured_alike() -> None:
+    model = make("llama")
+    expected = choose_layers(model, "model.layers", rows(), 3, "least_harm", print)
+    pairs = [InTuple(layer) for layer in model.hf.model.layers]
+    for number, layer in enumerate(pairs):
+        model.hf.model.layers[number] = OutOfTuple(layer)
+    model.hf.pairs = torch.nn.ModuleList(pairs)
+    assert choose_layers(model, "pairs", rows(), 3, "least_harm", print).alone_L == expected.alone_L
+
+
+def test_a_model_that_does_not_run_without_a_layer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    model.hf.model.layers[3].register_forward_pre_hook(
+        lambda layer, args: (
+            (_ for _ in ()).throw(IndexError("no state"))
+            if "forward" in vars(model.hf.model.layers[2])
+            else None
+        )
+    )
+    with pytest.raises(UserError, match=r"does not run without one of its layers: no state\. Use first_last"):
+        choose_layers(model, "model.layers", rows(), 3, "least_harm", print)
 
 
 def test_an_old_run_has_no_table(tmp_path: Path) -> None:

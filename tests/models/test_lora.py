@@ -20,7 +20,7 @@ from potstill.runs.run_dir import RunDir
 peft = pytest.importorskip("peft", reason="the extra lora is not installed; not run")
 
 Recipe = Callable[..., Path]
-CUT = "{name: cut, layers: 2, lora: {rank: 4, alpha: 8, targets: [q_proj, down_proj]}}"
+CUT = "{name: cut, layers: 2, rule: first_last, repair: false, lora: {rank: 4, alpha: 8, targets: [q_proj, down_proj]}}"
 TRAIN = "{steps: 6, rows_per_step: 2, lr: 1e-2, save_every: 2, device: cpu}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,13 @@ def folded(
     teacher: CausalLM, keep: list[int], fitted: list[Batch], judged: list[Batch]
 ) -> tuple[CausalLM, Repair]:
     student = cut(teacher, keep)
+    before = {name: tensor.clone() for name, tensor in student.hf.state_dict().items()}
     stack = stack_of(teacher)[0].removesuffix(".")
-    return student, fold_gaps(teacher, student, stack, keep, fitted, judged, lambda text: None)
+    repair = fold_gaps(teacher, student, stack, keep, fitted, judged, lambda text: None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.hf.state_dict().items())
+    assert student.hf.training and not any("forward" in vars(module) for module in student.hf.modules())
+    repair.apply(student)
+    return student, repair
 
 
 def written_by(layer: Any, names: tuple[str, ...]) -> list[Any]:
@@ -64,14 +70,14 @@ def test_the_kl_falls_and_is_that_of_whole_models(family: str) -> None:
     assert (fold.layer, fold.left_out) == (0, [1, 2])
     assert fold.kl_before == pytest.approx(kl(teacher, bare, judged), rel=1e-4)
     assert fold.kl_after == pytest.approx(kl(teacher, student, judged), rel=1e-4)
-    assert fold.kl_after < fold.kl_before if fold.ridge is not None else fold.kl_after == fold.kl_before
+    assert fold.kl_after < fold.kl_before and fold.ridge is not None
     # Nothing else is changed, and a copy with the kept matrices is the same student.
     changed = [
         name
         for name, tensor in student.hf.state_dict().items()
         if not torch.equal(tensor, bare.hf.state_dict()[name])
     ]
-    assert [*repair.weights] == changed and len(changed) == (fold.ridge is not None)
+    assert [*repair.weights] == changed and len(changed) == 1
     repair.apply(bare)
     assert all(
         torch.equal(tensor, bare.hf.state_dict()[name]) for name, tensor in student.hf.state_dict().items()
@@ -186,7 +192,8 @@ def test_an_mlp_that_is_not_known_is_left() -> None:
     config = transformers.MixtralConfig(**SMALL, **experts, intermediate_size=16)
     teacher = CausalLM(transformers.AutoModelForCausalLM.from_config(config).eval(), "mixtral")
     _, repair = folded(teacher, [0, 3, 4], rows(2), rows(4)[2:])
-    assert repair.why_not is not None and "not an MLP known here" in repair.why_not and not repair.weights
+    assert repair.why_not == "the MLPs of MixtralForCausalLM are of a kind that is not known here"
+    assert not repair.weights
 
 
 # ---- a run ------------------------------------------------------------------------------------------------
@@ -240,7 +247,17 @@ def test_a_resumed_run_takes_what_was_folded_and_fits_nothing_again(
     assert again.receipt()["student"] == whole.receipt()["student"]
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut short", "of another student", "other numbers"])
+DAMAGE = {
+    "gone": r"folds\.safetensors: damaged",
+    "cut short": r"folds\.safetensors: damaged",
+    "of another student": r"another input: student",
+    "other numbers": r"another input: student",
+    "no table": r"folds\.json: damaged",
+    "an empty fold": r"folds\.json: damaged",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_resumed_run_whose_folds_are_damaged_is_one_line(
     damage: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,16 +271,22 @@ def test_a_resumed_run_whose_folds_are_damaged_is_one_line(
         file.write_bytes(file.read_bytes()[:-8])
     elif damage == "of another student":
         save_file({name: weights[name][1:].contiguous()}, file)
-    else:
+    elif damage == "other numbers":
         save_file({name: weights[name] * 1.001}, file)
-    with pytest.raises(UserError, match=r"folds\.safetensors|what this run has folded|student"):
+    else:
+        table = {"why_not": None} | ({} if damage == "no table" else {"folds": [{}]})
+        file.with_suffix(".json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=DAMAGE[damage]):
         distill(recipe, out=tmp_path / "run", resume=True)
 
 
 def test_ranks_take_the_first_s_matrices(recipe: Path) -> None:
-    other = Repair([], {"model.layers.0.mlp.down_proj.weight": torch.full((32, 64), 0.5)})
+    other = Repair([], {"model.layers.1.mlp.down_proj.weight": torch.full((32, 64), 0.5)})
     agreed: Any = lambda value: other if isinstance(value, Repair) else value  # noqa: E731
     made = setup.set_up(resolve(load(recipe)), print, agreed=agreed)
     with contextlib.closing(made.teacher):
-        weight = made.student.model.hf.model.layers[0].mlp.down_proj.weight
-        assert bool((weight == 0.5).all()) and made.repair is other
+        first, second = (layer.mlp.down_proj.weight for layer in made.student.model.hf.model.layers)
+        assert bool((second == 0.5).all()) and made.repair is other
+        # What this rank would have folded is not there.
+        uncut, _ = made.teacher.to_cut_from()
+        assert torch.equal(first, uncut.hf.model.layers[0].mlp.down_proj.weight)

@@ -173,7 +173,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "keep": None,
             "rule": None,
             "ffn_width": None,
-            "repair": True,
+            "repair": None,
             "lora": None,
         },
         "objective": {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,20 +22,21 @@ from potstill.build.vocabulary import Shared, match_vocabularies
 from potstill.data import packing, token_cache, tokenizers
 from potstill.data.decontamination import summary
 from potstill.data.fixed import FixedRows
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.io.cpu_matmul import matmul_with, return_freed_memory
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body, require_compiler
 from potstill.models.hub import public_name
-from potstill.models.layer_harm import RULES, Harm, choose_layers
+from potstill.models.layer_harm import RULES, Harm, calibration, choose_layers
 from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
 from potstill.models.pruning import cut, ffn_width_of, stack_of
-from potstill.models.repair import UNREPAIRED, Repair, fold_gaps
+from potstill.models.repair import Repair, fold_gaps
 from potstill.models.source import ModelFiles
 from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
+from potstill.recipe.sections_models import CutStudentConfig
 from potstill.registry import entries
 from potstill.teachers.base import TeacherSource
 from potstill.types import Divergence, Teacher
@@ -148,9 +150,9 @@ def _set_up_student(
     torch.manual_seed(recipe.train.seed)
     made = make_student(resolved, teacher, corpus.train, note, agreed, repair)
     model, origin, harm = made.model, made.origin, made.harm
-    if harm is not None:  # from now on the recipe names them
-        assert recipe.student.name == "cut"
-        recipe = dataclasses.replace(recipe, student=recipe.student.with_layers(harm.keep))
+    if recipe.student.name == "cut":  # from now on the recipe names what was chosen
+        chosen = recipe.student if made.keep is None else recipe.student.with_layers(made.keep)
+        recipe = dataclasses.replace(recipe, student=dataclasses.replace(chosen, repair=chosen.is_repaired))
         resolved = resolved.with_recipe(recipe)
     _use_rows(recipe, model)
     _note_left_out(model, note)
@@ -257,6 +259,8 @@ class NewStudent:
     model: CausalLM
     origin: dict[str, Any]
     """Where its weights came from, for the receipt."""
+    keep: Sequence[int] | None = None
+    """The layers that a measurement chose."""
     harm: Harm | None = None
     repair: Repair | None = None
 
@@ -290,29 +294,48 @@ def make_student(
         return NewStudent(model, {"name": "config", "model": config.model, "seed": seed} | own)
     uncut, where = teacher.to_cut_from()
     uncut.rows_are_packed = resolved.recipe.corpus.packing
-    harm = None
     total = uncut.hf.config.get_text_config().num_hidden_layers
+    ranked_on = [rows.batch([row]) for row in range(min(CALIBRATION_ROWS, len(rows)))]
+    harm = None
     if config.is_measured and config.layers != total:
-        rule = config.rule or RULES[0]
-        stack = stack_of(uncut)[0].removesuffix(".")
-        batches = [rows.batch([*range(min(LAYER_ROWS, len(rows)))])]
-        harm = agreed(choose_layers(uncut, stack, batches, config.layers or 0, rule, note))
-        note(f"student: {rule} leaves out layers {sorted(harm.left_out)}, KL {harm.kl:.3f} to the whole")
-    keep = source.layers_kept if harm is None else harm.keep
+        harm = agreed(_measured(uncut, config, rows, note))
+    try:
+        keep = source.layers_kept if harm is None else harm.keep
+        model = cut(uncut, keep, config.ffn_width, ranked_on)
+    except UserError as error:
+        if harm is None or config.rule is not None:
+            raise
+        note(f"student: not these layers, but those of first_last: {one_line(error)}")
+        harm, keep = None, source.layers_kept
+        model = cut(uncut, keep, config.ffn_width, ranked_on)
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
     if config.ffn_width is not None:
         origin |= {"ffn_width": config.ffn_width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
-    calibration = [rows.batch([row]) for row in range(min(CALIBRATION_ROWS, len(rows)))]
-    model = cut(uncut, keep, config.ffn_width, calibration)
-    if not config.repair:
-        return NewStudent(model, origin, harm)
+    chosen = keep if config.is_measured else None
+    if not config.is_repaired:
+        return NewStudent(model, origin, chosen, harm)
     if repair is None:
         repair = agreed(_repaired(uncut, model, keep, rows, note))
     repair.apply(model)
-    if repair == UNREPAIRED:
-        return NewStudent(model, origin, harm)
-    return NewStudent(model, origin | {"repair": repair.as_dict()}, harm, repair)
+    return NewStudent(model, origin | {"repair": repair.as_dict()}, chosen, harm, repair)
+
+
+def _measured(uncut: CausalLM, config: CutStudentConfig, rows: packing.PackedRows, note: Note) -> Harm | None:
+    """What the layers are worth; None where that cannot be measured and the recipe has not asked for it."""
+    stack = stack_of(uncut)[0].removesuffix(".")
+    that_bear_loss = (row for row in range(len(rows)) if len(calibration(rows.batch([row])).positions_N))
+    batches = [rows.batch([*itertools.islice(that_bear_loss, LAYER_ROWS)])]
+    rule = config.rule or RULES[0]
+    try:
+        harm = choose_layers(uncut, stack, batches, config.layers or 0, rule, note)
+    except UserError as error:
+        if config.rule is not None:
+            raise
+        note(f"student: layers are chosen by first_last: {one_line(error)}")
+        return None
+    note(f"student: {rule} leaves out layers {sorted(harm.left_out)}, KL {harm.kl:.3f} to the whole")
+    return harm
 
 
 def _repaired(

@@ -290,7 +290,7 @@ def _rendered_within_limits(lm: Any, reading: _Reading) -> Iterator[None]:
     if not reading.apply_chat_template:
         yield
         return
-    with ChatTemplate(reading.tokenizer, DATE) as template:
+    with ChatTemplate(reading.tokenizer, DATE, "Use --no-apply-chat-template.") as template:
 
         def render(chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             where, prompt = "a task's prompt", add_generation_prompt

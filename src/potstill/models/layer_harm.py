@@ -23,19 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.io.user_cache import recall, remember
 from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import weights_sha256
-from potstill.models.skipping import skipping
+from potstill.models.skipping import beside, skipping
 from potstill.types import Batch
 
 RULES = ("least_harm", "greedy")
 CACHE = "layers"
 MAX_TOKENS = 256
-"""Of a row that are read; as many more as it takes to the first `MIN_POSITIONS` that bear loss."""
+"""Of a row that are read; as many more as it takes to the first `MIN_POSITIONS` that bear loss, up to `MOST_TOKENS`."""
+MOST_TOKENS = 1024
 MIN_POSITIONS = 16
 MAX_POSITIONS = 64
 """Of a row at which distributions are compared."""
@@ -90,19 +91,27 @@ def choose_layers(
         )
     if not without.positions:
         raise UserError(
-            f"student.rule: no position of the first {sum(len(b.rows_B) for b in batches)} training rows bears loss, so"
-            " that layers cannot be compared. Use first_last."
+            f"student.rule: none of the first {MOST_TOKENS} positions of {sum(len(b.rows_B) for b in batches)} training"
+            " rows bears loss, so that layers cannot be compared. Use first_last, or name the layers in student.keep."
         )
     key = without.sha256()
     without.known |= (known := recall(CACHE, key))
     before = " (known from an earlier run)" if {str(number) for number in range(total)} <= {*known} else ""
     note(f"student: what each of {total} layers is worth, on {without.positions} positions{before}")
-    alone_L = _each_alone(without, note)
-    if rule == "least_harm":
-        left_out = sorted(range(total), key=lambda number: (alone_L[number], number))[: total - count]
-    else:
-        left_out = _one_after_the_other(without, alone_L, total - count, note)
-    kl = without.kl(left_out) if left_out else 0.0
+    try:
+        alone_L = _each_alone(without, note)
+        if rule == "least_harm":
+            left_out = sorted(range(total), key=lambda number: (alone_L[number], number))[: total - count]
+        else:
+            left_out = _one_after_the_other(without, alone_L, total - count, note)
+        kl = without.kl(left_out) if left_out else 0.0
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"student.rule: {type(model.hf).__name__} does not run without one of its layers: {one_line(error)} Use"
+            " first_last, or name the layers in student.keep."
+        ) from error
     if without.known != known:
         remember(CACHE, key, without.known)
     return Harm(rule, without.positions, alone_L, left_out, kl)
@@ -142,7 +151,8 @@ def calibration(batch: Batch) -> Batch:
     B, T = batch.input_ids_BT.shape
     rows_N, places_N = batch.positions_N // T, batch.positions_N % T
     first = [places_N[rows_N == row][:MIN_POSITIONS] for row in range(B)]
-    end = min(T, max([MAX_TOKENS, *(int(places[-1]) + 1 for places in first if len(places))]))
+    wanted = max([MAX_TOKENS, *(int(places[-1]) + 1 for places in first if len(places))])
+    end = min(T, wanted, MOST_TOKENS)
     own = [torch.nonzero((rows_N == row) & (places_N < end)).flatten() for row in range(B)]
     chosen_N = torch.cat([numbers[_spread(len(numbers), MAX_POSITIONS)] for numbers in own])
     return replace(
@@ -209,14 +219,14 @@ class Without:
         return self.known[name]
 
     @functools.cached_property
-    def _whole(self) -> list[tuple[Tensor, list[Tensor], bool]]:
+    def _whole(self) -> list[tuple[Tensor, list[Tensor], tuple[Any, ...] | None]]:
         return [self._observed(batch) for batch in self._batches]
 
     @torch.no_grad()
     def _measured(self, out: Sequence[int]) -> float:
         total = 0.0
-        for batch, (whole_logp_NV, inputs, is_tuple) in zip(self._batches, self._whole, strict=True):
-            with skipping(self.layers, min(out), inputs[min(out)], is_tuple, set(out)):
+        for batch, (whole_logp_NV, inputs, other) in zip(self._batches, self._whole, strict=True):
+            with skipping(self.layers, min(out), inputs[min(out)], other, set(out)):
                 total += summed_kl(self.model, batch, whole_logp_NV)
         if not total < float("inf"):
             raise UserError(
@@ -225,14 +235,14 @@ class Without:
         return total / self.positions
 
     @torch.no_grad()
-    def _observed(self, batch: Batch) -> tuple[Tensor, list[Tensor], bool]:
-        """Of the whole model: logp_NV at the end, each layer's input, and whether a layer gives a tuple."""
+    def _observed(self, batch: Batch) -> tuple[Tensor, list[Tensor], tuple[Any, ...] | None]:
+        """Of the whole model: logp_NV at the end, each layer's input, and what a layer gives beside its output."""
         inputs: list[Tensor] = []
-        kinds: set[bool] = set()
+        others: list[tuple[Any, ...] | None] = []
 
         def observe(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
             inputs.append(args[0] if args else kwargs["hidden_states"])
-            kinds.add(isinstance(output, tuple))
+            others.append(beside(output))
 
         hooks = [layer.register_forward_hook(observe, with_kwargs=True) for layer in self.layers]
         try:
@@ -240,9 +250,10 @@ class Without:
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(inputs) != len(self.layers) or len(kinds) != 1:
+        lengths = {None if other is None else len(other) for other in others}
+        if len(inputs) != len(self.layers) or len(lengths) != 1:
             raise UserError(
                 f"student.rule: {type(self.model.hf).__name__} does not call its {len(self.layers)} layers once each,"
                 " one after the other. Use first_last, or name the layers in student.keep."
             )
-        return logp_NV, inputs, kinds.pop()
+        return logp_NV, inputs, others[0]

@@ -25,16 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.errors import UserError, one_line
-from potstill.models.causal_lm import CausalLM, relative_gap
+from potstill.errors import UserError
+from potstill.models.causal_lm import CausalLM
 from potstill.models.layer_harm import calibration, summed_kl, whole_logp_NV
 from potstill.models.probes import hidden_of
 from potstill.models.pruning import by_output, mlp_of
-from potstill.models.skipping import skipping
+from potstill.models.skipping import beside, skipping
 from potstill.types import Batch
 
 RIDGES = (1.0, 10.0)
-"""Both are tried; in units of the mean of the diagonal of the sum that is inverted."""
+"""The second is tried where the first does not lower the KL; in units of the mean of the diagonal of the sum that is
+inverted.
+"""
 
 
 LINEAR = 1e-3
@@ -67,19 +69,13 @@ class Repair:
 
     @torch.no_grad()
     def apply(self, student: CausalLM) -> None:
-        """Give the student the matrices.
-
-        Raises:
-            UserError: they are of another student.
+        """Give the student the matrices. One that does not fit is of another student, and is left out: whoever resumes
+        compares the student's hash.
         """
-        try:
-            for name, weight in self.weights.items():
-                student.hf.get_parameter(name).copy_(weight)
-        except (AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"student.repair: what this run has folded is not of its student: {one_line(error)}"
-                " Its folder is damaged; start a new run."
-            ) from error
+        parameters = dict(student.hf.named_parameters())
+        for name, weight in self.weights.items():
+            if name in parameters and parameters[name].shape == weight.shape:
+                parameters[name].copy_(weight)
 
     @classmethod
     def of(cls, table: dict[str, Any], weights: dict[str, Tensor]) -> Repair:
@@ -91,10 +87,6 @@ class Repair:
         return {"folds": [asdict(fold) for fold in self.folds], "why_not": self.why_not}
 
 
-UNREPAIRED = Repair([], {})
-"""Of a run that was started without a repair."""
-
-
 def fold_gaps(
     teacher: CausalLM,
     student: CausalLM,
@@ -104,7 +96,7 @@ def fold_gaps(
     judged: Sequence[Batch],
     note: Callable[[str], None],
 ) -> Repair:
-    """Repair a student that was just cut; it is changed.
+    """Fit a student that was just cut; it is left as it was: see `Repair.apply`.
 
     Args:
         stack: name of the list of layers, in both.
@@ -122,14 +114,12 @@ def fold_gaps(
         return Repair([], {}, "no layer was left out behind a kept one")
     if not any(len(batch.positions_N) for batch in judged):
         return Repair([], {}, "too few training rows")
-    try:
-        state = student.state()
-        names = {place: f"{stack}.{place}.mlp" for place, _, _ in gaps}
-        names = {place: f"{name}.{mlp_of(state, name)[1]}" for place, name in names.items()}
-    except UserError as error:
-        return Repair([], {}, one_line(error))
+    names = _matrices_out(student, stack, [place for place, _, _ in gaps])
+    gaps = [gap for gap in gaps if gap[0] in names]
+    if not gaps:
+        return Repair([], {}, f"the MLPs of {type(student.hf).__name__} are of a kind that is not known here")
     folds, weights = [], {}
-    with _without_dropout(student.hf), torch.no_grad():
+    with _as_it_was(student.hf, [f"{name}.weight" for name in names.values()]), torch.no_grad():
         folding = _Folding(teacher, student, stack, fitted, judged, [q - 1 for _, _, q in gaps])
         if not folding.is_added(gaps[0][0], names[gaps[0][0]]):
             return Repair([], {}, "its layers do not add what their MLPs give to the stream as it is")
@@ -141,7 +131,8 @@ def fold_gaps(
                 weights[f"{names[place]}.weight"] = weight.detach().cpu().clone()
             folds.append(Fold(p, [*range(p + 1, q)], before, folding.kl, ridge))
             layers = f"layer {p + 1}" if q == p + 2 else f"layers {p + 1} to {q - 1}"
-            note(f"student: {layers} made up for by layer {p}: KL {before:.3f} -> {folding.kl:.3f}")
+            what = "left as it is" if ridge is None else f"made up for by layer {p}"
+            note(f"student: the gap of {layers} is {what}: KL {before:.3f} -> {folding.kl:.3f}")
     return Repair(folds, weights)
 
 
@@ -176,28 +167,29 @@ class _Folding:
         module.weight *= 2
         twice_BTD, _ = self._run_to(place, module, 0, self.batches[0])
         module.weight /= 2  # exactly what it was
-        return relative_gap(twice_BTD - y_BTD, m_BTC @ change_DC.T) < LINEAR
+        added_BTD = m_BTC @ change_DC.T
+        gap = float((twice_BTD - y_BTD - added_BTD).abs().max())
+        # What MLPs add is small beside some streams, whose difference has the rounding of them both.
+        rounding = 8 * torch.finfo(y_BTD.dtype).eps * float(y_BTD.abs().max())
+        return gap <= LINEAR * float(added_BTD.abs().max()) + rounding
 
     def fold(self, place: int, name: str, target: int) -> float | None:
         """Fold what the teacher's layers up to `target` add into the matrix `name` of layer `place`.
 
         Returns:
-            The ridge with which the KL is lowered most; None where it is not.
+            The ridge that lowers the KL; None where none does.
         """
         module: Any = self.student.hf.get_submodule(name)
         runs = [self._run_to(place, module, number, batch) for number, batch in enumerate(self.batches)]
         streams, inputs = [y_BTD for y_BTD, _ in runs], [m_BTC for _, m_BTC in runs]
-        best: tuple[float, float | None, Tensor | None] = (self.kl, None, None)
+        self.settled, self.known, kept = place, streams, None
         for ridge, change_DC in self._changes(target, streams, inputs):
-            moved = [y + m @ change_DC.T for y, m in zip(streams, inputs, strict=True)][self.count :]
-            if (kl := self._kl(moved, place)) < best[0]:
-                best = (kl, ridge, change_DC)
-        self.kl, ridge_kept, kept_DC = best
-        if kept_DC is not None:
-            streams = [y + m @ kept_DC.T for y, m in zip(streams, inputs, strict=True)]
-            module.weight += by_output(module, kept_DC)
-        self.settled, self.known = place, streams
-        return ridge_kept
+            moved = [y + m @ change_DC.T for y, m in zip(streams, inputs, strict=True)]
+            if (kl := self._kl(moved[self.count :], place)) < self.kl:
+                module.weight += by_output(module, change_DC)
+                self.kl, self.known, kept = kl, moved, ridge
+                break
+        return kept
 
     def _changes(
         self, target: int, streams_BTD: list[Tensor], inputs_BTC: list[Tensor]
@@ -220,7 +212,9 @@ class _Folding:
         if not scale > 0:  # this MLP does nothing
             return
         for ridge in RIDGES:
-            factor_CC = torch.linalg.cholesky(inner_CC + ridge * scale * torch.eye(C).to(inner_CC))
+            ridged_CC = inner_CC.clone()
+            ridged_CC.diagonal().add_(ridge * scale)
+            factor_CC = torch.linalg.cholesky(ridged_CC)
             yield ridge, torch.cholesky_solve(outer_CD, factor_CC).T.float()
 
     def _run_to(self, place: int, module: Any, number: int, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -228,7 +222,7 @@ class _Folding:
         found: dict[str, Tensor] = {}
 
         def stop(layer: Any, args: Any, output: Any) -> None:
-            found["y"], self.is_tuple = hidden_of(output), isinstance(output, tuple)
+            found["y"], self.beside = hidden_of(output), beside(output)
             raise _Reached
 
         hooks = [
@@ -248,7 +242,7 @@ class _Folding:
         """The student from behind layer `place` on, where the stream is this; None: from its beginning."""
         if stream_BTD is None:
             return contextlib.nullcontext()
-        return skipping(self.layers, place, stream_BTD, self.is_tuple)
+        return skipping(self.layers, place, stream_BTD, self.beside)
 
     def _kl(self, streams_BTD: Sequence[Tensor | None], place: int = -1) -> float:
         """Nats per position of the batches that judge, where the streams behind layer `place` are these."""
@@ -261,13 +255,27 @@ class _Folding:
 
 
 @contextlib.contextmanager
-def _without_dropout(hf: Any) -> Iterator[None]:
-    was_training = hf.training
+def _as_it_was(hf: Any, names: Sequence[str]) -> Iterator[None]:
+    """Inside the block a model drops nothing out; after it, these weights are what they were before."""
+    was_training, weights = hf.training, {name: hf.get_parameter(name).detach().clone() for name in names}
     hf.eval()
     try:
         yield
     finally:
         hf.train(was_training)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                hf.get_parameter(name).copy_(weight)
+
+
+def _matrices_out(student: CausalLM, stack: str, places: Sequence[int]) -> dict[int, str]:
+    """By layer, the name of the matrix out of its MLP; without the layers whose MLP is of no known kind."""
+    state, found = student.state(), {}
+    for place in places:
+        name = f"{stack}.{place}.mlp"
+        with contextlib.suppress(UserError):
+            found[place] = f"{name}.{mlp_of(state, name)[1]}"
+    return found
 
 
 class _Reached(Exception):

@@ -12,17 +12,17 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def skipping(
-    layers: Sequence[Any], first: int, known: Tensor, is_tuple: bool, out: Container[int] = ()
+    layers: Sequence[Any], first: int, known: Tensor, beside: tuple[Any, ...] | None, out: Container[int] = ()
 ) -> Iterator[None]:
     """Inside the block, layers up to `first` are not computed: it gives `known`, a hidden_BTD, whatever it gets. Of the
     layers above it those in `out` pass on what they get.
 
     Args:
-        is_tuple: whether a layer gives its hidden states as the only member of a tuple.
+        beside: what a layer gives behind its hidden states, in one tuple with them; None: they are no tuple.
     """
     for number, layer in enumerate(layers):
         if number <= first or number in out:
-            layer.forward = partial(_passed_on, is_tuple, known if number == first else None)
+            layer.forward = partial(_passed_on, beside, known if number == first else None)
     try:
         yield
     finally:
@@ -30,7 +30,12 @@ def skipping(
             vars(layer).pop("forward", None)  # the class's own is back
 
 
-def _passed_on(is_tuple: bool, known: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+def beside(output: Any) -> tuple[Any, ...] | None:
+    """What a layer gave behind its hidden states: see `skipping`."""
+    return output[1:] if isinstance(output, tuple) else None
+
+
+def _passed_on(beside: tuple[Any, ...] | None, known: Tensor | None, *args: Any, **kwargs: Any) -> Any:
     """In the place of a layer's forward: its input, or what it is known to give."""
     hidden = (args[0] if args else kwargs["hidden_states"]) if known is None else known
-    return (hidden,) if is_tuple else hidden
+    return hidden if beside is None else (hidden, *beside)

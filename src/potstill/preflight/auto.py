@@ -121,6 +121,15 @@ def settle(resolved: Resolved, note: Callable[[str], None]) -> Resolved:
         raise
 
 
+def as_recorded(recipe: Recipe) -> Recipe:
+    """The recipe that a run has in its folder: a run that does not say whether it repaired its student is of a version
+    that repaired none.
+    """
+    if recipe.student.name != "cut" or recipe.student.repair is not None:
+        return recipe
+    return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, repair=False))
+
+
 def as_started(recipe: Recipe, started: Recipe, num_rows: int | None = None) -> Recipe:
     """The recipe of a resumed run, with the values that were chosen when it `started`.
 
@@ -134,7 +143,11 @@ def as_started(recipe: Recipe, started: Recipe, num_rows: int | None = None) -> 
     asked, settled = recipe.student, started.student
     if asked.name == settled.name == "cut" and asked.is_measured and asked.layers == len(settled.keep or []):
         assert settled.keep is not None
-        recipe = dataclasses.replace(recipe, student=asked.with_layers(settled.keep))
+        named = dataclasses.replace(asked.with_layers(settled.keep), rule=settled.rule)
+        recipe = dataclasses.replace(recipe, student=named)
     elif asked.name == settled.name == "cut" and asked.rule is None:
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(asked, rule=settled.rule))
+    student = recipe.student
+    if student.name == settled.name == "cut" and student.repair is None:
+        recipe = dataclasses.replace(recipe, student=dataclasses.replace(student, repair=settled.repair))
     return with_chunk(recipe, started.objective.chunk) if recipe.objective.chunk == "auto" else recipe

@@ -166,9 +166,9 @@ class CutStudentConfig(Config):
     training rows, of each alone (least_harm) or one after the other (greedy); null: least_harm."""
     ffn_width: Count | None = None
     """Channels of each layer's MLP to keep, those that contribute most on eight training rows; null: all."""
-    repair: bool = True
+    repair: bool | None = None
     """Fold what left-out layers did into the MLPs before them, by least squares on sixteen training rows, where that
-    lowers the KL to the teacher on four others."""
+    lowers the KL to the teacher on four others; null: true."""
     lora: LoraConfig | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
 
@@ -180,6 +180,11 @@ class CutStudentConfig(Config):
     def with_layers(self, keep: Sequence[int]) -> CutStudentConfig:
         """With the layers that a rule chose, by index."""
         return replace(self, layers=None, keep=[*keep], rule=None)
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether what left-out layers did is folded into others."""
+        return self.repair is not False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,7 @@ for (const svg of document.querySelectorAll(".chart svg")) {
     xs: line.getAttribute("points").split(" ").map((point) => parseFloat(point)),
     at: line.dataset.at.split(" ").map((pair) => pair.split(":")),
   }));
+  if (!lines.length) continue; // bars have titles of their own
   const stops = [...new Set(lines.flatMap((line) => line.xs))].sort((a, b) => a - b);
   const cursor = svg.querySelector(".axis").cloneNode(), tip = made("div", "", "tip");
   const nearest = (xs, x) => xs.reduce((best, other, i) => (Math.abs(other - x) < Math.abs(xs[best] - x) ? i : best), 0);

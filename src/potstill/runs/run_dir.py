@@ -41,7 +41,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from potstill.errors import UserError, one_line
@@ -54,6 +55,7 @@ READABLE = "the run's other files are still readable."
 LAYERS = "layers.json"
 FOLDS = "folds.json"
 FOLDED = "folds.safetensors"
+FOLD_KEYS = {"layer", "left_out", "kl_before", "kl_after", "ridge"}
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
 
 
@@ -103,7 +105,7 @@ class RunDir:
             run._write_json(LAYERS, layers)
         if folds is not None:
             run._write_json(FOLDS, folds[0])
-            write_whole(path / FOLDED, safetensors.torch.save(folds[1]))
+            write_whole(path / FOLDED, save(folds[1]))
         # Last: `open` takes any folder that has it for a complete run.
         write_whole(path / "resolved.yaml", resolved.encode())
         run.set_status("running")
@@ -248,8 +250,24 @@ class RunDir:
         return self._read_json(LAYERS) if (self.path / LAYERS).exists() else None
 
     def folds(self) -> dict[str, Any] | None:
-        """`folds.json`: `models.repair.Repair` as an object; None where no student was repaired."""
-        return self._read_json(FOLDS) if (self.path / FOLDS).exists() else None
+        """`folds.json`: `models.repair.Repair` as an object; None where no student was repaired.
+
+        Raises:
+            UserError: damaged.
+        """
+        if not (self.path / FOLDS).exists():
+            return None
+        table = self._read_json(FOLDS)
+        folds = table.get("folds")
+        is_whole = isinstance(folds, list) and all(
+            isinstance(fold, dict)
+            and fold.keys() == FOLD_KEYS
+            and all(isinstance(fold[name], float) for name in ("kl_before", "kl_after"))
+            for fold in folds
+        )
+        if not is_whole or "why_not" not in table:
+            raise UserError(f"{self.path / FOLDS}: damaged: not what a repair has done. {READABLE}")
+        return table
 
     def folded(self) -> dict[str, Tensor]:
         """The matrices that a repair changed.
@@ -258,8 +276,8 @@ class RunDir:
             UserError: damaged.
         """
         try:
-            return safetensors.torch.load_file(self.path / FOLDED)
-        except (OSError, safetensors.SafetensorError) as error:
+            return load_file(self.path / FOLDED)
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path / FOLDED}: damaged: {one_line(error)} Start a new run.") from error
 
     def inputs(self) -> dict[str, Any]:

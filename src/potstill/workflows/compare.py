@@ -32,7 +32,7 @@ from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
 from potstill.models.load import weights_sha256
 from potstill.models.student import Student, from_checkpoint
-from potstill.preflight.auto import as_started, settle
+from potstill.preflight.auto import as_recorded, as_started, settle
 from potstill.preflight.trial_steps import step_seconds
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
@@ -156,7 +156,7 @@ def _make_or_read_plan(
 
 def _recipe_in(plan: dict[str, Any], folder: Path) -> Recipe:
     """The recipe that the comparison was started with."""
-    return recipes.parse(str(plan.get("recipe")), where=str(folder / PLAN), folder=folder)
+    return as_recorded(recipes.parse(str(plan.get("recipe")), where=str(folder / PLAN), folder=folder))
 
 
 def _recipe_of(arm: str, recipe: Recipe, seed: int, steps: int | None = None) -> Recipe:
@@ -322,8 +322,10 @@ class _Comparison:
         for arm in self.arms:
             start = self.run_of(arm, seed).receipt()["student"]["weights_sha256_start"]
             if start != sha256:
-                raise RuntimeError(
-                    f"{arm}, seed {seed}: started from weights {start}, the untouched student has {sha256}"
+                raise UserError(
+                    f"{self.run_of(arm, seed).path}: {arm}, seed {seed}, started from weights {start}, and the"
+                    f" untouched student has {sha256}: they were made on different machines, perhaps. Start a new"
+                    " comparison."
                 )
 
     def humaneval(self, folder: Path) -> list[float]:

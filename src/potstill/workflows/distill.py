@@ -26,8 +26,16 @@ from potstill.io.terminal import Display
 from potstill.models.generate import greedy_text
 from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
-from potstill.models.repair import UNREPAIRED, Repair
-from potstill.preflight.auto import as_started, choose_backend, choose_chunk, settle, with_chunk, with_matmul
+from potstill.models.repair import Repair
+from potstill.preflight.auto import (
+    as_recorded,
+    as_started,
+    choose_backend,
+    choose_chunk,
+    settle,
+    with_chunk,
+    with_matmul,
+)
 from potstill.preflight.checks import Checked, require_sound
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
@@ -125,10 +133,10 @@ def _distill(
             return _run(setup, start, note, display, watch, ranks, locked)
 
 
-def _repair_of(run: RunDir) -> Repair:
-    """What its student began with; nothing in a run of a version that repaired none."""
+def _repair_of(run: RunDir) -> Repair | None:
+    """What was folded into its student before the first step."""
     table = run.folds()
-    return UNREPAIRED if table is None else Repair.of(table, run.folded())
+    return None if table is None else Repair.of(table, run.folded())
 
 
 def _start_new(recipe: Recipe, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
@@ -148,7 +156,7 @@ def _start_resumed(recipe: Recipe, path: Path, text: bytes) -> _Start:
     the commit that the run started with.
     """
     run = RunDir.open(path)
-    commits, recorded = run.commits(), recipes.load(run.resolved)
+    commits, recorded = run.commits(), as_recorded(recipes.load(run.resolved))
     resolved = resolve(recipe, commits=commits)
     if not commits:  # an earlier version of potstill recorded none
         recorded, _ = pin(recorded, resolved.commits)

@@ -80,12 +80,14 @@ class ChatTemplate:
 
     Args:
         date: what a template gets that asks for the date.
+        advice: what to do about one that takes too long.
 
     Raises:
         UserError: a tokenizer without a chat template.
     """
 
-    def __init__(self, tokenizer: Any, date: datetime.date) -> None:
+    def __init__(self, tokenizer: Any, date: datetime.date, advice: str | None = None) -> None:
+        self.advice = advice or TAKE_ANOTHER
         try:
             kinds: tuple[list[Json] | None, ...] = (None, [{}])
             texts = [str(tokenizer.get_chat_template(tools=tools)) for tools in kinds]
@@ -188,17 +190,17 @@ class ChatTemplate:
             self._connection.send((messages, options | {"chat_template": text}))
             if not self._connection.poll(SECONDS):
                 self.close()
-                raise UserError(f"{where}: {self._name()} took more than {SECONDS} s. {TAKE_ANOTHER}")
+                raise UserError(f"{where}: {self._name()} took more than {SECONDS} s. {self.advice}")
             is_text, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self.close()
             raise UserError(
-                f"{where}: {self._name()} ended its process, for want of memory perhaps. {TAKE_ANOTHER}"
+                f"{where}: {self._name()} ended its process, for want of memory perhaps. {self.advice}"
             ) from error
         if is_text:
             return str(answer)
         if answer is None:
-            raise UserError(f"{where}: {self._name()} took more than 1 GiB of memory. {TAKE_ANOTHER}")
+            raise UserError(f"{where}: {self._name()} took more than 1 GiB of memory. {self.advice}")
         raise TemplateRefused(f"{where}: the chat template refuses this conversation: {answer}")
 
     def _name(self) -> str:
