@@ -458,7 +458,7 @@ const look = (frame) => {
     shown.at = tokens.indexOf(page.activeElement);
     return shown;
   });
-  one.tips = [...page.querySelectorAll(".chart svg")].map((svg) => {
+  one.tips = [...page.querySelectorAll(".chart svg:has(polyline)")].map((svg) => {
     svg.focus();
     svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true, cancelable: true }));
     return svg.parentElement.querySelector(".tip").innerText;
