@@ -231,7 +231,7 @@ def test_arms_that_begin_with_other_weights_are_not_compared(
         return found if arm != CE else replace(found, student=replace(found.student, rule="even", layers=3))
 
     monkeypatch.setattr(workflow, "_recipe_of", cheating)
-    with pytest.raises(RuntimeError, match="CE only, seed 0: started from"):
+    with pytest.raises(UserError, match="CE only, seed 0, started from"):
         compare(tiny_recipe(compare=SMALL), out=tmp_path / "out")
 
 
