@@ -236,6 +236,7 @@ def test_what_was_measured_is_remembered_for_these_weights_and_rows_alone(
     for other in (
         partial(choose, make("llama", spread=0.31), batches=rows()),
         partial(choose, make("llama", spread=0.3), batches=rows(3)),
+        partial(choose, make("llama", spread=0.3), batches=rows(3)[1:]),
     ):
         passes.clear()
         assert other() != first and len(passes) > 5
