@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +28,19 @@ def cut_off(recipe: Path, out: Path, after: int, monkeypatch: pytest.MonkeyPatch
         patch.setattr(RunDir, "log", dying)
         with pytest.raises(Killed):
             distill(recipe, out=out)
+
+
+def assert_goes_on_without(
+    recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """A run that was cut off goes on without calling a function of `owner` again, and is the run that was not."""
+    whole = distill(recipe, out=folder / "whole")
+    cut_off(recipe, folder / "again", 3, monkeypatch)
+
+    def called(*given: Any) -> None:
+        raise AssertionError(f"{name} was called again")
+
+    monkeypatch.setattr(owner, name, called)
+    again = distill(recipe, out=folder / "again", resume=True)
+    assert again.metrics()[-1]["heldout/kl"] == whole.metrics()[-1]["heldout/kl"]
+    assert again.receipt()["student"] == whole.receipt()["student"]

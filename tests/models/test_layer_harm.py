@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model
-from cut_off import cut_off
+from cut_off import assert_goes_on_without, cut_off
 from torch import Tensor
 
 from potstill import UserError, distill, load_causal_lm
@@ -29,6 +29,7 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.layer_harm import Without, calibration, choose_layers
 from potstill.models.pruning import cut, stack_of
 from potstill.recipe.load import load
+from potstill.recipe.sections_models import CutStudentConfig
 from potstill.runs.run_dir import RunDir
 from potstill.types import Batch
 
@@ -154,7 +155,9 @@ def test_rows_without_a_position_that_bears_loss_are_refused() -> None:
     batches = [
         replace(batch, positions_N=batch.positions_N[:0], labels_N=batch.labels_N[:0]) for batch in rows()
     ]
-    with pytest.raises(UserError, match="none of the first 1024 positions of 2 training rows bears loss"):
+    with pytest.raises(
+        UserError, match="no training row that was looked at bears loss at its first 1024 positions"
+    ):
         choose_layers(make("llama"), "model.layers", batches, 3, "least_harm", print)
 
 
@@ -291,16 +294,7 @@ def test_a_run_keeps_its_layers_their_table_and_names_them(recipe: Path, tmp_pat
 def test_a_resumed_run_and_its_evaluation_measure_nothing_again(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = distill(recipe, out=tmp_path / "whole")
-    cut_off(recipe, tmp_path / "again", 3, monkeypatch)
-
-    def measured(*given: Any) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(setup, "choose_layers", measured)
-    again = distill(recipe, out=tmp_path / "again", resume=True)
-    assert again.metrics()[-1]["heldout/kl"] == whole.metrics()[-1]["heldout/kl"]
-    assert again.receipt()["student"] == whole.receipt()["student"]
+    assert_goes_on_without(recipe, tmp_path, monkeypatch, setup, "choose_layers")
     with pytest.raises(UserError, match=r"student\.keep|student\.layers"):
         distill(recipe, overrides=["student.layers=3"], out=tmp_path / "again", resume=True)
 
@@ -332,6 +326,25 @@ def test_where_nothing_can_be_measured_the_default_is_first_last_and_a_rule_is_r
     cut_off(recipe, tmp_path / "again", 3, monkeypatch)
     again = distill(recipe, out=tmp_path / "again", resume=True)
     assert again.metrics()[-1]["heldout/kl"] == run.metrics()[-1]["heldout/kl"]
+
+
+class PromptsAlone:
+    """Rows of long prompts: the answers are behind what is read."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def batch(self, numbers: list[int]) -> Batch:
+        return long_row(1100, lambda row, at: at >= 1050, B=len(numbers))
+
+
+def test_rows_whose_answers_are_behind_what_is_read_are_said_to_bear_no_loss() -> None:
+    config, said, words = CutStudentConfig(layers=3), list[str](), "bears loss at its first 1024 positions"
+    rows_: Any = PromptsAlone()
+    assert setup._measured(make("llama"), config, rows_, said.append) is None
+    assert "chosen by first_last" in said[0] and words in said[0]
+    with pytest.raises(UserError, match=words):
+        setup._measured(make("llama"), replace(config, rule="greedy"), rows_, said.append)
 
 
 def test_a_choice_that_cannot_be_cut_gives_way_to_first_last(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cut_off import cut_off
+from cut_off import assert_goes_on_without, cut_off
 from safetensors.torch import load_file, save_file
 from test_layer_harm import FAMILIES, SMALL, logits_ND, make, rows
 from torch import Tensor
@@ -235,16 +235,7 @@ def test_the_report_has_the_kl_after_each_fold(recipe: Path, tmp_path: Path) -> 
 def test_a_resumed_run_takes_what_was_folded_and_fits_nothing_again(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = distill(recipe, out=tmp_path / "whole")
-    cut_off(recipe, tmp_path / "again", 3, monkeypatch)
-
-    def fitted(*given: Any) -> None:
-        raise AssertionError("fitted again")
-
-    monkeypatch.setattr(setup, "fold_gaps", fitted)
-    again = distill(recipe, out=tmp_path / "again", resume=True)
-    assert again.metrics()[-1]["heldout/kl"] == whole.metrics()[-1]["heldout/kl"]
-    assert again.receipt()["student"] == whole.receipt()["student"]
+    assert_goes_on_without(recipe, tmp_path, monkeypatch, setup, "fold_gaps")
 
 
 DAMAGE = {
@@ -282,7 +273,10 @@ def test_a_resumed_run_whose_folds_are_damaged_is_one_line(
 
 def test_ranks_take_the_first_s_matrices(recipe: Path) -> None:
     other = Repair([], {"model.layers.1.mlp.down_proj.weight": torch.full((32, 64), 0.5)})
-    agreed: Any = lambda value: other if isinstance(value, Repair) else value  # noqa: E731
+
+    def agreed(value: Any) -> Any:
+        return other if isinstance(value, Repair) else value
+
     made = setup.set_up(resolve(load(recipe)), print, agreed=agreed)
     with contextlib.closing(made.teacher):
         first, second = (layer.mlp.down_proj.weight for layer in made.student.model.hf.model.layers)

@@ -45,6 +45,8 @@ CALIBRATION_ROWS = 8
 """Training rows on which the channels of an MLP are ranked."""
 LAYER_ROWS = 4
 """Training rows on which layers are left out."""
+ROWS_LOOKED_AT = 1000
+"""To find these among: behind long prompts a row may bear no loss where it is read."""
 REPAIR_ROWS = 16
 """Training rows to which a cut student is fitted; behind them, as many as `JUDGE_ROWS` say whether that was good."""
 JUDGE_ROWS = 4
@@ -324,8 +326,10 @@ def make_student(
 def _measured(uncut: CausalLM, config: CutStudentConfig, rows: packing.PackedRows, note: Note) -> Harm | None:
     """What the layers are worth; None where that cannot be measured and the recipe has not asked for it."""
     stack = stack_of(uncut)[0].removesuffix(".")
-    that_bear_loss = (row for row in range(len(rows)) if len(calibration(rows.batch([row])).positions_N))
-    batches = [rows.batch([*itertools.islice(that_bear_loss, LAYER_ROWS)])]
+    looked_at = range(min(len(rows), ROWS_LOOKED_AT))
+    bear_loss = (row for row in looked_at if len(calibration(rows.batch([row])).positions_N))
+    chosen = [*itertools.islice(bear_loss, LAYER_ROWS)]
+    batches = [rows.batch(chosen)] if chosen else []
     rule = config.rule or RULES[0]
     try:
         harm = choose_layers(uncut, stack, batches, config.layers or 0, rule, note)

@@ -296,9 +296,8 @@ def _rendered_within_limits(lm: Any, reading: _Reading) -> Iterator[None]:
             where, prompt = "a task's prompt", add_generation_prompt
             try:
                 return template.render(where, chat_history, prompt=prompt, goes_on=not prompt)
-            except (
-                TemplateRefused
-            ):  # a system's message, mostly: lm-eval leaves it out then, and so its scores are
+            except TemplateRefused:
+                # A system's message, mostly. lm-eval leaves it out then, and its published scores are of that.
                 without = [each for each in chat_history if each["role"] != "system"]
                 return template.render(where, without, prompt=prompt, goes_on=not prompt)
 

@@ -91,8 +91,8 @@ def choose_layers(
         )
     if not without.positions:
         raise UserError(
-            f"student.rule: none of the first {MOST_TOKENS} positions of {sum(len(b.rows_B) for b in batches)} training"
-            " rows bears loss, so that layers cannot be compared. Use first_last, or name the layers in student.keep."
+            f"student.rule: no training row that was looked at bears loss at its first {MOST_TOKENS} positions, so that"
+            " layers cannot be compared. Use first_last, or name the layers in student.keep."
         )
     key = without.sha256()
     without.known |= (known := recall(CACHE, key))
