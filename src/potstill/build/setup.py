@@ -23,6 +23,7 @@ from potstill.data import packing, token_cache, tokenizers
 from potstill.data.decontamination import summary
 from potstill.data.fixed import FixedRows
 from potstill.errors import UserError, one_line
+from potstill.export.grid import Grid
 from potstill.io.cpu_matmul import matmul_with, return_freed_memory
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
@@ -411,7 +412,8 @@ def make_trainable(recipe: Recipe, model: CausalLM, teacher: Teacher) -> Student
     """The student with its objective, and both models compiled where the recipe says so.
 
     Raises:
-        UserError: a student that cannot be compiled, or whose balancing loss is not known.
+        UserError: a student that cannot be compiled, whose balancing loss is not known, or that has no GGUF file of
+            `train.quantize`.
     """
     if recipe.train.compile and isinstance(model, LoraLM):
         model.require_compilable()
@@ -421,7 +423,10 @@ def make_trainable(recipe: Recipe, model: CausalLM, teacher: Teacher) -> Student
     if recipe.train.activation_checkpointing:
         model.checkpoint_activations(selective=recipe.train.activation_checkpointing == "selective")
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
-    return Student(model, make_objective(recipe, precision), precision)
+    student = Student(model, make_objective(recipe, precision), precision)
+    if recipe.train.quantize is not None:
+        student.grid = Grid.of(model, recipe.train.quantize)
+    return student
 
 
 def make_objective(recipe: Recipe, matmul_dtype: torch.dtype | None) -> Objective:

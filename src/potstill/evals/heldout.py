@@ -55,14 +55,18 @@ def heldout_by_row(
 def _batches(
     student: Student, teacher: Teacher, rows: Rows, rows_per_batch: int, poll: Callable[[], None]
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Per batch, its positions and each metric's sum over them. The student is in eval mode throughout."""
+    """Per batch, its positions and each metric's sum over them. The student is in eval mode throughout, and has the
+    weights of the file that it is trained for.
+    """
     was_training = student.training
     student.eval()
     try:
-        for start in range(0, len(rows), rows_per_batch):
-            poll()
-            batch = rows.batch(range(start, min(start + rows_per_batch, len(rows)))).to(student.model.device)
-            sums = student.measure(batch, answer(teacher, batch))
-            yield len(batch.positions_N), {name: float(value) for name, value in sums.items()}
+        with student.on_grid():
+            for start in range(0, len(rows), rows_per_batch):
+                poll()
+                batch = rows.batch(range(start, min(start + rows_per_batch, len(rows))))
+                batch = batch.to(student.model.device)
+                sums = student.measure(batch, answer(teacher, batch))
+                yield len(batch.positions_N), {name: float(value) for name, value in sums.items()}
     finally:
         student.train(was_training)

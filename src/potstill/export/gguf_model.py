@@ -130,6 +130,11 @@ def require_quantiser(model: CausalLM, quantize: list[str]) -> None:
         _llama_cpp_quantiser()
 
 
+def tensor_types(model: CausalLM, quantize: str) -> dict[str, GGMLQuantizationType]:
+    """The type of each parameter in the file, by Transformers' names."""
+    return {each.hf_name: each.type for each in _file_tensors(model, quantize) if each.hf_name}
+
+
 def _write_metadata(
     writer: GGUFWriter, hf: Any, quantize: str, name: str, license_id: str | None, num_weights: int
 ) -> None:

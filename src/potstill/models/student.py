@@ -9,7 +9,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -35,6 +35,12 @@ from potstill.models.portable import add_ends, write_portable_config
 from potstill.types import Batch, Targets
 
 
+class WeightGrid(Protocol):
+    """Rounds a model's weights for a while: `export.grid.Grid`."""
+
+    def applied(self, model: CausalLM) -> contextlib.AbstractContextManager[None]: ...
+
+
 class Student(nn.Module):
     """A causal LM and its objective.
 
@@ -54,6 +60,8 @@ class Student(nn.Module):
         self.routing = routing_of(model)
         """Of a mixture of experts; None for another model."""
         self.sum_over_ranks: Callable[[Tensor], Tensor] = lambda counts_LX: counts_LX
+        self.grid: WeightGrid | None = None
+        """Of a student that is trained to be quantised."""
 
     def forward(
         self, batch: Batch, targets: Targets | None, counts_LX: Tensor | None = None
@@ -75,6 +83,10 @@ class Student(nn.Module):
                 hidden_ND = self.hidden_ND(batch)
             routed = self.routing.terms(routers, batch.counted_M, counts_LX, self.sum_over_ranks)
         return routed | self.objective(hidden_ND, self.model.head, batch.labels_N, targets, checked=False)
+
+    def on_grid(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the weights are those of the quantised student, where it is trained for one."""
+        return contextlib.nullcontext() if self.grid is None else self.grid.applied(self.model)
 
     @property
     def router_coefficient(self) -> float:

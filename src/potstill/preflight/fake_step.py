@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from potstill.build.resolve import Resolved
 from potstill.build.setup import make_objective
 from potstill.evals.heldout import heldout
+from potstill.export.grid import Grid
 from potstill.io.silence import quiet_transformers
 from potstill.models.load import without_data
 from potstill.models.lora import LoraLM
@@ -31,6 +32,7 @@ from potstill.models.student import Student
 from potstill.preflight.memory_tracker import Answers, FakeData, FakeRows, MemoryTracker, WatchedObjective
 from potstill.recipe.load import Recipe
 from potstill.training.loop import Hooks, train
+from potstill.training.optim import make_optimizer, moments_like, update_average
 from potstill.types import Teacher
 
 
@@ -47,8 +49,8 @@ class Traced:
     """Resident bytes of this process before the trace, the code that it imported included."""
     weights: int
     """Elements of the student's parameters, trained or not."""
-    trained: int
-    trained_tensors: int
+    checkpoint: int
+    """Bytes of the trained weights and of what the optimizer keeps of them."""
 
 
 _known: dict[str, Traced] = {}
@@ -111,8 +113,8 @@ def _trace(resolved: Resolved) -> Traced:
         tracker.on_heap_at_peak,
         tracker.libraries,
         sum(parameter.numel() for parameter in student.parameters()),
-        sum(parameter.numel() for parameter in trained),
-        len(trained),
+        sum(parameter.nbytes for parameter in trained)
+        + sum(m.nbytes for moments in moments_like(make_optimizer(student, full)) for m in moments.values()),
     )
 
 
@@ -143,7 +145,11 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
     precision = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
     objective = make_objective(recipe, precision)
     options = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
-    return teacher, Student(model, WatchedObjective(**options, part=tracker.part), precision)
+    student = Student(model, WatchedObjective(**options, part=tracker.part), precision)
+    if recipe.train.quantize is not None:
+        # Q8_0 takes as much memory while it rounds as any, and can be computed without data.
+        student.grid = Grid.of(model, "q8_0")
+    return teacher, student
 
 
 def _tracking_hooks(
@@ -175,6 +181,7 @@ def _tracking_hooks(
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
+            update_average(optimizer, 0)
             optimizer.zero_grad(set_to_none=True)
         tracker.phase = "training step"
 

@@ -162,8 +162,7 @@ def _plan(resolved: Resolved) -> Plan:
     train = recipe.train
     # The whole model even with LoRA: adapters are merged into it.
     saved = 4 * traced.weights + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
-    moments = 2 * 4 * traced.trained + 4 * traced.trained_tensors if train.optimizer == "adamw" else 0
-    checkpoint = 4 * traced.trained + moments
+    checkpoint = traced.checkpoint
     written = planned_steps(recipe) // train.save_every if train.save_every else 0
     written += recipe.guard.policy == "rollback"  # the state before the first step
     # At least one, whatever save_every says: a signal saves one.

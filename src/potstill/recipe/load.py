@@ -275,11 +275,14 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
             ("objective", "kd_weight"),
             "kd_weight and ce_weight are both 0: nothing would be learned. Raise one.",
         )
+    if student.get("lora") is not None and train.get("quantize") is not None:
+        yield (
+            ("train", "quantize"),
+            "student.lora trains adapters, and the file rounds what they are added to. Leave one out.",
+        )
     if student.get("keep") is not None and student.get("rule") not in (None, "first_last"):
         yield ("student", "rule"), "keep lists the layers, so that no rule chooses them. Leave one out."
-    for name, default in (("beta1", 0.9), ("beta2", 0.95)):
-        if train.get("optimizer") == "sgd" and train.get(name, default) != default:
-            yield ("train", name), "sgd has no moments. Leave it out, or set train.optimizer: adamw."
+    yield from _across_train(train)
     yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {})
     yield from _across_capture(tree["capture"] if isinstance(tree.get("capture"), dict) else {})
     if guard.get("policy") == "rollback" and train.get("save_every") == 0:
@@ -290,6 +293,24 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     compare = tree["compare"] if isinstance(tree.get("compare"), dict) else None
     if compare is not None:
         yield from _across_arms(compare, tree)
+
+
+def _across_train(train: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Fields that are read only beside others, and steps."""
+    optimizer, schedule = train.get("optimizer", "adamw"), train.get("schedule", "cosine")
+    for name, default in (("beta1", 0.9), ("beta2", 0.95)):
+        if optimizer == "sgd" and train.get(name, default) != default:
+            yield ("train", name), "sgd has no moments. Leave it out, or set train.optimizer: adamw."
+    if optimizer in ("adamw", "sgd") and train.get("momentum", 0.95) != 0.95:
+        yield (
+            ("train", "momentum"),
+            f"it is Muon's, not {optimizer}'s. Leave it out, or set train.optimizer: muon.",
+        )
+    if schedule in ("cosine", "linear") and train.get("decay", 0.2) != 0.2:
+        yield (
+            ("train", "decay"),
+            f"it is of wsd, not of {schedule}. Leave it out, or set train.schedule: wsd.",
+        )
     steps, warmup = train.get("steps"), train.get("warmup")
     if train and steps is None and train.get("epochs") is None:
         yield ("train", "steps"), "missing. Give steps or epochs."

@@ -72,19 +72,32 @@ class TrainConfig(Config):
     warmup: CountOrZero = 0
     """Steps over which the learning rate rises, at most steps."""
     final_lr_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """Learning rate of the last step, as a fraction of lr; the decay is a cosine."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Update rule."""
+    """Learning rate of the last step, as a fraction of lr."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """How the learning rate falls after the warm-up: a half cosine, a line, or not before the last steps (wsd:
+    warm-up, stable, decay, by 1 - sqrt; Hu et al. 2024, Hägele et al. 2024)."""
+    decay: Annotated[float, Interval(gt=0, le=1)] = 0.2
+    """Share of the steps after the warm-up over which wsd lowers the learning rate."""
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """Update rule. muon: for the layers' matrices, with AdamW's size of updates, and AdamW for the rest."""
+    ema: BelowOne | None = None
+    """Decay, per step, of an exponential moving average of the weights, which evaluations use and the student is
+    saved with; it is lower in the first steps. null: the weights as they are."""
     weight_decay: PositiveOrZero = 0.1
     """Decay of the matrices: each step subtracts lr * weight_decay * weight."""
     beta1: BelowOne = 0.9
     """AdamW's decay rate of the mean gradient, per step."""
     beta2: BelowOne = 0.95
     """AdamW's decay rate of the mean squared gradient, per step."""
+    momentum: BelowOne = 0.95
+    """Muon's decay rate of the mean gradient, per step."""
     clip: Positive | None = 1.0
     """Gradient clipping: largest norm over all parameters; null: no limit."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the student's matrix products; its weights stay float32."""
+    quantize: Literal["q8_0", "q4_0", "q4_k", "q6_k"] | None = None
+    """Train the student for a GGUF file of this type: each step and held-out evaluation runs on the weights as the
+    file will hold them, and the unrounded ones are updated and saved. null: not quantised."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes, by torchrun: each keeps the whole student (ddp), or a part of its weights,
     gradients and moments (fsdp). One process: no difference."""

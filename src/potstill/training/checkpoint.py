@@ -37,6 +37,7 @@ from potstill.io.safe_open import NO_FILE, read_object, unreadable
 from potstill.models.safetensors_files import check_safetensors
 from potstill.models.student import Student
 from potstill.training.distributed import ALONE, Ranks, full, placed_as
+from potstill.training.optim import moments_like
 
 CHECKPOINTS_KEPT = 2
 READABLE = "Make it readable, or move its checkpoint away to go on from the one before."
@@ -297,12 +298,11 @@ def _read_tensors(
         raise unreadable(place / FILES[0], error, "") from error
     weights = {f"weights/{name}": parameter for name, parameter in _trained(student)}
     expected: dict[str, Tensor] = {**weights, "random/cpu": torch.get_rng_state()}
-    numbers = {name.split("/")[1] for name in tensors if name.startswith("optimizer/")}
-    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    kept = {tuple(name.split("/")[1:]) for name in tensors if name.startswith("optimizer/")}
     stepped = outcome.step > len(outcome.left_out)
-    for number, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if is_adamw and (str(number) in numbers or (stepped and not numbers)):
-            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter) | {"step": torch.zeros(())}
+    for number, moments in enumerate(moments_like(optimizer)):
+        # One that never had a gradient, such as an expert's that no token went to, has none.
+        if (stepped and not kept) or any((str(number), moment) in kept for moment in moments):
             expected |= {f"optimizer/{number}/{moment}": like for moment, like in moments.items()}
     if unexpected := sorted((expected.keys() ^ tensors.keys()) - {"random/cuda"}):
         side = "missing" if unexpected[0] in expected else "no tensor of this student or its optimizer"

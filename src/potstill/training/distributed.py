@@ -78,7 +78,7 @@ class Ranks:
             return DistributedDataParallel(student, **unsynced)
         mesh = init_device_mesh(self.device.type, (self.world,))
         # Layers first: the call on the root takes what no other has taken.
-        for layer in _layers(student):
+        for layer in layers_of(student):
             fully_shard(layer, mesh=mesh)
         fully_shard(student, mesh=mesh)
         student.model.in_shards = True
@@ -92,7 +92,7 @@ class Ranks:
         """Its layers in shards; what is not of a layer stays whole on each rank."""
         if self.world > 1:
             mesh = init_device_mesh(self.device.type, (self.world,))
-            for layer in _layers(model):
+            for layer in layers_of(model):
                 fully_shard(layer, mesh=mesh)
             model.in_shards = True
 
@@ -241,7 +241,7 @@ def _is_first_report() -> bool:
         return True
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def layers_of(module: nn.Module) -> list[nn.Module]:
     """The longest list of modules in it: a transformer's layers."""
     stacks = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList)]
     return max(stacks, key=len, default=[])

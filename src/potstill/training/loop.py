@@ -18,7 +18,7 @@ from potstill.recipe.load import Recipe
 from potstill.training.checkpoint import Metrics, Outcome
 from potstill.training.distributed import ALONE, Ranks
 from potstill.training.guard import OnFault, StepGuard
-from potstill.training.optim import lr_at, make_optimizer, set_lr
+from potstill.training.optim import averaged, lr_at, make_optimizer, set_lr, update_average
 from potstill.training.prefetch import Prefetch
 from potstill.training.step import error_context
 from potstill.types import Data, Teacher
@@ -69,7 +69,7 @@ def train(
         stopping = ranks.any(hooks.should_stop()) and not is_last
         # Before the checkpoint, so that a step's checkpoint holds its evaluation and no resume repeats it.
         if evaluation_due(outcome, recipe) and not stopping:
-            stopping = not evaluated(student, outcome, hooks, ranks)
+            stopping = not evaluated(student, optimizer, outcome, hooks, ranks)
         if outcome.step > saved_step and (stopping or checkpoint_due(outcome.step, recipe)):
             hooks.beat()
             hooks.save(optimizer, outcome)
@@ -84,16 +84,17 @@ def train(
         step = prefetch.step(outcome.step)
         step.require_labels(student)
         try:
-            counts = step.expert_counts(student, hooks.beat)
-            for batch, targets in prefetch.with_targets(step):
-                with ranks.no_sync_before_last(forward, is_last=step.is_at_last_batch):
-                    with error_context(step.number, batch):
-                        terms = forward(batch, targets, *counts)
-                    # The one division: the router's term is a part of a mean over the step already.
-                    loss = terms["loss"] / step.positions + student.router_term(terms)
-                    (loss * ranks.world).backward()  # ranks average their gradients, and the sum is meant
-                step.add(terms)
-                hooks.beat()
+            with student.on_grid():
+                counts = step.expert_counts(student, hooks.beat)
+                for batch, targets in prefetch.with_targets(step):
+                    with ranks.no_sync_before_last(forward, is_last=step.is_at_last_batch):
+                        with error_context(step.number, batch):
+                            terms = forward(batch, targets, *counts)
+                        # The one division: the router's term is a part of a mean over the step already.
+                        loss = terms["loss"] / step.positions + student.router_term(terms)
+                        (loss * ranks.world).backward()  # ranks average their gradients, and the sum is meant
+                    step.add(terms)
+                    hooks.beat()
             totals = step.totals(student)
             guard.require_usable(step, totals)
         except Fault as fault:
@@ -104,6 +105,7 @@ def train(
         totals.clip(plan.clip)
         lr = set_lr(optimizer, lr_at(step.number, plan))
         optimizer.step()
+        update_average(optimizer, step.number)
         optimizer.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - started
@@ -113,16 +115,20 @@ def train(
         hooks.on_step(outcome.step, step.metrics(totals, lr, data.epoch(step.number), seconds))
 
 
-def evaluated(student: Student, outcome: Outcome, hooks: Hooks, ranks: Ranks) -> bool:
-    """Evaluate the student, and hand it over where none was better. False where a signal cut it short."""
+def evaluated(student: Student, optimizer: Optimizer, outcome: Outcome, hooks: Hooks, ranks: Ranks) -> bool:
+    """Evaluate the student with its averaged weights, where there are any, and hand it over where none was better.
+    False where a signal cut it short.
+    """
     try:
-        with ranks.gathered(student):
-            metrics = ranks.broadcast(hooks.evaluate(outcome.step))
-        outcome.first, outcome.last = outcome.first or metrics, metrics
-        if not outcome.best or metrics["heldout/loss"] < outcome.best["heldout/loss"]:
-            outcome.best, outcome.best_step = metrics, outcome.step
-            with ranks.gathered(student):
-                hooks.on_best(outcome.step, metrics)
+        with averaged(optimizer):
+            # Before they are gathered, which every forward does again.
+            with student.on_grid(), ranks.gathered(student):
+                metrics = ranks.broadcast(hooks.evaluate(outcome.step))
+            outcome.first, outcome.last = outcome.first or metrics, metrics
+            if not outcome.best or metrics["heldout/loss"] < outcome.best["heldout/loss"]:
+                outcome.best, outcome.best_step = metrics, outcome.step
+                with ranks.gathered(student):
+                    hooks.on_best(outcome.step, metrics)
     except Stopped:
         return False
     outcome.evaluated = outcome.step  # last: until then it is still to be done

@@ -102,6 +102,7 @@ def _settings(setup: RunSetup, run: RunDir) -> dict[str, Any]:
         "weights_dtype": str(setup.student.model.head.weight_VD.dtype).removeprefix("torch."),
         "precision": recipe.train.precision,
         "matmul": recipe.train.matmul,
+        **({} if recipe.train.quantize is None else {"quantize": recipe.train.quantize}),
         "steps": recipe.train.num_steps,
     }
 
