@@ -86,7 +86,7 @@ def test_the_exported_file_has_the_numbers_that_were_trained_on(
     with grid.applied(student):
         for name, parameter in student.hf.named_parameters():
             # The file has a Gemma's norms as 1 more than they are, in float32.
-            apart = 0.0 if name in grid.types else 1e-7
+            apart = 0.0 if name in grid.types else 3e-7
             assert torch.allclose(parameter, written[name], rtol=0, atol=apart), name
             changed += not torch.equal(parameter, dict(unrounded.hf.named_parameters())[name])
     assert changed >= 6
