@@ -17,7 +17,7 @@ from potstill import UserError, distill, load_recipe
 from potstill.build.resolve import resolve
 from potstill.build.setup import set_up
 from potstill.io import cpu_matmul
-from potstill.io.cpu_matmul import choose_matmul, matmul_backend, matmul_with
+from potstill.io.cpu_matmul import choose_matmul, choose_product_dtype, matmul_backend, matmul_with
 from potstill.runs.run_dir import RunDir
 from potstill.workflows.distill import evaluate
 
@@ -225,3 +225,65 @@ def test_a_run_asks_onednn_for_its_layers_and_its_loss(
     # Of the student's two layers there and back; of each chunk both logits and the way back.
     made = products_by_onednn(lambda: (setup.student(batch, targets)["loss"] / positions).backward())
     assert made == 2 * 7 * 2 + chunks * 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fpu avx512f avx512_bf16 sse", "bfloat16"),
+        ("fpu amx_tile amx_bf16", "bfloat16"),
+        ("fpu avx512f amx_tile my_avx512_bf16_not", "float32"),
+        (None, "float32"),
+    ],
+)
+def test_a_processor_multiplies_bfloat16_by_its_instructions(
+    flags: str | None, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = tmp_path / "cpuinfo"
+    if flags is not None:
+        listed.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n")
+    monkeypatch.setattr(cpu_matmul, "CPUINFO", listed)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    assert choose_product_dtype(CPU)[0] == dtype
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    assert choose_product_dtype(CPU)[0] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_a_gpu_multiplies_bfloat16_by_its_capability(
+    capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert choose_product_dtype(torch.device("cuda:0"))[0] == dtype
+
+
+def test_types_left_to_auto_are_chosen_once_and_kept(
+    tiny_recipe: Callable[..., Path], teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began on a processor with bfloat16 goes on with it on one without, and is evaluated so."""
+    recipe = tiny_recipe(
+        teacher=f"{{name: torch, model: {teacher_folder}, dtype: auto}}",
+        train="{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, save_every: 2, precision: auto}",
+    )
+    listed = tmp_path / "cpuinfo"
+    monkeypatch.setattr(cpu_matmul, "CPUINFO", listed)
+    listed.write_text("flags\t: amx_bf16\n")
+    run = distill(recipe, out=tmp_path / "run")
+    listed.write_text("flags\t: fpu\n")
+    plain = distill(recipe, out=tmp_path / "plain")
+    for found, dtype in ((run, "bfloat16"), (plain, "float32")):
+        settled = load_recipe(found.resolved)
+        assert (settled.train.precision, settled.teacher.dtype) == (dtype, dtype)
+        assert found.receipt()["precision"] == dtype
+    assert run.receipt()["heldout_first"] != plain.receipt()["heldout_first"]
+    # What 8 bits of mantissa cost.
+    ours, theirs = (of.receipt()["heldout_best"]["heldout/loss"] for of in (run, plain))
+    assert ours == pytest.approx(theirs, rel=1e-2)
+    (run.path / "receipt.json").unlink()
+    run.set_status("stopped", "for this test")
+    assert distill(recipe, resume=True, out=run.path).receipt()["precision"] == "bfloat16"
+    best = run.receipt()["heldout_best"]
+    again = evaluate(load_recipe(run.resolved), run.student)
+    assert {name: again[name] for name in best} == best

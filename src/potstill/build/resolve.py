@@ -17,6 +17,7 @@ import torch
 
 from potstill.data.readers import hub
 from potstill.errors import UserError
+from potstill.io.cpu_matmul import ProductDtype, choose_product_dtype
 from potstill.models.hub import hub_model, pinned
 from potstill.models.load import choose_device, plain_config
 from potstill.models.pruning import cut_config, layers_to_keep
@@ -136,11 +137,19 @@ def resolve(
     if saved_student is not None:
         recipe = dataclasses.replace(recipe, student=CheckpointStudentConfig(model=str(saved_student)))
     device = choose_device(recipe.train.device)
+    recipe = settle_types(recipe, choose_product_dtype(device)[0])
     recipe, commits = pin(recipe, commits or {})
     teacher = source_of(recipe.teacher, device)
     return Resolved(
         recipe, device, teacher, StudentSource(recipe.student, teacher, saved_student is not None), commits
     )
+
+
+def settle_types(recipe: Recipe, dtype: ProductDtype) -> Recipe:
+    """The recipe with this type where it leaves one to `auto`."""
+    if recipe.train.precision == "auto":
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision=dtype))
+    return dataclasses.replace(recipe, teacher=recipe.teacher.with_dtype(dtype))
 
 
 def pin(recipe: Recipe, commits: Mapping[str, str]) -> tuple[Recipe, dict[str, str]]:

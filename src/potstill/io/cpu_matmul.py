@@ -1,5 +1,5 @@
 """Two settings of the process: how it keeps freed memory, and which library multiplies matrices on the
-CPU.
+CPU. And in which type a device multiplies fastest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ LEAST_WORK = 2**24
 LEAST_ROWS = 16
 
 MatmulBackend = Literal["blas", "onednn"]
+ProductDtype = Literal["float32", "bfloat16"]
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
+"""Instructions of a processor that multiply bfloat16 faster than float32, by Linux's names."""
+BFLOAT16_CAPABILITY = (8, 0)
+"""Of a GPU whose tensor cores have bfloat16."""
 
 _override: list[torch.library.Library] = []
 """What is in force now. PyTorch forgets an override with the object that made it."""
@@ -52,6 +57,23 @@ def choose_matmul(config: Literal["auto"] | MatmulBackend, device: torch.device)
     if device.type == "cpu" and calls_mkl and _has_onednn() and _is_slow_with_mkl():
         return "onednn", "auto: faster than MKL on a processor of AMD's with AVX-512"
     return "blas", "auto: what PyTorch calls"
+
+
+def choose_product_dtype(device: torch.device) -> tuple[ProductDtype, str]:
+    """The type in which this device multiplies matrices fastest, and why. A table, as for `choose_matmul`: without such
+    instructions a CPU converts each number, and is slower.
+    """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= BFLOAT16_CAPABILITY:
+            return "bfloat16", f"auto: tensor cores of compute capability {capability[0]}.{capability[1]}"
+        return "float32", "auto: no tensor cores for bfloat16"
+    text = CPUINFO.read_text("utf-8", "replace") if CPUINFO.exists() else ""
+    listed = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    found = next((flag for flag in BFLOAT16_FLAGS if flag in listed), None)
+    if found is not None and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "bfloat16", f"auto: the processor has {found}"
+    return "float32", "auto: the processor has no instructions for bfloat16"
 
 
 def _has_onednn() -> bool:

@@ -130,6 +130,17 @@ def as_recorded(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, repair=False))
 
 
+def with_types_of(recipe: Recipe, started: Recipe) -> Recipe:
+    """The recipe of a resumed run with the types of `started` where it leaves them to `auto`: before its models are
+    looked up.
+    """
+    if recipe.train.precision == "auto":
+        train = dataclasses.replace(recipe.train, precision=started.train.precision)
+        recipe = dataclasses.replace(recipe, train=train)
+    dtype = getattr(started.teacher, "dtype", "float32")
+    return dataclasses.replace(recipe, teacher=recipe.teacher.with_dtype(dtype))
+
+
 def as_started(recipe: Recipe, started: Recipe, num_rows: int | None = None) -> Recipe:
     """The recipe of a resumed run, with the values that were chosen when it `started`.
 

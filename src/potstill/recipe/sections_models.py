@@ -44,6 +44,10 @@ class TeacherConfig(Config):
         """The same teacher with another checkpoint, at full precision; for one that `has_weights`."""
         raise lacks_method(self, "with_model")
 
+    def with_dtype(self, dtype: Any) -> TeacherConfig:
+        """The same teacher with this type where its own is `auto`."""
+        return self
+
     @property
     def label(self) -> str:
         """A short name for messages."""
@@ -62,8 +66,8 @@ class HfTeacherConfig(TeacherConfig):
     model: ModelSource
     """Hugging Face folder or GGUF file, relative to the recipe; a hub id, owner/name, or owner/name@ and a branch,
     tag or commit; also `package:NAME/FILE`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights in memory."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in memory. auto: bfloat16 where the device has instructions for it, else float32."""
     weights: Literal["full", "int8", "int4", "stored"] = "full"
     """Bits of the layers' matrices: full, those of dtype; int8 or int4 of a folder's; stored, those that a
     GGUF file has. `potstill check` measures the loss of accuracy."""
@@ -76,6 +80,9 @@ class HfTeacherConfig(TeacherConfig):
 
     source: ClassVar[str] = "potstill.teachers.hf:HfSource"
     has_weights: ClassVar[bool] = True
+
+    def with_dtype(self, dtype: Any) -> HfTeacherConfig:
+        return replace(self, dtype=dtype) if self.dtype == "auto" else self
 
     def with_model(self, model: str) -> HfTeacherConfig:
         return replace(self, model=model, weights="full", backend="auto", reference=None)

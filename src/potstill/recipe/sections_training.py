@@ -93,8 +93,9 @@ class TrainConfig(Config):
     """Muon's decay rate of the mean gradient, per step."""
     clip: Positive | None = 1.0
     """Gradient clipping: largest norm over all parameters; null: no limit."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the student's matrix products; its weights stay float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Type of the student's matrix products; its weights stay float32. auto: bfloat16 where the device has
+    instructions for it. The choice is kept with the run."""
     quantize: Literal["q8_0", "q4_0", "q4_k", "q6_k"] | None = None
     """Train the student for a GGUF file of this type: each step and held-out evaluation runs on the weights as the
     file will hold them, and the unrounded ones are updated and saved. null: not quantised."""

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from potstill.build.resolve import Resolved, pin, resolve
+from potstill.build.resolve import Resolved, pin, resolve, settle_types
 from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
 from potstill.evals.subject import Subject
+from potstill.io.cpu_matmul import choose_product_dtype
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display
 from potstill.models.generate import greedy_text
@@ -35,6 +36,7 @@ from potstill.preflight.auto import (
     settle,
     with_chunk,
     with_matmul,
+    with_types_of,
 )
 from potstill.preflight.checks import Checked, require_sound
 from potstill.recipe import load as recipes
@@ -142,6 +144,7 @@ def _repair_of(run: RunDir) -> Repair | None:
 def _start_new(recipe: Recipe, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
     """A new run: the folder must be free."""
     ranks.on_first(lambda: RunDir.require_free(path))
+    recipe = _with_types(recipe, display.note, ranks)
     # A branch may move between two ranks' look-ups.
     resolved = resolve(recipe, commits=ranks.broadcast(pin(recipe, {})[1]))
     # Ranks may differ in free memory and processor, but all must use the same chunk and backend.
@@ -151,13 +154,23 @@ def _start_new(recipe: Recipe, path: Path, text: bytes, display: Display, ranks:
     return _Start(path, resolved.with_recipe(settled), text, chunk.as_dict(), None)
 
 
+def _with_types(recipe: Recipe, note: Callable[[str], None], ranks: Ranks) -> Recipe:
+    """The recipe with the types of products that it leaves to `auto`: one choice for all ranks."""
+    dtype, why = ranks.broadcast(choose_product_dtype(choose_device(recipe.train.device)))
+    settled = settle_types(recipe, dtype)
+    for field, section in (("train.precision", "train"), ("teacher.dtype", "teacher")):
+        if getattr(settled, section) != getattr(recipe, section):
+            note(f"{field}: {dtype}, {why}")
+    return settled
+
+
 def _start_resumed(recipe: Recipe, path: Path, text: bytes) -> _Start:
     """A resumed run: schedule and data are functions of the recipe, so the recipe must be the same, and each model of
     the commit that the run started with.
     """
     run = RunDir.open(path)
     commits, recorded = run.commits(), as_recorded(recipes.load(run.resolved))
-    resolved = resolve(recipe, commits=commits)
+    resolved = resolve(with_types_of(recipe, recorded), commits=commits)
     if not commits:  # an earlier version of potstill recorded none
         recorded, _ = pin(recorded, resolved.commits)
     recipe = as_started(resolved.recipe, recorded, run.corpus().get("train_rows"))
