@@ -47,9 +47,8 @@ def train(
     """Train `student` in place for `recipe.train.num_steps` steps, or until `hooks.should_stop`.
 
     The gradient of a step is that of the loss summed over all its supervised positions, divided once by their
-    number: how rows are cut into micro-batches and shared among ranks changes nothing. A mixture of experts may
-    have a second term, the balancing loss of all tokens of the step (`losses.balance`), of which the same is true.
-    `teacher` may be None only where `objective.kd_weight` is 0.
+    number: how rows are cut into micro-batches and shared among ranks changes nothing. So it is with a mixture's
+    balancing loss of all tokens of the step. `teacher` may be None only where `objective.kd_weight` is 0.
 
     Raises:
         UserError: a loss or gradient that `guard.policy` does not let pass; the weights are those before it.
@@ -107,7 +106,6 @@ def train(
         optimizer.step()
         update_average(optimizer, step.number)
         optimizer.zero_grad(set_to_none=True)
-
         seconds = time.perf_counter() - started
         outcome.step += 1
         outcome.positions += step.positions
