@@ -266,6 +266,23 @@ def test_the_card_s_numbers_are_those_of_the_receipt_and_what_was_not_measured_i
     assert provenance["recipe_sha256"] == file_sha256(run / "recipe.yaml")
 
 
+def test_the_card_says_how_the_weights_were_trained(run: Path) -> None:
+    assert publish(run, "--dry-run") == 0
+    plain = (run / "publish" / "README.md").read_text()
+    assert (
+        "cosine to" in plain and "average of its weights" not in plain and "quantisation-aware" not in plain
+    )
+    receipt = json.loads((run / "receipt.json").read_text())
+    (run / "receipt.json").write_text(json.dumps(receipt | {"quantize": "q4_k"}))
+    resolved = yaml.safe_load((run / "resolved.yaml").read_text())
+    resolved["train"] |= {"schedule": "wsd", "ema": 0.99, "quantize": "q4_k"}
+    (run / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    assert "wsd to" in card and "an average of its weights, decay 0.99" in card
+    assert "rounded as a q4_k GGUF file has them" in card
+
+
 def test_hub_ids_of_teacher_and_base_model_are_in_the_metadata(run: Path) -> None:
     assert publish(run, "--dry-run", "publish.teacher=them/large") == 0
     front = yaml.safe_load((run / "publish" / "README.md").read_text().split("---\n")[1])

@@ -19,7 +19,7 @@ from potstill.data.readers import hub
 from potstill.errors import UserError
 from potstill.io.cpu_matmul import ProductDtype, choose_product_dtype
 from potstill.models.hub import hub_model, pinned
-from potstill.models.load import choose_device, plain_config
+from potstill.models.load import choose_device, num_weights, plain_config
 from potstill.models.pruning import cut_config, layers_to_keep
 from potstill.models.source import ModelFiles
 from potstill.recipe.fields import HubKind, with_sources
@@ -50,7 +50,21 @@ class StudentSource:
         """
         assert self.config.name == "cut"
         total = self._layers_config.get_text_config().num_hidden_layers
+        if self.config.is_sized:
+            return layers_to_keep(total, self._layers_for_weights(total), None)
         return self.config.keep or layers_to_keep(total, self.config.layers or 0, self.config.rule)
+
+    @property
+    def most_weights(self) -> int:
+        """Of a student whose layers and channels are chosen for a size."""
+        assert self.config.name == "cut"
+        whole = num_weights(plain_config(self._layers_config))
+        return self.config.weights or int((self.config.fraction or 1.0) * whole)
+
+    def _layers_for_weights(self, total: int) -> int:
+        """As many as give so many weights: channels are chosen with the teacher's weights alone."""
+        one, two = (num_weights(cut_config(self._layers_config, range(n), total)) for n in (1, min(2, total)))
+        return min(max((self.most_weights - one) // max(two - one, 1) + 1, 1), total)
 
     @cached_property
     def model_config(self) -> Any:

@@ -34,13 +34,14 @@ from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
 from potstill.models.pruning import cut, ffn_width_of, stack_of
 from potstill.models.repair import Repair, fold_gaps
+from potstill.models.sizing import choose_size
 from potstill.models.source import ModelFiles
 from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_models import CutStudentConfig
 from potstill.registry import entries
 from potstill.teachers.base import TeacherSource
-from potstill.types import Divergence, Teacher
+from potstill.types import Batch, Divergence, Teacher
 
 CALIBRATION_ROWS = 8
 """Training rows on which the channels of an MLP are ranked."""
@@ -154,7 +155,9 @@ def _set_up_student(
     made = make_student(resolved, teacher, corpus.train, note, agreed, repair)
     model, origin, harm = made.model, made.origin, made.harm
     if recipe.student.name == "cut":  # from now on the recipe names what was chosen
-        chosen = recipe.student if made.keep is None else recipe.student.with_layers(made.keep)
+        chosen = (
+            recipe.student if made.keep is None else recipe.student.with_layers(made.keep, made.ffn_width)
+        )
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(chosen, repair=chosen.is_repaired))
         resolved = resolved.with_recipe(recipe)
     _use_rows(recipe, model)
@@ -264,6 +267,8 @@ class NewStudent:
     """Where its weights came from, for the receipt."""
     keep: Sequence[int] | None = None
     """The layers that a measurement chose."""
+    ffn_width: int | None = None
+    """Channels of each MLP; None: all."""
     harm: Harm | None = None
     repair: Repair | None = None
 
@@ -300,40 +305,57 @@ def make_student(
     total = uncut.hf.config.get_text_config().num_hidden_layers
     ranked_on = [rows.batch([row]) for row in range(min(CALIBRATION_ROWS, len(rows)))]
     harm = None
-    if config.is_measured and config.layers != total:
+    if config.is_sized:
+        harm = agreed(_sized(uncut, source.most_weights, rows, ranked_on, note))
+    elif config.is_measured and config.layers != total:
         harm = agreed(_measured(uncut, config, rows, note))
+    width = harm.ffn_width if harm is not None and config.is_sized else config.ffn_width
     try:
         keep = source.layers_kept if harm is None else harm.keep
-        model = cut(uncut, keep, config.ffn_width, ranked_on)
+        model = cut(uncut, keep, width, ranked_on)
     except UserError as error:
-        if harm is None or config.rule is not None:
+        if harm is None or config.rule is not None or config.is_sized:
             raise
         note(f"student: not these layers, but those of first_last: {one_line(error)}")
         harm, keep = None, source.layers_kept
-        model = cut(uncut, keep, config.ffn_width, ranked_on)
+        model = cut(uncut, keep, width, ranked_on)
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
-    if config.ffn_width is not None:
-        origin |= {"ffn_width": config.ffn_width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
+    if width is not None:
+        origin |= {"ffn_width": width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
     chosen = keep if config.is_measured else None
     if not config.is_repaired:
-        return NewStudent(model, origin, chosen, harm)
+        return NewStudent(model, origin, chosen, width, harm)
     if repair is None:
         repair = agreed(_repaired(uncut, model, keep, rows, note))
     repair.apply(model)
-    return NewStudent(model, origin | {"repair": repair.as_dict()}, chosen, harm, repair)
+    return NewStudent(model, origin | {"repair": repair.as_dict()}, chosen, width, harm, repair)
+
+
+def _compared_on(rows: packing.PackedRows) -> list[Batch]:
+    """The first training rows that bear loss near their beginning, in one batch; none where there is no such row."""
+    looked_at = range(min(len(rows), ROWS_LOOKED_AT))
+    bear_loss = (row for row in looked_at if len(calibration(rows.batch([row])).positions_N))
+    chosen = [*itertools.islice(bear_loss, LAYER_ROWS)]
+    return [rows.batch(chosen)] if chosen else []
+
+
+def _sized(
+    uncut: CausalLM, most: int, rows: packing.PackedRows, ranked_on: Sequence[Batch], note: Note
+) -> Harm:
+    """Layers and channels for a number of weights."""
+    harm = choose_size(uncut, _compared_on(rows), ranked_on, most, note)
+    width = "all channels" if harm.ffn_width is None else f"{harm.ffn_width} channels of each MLP"
+    note(f"student: layers {sorted(harm.left_out)} are left out, {width} kept, KL {harm.kl:.3f} to the whole")
+    return harm
 
 
 def _measured(uncut: CausalLM, config: CutStudentConfig, rows: packing.PackedRows, note: Note) -> Harm | None:
     """What the layers are worth; None where that cannot be measured and the recipe has not asked for it."""
     stack = stack_of(uncut)[0].removesuffix(".")
-    looked_at = range(min(len(rows), ROWS_LOOKED_AT))
-    bear_loss = (row for row in looked_at if len(calibration(rows.batch([row])).positions_N))
-    chosen = [*itertools.islice(bear_loss, LAYER_ROWS)]
-    batches = [rows.batch(chosen)] if chosen else []
     rule = config.rule or RULES[0]
     try:
-        harm = choose_layers(uncut, stack, batches, config.layers or 0, rule, note)
+        harm = choose_layers(uncut, stack, _compared_on(rows), config.layers or 0, rule, note)
     except UserError as error:
         if config.rule is not None:
             raise

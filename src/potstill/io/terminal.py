@@ -190,6 +190,13 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 2**10:.1f} KiB"
 
 
+def short(number: int) -> str:
+    """102.7 M, 1.24 B."""
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} B"
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
+
+
 def printable(text: str, keep: str = "\n\t") -> str:
     """The text with controls, directional marks, line separators and lone surrogates written as escapes."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")

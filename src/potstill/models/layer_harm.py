@@ -13,11 +13,12 @@ is as much work as all of its layers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ class Harm:
     """In the order in which they were chosen."""
     kl: float
     """Of the model without all of them."""
+    ffn_width: int | None = None
+    """Channels of each MLP that are kept, where these were chosen, too."""
+    moves: list[dict[str, Any]] = field(default_factory=list)
+    """How a size was reached: see `models.sizing`."""
 
     @property
     def keep(self) -> list[int]:
@@ -83,12 +88,32 @@ def choose_layers(
     Raises:
         UserError: fewer than one or more than all, or a KL that is not finite.
     """
-    without = Without(model, stack, batches)
-    total = len(without.layers)
+    total = len(model.hf.get_submodule(stack))
     if not 1 <= count <= total:
         raise UserError(
             f"student.layers: {count} layers cannot be kept of the teacher's {total}. Give 1 to {total}."
         )
+
+    def choose(without: Without, alone_L: list[float]) -> Harm:
+        if rule == "least_harm":
+            left_out = sorted(range(total), key=lambda number: (alone_L[number], number))[: total - count]
+        else:
+            left_out = _one_after_the_other(without, alone_L, total - count, note)
+        kl = without.kl(left_out) if left_out else 0.0
+        return Harm(rule, without.positions, alone_L, left_out, kl)
+
+    return measured(Without(model, stack, batches), choose, note)
+
+
+def measured(
+    without: Without, choose: Callable[[Without, list[float]], Harm], note: Callable[[str], None]
+) -> Harm:
+    """Measure each layer alone, and call `choose` with what each costs. What was measured is remembered.
+
+    Raises:
+        UserError: no position to compare at, a KL that is not finite, or a model that does not run without a layer.
+    """
+    model, total = without.model, len(without.layers)
     if not without.positions:
         raise UserError(
             f"student.rule: no training row that was looked at bears loss at its first {MOST_TOKENS} positions, so that"
@@ -99,12 +124,7 @@ def choose_layers(
     before = " (known from an earlier run)" if {str(number) for number in range(total)} <= {*known} else ""
     note(f"student: what each of {total} layers is worth, on {without.positions} positions{before}")
     try:
-        alone_L = _each_alone(without, note)
-        if rule == "least_harm":
-            left_out = sorted(range(total), key=lambda number: (alone_L[number], number))[: total - count]
-        else:
-            left_out = _one_after_the_other(without, alone_L, total - count, note)
-        kl = without.kl(left_out) if left_out else 0.0
+        chosen = choose(without, _each_alone(without, note))
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -114,7 +134,7 @@ def choose_layers(
         ) from error
     if without.known != known:
         remember(CACHE, key, without.known)
-    return Harm(rule, without.positions, alone_L, left_out, kl)
+    return chosen
 
 
 def _each_alone(without: Without, note: Callable[[str], None]) -> list[float]:
@@ -197,7 +217,11 @@ class Without:
         self._batches = [calibration(batch).to(model.device) for batch in batches]
         self.positions = sum(len(batch.positions_N) for batch in self._batches)
         self.known: dict[str, float] = {}
-        """KL by the layers that are out: their numbers, rising, with a space between."""
+        """KL by the layers that are out: their numbers, rising, with a space between; and the width of the MLPs."""
+        self.narrow: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
+        """Inside what it returns, every MLP has so many channels."""
+        self.ranking = ""
+        """Which ones, as a hash."""
 
     def sha256(self) -> str:
         """Of all that the KLs depend on: weights, rows, positions."""
@@ -207,15 +231,18 @@ class Without:
                 digest.update(f"{list(tensor.shape)} {tensor.tolist()}".encode())
         return digest.hexdigest()
 
-    def kl(self, out: Sequence[int]) -> float:
-        """Nats per position, from the whole model to the one without the layers `out`.
+    def kl(self, out: Sequence[int], ffn_width: int | None = None) -> float:
+        """Nats per position, from the whole model to the one without the layers `out`, and with so many channels of
+        each MLP; None: all.
 
         Raises:
             UserError: it is not finite.
         """
-        name = " ".join(map(str, sorted(out)))
+        name = " ".join(map(str, sorted(out))) + (
+            "" if ffn_width is None else f" of {ffn_width} {self.ranking}"
+        )
         if name not in self.known:
-            self.known[name] = self._measured(out)
+            self.known[name] = self._measured(out, ffn_width)
         return self.known[name]
 
     @functools.cached_property
@@ -223,10 +250,13 @@ class Without:
         return [self._observed(batch) for batch in self._batches]
 
     @torch.no_grad()
-    def _measured(self, out: Sequence[int]) -> float:
+    def _measured(self, out: Sequence[int], ffn_width: int | None) -> float:
         total = 0.0
+        # Of narrow MLPs the lowest gives something else already.
+        first = min(out) if ffn_width is None else -1
         for batch, (whole_logp_NV, inputs, other) in zip(self._batches, self._whole, strict=True):
-            with skipping(self.layers, min(out), inputs[min(out)], other, set(out)):
+            narrowed = self.narrow(ffn_width) if ffn_width and self.narrow else contextlib.nullcontext()
+            with narrowed, skipping(self.layers, first, inputs[first], other, set(out)):
                 total += summed_kl(self.model, batch, whole_logp_NV)
         if not total < float("inf"):
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from potstill.io.terminal import printable
+from potstill.io.terminal import printable, short
 
 
 def text(value: object) -> str:
@@ -23,13 +23,6 @@ def block(content: str, language: str = "") -> str:
     longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{printable(content).rstrip()}\n{fence}"
-
-
-def short(number: int) -> str:
-    """102.7 M, 1.24 B."""
-    if number >= 1e9:
-        return f"{number / 1e9:.2f} B"
-    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
 
 
 def short_hash(value: object) -> str:

@@ -80,6 +80,26 @@ Positive = Annotated[float, Interval(gt=0)]
 PositiveOrZero = Annotated[float, Interval(ge=0)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
+
+
+def _weights(value: Any, folder: Path) -> int:
+    written = (
+        re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMB]?)", str(value)) if type(value) in (int, str) else None
+    )
+    number = round(float(written[1]) * 1000 ** " KMB".index(written[2] or " ")) if written else 0
+    if not 1 <= number <= 10**15:
+        raise UserError(f"{shown(value)} is not a number of weights, such as 60M or 1.5B.")
+    return number
+
+
+Weights = Annotated[
+    int,
+    PlainValidator(check(_weights).func),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": "^[0-9.]+ ?[KMB]?$"}]}
+    ),
+]
+"""A number of weights: 60M, 1.5B, or all of its digits."""
 Layers = Annotated[list[CountOrZero], MinLen(1), check(_ascending)]
 
 

@@ -267,9 +267,8 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     student, objective, train, guard = (
         tree[s] if isinstance(tree.get(s), dict) else {} for s in ("student", "objective", "train", "guard")
     )
-    if student.get("name") == "cut" and (student.get("layers") is None) == (student.get("keep") is None):
-        both = "and keep are both given" if student.get("keep") is not None else "or keep must be given"
-        yield ("student", "layers"), f"layers {both}. Give one of them: how many layers, or which."
+    if student.get("name") == "cut":
+        yield from _across_cut(student)
     if objective.get("kd_weight") == objective.get("ce_weight") == 0:
         yield (
             ("objective", "kd_weight"),
@@ -293,6 +292,23 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     compare = tree["compare"] if isinstance(tree.get("compare"), dict) else None
     if compare is not None:
         yield from _across_arms(compare, tree)
+
+
+def _across_cut(student: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """How many layers are left has one answer."""
+    given = [name for name in ("layers", "keep", "weights", "fraction") if student.get(name) is not None]
+    if not given:
+        yield (
+            ("student", "layers"),
+            "layers, keep, weights or fraction must be given: how small the student is.",
+        )
+    if len(given) > 1 and given not in (["keep", "weights"], ["keep", "fraction"]):
+        both = "both given" if len(given) == 2 else "all given"
+        yield ("student", given[0]), f"{' and '.join(given)} are {both}. Give one of them."
+    if given in (["weights"], ["fraction"]):
+        for name in ("rule", "ffn_width"):
+            if student.get(name) is not None:
+                yield ("student", name), f"{given[0]} chooses layers and channels by itself. Leave one out."
 
 
 def _across_train(train: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

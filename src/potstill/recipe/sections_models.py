@@ -20,6 +20,7 @@ from potstill.recipe.fields import (
     ModelSource,
     Positive,
     Seed,
+    Weights,
     lacks_method,
 )
 from potstill.recipe.paths import short_name
@@ -168,6 +169,11 @@ class CutStudentConfig(Config):
     """Number of layers to keep, chosen by the rule."""
     keep: Layers | None = None
     """Layers to keep, by index from 0, ascending."""
+    weights: Weights | None = None
+    """At most so many weights, embeddings included, such as 60M: layers and channels are chosen together, by the KL
+    that each costs on four training rows for the weights that it saves. Beside keep: what that was chosen for."""
+    fraction: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    """The same, as a fraction of the teacher's weights."""
     rule: Literal["first_last", "even", "least_harm", "greedy"] | None = None
     """How `layers` are chosen: from both ends of the stack, evenly spaced, or by the KL without each of them on four
     training rows, of each alone (least_harm) or one after the other (greedy); null: least_harm."""
@@ -184,9 +190,14 @@ class CutStudentConfig(Config):
         """Whether the teacher's weights decide which layers are kept."""
         return self.keep is None and self.rule in (None, "least_harm", "greedy")
 
-    def with_layers(self, keep: Sequence[int]) -> CutStudentConfig:
-        """With the layers that a rule chose, by index."""
-        return replace(self, layers=None, keep=[*keep], rule=None)
+    @property
+    def is_sized(self) -> bool:
+        """Whether layers and channels are still to be chosen for a number of weights."""
+        return self.keep is None and (self.weights is not None or self.fraction is not None)
+
+    def with_layers(self, keep: Sequence[int], ffn_width: int | None) -> CutStudentConfig:
+        """With the layers that a rule chose, by index, and the channels of each MLP."""
+        return replace(self, layers=None, keep=[*keep], ffn_width=ffn_width, rule=None)
 
     @property
     def is_repaired(self) -> bool:
