@@ -142,6 +142,8 @@ def test_a_run_names_what_was_chosen_and_goes_on_with_it(
     assert (
         settled.keep == sorted({*range(5)} - {*table["left_out"]}) and settled.ffn_width == table["ffn_width"]
     )
+    assert main(["report", str(whole.path)]) == 0
+    assert "after so many moves towards the size" in (whole.path / "report.html").read_text()
     receipt = whole.receipt()["student"]
     assert (receipt["layers_kept"], receipt.get("ffn_width")) == (settled.keep, settled.ffn_width)
     of_teacher = sum(p.numel() for p in load_causal_lm(tmp_path / "five").hf.parameters())

@@ -160,6 +160,22 @@ def test_the_rate_of_the_teacher_s_own_training_is_the_one_asked_for(
     assert len(ends) == 2
 
 
+def test_the_teacher_s_own_training_is_for_no_file(tiny_recipe: Write, tmp_path: Path) -> None:
+    """The students are trained for one."""
+    folder = compare(
+        tiny_recipe(
+            train="{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, quantize: q8_0, ema: 0.5}",
+            compare="{seeds: [0], budget: steps, corrected_steps: 2}",
+        ),
+        out=tmp_path / "out",
+    )
+    assert folder is not None
+    trained_for = {
+        arm: receipts(folder, f"{arm}-*")[0].get("quantize") for arm in ("teacher", "ce", "kd", "corrected")
+    }
+    assert trained_for == {"teacher": None, "ce": "q8_0", "kd": "q8_0", "corrected": "q8_0"}
+
+
 def test_every_arm_s_student_is_put_to_humaneval(
     tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -255,6 +255,11 @@ def _charts(runs: Sequence[RunReport]) -> list[str]:
         if layers := report.run.layers():
             title = f"KL without each of the teacher's layers{whose}"
             charts.append(bars(title, "nats", "layer", layers["alone_L"], layers["left_out"], "left out"))
+        if layers and (moves := layers.get("moves")):
+            title = f"KL to the teacher after so many moves towards the size{whose}"
+            channels = [number for number, move in enumerate(moves, 1) if move["layer"] is None]
+            kls = [0.0, *(move["kl"] for move in moves)]
+            charts.append(bars(title, "nats", "move", kls, channels, "channels, not a layer"))
         if (table := report.run.folds()) and (folds := table["folds"]):
             title = f"KL to the teacher with so many gaps made up for, before training{whose}"
             kls = [folds[0]["kl_before"], *(fold["kl_after"] for fold in folds)]

@@ -216,12 +216,14 @@ class _Comparison:
         return bool(run.status()["state"] == "finished")
 
     def teacher_recipe(self, seed: int) -> Recipe:
-        """Plain training of the teacher on the rows that the students are trained on."""
+        """Plain training of the teacher on the rows that the students are trained on, as the teacher that it is: it is
+        not shipped, and not rounded for that.
+        """
         recipe = _recipe_of(CE, self.recipe, seed, self.config.corrected_steps)
         return replace(
             recipe,
             student=CheckpointStudentConfig(model=str(vars(self.recipe.teacher)["model"])),
-            train=replace(recipe.train, lr=self.config.corrected_lr),
+            train=replace(recipe.train, lr=self.config.corrected_lr, quantize=None, ema=None),
             allow_identical=True,
             evaluations=[],
         )
