@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--arm-steps", type=int, default=200)
     parser.add_argument("--most-steps", type=int, default=100_000, help="of the long run")
-    parser.add_argument("--mib", type=float, default=15, help="of a part of the student")
+    parser.add_argument("--mib", type=float, default=15.9, help="of a part of the student")
     options = parser.parse_args()
     stage, arm_steps = Stage(options), options.arm_steps
     found: dict[str, Any] = {}
@@ -113,7 +113,13 @@ def main() -> int:
         command = [sys.executable, "-m", "potstill", "export", str(stage.runs / "long"), "--format", "hf"]
         subprocess.run([*command, "--dtype", "bfloat16", "--out", str(options.work / "exported")], check=True)
         shutil.move(next(path.parent for path in options.work.glob("exported/**/config.json")), exported)
-        parts.split(exported, options.work / "back", int(options.mib * 2**20))
+        back = options.work / "back"
+        parts.split(exported, back, int(options.mib * 2**20), halves=True)
+        for record in (
+            parts.LIST,
+            parts.HALVES,
+        ):  # into the one file of results, so that there are fewer to take home
+            shutil.copy(back / record, stage.results / f"5-{record}")
     return 0
 
 
