@@ -19,7 +19,7 @@ from potstill.build.resolve import resolve
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
-from potstill.models.pruning import channels_to_keep, cut, cut_config, ffn_width_of
+from potstill.models.pruning import channels_to_keep, cut, cut_config, ffn_width_of, kept_channels
 from potstill.types import Batch
 
 WIDTH, HIDDEN, NARROW = 64, 32, 40
@@ -232,11 +232,11 @@ def test_a_recipe_ranks_channels_on_its_first_training_rows(
 ) -> None:
     given: list[torch.Tensor] = []
 
-    def noted(teacher: CausalLM, keep: Any, width: int, batches: list[Batch]) -> CausalLM:
+    def noted(teacher: CausalLM, keep: Any, width: int, batches: list[Batch]) -> Any:
         given.extend(batch.input_ids_BT for batch in batches)
-        return cut(teacher, keep, width, batches)
+        return kept_channels(teacher, keep, width, batches)
 
-    monkeypatch.setattr(setup, "cut", noted)
-    recipe = load_recipe(tiny_recipe(student="{name: cut, layers: 2, ffn_width: 48}"))
+    monkeypatch.setattr(setup, "kept_channels", noted)
+    recipe = load_recipe(tiny_recipe(student="{name: cut, layers: 2, ffn_width: 48, repair: false}"))
     built = setup.set_up(resolve(recipe), lambda note: None)
     assert torch.equal(torch.cat(given), built.corpus.train.batch(range(8)).input_ids_BT)

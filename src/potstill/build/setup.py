@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from potstill.build.corpus import make_corpus
 from potstill.build.resolve import Resolved
@@ -32,7 +33,8 @@ from potstill.models.hub import public_name
 from potstill.models.layer_harm import RULES, Harm, calibration, choose_layers
 from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
-from potstill.models.pruning import cut, ffn_width_of, stack_of
+from potstill.models.pruning import cut, ffn_width_of, kept_channels, stack_of
+from potstill.models.refit import refit_channels
 from potstill.models.repair import Repair, fold_gaps
 from potstill.models.sizing import choose_size
 from potstill.models.source import ModelFiles
@@ -312,13 +314,15 @@ def make_student(
     width = harm.ffn_width if harm is not None and config.is_sized else config.ffn_width
     try:
         keep = source.layers_kept if harm is None else harm.keep
-        model = cut(uncut, keep, width, ranked_on)
+        channels = kept_channels(uncut, keep, width, ranked_on)
+        model = cut(uncut, keep, width, channels=channels)
     except UserError as error:
         if harm is None or config.rule is not None or config.is_sized:
             raise
         note(f"student: not these layers, but those of first_last: {one_line(error)}")
         harm, keep = None, source.layers_kept
-        model = cut(uncut, keep, width, ranked_on)
+        channels = kept_channels(uncut, keep, width, ranked_on)
+        model = cut(uncut, keep, width, channels=channels)
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
     if width is not None:
@@ -327,7 +331,7 @@ def make_student(
     if not config.is_repaired:
         return NewStudent(model, origin, chosen, width, harm)
     if repair is None:
-        repair = agreed(_repaired(uncut, model, keep, rows, note))
+        repair = agreed(_repaired(uncut, model, keep, channels, rows, note))
     repair.apply(model)
     return NewStudent(model, origin | {"repair": repair.as_dict()}, chosen, width, harm, repair)
 
@@ -366,8 +370,14 @@ def _measured(uncut: CausalLM, config: CutStudentConfig, rows: packing.PackedRow
 
 
 def _repaired(
-    uncut: CausalLM, student: CausalLM, keep: Sequence[int], rows: packing.PackedRows, note: Note
+    uncut: CausalLM,
+    student: CausalLM,
+    keep: Sequence[int],
+    channels: Mapping[int, Tensor],
+    rows: packing.PackedRows,
+    note: Note,
 ) -> Repair:
+    """What layers and channels that were left out did, made up for by what was kept."""
     student.rows_are_packed = uncut.rows_are_packed
     count = min(REPAIR_ROWS + JUDGE_ROWS, len(rows))
     judges = min(JUDGE_ROWS, count // 2)
@@ -375,10 +385,16 @@ def _repaired(
         [rows.batch([*part[at : at + BATCH_ROWS]]) for at in range(0, len(part), BATCH_ROWS)]
         for part in (range(count - judges), range(count - judges, count))
     )
-    repair = fold_gaps(uncut, student, stack_of(uncut)[0].removesuffix("."), keep, fitted, judged, note)
-    if repair.why_not is not None:
+    stack = stack_of(uncut)[0].removesuffix(".")
+    refit, refitted = None, dict[str, Tensor]()
+    if channels and any(len(batch.positions_N) for batch in judged):
+        refit, refitted = refit_channels(uncut, student, stack, channels, fitted, judged)
+        what = "are left as they are" if refit.ridge is None else "make up for the others"
+        note(f"student: the channels that were kept {what}: KL {refit.kl_before:.3f} -> {refit.kl_after:.3f}")
+    repair = fold_gaps(uncut, student, stack, keep, fitted, judged, note)
+    if repair.why_not is not None and not channels:
         note(f"student: repair: nothing is folded: {repair.why_not}")
-    return repair
+    return dataclasses.replace(repair, weights=refitted | repair.weights, refit=refit)
 
 
 def dtype_of(source: str) -> str | None:
@@ -397,7 +413,7 @@ def base_of(origin: Mapping[str, Any]) -> tuple[str, str | None]:
     kept = f"layers {', '.join(map(str, origin['layers_kept']))}"
     if "ffn_width" in origin:
         kept += f" with {origin['ffn_width']} of {origin['of_ffn_width']} channels"
-    if any(fold["ridge"] is not None for fold in origin.get("repair", {"folds": []})["folds"]):
+    if "repair" in origin and Repair.of(origin["repair"], {}).has_changed:
         kept += " and repaired"
     return f"{public_name(origin['from'])[0]} cut to {kept}", None
 

@@ -81,14 +81,36 @@ def channels_to_keep(importance_C: Tensor, count: int) -> Tensor:
     return importance_C.sort(descending=True, stable=True).indices[:count].sort().values
 
 
+def kept_channels(
+    teacher: CausalLM, keep: Sequence[int], ffn_width: int | None, batches: Sequence[Batch]
+) -> dict[int, Tensor]:
+    """keep_K of each of these layers: its `ffn_width` channels of most importance on the batches, rising. Empty where
+    all are kept.
+
+    Raises:
+        UserError: an MLP that is not in `MLPS`.
+    """
+    if ffn_width is None or ffn_width >= ffn_width_of(teacher.hf.config):
+        return {}
+    prefix, state = stack_of(teacher)[0], dict(teacher.hf.state_dict())
+    outs = {number: matrix_out(state, f"{prefix}{number}.mlp") for number in keep}
+    importance = ffn_importance(teacher, {*outs.values()}, batches)
+    return {number: channels_to_keep(importance[out], ffn_width) for number, out in outs.items()}
+
+
 def cut(
-    teacher: CausalLM, keep: Sequence[int], ffn_width: int | None = None, batches: Sequence[Batch] = ()
+    teacher: CausalLM,
+    keep: Sequence[int],
+    ffn_width: int | None = None,
+    batches: Sequence[Batch] = (),
+    channels: Mapping[int, Tensor] | None = None,
 ) -> CausalLM:
     """A float32 student with some of its teacher's layers; every tensor is a copy, and ties are kept.
 
     Args:
         keep: numbers of the layers to keep, rising.
         ffn_width: channels of each MLP to keep, those of most importance on the batches; None: all.
+        channels: which they are, of each layer; None: by `kept_channels`.
 
     Raises:
         UserError: layers that the teacher does not have, duplicates or another order, an architecture without
@@ -109,15 +131,13 @@ def cut(
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         raise _uncuttable(teacher, keep, error) from error
     state, narrow = dict(teacher.hf.state_dict()), {}
-    if ffn_width is not None and ffn_width < ffn_width_of(teacher.hf.config):
-        mlps = {f"{prefix}{layer}.mlp": mlp_of(state, f"{prefix}{layer}.mlp") for layer in keep}
-        importance = ffn_importance(teacher, {f"{place}.{out}" for place, (_, out) in mlps.items()}, batches)
-        for place, (into, out) in mlps.items():
-            keep_K = channels_to_keep(importance[f"{place}.{out}"], ffn_width)
-            state |= _narrowed(teacher.hf, state, place, into, out, keep_K)
-            narrow[int(place.removeprefix(prefix).partition(".")[0])] = partial(
-                _without, f"mlp.{out}", keep_K
-            )
+    if channels is None:
+        channels = kept_channels(teacher, keep, ffn_width, batches)
+    for number, keep_K in channels.items():
+        place = f"{prefix}{number}.mlp"
+        into, out = mlp_of(state, place)
+        state |= _narrowed(teacher.hf, state, place, into, out, keep_K)
+        narrow[number] = partial(_without, f"mlp.{out}", keep_K)
     kept = {}
     for name, tensor in state.items():
         if name.startswith(prefix):
@@ -206,6 +226,11 @@ def mlp_of(state: dict[str, Tensor], place: str) -> tuple[tuple[str, ...], str]:
         f"student.ffn_width: {place} has {', '.join(sorted(matrices)) or 'nothing'}, which is not an MLP"
         " known here. Leave ffn_width out."
     )
+
+
+def matrix_out(state: dict[str, Tensor], place: str) -> str:
+    """Name of the matrix out of the channels of the MLP at `place`; see `mlp_of`."""
+    return f"{place}.{mlp_of(state, place)[1]}"
 
 
 @torch.no_grad()

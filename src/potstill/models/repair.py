@@ -29,7 +29,8 @@ from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.layer_harm import calibration, summed_kl, whole_logp_NV
 from potstill.models.probes import hidden_of
-from potstill.models.pruning import by_output, mlp_of
+from potstill.models.pruning import by_output, matrix_out
+from potstill.models.refit import Refit, tokens_BT
 from potstill.models.skipping import beside, skipping
 from potstill.types import Batch
 
@@ -65,7 +66,14 @@ class Repair:
     weights: dict[str, Tensor]
     """By their names in the student, float32 on the CPU."""
     why_not: str | None = None
-    """Why nothing was tried."""
+    """Why no gap was tried."""
+    refit: Refit | None = None
+    """What was done about channels that were left out; None where none were."""
+
+    @property
+    def has_changed(self) -> bool:
+        steps: list[Fold | Refit] = [*self.folds, *([] if self.refit is None else [self.refit])]
+        return any(step.ridge is not None for step in steps)
 
     @torch.no_grad()
     def apply(self, student: CausalLM) -> None:
@@ -80,11 +88,14 @@ class Repair:
     @classmethod
     def of(cls, table: dict[str, Any], weights: dict[str, Tensor]) -> Repair:
         """From `as_dict` and the matrices."""
-        return cls([Fold(**fold) for fold in table["folds"]], weights, table["why_not"])
+        refit = table.get("refit")
+        folds = [Fold(**fold) for fold in table["folds"]]
+        return cls(folds, weights, table["why_not"], None if refit is None else Refit(**refit))
 
     def as_dict(self) -> dict[str, Any]:
         """For machines, without the matrices."""
-        return {"folds": [asdict(fold) for fold in self.folds], "why_not": self.why_not}
+        refit = {} if self.refit is None else {"refit": asdict(self.refit)}
+        return {"folds": [asdict(fold) for fold in self.folds], "why_not": self.why_not} | refit
 
 
 def fold_gaps(
@@ -199,7 +210,7 @@ class _Folding:
         inner_CC = streams_BTD[0].new_zeros(C, C, dtype=torch.float64)
         outer_CD = streams_BTD[0].new_zeros(C, D, dtype=torch.float64)
         for number, batch in enumerate(self.batches[: self.count]):
-            is_token_N = _tokens_BT(batch).flatten()
+            is_token_N = tokens_BT(batch).flatten()
             h_ND, y_ND, m_NC = (
                 tensor.flatten(0, 1)[is_token_N].double()
                 for tensor in (self.targets[number][target], streams_BTD[number], inputs_BTC[number])
@@ -274,7 +285,7 @@ def _matrices_out(student: CausalLM, stack: str, places: Sequence[int]) -> dict[
     for place in places:
         name = f"{stack}.{place}.mlp"
         with contextlib.suppress(UserError):
-            found[place] = f"{name}.{mlp_of(state, name)[1]}"
+            found[place] = matrix_out(state, name)
     return found
 
 
@@ -285,15 +296,6 @@ class _Reached(Exception):
 def _layers(model: CausalLM, stack: str) -> list[Any]:
     layers: Any = model.hf.get_submodule(stack)
     return [*layers]
-
-
-def _tokens_BT(batch: Batch) -> Tensor:
-    """bool: what is not padding."""
-    B, T = batch.input_ids_BT.shape
-    device = batch.input_ids_BT.device
-    if batch.lengths_B is None:
-        return torch.ones(B, T, dtype=torch.bool, device=device)
-    return torch.arange(T, device=device) < batch.lengths_B[:, None]
 
 
 def _behind(model: CausalLM, layers: dict[int, Any], batch: Batch) -> dict[int, Tensor]:

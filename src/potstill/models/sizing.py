@@ -30,6 +30,7 @@ from potstill.models.pruning import (
     cut_config,
     ffn_importance,
     ffn_width_of,
+    matrix_out,
     mlp_of,
     stack_of,
 )
@@ -171,7 +172,7 @@ def _widest(shape: _Shape, out: Sequence[int], width: int, most: int) -> int:
 def _importance(model: CausalLM, stack: str, total: int, ranked_on: Sequence[Batch]) -> dict[str, Tensor]:
     """importance_C of each layer's MLP, by the name of the matrix out of it."""
     state = model.state()
-    outs = {f"{stack}{number}.mlp.{mlp_of(state, f'{stack}{number}.mlp')[1]}" for number in range(total)}
+    outs = {matrix_out(state, f"{stack}{number}.mlp") for number in range(total)}
     return ffn_importance(model, outs, ranked_on)
 
 

@@ -140,14 +140,16 @@ def _student_start(kind: str, student: Mapping[str, Any]) -> str:
     kept = f"{len(student.get('layers_kept', []))} of {student.get('of')} layers"
     if "ffn_width" in student:
         kept += f" and {student['ffn_width']} of {student['of_ffn_width']} channels of each MLP"
-    folds = student.get("repair", {}).get("folds", [])
-    repaired = [fold for fold in folds if fold["ridge"] is not None]
+    repair = student.get("repair", {})
+    steps = [*([repair["refit"]] if repair.get("refit") else []), *repair.get("folds", [])]
+    repaired = [step for step in steps if step["ridge"] is not None]
     if not repaired:
         return f"{kept} of the teacher, cut out"
-    kl = f"KL {folds[0]['kl_before']:.3f} to {folds[-1]['kl_after']:.3f} nats on training rows"
-    return (
-        f"{kept} of the teacher, cut out; what others did is folded into {len(repaired)} of its MLPs ({kl})"
-    )
+    kl = f"KL {steps[0]['kl_before']:.3f} to {steps[-1]['kl_after']:.3f} nats on training rows"
+    folded = sum("layer" in step for step in repaired)
+    of_channels = "; what other channels did is fitted into those" if folded < len(repaired) else ""
+    of_layers = f"; what others did is folded into {folded} of its MLPs" if folded else ""
+    return f"{kept} of the teacher, cut out{of_channels}{of_layers} ({kl})"
 
 
 def _heldout(receipt: Mapping[str, Any]) -> list[dict[str, Any]]:

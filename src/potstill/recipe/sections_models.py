@@ -180,8 +180,8 @@ class CutStudentConfig(Config):
     ffn_width: Count | None = None
     """Channels of each layer's MLP to keep, those that contribute most on eight training rows; null: all."""
     repair: bool | None = None
-    """Fold what left-out layers did into the MLPs before them, by least squares on sixteen training rows, where that
-    lowers the KL to the teacher on four others; null: true."""
+    """Fit the MLPs to what left-out channels did, and those before a gap to what left-out layers did, by least
+    squares on sixteen training rows, where that lowers the KL to the teacher on four others; null: true."""
     lora: LoraConfig | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
 

@@ -260,7 +260,8 @@ def _charts(runs: Sequence[RunReport]) -> list[str]:
             channels = [number for number, move in enumerate(moves, 1) if move["layer"] is None]
             kls = [0.0, *(move["kl"] for move in moves)]
             charts.append(bars(title, "nats", "move", kls, channels, "channels, not a layer"))
-        if (table := report.run.folds()) and (folds := table["folds"]):
+        table = report.run.folds() or {"folds": []}
+        if folds := [*([table["refit"]] if table.get("refit") else []), *table["folds"]]:
             title = f"KL to the teacher with so many gaps made up for, before training{whose}"
             kls = [folds[0]["kl_before"], *(fold["kl_after"] for fold in folds)]
             without = [number for number, fold in enumerate(folds, 1) if fold["ridge"] is None]

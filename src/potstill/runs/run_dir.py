@@ -56,6 +56,7 @@ LAYERS = "layers.json"
 FOLDS = "folds.json"
 FOLDED = "folds.safetensors"
 FOLD_KEYS = {"layer", "left_out", "kl_before", "kl_after", "ridge"}
+REFIT_KEYS = FOLD_KEYS - {"layer", "left_out"}
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
 
 
@@ -259,11 +260,13 @@ class RunDir:
             return None
         table = self._read_json(FOLDS)
         folds = table.get("folds")
-        is_whole = isinstance(folds, list) and all(
-            isinstance(fold, dict)
-            and fold.keys() == FOLD_KEYS
-            and all(isinstance(fold[name], float) for name in ("kl_before", "kl_after"))
-            for fold in folds
+        refit = table.get("refit")
+        steps = [*(folds if isinstance(folds, list) else [None]), *([] if refit is None else [refit])]
+        is_whole = all(
+            isinstance(step, dict)
+            and step.keys() == (REFIT_KEYS if step is refit else FOLD_KEYS)
+            and all(isinstance(step[name], float) for name in ("kl_before", "kl_after"))
+            for step in steps
         )
         if not is_whole or "why_not" not in table:
             raise UserError(f"{self.path / FOLDS}: damaged: not what a repair has done. {READABLE}")
