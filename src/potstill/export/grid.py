@@ -24,6 +24,8 @@ from potstill.export.gguf_model import quantised, require_quantiser, tensor_type
 from potstill.models.causal_lm import CausalLM
 
 Type = GGMLQuantizationType
+OWN = (Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0)
+"""Rounded here, by PyTorch; the others by llama.cpp's quantiser."""
 BLOCK = 32
 AT_ONCE = 2**22
 """Weights that are rounded together: memory, not results."""
@@ -51,6 +53,10 @@ class Grid:
         return cls(
             {name: type_ for name, type_ in tensor_types(model, quantize).items() if type_ != Type.F32}
         )
+
+    def without_data(self) -> Grid:
+        """One that takes as much memory, and no values: llama.cpp's quantiser reads them, Q8_0 can do without."""
+        return Grid({n: t if t in OWN else Type.Q8_0 for n, t in self.types.items()})
 
     @contextlib.contextmanager
     def applied(self, model: CausalLM) -> Iterator[None]:

@@ -123,9 +123,8 @@ def _choose(
     width, kl, moves = shape.width, 0.0, list[Move]()
     weights = shape.weights(out, width)
     while weights > most:
-        candidates = []
-        if len(out) + 1 < shape.total:
-            layer = min({*range(shape.total)} - {*out}, key=lambda number: (alone_L[number], number))
+        candidates: list[tuple[int | None, list[int], int]] = []
+        if (layer := _spared(shape, alone_L, out, width)) is not None:
             candidates.append((layer, [*out, layer], width))
         if shape.notch and width > shape.notch:
             candidates.append((None, out, width - shape.notch))
@@ -155,6 +154,16 @@ def _choose(
             moves.append(Move(None, width, shape.weights(out, width), kl))
     its_width = width if width < shape.width else None
     return Harm("weights", without.positions, alone_L, out, kl, its_width, [asdict(move) for move in moves])
+
+
+def _spared(shape: _Shape, alone_L: Sequence[float], out: Sequence[int], width: int) -> int | None:
+    """Of the layers that are left, the one whose own absence costs least and that this kind of config can lack."""
+    left: list[int] = sorted({*range(shape.total)} - {*out}, key=lambda number: (alone_L[number], number))
+    for layer in left if len(left) > 1 else []:
+        with contextlib.suppress(UserError):
+            shape.weights([*out, layer], width)
+            return layer
+    return None
 
 
 def _kl(without: Without, out: Sequence[int], width: int, shape: _Shape) -> float:

@@ -147,8 +147,7 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
     options = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
     student = Student(model, WatchedObjective(**options, part=tracker.part), precision)
     if recipe.train.quantize is not None:
-        # Q8_0 takes as much memory while it rounds as any, and can be computed without data.
-        student.grid = Grid.of(model, "q8_0")
+        student.grid = Grid.of(model, recipe.train.quantize).without_data()
     return teacher, student
 
 
