@@ -1,0 +1,214 @@
+"""Seconds of a whole run until a student is good enough: ours, and the tools that people use.
+
+The demo's teacher, corpus and held-out rows. Ours is `potstill distill` as it is, from the import to the evaluation
+that reaches the KL: reading the corpus, both models, the checks, what layers and channels are worth, and the repair. A
+peer starts from the same teacher cut by place to the demo's number of layers, since none of them cuts one by
+measurement, and trains with its own loss in one plain loop, on the same rows, at the same learning rates. Evaluations
+are the same for all, every few steps, and not counted. Each arm runs in a fresh process, interleaved, once a seed.
+
+    python bench/quality.py [--kl 1.10] [--seeds 0,1,2] [--arms "ours; plain"] [--most-steps 48] [--peer-path PEERS]
+        [--append bench/results.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peer_losses as losses
+import step
+
+DEMO = Path(__file__).resolve().parent.parent / "src" / "potstill" / "demo.yaml"
+BY_PLACE = [*range(11), *range(20, 30)]
+"""What `first_last` keeps of 30."""
+STARTED = "QUALITY_STARTED"
+Curve = list[tuple[int, float, float]]
+"""Step, seconds since the process was started without evaluations, held-out KL."""
+
+
+class Reached(Exception):
+    """The KL that was asked for."""
+
+
+class Clock:
+    def __init__(self, kl: float) -> None:
+        self.wanted, self.curve, self.evaluating_s = kl, Curve(), 0.0
+        self.started = float(os.environ[STARTED])
+
+    def evaluate(self, number: int, kl: Callable[[], float]) -> None:
+        """Raises Reached."""
+        at = time.time()
+        found = kl()
+        self.curve.append((number, round(at - self.started - self.evaluating_s, 2), found))
+        self.evaluating_s += time.time() - at
+        if found <= self.wanted:
+            raise Reached
+
+
+def ours(*more: str) -> Callable[[argparse.Namespace, Clock], None]:
+    def run(options: argparse.Namespace, clock: Clock) -> None:
+        from potstill.workflows import distill as workflow
+
+        measure, steps = workflow.heldout, iter(range(0, 10**9, options.every))
+
+        def timed(*given: Any) -> dict[str, float]:
+            found: dict[str, float] = {}
+
+            def kl() -> float:
+                found.update(measure(*given))
+                return found["heldout/kl"]
+
+            clock.evaluate(next(steps), kl)
+            return found
+
+        workflow.heldout = timed
+        with tempfile.TemporaryDirectory() as folder:
+            # Nothing is known from an earlier run.
+            os.environ["XDG_CACHE_HOME"] = folder
+            workflow.distill(DEMO, overrides=[*fields(options), *more], out=Path(folder) / "run")
+
+    return run
+
+
+def peer(make: Callable[[], losses.Loss]) -> Callable[[argparse.Namespace, Clock], None]:
+    def run(options: argparse.Namespace, clock: Clock) -> None:
+        import torch
+
+        loss = make()
+        settings, batches, teacher, student = step.pair(
+            DEMO, [*fields(options), f"student={{name: cut, keep: {BY_PLACE}}}"]
+        )
+        held_out = heldout_batches(settings)
+        optimizer, plan = step.make_adamw(settings.train, student, fused=True), settings.train
+        for number, batch in enumerate(batches):
+            if number % options.every == 0:
+                clock.evaluate(number, lambda: kl_of(student, teacher, held_out))
+            value = loss(student, teacher, batch)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), plan.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = plan.lr * step.rate(plan, number)
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.evaluate(len(batches), lambda: kl_of(student, teacher, held_out))
+
+    return run
+
+
+def fields(options: argparse.Namespace) -> list[str]:
+    return [
+        f"train.steps={options.most_steps}",
+        f"train.seed={options.seed}",
+        f"eval.every={options.every}",
+        f"corpus.shards={options.shards}",
+    ]
+
+
+def heldout_batches(settings: Any) -> list[Any]:
+    from potstill.build.corpus import make_corpus
+    from potstill.build.resolve import resolve
+
+    rows = make_corpus(resolve(settings))[0].heldout
+    return [rows.batch([row]) for row in range(len(rows))]
+
+
+def kl_of(student: Any, teacher: Any, batches: list[Any]) -> float:
+    """KL(teacher || student), nats per position."""
+    import torch
+    from torch.nn import functional as F
+
+    total, count = 0.0, 0
+    student.eval()
+    with torch.no_grad():
+        for batch in batches:
+            q, p = (step.full_logits(model, batch).float().log_softmax(-1) for model in (student, teacher))
+            total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+            count += len(batch.positions_N)
+    student.train()
+    return total / count
+
+
+ARMS = {
+    "ours": ours(),
+    "ours, for a size": ours("student={name: cut, fraction: 0.7636}"),
+    "ours, by place": ours(f"student={{name: cut, keep: {BY_PLACE}, repair: false}}"),
+    "plain": peer(lambda: losses.on_logits(step.plain_loss)),
+    "TRL generalized_jsd_loss": peer(losses.trl_loss),
+    "Liger JSD": peer(losses.liger(False, 1024)),
+    "torchtune chunked": peer(losses.torchtune(False)),
+    "DistillKit": peer(losses.distillkit),
+}
+
+
+def child(options: argparse.Namespace) -> int:
+    sys.path += options.peer_path
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    clock, reached = Clock(options.kl), False
+    try:
+        ARMS[options.arm](options, clock)
+    except Reached:
+        reached = True
+    except ImportError as error:
+        print(json.dumps({"not_run": str(error)}))
+        return 0
+    print(json.dumps({"curve": clock.curve, "seconds": clock.curve[-1][1] if reached else None}))
+    return 0
+
+
+def measure(options: argparse.Namespace, arm: str, seed: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--arm", arm, "--seed", seed, "--kl", str(options.kl)]
+    command += ["--every", str(options.every), "--most-steps", str(options.most_steps)]
+    command += ["--shards", str(options.shards), *(f"--peer-path={path}" for path in options.peer_path)]
+    environment = os.environ | {STARTED: str(time.time())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1:]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kl", type=float, default=1.10)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--arms", default="; ".join(ARMS), help="apart by ;")
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--most-steps", type=int, default=48)
+    parser.add_argument("--shards", type=Path, default=Path("build/quality"))
+    parser.add_argument("--peer-path", action="append", default=[])
+    parser.add_argument("--append", type=Path)
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", default="0", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        return child(options)
+    options.shards = options.shards.absolute()
+    arms = [name.strip() for name in options.arms.split(";")]
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for seed in options.seeds.split(","):
+        for name in arms:
+            line = {"bench": "quality", "arm": name, "seed": int(seed), "kl": options.kl}
+            line |= measure(options, name, seed)
+            print(json.dumps(line), flush=True)
+            if line.get("seconds"):
+                found[name].append(float(line["seconds"]))
+            if options.append is not None:
+                with options.append.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    for name, seconds in found.items():
+        print(f"{name:>26}: {statistics.median(seconds):.0f} s" if seconds else f"{name:>26}: not reached")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
