@@ -129,21 +129,18 @@ def _choose(
         if shape.notch and width > shape.notch:
             candidates.append((None, out, width - shape.notch))
         if not candidates:
+            of_width = f" of {width} channels" if width else ""
             raise UserError(
-                f"student.weights: the smallest cut of this teacher has {short(weights)} weights, one layer of"
-                f" {width} channels beside its embeddings; {short(most)} were asked for. Give more."
+                f"student.weights: the smallest cut of this teacher has {short(weights)} weights, one layer{of_width}"
+                f" beside its embeddings; {short(most)} were asked for. Give more."
             )
         tried = [
             Move(layer, its_width, shape.weights(its_out, its_width), _kl(without, its_out, its_width, shape))
             for layer, its_out, its_width in candidates
         ]
         best = min(tried, key=lambda move: (move.kl - kl) / (weights - move.weights))
-        out, width, weights, kl = (
-            out if best.layer is None else [*out, best.layer],
-            best.ffn_width,
-            best.weights,
-            best.kl,
-        )
+        out = out if best.layer is None else [*out, best.layer]
+        width, weights, kl = best.ffn_width, best.weights, best.kl
         moves.append(best)
         what = f"{width} channels of each MLP" if best.layer is None else f"without layer {best.layer}"
         note(f"student: {what}: {short(weights)} weights, KL {kl:.3f}")
