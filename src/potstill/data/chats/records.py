@@ -10,53 +10,36 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.errors import UserError, one_line
-from potstill.io.safe_open import is_encodable, names_of, parse_json
-
-ROLES = (
-    "system",
-    "developer",
-    "user",
-    "assistant",
-    "tool",
-    "function",
-    "ipython",
-    "environment",
-    "documents",
+from potstill.data.chats.messages import (
+    INSTRUCTIONS,
+    ROLES,
+    SYNONYMS,
+    TOOLS,
+    UNTRAINED,
+    Json,
+    bears_loss,
+    calls_of,
+    joined,
+    parsed,
+    quoted,
+    refused,
+    strings,
+    tools_of,
 )
-"""What templates know. A template may refuse some of them, and says so."""
-INSTRUCTIONS, TOOLS = ("system", "developer"), ("tool", "function", "ipython", "environment")
-SYNONYMS = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
-"""Roles that data sets write for those of the templates; capitals do not matter."""
+from potstill.io.safe_open import is_encodable, names_of
+
+__all__ = ["INSTRUCTIONS", "TOOLS", "Conversation", "Json", "Shapes", "strings"]
+
 LISTS = ("messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "output")
-ARGUMENTS = ("arguments", "parameters", "input")
-"""Keys of a call under which data sets have its arguments."""
-UNTRAINED = ("weight", "train", "loss")
-"""Keys of a message that say whether it bears loss; no template sees them."""
 SHAPES = (
     "a list of messages under `messages` or `conversations`, `prompt` and `completion`, or"
     " `instruction` and `output`"
 )
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,7 @@ class Shapes:
         """Conversations, once a turn of the assistant without content and calls: it bears no loss."""
 
     def conversation(self, where: str, record: Json) -> Conversation:
-        """Raises: UserError: a record of no known shape, or a message that is none."""
+        """Raises: ConversationRefused: a record of no known shape, or a message that is none."""
         found, context = self._messages(where, record)
         messages, untrained = [], set()
         for number, message in enumerate(found):
@@ -105,7 +88,7 @@ class Shapes:
             if _is_unanswered(message) and messages[-1]["role"] == "assistant":
                 self.unanswered.append(where)
                 untrained.add(number)
-            if number < context or not _bears_loss(place, message):
+            if number < context or not bears_loss(place, message):
                 untrained.add(number)
         system = record.get("system") or record.get("system_prompt")
         if isinstance(system, str) and system and messages[0]["role"] != "system":
@@ -115,10 +98,10 @@ class Shapes:
         tools = record.get("tools") or record.get("functions")  # as servers wrote it before `tools`
         for text in strings([messages, tools]):
             if not is_encodable(text):
-                raise UserError(
-                    f"{where}: holds half of a surrogate pair, which UTF-8 cannot encode. Correct the record."
+                raise refused(
+                    where, "holds half of a surrogate pair, which UTF-8 cannot encode", "Correct the record"
                 )
-        return Conversation(where, messages, _tools(where, tools), frozenset(untrained))
+        return Conversation(where, messages, tools_of(where, tools), frozenset(untrained))
 
     def _asked(self, where: str, messages: list[Json], untrained: set[int]) -> tuple[list[Json], set[int]]:
         """Without what the assistant and its tools say before the first question: many templates refuse it.
@@ -126,7 +109,7 @@ class Shapes:
         Instructions alone are a question, too.
 
         Raises:
-            UserError: there is nothing else.
+            ConversationRefused: there is nothing else.
         """
         first = next(
             (at for at, each in enumerate(messages) if each["role"] not in INSTRUCTIONS), len(messages)
@@ -136,8 +119,10 @@ class Shapes:
         if asked is None and first:
             return messages, untrained
         if asked is None:
-            raise UserError(
-                f"{where}: message {first} is the assistant's, with nothing to answer. Put a user's before it."
+            raise refused(
+                where,
+                f"message {first} is the assistant's, with nothing to answer",
+                "Put a user's before it",
             )
         if left_out := asked - first:
             self.unasked.append(where)
@@ -149,13 +134,14 @@ class Shapes:
         """The messages, and how many of them are there as context alone."""
         key = self.field or next((name for name in LISTS if record.get(name) is not None), None)
         if key is not None:
-            messages = _parsed(record.get(key))
+            messages = parsed(record.get(key))
             if messages == []:
-                raise UserError(f"{where}: {key!r} is an empty list of messages. Leave the record out.")
+                raise refused(where, f"{key!r} is an empty list of messages", "Leave the record out")
             if not isinstance(messages, list) or not messages:
-                raise UserError(
-                    f"{where}: {key!r} is not a list of messages; the line has {names_of(record)}. Set corpus.field"
-                    f" to its key, or to null where a record is {SHAPES}."
+                raise refused(
+                    where,
+                    f"{key!r} is not a list of messages; the line has {names_of(record)}",
+                    f"Set corpus.field to its key, or to null where a record is {SHAPES}",
                 )
             return messages, 0
         answer = next((name for name in ANSWERS if record.get(name) is not None), None)
@@ -169,9 +155,10 @@ class Shapes:
             question = "\n\n".join(part for part in parts if isinstance(part, str) and part)
             turns += [("user", question), ("assistant", record[answer])]
             return [{"role": role, "content": content} for role, content in turns], 0
-        raise UserError(
-            f"{where}: no conversation; the line has {names_of(record)}. A record is {SHAPES}."
-            " Rename its keys, or set corpus.field to the key of a list of messages."
+        raise refused(
+            where,
+            f"no conversation; the line has {names_of(record)}. A record is {SHAPES}",
+            "Rename its keys, or set corpus.field to the key of a list of messages",
         )
 
     def _message(self, place: str, message: Any) -> Json:
@@ -184,16 +171,17 @@ class Shapes:
         role = given.pop("role", given.pop("from", None))
         content = given.pop("content", given.pop("value", None))
         call = given.pop("function_call", None)  # one, as servers wrote it before `tool_calls`
-        calls = _calls(place, given.pop("tool_calls", None if call is None else [call]))
+        calls = calls_of(place, given.pop("tool_calls", None if call is None else [call]))
         if role == "function_call":  # of LLaMA-Factory: the call is the message's text
-            role, calls, content = "assistant", _calls(place, _as_list(_parsed(content))), ""
+            role, calls, content = "assistant", calls_of(place, _as_list(parsed(content))), ""
         if content is None and (calls or (isinstance(message, dict) and "content" in message)):
             content = ""
-        content = _joined(place, content)
+        content = joined(place, content)
         if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(
-                f"{place}: a message must have a `role` and a `content`, both strings; found"
-                f" {json.dumps(message)[:80]}."
+            raise refused(
+                place,
+                f"a message must have a `role` and a `content`, both strings; found {quoted(message, 80)}",
+                "Write both",
             )
         rest = {key: value for key, value in given.items() if key not in UNTRAINED}
         named = {"role": self._role(place, role), "content": content}
@@ -203,8 +191,10 @@ class Shapes:
         role = written.strip().lower()
         role = SYNONYMS.get(role, role)
         if role not in ROLES:
-            raise UserError(
-                f"{place}: role {written!r:.60} is none that a chat template knows: {', '.join(ROLES)}. Rename it."
+            raise refused(
+                place,
+                f"role {written!r:.60} is none that a chat template knows: {', '.join(ROLES)}",
+                "Rename it",
             )
         if role != written:
             self.renamed[written, role] += 1
@@ -228,105 +218,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_turns(value: Any, role: str) -> list[Any]:
-    parsed = _parsed(value)
-    if (
-        isinstance(parsed, list)
-        and parsed
-        and all(isinstance(each, dict) and "role" in each for each in parsed)
-    ):
-        return parsed
+    found = parsed(value)
+    if isinstance(found, list) and found and all(isinstance(each, dict) and "role" in each for each in found):
+        return found
     return value if isinstance(value, list) else [{"role": role, "content": value}]
-
-
-def _parsed(value: Any) -> Any:
-    """JSON that a data set keeps as a string."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return parse_json(value.encode("utf-8", "surrogatepass"))
-        except ValueError:
-            return value
-    return value
-
-
-def _joined(place: str, content: Any) -> Any:
-    """Content in parts, as multimodal data writes it, as one text."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise UserError(
-                f"{place}: a message must have a `role` and a `content`, both strings; a part of its content is"
-                f" {kind!r:.40}, no text. Leave such records out."
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _bears_loss(place: str, message: Json) -> bool:
-    """What `weight` (0 or 1) and `train` (true or false) of a message say."""
-    for key in UNTRAINED:
-        if (value := message.get(key)) is not None:
-            if value not in (0, 1):
-                raise UserError(
-                    f"{place}: {key!r} is {value!r:.40}; a message is trained on (1, true) or not (0, false)."
-                )
-            if not value:
-                return False
-    return True
-
-
-def _calls(place: str, calls: Any) -> list[Json]:
-    """`tool_calls` as templates want them: arguments as an object, whether the data spells them so or as a string."""
-    calls = _parsed(calls)
-    if calls in (None, "", []):
-        return []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{place}: tool_calls is {json.dumps(calls)[:60]}, not a list of calls.")
-    made = []
-    for call in calls:
-        function = dict(call["function"]) if isinstance(call.get("function"), dict) else dict(call)
-        if not isinstance(function.get("name"), str):
-            raise UserError(f"{place}: a call of tool_calls without a name: {json.dumps(call)[:60]}.")
-        given = [function.pop(key) for key in ARGUMENTS if key in function]
-        function["arguments"] = _arguments(place, next((each for each in given if each is not None), None))
-        outer = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
-        made.append({"type": "function"} | outer | {"function": function})
-    return made
-
-
-def _arguments(place: str, arguments: Any) -> Any:
-    if arguments in (None, ""):
-        return {}
-    if isinstance(arguments, str):
-        try:
-            return parse_json(arguments.encode("utf-8", "surrogatepass"))
-        except ValueError as error:
-            raise UserError(
-                f"{place}: the arguments of a tool call are a string that is no JSON: {one_line(error)}"
-                " Write them as an object, or as JSON."
-            ) from error
-    return arguments
-
-
-def _tools(where: str, tools: Any) -> list[Json] | None:
-    """Descriptions of functions as servers take them: `{"type": "function", "function": {…}}`."""
-    tools = _parsed(tools)
-    if tools in (None, "", "null", []):
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{where}: tools is {json.dumps(tools)[:60]}, not a list of functions.")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def strings(tree: Any) -> Iterator[str]:
-    """Every string of nested lists and mappings, keys too."""
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from strings([*tree, *tree.values()])
-    elif isinstance(tree, list):
-        for each in tree:
-            yield from strings(each)

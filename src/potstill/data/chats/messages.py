@@ -1,0 +1,152 @@
+"""A message as templates take it: its words, its calls of tools, and whether it bears loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from potstill.data.chats.templates import SKIP, ConversationRefused
+from potstill.errors import one_line
+from potstill.io.safe_open import parse_json
+
+ROLES = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+    "ipython",
+    "environment",
+    "documents",
+)
+"""What templates know. A template may refuse some of them, and says so."""
+INSTRUCTIONS, TOOLS = ("system", "developer"), ("tool", "function", "ipython", "environment")
+SYNONYMS = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""Roles that data sets write for those of the templates; capitals do not matter."""
+ARGUMENTS = ("arguments", "parameters", "input")
+"""Keys of a call under which data sets have its arguments."""
+UNTRAINED = ("weight", "train", "loss")
+"""Keys of a message that say whether it bears loss; no template sees them."""
+
+Json = dict[str, Any]
+
+
+def refused(where: str, what: str, todo: str) -> ConversationRefused:
+    return ConversationRefused(f"{where}: {what}. {todo}, or {SKIP}.")
+
+
+def quoted(value: Any, limit: int = 60) -> str:
+    """The beginning of a value for an error: tables have dates and bytes, too."""
+    return json.dumps(value, default=str)[:limit]
+
+
+def parsed(value: Any) -> Any:
+    """JSON that a data set keeps as a string."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return parse_json(value.encode("utf-8", "surrogatepass"))
+        except ValueError:
+            return value
+    return value
+
+
+def joined(place: str, content: Any) -> Any:
+    """Content in parts, as multimodal data writes it, as one text."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise refused(
+                place,
+                f"a message must have a `role` and a `content`, both strings; a part of its content is {kind!r:.40},"
+                " no text",
+                "Only texts are learnt from: remove the part",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def bears_loss(place: str, message: Json) -> bool:
+    """What `weight` (0 or 1) and `train` (true or false) of a message say."""
+    for key in UNTRAINED:
+        if (value := message.get(key)) is not None:
+            if value not in (0, 1):
+                raise refused(
+                    place,
+                    f"{key!r} is {value!r:.40}; a message is trained on (1, true) or not (0, false)",
+                    "Write one of them",
+                )
+            if not value:
+                return False
+    return True
+
+
+def calls_of(place: str, calls: Any) -> list[Json]:
+    """`tool_calls` as templates want them: arguments as an object, whether the data spells them so or as a string."""
+    calls = parsed(calls)
+    if calls in (None, "", []):
+        return []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise refused(place, f"tool_calls is {quoted(calls)}, not a list of calls", "Write a list of objects")
+    made = []
+    for call in calls:
+        function = dict(call["function"]) if isinstance(call.get("function"), dict) else dict(call)
+        if not isinstance(function.get("name"), str):
+            raise refused(place, f"a call of tool_calls without a name: {quoted(call)}", "Write its `name`")
+        given = [function.pop(key) for key in ARGUMENTS if key in function]
+        function["arguments"] = _arguments(place, next((each for each in given if each is not None), None))
+        outer = {key: value for key, value in call.items() if value is not None} if "function" in call else {}
+        made.append({"type": "function"} | outer | {"function": function})
+    return made
+
+
+def _arguments(place: str, arguments: Any) -> Any:
+    if arguments in (None, ""):
+        return {}
+    if isinstance(arguments, str):
+        try:
+            return parse_json(arguments.encode("utf-8", "surrogatepass"))
+        except ValueError as error:
+            raise refused(
+                place,
+                f"the arguments of a tool call are a string that is no JSON: {one_line(error).rstrip('.')}",
+                "Write them as an object, or as JSON",
+            ) from error
+    return arguments
+
+
+def tools_of(where: str, tools: Any) -> list[Json] | None:
+    """Descriptions of functions as servers take them: `{"type": "function", "function": {…}}`."""
+    tools = parsed(tools)
+    if tools in (None, "", "null", []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise refused(where, f"tools is {quoted(tools)}, not a list of functions", "Write a list of objects")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def strings(tree: Any) -> Iterator[str]:
+    """Every string of nested lists and mappings, keys too."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from strings([*tree, *tree.values()])
+    elif isinstance(tree, list):
+        for each in tree:
+            yield from strings(each)
