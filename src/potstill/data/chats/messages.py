@@ -38,8 +38,9 @@ SYNONYMS = {
 """Roles that data sets write for those of the templates; capitals do not matter."""
 ARGUMENTS = ("arguments", "parameters", "input")
 """Keys of a call under which data sets have its arguments."""
-UNTRAINED = ("weight", "train", "loss")
+UNTRAINED = ("weight", "train", "training", "trainable", "learn", "loss", "loss_mask")
 """Keys of a message that say whether it bears loss; no template sees them."""
+SOUNDS_LIKE_LOSS = ("train", "loss", "mask", "weight", "learn")
 
 Json = dict[str, Any]
 
@@ -83,18 +84,31 @@ def joined(place: str, content: Any) -> Any:
 
 
 def bears_loss(place: str, message: Json) -> bool:
-    """What `weight` (0 or 1) and `train` (true or false) of a message say."""
-    for key in UNTRAINED:
-        if (value := message.get(key)) is not None:
-            if value not in (0, 1):
-                raise refused(
-                    place,
-                    f"{key!r} is {value!r:.40}; a message is trained on (1, true) or not (0, false)",
-                    "Write one of them",
-                )
-            if not value:
-                return False
-    return True
+    """What the keys of `UNTRAINED` say, 1 and true or 0 and false; refused where another key may say it.
+
+    A mark that is passed over trains on what was to be left out.
+    """
+    for key, value in message.items():
+        if key in UNTRAINED or not any(word in key.lower() for word in SOUNDS_LIKE_LOSS):
+            continue
+        if value in (0, 1) or (isinstance(value, list) and value):
+            raise refused(
+                place,
+                f"{key!r} is {value!r:.40}; whether a message is trained on is said by {', '.join(UNTRAINED)}: 1, true"
+                " or 0, false",
+                "Rename the key, or remove it",
+            )
+    return all(said_to_train(place, key, message.get(key)) for key in UNTRAINED)
+
+
+def said_to_train(place: str, key: str, value: Any) -> bool:
+    if value is not None and value not in (0, 1):
+        raise refused(
+            place,
+            f"{key!r} is {value!r:.40}; it is trained on (1, true) or not (0, false)",
+            "Write one of them",
+        )
+    return value is None or bool(value)
 
 
 def calls_of(place: str, calls: Any) -> list[Json]:

@@ -27,6 +27,7 @@ from potstill.data.chats.messages import (
     parsed,
     quoted,
     refused,
+    said_to_train,
     strings,
     tools_of,
 )
@@ -36,6 +37,10 @@ __all__ = ["INSTRUCTIONS", "TOOLS", "Conversation", "Json", "Shapes", "strings"]
 
 LISTS = ("messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "output")
+VERDICTS = ("label", "kto_tag")
+"""Keys of a record that say whether its answer is a good one, as KTO's data has them."""
+MARKS = tuple(key for key in UNTRAINED if key != "loss")
+"""Keys of a record that say whether it is trained on; a `loss` beside a conversation is a measured one, mostly."""
 SHAPES = (
     "a list of messages under `messages` or `conversations`, `prompt` and `completion`, or"
     " `instruction` and `output`"
@@ -77,9 +82,18 @@ class Shapes:
         """Conversations that the assistant began; what it said before there was a question is left out."""
         self.unanswered: list[str] = []
         """Conversations, once a turn of the assistant without content and calls: it bears no loss."""
+        self.left_out: list[str] = []
+        """Conversations whose record says that they are not to be trained on."""
 
-    def conversation(self, where: str, record: Json) -> Conversation:
-        """Raises: ConversationRefused: a record of no known shape, or a message that is none."""
+    def conversation(self, where: str, record: Json) -> Conversation | None:
+        """None where the record says that it is not to be trained on.
+
+        Raises:
+            ConversationRefused: a record of no known shape, or a message that is none.
+        """
+        if not _is_trained_on(where, record):
+            self.left_out.append(where)
+            return None
         found, context = self._messages(where, record)
         messages, untrained = [], set()
         for number, message in enumerate(found):
@@ -143,6 +157,8 @@ class Shapes:
                     f"{key!r} is not a list of messages; the line has {names_of(record)}",
                     f"Set corpus.field to its key, or to null where a record is {SHAPES}",
                 )
+            if self.field is None and not _is_answered(messages[-1]):
+                _refuse_two_answers(where, record)
             return messages, 0
         answer = next((name for name in ANSWERS if record.get(name) is not None), None)
         if answer is not None and record.get("prompt") is not None:
@@ -155,6 +171,7 @@ class Shapes:
             question = "\n\n".join(part for part in parts if isinstance(part, str) and part)
             turns += [("user", question), ("assistant", record[answer])]
             return [{"role": role, "content": content} for role, content in turns], 0
+        _refuse_two_answers(where, record)
         raise refused(
             where,
             f"no conversation; the line has {names_of(record)}. A record is {SHAPES}",
@@ -199,6 +216,36 @@ class Shapes:
         if role != written:
             self.renamed[written, role] += 1
         return role
+
+
+def _is_trained_on(where: str, record: Json) -> bool:
+    """What the record says beside its messages: of a `label` only true and false, as numbers name classes."""
+    if any(record.get(key) is False for key in VERDICTS):
+        return False
+    said = {key: record.get(key) for key in MARKS}
+    return all(
+        said_to_train(where, key, value) for key, value in said.items() if isinstance(value, int | float)
+    )
+
+
+def _refuse_two_answers(where: str, record: Json) -> None:
+    """Of data for preferences: which answer is to be learnt is not guessed."""
+    if record.get("chosen") is None or record.get("rejected") is None:
+        return
+    chosen = parsed(record["chosen"])
+    if isinstance(chosen, list) and chosen and not _is_answered(chosen[0]):
+        todo = "set corpus.field: chosen"
+    elif any(record.get(key) is not None for key in LISTS):
+        todo = "put them at the end of the messages"
+    else:
+        todo = f"rename `chosen` to `{'output' if 'instruction' in record else 'completion'}`"
+    raise refused(where, "two answers, `chosen` and `rejected`", f"To learn the chosen ones {todo}")
+
+
+def _is_answered(message: Any) -> bool:
+    """Whether a message, as the data has it, is the assistant's."""
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    return isinstance(role, str) and SYNONYMS.get(role.strip().lower(), role.strip().lower()) == "assistant"
 
 
 def _is_unanswered(message: Any) -> bool:

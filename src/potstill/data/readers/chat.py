@@ -50,6 +50,8 @@ def read(
                 counts["conversations"] += 1
                 try:
                     conversation = shapes.conversation(where, record)
+                    if conversation is None:
+                        continue
                     documents = [each for each in labeller.documents(conversation) if each.labels.any()]
                 except ConversationRefused as error:
                     if not skip_refused:
@@ -73,7 +75,8 @@ def read(
             raise UserError(
                 f"{path}: all of {counts['conversations']} conversations are refused. {first['refused']}"
             )
-        if counts["conversations"] and counts["conversations"] == counts["without_an_answer"]:
+        idle = counts["refused"] + counts["without_an_answer"] + len(shapes.left_out)
+        if counts["conversations"] and counts["conversations"] == idle:
             raise UserError(
                 f"{path}: none of {counts['conversations']} conversations has a token of the assistant's to learn: no"
                 " message has that role, all are marked as not to be trained on, or the chat template writes nothing"
@@ -96,6 +99,7 @@ def _counts(
         ("turns_without_their_text", labeller.without_text),
         ("turns_without_their_question", labeller.without_question),
         ("without_their_instructions", labeller.without_instructions),
+        ("marked_as_untrained", shapes.left_out),
         ("unanswered", shapes.unanswered),
         ("begun_by_the_assistant", shapes.unasked),
     ):
@@ -163,6 +167,8 @@ NOTES = {
     " they answer",
     "without_their_instructions": "the system's words of {number} of {all} conversations are left out: the chat"
     " template writes none",
+    "marked_as_untrained": "{number} of {all} conversations are left out: their records say that they are not to be"
+    " trained on",
     "unanswered": "{number} turns bear no loss: their content is null, and they call no tool",
     "turns_without_their_calls": "{number} turns bear no loss: the chat template does not write their calls of tools",
 }
