@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from data.chat_templates import CHATML, tokenizer_for
-from test_chats import CALL, TWO_TURNS, assistant, reading_of, shown, user
+from data.chat_templates import CHATML, QWEN_3, tokenizer_for
+from test_chats import CALL, TWO_TURNS, assistant, counts_of, reading_of, shown, user
 
 from potstill.data import readers
 from potstill.data.chats import templates
@@ -113,3 +114,168 @@ def test_a_record_of_two_answers_is_refused_with_advice(record: Any, advice: str
     both = {"messages": TWO_TURNS, "chosen": TWO_TURNS, "rejected": TWO_TURNS}
     assert shown(tmp_path, tokenizer_for(CHATML), both)
     assert shown(tmp_path, tokenizer_for(CHATML), both, field="chosen")
+
+
+PAIR = [["Q1", "A1"]]
+ALPACA = {"instruction": "Q2", "output": "A2"}
+FOUR = [user("Q1"), assistant("A1"), user("Q2"), assistant("A2")]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        PAIR,
+        json.dumps(PAIR),
+        FOUR[:2],
+        json.dumps(FOUR[:2]),
+        [{"from": "human", "value": "Q1"}, {"from": "gpt", "value": "A1"}],
+    ],
+)
+def test_a_history_is_the_same_however_the_data_spells_it(history: Any, tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    assert shown(tmp_path, tokenizer, ALPACA | {"history": history}) == shown(tmp_path, tokenizer, FOUR)
+    for none in (None, [], "", "[]"):
+        assert shown(tmp_path, tokenizer, ALPACA | {"history": none}) == shown(tmp_path, tokenizer, FOUR[2:])
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        "Q1 A1",
+        [["Q1"]],
+        [["Q1", "A1", "B1"]],
+        [[None, "A1"]],
+        [["Q1", 5]],
+        ["Q1", "A1"],
+        {"Q1": "A1"},
+        5,
+        [{}],
+    ],
+)
+def test_a_history_of_anything_else_is_refused(history: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        templates.ConversationRefused, match=r"jsonl:1: element 0 of 'history' is .*no pair of"
+    ):
+        shown(tmp_path, tokenizer_for(CHATML), ALPACA | {"history": history})
+
+
+def test_an_answer_of_null_in_a_history_bears_no_loss(tmp_path: Path) -> None:
+    counts = counts_of(tmp_path, tokenizer_for(CHATML), ALPACA | {"history": [["Q1", None]]})
+    assert counts["unanswered"] == 1
+
+
+@pytest.mark.parametrize("key", ["input", "context"])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([1, 2, 3], "[1, 2, 3]"),
+        ({"a": "é"}, '{"a": "é"}'),
+        (5, "5"),
+        (["one", "two"], "one\n\ntwo"),
+        ([{"type": "text", "text": "one"}, {"type": "text", "text": " two"}], "one two"),
+    ],
+)
+def test_what_an_instruction_is_about_may_be_data(key: str, value: Any, said: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    chat = [user(f"Q2\n\n{said}"), assistant("A2")]
+    assert shown(tmp_path, tokenizer, ALPACA | {key: value}) == shown(tmp_path, tokenizer, chat)
+    for none in (None, "", [], {}):
+        assert shown(tmp_path, tokenizer, ALPACA | {key: none}) == shown(tmp_path, tokenizer, FOUR[2:])
+
+
+SYSTEM = {"role": "system", "content": "Be kind"}
+
+
+@pytest.mark.parametrize(
+    ("beside", "first", "said"),
+    [
+        ({"system": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief"}]}, [], "Be brief"),
+        ({"system": "Be brief"}, [SYSTEM], "Be brief\n\nBe kind"),
+        ({"system": "Be kind "}, [SYSTEM], "Be kind "),
+        ({"system": "Be brief", "system_prompt": "Be kind"}, [], "Be brief\n\nBe kind"),
+        ({"system": ""}, [SYSTEM], "Be kind"),
+        ({"system": "Be brief"}, [SYSTEM | {"content": ""}], "Be brief"),
+    ],
+)
+def test_no_words_of_a_system_are_lost(beside: Any, first: Any, said: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    wanted = shown(tmp_path, tokenizer, [SYSTEM | {"content": said}, *TWO_TURNS])
+    assert shown(tmp_path, tokenizer, {"messages": first + TWO_TURNS} | beside) == wanted
+
+
+@pytest.mark.parametrize(
+    "more", [{"system": {"a": 1}}, {"system": 5}, {"system": [{"type": "image"}]}, {"instruction": {"a": 1}}]
+)
+def test_a_text_that_is_none_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(templates.ConversationRefused, match=f"jsonl:1: '{next(iter(more))}'"):
+        shown(tmp_path, tokenizer_for(CHATML), ALPACA | more)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "", "input": "", "output": "x"},
+        {"instruction": None, "output": "x"},
+        {"prompt": " ", "completion": "x"},
+        {"messages": [{"role": "user", "content": None}, assistant("x")]},
+        {"messages": [SYSTEM | {"content": ""}, assistant("x")]},
+    ],
+)
+def test_an_answer_to_an_empty_question_bears_no_loss_and_is_counted(record: Any, tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    reading = reading_of(tmp_path, tokenizer, record, [*TWO_TURNS, user(""), assistant("x")])
+    (document,) = reading.documents
+    assert "x" not in tokenizer.decode(document.ids[document.labels])
+    assert reading.counts["turns_of_an_empty_question"] == 2 and reading.counts["without_an_answer"] == 1
+    assert any(
+        "the question that they answer is empty" in note for note in readers.chat.notes(reading.counts)
+    )
+
+
+def test_an_instruction_or_an_empty_result_is_something_to_answer(tmp_path: Path) -> None:
+    called = [user("q"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": ""}, assistant("x")]
+    instructed = [SYSTEM, user(""), assistant("x")]
+    for chat in (called, instructed):
+        assert "turns_of_an_empty_question" not in counts_of(tmp_path, tokenizer_for(CHATML), chat)
+
+
+def nested(levels: int) -> str:
+    return '{"a": ' * levels + "1" + "}" * levels
+
+
+DEEP = {
+    "arguments": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls":'
+    ' [{"name": "f", "arguments": @}]}]',
+    "arguments in a string": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls":'
+    ' [{"name": "f", "arguments": "@"}]}]',
+    "another key": '[{"role": "user", "content": "q", "more": @}, {"role": "assistant", "content": "a"}]',
+    "content": '[{"role": "user", "content": @}, {"role": "assistant", "content": "a"}]',
+    "tools": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": [{"name": "f",'
+    ' "parameters": @}]',
+    "tools in a string": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": "[@]"',
+    "input": '[], "instruction": "q", "output": "a", "input": @',
+    "history": '[], "instruction": "q", "output": "a", "history": @',
+}
+
+
+@pytest.mark.parametrize("levels", [120, 900])
+@pytest.mark.parametrize("name", DEEP)
+def test_what_is_nested_too_deeply_is_one_line(name: str, levels: int, tmp_path: Path) -> None:
+    text, inner = DEEP[name], nested(levels)
+    inner = json.dumps(inner)[1:-1] if '"@"' in text or '"[@]"' in text else inner
+    text = '{"messages": ' + text.replace("@", inner) + "}"
+    text = text.replace('"messages": [], ', "")
+    file = tmp_path / "chat.jsonl"
+    file.write_text(text)
+    with pytest.raises(templates.ConversationRefused, match=r"jsonl:1: .*") as error:
+        list(readers.chat.read(file, tokenizer_for(QWEN_3)).documents)
+    assert "levels" in str(error.value) or "no pair" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_nested_as_data_is_nested_is_read(tmp_path: Path) -> None:
+    call = {"name": "f", "arguments": nested(80)}
+    assert "1" in shown(tmp_path, tokenizer_for(QWEN_3), [user("q"), assistant("", tool_calls=[call])])[0]
+    brackets = "[" * 900 + "]" * 900  # words
+    assert shown(tmp_path, tokenizer_for(QWEN_3), [user(brackets), assistant("a")])
+    assert shown(tmp_path, tokenizer_for(QWEN_3), {"prompt": brackets, "completion": "a"})

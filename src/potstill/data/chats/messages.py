@@ -42,6 +42,11 @@ UNTRAINED = ("weight", "train", "training", "trainable", "learn", "loss", "loss_
 """Keys of a message that say whether it bears loss; no template sees them."""
 SOUNDS_LIKE_LOSS = ("train", "loss", "mask", "weight", "learn")
 
+MAX_DEPTH = 100
+"""Levels of lists and objects in a message; Python's own bound is on what it calls, and the template's process has it
+too.
+"""
+
 Json = dict[str, Any]
 
 
@@ -51,7 +56,23 @@ def refused(where: str, what: str, todo: str) -> ConversationRefused:
 
 def quoted(value: Any, limit: int = 60) -> str:
     """The beginning of a value for an error: tables have dates and bytes, too."""
-    return json.dumps(value, default=str)[:limit]
+    try:
+        return json.dumps(value, default=str)[:limit]
+    except RecursionError:
+        return f"a {type(value).__name__} of many levels"
+
+
+def require_shallow(place: str, tree: Any) -> None:
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        level = [below for each in level if isinstance(each, list | dict) for below in _below(each)]
+        if not level:
+            return
+    raise refused(place, f"holds more than {MAX_DEPTH} levels of lists and objects", "Correct the record")
+
+
+def _below(tree: list[Any] | Json) -> list[Any]:
+    return list(tree.values()) if isinstance(tree, dict) else tree
 
 
 def parsed(value: Any) -> Any:
@@ -81,6 +102,14 @@ def joined(place: str, content: Any) -> Any:
             )
         texts.append(text)
     return "".join(texts)
+
+
+def text_of(place: str, key: str, value: Any) -> str:
+    """A text beside the messages, which may be in parts as content is; empty where there is none."""
+    text = joined(f"{place}: {key!r}", value or "")
+    if not isinstance(text, str):
+        raise refused(place, f"{key!r} is {quoted(value)}, no text", "Write it as one")
+    return text
 
 
 def bears_loss(place: str, message: Json) -> bool:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,10 @@ from potstill.data.chats.messages import (
     parsed,
     quoted,
     refused,
+    require_shallow,
     said_to_train,
     strings,
+    text_of,
     tools_of,
 )
 from potstill.io.safe_open import is_encodable, names_of
@@ -84,6 +87,8 @@ class Shapes:
         """Conversations, once a turn of the assistant without content and calls: it bears no loss."""
         self.left_out: list[str] = []
         """Conversations whose record says that they are not to be trained on."""
+        self.wordless: list[str] = []
+        """Conversations, once a turn of the assistant that answers an empty question: it bears no loss."""
 
     def conversation(self, where: str, record: Json) -> Conversation | None:
         """None where the record says that it is not to be trained on.
@@ -98,24 +103,32 @@ class Shapes:
         messages, untrained = [], set()
         for number, message in enumerate(found):
             place = f"{where}: message {number}"
+            require_shallow(place, message)
             messages.append(self._message(place, message))
             if _is_unanswered(message) and messages[-1]["role"] == "assistant":
                 self.unanswered.append(where)
                 untrained.add(number)
             if number < context or not bears_loss(place, message):
                 untrained.add(number)
-        system = record.get("system") or record.get("system_prompt")
-        if isinstance(system, str) and system and messages[0]["role"] != "system":
+        if system := _system(where, record):
+            if messages[0]["role"] == "system":
+                system += _behind(system, messages.pop(0)["content"])
+            else:
+                untrained = {number + 1 for number in untrained}
             messages.insert(0, {"role": "system", "content": system})
-            untrained = {number + 1 for number in untrained}
         messages, untrained = self._asked(where, messages, untrained)
-        tools = record.get("tools") or record.get("functions")  # as servers wrote it before `tools`
+        wordless = _without_a_question(messages) - untrained
+        self.wordless += [where] * len(wordless)
+        untrained |= wordless
+        # `functions`, as servers wrote it before `tools`
+        tools = tools_of(where, record.get("tools") or record.get("functions"))
+        require_shallow(where, [messages, tools])
         for text in strings([messages, tools]):
             if not is_encodable(text):
                 raise refused(
                     where, "holds half of a surrogate pair, which UTF-8 cannot encode", "Correct the record"
                 )
-        return Conversation(where, messages, tools_of(where, tools), frozenset(untrained))
+        return Conversation(where, messages, tools, frozenset(untrained))
 
     def _asked(self, where: str, messages: list[Json], untrained: set[int]) -> tuple[list[Json], set[int]]:
         """Without what the assistant and its tools say before the first question: many templates refuse it.
@@ -164,13 +177,12 @@ class Shapes:
         if answer is not None and record.get("prompt") is not None:
             prompt, answered = _as_turns(record["prompt"], "user"), _as_turns(record[answer], "assistant")
             return [*prompt, *answered], len(prompt)
-        if answer is not None and isinstance(record.get("instruction"), str):
-            before = record.get("history") or []  # of LLaMA-Factory: pairs of a question and its answer
-            turns = [turn for pair in before for turn in zip(("user", "assistant"), pair, strict=False)]
-            parts = [record["instruction"], record.get("input"), record.get("context")]
-            question = "\n\n".join(part for part in parts if isinstance(part, str) and part)
-            turns += [("user", question), ("assistant", record[answer])]
-            return [{"role": role, "content": content} for role, content in turns], 0
+        if answer is not None and "instruction" in record:
+            parts = [text_of(where, "instruction", record["instruction"])]
+            parts += [_as_text(where, key, record.get(key)) for key in ("input", "context")]
+            question = "\n\n".join(part for part in parts if part)
+            turns = [*_history(where, record.get("history")), {"role": "user", "content": question}]
+            return [*turns, {"role": "assistant", "content": record[answer]}], 0
         _refuse_two_answers(where, record)
         raise refused(
             where,
@@ -226,6 +238,66 @@ def _is_trained_on(where: str, record: Json) -> bool:
     return all(
         said_to_train(where, key, value) for key, value in said.items() if isinstance(value, int | float)
     )
+
+
+def _history(where: str, history: Any) -> list[Json]:
+    """Turns before an instruction: pairs of a question and its answer, as LLaMA-Factory has them, or messages."""
+    turns: list[Json] = []
+    found = parsed(history) or []
+    for number, pair in enumerate(found if isinstance(found, list) else [found]):
+        if isinstance(pair, dict) and ("role" in pair or "from" in pair):
+            turns.append(pair)
+            continue
+        is_pair = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
+        if not is_pair or not isinstance(pair[1], str | None):
+            raise refused(
+                where,
+                f"element {number} of 'history' is {quoted(pair)}, no pair of a question and its answer",
+                "Write pairs of strings, or a list of messages",
+            )
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _as_text(where: str, key: str, value: Any) -> str:
+    """What an instruction is about: a text, or data, which is asked of as JSON."""
+    if isinstance(value, str) or value in (None, [], {}):
+        return value or ""
+    parts = value if isinstance(value, list) else []
+    if parts and all(isinstance(part, dict) and "text" in part for part in parts):
+        return text_of(where, key, value)
+    if parts and all(isinstance(part, str) for part in parts):  # passages
+        return "\n\n".join(parts)
+    require_shallow(f"{where}: {key!r}", value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _system(where: str, record: Json) -> str:
+    """The system's words beside the messages."""
+    words = ""
+    for key in ("system", "system_prompt"):
+        words += _behind(words, text_of(where, key, record.get(key)))
+    return words
+
+
+def _behind(words: str, others: str) -> str:
+    """What others add to words: nothing where they are the same."""
+    if not others.strip() or others.strip() == words.strip():
+        return ""
+    return f"\n\n{others}" if words else others
+
+
+def _without_a_question(messages: list[Json]) -> set[int]:
+    """Turns of the assistant that answer messages without words. A call may have an empty result."""
+    found, before = set(), list[Json]()
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            before.append(message)
+            continue
+        if before and not any(each["content"].strip() or each["role"] in TOOLS for each in before):
+            found.add(number)
+        before = []
+    return found
 
 
 def _refuse_two_answers(where: str, record: Json) -> None:

@@ -101,6 +101,7 @@ def _counts(
         ("without_their_instructions", labeller.without_instructions),
         ("marked_as_untrained", shapes.left_out),
         ("unanswered", shapes.unanswered),
+        ("turns_of_an_empty_question", shapes.wordless),
         ("begun_by_the_assistant", shapes.unasked),
     ):
         counts[name] = len(places)
@@ -169,6 +170,7 @@ NOTES = {
     " template writes none",
     "marked_as_untrained": "{number} of {all} conversations are left out: their records say that they are not to be"
     " trained on",
+    "turns_of_an_empty_question": "{number} turns bear no loss: the question that they answer is empty",
     "unanswered": "{number} turns bear no loss: their content is null, and they call no tool",
     "turns_without_their_calls": "{number} turns bear no loss: the chat template does not write their calls of tools",
 }
