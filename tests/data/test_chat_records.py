@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.chat_templates import CHATML, QWEN_3, tokenizer_for
+from data.chat_templates import CHATML, LLAMA_3_1, QWEN_3, tokenizer_for
 from test_chats import CALL, TWO_TURNS, assistant, counts_of, reading_of, shown, user
 
 from potstill.data import readers
@@ -279,3 +279,93 @@ def test_what_is_nested_as_data_is_nested_is_read(tmp_path: Path) -> None:
     brackets = "[" * 900 + "]" * 900  # words
     assert shown(tmp_path, tokenizer_for(QWEN_3), [user(brackets), assistant("a")])
     assert shown(tmp_path, tokenizer_for(QWEN_3), {"prompt": brackets, "completion": "a"})
+
+
+THOUGHT = [user("1+1"), assistant("2", reasoning_content="Add.")]
+
+
+@pytest.mark.parametrize("key", ["reasoning", "thinking", "thought", "thoughts", "reason"])
+@pytest.mark.parametrize("value", ["Add.", [{"type": "text", "text": "Add."}]], ids=["text", "parts"])
+def test_a_thought_is_read_under_every_key(key: str, value: Any, tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(QWEN_3)
+    (wanted,) = shown(tmp_path, tokenizer, THOUGHT)
+    assert "[<think>\nAdd.\n</think>" in wanted
+    assert shown(tmp_path, tokenizer, [user("1+1"), assistant("2", **{key: value})]) == [wanted]
+    assert shown(
+        tmp_path, tokenizer, [user("1+1"), assistant("2", reasoning_content="", **{key: value})]
+    ) == [wanted]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought", "thoughts"])
+def test_a_thought_beside_the_answer_is_read(key: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(QWEN_3)
+    wanted = shown(tmp_path, tokenizer, THOUGHT)
+    for record in (
+        {"prompt": "1+1", "completion": "2"},
+        {"prompt": [user("1+1")], "completion": [assistant("2")]},
+        {"instruction": "1+1", "output": "2"},
+        {"messages": [user("1+1"), assistant("2")]},
+    ):
+        assert shown(tmp_path, tokenizer, record | {key: "Add."}) == wanted
+        plain = shown(tmp_path, tokenizer, record)
+        assert shown(tmp_path, tokenizer, record | {key: "off"}) == plain != wanted
+    own = {"messages": THOUGHT, key: "another"}
+    assert shown(tmp_path, tokenizer, own) == wanted
+    earlier = {"instruction": "1+1", "output": "2", "history": PAIR, key: "Add."}
+    assert "[<think>\nAdd.\n</think>\n\n2<" in shown(tmp_path, tokenizer, earlier)[-1]
+    with pytest.raises(
+        templates.ConversationRefused, match=f"'{key}' beside the messages may be .* of 2 answers"
+    ):
+        shown(tmp_path, tokenizer, {"messages": TWO_TURNS, key: "Add."})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"thought": 5}, "message 1: 'thought' is 5, no text"),
+        ({"reasoning": {"a": "b"}}, "message 1: 'reasoning' is "),
+        ({"reasoning": "a", "thought": "b"}, "message 1: two thoughts, 'reasoning' and 'thought'"),
+    ],
+)
+def test_a_thought_that_is_none_is_refused(more: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(templates.ConversationRefused, match=f"jsonl:1: {said}"):
+        shown(tmp_path, tokenizer_for(QWEN_3), [user("q"), assistant("a", **more)])
+
+
+def test_variables_of_a_template_are_refused(tmp_path: Path) -> None:
+    record = {"messages": TWO_TURNS, "chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(templates.ConversationRefused, match="jsonl:1: 'chat_template_kwargs' is "):
+        shown(tmp_path, tokenizer_for(QWEN_3), record)
+    for none in (None, {}, {"enable_thinking": None}):
+        assert shown(tmp_path, tokenizer_for(QWEN_3), record | {"chat_template_kwargs": none})
+
+
+def test_keys_of_messages_that_the_template_does_not_name_are_noted(tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CHATML.replace("m.role", "(m.role + (m.name or ''))"))
+    chat = [user("q") | {"name": "Ann", "mood": "glad"}, assistant("a", mood="sad", weight=1)]
+    reading = reading_of(tmp_path, tokenizer, chat, with_result({"tool_call_id": "1"}))
+    assert len(list(reading.documents)) == 2
+    assert reading.counts["message_keys_not_read"] == {"mood": 2}
+    assert next(readers.chat.notes(reading.counts)) == "keys of messages that are not read: mood in 2"
+
+
+def with_result(more: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        user("q"),
+        assistant("add", tool_calls=[CALL]),
+        {"role": "tool", "content": "2"} | more,
+        assistant("2"),
+    ]
+
+
+@pytest.mark.parametrize("template", [QWEN_3, LLAMA_3_1], ids=["Qwen 3", "Llama 3.1"])
+def test_arguments_that_were_encoded_again_are_the_same(template: str, tmp_path: Path) -> None:
+    def chat(arguments: Any) -> list[dict[str, Any]]:
+        return [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": arguments}])]
+
+    tokenizer, arguments = tokenizer_for(template), '{"a": 1}'
+    wanted = shown(tmp_path, tokenizer, chat({"a": 1}))
+    for _ in range(4):
+        assert shown(tmp_path, tokenizer, chat(arguments)) == wanted
+        arguments = json.dumps(arguments)
+    assert '"5"' in shown(tmp_path, tokenizer_for(LLAMA_3_1), chat(json.dumps("5")))[0]  # no object

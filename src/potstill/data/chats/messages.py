@@ -42,6 +42,12 @@ UNTRAINED = ("weight", "train", "training", "trainable", "learn", "loss", "loss_
 """Keys of a message that say whether it bears loss; no template sees them."""
 SOUNDS_LIKE_LOSS = ("train", "loss", "mask", "weight", "learn")
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message for the thought before its answer, under which templates look for it, too."""
+OTHER_REASONING = ("thought", "thoughts", "reason")
+"""More of them, of data sets alone; read as the first of `REASONING`."""
+MAX_ENCODED = 4
+"""Times that arguments may be encoded as JSON beyond the first."""
 MAX_DEPTH = 100
 """Levels of lists and objects in a message; Python's own bound is on what it calls, and the template's process has it
 too.
@@ -112,6 +118,20 @@ def text_of(place: str, key: str, value: Any) -> str:
     return text
 
 
+def with_thought(place: str, message: Json) -> Json:
+    """A message of the assistant with its thought as a text, under a key that templates know."""
+    found: Json = {}
+    for key in (*REASONING, *OTHER_REASONING):
+        value = message.get(key)
+        if isinstance(value, bool) or not (text := text_of(place, key, value)).strip():
+            continue  # whether there was one, or none
+        if next(iter(found.values()), text).strip() != text.strip():
+            raise refused(place, f"two thoughts, {next(iter(found))!r} and {key!r}", "Remove one of them")
+        found[REASONING[0] if key in OTHER_REASONING else key] = text
+    keys = {key for key in (*REASONING, *OTHER_REASONING) if not isinstance(message.get(key), bool)}
+    return {key: value for key, value in message.items() if key not in keys} | found
+
+
 def bears_loss(place: str, message: Json) -> bool:
     """What the keys of `UNTRAINED` say, 1 and true or 0 and false; refused where another key may say it.
 
@@ -164,7 +184,7 @@ def _arguments(place: str, arguments: Any) -> Any:
         return {}
     if isinstance(arguments, str):
         try:
-            return parse_json(arguments.encode("utf-8", "surrogatepass"))
+            return _decoded(parse_json(arguments.encode("utf-8", "surrogatepass")))
         except ValueError as error:
             raise refused(
                 place,
@@ -172,6 +192,19 @@ def _arguments(place: str, arguments: Any) -> Any:
                 "Write them as an object, or as JSON",
             ) from error
     return arguments
+
+
+def _decoded(value: Any) -> Any:
+    """Of arguments that were encoded more than once the object, under which templates look for each."""
+    found = value
+    for _ in range(MAX_ENCODED):
+        if not isinstance(found, str):
+            break
+        try:
+            found = parse_json(found.encode("utf-8", "surrogatepass"))
+        except ValueError:
+            break
+    return found if isinstance(found, dict) else value
 
 
 def tools_of(where: str, tools: Any) -> list[Json] | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from potstill.data.chats.messages import (
     INSTRUCTIONS,
+    REASONING,
     ROLES,
     SYNONYMS,
     TOOLS,
@@ -33,6 +34,7 @@ from potstill.data.chats.messages import (
     strings,
     text_of,
     tools_of,
+    with_thought,
 )
 from potstill.io.safe_open import is_encodable, names_of
 
@@ -42,6 +44,12 @@ LISTS = ("messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "output")
 VERDICTS = ("label", "kto_tag")
 """Keys of a record that say whether its answer is a good one, as KTO's data has them."""
+BESIDE = (*REASONING, "thought", "thoughts")
+"""Keys of a record for the thought before its one answer; a `reason` is one for the record, mostly."""
+SWITCHES = {"on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high"}
+"""What such keys say elsewhere: whether and how much was thought."""
+PAIRED = ("tool_call_id",)
+"""Keys of a message that templates need not write: results stand behind their calls."""
 MARKS = tuple(key for key in UNTRAINED if key != "loss")
 """Keys of a record that say whether it is trained on; a `loss` beside a conversation is a measured one, mostly."""
 SHAPES = (
@@ -87,6 +95,8 @@ class Shapes:
         """Conversations, once a turn of the assistant without content and calls: it bears no loss."""
         self.left_out: list[str] = []
         """Conversations whose record says that they are not to be trained on."""
+        self.keys: Counter[str] = Counter()
+        """Keys that only a template may read -> messages."""
         self.wordless: list[str] = []
         """Conversations, once a turn of the assistant that answers an empty question: it bears no loss."""
 
@@ -99,6 +109,12 @@ class Shapes:
         if not _is_trained_on(where, record):
             self.left_out.append(where)
             return None
+        if given := _given(record.get("chat_template_kwargs")):
+            raise refused(
+                where,
+                f"'chat_template_kwargs' is {quoted(given)}; a template gets no variables of a record",
+                "Remove the key where the template writes what is meant without it",
+            )
         found, context = self._messages(where, record)
         messages, untrained = [], set()
         for number, message in enumerate(found):
@@ -110,6 +126,7 @@ class Shapes:
                 untrained.add(number)
             if number < context or not bears_loss(place, message):
                 untrained.add(number)
+        self._think(where, record, messages)
         if system := _system(where, record):
             if messages[0]["role"] == "system":
                 system += _behind(system, messages.pop(0)["content"])
@@ -129,6 +146,20 @@ class Shapes:
                     where, "holds half of a surrogate pair, which UTF-8 cannot encode", "Correct the record"
                 )
         return Conversation(where, messages, tools, frozenset(untrained))
+
+    def _think(self, where: str, record: Json, messages: list[Json]) -> None:
+        """Gives the thought beside the messages to the answer, which must be one where they are a list."""
+        key = next((key for key in BESIDE if _is_thought(record.get(key))), None)
+        turns = [number for number, each in enumerate(messages) if each["role"] == "assistant"]
+        if key is None or not turns or any(messages[at].get(each) for at in turns for each in REASONING):
+            return  # those of the messages say whose they are
+        if len(turns) > 1 and any(record.get(name) is not None for name in (self.field or LISTS[0], *LISTS)):
+            raise refused(
+                where,
+                f"{key!r} beside the messages may be the thought of any of {len(turns)} answers",
+                "Write it into its message, as `reasoning_content`",
+            )
+        messages[turns[-1]]["reasoning_content"] = text_of(where, key, record[key])
 
     def _asked(self, where: str, messages: list[Json], untrained: set[int]) -> tuple[list[Json], set[int]]:
         """Without what the assistant and its tools say before the first question: many templates refuse it.
@@ -212,8 +243,11 @@ class Shapes:
                 f"a message must have a `role` and a `content`, both strings; found {quoted(message, 80)}",
                 "Write both",
             )
-        rest = {key: value for key, value in given.items() if key not in UNTRAINED}
         named = {"role": self._role(place, role), "content": content}
+        rest = {key: value for key, value in given.items() if key not in UNTRAINED}
+        if named["role"] == "assistant":
+            rest = with_thought(place, rest)
+        self.keys.update(key for key in rest if key not in (*REASONING, *PAIRED))
         return named | ({"tool_calls": calls} if calls else {}) | rest
 
     def _role(self, place: str, written: str) -> str:
@@ -298,6 +332,19 @@ def _without_a_question(messages: list[Json]) -> set[int]:
             found.add(number)
         before = []
     return found
+
+
+def _given(variables: Any) -> Any:
+    """In a table records have the variables of others as nulls."""
+    if not isinstance(variables, dict):
+        return variables
+    return {key: value for key, value in variables.items() if value is not None}
+
+
+def _is_thought(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip()) and value.strip().lower() not in SWITCHES
+    return isinstance(value, list) and bool(value)
 
 
 def _refuse_two_answers(where: str, record: Json) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,10 @@ from potstill.data.readers import hf, hub, jsonl, parquet
 from potstill.data.readers.folders import files_of
 from potstill.data.readers.reading import Document, Reading
 from potstill.errors import UserError, one_line
+from potstill.io.safe_open import printable_name
 
+SHOWN = 8
+"""Keys that a note names."""
 PATTERNS = ("*.jsonl", "*.parquet")
 
 
@@ -109,7 +113,16 @@ def _counts(
     roles = shapes.renamed + labeller.renamed
     renamed = {f"{old} as {new}": number for (old, new), number in sorted(roles.items())}
     found: dict[str, Any] = {name: number for name, number in counts.items() if number}
-    return found | ({"roles": renamed} if renamed else {}) | ({"first": first} if first else {})
+    found |= {"roles": renamed} if renamed else {}
+    unread = {key: shapes.keys[key] for key in sorted(shapes.keys) if not _names(labeller.template, key)}
+    found |= {"message_keys_not_read": unread} if unread else {}
+    return found | ({"first": first} if first else {})
+
+
+def _names(template: ChatTemplate, key: str) -> bool:
+    """Whether a text of the template asks a message for a key: `message.key` or `message['key']`, mostly."""
+    asks = re.compile(rf"(?:\.|['\"]){re.escape(key)}(?!\w)")
+    return any(asks.search(source.text) for source in (template.source(None), template.source([{}])))
 
 
 def _records(
@@ -181,6 +194,9 @@ def notes(counts: dict[str, Any]) -> Iterator[str]:
     if roles := counts.get("roles"):
         read_as = ", ".join(f"{each} in {number} messages" for each, number in roles.items())
         yield f"a role is read as another: {read_as}"
+    if keys := counts.get("message_keys_not_read"):
+        listed = ", ".join(f"{printable_name(key)} in {number}" for key, number in list(keys.items())[:SHOWN])
+        yield f"keys of messages that are not read: {listed}{', …' if len(keys) > SHOWN else ''}"
     for name, words in NOTES.items():
         if number := counts.get(name):
             line = words.format(number=number, all=counts["conversations"])
