@@ -18,8 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from potstill.data import readers
+from potstill.data.packing import about_documents
 from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import Unreadable, UserError
+from potstill.recipe.sections_data import ChatCorpusConfig, JsonlCorpusConfig
 
 EOS = 0
 WORDS = [
@@ -363,6 +365,69 @@ def test_jsonl_is_one_document_a_line_and_only_jsonl_files_of_a_folder_are_read(
     assert [source for source, _ in read(readers.jsonl.read(file, tokenizer))] == [f"{file}:1", f"{file}:4"]
 
 
+FOLDER = ("a.jsonl", "b.JSONL", "sub/d.ndjson", "f.jsonlines", "e.jsonl.txt", "g.jsonl.gz", "i.json")
+
+
+def test_files_of_lines_are_read_under_every_name_and_others_are_counted(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    for name in FOLDER:
+        write(tmp_path / name, json.dumps({"text": name}))
+    reading = readers.jsonl.read(tmp_path, tokenizer)
+    assert texts_of(reading, tokenizer) == ["a.jsonl", "b.JSONL", "f.jsonlines", "sub/d.ndjson"]
+    (note,) = about_documents({"reading": reading.counts})
+    assert note == (
+        "files of the folder that are not read: 3 (e.jsonl.txt, g.jsonl.gz (decompress it first), i.json)"
+    )
+    config = JsonlCorpusConfig(path=str(tmp_path))
+    assert [str(file) for file in config.sources([])] == [file["path"] for file in reading.files]
+
+
+def test_a_note_of_many_files_names_the_first(tmp_path: Path, tokenizer: Any) -> None:
+    for number in range(30):
+        write(tmp_path / f"{number:02}.md", "")
+    write(tmp_path / "a.jsonl", '{"text": "a"}')
+    reading = readers.jsonl.read(tmp_path, tokenizer)
+    assert texts_of(reading, tokenizer) == ["a"]
+    (note,) = about_documents({"reading": reading.counts})
+    assert ": 30 (00.md, 01.md" in note and note.endswith("07.md, 22 more)")
+
+
+def test_tables_are_read_whatever_the_capitals_of_their_names(tmp_path: Path, tokenizer: Any) -> None:
+    need_data_extra()
+    parquet_file(tmp_path / "a.parquet", {"text": ["one"]}).rename(tmp_path / "A.PARQUET")
+    assert texts_of(readers.parquet.read(tmp_path, tokenizer), tokenizer) == ["one"]
+
+
+def test_a_folder_without_files_to_read_says_what_it_has(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "g.jsonl.gz", "x")
+    write(tmp_path / "info.json", "{}")
+    for reader in (readers.jsonl.read, readers.chat.read):
+        with pytest.raises(
+            UserError, match=r"matches \*\.jsonl.*; it has g\.jsonl\.gz \(decompress it first\), inf"
+        ):
+            read(reader(tmp_path, word_tokenizer(CHATML)))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="it has none"):
+        read(readers.jsonl.read(tmp_path / "none", tokenizer))
+
+
+MARKS = {
+    "gzip": b"\x1f\x8b\x08\0", "zstd": b"\x28\xb5\x2f\xfd\x24", "bzip2": b"BZh91AY&SY", "xz": b"\xfd7zXZ\0\0",
+    "zip": b"PK\x03\x04\x14",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MARKS)
+@pytest.mark.parametrize("reader", ["text", "jsonl", "chat"])
+def test_a_compressed_file_is_refused_as_one(kind: str, reader: str, tmp_path: Path) -> None:
+    for name in ("x.jsonl", "x.json"):
+        file = write(tmp_path / name, MARKS[kind] + bytes(range(256)))
+        with pytest.raises(UserError) as error:
+            read(getattr(readers, reader).read(file, word_tokenizer(CHATML)))
+        assert str(error.value).startswith(f"{file}: compressed ({kind}), not text. Decompress it first (")
+
+
 # ---- chat
 
 CHAT = [
@@ -446,6 +511,33 @@ def test_spaces_at_an_answer_s_ends_are_the_answer_s_whatever_the_tokenizer_s_of
     )
     (found,) = readers.chat.read(file, tokenizer).documents
     assert found.labels is not None and tokenizer.decode(found.ids[found.labels]) == " é😀 b  <eos>"
+
+
+def test_conversations_of_a_folder_are_read_out_of_every_file_that_holds_some(tmp_path: Path) -> None:
+    record = {"messages": CHAT}
+    for name in FOLDER:
+        write(tmp_path / name, json.dumps(record) + "\n")
+    write(tmp_path / "c.json", f"\ufeff\n{json.dumps([record, record])}")
+    write(tmp_path / "H.JSON", json.dumps([record]))
+    reading = readers.chat.read(tmp_path, word_tokenizer(CHATML))
+    names = [Path(each.source).name for each in reading.documents]
+    assert names == [
+        "H.JSON:0",
+        "a.jsonl:1",
+        "b.JSONL:1",
+        "c.json:0",
+        "c.json:1",
+        "f.jsonlines:1",
+        "d.ndjson:1",
+    ]
+    assert reading.counts["files_not_read"] == {
+        "number": 3,
+        "first": ["e.jsonl.txt", "g.jsonl.gz", "i.json"],
+    }
+    config = ChatCorpusConfig(path=str(tmp_path))
+    assert [str(file) for file in config.sources([])] == [file["path"] for file in reading.files]
+    alone = readers.chat.read(tmp_path / "H.JSON", word_tokenizer(CHATML))
+    assert len(list(alone.documents)) == 1 and "files_not_read" not in alone.counts
 
 
 def test_a_template_that_changes_what_its_blocks_write_is_one_line(tmp_path: Path) -> None:

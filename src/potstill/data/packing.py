@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from potstill.data.fixed import FixedRows, Order
 from potstill.data.memmap import Stream, hashed, in_blocks, require_ids
 from potstill.data.readers import Reading, chat
+from potstill.data.readers.reading import about_files
 from potstill.errors import UserError
 from potstill.types import Batch, Vocab
 
@@ -310,6 +311,7 @@ def about_documents(manifest: dict[str, Any]) -> Iterator[str]:
     reading = manifest.get("reading") or {}
     if bos_ids := reading.get("bos_ids"):
         yield f"each text begins with {', '.join(f'id {number}' for number in bos_ids)}, as the tokenizer has it (BOS)"
+    yield from about_files(reading)
     yield from chat.notes(reading)
     if number := manifest.get("documents_longer_than_a_row"):
         yield (

@@ -124,7 +124,7 @@ class FileCorpusConfig(CorpusConfig, _Path):
     """The reader's file name patterns, as `FORMAT:NAME`."""
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return list(_reader("folders:files_of")(Path(self.path), _reader(self.patterns)))
+        return list(_reader("folders:files_with")(Path(self.path), _reader(self.patterns)))
 
 
 @register("corpus")

@@ -13,14 +13,13 @@ from potstill.data.chats.labels import Labeller
 from potstill.data.chats.records import Shapes
 from potstill.data.chats.templates import DATE, ChatTemplate, ConversationRefused
 from potstill.data.readers import hf, hub, jsonl, parquet
-from potstill.data.readers.folders import files_of
-from potstill.data.readers.reading import Document, Reading
+from potstill.data.readers.reading import Document, Reading, files_to_read
 from potstill.errors import UserError, one_line
 from potstill.io.safe_open import printable_name
 
 SHOWN = 8
 """Keys that a note names."""
-PATTERNS = ("*.jsonl", "*.parquet")
+PATTERNS = (*jsonl.PATTERNS, "*.json", *parquet.PATTERNS)
 
 
 def read(
@@ -135,16 +134,15 @@ def _records(
             f"corpus.split: {path} is no dataset that save_to_disk wrote, and none of the hub. Set it to null."
         )
     hub.refuse_selection(path, subset, count)
-    path = Path(path)
-    if path.suffix == ".json" and path.is_file():
-        return jsonl.records_of_array(path, reading)
-    return _records_of(files_of(path, PATTERNS), reading)
+    return _records_of(files_to_read(Path(path), PATTERNS, reading), reading)
 
 
 def _records_of(files: list[Path], reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             yield from without_nulls(parquet.records(file, reading))
+        elif file.suffix.lower() == ".json":
+            yield from jsonl.records_of_array(file, reading)
         else:
             yield from jsonl.records_of(file, reading)
 

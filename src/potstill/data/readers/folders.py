@@ -13,18 +13,82 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from potstill.errors import UserError
-from potstill.io.safe_open import NO_FILE, made_by_kernel, refuse, require_file, unreadable
+from potstill.io.safe_open import (
+    NO_FILE,
+    WINDOW,
+    made_by_kernel,
+    opened,
+    printable_name,
+    refuse,
+    require_file,
+    unreadable,
+)
 
 MOVE = "Make it readable, or move it out of corpus.path."
+SHOWN = 8
+"""Names in a message."""
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 REMOVE = "Remove it, or leave it out with a pattern."
 
 
-def files_of(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) -> list[Path]:
+def files_with(path: Path, patterns: Sequence[str], others: list[str] | None = None) -> list[Path]:
+    """Files of a folder that match a reader's own patterns; see `files_of`.
+
+    Capitals in a name do not matter, and of JSON files only those are read that hold an array: others beside the data
+    describe it.
+
+    Args:
+        others: gets the names of the files that are not read.
+    """
+    names: list[str] = [] if others is None else others
+    found = files_of(path, patterns, any_case=True, others=names)
+    if os.path.isdir(path):
+        described = {file for file in found if file.suffix.lower() == ".json" and not _holds_array(file)}
+        names += [str(file.relative_to(path)) for file in described]
+        found = [file for file in found if file not in described]
+        names.sort()
+    if not found:
+        raise UserError(
+            f"corpus.path: no file of {path} matches {', '.join(patterns)}; it has {listed(names)}. Name another"
+            " folder, or name the files so."
+        )
+    return found
+
+
+def listed(names: Sequence[str], count: int | None = None) -> str:
+    """The first names, and how many more there are; of those that are compressed it says what to do."""
+    shown = [
+        printable_name(name) + (" (decompress it first)" if name.lower().endswith(COMPRESSED) else "")
+        for name in names[:SHOWN]
+    ]
+    more = (count or len(names)) - len(shown)
+    return ", ".join([*shown, *([f"{more} more"] if more else [])]) or "none"
+
+
+def _holds_array(file: Path) -> bool:
+    with opened(file, "JSON", REMOVE) as stream:
+        try:
+            return stream.read(WINDOW).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        except OSError as error:
+            raise unreadable(file, error, REMOVE) from error
+
+
+def files_of(
+    path: Path,
+    include: Sequence[str],
+    exclude: Sequence[str] = (),
+    any_case: bool = False,
+    others: list[str] | None = None,
+) -> list[Path]:
     """Files of a folder that match, sorted so that a corpus is the same on every file system.
 
     Patterns match a file's name or its path in the folder; hidden files and folders are none. Links to folders
     are followed, and each folder is read once: under its own name where it lies inside `path`, else under the
     first link to it.
+
+    Args:
+        any_case: match the names in small letters.
+        others: gets the names of files that do not match; with it, that none does is no error.
 
     Raises:
         UserError: no such path, nothing in it that matches, a file that is not a plain one, a link that leads
@@ -40,12 +104,15 @@ def files_of(path: Path, include: Sequence[str], exclude: Sequence[str] = ()) ->
         is_lost_folder = (
             entry.is_symlink() and not os.path.splitext(relative)[1] and not os.path.exists(entry.path)
         )
-        if (_matches(relative, include) or is_lost_folder) and not _matches(relative, exclude):
+        is_named = _matches(relative.lower() if any_case else relative, include)
+        if (is_named or is_lost_folder) and not _matches(relative, exclude):
             matching[path / relative] = entry
+        elif others is not None:
+            others.append(relative)
     for file in sorted(matching):
         if not matching[file].is_file(follow_symlinks=False):  # most need no call to the system
             require_file(file, REMOVE)
-    if not matching:
+    if not matching and others is None:
         left = f", {', '.join(exclude)} left out" if exclude else ""
         raise UserError(f"corpus.path: no file of {path} matches {', '.join(include)}{left}.")
     return sorted(matching)

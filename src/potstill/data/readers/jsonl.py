@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from potstill.data.readers.folders import files_of
-from potstill.data.readers.reading import MARK, Reading, lines_of, string_field, tokenize
+from potstill.data.readers.reading import MARK, Reading, files_to_read, lines_of, string_field, tokenize
 from potstill.errors import UserError, one_line
 from potstill.io.safe_open import parse_json
 
-PATTERNS = ("*.jsonl",)
+PATTERNS = ("*.jsonl", "*.ndjson", "*.jsonlines")
 
 
 def read(path: Path, tokenizer: Any, field: str = "text") -> Reading:
@@ -27,7 +26,7 @@ def read(path: Path, tokenizer: Any, field: str = "text") -> Reading:
 
 def records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line of each file as a mapping, with its place."""
-    for file in files_of(path, PATTERNS):
+    for file in files_to_read(path, PATTERNS, reading):
         yield from records_of(file, reading)
 
 

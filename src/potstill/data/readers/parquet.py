@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from potstill.data.readers.folders import files_of
 from potstill.data.readers.reading import (
     TEXTS_PER_CALL,
     Reading,
     add_file,
+    files_to_read,
     import_extra,
     require_column,
     string_field,
@@ -28,7 +28,9 @@ def read(path: Path, tokenizer: Any, column: str = "text") -> Reading:
     drop_nulls = f'table.filter(~pyarrow.compute.is_null(table["{column}"])) and write it again'
 
     import_parquet()  # before anything is read
-    found = (each for file in files_of(path, PATTERNS) for each in records(file, reading, column))
+    found = (
+        each for file in files_to_read(path, PATTERNS, reading) for each in records(file, reading, column)
+    )
     texts = ((where, string_field(where, record, column, drop_nulls)) for where, record in found)
     reading.documents = tokenize(texts, tokenizer)
     return reading

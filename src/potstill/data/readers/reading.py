@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.data.readers.folders import SHOWN, files_with, listed
 from potstill.data.tokenizers import encode
 from potstill.errors import UserError
-from potstill.io.safe_open import is_encodable, names_of, opened
+from potstill.io.safe_open import is_encodable, names_of, opened, require_file
 
 TEXTS_PER_CALL = 64
 CONVERSATION_KEYS = {"messages", "conversations", "conversation", "instruction", "prompt", "completion"}
@@ -36,6 +38,17 @@ OTHER_ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+
+
+COMPRESSIONS = {
+    "gzip": (re.compile(rb"\x1f\x8b"), "gunzip"),
+    "zstd": (re.compile(rb"\x28\xb5\x2f\xfd"), "unzstd"),
+    "bzip2": (re.compile(rb"BZh[1-9]1AY&SY"), "bunzip2"),
+    "xz": (re.compile(rb"\xfd7zXZ\0"), "unxz"),
+    "zip": (re.compile(rb"PK\x03\x04"), "unzip"),
+}
+"""The bytes that such files begin with, and the program for them."""
+LONGEST_MARK = 10
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,25 @@ class Reading:
     """What else is to be known of the documents, for `corpus.json`."""
 
 
+def files_to_read(path: Path, patterns: Sequence[str], reading: Reading) -> list[Path]:
+    """Files of a folder that match a reader's patterns; the others are counted."""
+    others: list[str] = []
+    found = files_with(path, patterns, others)
+    if others:
+        reading.counts["files_not_read"] = {"number": len(others), "first": others[:SHOWN]}
+    return found
+
+
+def about_files(counts: dict[str, Any]) -> Iterator[str]:
+    if others := counts.get("files_not_read"):
+        names = listed(others["first"], others["number"])
+        yield f"files of the folder that are not read: {others['number']} ({names})"
+
+
 def lines_of(file: Path, reading: Reading, whole: bool = False) -> Iterator[bytes]:
     """The lines of a file, hashed as they pass: only a file that is one text (`whole`) is held in memory."""
     digest, size, number = hashlib.sha256(), 0, 1
+    _refuse_compressed(file)
     try:
         with opened(file, "text", "Leave it out, or write it again.") as stream:
             _require_no_other_mark(file, stream.peek(4))
@@ -89,6 +118,21 @@ def _require_no_other_mark(file: Path, start: bytes) -> None:
             raise UserError(
                 f"{file}: {encoding} text (it begins with the bytes {mark.hex(' ')}), not UTF-8."
                 f" Convert it: iconv -f {encoding} -t UTF-8."
+            )
+
+
+def _refuse_compressed(file: Path) -> None:
+    """Before a zip is refused as what pickles come in, and another as no UTF-8."""
+    require_file(file, "Leave it out, or write it again.")
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(LONGEST_MARK)
+    except (OSError, ValueError):
+        return  # whoever reads it says why not
+    for kind, (mark, command) in COMPRESSIONS.items():
+        if mark.match(start):
+            raise UserError(
+                f"{file}: compressed ({kind}), not text. Decompress it first ({command}), or leave it out."
             )
 
 
