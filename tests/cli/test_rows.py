@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,26 @@ def test_a_row_shows_where_its_documents_begin(
     assert main(["rows", str(recipe), "--limit", "1"]) == 0
     row = capsys.readouterr().out.partition("--- row 1")[0]
     assert row.count("\n|\n") == len(lines[0]["begins"])
+
+
+def test_the_label_of_the_last_position_is_shown_where_a_row_ends_inside_of_a_document(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = chat_recipe(tiny_recipe, tmp_path, tokens_per_row=50, whole_documents=False)
+    assert main(["rows", str(recipe), "--json"]) == 0
+    captured = capsys.readouterr()
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    shown = sum(sum(row["labels"]) + (row["next"] is not None) for row in rows)
+    assert f" {shown} tokens bear loss" in captured.err
+    cut = [row for row in rows if row["next"] is not None]
+    assert cut and len(cut) < len(rows)
+    for row, after in itertools.pairwise(rows):
+        assert row["next"] in (None, after["ids"][0])
+    assert main(["rows", str(recipe), "--limit", "50"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(", and the first of the next row, which is shown") == len(cut)
+    heads = [line for line in out.splitlines() if line.startswith("--- row ")]
+    assert sum(int(head.partition(" tokens, ")[2].split()[0]) for head in heads) + len(cut) == shown
 
 
 def test_tokens_that_are_in_no_row_are_counted(

@@ -81,8 +81,10 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
         say(summary(manifest["decontamination"]))
 
 
-Shown = tuple[str, list[int], list[bool], list[int]]
-"""Title, ids, whether each bears loss, and where documents begin."""
+Shown = tuple[str, list[int], list[bool], list[int], int | None]
+"""Title, ids, whether each bears loss, where documents begin, and the label behind the last id: where a row ends inside
+of a document, its last position is taught the id that the next row begins with.
+"""
 
 
 def _of_documents(reading: Any) -> Iterator[Shown]:
@@ -94,6 +96,7 @@ def _of_documents(reading: Any) -> Iterator[Shown]:
             ids,
             [False, *labels[1:]],
             [],
+            None,
         )  # the first has nothing that it could follow from
 
 
@@ -105,18 +108,24 @@ def _of_rows(rows: Any) -> Iterator[Shown]:
         for position in batch.positions_N.tolist():  # of each the label is the next token
             labels[position + 1] = True
         begins = (batch.position_ids_BT[0, 1:length] == 0).nonzero()[:, 0] + 1
-        yield f"row {row}", ids, labels[:length], begins.tolist()
+        following = int(batch.labels_N[-1]) if labels.pop() else None
+        yield f"row {row}", ids, labels, begins.tolist(), following
 
 
 def _print(options: argparse.Namespace, display: Display, tokenizer: Any, shown: Iterator[Shown]) -> int:
     """Prints them; returns how many there were."""
     count = 0
-    for title, ids, labels, begins in shown:
+    for title, ids, labels, begins, following in shown:
         count += 1
         if options.json:
-            display.result(json.dumps({"ids": ids, "labels": labels, "begins": begins}))
+            row = {"ids": ids, "labels": labels, "begins": begins, "next": following}
+            display.result(json.dumps(row))
             continue
-        display.result(f"--- {title}: {len(ids)} tokens, {sum(labels)} bear loss")
+        head = f"--- {title}: {len(ids)} tokens, {sum(labels)} bear loss"
+        if following is not None:
+            head += ", and the first of the next row, which is shown"
+            ids, labels = [*ids, following], [*labels, True]
+        display.result(head)
         display.result(_as_text(tokenizer, ids, labels, begins))
     return count
 
