@@ -11,17 +11,18 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import AddedToken
 
+from potstill.data.chats.markup import Markup, Span, any_of, marked, thought_pairs
 from potstill.data.chats.records import INSTRUCTIONS, TOOLS, Conversation, strings
 from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused
-from potstill.data.chats.turns import THOUGHTS, Span, Turns, unused
+from potstill.data.chats.turns import Turns, unused
 from potstill.errors import UserError
 
 MAX_BEFORE_END = 4
@@ -61,6 +62,8 @@ class Labeller:
     """Conversations whose system's words the template does not write."""
     renamed: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(role, the one in its place that the template writes) -> messages."""
+    without_answer: list[str] = field(default_factory=list)
+    """Conversations, once a turn, of whose answer the template does not write all words; these turns bear no loss."""
     without_text: list[str] = field(default_factory=list)
     """Conversations, once a turn, whose words beside a call of tools the template does not write."""
 
@@ -75,14 +78,20 @@ class Labeller:
         # Tags such as </think> close something else than a turn.
         ends = {number for number, token in added.items() if not token.content.startswith(("</", "[/"))}
         self._end_ids = ends | {self.tokenizer.eos_token_id}
+        self._is_added = any_of(token.content for token in added.values())
+        self._markup = self._find_markup()
+
+    def _find_markup(self) -> Markup:
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {token.content for token in added}
+        source = "".join(each.text for each in self.template.sources)
+        pairs = thought_pairs(source)
+        known = [pair for pair in pairs if any(tag in source for tag in pair)]
+        known += [pair for pair in pairs if any(tag in names for tag in pair)]
+        tags = {tag for pair in known for tag in pair}
         # A mark inside of one keeps it from being read; a token of one character has no inside.
-        self._control = [
-            token.content for token in added.values() if token.special and len(token.content) > 1
-        ]
-        self._is_control = _any_of(self._control)
-        tags = {tag for pair in THOUGHTS for tag in pair}
-        self._is_control_beside_thoughts = _any_of([each for each in self._control if each not in tags])
-        self._is_added = _any_of([token.content for token in added.values()])
+        control = [each for each in added if (each.special or each.content in tags) and len(each.content) > 1]
+        return Markup(tuple(token.content for token in control), tuple(dict.fromkeys(known)))
 
     def documents(self, conversation: Conversation) -> list[Labelled]:
         """None for a conversation without a turn that bears loss.
@@ -90,12 +99,14 @@ class Labeller:
         Raises:
             UserError: the template refuses the conversation, or the assistant's part cannot be told apart.
         """
-        turns = self._in_known_roles(Turns(self._shielded(conversation), self.template, self._is_added))
+        turns = self._in_known_roles(self._turns(self._shielded(conversation)))
         conversation = turns.conversation
         asked = [turn for turn in conversation.trained if not turns.lacks_question(turn)]
         self.without_question += [conversation.where] * (len(conversation.trained) - len(asked))
-        remaining, made = [turn for turn in asked if turns.writes_calls(turn)], []
-        self.without_calls += [conversation.where] * (len(asked) - len(remaining))
+        calling = [turn for turn in asked if turns.writes_calls(turn)]
+        self.without_calls += [conversation.where] * (len(asked) - len(calling))
+        remaining, made = [turn for turn in calling if turns.writes_answer(turn)], []
+        self.without_answer += [conversation.where] * (len(calling) - len(remaining))
         self.without_thought += [conversation.where for turn in remaining if turns.leaves_thoughts_out(turn)]
         self.without_text += [conversation.where for turn in remaining if turns.leaves_text_out(turn)]
         while remaining:
@@ -116,6 +127,9 @@ class Labeller:
             remaining = [turn for turn in remaining if turn not in taught]
         return made[::-1]
 
+    def _turns(self, conversation: Conversation) -> Turns:
+        return Turns(conversation, self.template, self._is_added, self._markup.thoughts)
+
     @staticmethod
     def _is_taught(turns: Turns, turn: int, text: str) -> bool:
         """Whether a text that goes on has all of an earlier turn, as it was at inference."""
@@ -133,7 +147,7 @@ class Labeller:
                 continue
             for role in (each for each in alike if each != message["role"]):
                 others = [*messages[:number], message | {"role": role}, *messages[number + 1 :]]
-                renamed = Turns(replace(conversation, messages=others), self.template, self._is_added)
+                renamed = self._turns(replace(conversation, messages=others))
                 if renamed.writes(number):
                     self.renamed[message["role"], role] += 1
                     return self._in_known_roles(renamed)
@@ -142,27 +156,14 @@ class Labeller:
         return turns
 
     def _shielded(self, conversation: Conversation) -> Conversation:
-        """With a mark inside of every control token that somebody's words spell, so that it is not read as one."""
-        said = [
-            {key: value for key, value in each.items() if key != "role"} for each in conversation.messages
-        ]
-        words = list(strings([said, conversation.tools]))
-        if not any(self._is_control.search(text) for text in words):
+        """With a mark inside of all markup that somebody's words spell, so that it is not read as such."""
+        messages, tools, markup = conversation.messages, conversation.tools, self._markup
+        if not any(map(markup.is_spelled, messages)) and not markup.is_spelled_in(tools):
             return conversation
-        if not any(self._is_control_beside_thoughts.search(text) for text in words):
-            return conversation  # a thought that the assistant's message has in front, between its own tags
         self.with_control_tokens.append(conversation.where)
-        mark = unused("".join(words), 1)
-
-        def shield(tree: Any) -> Any:
-            if isinstance(tree, str):
-                return self._is_control_beside_thoughts.sub(lambda found: _marked(found[0], mark), tree)
-            if isinstance(tree, dict):
-                return {shield(key): shield(value) for key, value in tree.items()}
-            return [shield(each) for each in tree] if isinstance(tree, list) else tree
-
-        messages = [shield(each) | {"role": each["role"]} for each in conversation.messages]
-        return replace(conversation, messages=messages, tools=shield(conversation.tools), mark=mark)
+        mark = unused("".join(strings([messages, tools])), 1)
+        messages = [markup.shield(each, mark) for each in messages]
+        return replace(conversation, messages=messages, tools=markup.shield_all(tools, mark), mark=mark)
 
     def _labelled(
         self, conversation: Conversation, text: str, spans: list[Span], blocks: list[list[Span]] | None
@@ -211,7 +212,7 @@ class Labeller:
         mark = conversation.mark
         if not mark:
             return _whole_tokens(text, self.tokenizer)
-        harmless = _any_of([_marked(token, mark) for token in self._control]).sub("", text)
+        harmless = any_of(marked(token, mark) for token in self._markup.shielded).sub("", text)
         ids = self._in_pieces(harmless, mark)[0]
         is_escaped = json.dumps(mark)[1:-1] in text.lower()
         if (
@@ -227,10 +228,14 @@ class Labeller:
 
     def _in_pieces(self, text: str, mark: str) -> tuple[Numbers, Numbers, Numbers]:
         """The same, where marks are no characters, and only what the template wrote is a control token."""
-        inner, tokens = _reads_words(self.tokenizer), []
+        inner, is_control, tokens = (
+            _reads_words(self.tokenizer, self._markup.control),
+            self._markup.is_control,
+            [],
+        )
         place = 0
-        for piece in re.split(f"({self._is_control.pattern})", text):
-            if self._is_control.fullmatch(piece):
+        for piece in re.split(f"({is_control.pattern})", text):
+            if is_control.fullmatch(piece):
                 tokens.append((self.tokenizer.convert_tokens_to_ids(piece), place, place + len(piece)))
             elif piece:
                 kept = [at for at, character in enumerate(piece, place) if character != mark]
@@ -241,16 +246,6 @@ class Labeller:
             place += len(piece)
         ids, begins, ends = np.array(tokens, dtype=np.int64).reshape(-1, 3).T
         return ids, begins, ends
-
-
-def _marked(token: str, mark: str) -> str:
-    return token[0] + mark + token[1:]
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of them, the longest first; nothing where there is none."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _whole_tokens(text: str, tokenizer: Any) -> tuple[Numbers, Numbers, Numbers]:
@@ -274,8 +269,16 @@ def _untrimmed(tokenizer: Any) -> Any:
 
 
 @lru_cache(maxsize=2)
-def _reads_words(tokenizer: Any) -> Any:
+def _reads_words(tokenizer: Any, control: tuple[str, ...]) -> Any:
     """A copy that reads control tokens as the words that spell them."""
     inner = copy.deepcopy(_untrimmed(tokenizer))
+    added = tokenizer.added_tokens_decoder.values()
+    # Those of Qwen's tools and of R1's roles are not flagged as special, and the library reads on what is.
+    inner.add_special_tokens([_as_special(token) for token in added if token.content in control])
     inner.encode_special_tokens = True
     return inner
+
+
+def _as_special(token: Any) -> AddedToken:
+    sides = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+    return AddedToken(token.content, special=True, normalized=token.normalized, **sides)

@@ -107,6 +107,11 @@ class ChatTemplate:
         """The template of a conversation with these tools."""
         return self._with_tools if tools else self._plain
 
+    @property
+    def sources(self) -> tuple[Source, Source]:
+        """The template of a conversation without tools, and the one with tools."""
+        return self._plain, self._with_tools
+
     def __enter__(self) -> ChatTemplate:
         return self
 

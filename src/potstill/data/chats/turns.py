@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+from potstill.data.chats.markup import REASONING, THOUGHTS, Pair, Span, answer_in
 from potstill.data.chats.records import INSTRUCTIONS, Conversation, Json
 from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused, TemplateRefused
 from potstill.errors import UserError
@@ -17,12 +18,8 @@ NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 UNASSIGNED = NONCHARACTERS + "".join(map(chr, range(0xF0000, 0x100000)))
 """The same, and a plane for private use: no text has all of them."""
 OTHER_WORDS = "potstill says"
-THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message under which data sets keep the thoughts before an answer."""
-
-Span = tuple[int, int]
-"""The first character, and the one after the last."""
+LONG = 16
+"""Characters of an answer that stand nowhere by chance."""
 
 
 class Turns:
@@ -30,10 +27,17 @@ class Turns:
 
     Args:
         added: finds the added tokens of the tokenizer in a text.
+        thoughts: tags of thoughts that the template or the tokenizer knows, the likeliest first.
     """
 
-    def __init__(self, conversation: Conversation, template: ChatTemplate, added: re.Pattern[str]) -> None:
-        self.conversation, self.template, self.added = conversation, template, added
+    def __init__(
+        self,
+        conversation: Conversation,
+        template: ChatTemplate,
+        added: re.Pattern[str],
+        thoughts: tuple[Pair, ...],
+    ) -> None:
+        self.conversation, self.template, self.added, self.thoughts = conversation, template, added, thoughts
         self._messages = conversation.messages
         self._texts: dict[tuple[int, bool], str] = {}
         # Each is asked for by every later turn.
@@ -95,8 +99,7 @@ class Turns:
         names = [call["function"]["name"] for call in self._messages[turn].get("tool_calls", [])]
         if not names:
             return True
-        own = self.with_own_question(turn)
-        text = self.upto(turn)[self._start(turn) :] if own is None else own[0][own[1][0] :]
+        text = self._own_text(turn)
         return all(name in text for name in names)
 
     def _find_start(self, turn: int) -> int:
@@ -195,13 +198,49 @@ class Turns:
         added = written[same[questions - 1] :]
         return asked + added, (len(asked), len(asked) + len(added))
 
+    def writes_answer(self, turn: int) -> bool:
+        """Whether the turn's text has all words of the answer, where they were said; those beside calls aside.
+
+        A template may take a part of them for something else, as for a thought what stands before a tag that closes
+        one.
+        """
+        message = self._messages[turn]
+        words = answer_in(message, self.thoughts)
+        if message.get("tool_calls") or not words:
+            return True
+        own = self._own_text(turn)
+        for _, end in self.thoughts:  # tags that the answer spells are shielded
+            own = own.partition(end)[2] if end in own else own
+        if own.lstrip().startswith(words):
+            return True
+        if len(words) >= LONG and "".join(words.split()) in "".join(own.split()):
+            return True
+        # In another form, perhaps: then each word is there, and around them stands what stands around others.
+        spaces = len(re.findall(r"\s+", words))
+        said, other = self._around(turn, words), self._around(turn, OTHER_WORDS)
+        return len(said) == spaces + 3 and len(other) > 1 and (said[0], said[-1]) == (other[0], other[-1])
+
+    def _own_text(self, turn: int) -> str:
+        by_hand = self.with_thought(turn) or self.with_own_question(turn)
+        return self.upto(turn)[self._start(turn) :] if by_hand is None else by_hand[0][by_hand[1][0] :]
+
+    def _around(self, turn: int, words: str) -> list[str]:
+        """The text of a turn with other words for its answer: what stands before them, each of them, and the rest."""
+        message = self._messages[turn]
+        thought = message["content"].rstrip().removesuffix(answer_in(message, self.thoughts))
+        mark = unused(self.upto(turn) + words + self.conversation.mark, 1)
+        content = thought + mark + re.sub(r"\s+", lambda space: mark + space[0], words) + mark
+        messages = [*self._messages[:turn], message | {"content": content}]
+        try:
+            text = self.template.render(self.conversation.where, messages, self.conversation.tools)
+        except TemplateRefused:
+            return []
+        return re.split(f"{mark}|{re.escape(json.dumps(mark)[1:-1])}", text, flags=re.IGNORECASE)
+
     def leaves_text_out(self, turn: int) -> bool:
         """Whether the words beside the turn's calls of tools are not written."""
         message = self._messages[turn]
-        words = message["content"]
-        for _, end in THOUGHTS:
-            words = words.rpartition(end)[2]
-        words = words.strip()
+        words = answer_in(message, self.thoughts)
         return bool(message.get("tool_calls") and words) and words not in self.upto(turn)
 
     def leaves_thoughts_out(self, turn: int) -> bool:
@@ -221,15 +260,13 @@ class Turns:
         none.
         """
         content, reasoning = self._messages[turn]["content"], self._reasoning(turn).strip()
-        source = self.template.source(self.conversation.tools).text
-        known = [each for each in THOUGHTS if each[1] in content or each[1] in source or each[0] in source]
-        known += [each for each in THOUGHTS if self.added.fullmatch(each[0])]
-        if not known:
+        if not self.thoughts:
             return content, None
-        begin, end = known[0]
+        # Tags that an answer only spells are shielded: the one that is there closes a thought.
+        begin, end = next((pair for pair in self.thoughts if pair[1] in content), self.thoughts[0])
         if end not in content and reasoning:
             content = f"{begin}\n{reasoning}\n{end}\n\n{content}"
-        return content, known[0]
+        return content, (begin, end)
 
     def ignores(self, number: int) -> bool:
         """Whether the template writes nothing of a message's words in the text that the next answer is learnt from."""

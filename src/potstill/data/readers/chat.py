@@ -99,6 +99,7 @@ def _counts(
         ("turns_prompted_otherwise", labeller.with_other_prompt),
         ("turns_without_their_thought", labeller.without_thought),
         ("turns_without_their_calls", labeller.without_calls),
+        ("turns_without_their_answer", labeller.without_answer),
         ("turns_without_their_text", labeller.without_text),
         ("turns_without_their_question", labeller.without_question),
         ("without_their_instructions", labeller.without_instructions),
@@ -183,6 +184,8 @@ NOTES = {
     " trained on",
     "turns_of_an_empty_question": "{number} turns bear no loss: the question that they answer is empty",
     "unanswered": "{number} turns bear no loss: their content is null, and they call no tool",
+    "turns_without_their_answer": "{number} turns bear no loss: the chat template does not write all words of their"
+    " answers where they were said",
     "turns_without_their_calls": "{number} turns bear no loss: the chat template does not write their calls of tools",
 }
 
