@@ -122,6 +122,72 @@ def test_instructions_that_are_not_written_are_counted_and_the_answers_are_learn
     assert counts_of(tmp_path, tokenizer, chat)["without_their_instructions"] == 1
 
 
+ADDED = "{{- '<call>' + call.function.name + (call.function.arguments | tojson) }}"
+FIRST_ALONE = FIVE_ROLES.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+NAMES_ALONE = FIVE_ROLES.replace(" + (call.function.arguments | tojson)", "")
+ARGUMENTS_ALONE = FIVE_ROLES.replace("call.function.name + ", "")
+ONE_ARGUMENT = FIVE_ROLES.replace(
+    "(call.function.arguments | tojson)", "(call.function.arguments.a | tojson)"
+)
+NO_CALLS = FIVE_ROLES.replace(ADDED, "")
+assert len({FIRST_ALONE, NAMES_ALONE, ARGUMENTS_ALONE, ONE_ARGUMENT, NO_CALLS, FIVE_ROLES}) == 6
+
+
+def called(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "calls"),
+    [
+        (NO_CALLS, "I will get_weather for Rome.", [called("get_weather", city="Rome")]),
+        (NO_CALLS, "", [called("end", a=1)]),
+        (NO_CALLS, "", [called("im_end")]),
+        (NO_CALLS, "add 1", [called("add", a=1)]),
+        (FIRST_ALONE, "", [called("add", a=1), called("add", a=2)]),
+        (FIRST_ALONE, "", [called("add", a=1), called("add", a=1)]),
+        (FIRST_ALONE, "", [called("add", a=1), called("call", a=1)]),
+        (NAMES_ALONE, "", [called("add", a=1)]),
+        (ARGUMENTS_ALONE, "", [called("call", a=1)]),
+        (ONE_ARGUMENT, "", [called("add", a=1, b=1)]),
+    ],
+)
+def test_a_call_that_is_not_written_whole_bears_no_loss_and_is_counted(
+    template: str, content: str, calls: list[Any], tmp_path: Path
+) -> None:
+    result = {"role": "tool", "content": "RES"}
+    chat = [user("?"), assistant(content, tool_calls=calls), result, assistant("it is RES")]
+    tokenizer = tokenizer_for(template)
+    (text,) = shown(tmp_path, tokenizer, chat)
+    assert text.count("[") == 1 and text.endswith("[it is RES<|im_end|>\n]")
+    assert counts_of(tmp_path, tokenizer, chat)["turns_without_their_calls"] == 1
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "call.function.name + (call.function.arguments | tojson)",
+        "(call.function.name | upper) + (call.function.arguments | tojson | upper)",
+        "call.function.name + (call.function.arguments | tojson(ensure_ascii=true))",
+        "call.function.name + (call.function.arguments.a | int | string) + (call.function.arguments.b | string)",
+        "call.function.name + (call.function.arguments.values() | join(' '))",
+        "'add' + '1' + (call.function.arguments | tojson) if call.function.name in ['add', 'end'] else"
+        " raise_exception('no such tool')",
+    ],
+)
+def test_calls_in_another_form_are_written(written: str, tmp_path: Path) -> None:
+    template = FIVE_ROLES.replace("call.function.name + (call.function.arguments | tojson)", written)
+    calls = [called("add", a=1, b="x"), called("add", a=2, b="é"), called("end", a=1, b={"c": [1]})]
+    chat = [user("?"), assistant("so", tool_calls=calls)]
+    if "raise" in written:
+        chat = [user("?"), assistant("so", tool_calls=calls[:2])]
+    counts = counts_of(tmp_path, tokenizer_for(template), chat)
+    assert "turns_without_their_calls" not in counts
+    bare = [user("?"), assistant("so", tool_calls=[called("add")])]
+    if ".a" not in written:
+        assert "turns_without_their_calls" not in counts_of(tmp_path, tokenizer_for(template), bare)
+
+
 @pytest.mark.parametrize(
     "template",
     [

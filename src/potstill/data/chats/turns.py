@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+from potstill.data.chats.calls import Part, parts_of, value_of, with_ends
 from potstill.data.chats.markup import REASONING, THOUGHTS, Pair, Span, answer_in
 from potstill.data.chats.records import INSTRUCTIONS, Conversation, Json
 from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused, TemplateRefused
@@ -17,7 +18,7 @@ NONCHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 """Code points that Unicode assigns to nothing: no text should have them."""
 UNASSIGNED = NONCHARACTERS + "".join(map(chr, range(0xF0000, 0x100000)))
 """The same, and a plane for private use: no text has all of them."""
-OTHER_WORDS = "potstill says"
+OTHER_WORDS, OTHER_END = "potstill says", "_potstill"
 LONG = 16
 """Characters of an answer that stand nowhere by chance."""
 
@@ -95,12 +96,33 @@ class Turns:
         return self._start(turn), len(self.upto(turn)) if is_last else self._end(turn)
 
     def writes_calls(self, turn: int) -> bool:
-        """Whether the turn's text names every tool that the turn calls: many templates leave calls out."""
-        names = [call["function"]["name"] for call in self._messages[turn].get("tool_calls", [])]
-        if not names:
+        """Whether the turn's text has the name and the arguments of every call: many templates leave calls out.
+
+        That a name stands somewhere in the text says nothing: the words beside a call often have it, too.
+        """
+        written = self.upto(turn)
+        calls = self._messages[turn].get("tool_calls", [])
+        parts = parts_of(calls)
+        if not parts:
             return True
-        text = self._own_text(turn)
-        return all(name in text for name in names)
+        marks = unused(written + self.conversation.mark, len(parts))
+        text = self._with_ends(turn, dict(zip(parts, marks, strict=True))) or ""
+        missing = [part for part, mark in zip(parts, marks, strict=True) if not _found(mark, text)]
+        for part in missing:  # written in another form, perhaps: then another makes another text
+            other = self._with_ends(turn, {part: OTHER_END})
+            if other == written or (other is None and str(value_of(calls, part)) not in self._own_text(turn)):
+                return False
+        return True
+
+    def _with_ends(self, turn: int, ends: dict[Part, str]) -> str | None:
+        """The text up to a turn where parts of its calls end otherwise; None: the template refuses it."""
+        message = self._messages[turn]
+        other = message | {"tool_calls": with_ends(message["tool_calls"], ends)}
+        where, tools = self.conversation.where, self.conversation.tools
+        try:
+            return self.template.render(where, [*self._messages[:turn], other], tools)
+        except TemplateRefused:
+            return None
 
     def _find_start(self, turn: int) -> int:
         written = self.upto(turn)
@@ -235,7 +257,7 @@ class Turns:
             text = self.template.render(self.conversation.where, messages, self.conversation.tools)
         except TemplateRefused:
             return []
-        return re.split(f"{mark}|{re.escape(json.dumps(mark)[1:-1])}", text, flags=re.IGNORECASE)
+        return re.split(_finds(mark), text, flags=re.IGNORECASE)
 
     def leaves_text_out(self, turn: int) -> bool:
         """Whether the words beside the turn's calls of tools are not written."""
@@ -357,6 +379,15 @@ def unused(text: str, count: int) -> str:
     """Characters that a text does not have."""
     free = (each for each in UNASSIGNED if each not in text)
     return "".join(itertools.islice(free, count))
+
+
+def _finds(mark: str) -> str:
+    """An expression for a character, also as JSON escapes it."""
+    return f"{mark}|{re.escape(json.dumps(mark)[1:-1])}"
+
+
+def _found(mark: str, text: str) -> bool:
+    return re.search(_finds(mark), text, re.IGNORECASE) is not None
 
 
 def _touched(message: Json, mark: str) -> Json:
