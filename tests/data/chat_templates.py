@@ -160,17 +160,22 @@ SPECIAL = {
     GEMMA_3: ["<bos>", "<end_of_turn>", "<start_of_turn>"],
     PHI_4: ["<|im_start|>", "<|im_end|>", "<|im_sep|>"],
     PHI_3: ["<|user|>", "<|end|>", "<|assistant|>"],
-    R1_DISTILL: ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"],
+    R1_DISTILL: ["<|begin|>", "<|end|>"],
     SMOLLM_2: ["<|im_start|>", "<|im_end|>"],
     CHATML: ["<|im_start|>", "<|im_end|>"],
 }
 """Template -> its control tokens, the first of which is the BOS."""
 WORDS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
-"""Added tokens that are no control tokens, as Qwen 3 has them."""
+"""Added tokens that are not flagged as special, as Qwen 3 has them."""
+ROLES_OF_R1 = ["<|User|>", "<|Assistant|>"]
+"""Nor are these."""
 
 
 def tokenizer_for(
-    template: str, eos: str = "<|endoftext|>", special: list[str] | None = None, words: list[str] = WORDS
+    template: str,
+    eos: str = "<|endoftext|>",
+    special: list[str] | None = None,
+    words: list[str] | None = None,
 ) -> Any:
     """A token a byte, the control tokens of a template, and an end of text that is none of them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -181,6 +186,8 @@ def tokenizer_for(
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token=control[0], eos_token=eos, additional_special_tokens=control
     )
+    if words is None:
+        words = [*WORDS, *(ROLES_OF_R1 if template == R1_DISTILL else [])]
     made.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     made.chat_template = template
     return made

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import tokenizer_for
+from chat_templates import WORDS, tokenizer_for
 from test_chats import TWO_TURNS, assistant, counts_of, reading_of, shown, user
 
 TEMPLATES = Path(__file__).parent / "trl_templates"
@@ -46,8 +46,14 @@ def read(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+NOT_FLAGGED = ["<｜User｜>", "<｜Assistant｜>"]
+"""Control tokens that the tokenizers of R1 do not flag as special."""
+
+
 def real_tokenizer(name: str, control_of: str | None = None) -> Any:
-    return tokenizer_for(read(name), special=sorted({*CONTROL.findall(read(control_of or name))}))
+    found = {*CONTROL.findall(read(control_of or name))}
+    words = [*WORDS, *(each for each in NOT_FLAGGED if each in found)]
+    return tokenizer_for(read(name), special=sorted(found - {*words}), words=words)
 
 
 def runs(tokenizer: Any, ids: list[int], marks: list[int]) -> list[str]:

@@ -28,6 +28,9 @@ from potstill.errors import UserError
 MAX_BEFORE_END = 4
 """Tokens of white space that a template may write between an answer and its end of turn."""
 
+IN_BRACKETS = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
+"""Looks like a control token: a name between signs."""
+
 Numbers = NDArray[np.int64]
 Labels = NDArray[np.bool_]
 
@@ -79,9 +82,15 @@ class Labeller:
         ends = {number for number, token in added.items() if not token.content.startswith(("</", "[/"))}
         self._end_ids = ends | {self.tokenizer.eos_token_id}
         self._is_added = any_of(token.content for token in added.values())
-        self._markup = self._find_markup()
+        self._found: Markup | None = None
 
-    def _find_markup(self) -> Markup:
+    def _markup(self, where: str) -> Markup:
+        """What the template takes for markup; `where`: the conversation that asks first, for errors."""
+        if self._found is None:
+            self._found = self._find_markup(self.template.sample(where))
+        return self._found
+
+    def _find_markup(self, sample: str) -> Markup:
         added = self.tokenizer.added_tokens_decoder.values()
         names = {token.content for token in added}
         source = "".join(each.text for each in self.template.sources)
@@ -89,9 +98,16 @@ class Labeller:
         known = [pair for pair in pairs if any(tag in source for tag in pair)]
         known += [pair for pair in pairs if any(tag in names for tag in pair)]
         tags = {tag for pair in known for tag in pair}
-        # A mark inside of one keeps it from being read; a token of one character has no inside.
-        control = [each for each in added if (each.special or each.content in tags) and len(each.content) > 1]
-        return Markup(tuple(token.content for token in control), tuple(dict.fromkeys(known)))
+
+        def is_control(token: Any) -> bool:
+            if token.special or token.content in tags:
+                return len(token.content) > 1  # a mark inside of one keeps it from being read
+            # Those of Qwen's tools and of R1's roles are not flagged. White space and words may be added tokens, too.
+            is_written = token.content in source or token.content in sample
+            return is_written and IN_BRACKETS.fullmatch(token.content) is not None
+
+        control = [token.content for token in added if is_control(token)]
+        return Markup(tuple(control), tuple(dict.fromkeys(known)))
 
     def documents(self, conversation: Conversation) -> list[Labelled]:
         """None for a conversation without a turn that bears loss.
@@ -128,7 +144,7 @@ class Labeller:
         return made[::-1]
 
     def _turns(self, conversation: Conversation) -> Turns:
-        return Turns(conversation, self.template, self._is_added, self._markup.thoughts)
+        return Turns(conversation, self.template, self._is_added, self._markup(conversation.where).thoughts)
 
     @staticmethod
     def _is_taught(turns: Turns, turn: int, text: str) -> bool:
@@ -157,7 +173,7 @@ class Labeller:
 
     def _shielded(self, conversation: Conversation) -> Conversation:
         """With a mark inside of all markup that somebody's words spell, so that it is not read as such."""
-        messages, tools, markup = conversation.messages, conversation.tools, self._markup
+        messages, tools, markup = conversation.messages, conversation.tools, self._markup(conversation.where)
         if not any(map(markup.is_spelled, messages)) and not markup.is_spelled_in(tools):
             return conversation
         self.with_control_tokens.append(conversation.where)
@@ -212,8 +228,9 @@ class Labeller:
         mark = conversation.mark
         if not mark:
             return _whole_tokens(text, self.tokenizer)
-        harmless = any_of(marked(token, mark) for token in self._markup.shielded).sub("", text)
-        ids = self._in_pieces(harmless, mark)[0]
+        markup = self._markup(conversation.where)
+        harmless = any_of(marked(token, mark) for token in markup.shielded).sub("", text)
+        ids = self._in_pieces(harmless, mark, markup)[0]
         is_escaped = json.dumps(mark)[1:-1] in text.lower()
         if (
             is_escaped
@@ -224,15 +241,11 @@ class Labeller:
                 f"{conversation.where}: the words of a message spell a control token, and this tokenizer or"
                 f" its template cannot keep it as words. Write it otherwise, or {SKIP}."
             )
-        return self._in_pieces(text, mark)
+        return self._in_pieces(text, mark, markup)
 
-    def _in_pieces(self, text: str, mark: str) -> tuple[Numbers, Numbers, Numbers]:
+    def _in_pieces(self, text: str, mark: str, markup: Markup) -> tuple[Numbers, Numbers, Numbers]:
         """The same, where marks are no characters, and only what the template wrote is a control token."""
-        inner, is_control, tokens = (
-            _reads_words(self.tokenizer, self._markup.control),
-            self._markup.is_control,
-            [],
-        )
+        inner, is_control, tokens = _reads_words(self.tokenizer, markup.control), markup.is_control, []
         place = 0
         for piece in re.split(f"({is_control.pattern})", text):
             if is_control.fullmatch(piece):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from potstill.data.chats.records import Json
+from potstill.data.chats.records import TOOLS, Json
 
 Span = tuple[int, int]
 """The first character, and the one after the last."""
@@ -26,6 +26,7 @@ NAMED_THOUGHT = re.compile(r"</([\w:.-]*(?:think|thought|reason)[\w:.-]*)>")
 """How templates of other models call the end of a thought: </seed:think>, </thought>, </reasoning>."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which data sets keep the thoughts before an answer."""
+RESULT: Pair = ("<tool_response>", "</tool_response>")
 QUOTES = "`'\"“”„«»‘’"
 FENCE = "```"
 
@@ -107,6 +108,16 @@ def _calls_in(content: str, start: int, pairs: Iterable[Pair]) -> set[Span]:
     return spans
 
 
+def _results_in(content: str) -> set[Span]:
+    """Tags of results in a message that is nothing but results, which Qwen's templates take for no question."""
+    begin, end = RESULT
+    words = content.strip()
+    if not (words.startswith(begin) and words.endswith(end)):
+        return set()
+    found = [tag.span() for tag in re.finditer(f"{re.escape(begin)}|{re.escape(end)}", content)]
+    return {span for span in found if span in (found[0], found[-1]) or _is_alone(content, span)}
+
+
 def _closed(content: str, inside: int, end: str) -> Span | None:
     """Where the tag stands that closes a call; None for what is no call."""
     body = inside + len(content[inside:]) - len(content[inside:].lstrip())
@@ -155,10 +166,10 @@ class Markup:
         return tuple(pair for pair in pairs if pair[1] in self.control and pair not in self.thoughts)
 
     def genuine(self, message: Json) -> set[Span]:
-        """Where in a message's content markup stands that the data means as such: it is the assistant's."""
-        if message["role"] != "assistant":
-            return set()
+        """Where in a message's content markup stands that the data means as such."""
         content: str = message["content"]
+        if message["role"] != "assistant":
+            return _results_in(content) if message["role"] in ("user", *TOOLS) else set()
         found, spans, start = thought_in(message, self.thoughts), set(), 0
         if found is not None:
             (begin, _), closing = found

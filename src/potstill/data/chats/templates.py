@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from potstill.data.chats.records import ROLES, TOOLS
 from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_process, quiet_transformers
 
@@ -168,6 +170,25 @@ class ChatTemplate:
 
             self._takes_parts[source.text] = not is_written(asked) and is_written(_in_parts(asked))
         return self._takes_parts[source.text]
+
+    def sample(self, where: str) -> str:
+        """What the template writes for each role that it knows: it may put its tokens together from parts."""
+        asked: Json = {"role": "user", "content": PROBE}
+        texts: list[str] = []
+        called: Json = {
+            "type": "function",
+            "id": "potstill1",
+            "function": {"name": "ask", "arguments": {"a": "b"}},
+        }
+        calling = [asked, {"role": "assistant", "content": "", "tool_calls": [called]}]
+        chats = [[asked], [{"role": "system", "content": PROBE}, asked], calling]
+        chats += [[asked, {"role": role, "content": PROBE}] for role in ROLES if role not in TOOLS]
+        chats += [[*calling, {"role": role, "content": PROBE}] for role in TOOLS]
+        tool = {"type": "function", "function": {"name": "ask", "description": "", "parameters": {}}}
+        for messages, tools in itertools.product(chats, (None, [tool])):
+            with contextlib.suppress(TemplateRefused):
+                texts.append(self.render(where, messages, tools, prompt=messages[-1]["role"] != "assistant"))
+        return "\n".join(texts)
 
     def _render(
         self,
