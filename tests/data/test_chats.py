@@ -244,6 +244,46 @@ def test_the_corpus_is_the_same_tomorrow(tmp_path: Path) -> None:
         shown(tmp_path, tokenizer_for("{% set f = '%d' %}{{ strftime_now(f) }}" + CHATML), TWO_TURNS)
 
 
+CHANCE = {
+    "a choice": "{{ ['A', 'B', 'C', 'D', 'E', 'F', 'G'] | random }}{{ range(99999) | random }}",
+    "words": "{{ lipsum(1, false, 3, 9) }}",
+    "numbers in a turn": "",
+}
+
+
+@pytest.mark.parametrize("name", CHANCE)
+def test_what_a_template_draws_is_the_same_in_every_start(name: str, tmp_path: Path) -> None:
+    numbered = CHATML.replace("m.content", "(range(99999) | random | string) + m.content")
+    tokenizer = tokenizer_for(CHANCE[name] + CHATML if CHANCE[name] else numbered)
+    chats = [TWO_TURNS, TWO_TURNS[:2]]
+    one, other = shown(tmp_path, tokenizer, *chats)
+    assert [one, other] == shown(tmp_path, tokenizer, *chats)
+    assert one.startswith(other.partition("[")[0]) and one.count("[") == 2
+    assert "hi" not in one.partition("[")[2]
+
+
+def test_a_template_that_writes_by_chance_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tokenizer_for("{{ messages | map('upper') }}" + CHATML)
+    with pytest.raises(
+        UserError, match=r"chat\.jsonl:1: the chat template of .* writes a place in memory \(at 0x"
+    ):
+        shown(tmp_path, place, TWO_TURNS)
+    (text,) = shown(tmp_path, tokenizer_for(CHATML), [user("<object at 0x7f00deadbeef>"), assistant("yo")])
+    assert "[yo<|im_end|>" in text
+    monkeypatch.setattr(templates.random, "seed", lambda number: None)  # type: ignore[attr-defined]
+    refused = (
+        r"chat\.jsonl:1: the chat template of .* writes another text for the same conversation each time"
+    )
+    for chance in (
+        "{{ range(99999) | random }}",
+        "{% if messages | length > 2 %}{{ range(99999) | random }}{% endif %}",
+    ):
+        with pytest.raises(UserError, match=refused):
+            shown(tmp_path, tokenizer_for(chance + CHATML), TWO_TURNS)
+
+
 ENDLESS = {
     "a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "one number": "{{ 9 ** (9 ** 9) }}",

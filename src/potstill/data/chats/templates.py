@@ -13,6 +13,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import random
 import re
 import resource
 import warnings
@@ -21,7 +22,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from potstill.data.chats.records import ROLES, TOOLS
+from potstill.data.chats.records import ROLES, TOOLS, strings
 from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_process, quiet_transformers
 
@@ -32,6 +33,12 @@ SECONDS = 10
 MEMORY_BYTES = 2**30
 """Beyond what this process has when the child is forked."""
 MAX_CHARACTERS = 2**26
+SEED = 0
+"""Of each text, so that the corpus of a template that draws numbers is the same tomorrow, and turn by turn."""
+TWICE = 32
+"""The first texts, for each of which the template is asked twice: it must write the same."""
+ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
+"""In what Python writes for an object that has no text of its own."""
 PROBE = "potstill asks"
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BLOCK_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
@@ -102,6 +109,7 @@ class ChatTemplate:
         self._plain, self._with_tools = (Source(text, date) for text in texts)
         self._takes_parts: dict[str, bool] = {}
         """By the text of a template: see `takes_parts`."""
+        self._asked_twice = 0
         self._child: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -153,7 +161,29 @@ class ChatTemplate:
         if self.takes_parts(where, source):
             messages = [_in_parts(message) for message in messages]
         options = {"add_generation_prompt": prompt} | ({"continue_final_message": True} if goes_on else {})
-        return self._render(where, source, messages, tools, options, marks)
+        text = self._render(where, source, messages, tools, options, marks)
+        written = ADDRESS.search(text)
+        if written and not any(written[0] in words for words in strings([messages, tools])):
+            raise UserError(
+                f"{where}: {self._name()} writes a place in memory ({written[0].strip()}), which is another one every"
+                f" time. {self.advice}"
+            )
+        if self._asked_twice < TWICE:
+            self._asked_twice += 1
+            self._refuse_chance(where, text, self._render(where, source, messages, tools, options, marks))
+        return text
+
+    def refuse_chance(
+        self, where: str, messages: list[Json], tools: list[Json] | None, prompt: bool, text: str
+    ) -> None:
+        """Raises: UserError: the template now writes another text than it did for the same conversation."""
+        self._refuse_chance(where, text, self.render(where, messages, tools, prompt))
+
+    def _refuse_chance(self, where: str, text: str, again: str) -> None:
+        if text != again:
+            raise UserError(
+                f"{where}: {self._name()} writes another text for the same conversation each time. {self.advice}"
+            )
 
     def takes_parts(self, where: str, source: Source) -> bool:
         """Whether a template writes content that is a list of parts and none that is a text, as those of some
@@ -261,6 +291,7 @@ def _serve(connection: Connection, parents: Connection, apply: Callable[..., str
     with quiet_transformers(), quiet_process(), contextlib.suppress(EOFError, OSError):
         while True:
             messages, options = connection.recv()
+            random.seed(SEED)  # what `random` and `lipsum` of a template draw is the same for each text
             try:
                 text = apply(messages, **options)
                 answer: tuple[bool, str | None] = (True, text)

@@ -137,6 +137,9 @@ class Turns:
                 return 0
             raise
         if start < least and not self.has_blocks:
+            before = self._messages[:turn]
+            where, tools = self.conversation.where, self.conversation.tools
+            self.template.refuse_chance(where, before, tools, True, asked)
             raise ConversationRefused(
                 f"{self.conversation.where}: the chat template rewrites earlier turns, so the assistant's tokens of"
                 f" message {turn} cannot be told apart. Use a template with a {{% generation %}} block, or {SKIP}."
