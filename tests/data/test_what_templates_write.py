@@ -10,6 +10,7 @@ import pytest
 from conftest import make_model
 from data.chat_templates import tokenizer_for
 from test_chats import assistant, reading_of, shown, user
+from test_real_templates import real_tokenizer
 
 from potstill.build.corpus import make_corpus
 from potstill.build.resolve import resolve
@@ -252,6 +253,43 @@ def test_functions_are_tools(tmp_path: Path) -> None:
     ]
     (text,) = shown(tmp_path, tokenizer_for(template), {"messages": chat, "functions": [{"name": "add"}]})
     assert text.startswith("<tool>add") and "[<call>add{}" in text
+
+
+WITH_TOOLS = "{%- for tool in tools or [] %}{{- '<tool>' + (tool | tojson) }}{%- endfor %}" + FIVE_ROLES
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "is_written"),
+    [
+        (tokenizer_for(FIVE_ROLES), False),
+        (real_tokenizer("gemma3"), False),
+        (real_tokenizer("deepseek_r1_distill"), False),
+        (real_tokenizer("qwen3"), True),
+        (real_tokenizer("llama3_1"), True),
+        (tokenizer_for(WITH_TOOLS), True),
+    ],
+)
+def test_tools_that_are_not_written_are_counted(tokenizer: Any, is_written: bool, tmp_path: Path) -> None:
+    chat = [user("the user"), assistant("yo"), user("function"), assistant("zork")]
+    for tool in ({"name": "zork", "parameters": {}}, {"name": "user"}):
+        counts = counts_of(tmp_path, tokenizer, {"messages": chat, "tools": [tool]}, chat)
+        assert counts.get("without_their_tools", 0) == (0 if is_written else 1)
+        noted = [each for each in readers.chat.notes(counts) if each.startswith("the tools of 1 of 2")]
+        assert len(noted) == (0 if is_written else 1) and all("chat.jsonl:1" in each for each in noted)
+
+
+def test_tools_are_counted_by_the_template_for_tools(tmp_path: Path) -> None:
+    tokenizer, record = (
+        tokenizer_for(FIVE_ROLES),
+        {"messages": [user("a"), assistant("b")], "tools": [{"name": "z"}]},
+    )
+    tokenizer.chat_template = {
+        "default": FIVE_ROLES,
+        "tool_use": FIVE_ROLES + " ",
+    }
+    assert counts_of(tmp_path, tokenizer, record)["without_their_tools"] == 1
+    tokenizer.chat_template = {"default": FIVE_ROLES, "tool_use": WITH_TOOLS}
+    assert "without_their_tools" not in counts_of(tmp_path, tokenizer, record)
 
 
 def test_a_prompt_that_is_json_in_a_string_is_its_messages(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a turn's calls of tools: their names, and each of their arguments."""
+"""The parts of a turn's calls of tools, their names and each of their arguments, and the tools of a record."""
 
 from __future__ import annotations
 
@@ -50,3 +50,16 @@ def with_ends(calls: list[Json], ends: Mapping[Part, str]) -> list[Json]:
         changed = {"name": ended((number, None)), "arguments": others}
         made.append(call | {"function": call["function"] | changed})
     return made
+
+
+def with_other_names(tools: list[Json], end: str) -> list[Json]:
+    """Tools whose names end otherwise."""
+
+    def renamed(tool: Json) -> Json:
+        return {key: f"{value}{end}" if key == "name" else value for key, value in tool.items()}
+
+    return [
+        renamed(tool)
+        | ({"function": renamed(tool["function"])} if isinstance(tool.get("function"), dict) else {})
+        for tool in tools
+    ]

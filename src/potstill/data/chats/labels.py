@@ -63,6 +63,8 @@ class Labeller:
     """Conversations, once a turn, where the template writes nothing of what the turn answers; these bear no loss."""
     without_instructions: list[str] = field(default_factory=list)
     """Conversations whose system's words the template does not write."""
+    without_tools: list[str] = field(default_factory=list)
+    """Conversations of whose tools the template writes nothing."""
     renamed: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(role, the one in its place that the template writes) -> messages."""
     without_answer: list[str] = field(default_factory=list)
@@ -125,6 +127,8 @@ class Labeller:
         self.without_answer += [conversation.where] * (len(calling) - len(remaining))
         self.without_thought += [conversation.where for turn in remaining if turns.leaves_thoughts_out(turn)]
         self.without_text += [conversation.where for turn in remaining if turns.leaves_text_out(turn)]
+        if remaining and turns.leaves_tools_out(remaining[-1]):
+            self.without_tools.append(conversation.where)
         while remaining:
             last = remaining[-1]
             if (by_hand := turns.with_thought(last) or turns.with_own_question(last)) is not None:

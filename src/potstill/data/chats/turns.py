@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from potstill.data.chats.calls import Part, parts_of, value_of, with_ends
+from potstill.data.chats.calls import Part, parts_of, value_of, with_ends, with_other_names
 from potstill.data.chats.markup import REASONING, THOUGHTS, Pair, Span, answer_in
 from potstill.data.chats.records import INSTRUCTIONS, Conversation, Json
 from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused, TemplateRefused
@@ -311,6 +311,22 @@ class Turns:
             others = [*self._messages[:end]]
             others[number] = others[number] | {"content": OTHER_WORDS}
             return self.template.render(where, others, tools, prompt) == text
+        except TemplateRefused:
+            return False
+
+    def leaves_tools_out(self, turn: int) -> bool:
+        """Whether the template writes nothing of the record's tools in the text that a turn is learnt from."""
+        tools = self.conversation.tools
+        if not tools:
+            return False
+        prompt = not self.has_blocks
+        count = turn if prompt else turn + 1
+        try:
+            text = self._text(count, prompt)
+            others = with_other_names(tools, OTHER_END)
+            return (
+                self.template.render(self.conversation.where, self._messages[:count], others, prompt) == text
+            )
         except TemplateRefused:
             return False
 

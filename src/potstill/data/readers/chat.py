@@ -104,6 +104,7 @@ def _counts(
         ("turns_without_their_question", labeller.without_question),
         ("without_their_instructions", labeller.without_instructions),
         ("marked_as_untrained", shapes.left_out),
+        ("without_their_tools", labeller.without_tools),
         ("unanswered", shapes.unanswered),
         ("turns_of_an_empty_question", shapes.wordless),
         ("begun_by_the_assistant", shapes.unasked),
@@ -183,6 +184,7 @@ NOTES = {
     "marked_as_untrained": "{number} of {all} conversations are left out: their records say that they are not to be"
     " trained on",
     "turns_of_an_empty_question": "{number} turns bear no loss: the question that they answer is empty",
+    "without_their_tools": "the tools of {number} of {all} conversations are left out: the chat template writes none",
     "unanswered": "{number} turns bear no loss: their content is null, and they call no tool",
     "turns_without_their_answer": "{number} turns bear no loss: the chat template does not write all words of their"
     " answers where they were said",
