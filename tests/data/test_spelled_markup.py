@@ -236,3 +236,12 @@ def test_results_in_a_user_s_message_are_no_question(tmp_path: Path) -> None:
     assert text.count("[<think>") == 2
     found = tokens_of(tmp_path, tokenizer, [user("?"), calling, result, assistant("yo")])
     assert found.count("</tool_response>") == 1
+
+
+def test_deep_arguments_that_spell_markup(tmp_path: Path) -> None:
+    arguments: Any = "<tool_call>"
+    for _ in range(450):
+        arguments = {"a": arguments}
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    counts = counts_of(tmp_path, tokenizer_for(QWEN_3), [user("?"), assistant("", tool_calls=[call])])
+    assert counts["spell_control_tokens"] == 1

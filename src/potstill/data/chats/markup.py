@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from potstill.data.chats.records import TOOLS, Json
+from potstill.data.chats.records import TOOLS, Json, strings
 
 Span = tuple[int, int]
 """The first character, and the one after the last."""
@@ -188,11 +188,7 @@ class Markup:
         return any(span not in genuine for span in found) or self.is_spelled_in(rest)
 
     def is_spelled_in(self, tree: Any) -> bool:
-        if isinstance(tree, str):
-            return self.is_shielded.search(tree) is not None
-        if isinstance(tree, dict):
-            return any(self.is_spelled_in(each) for each in (*tree, *tree.values()))
-        return any(self.is_spelled_in(each) for each in tree) if isinstance(tree, list) else False
+        return any(self.is_shielded.search(text) for text in strings(tree))
 
     def shield(self, message: Json, mark: str) -> Json:
         """A message whose words spell no markup."""

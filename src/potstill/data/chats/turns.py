@@ -243,7 +243,11 @@ class Turns:
         # In another form, perhaps: then each word is there, and around them stands what stands around others.
         spaces = len(re.findall(r"\s+", words))
         said, other = self._around(turn, words), self._around(turn, OTHER_WORDS)
-        return len(said) == spaces + 3 and len(other) > 1 and (said[0], said[-1]) == (other[0], other[-1])
+        if len(said) == spaces + 3 and len(other) > 1 and (said[0], said[-1]) == (other[0], other[-1]):
+            return True
+        if self.has_blocks:
+            self.blocks(turn)  # refused by name where the template changes what they write
+        return False
 
     def _own_text(self, turn: int) -> str:
         by_hand = self.with_thought(turn) or self.with_own_question(turn)
