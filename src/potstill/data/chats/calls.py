@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from potstill.data.chats.records import Json
+from potstill.data.chats.roles import Json
 
 Part = tuple[int, str | None]
 """The number of a call, and the name of an argument; None: the name of the tool."""

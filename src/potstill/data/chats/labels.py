@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken
 
 from potstill.data.chats.markup import Markup, Span, any_of, marked, thought_pairs
-from potstill.data.chats.records import INSTRUCTIONS, TOOLS, Conversation, strings
+from potstill.data.chats.records import Conversation
+from potstill.data.chats.roles import INSTRUCTIONS, TOOLS, strings
 from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused
 from potstill.data.chats.turns import Turns, unused
 from potstill.errors import UserError

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from potstill.data.chats.records import TOOLS, Json, strings
+from potstill.data.chats.roles import REASONING, TOOLS, Json, strings
 
 Span = tuple[int, int]
 """The first character, and the one after the last."""
@@ -24,8 +24,6 @@ Pair = tuple[str, str]
 THOUGHTS: tuple[Pair, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 NAMED_THOUGHT = re.compile(r"</([\w:.-]*(?:think|thought|reason)[\w:.-]*)>")
 """How templates of other models call the end of a thought: </seed:think>, </thought>, </reasoning>."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message under which data sets keep the thoughts before an answer."""
 RESULT: Pair = ("<tool_response>", "</tool_response>")
 QUOTES = "`'\"“”„«»‘’"
 FENCE = "```"

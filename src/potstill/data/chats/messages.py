@@ -3,57 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
+from potstill.data.chats.roles import OTHER_REASONING, REASONING, Json
 from potstill.data.chats.templates import SKIP, ConversationRefused
 from potstill.errors import one_line
 from potstill.io.safe_open import parse_json
 
-ROLES = (
-    "system",
-    "developer",
-    "user",
-    "assistant",
-    "tool",
-    "function",
-    "ipython",
-    "environment",
-    "documents",
-)
-"""What templates know. A template may refuse some of them, and says so."""
-INSTRUCTIONS, TOOLS = ("system", "developer"), ("tool", "function", "ipython", "environment")
-SYNONYMS = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
-"""Roles that data sets write for those of the templates; capitals do not matter."""
 ARGUMENTS = ("arguments", "parameters", "input")
 """Keys of a call under which data sets have its arguments."""
 UNTRAINED = ("weight", "train", "training", "trainable", "learn", "loss", "loss_mask")
 """Keys of a message that say whether it bears loss; no template sees them."""
 SOUNDS_LIKE_LOSS = ("train", "loss", "mask", "weight", "learn")
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message for the thought before its answer, under which templates look for it, too."""
-OTHER_REASONING = ("thought", "thoughts", "reason")
-"""More of them, of data sets alone; read as the first of `REASONING`."""
 MAX_ENCODED = 4
 """Times that arguments may be encoded as JSON beyond the first."""
 MAX_DEPTH = 100
 """Levels of lists and objects in a message; Python's own bound is on what it calls, and the template's process has it
 too.
 """
-
-Json = dict[str, Any]
 
 
 def refused(where: str, what: str, todo: str) -> ConversationRefused:
@@ -215,14 +183,3 @@ def tools_of(where: str, tools: Any) -> list[Json] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise refused(where, f"tools is {quoted(tools)}, not a list of functions", "Write a list of objects")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def strings(tree: Any) -> Iterator[str]:
-    """Every string of nested lists and mappings, keys too."""
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from strings([*tree, *tree.values()])
-    elif isinstance(tree, list):
-        for each in tree:
-            yield from strings(each)

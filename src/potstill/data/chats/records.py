@@ -16,13 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.data.chats.messages import (
-    INSTRUCTIONS,
-    REASONING,
-    ROLES,
-    SYNONYMS,
-    TOOLS,
     UNTRAINED,
-    Json,
     bears_loss,
     calls_of,
     joined,
@@ -31,14 +25,12 @@ from potstill.data.chats.messages import (
     refused,
     require_shallow,
     said_to_train,
-    strings,
     text_of,
     tools_of,
     with_thought,
 )
+from potstill.data.chats.roles import INSTRUCTIONS, REASONING, ROLES, SYNONYMS, TOOLS, Json, strings
 from potstill.io.safe_open import is_encodable, names_of
-
-__all__ = ["INSTRUCTIONS", "TOOLS", "Conversation", "Json", "Shapes", "strings"]
 
 LISTS = ("messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "output")

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from potstill.data.chats.records import ROLES, TOOLS, strings
+from potstill.data.chats.roles import ROLES, TOOLS, strings
 from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_process, quiet_transformers
 

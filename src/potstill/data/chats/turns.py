@@ -9,8 +9,9 @@ import re
 from typing import Any
 
 from potstill.data.chats.calls import Part, parts_of, value_of, with_ends, with_other_names
-from potstill.data.chats.markup import REASONING, THOUGHTS, Pair, Span, answer_in
-from potstill.data.chats.records import INSTRUCTIONS, Conversation, Json
+from potstill.data.chats.markup import THOUGHTS, Pair, Span, answer_in
+from potstill.data.chats.records import Conversation
+from potstill.data.chats.roles import INSTRUCTIONS, REASONING, Json
 from potstill.data.chats.templates import SKIP, ChatTemplate, ConversationRefused, TemplateRefused
 from potstill.errors import UserError
 
