@@ -240,7 +240,7 @@ def test_results_in_a_user_s_message_are_no_question(tmp_path: Path) -> None:
 
 def test_deep_arguments_that_spell_markup(tmp_path: Path) -> None:
     arguments: Any = "<tool_call>"
-    for _ in range(450):
+    for _ in range(90):
         arguments = {"a": arguments}
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     counts = counts_of(tmp_path, tokenizer_for(QWEN_3), [user("?"), assistant("", tool_calls=[call])])
