@@ -369,3 +369,21 @@ def test_arguments_that_were_encoded_again_are_the_same(template: str, tmp_path:
         assert shown(tmp_path, tokenizer, chat(arguments)) == wanted
         arguments = json.dumps(arguments)
     assert '"5"' in shown(tmp_path, tokenizer_for(LLAMA_3_1), chat(json.dumps("5")))[0]  # no object
+
+
+def test_content_of_null_is_the_same_in_a_table(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the data extra is not installed; not run")
+    tokenizer = tokenizer_for(CHATML)
+    silent: list[Any] = [
+        {"messages": [*TWO_TURNS, user("more?"), assistant(None)]},
+        {"messages": [user("q"), assistant("a"), {"role": "user", "content": None}, assistant("b")]},
+        {"messages": with_result({"tool_call_id": "1"})},
+    ]
+    silent[2]["messages"][1]["content"] = None  # beside a call
+    wanted = reading_of(tmp_path, tokenizer, *silent)
+    ids = [each.ids.tolist() for each in wanted.documents]
+    datasets.Dataset.from_list(silent).to_parquet(tmp_path / "c.parquet")
+    reading = readers.chat.read(tmp_path / "c.parquet", tokenizer)
+    assert [each.ids.tolist() for each in reading.documents] == ids
+    for name in ("unanswered", "turns_of_an_empty_question"):
+        assert reading.counts[name] == wanted.counts[name] == 1

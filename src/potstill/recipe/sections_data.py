@@ -195,8 +195,8 @@ class ChatCorpusConfig(DataSetCorpusConfig):
     """Of several conversations in a row: each whole, as many as fit; false: cut where a row ends, so that answers stand
     in a row without their question."""
     skip_refused: bool = False
-    """Leave out, and count, conversations that the template refuses or whose turns cannot be told apart; false: the
-    first of them ends the run."""
+    """Leave out, and count, records that are no conversation and conversations that the template refuses or whose
+    turns cannot be told apart; false: the first of them ends the run."""
 
     patterns: ClassVar[str] = "chat:PATTERNS"
 

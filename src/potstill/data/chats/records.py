@@ -233,7 +233,7 @@ class Shapes:
             raise refused(
                 place,
                 f"a message must have a `role` and a `content`, both strings; found {quoted(message, 80)}",
-                "Write both",
+                "Write both as strings",
             )
         named = {"role": self._role(place, role), "content": content}
         rest = {key: value for key, value in given.items() if key not in UNTRAINED}

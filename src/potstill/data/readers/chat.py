@@ -82,8 +82,9 @@ def read(
         if counts["conversations"] and counts["conversations"] == idle:
             raise UserError(
                 f"{path}: none of {counts['conversations']} conversations has a token of the assistant's to learn: no"
-                " message has that role, all are marked as not to be trained on, or the chat template writes nothing"
-                f" for them. `role: assistant` is looked for, and what {tokenizer.name_or_path} writes for it."
+                " message has that role, all are marked as not to be trained on or answer an empty question, or the"
+                " chat template writes nothing for them. `role: assistant` is looked for, and what"
+                f" {tokenizer.name_or_path} writes for it."
             )
 
     reading.documents = conversations()
@@ -150,16 +151,22 @@ def _records_of(files: list[Path], reading: Reading) -> Iterator[tuple[str, dict
 
 
 def without_nulls(records: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of tables, whose columns are the union of all records' keys: what other records have is null here."""
+    """Of tables, whose columns are the union of all records' keys: what other records have is null here. A message's
+    content of null stays: it says nothing, and a message without content is none.
+    """
+    spoken = {"content": "role", "value": "from"}
 
     def stripped(tree: Any) -> Any:
         if isinstance(tree, dict):
-            return {key: stripped(value) for key, value in tree.items() if value is not None}
+            return {
+                key: stripped(value)
+                for key, value in tree.items()
+                if value is not None or tree.get(spoken.get(key, key)) is not None
+            }
         return [stripped(each) for each in tree] if isinstance(tree, list) else tree
 
     for where, record in records:
-        nulls = {key for key in ("content", "value") if key in record}
-        yield where, stripped(record) | {key: record[key] for key in nulls}
+        yield where, stripped(record)
 
 
 NOTES = {
