@@ -354,10 +354,10 @@ def test_a_choice_that_cannot_be_cut_gives_way_to_first_last(
 ) -> None:
     real = setup.cut
 
-    def picky(model: CausalLM, keep: Sequence[int], *more: Any) -> CausalLM:
+    def picky(model: CausalLM, keep: Sequence[int], *more: Any, **options: Any) -> CausalLM:
         if list(keep) != [0, 3]:
             raise UserError("student cut: not these")
-        return real(model, keep, *more)
+        return real(model, keep, *more, **options)
 
     monkeypatch.setattr(setup, "cut", picky)
     run = distill(recipe, out=tmp_path / "run")

@@ -90,6 +90,8 @@ SHOWN_BY = {
     "lora.alpha": "tests/models/test_lora.py",
     "lora.dropout": "tests/models/test_lora.py",
     "lora.targets": "tests/models/test_lora.py",
+    "student.weights": "tests/models/test_sizing.py",
+    "student.fraction": "tests/models/test_sizing.py",
     "student.keep": "test_a_list_of_layers_is_kept_as_it_is_given",
     "objective.engine": "tests/losses/test_fused.py",
     "objective.chunk": "test_fields_that_trade_memory_change_what_exists_at_once",

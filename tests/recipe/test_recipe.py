@@ -171,6 +171,8 @@ def test_the_defaults_are_those_of_the_documentation(
             "name": "cut",
             "layers": 2,
             "keep": None,
+            "weights": None,
+            "fraction": None,
             "rule": None,
             "ffn_width": None,
             "repair": None,
@@ -333,7 +335,10 @@ def test_an_accepted_field_is_taken_and_dumped(load: Callable[..., recipes.Recip
 def test_the_fields_tested_are_all_the_fields_there_are(load: Callable[..., recipes.Recipe]) -> None:
     dumped, _ = strict_yaml.read(recipes.dump(load()), "dump")
     fields = {f"{s}.{f}" for s, part in dumped.items() if isinstance(part, dict) for f in part if f != "name"}
-    assert fields - set(CHANGES) == {"corpus.path", "corpus.shards", "student.keep", "student.lora"}
+    assert fields - set(CHANGES) == {
+        *("corpus.path", "corpus.shards", "student.keep", "student.lora"),
+        *("student.weights", "student.fraction"),  # in place of layers: tests/models/test_sizing.py
+    }
 
 
 def test_micro_batches_are_whole_steps_unless_said_otherwise(load: Callable[..., recipes.Recipe]) -> None:
@@ -472,7 +477,7 @@ UNKNOWN = [
     (
         {"student": "{name: cut, model: x, layers: 2}"},
         "student.model: unknown key for cut; it is one of checkpoint and config."
-        " Known: ffn_width, keep, layers, lora, name, repair, rule.",
+        " Known: ffn_width, fraction, keep, layers, lora, name, repair, rule, weights.",
     ),
     (
         {"zzz": "{steps: 1}"},
@@ -540,7 +545,7 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
             {"objective": "{divergence: {name: jsd, beta: '0.5'}}"},
             "objective.divergence.beta: '0.5' is not a number.",
         ),
-        ({"student": "{name: cut}"}, "student.layers: layers or keep must be given."),
+        ({"student": "{name: cut}"}, "student.layers: layers, keep, weights or fraction must be given"),
         ({"student": "{name: cut, layers: 1, keep: [0]}"}, "student.layers: layers and keep are both given."),
         ({"student": "{name: cut, keep: [2, 1]}"}, "student.keep: [2, 1] is not in ascending order."),
         ({"student": "{name: cut, keep: [1, 1]}"}, "student.keep: [1, 1] is not in ascending order."),
