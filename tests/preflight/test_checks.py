@@ -426,7 +426,7 @@ def test_a_frozen_embedding_is_red(tiny_recipe: Recipe, monkeypatch: pytest.Monk
             group["params"] = [p for p in group["params"] if len(p) != 258]
         return make(groups, **options)
 
-    monkeypatch.setattr(torch.optim, "AdamW", without_embedding)
+    monkeypatch.setattr("potstill.training.optim.AdamW", without_embedding)
     assert red(setup_of(tiny_recipe())) == ["weights move"]
 
 
