@@ -87,7 +87,9 @@ def peer(make: Callable[[], losses.Loss]) -> Callable[[argparse.Namespace, Clock
         settings, batches, teacher, student = step.pair(
             DEMO, [*fields(options), f"student={{name: cut, keep: {BY_PLACE}}}"]
         )
+        before = time.time()
         held_out = heldout_batches(settings)
+        clock.evaluating_s += time.time() - before  # the corpus is read once more for it
         optimizer, plan = step.make_adamw(settings.train, student, fused=True), settings.train
         for number, batch in enumerate(batches):
             if number % options.every == 0:
@@ -206,7 +208,8 @@ def main() -> int:
                 with options.append.open("a") as file:
                     file.write(json.dumps(line) + "\n")
     for name, seconds in found.items():
-        print(f"{name:>26}: {statistics.median(seconds):.0f} s" if seconds else f"{name:>26}: not reached")
+        none = "not reached, or not run: see its lines"
+        print(f"{name:>26}: {statistics.median(seconds):.0f} s" if seconds else f"{name:>26}: {none}")
     return 0
 
 

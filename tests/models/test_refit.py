@@ -20,7 +20,7 @@ from potstill import UserError, distill, load_causal_lm, load_recipe
 from potstill.models import refit as refitting
 from potstill.models.causal_lm import CausalLM
 from potstill.models.pruning import cut, kept_channels, stack_of
-from potstill.models.refit import Refit, refit_channels
+from potstill.models.refit import Refit, refit_channels, set_weights
 from potstill.types import Batch
 
 Recipe = Callable[..., Path]
@@ -35,6 +35,9 @@ def refitted(
     bare, student = (cut(teacher, KEEP, width, channels=channels) for _ in range(2))
     stack = stack_of(teacher)[0].removesuffix(".")
     refit, weights = refit_channels(teacher, student, stack, channels, fitted, judged)
+    ours, theirs = student.hf.state_dict(), bare.hf.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    set_weights(student, weights)
     assert student.hf.training == bare.hf.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.hf.modules())
     return bare, student, refit, weights, channels

@@ -186,6 +186,8 @@ def test_a_plan_knows_the_size(recipe: Callable[[str], Path], tmp_path: Path) ->
         ("fraction: 0.5, weights: 60M", "student.weights"),
         ("weights: many", "such as 60M or 1.5B"),
         ("weights: 0", "such as 60M or 1.5B"),
+        (f"weights: {'9' * 400}M", "such as 60M or 1.5B"),
+        ("keep: [0, 1, 2, 3], fraction: 0.5", "student.keep"),
         ("weights: 60M, ffn_width: 32", "student.ffn_width"),
         ("fraction: 0.5, rule: greedy", "student.rule"),
         ("repair: true", "how small the student is"),

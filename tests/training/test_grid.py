@@ -28,6 +28,7 @@ from potstill.preflight.plan import plan
 
 Recipe = Callable[..., Path]
 Type = gguf.GGMLQuantizationType
+NO_CUDA = "no CUDA device; not run"
 TRAIN = "{steps: 6, rows_per_step: 2, lr: 3e-3, device: cpu, save_every: 2, quantize: %s}"
 
 
@@ -51,18 +52,24 @@ def recipe(tiny_recipe: Recipe, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA))],
+)
 @pytest.mark.parametrize("type_", [Type.Q8_0, Type.Q4_0])
-def test_rounding_on_a_device_is_that_of_gguf(type_: Type) -> None:
+def test_rounding_on_a_device_is_that_of_gguf(type_: Type, device: str) -> None:
     """Bit for bit; blocks of zeros, of one number, of ties, of numbers that a half-precision scale cannot hold."""
     torch.manual_seed(0)
     rows = [torch.randn(200, 64) * 10.0**power for power in range(-9, 4)]
     ties = torch.arange(-32.0, 32.0).div(2).repeat(3, 1)
     ties[1:, 0] = torch.tensor([-127.0, 127.0])
+    rows.append(torch.randn(20_000, 64).bfloat16().float())  # their scales are often half way between two
     rows += [torch.zeros(2, 64), torch.full((2, 64), -0.3), ties, torch.randn(5, 64).clamp(max=0)]
     tensor = torch.cat(rows)
     expected = gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), type_), type_)
+    tensor = tensor.to(device)
     round_to(tensor, type_)
-    assert np.array_equal(tensor.numpy(), expected)
+    assert np.array_equal(tensor.cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize(

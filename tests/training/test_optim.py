@@ -60,6 +60,12 @@ def test_wsd_is_stable_until_a_fifth_is_left(tiny_recipe: Recipe) -> None:
     assert rates[-1] == pytest.approx(0.1 * plan.lr)
 
 
+@pytest.mark.parametrize("decay", ["0.001", "1e-17", "0.3333333333333333", "1"])
+def test_the_last_step_of_wsd_has_the_last_rate(tiny_recipe: Recipe, decay: str) -> None:
+    for floor in (0.0, 0.25):
+        assert schedule(tiny_recipe, f"schedule: wsd, decay: {decay}, final_lr_ratio: {floor}")[-1] == floor
+
+
 @pytest.mark.parametrize(
     ("changed", "field"),
     [

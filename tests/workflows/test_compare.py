@@ -174,6 +174,21 @@ def test_the_teacher_s_own_training_is_for_no_file(tiny_recipe: Write, tmp_path:
         arm: receipts(folder, f"{arm}-*")[0].get("quantize") for arm in ("teacher", "ce", "kd", "corrected")
     }
     assert trained_for == {"teacher": None, "ce": "q8_0", "kd": "q8_0", "corrected": "q8_0"}
+    compared = arms(result(folder))  # what is compared is what the runs have measured: the file's numbers
+    for name, arm in ((CE, "ce"), (KD, "kd")):
+        of_run = receipts(folder, f"{arm}-*")[0]["heldout_best"]["heldout/kl"]
+        assert compared[name]["by_seed"]["heldout/kl"] == pytest.approx([of_run], rel=1e-6)
+
+
+def test_a_comparison_whose_types_are_left_to_auto_goes_on(tiny_recipe: Write, tmp_path: Path) -> None:
+    path = tiny_recipe(
+        train="{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu, precision: auto}",
+        compare="{seeds: [0], budget: steps}",
+    )
+    folder = compare(path, out=tmp_path / "out")
+    assert folder is not None
+    (folder / "comparison.json").unlink()
+    assert compare(path, out=folder, resume=True) == folder and (folder / "comparison.json").exists()
 
 
 def test_every_arm_s_student_is_put_to_humaneval(

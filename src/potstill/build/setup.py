@@ -34,8 +34,8 @@ from potstill.models.layer_harm import RULES, Harm, calibration, choose_layers
 from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
 from potstill.models.pruning import cut, ffn_width_of, kept_channels, stack_of
-from potstill.models.refit import refit_channels
-from potstill.models.repair import Repair, fold_gaps
+from potstill.models.refit import refit_channels, set_weights
+from potstill.models.repair import NO_GAP, Repair, fold_gaps
 from potstill.models.sizing import choose_size
 from potstill.models.source import ModelFiles
 from potstill.models.student import Student, from_checkpoint, from_config
@@ -323,6 +323,8 @@ def make_student(
         harm, keep = None, source.layers_kept
         channels = kept_channels(uncut, keep, width, ranked_on)
         model = cut(uncut, keep, width, channels=channels)
+    if config.weights is not None or config.fraction is not None:
+        _require_size(model, config, source.most_weights)
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
     if width is not None:
@@ -334,6 +336,16 @@ def make_student(
         repair = agreed(_repaired(uncut, model, keep, channels, rows, note))
     repair.apply(model)
     return NewStudent(model, origin | {"repair": repair.as_dict()}, chosen, width, harm, repair)
+
+
+def _require_size(model: CausalLM, config: CutStudentConfig, most: int) -> None:
+    """Of layers that a recipe names beside a size."""
+    weights = sum(parameter.numel() for parameter in model.hf.parameters())
+    if weights > most:
+        size = f"weights: {config.weights}" if config.fraction is None else f"fraction: {config.fraction:g}"
+        raise UserError(
+            f"student.keep: these layers have {weights:,} weights, and student.{size} allows {most:,}. Leave one out."
+        )
 
 
 def _compared_on(rows: packing.PackedRows) -> list[Batch]:
@@ -391,8 +403,13 @@ def _repaired(
         refit, refitted = refit_channels(uncut, student, stack, channels, fitted, judged)
         what = "are left as they are" if refit.ridge is None else "make up for the others"
         note(f"student: the channels that were kept {what}: KL {refit.kl_before:.3f} -> {refit.kl_after:.3f}")
-    repair = fold_gaps(uncut, student, stack, keep, fitted, judged, note)
-    if repair.why_not is not None and not channels:
+    before = {name: student.hf.get_parameter(name).detach().clone() for name in refitted}
+    set_weights(student, refitted)  # gaps are folded behind it
+    try:
+        repair = fold_gaps(uncut, student, stack, keep, fitted, judged, note)
+    finally:
+        set_weights(student, before)  # the first rank's choice is that of all
+    if repair.why_not is not None and not (channels and repair.why_not == NO_GAP):
         note(f"student: repair: nothing is folded: {repair.why_not}")
     return dataclasses.replace(repair, weights=refitted | repair.weights, refit=refit)
 

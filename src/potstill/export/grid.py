@@ -107,7 +107,9 @@ def _rounded(rows_NR: Tensor, to: GGMLQuantizationType) -> Tensor:
 
 def _q8_0(blocks_NB: Tensor) -> Tensor:
     """On the device, the operations of gguf's `Q8_0`, in their order."""
-    scale_N1 = blocks_NB.abs().amax(-1, keepdim=True) / 127
+    largest_N1 = blocks_NB.abs().amax(-1, keepdim=True)
+    # By a tensor: a GPU multiplies by the reciprocal of a number, which is another scale in the last bit.
+    scale_N1 = largest_N1 / torch.full_like(largest_N1, 127.0)
     steps_NB = blocks_NB * _inverse(scale_N1)
     whole_NB = steps_NB.abs().floor()
     rounded_NB = whole_NB + (2 * (steps_NB.abs() - whole_NB)).floor()  # halves away from 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from potstill.models.causal_lm import CausalLM
 from potstill.models.layer_harm import calibration, summed_kl, whole_logp_NV
 from potstill.models.probes import hidden_of
-from potstill.models.pruning import by_output, matrix_out
+from potstill.models.pruning import by_output, ffn_width_of, matrix_out
 from potstill.types import Batch
 
 RIDGES = (0.1, 1.0)
@@ -51,7 +51,7 @@ def refit_channels(
     fitted: Sequence[Batch],
     judged: Sequence[Batch],
 ) -> tuple[Refit, dict[str, Tensor]]:
-    """Refit a student that was just cut; its weights are changed in place.
+    """Fit a student that was just cut; it is left as it was.
 
     Args:
         stack: name of the list of layers, in both.
@@ -60,7 +60,7 @@ def refit_channels(
         judged: other training rows, for the KL.
 
     Returns:
-        What was done, and the matrices that it changed, by their names in the student, float32 on the CPU.
+        What is won, and the matrices that it takes, by their names in the student, float32 on the CPU.
     """
     fitted, judged = ([calibration(batch).to(student.device) for batch in part] for part in (fitted, judged))
     judge = [(batch, whole_logp_NV(teacher, batch)) for batch in judged]
@@ -69,28 +69,29 @@ def refit_channels(
     before = {name: student.hf.get_parameter(name).detach().clone() for name in names.values()}
     was_training = student.hf.training
     student.hf.eval()
-    changes: dict[float, dict[str, Tensor]] = {ridge: {} for ridge in RIDGES}
+    fits: dict[float, dict[str, Tensor]] = {ridge: {} for ridge in RIDGES}
     for number, sums in _sums(teacher, stack, channels, fitted):
-        module = student.hf.get_submodule(names[number].removesuffix(".weight"))
+        name = names[number]
+        module = student.hf.get_submodule(name.removesuffix(".weight"))
         for ridge, change_DK in _changes(sums):
-            changes[ridge][names[number]] = by_output(module, change_DK)
-    best = start = _kl(student, judge)
-    chosen: float | None = None
-    for ridge, by_name in changes.items():
-        _set(student, before, by_name)
-        if (kl := _kl(student, judge)) < best:
-            best, chosen = kl, ridge
-    _set(student, before, {} if chosen is None else changes[chosen])
-    student.hf.train(was_training)
-    changed = [] if chosen is None else [*before]
-    weights = {name: student.hf.get_parameter(name).detach().cpu().clone() for name in changed}
-    return Refit(start, best, chosen), weights
+            fits[ridge][name] = (before[name] + by_output(module, change_DK).to(before[name])).cpu()
+    try:
+        best = start = _kl(student, judge)
+        chosen: float | None = None
+        for ridge, by_name in fits.items():
+            set_weights(student, before | by_name)
+            if (kl := _kl(student, judge)) < best:
+                best, chosen = kl, ridge
+    finally:
+        set_weights(student, before)
+        student.hf.train(was_training)
+    return Refit(start, best, chosen), {} if chosen is None else fits[chosen]
 
 
-def _set(student: CausalLM, before: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> None:
-    for name, weight in before.items():
-        change = changes.get(name)
-        student.hf.get_parameter(name).copy_(weight if change is None else weight + change.to(weight))
+@torch.no_grad()
+def set_weights(student: CausalLM, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        student.hf.get_parameter(name).copy_(weight)
 
 
 def _kl(student: CausalLM, judge: Sequence[tuple[Batch, Tensor]]) -> float:
@@ -107,7 +108,9 @@ def _sums(
     state = dict(teacher.hf.state_dict())
     matrices = {n: teacher.hf.get_submodule(matrix_out(state, f"{stack}.{n}.mlp")) for n in channels}
     width = teacher.head.weight_VD.shape[1]
-    largest = max(8 * len(keep_K) * (len(keep_K) + width) for keep_K in channels.values())
+    # The kept activations with each other, what they have to do with the stream, and the columns of the others.
+    kept = max(map(len, channels.values()))
+    largest = 8 * (kept * (kept + width) + width * (ffn_width_of(teacher.hf.config) - kept))
     at_once, numbers = max(SUMS_BYTES // largest, 1), [*channels]
     for first in range(0, len(numbers), at_once):
         part = {n: _LayerSums(matrices[n], layers[n], channels[n]) for n in numbers[first : first + at_once]}
@@ -165,7 +168,9 @@ def _changes(sums: _LayerSums) -> Iterator[tuple[float, Tensor]]:
     for ridge in RIDGES:
         ridged_KK = sums.inner_KK.clone()
         ridged_KK.diagonal().add_(ridge * scale)
-        yield ridge, torch.cholesky_solve(sums.outer_KD, torch.linalg.cholesky(ridged_KK)).T.float()
+        factor_KK, failed = torch.linalg.cholesky_ex(ridged_KK)
+        if not failed:
+            yield ridge, torch.cholesky_solve(sums.outer_KD, factor_KK).T.float()
 
 
 def tokens_BT(batch: Batch) -> Tensor:

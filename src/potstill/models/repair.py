@@ -40,6 +40,7 @@ inverted.
 """
 
 
+NO_GAP = "no layer was left out behind a kept one"
 LINEAR = 1e-3
 """Of the largest value: what rounding may make of a sum that is linear."""
 
@@ -122,7 +123,7 @@ def fold_gaps(
         if q > p + 1
     ]
     if not gaps:
-        return Repair([], {}, "no layer was left out behind a kept one")
+        return Repair([], {}, NO_GAP)
     if not any(len(batch.positions_N) for batch in judged):
         return Repair([], {}, "too few training rows")
     names = _matrices_out(student, stack, [place for place, _, _ in gaps])

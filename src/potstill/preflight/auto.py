@@ -147,6 +147,7 @@ def as_started(recipe: Recipe, started: Recipe, num_rows: int | None = None) -> 
     Args:
         num_rows: its training rows, of which epochs are steps; None where no epochs were known.
     """
+    recipe = with_types_of(recipe, started)
     if recipe.train.matmul == "auto":
         recipe = with_matmul(recipe, started.train.matmul)
     if num_rows is not None:

@@ -84,7 +84,9 @@ BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 def _weights(value: Any, folder: Path) -> int:
     written = (
-        re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMB]?)", str(value)) if type(value) in (int, str) else None
+        re.fullmatch(r"([0-9]{1,16}(?:\.[0-9]{1,16})?) ?([KMB]?)", str(value))
+        if type(value) in (int, str)
+        else None
     )
     number = round(float(written[1]) * 1000 ** " KMB".index(written[2] or " ")) if written else 0
     if not 1 <= number <= 10**15:

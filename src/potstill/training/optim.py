@@ -19,6 +19,8 @@ from potstill.errors import UserError
 from potstill.recipe.sections_training import TrainConfig
 from potstill.training.distributed import layers_of
 
+ROUNDING = 1e-9
+"""Of a fraction of the steps; a root would show it."""
 AVERAGE = "average"
 """Its name in the optimizer's state of a parameter."""
 
@@ -122,7 +124,8 @@ def _height(progress: float, train: TrainConfig) -> float:
     if train.schedule == "linear":
         return 1 - progress
     if train.schedule == "wsd":
-        return 1 - math.sqrt(max(progress - (1 - train.decay), 0.0) / train.decay)
+        of_decay = 1 - (1 - progress) / train.decay
+        return 1 - math.sqrt(of_decay) if of_decay > ROUNDING else 1.0
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -317,6 +317,7 @@ class _Comparison:
         sha256 = weights_sha256(model)
         model.mask_from(setup.shared.ids)
         student = Student(model, setup.student.objective, setup.student.autocast)
+        student.grid = setup.student.grid  # of a model of the same shape
         positions, values = heldout_by_row(student, setup.teacher, setup.corpus.heldout)
         return sha256, np.asarray(positions, np.float64), values
 
