@@ -25,7 +25,7 @@ TESTS = {
     "peft": ["models/test_lora.py", "cli/test_cli.py"],
     "tensorboard,trackio,wandb": ["runs/test_trackers.py"],
     "torchao": ["models/test_text_half.py", "teachers/test_backends.py"],
-    "xllamacpp": ["export/test_gguf_model.py", "teachers/test_backends.py"],
+    "xllamacpp": ["export/test_gguf_model.py", "teachers/test_backends.py", "training/test_grid.py"],
 }
 """Modules and programs -> the tests that find them or do without."""
 
