@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,6 @@ def ours(*more: str) -> Callable[[argparse.Namespace, Clock], None]:
 
 def peer(make: Callable[[], losses.Loss]) -> Callable[[argparse.Namespace, Clock], None]:
     def run(options: argparse.Namespace, clock: Clock) -> None:
-        import torch
-
         loss = make()
         settings, batches, teacher, student = step.pair(
             DEMO, [*fields(options), f"student={{name: cut, keep: {BY_PLACE}}}"]
@@ -90,17 +88,17 @@ def peer(make: Callable[[], losses.Loss]) -> Callable[[argparse.Namespace, Clock
         before = time.time()
         held_out = heldout_batches(settings)
         clock.evaluating_s += time.time() - before  # the corpus is read once more for it
-        optimizer, plan = step.make_adamw(settings.train, student, fused=True), settings.train
-        for number, batch in enumerate(batches):
-            if number % options.every == 0:
-                clock.evaluate(number, lambda: kl_of(student, teacher, held_out))
-            value = loss(student, teacher, batch)
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), plan.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = plan.lr * step.rate(plan, number)
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer = step.make_adamw(settings.train, student, fused=True)
+
+        def watched() -> Iterator[Any]:
+            for number, batch in enumerate(batches):
+                if number % options.every == 0:
+                    clock.evaluate(number, lambda: kl_of(student, teacher, held_out))
+                yield batch
+
+        step.take_steps(
+            settings.train, student, optimizer, watched(), lambda batch: loss(student, teacher, batch)
+        )
         clock.evaluate(len(batches), lambda: kl_of(student, teacher, held_out))
 
     return run

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def rate(plan: Any, step: int) -> float:
 
 
 def take_steps(
-    plan: Any, student: Any, optimizer: Any, items: list[Any], loss: Callable[[Any], Any]
+    plan: Any, student: Any, optimizer: Any, items: Iterable[Any], loss: Callable[[Any], Any]
 ) -> dict[str, Any]:
     """One for each item."""
     import torch

@@ -115,10 +115,8 @@ def main() -> int:
         shutil.move(next(path.parent for path in options.work.glob("exported/**/config.json")), exported)
         back = options.work / "back"
         parts.split(exported, back, int(options.mib * 2**20), halves=True)
-        for record in (
-            parts.LIST,
-            parts.HALVES,
-        ):  # into the one file of results, so that there are fewer to take home
+        # Into the one file of results, so that there are fewer to take home.
+        for record in (parts.LIST, parts.HALVES):
             shutil.copy(back / record, stage.results / f"5-{record}")
     return 0
 

@@ -60,7 +60,7 @@ def test_a_folder_comes_back_from_its_parts(lease: Any, tmp_path: Path) -> None:
 
 
 def test_weights_in_bfloat16_come_back_from_two_thirds_of_their_bytes(lease: Any, tmp_path: Path) -> None:
-    """And in few enough files: the long recipe's student is 135 MiB."""
+    """And in six files at most: the long recipe's student is 135 MiB."""
     folder = tmp_path / "student"
     folder.mkdir()
     torch.manual_seed(0)
@@ -69,8 +69,8 @@ def test_weights_in_bfloat16_come_back_from_two_thirds_of_their_bytes(lease: Any
     (folder / "config.json").write_text("{}\n")  # of an odd length
     listed = lease.parts.split(folder, tmp_path / "parts", 300_000, halves=True)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    assert sum(entry["bytes"] for entry in listed) < 0.71 * size
-    assert 135 * 0.71 / 15.9 < 7
+    share = sum(entry["bytes"] for entry in listed) / size
+    assert 135 * share / 15.9 < 6
     lease.parts.join(tmp_path / "parts", tmp_path / "back")
     for file in folder.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()

@@ -41,6 +41,7 @@ class MuonWithAdamW(Optimizer):
             part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None, "each part would call it"
         for part in self.parts:
             part.step()  # type: ignore[no-untyped-call]
 
