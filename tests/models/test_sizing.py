@@ -14,6 +14,7 @@ from test_layer_harm import logits_ND, make, rows
 
 from potstill import UserError, distill, load_causal_lm, load_recipe
 from potstill.cli.main import main
+from potstill.models import sizing
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import num_weights
 from potstill.models.pruning import cut
@@ -90,18 +91,22 @@ def test_each_move_is_the_one_that_costs_least_for_what_it_saves() -> None:
     assert chosen.ffn_width in (None, chosen.moves[-1]["ffn_width"])
 
 
-def test_channels_that_fit_are_given_back() -> None:
+def test_channels_that_fit_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of which no layer can be spared."""
+    monkeypatch.setattr(sizing, "_spared", lambda *given: None)
     model = make("llama")
     whole = num_weights(model.hf.config)
     per_channel = 5 * 3 * 32
-    # A first layer that cannot be spared, and less to save than a notch of six channels.
+    # Less to save than a notch of six channels.
+    given_back = 0
     for spare in (1, 2 * per_channel, 5 * per_channel):
         chosen = choose(model, whole - spare)
         student = cut_to(model, chosen)
         weights = sum(p.numel() for p in student.hf.parameters())
         assert weights <= whole - spare
-        if chosen.ffn_width is not None and not chosen.left_out:
-            assert weights + per_channel > whole - spare
+        assert not chosen.left_out and weights + per_channel > whole - spare
+        given_back += chosen.moves[-1]["ffn_width"] > chosen.moves[0]["ffn_width"]
+    assert given_back == 3
 
 
 def test_a_model_whose_mlps_are_not_known_loses_layers_alone(tmp_path: Path) -> None:
