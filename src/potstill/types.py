@@ -44,6 +44,10 @@ class Batch:
     """int64, the next tokens."""
     lengths_B: Tensor | None = None
     """int64, tokens of each row before its padding; None: no row is padded."""
+    is_rollout: bool = False
+    """Whether the student wrote the labels itself: then no cross-entropy falls on them."""
+    for_teacher: Batch | None = None
+    """What the teacher reads in its place: other prompts, with the same labels in the same order. None: the same."""
 
     @property
     def counted_M(self) -> Tensor:
@@ -60,14 +64,24 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """On the device, all but `rows_B`."""
-        inputs = {f.name: tensor for f in fields(self)[1:] if (tensor := getattr(self, f.name)) is not None}
-        return replace(self, **{name: moved(tensor, device) for name, tensor in inputs.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
+        inputs: dict[str, Any] = {
+            name: moved(value, device) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        inputs["for_teacher"] = None if self.for_teacher is None else self.for_teacher.to(device)
+        return replace(self, **inputs)
+
+    def without_labels(self) -> Batch:
+        """The same tokens, of which none bears loss."""
+        other = None if self.for_teacher is None else self.for_teacher.without_labels()
+        return replace(self, positions_N=self.positions_N[:0], labels_N=self.labels_N[:0], for_teacher=other)
 
     def split(self) -> Iterator[Batch]:
         """Each row as a batch of its own, as if it had been packed alone."""
         num_tokens = self.input_ids_BT.shape[1]
         row_of_N = self.positions_N // num_tokens
-        for b in range(len(self.input_ids_BT)):
+        of_teacher = [None] * len(self.input_ids_BT) if self.for_teacher is None else self.for_teacher.split()
+        for b, for_teacher in enumerate(of_teacher):
             own_N = row_of_N == b
             yield Batch(
                 self.rows_B[b : b + 1],
@@ -76,6 +90,8 @@ class Batch:
                 self.positions_N[own_N] - b * num_tokens,
                 self.labels_N[own_N],
                 None if self.lengths_B is None else self.lengths_B[b : b + 1],
+                self.is_rollout,
+                for_teacher,
             )
 
 
@@ -316,8 +332,9 @@ class Teacher(TeacherLogitsProvider, Protocol):
 
 
 def answer(teacher: Teacher, batch: Batch) -> Targets:
-    """The teacher's targets for a batch that may be on any device, asked where the teacher reads it."""
-    return teacher.targets(batch.to("cpu") if teacher.reads_on_cpu else batch)
+    """The teacher's targets for a batch that may be on any device, asked where and for what the teacher reads."""
+    read = batch if batch.for_teacher is None else batch.for_teacher
+    return teacher.targets(read.to("cpu") if teacher.reads_on_cpu else read)
 
 
 class Divergence(Protocol):
@@ -354,4 +371,8 @@ class Data(Protocol):
 
     def epoch(self, step: int) -> int:
         """Logged as `train/epoch`."""
+        ...
+
+    def figures(self, step: int) -> dict[str, float]:
+        """What else is to be logged of a step's rows, under whole names; called after `step`."""
         ...

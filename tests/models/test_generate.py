@@ -305,7 +305,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_row_and_position(
     model = copy.deepcopy(tiny)
     with torch.no_grad():
         model.hf.model.norm.weight[0] = value
-    with pytest.raises(InferenceFailed, match=r"^0: logits are not finite after 0 new tokens"):
+    with pytest.raises(InferenceFailed, match=r"^6: logits are not finite after 0 new tokens"):
         complete(model, TOKENIZER, settings_of(model), requests_of(PROMPTS))
 
 

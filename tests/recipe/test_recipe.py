@@ -91,6 +91,7 @@ KINDS = {
         "jsonl": "path: c.jsonl, field: code",
         "chat": "path: c.jsonl, field: turns",
         "parquet": "path: c.parquet, column: code",
+        "prompts": "path: c.jsonl, field: turns, context: hint, chat: false",
         "hf": "path: text, subset: plain, split: train, records: 3, column: code",
         "tokens": "path: t.bin, dtype: uint16, document_end: 0",
     },
@@ -125,7 +126,8 @@ def test_every_name_loads_with_its_options_and_comes_back_from_its_own_dump(
     load: Callable[..., recipes.Recipe], section: str, name: str
 ) -> None:
     options = KINDS[section][name]
-    loaded = load(f"{section}={{name: {name}, {options}}}")
+    more = ["rollouts={}"] if name == "prompts" else []
+    loaded = load(f"{section}={{name: {name}, {options}}}", *more)
     part: Any = loaded
     for step in section.split("."):
         part = getattr(part, step)
@@ -226,6 +228,18 @@ def test_the_defaults_are_those_of_the_documentation(
         "eval": {"every": 0, "sample_prompt": None, "sample_tokens": 48},
         "guard": {"policy": "stop", "loss_ceiling": None, "first_step_s": 1800.0, "stall_s": 1800.0},
         "compare": None,
+        "rollouts": None,
+        "write": {
+            "samples": 1,
+            "max_new_tokens": 256,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "truncated": "drop",
+            "min_new_tokens": 1,
+            "prompts_at_once": 8,
+            "seed": 0,
+        },
         "publish": {
             "teacher": None,
             "student": None,
@@ -279,6 +293,15 @@ CHANGES = {
     "objective.temperature": 2.0,
     "objective.chunk": 7,
     "objective.engine": "reference",
+    "write.samples": 2,
+    "write.max_new_tokens": 9,
+    "write.temperature": 0.0,
+    "write.top_p": 0.5,
+    "write.top_k": 3,
+    "write.truncated": "keep",
+    "write.min_new_tokens": 2,
+    "write.prompts_at_once": 3,
+    "write.seed": 4,
     "train.steps": 5,
     "train.epochs": 1.5,
     "train.rows_per_step": 6,
@@ -463,7 +486,7 @@ UNKNOWN = [
     ),
     (
         {"objective": "{divergence: {name: forward_kl, temprature: 2}}"},
-        "objective.divergence.temprature: unknown key for forward_kl. Did you mean objective.temperature?",
+        "objective.divergence.temprature: unknown key for forward_kl. Did you mean objective.temperature or rollouts.temperature or write.temperature?",
     ),
     ({"lr": "3"}, "lr: unknown key. Did you mean train.lr?"),
     (
@@ -481,11 +504,11 @@ UNKNOWN = [
     ),
     (
         {"zzz": "{steps: 1}"},
-        "zzz: unknown key. Known: allow_any_divergence, allow_coarse_store, allow_identical, allow_weak_teacher, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, sinks, student, teacher, train.",
+        "zzz: unknown key. Known: allow_any_divergence, allow_coarse_store, allow_identical, allow_weak_teacher, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, rollouts, sinks, student, teacher, train, write.",
     ),
     (
         {"on": "1"},
-        "on: unknown key. Known: allow_any_divergence, allow_coarse_store, allow_identical, allow_weak_teacher, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, sinks, student, teacher, train.",
+        "on: unknown key. Known: allow_any_divergence, allow_coarse_store, allow_identical, allow_weak_teacher, capture, compare, corpus, eval, evaluations, guard, objective, plugins, publish, rollouts, sinks, student, teacher, train, write.",
     ),
     (
         {"objective": "{divergence: {name: jsd, zzz: 1}}"},
@@ -516,7 +539,7 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
         ({"teacher": "{name: troch}"}, "teacher.name: no teacher called 'troch'. Did you mean torch?"),
         (
             {"corpus": "{name: 5}"},
-            "corpus.name: no corpus called 5. Known: chat, hf, jsonl, parquet, text, tokens.",
+            "corpus.name: no corpus called 5. Known: chat, hf, jsonl, parquet, prompts, text, tokens.",
         ),
         ({"student": "{layers: 2}"}, "student.name: missing. Known: checkpoint, config, cut."),
         (

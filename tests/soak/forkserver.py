@@ -32,6 +32,9 @@ BEFORE = {
 PHASES = BEFORE | {
     "order": "potstill.data.fixed:Order.rows",
     "teacher": "potstill.teachers.hf:TorchTeacher.targets",
+    "rollout": "potstill.training.rollouts:Rollouts._write",
+    "token": "potstill.models.decoding:choose",
+    "kept": "potstill.training.rollouts:Rollouts._keep",
     "forward": "potstill.models.student:Student.forward",
     "backward": "torch:Tensor.backward",
     "evaluation": "potstill.models.student:Student.measure",

@@ -15,6 +15,8 @@ from soak.forkserver import End, ForkServer
 
 LONG = {"steps": 300 if "SOAK" in os.environ else 40, "save_every": 10, "every": 15, "micro": 4}
 SHORT = {"steps": 12, "save_every": 3, "every": 5, "micro": 2}
+OWN = {"steps": 16, "save_every": 4, "every": 8, "micro": 2, "own_every": 2}
+"""Half of the rows are the student's."""
 ROWS_PER_STEP = 4
 KILLED = -signal.SIGKILL
 WHEN_AND_WHERE = (
@@ -43,7 +45,7 @@ class Lab:
     seconds: dict[Path, float] = field(default_factory=dict)
 
     def recipe(self, student: str, plan: dict[str, int]) -> Path:
-        path = self.folder / f"{student}-{plan['steps']}.yaml"
+        path = self.folder / f"{student}-{plan['steps']}{'-own' if 'own_every' in plan else ''}.yaml"
         sections = {
             "corpus": f"{{name: text, path: {self.folder}/texts, tokens_per_row: 32, heldout_rows: 4}}",
             "teacher": f"{{name: torch, model: {self.folder}/teacher}}",
@@ -53,6 +55,9 @@ class Lab:
             f" rows_per_micro_batch: {plan['micro']}, save_every: {plan['save_every']}, device: cpu}}",
             "eval": f"{{every: {plan['every']}}}",
         }
+        if "own_every" in plan:
+            own = f"fraction: 0.5, every: {plan['own_every']}, max_new_tokens: 8, prompt_tokens: 6"
+            sections["rollouts"] = f"{{{own}}}"
         path.write_text("".join(f"{key}: {value}\n" for key, value in sections.items()))
         return path
 

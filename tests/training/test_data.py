@@ -44,6 +44,9 @@ class StudentWritten:
     def epoch(self, step: int) -> int:
         return 0
 
+    def figures(self, step: int) -> dict[str, float]:
+        return {}
+
 
 def rows_of(setup: RunSetup, weights: str) -> list[list[int]]:
     """Two micro-batches of two rows, of those that the digits of a hash name."""
@@ -65,6 +68,9 @@ class Logged:
 
     def epoch(self, step: int) -> int:
         return self.data.epoch(step)
+
+    def figures(self, step: int) -> dict[str, float]:
+        return self.data.figures(step)
 
 
 def run(

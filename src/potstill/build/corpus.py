@@ -28,10 +28,13 @@ class Source:
     bos_ids: list[int]
     """Ids before each text."""
     decontamination: Decontamination | None
+    teacher_tokenizer: Any | None = None
+    """The teacher's own, whose chat template it reads prompts by; None: the same, or it has none."""
 
     def read(self, config: Any, beat: Callable[[], None] = lambda: None) -> readers.Reading:
         """The documents that are packed."""
-        reading: readers.Reading = config.read(self.tokenizer, self.vocabulary)
+        beside = self.teacher_tokenizer if self.teacher_tokenizer is not None else self.tokenizer
+        reading: readers.Reading = config.read_for_both(self.tokenizer, beside, self.vocabulary)
         reading = dataclasses.replace(reading, documents=_with_beat(reading.documents, beat))
         if self.decontamination is not None:
             reading = self.decontamination.apply(reading, self.tokenizer)
@@ -62,6 +65,7 @@ def open_source(resolved: Resolved) -> Source:
         vocabulary,
         _bos_ids(resolved.recipe.corpus, tokenizer),
         make_decontamination(resolved, tokenizer),
+        teacher_tokenizer(resolved),
     )
 
 
@@ -87,6 +91,7 @@ def make_corpus(
             vocab=vocabulary,
             layout=config.layout,
             folder=folder,
+            may_be_short=config.prompt == "whole",
         )
         # After packing: its counts are complete once every document has been read.
         overlaps = {"decontamination": None if decontamination is None else decontamination.manifest()}
@@ -120,7 +125,10 @@ def _with_bos(reading: readers.Reading, bos_ids: list[int]) -> Iterator[readers.
     for document in reading.documents:
         if document.is_text:
             reading.counts["bos_ids"] = bos_ids
-            document = dataclasses.replace(document, ids=np.concatenate([before, document.ids]))
+            own, for_teacher = np.concatenate([before, document.ids]), document.for_teacher
+            if for_teacher is not None:
+                for_teacher = np.concatenate([before, for_teacher])
+            document = dataclasses.replace(document, ids=own, for_teacher=for_teacher)
         yield document
 
 
@@ -140,6 +148,14 @@ def _tokenizer(resolved: Resolved) -> Any | None:
             f" to read {config.origin} with. Name a folder, hub id or GGUF file that has one."
         )
     return tokenizers.load_tokenizer(paths[0]) if paths else None
+
+
+def teacher_tokenizer(resolved: Resolved) -> Any | None:
+    """That which came with the teacher, where `corpus.tokenizer` names another one."""
+    if resolved.recipe.corpus.tokenizer is None:
+        return None  # then the corpus is read by it
+    path = next((path for path in resolved.teacher.tokenizers if tokenizers.has_tokenizer(path)), None)
+    return None if path is None else tokenizers.load_tokenizer(path)
 
 
 def make_decontamination(resolved: Resolved, tokenizer: Any | None) -> Decontamination | None:

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from potstill.build.corpus import make_corpus
 from potstill.build.resolve import Resolved
+from potstill.build.rollouts import RolloutSetup, set_up_rollouts, with_answers
 from potstill.build.vocabulary import Shared, match_vocabularies
 from potstill.data import packing, token_cache, tokenizers
 from potstill.data.decontamination import summary
-from potstill.data.fixed import FixedRows
 from potstill.errors import UserError, one_line
 from potstill.export.grid import Grid
 from potstill.io.cpu_matmul import matmul_with, return_freed_memory
@@ -43,7 +44,9 @@ from potstill.recipe.load import Recipe
 from potstill.recipe.sections_models import CutStudentConfig
 from potstill.registry import entries
 from potstill.teachers.base import TeacherSource
-from potstill.types import Batch, Divergence, Teacher
+from potstill.training.distributed import ALONE, Ranks
+from potstill.training.rollouts import Rollouts
+from potstill.types import Batch, Data, Divergence, Teacher
 
 CALIBRATION_ROWS = 8
 """Training rows on which the channels of an MLP are ranked."""
@@ -83,6 +86,8 @@ class RunSetup:
     """What each layer is worth, where that was measured to choose them."""
     repair: Repair | None = None
     """What was folded into a cut student."""
+    rollouts: RolloutSetup | None = None
+    """What the student writes behind; None where it writes nothing."""
 
     @property
     def recipe(self) -> Recipe:
@@ -92,10 +97,29 @@ class RunSetup:
     def device(self) -> torch.device:
         return self.resolved.device
 
-    def data(self, world: int = 1) -> FixedRows:
-        """The training data, split so that each of `world` ranks has a share of every step."""
+    def data(
+        self,
+        ranks: Ranks = ALONE,
+        folder: Path | None = None,
+        beat: Callable[[], None] = lambda: None,
+        rows_per_step: int | None = None,
+    ) -> Data:
+        """The training data, split so that each rank has a share of every step.
+
+        Args:
+            folder: where what the student writes is kept; None: nowhere.
+            beat: called while it writes, a sign of life for a watchdog.
+            rows_per_step: in place of the recipe's, for a trial.
+        """
         config = self.recipe.train
-        return self.corpus.steps(config.seed, config.rows_per_step, config.micro_batch_rows, world)
+        rows = rows_per_step or config.rows_per_step
+        fixed = self.corpus.steps(config.seed, rows, config.micro_batch_rows, ranks.world)
+        if self.rollouts is None:
+            return fixed
+        given, first = self.rollouts, len(self.corpus.train) + len(self.corpus.heldout)
+        return Rollouts(
+            self.student, given.prompts, fixed, given.config, given.ends, first, folder, ranks, beat
+        )
 
 
 @contextlib.contextmanager
@@ -181,7 +205,12 @@ def _set_up_student(
         f", router loss with coefficient {weight:g}" if (weight := trainable.router_coefficient) else ""
     )
     note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}{balanced}")
-    return RunSetup(resolved, corpus, tokenizer, teacher, trainable, origin, shared, harm, made.repair)
+    rollouts = set_up_rollouts(resolved, corpus, tokenizer, teacher, model, shared.ids, note)
+    if rollouts is not None and recipe.corpus.prompt == "whole":
+        corpus = with_answers(corpus, rollouts, recipe, teacher, shared.ids, note)
+    return RunSetup(
+        resolved, corpus, tokenizer, teacher, trainable, origin, shared, harm, made.repair, rollouts
+    )
 
 
 def with_steps(resolved: Resolved, num_rows: int, note: Note) -> Resolved:

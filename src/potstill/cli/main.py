@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, report, rows
+from potstill.cli import capture, check, distill, evaluate, export, report, rows, write
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
 
@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         verb("store", capture.run_store, "verify, show, merge, push or pull captured targets"),
     )
 
+    write.add_flags(
+        verb("write", write.run_write, "have a recipe's teacher answer its prompts: a corpus to train on")
+    )
     evaluate.add_flags(
         verb(
             "eval",

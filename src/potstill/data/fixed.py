@@ -64,10 +64,19 @@ class FixedRows:
     def epoch(self, step: int) -> int:
         return self.order.epoch(step, self.rows_per_step)
 
+    def figures(self, step: int) -> dict[str, float]:
+        """Nothing: the rows were there before."""
+        return {}
+
     def rows(self, step: int) -> list[int]:
         return self.order.rows(step, self.rows_per_step)
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows, few enough that a whole step has a micro-batch for every rank."""
+        return min(self.rows_per_micro_batch, -(-self.rows_per_step // self.world))
+
     def pack(self, rows: Sequence[int]) -> list[Batch]:
-        """Micro-batches of these rows, small enough that a whole step has one for every rank."""
-        size = min(self.rows_per_micro_batch, -(-self.rows_per_step // self.world))
+        """Micro-batches of these rows."""
+        size = self.micro_batch_size
         return [self.source.batch(rows[i : i + size]) for i in range(0, len(rows), size)]

@@ -14,8 +14,8 @@ import hashlib
 from array import array
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from potstill.data.fixed import FixedRows, Order
 from potstill.data.memmap import Stream, hashed, in_blocks, require_ids
-from potstill.data.readers import Reading, chat
+from potstill.data.readers import Reading, chat, prompts
 from potstill.data.readers.reading import about_files
 from potstill.errors import UserError
 from potstill.types import Batch, Vocab
@@ -65,6 +65,8 @@ class PackedRows:
             self.supervised_per_row = _supervised(bears, tokens_per_row)
         else:
             self.supervised_per_row = _supervised_from(bears, self.first_of_row)
+        self.for_teacher: list[NDArray[np.uint32] | None] = []
+        """Of prompts: what the teacher reads in place of each document, None for the same; empty: the same of all."""
         self.kept = np.flatnonzero(self.supervised_per_row)
         """Rows that have a label, by their numbers in the stream: row r of this object is stream row kept[r].
         """
@@ -244,37 +246,32 @@ def build(
     vocab: Vocab,
     layout: Layout = "stream",
     folder: Path | None = None,
+    may_be_short: bool = False,
 ) -> Corpus:
     """Split whole documents, pack both sides, drop training rows that equal a held-out row, and count.
 
-    With a folder, tokens pass through its files, and memory does not grow with them.
+    With a folder, tokens pass through its files, and memory does not grow with them. `may_be_short`: of prompts, which
+    need not fill a row all together.
     """
-    documents, leaders = Stream(folder, "documents"), array("q")
-    part_of, longer, lost = None, 0, 0
-    try:
-        for document in reading.documents:
-            require_ids(document.source, document.ids, vocab.size)
-            # Parts of one conversation share its text, and are held out or trained on together.
-            is_further = document.part_of is not None and document.part_of == part_of
-            leaders.append(leaders[-1] if is_further else len(leaders))
-            part_of, ids, labels = document.part_of, document.ids, document.labels
-            if layout != "stream" and labels is not None and len(ids) > tokens_per_row:
-                # Of a conversation what would stand in a row without its question is not learnt.
-                lost += int(labels[tokens_per_row:].sum())
-                ids, labels = ids[:tokens_per_row], labels[:tokens_per_row]
-                longer += 1
-            documents.append(ids, labels)
-    except BaseException:
-        documents.discard()
-        raise
+    read = _collected(reading, tokens_per_row, vocab, layout, folder)
+    documents = read.stream
     if not len(documents):
         raise UserError(
             "corpus.path: not one document with text in it. Check the path, the field and the patterns."
         )
     total, lengths = documents.num_tokens, documents.lengths
-    if tokens_per_row > total:  # before a row of that length is allocated
+    if tokens_per_row > total and not may_be_short:  # before a row of that length is allocated
         raise _too_little(len(documents), total, 0, 0, heldout_rows, tokens_per_row)
-    train, heldout, num_heldout = split(documents, heldout_rows, tokens_per_row, folder, layout, leaders)
+    train, heldout, num_heldout = split(
+        documents,
+        heldout_rows,
+        tokens_per_row,
+        folder,
+        layout,
+        read.leaders,
+        read.for_teacher,
+        may_be_short,
+    )
     documents.discard()
     dropped = train.drop(heldout)
     heldout.first_row = len(train)
@@ -302,8 +299,48 @@ def build(
     }
     if layout != "stream":  # end to end, any document may be cut
         manifest["documents_longer_than_a_row"] = sum(length > tokens_per_row for length in lengths)
-        manifest["conversations_cut"] = {"documents": longer, "labels": lost}
+        manifest["conversations_cut"] = {"documents": read.longer, "labels": read.lost}
     return Corpus(train, heldout, manifest)
+
+
+@dataclass
+class _Collected:
+    """Documents as they were read."""
+
+    stream: Stream
+    leaders: array[int] = field(default_factory=lambda: array("q"))
+    """For each document the one whose side it takes."""
+    for_teacher: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
+    longer: int = 0
+    """Conversations that are longer than a row."""
+    lost: int = 0
+    """Their labels behind it."""
+
+
+def _collected(
+    reading: Reading, tokens_per_row: int, vocab: Vocab, layout: Layout, folder: Path | None
+) -> _Collected:
+    read, part_of = _Collected(Stream(folder, "documents")), None
+    try:
+        for document in reading.documents:
+            require_ids(document.source, document.ids, vocab.size)
+            number = len(read.stream)
+            # Parts of one conversation share its text, and are held out or trained on together.
+            is_further = document.part_of is not None and document.part_of == part_of
+            read.leaders.append(read.leaders[-1] if is_further else number)
+            part_of, ids, labels = document.part_of, document.ids, document.labels
+            if layout != "stream" and labels is not None and len(ids) > tokens_per_row:
+                # Of a conversation what would stand in a row without its question is not learnt.
+                read.lost += int(labels[tokens_per_row:].sum())
+                ids, labels = ids[:tokens_per_row], labels[:tokens_per_row]
+                read.longer += 1
+            if document.for_teacher is not None:
+                read.for_teacher[number] = document.for_teacher
+            read.stream.append(ids, labels)
+    except BaseException:
+        read.stream.discard()
+        raise
+    return read
 
 
 def about_documents(manifest: dict[str, Any]) -> Iterator[str]:
@@ -312,6 +349,7 @@ def about_documents(manifest: dict[str, Any]) -> Iterator[str]:
     if bos_ids := reading.get("bos_ids"):
         yield f"each text begins with {', '.join(f'id {number}' for number in bos_ids)}, as the tokenizer has it (BOS)"
     yield from about_files(reading)
+    yield from prompts.notes(reading)
     yield from chat.notes(reading)
     if number := manifest.get("documents_longer_than_a_row"):
         yield (
@@ -342,20 +380,23 @@ def split(
     folder: Path | None = None,
     layout: Layout = "stream",
     leaders: Sequence[int] | None = None,
+    for_teacher: Mapping[int, NDArray[np.uint32]] | None = None,
+    may_be_short: bool = False,
 ) -> tuple[PackedRows, PackedRows, int]:
     """Training rows, held-out rows, and the number of documents on the held-out side.
 
     Documents go there in the order of their hash, so that the split depends on content and not on names, and
     the same text is never on both sides, whichever of its tokens bear loss. The rows are drawn from more
     documents than needed, so that no single one dominates; the other rows of these documents go unused. `leaders`: for
-    each document the one whose side it takes, None for its own.
+    each document the one whose side it takes, None for its own. `for_teacher`: by the number of a document.
     """
     each = (hashed(documents[number][0]) for number in range(len(documents)))
     digests = np.fromiter(each, "S32", len(documents))
     if leaders is not None:
         digests = digests[np.asarray(leaders)]
     order = np.argsort(digests, kind="stable")
-    needed = heldout_rows * tokens_per_row
+    per_row = min(tokens_per_row, documents.num_tokens // len(documents)) if may_be_short else tokens_per_row
+    needed = heldout_rows * per_row
     wanted = max(needed, min(SPREAD * needed, documents.num_tokens // 20))
     count, tokens = 0, 0
     heldout = pack(documents, order[:0], tokens_per_row, None, HELDOUT, layout)
@@ -363,12 +404,12 @@ def split(
         while count < len(order) and (tokens < wanted or digests[order[count]] == digests[order[count - 1]]):
             tokens += documents.lengths[order[count]]
             count += 1
-        heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT, layout)
+        heldout = pack(documents, order[:count], tokens_per_row, folder, HELDOUT, layout, for_teacher)
         # Rows without a label do not count: long prompts with short answers may need more documents.
         wanted = 2 * tokens
     by_content = sorted(range(len(heldout)), key=heldout.row_hash)[:heldout_rows]
     heldout.kept = heldout.kept[sorted(by_content)]
-    train = pack(documents, order[count:], tokens_per_row, folder, TRAIN, layout)
+    train = pack(documents, order[count:], tokens_per_row, folder, TRAIN, layout, for_teacher)
     return train, heldout, count
 
 
@@ -379,6 +420,7 @@ def pack(
     folder: Path | None,
     name: str,
     layout: Layout = "stream",
+    for_teacher: Mapping[int, NDArray[np.uint32]] | None = None,
 ) -> PackedRows:
     """Some of the documents, end to end in the order in which they were read, or in that of `best_fit`."""
     stream, numbers = Stream(folder, name), np.sort(numbers)
@@ -386,7 +428,10 @@ def pack(
         numbers = numbers[best_fit([documents.lengths[number] for number in numbers], tokens_per_row)]
     for number in numbers:
         stream.append(*documents[number])
-    return PackedRows(stream.ids(), stream.starts(), stream.bears(), tokens_per_row, layout)
+    rows = PackedRows(stream.ids(), stream.starts(), stream.bears(), tokens_per_row, layout)
+    if for_teacher:
+        rows.for_teacher = [for_teacher.get(int(number)) for number in numbers]
+    return rows
 
 
 def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:
@@ -398,4 +443,6 @@ def _fingerprint(vocab: Vocab, *splits: PackedRows) -> str:
         for part in (rows.ids, rows.starts, rows.bears, rows.kept):
             for _, block in in_blocks(part):
                 digest.update(block.data)
+        for ids in rows.for_teacher:
+            digest.update(b"same" if ids is None else hashed(ids))
     return digest.hexdigest()

@@ -28,6 +28,8 @@ FIGURES = {
     "train/ce": "ce {:.2f}",
     "train/kd": "kd {:.2f}",
     "train/router_loss": "router {:.3f}",
+    "rollout/tokens": "wrote {:.0f}",
+    "rollout/ended": "ended {:.0%}",
     "train/lr": "lr {:.1e}",
     "train/grad_norm": "grad {:.2f}",
     "train/positions": "positions {:.0f}",

@@ -42,6 +42,9 @@ MIN_SHIFT = 1e-3
 class CausalLM(nn.Module):
     """`hf` is any Transformers causal LM; `name` is what error messages call it."""
 
+    keeps_cache = True
+    """Whether its body decodes token by token with a key-value cache."""
+
     def __init__(self, hf: Any, name: str) -> None:
         super().__init__()
         self.hf = hf

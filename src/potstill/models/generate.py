@@ -1,38 +1,35 @@
-"""Batched generation: left-padded prompts over a key-value cache, from which a row is removed once it ends.
+"""Texts that a model writes: completions of prompts, up to an end, a stop rule or a limit.
 
-Transformers' `generate` keeps every row until the last one ends, and silently applies whatever the model's
-own generation config contains (a repetition penalty, a top-k). Here one settings object drives the loop, and
-the settings in a result are read from that same object.
+The settings in a result are read from the object that drives the decoding (`decoding.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig
 
 from potstill.models.causal_lm import CausalLM
+from potstill.models.decoding import InferenceFailed, Row, decode, uniforms
+
+__all__ = [
+    "Completion",
+    "InferenceFailed",
+    "Request",
+    "complete",
+    "describe_settings",
+    "greedy_text",
+    "make_settings",
+]
 
 DECODE_CONTEXT = 8
 """Prompt tokens decoded together with a completion: some decoders drop the space that a text starts with."""
 APPLIED = {"eos_token_id", "suppress_tokens"}
 IRRELEVANT = {"bos_token_id", "pad_token_id", "transformers_version", "use_cache"}
 """Fields of a model's own generation config: those that apply here, and those that change no token."""
-
-
-class InferenceFailed(Exception):
-    """The model produced nothing that could be scored."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +105,30 @@ def context_length(model: CausalLM) -> int | None:
     return int(length) if length else None
 
 
-@dataclass
-class _Row:
+@dataclass(kw_only=True)
+class _Text(Row):
+    """A row that is decoded as a text."""
+
     request: Request
-    max_new: int
+    tokenizer: Any
+    ends: frozenset[int]
     limit: str
     """Which limit `max_new` is: the `finish` of a row that reaches it."""
-    uniforms: list[float]
-    new: list[int] = field(default_factory=list)
     text: str = ""
-    finish: str = ""
+
+    def add(self, token: int) -> None:
+        if token in self.ends:
+            self.finish = "eos"
+            return
+        self.new.append(token)
+        before = self.prompt_ids[-DECODE_CONTEXT:]
+        self.text = _decode(self.tokenizer, before, self.new, self.request.shown)
+        if self.request.should_stop(self.text):
+            self.finish = "stop"
+        elif len(self.new) >= self.max_new:
+            self.finish = self.limit
 
 
-@torch.no_grad()
 def complete(
     model: CausalLM, tokenizer: Any, settings: GenerationConfig, requests: Sequence[Request], seed: int = 0
 ) -> list[Completion]:
@@ -131,13 +139,8 @@ def complete(
     Raises:
         InferenceFailed: a logit is not finite.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        rows = [_start(request, settings, context_length(model), seed) for request in requests]
-        _generate(model, tokenizer, settings, [row for row in rows if not row.finish])
-    finally:
-        model.train(was_training)
+    rows = [_start(request, tokenizer, settings, context_length(model), seed) for request in requests]
+    decode(model, settings, rows)
     return [Completion(row.text, len(row.new), row.finish) for row in rows]
 
 
@@ -161,66 +164,24 @@ def greedy_text(model: CausalLM, tokenizer: Any, prompt: str, max_new_tokens: in
     return text
 
 
-def _generate(model: CausalLM, tokenizer: Any, settings: GenerationConfig, live: list[_Row]) -> None:
-    if not live:
-        return
-    ids_BT, mask_BT = _left_padded(
-        [row.request.prompt_ids for row in live], settings.pad_token_id, model.device
-    )
-    warpers, ends, cache = _warpers(settings), set(_ids(settings.eos_token_id)), None
-    # Transformers calls it `cache` since 5.24 and warns about the old name.
-    parameters = inspect.signature(model.body.forward).parameters
-    cache_name = "cache" if "cache" in parameters else "past_key_values"
-    while live:
-        positions_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
-        out = model.body(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            use_cache=True,
-            **{cache_name: cache},
-            **({"position_ids": positions_BT} if "position_ids" in parameters else {}),
-        )
-        cache = getattr(out, cache_name, None)
-        if cache is None:
-            raise InferenceFailed(
-                f"{live[0].request.name}: {type(model.hf).__name__} keeps no key-value cache"
-            )
-        next_B = _next_tokens(model, settings, warpers, out.last_hidden_state[:, -1], live)
-        for row, token in zip(live, next_B.tolist(), strict=True):
-            _append(row, token, tokenizer, ends)
-        kept = [i for i, row in enumerate(live) if not row.finish]
-        if len(kept) < len(live):
-            kept_B = torch.tensor(kept, dtype=torch.long, device=next_B.device)
-            live = [live[i] for i in kept]
-            mask_BT, next_B = mask_BT[kept_B], next_B[kept_B]
-            if live:
-                cache.batch_select_indices(kept_B)
-        ids_BT = next_B[:, None]
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], 1)
-
-
-def _start(request: Request, settings: GenerationConfig, context: int | None, seed: int) -> _Row:
+def _start(
+    request: Request, tokenizer: Any, settings: GenerationConfig, context: int | None, seed: int
+) -> _Text:
     wanted = int(settings.max_new_tokens)
     max_new = wanted if context is None else min(wanted, context - len(request.prompt_ids))
     limit = "length" if max_new == wanted else "context"
-    uniforms: list[float] = []
-    if settings.do_sample and max_new > 0:
-        digest = hashlib.sha256(f"{seed} {request.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        uniforms = torch.rand(max_new, generator=generator, dtype=torch.float64).tolist()
-    return _Row(request, max_new, limit, uniforms, finish="" if max_new > 0 else limit)
-
-
-def _append(row: _Row, token: int, tokenizer: Any, ends: set[int]) -> None:
-    if token in ends:
-        row.finish = "eos"
-        return
-    row.new.append(token)
-    row.text = _decode(tokenizer, row.request.prompt_ids[-DECODE_CONTEXT:], row.new, row.request.shown)
-    if row.request.should_stop(row.text):
-        row.finish = "stop"
-    elif len(row.new) >= row.max_new:
-        row.finish = row.limit
+    own = uniforms(seed, request.name, max_new) if settings.do_sample and max_new > 0 else []
+    return _Text(
+        name=request.name,
+        prompt_ids=request.prompt_ids,
+        max_new=max_new,
+        uniforms=own,
+        finish="" if max_new > 0 else limit,
+        request=request,
+        tokenizer=tokenizer,
+        ends=frozenset(_ids(settings.eos_token_id)),
+        limit=limit,
+    )
 
 
 def _decode(tokenizer: Any, before: list[int], new: list[int], shown: frozenset[int]) -> str:
@@ -234,46 +195,6 @@ def _decode(tokenizer: Any, before: list[int], new: list[int], shown: frozenset[
         options["skip_special_tokens"] = False
     text: str = tokenizer.decode([*before, *new], **options)
     return text[len(tokenizer.decode(before, **options)) :]
-
-
-def _next_tokens(
-    model: CausalLM,
-    settings: GenerationConfig,
-    warpers: LogitsProcessorList,
-    hidden_BD: Tensor,
-    live: list[_Row],
-) -> Tensor:
-    logits_BV = model.logits(hidden_BD)
-    finite_B = torch.isfinite(logits_BV[:, : model.known]).all(-1)
-    if not bool(finite_B.all()):
-        name = live[int(finite_B.int().argmin())].request.name
-        raise InferenceFailed(f"{name}: logits are not finite after {len(live[0].new)} new tokens")
-    if settings.suppress_tokens:
-        logits_BV[:, settings.suppress_tokens] = -torch.inf
-    if not settings.do_sample:
-        return logits_BV.argmax(-1)
-    # Inverse transform sampling, from the row's own uniforms: the rest of the batch has no influence.
-    warped_BV = warpers(logits_BV.new_zeros(len(live), 0).long(), logits_BV)
-    cumulated_BV = warped_BV.double().softmax(-1).cumsum(-1)
-    uniform_B1 = cumulated_BV.new_tensor([[row.uniforms[len(row.new)]] for row in live])
-    drawn_B = torch.searchsorted(cumulated_BV, uniform_B1 * cumulated_BV[:, -1:], right=True)[:, 0]
-    return drawn_B.clamp_max(logits_BV.shape[1] - 1)
-
-
-def _warpers(settings: GenerationConfig) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if settings.do_sample and settings.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-    if settings.do_sample and settings.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    return warpers
-
-
-def _left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    length = max(map(len, prompts))
-    ids_BT = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts])
-    mask_BT = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
-    return ids_BT.to(device), mask_BT.to(device)
 
 
 def _ids(value: Any) -> list[int]:

@@ -38,6 +38,8 @@ MAX_TOKENS = 2048
 class LlamaCppLM(CausalLM):
     """Made by `open`. Its only parameters are those of the head."""
 
+    keeps_cache = False
+
     def __init__(self, hf: Any, name: str, path: Path, server: Any, tokens: int) -> None:
         super().__init__(hf, name)
         self.path, self.server, self.tokens, self.is_packed = path, server, tokens, True

@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from potstill.io.silence import quiet_transformers
 from potstill.losses.balance import expert_counts
 from potstill.losses.objective import Objective, require_labels
 from potstill.models.causal_lm import CausalLM
+from potstill.models.decoding import Row, decode
 from potstill.models.experts import routing_of
 from potstill.models.load import (
     load_causal_lm,
@@ -67,7 +69,8 @@ class Student(nn.Module):
         self, batch: Batch, targets: Targets | None, counts_LX: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Sums over the batch's N positions, in nats: `loss` with a gradient, `ce`, and `kd` with targets. Of a
-        mixture of experts also `Routing.terms`.
+        mixture of experts also `Routing.terms`. Of a rollout, whose labels the student wrote itself, the loss has no
+        cross-entropy: it would learn to repeat itself. `rollout_nll` takes the place of `ce`, and `rollout_kd` is `kd`.
 
         Nothing waits for the device: the caller checks labels on the CPU before (`require_labels`), and the
         sums once it reads them.
@@ -82,7 +85,11 @@ class Student(nn.Module):
             with self.model.recording_routers() as routers:
                 hidden_ND = self.hidden_ND(batch)
             routed = self.routing.terms(routers, batch.counted_M, counts_LX, self.sum_over_ranks)
-        return routed | self.objective(hidden_ND, self.model.head, batch.labels_N, targets, checked=False)
+        objective = replace(self.objective, ce_weight=0.0) if batch.is_rollout else self.objective
+        terms = objective(hidden_ND, self.model.head, batch.labels_N, targets, checked=False)
+        if batch.is_rollout:
+            terms |= {"rollout_nll": terms.pop("ce"), "rollout_kd": terms["kd"]}
+        return routed | terms
 
     def on_grid(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the weights are those of the quantised student, where it is trained for one."""
@@ -110,6 +117,15 @@ class Student(nn.Module):
         require_labels(batch.labels_N, self.model.head.num_ids)
 
     @torch.no_grad()
+    def decode(self, settings: Any, rows: Sequence[Row], beat: Callable[[], None] = lambda: None) -> None:
+        """Add tokens to rows until they end, in the autocast dtype: see `decoding.decode`."""
+        with self._autocast():
+            decode(self.model, settings, rows, beat)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+    @torch.no_grad()
     def measure(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Sums over the batch's N positions for a held-out evaluation: see `Objective.measure`."""
         return self.objective.measure(self.hidden_ND(batch), self.model.head, batch.labels_N, targets)
@@ -121,7 +137,7 @@ class Student(nn.Module):
 
     def hidden_ND(self, batch: Batch) -> Tensor:
         """Final hidden states at the batch's N positions, in the autocast dtype."""
-        with torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with self._autocast():
             hidden_BTD = self.model.hidden(batch.input_ids_BT, batch.position_ids_BT)
         return hidden_BTD.flatten(0, 1)[batch.positions_N]
 

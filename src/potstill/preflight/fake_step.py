@@ -30,6 +30,7 @@ from potstill.models.load import without_data
 from potstill.models.lora import LoraLM
 from potstill.models.student import Student
 from potstill.preflight.memory_tracker import Answers, FakeData, FakeRows, MemoryTracker, WatchedObjective
+from potstill.preflight.rollouts import rollout_bytes, rows_at_once
 from potstill.recipe.load import Recipe
 from potstill.training.loop import Hooks, train
 from potstill.training.optim import make_optimizer, moments_like, update_average
@@ -75,6 +76,7 @@ def _key(resolved: Resolved) -> str:
         recipe.train.steps != 1,
         (recipe.corpus.tokens_per_row, recipe.corpus.heldout_rows, recipe.corpus.packing),
         (recipe.objective, recipe.lora, recipe.guard, recipe.eval.every),
+        (recipe.rollouts, rows_at_once(recipe)),
         resolved.teacher.plan_key(),
         [None if config is None else config.to_dict() for config in configs],
     )
@@ -94,6 +96,7 @@ def _trace(resolved: Resolved) -> Traced:
     full = resolved.recipe.train
     resolved = resolved.with_recipe(dataclasses.replace(resolved.recipe, train=_small(resolved.recipe)))
     recipe, tracker = resolved.recipe, MemoryTracker()
+    written = resolved.with_recipe(dataclasses.replace(recipe, train=full))
     libraries = resident_bytes()
     with quiet_transformers(), torch.random.fork_rng(devices=[]), FakeTensorMode(), tracker, Answers():
         teacher, student = _fake_models(resolved, tracker)
@@ -104,7 +107,7 @@ def _trace(resolved: Resolved) -> Traced:
             parameter.register_post_accumulate_grad_hook(tracker.gradient)  # type: ignore[no-untyped-call]
         hooks = _tracking_hooks(resolved, teacher, student, trained, tracker, has_moments=full.steps != 1)
         rows, few = FakeRows(recipe.corpus.tokens_per_row, 1), recipe.train.rows_per_step
-        data = FakeData(rows, few, min(full.micro_batch_rows, few))
+        data = FakeData(rows, few, min(full.micro_batch_rows, few), lambda: _write_rollouts(written, tracker))
         train(student, teacher if recipe.objective.kd_weight else None, data, recipe, hooks)
     return Traced(
         tracker.peak_phase,
@@ -149,6 +152,14 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
     if recipe.train.quantize is not None:
         student.grid = Grid.of(model, recipe.train.quantize).without_data()
     return teacher, student
+
+
+def _write_rollouts(resolved: Resolved, tracker: MemoryTracker) -> None:
+    """Take what a cache and logits take, and free it: all rows of a step are written before its first micro-batch."""
+    if rows_at_once(resolved.recipe):
+        phase, tracker.phase = tracker.phase, "rollouts"
+        torch.empty(rollout_bytes(resolved), dtype=torch.uint8, device=resolved.device)
+        tracker.phase = phase
 
 
 def _tracking_hooks(

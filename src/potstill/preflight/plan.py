@@ -31,6 +31,7 @@ from potstill.preflight.plan_disk import (
     planned_steps,
     shards_bytes,
 )
+from potstill.preflight.rollouts import rollout_disk_bytes
 from potstill.recipe.load import Recipe
 from potstill.store.codecs import planned_bytes
 from potstill.training.checkpoint import CHECKPOINTS_KEPT
@@ -168,6 +169,7 @@ def _plan(resolved: Resolved) -> Plan:
     # At least one, whatever save_every says: a signal saves one.
     at_once = min(max(written, 1), CHECKPOINTS_KEPT + 1)
     shards = shards_bytes(recipe)
+    rollouts = rollout_disk_bytes(recipe, planned_steps(recipe))
     peak = shards + max(2 * saved + min(at_once, CHECKPOINTS_KEPT) * checkpoint, saved + at_once * checkpoint)
     return Plan(
         device=str(device),
@@ -180,8 +182,8 @@ def _plan(resolved: Resolved) -> Plan:
         student_disk_bytes=saved,
         checkpoint_disk_bytes=checkpoint,
         shards_disk_bytes=shards,
-        disk_bytes=shards + saved + min(written, CHECKPOINTS_KEPT) * checkpoint,
-        disk_peak_bytes=max(2 * shards, peak),
+        disk_bytes=shards + saved + min(written, CHECKPOINTS_KEPT) * checkpoint + rollouts,
+        disk_peak_bytes=max(2 * shards, peak) + rollouts,
         time_s=None,
     )
 

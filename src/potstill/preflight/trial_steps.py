@@ -21,7 +21,6 @@ from torch import Tensor
 
 from potstill.build.resolve import Resolved
 from potstill.build.setup import RunSetup, make_objective, process_of, set_up
-from potstill.data.fixed import FixedRows
 from potstill.errors import UserError
 from potstill.evals.heldout import heldout
 from potstill.io.memory import peak_gib
@@ -33,12 +32,13 @@ from potstill.preflight.bos_probe import texts_begin_as_the_teacher_reads_them
 from potstill.preflight.checks import cheap, plan_of, require_sound
 from potstill.preflight.plan import Plan, available
 from potstill.preflight.probe_batches import window
+from potstill.preflight.rollouts import student_writes
 from potstill.recipe.load import Recipe
 from potstill.runs.run_dir import default_path
 from potstill.training.checkpoint import Metrics
 from potstill.training.loop import Hooks, train
 from potstill.training.optim import lr_at, rates
-from potstill.types import Batch, Finding
+from potstill.types import Batch, Data, Finding
 
 STEPS = 10
 WHOLE_STEPS = 3
@@ -89,6 +89,7 @@ def trial(setup: RunSetup) -> Iterator[Finding]:
     """The expensive checks: the student is saved and loaded, then trained for a few real steps."""
     setup.student.eval()
     yield from texts_begin_as_the_teacher_reads_them(setup)
+    yield from student_writes(setup)
     # Before the steps: what has not been trained can still be compared with what was loaded.
     yield save_and_reload_agree(setup, window(setup.corpus.heldout.batch([0])).to(setup.device))
     try:
@@ -119,18 +120,30 @@ def save_and_reload_agree(setup: RunSetup, batch: Batch) -> Finding:
 
 @dataclass(frozen=True)
 class _Thinned:
-    """The recipe's data; after the first steps, only a quarter of each step's rows."""
+    """The recipe's data; after the first steps, with only a quarter of the rows."""
 
-    data: FixedRows
+    whole: Data
+    thin: Data
 
-    fixed = True
+    @classmethod
+    def of(cls, setup: RunSetup) -> _Thinned:
+        return cls(setup.data(), setup.data(rows_per_step=max(setup.recipe.train.rows_per_step // 4, 1)))
+
+    @property
+    def fixed(self) -> bool:
+        return self.whole.fixed
 
     def step(self, step: int) -> list[Batch]:
-        rows = self.data.rows(step)
-        return self.data.pack(rows if step < WHOLE_STEPS else rows[: max(len(rows) // 4, 1)])
+        return self._of(step).step(step)
 
     def epoch(self, step: int) -> int:
-        return self.data.epoch(step)
+        return self.whole.epoch(step)
+
+    def figures(self, step: int) -> dict[str, float]:
+        return self._of(step).figures(step)
+
+    def _of(self, step: int) -> Data:
+        return self.whole if step < WHOLE_STEPS else self.thin
 
 
 class _Observer:
@@ -192,7 +205,7 @@ def trial_steps(setup: RunSetup) -> Iterator[Finding]:
     """Real steps on real rows: which weights move, at which learning rate, and how fast."""
     config, observed = setup.recipe.train, _Observer(setup)
     teacher = setup.teacher if setup.recipe.objective.kd_weight else None
-    train(setup.student, teacher, _Thinned(setup.data()), _strict(setup.recipe), observed.hooks())
+    train(setup.student, teacher, _Thinned.of(setup), _strict(setup.recipe), observed.hooks())
 
     steps = observed.steps
     yield trained_weights_move(

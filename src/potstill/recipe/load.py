@@ -38,6 +38,7 @@ from potstill.recipe.sections_models import (
     TeacherConfig,
     TopkCaptureConfig,
 )
+from potstill.recipe.sections_rollouts import RolloutsConfig, WriteConfig
 from potstill.recipe.sections_training import (
     CompareConfig,
     EvalConfig,
@@ -63,6 +64,8 @@ class Recipe(Config):
     """The loss that a step minimises."""
     train: TrainConfig
     """How the student is trained."""
+    rollouts: RolloutsConfig | None = None
+    """Rows that the student writes itself, for the teacher to grade; null: the corpus's rows alone."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """What is measured during training."""
     evaluations: list[Annotated[EvaluationConfig, Registered("evaluation", short=True)]] = field(
@@ -73,6 +76,8 @@ class Recipe(Config):
     """What ends a run that has gone wrong."""
     capture: Annotated[AnyCapture, Field(discriminator="name")] = field(default_factory=SampledCaptureConfig)
     """How `potstill capture` keeps the teacher's targets."""
+    write: WriteConfig = field(default_factory=WriteConfig)
+    """How `potstill write` has the teacher write a corpus."""
     compare: CompareConfig | None = None
     """Run the untouched student and plain training beside KD, under one budget; null: KD alone."""
     publish: PublishConfig = field(default_factory=PublishConfig)
@@ -227,6 +232,8 @@ SECTIONS: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("student", "lora"): (LoraConfig,),
     ("objective",): (ObjectiveConfig,),
     ("train",): (TrainConfig,),
+    ("rollouts",): (RolloutsConfig,),
+    ("write",): (WriteConfig,),
     ("eval",): (EvalConfig,),
     ("guard",): (GuardConfig,),
     ("capture",): typing.get_args(AnyCapture),
@@ -282,6 +289,7 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     if student.get("keep") is not None and student.get("rule") not in (None, "first_last"):
         yield ("student", "rule"), "keep lists the layers, so that no rule chooses them. Leave one out."
     yield from _across_train(train)
+    yield from _across_rollouts(tree)
     yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {})
     yield from _across_capture(tree["capture"] if isinstance(tree.get("capture"), dict) else {})
     if guard.get("policy") == "rollback" and train.get("save_every") == 0:
@@ -334,6 +342,51 @@ def _across_train(train: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
         yield (
             ("train", "warmup"),
             f"{warmup} steps of warm-up in a run of {steps}. Lower it, or raise train.steps.",
+        )
+
+
+def _across_rollouts(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of rows that the student writes, and of prompts, which have no other use."""
+    corpus, teacher, objective, train = (
+        tree[s] if isinstance(tree.get(s), dict) else {} for s in ("corpus", "teacher", "objective", "train")
+    )
+    has_prompts, given = corpus.get("name") == "prompts", tree.get("rollouts")
+    rollouts = given if isinstance(given, dict) else {}
+    if has_prompts and given is None:
+        yield ("rollouts",), "missing: prompts have no answers to train on. Add rollouts: {}."
+    if has_prompts and rollouts.get("fraction", 1) != 1:
+        yield (
+            ("rollouts", "fraction"),
+            f"{shown(rollouts['fraction'])} leaves rows to the corpus, and prompts have no answers. Set it to 1.",
+        )
+    if has_prompts and tree.get("compare") is not None:
+        yield ("compare",), "plain training needs answers, and prompts have none. Leave compare out."
+    for name in ("shards", "whole_documents", "decontaminate"):
+        if has_prompts and corpus.get(name):
+            yield ("corpus", name), "is for rows of text, and each prompt is a row of its own. Leave it out."
+    if given is None or rollouts.get("fraction", 1) == 0:
+        return
+    if teacher.get("name") == "store":
+        yield (
+            ("teacher",),
+            "a store has no targets for text that the student writes. Name the teacher itself.",
+        )
+    if objective.get("kd_weight") == 0:
+        yield (
+            ("objective", "kd_weight"),
+            "is 0, and on rows that it wrote itself the student learns from the teacher alone. Raise it.",
+        )
+    rows, share = train.get("rows_per_step"), rollouts.get("fraction", 1)
+    if type(rows) is int and type(share) in (int, float) and 0 < share * rows < 1:
+        yield (
+            ("rollouts", "fraction"),
+            f"{shown(share)} of {rows} rows (train.rows_per_step) is no whole row. Raise one of them.",
+        )
+    tokens, most = corpus.get("tokens_per_row", 256), rollouts.get("max_new_tokens", 128)
+    if type(tokens) is int and type(most) is int and most >= tokens:
+        yield (
+            ("rollouts", "max_new_tokens"),
+            f"{most} tokens leave no room for a prompt in rows of {tokens}. Lower it, or raise corpus.tokens_per_row.",
         )
 
 

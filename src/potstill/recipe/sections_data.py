@@ -67,6 +67,9 @@ class CorpusConfig(Config):
     """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
 
     needs_tokenizer: ClassVar[bool] = True
+    prompt: ClassVar[Literal["beginning", "question", "whole"]] = "beginning"
+    """What of a document the student goes on from in a rollout: its first tokens, all before the last answer, or
+    all of it."""
 
     @property
     def layout(self) -> Literal["stream", "whole", "single"]:
@@ -99,6 +102,10 @@ class CorpusConfig(Config):
         return cast(
             "Reading", implementation("potstill.data.readers.reading:from_texts")(self.texts(), tokenizer)
         )
+
+    def read_for_both(self, tokenizer: Any, teacher_tokenizer: Any, vocab: Vocab) -> Reading:
+        """`read`, where the teacher may read by another chat template than the student."""
+        return self.read(tokenizer, vocab)
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
         """The files that `read` would open now; `files` are the records of those it opened before."""
@@ -199,12 +206,62 @@ class ChatCorpusConfig(DataSetCorpusConfig):
     turns cannot be told apart; false: the first of them ends the run."""
 
     patterns: ClassVar[str] = "chat:PATTERNS"
+    prompt = "question"
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         date = datetime.date.fromisoformat(self.date)
         which = {"split": self.split, "subset": self.subset, "count": self.records}
         which |= {"skip_refused": self.skip_refused}
         return cast("Reading", _reader("chat:read")(self.path, tokenizer, self.field, date, **which))
+
+    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+        is_dataset = _reader("hf:is_dataset")(self.path)
+        return CorpusConfig.sources(self, files) if is_dataset else super().sources(files)
+
+
+@register("corpus")
+@dataclass(frozen=True, kw_only=True)
+class PromptsCorpusConfig(DataSetCorpusConfig):
+    name: Literal["prompts"] = "prompts"
+    """Prompts without answers, one a line of JSON or a record of Parquet, of a dataset of the Hugging Face library on
+    disk, or of one on its hub: for `rollouts`, where the student writes the answers."""
+    field: str | None = None
+    """Key of the prompt, a text or a list of messages; null: prompt, messages, conversations, question or instruction,
+    whichever a record has first."""
+    context: str | None = None
+    """Key of a text that the teacher alone reads, before the last question; null: it reads what the student reads."""
+    chat: bool | None = None
+    """Whether a text is a user's turn of the chat template; null: where the tokenizer has one."""
+    date: Date = "2024-07-26"
+    """The date that a chat template gets if it asks for one."""
+    skip_refused: bool = False
+    """Leave out, and count, records without a prompt and those that the template refuses; false: the first ends the
+    run."""
+
+    patterns: ClassVar[str] = "prompts:PATTERNS"
+    prompt = "whole"
+
+    @property
+    def layout(self) -> Literal["stream", "whole", "single"]:
+        """One prompt a row."""
+        return "single"
+
+    def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
+        return self.read_for_both(tokenizer, tokenizer, vocab)
+
+    def read_for_both(self, tokenizer: Any, teacher_tokenizer: Any, vocab: Vocab) -> Reading:
+        selection = _reader("prompts:Selection")(
+            field=self.field,
+            context=self.context,
+            date=datetime.date.fromisoformat(self.date),
+            split=self.split,
+            subset=self.subset,
+            count=self.records,
+            skip_refused=self.skip_refused,
+        )
+        is_chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
+        read = _reader("prompts:read")
+        return cast("Reading", read(self.path, tokenizer, teacher_tokenizer, selection, is_chat))
 
     def sources(self, files: list[dict[str, Any]]) -> list[Path]:
         is_dataset = _reader("hf:is_dataset")(self.path)

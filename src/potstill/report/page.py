@@ -42,6 +42,14 @@ MIXTURE_CHARTS = [  # of mixtures of experts alone
     ("Most used expert", "share of its layer's assignments", "experts/share_max", "", "", False),
     ("Least used expert", "share of its layer's assignments", "experts/share_min", "", "", False),
 ]
+ROLLOUT_CHARTS = [  # where the student writes rows itself
+    ("KL to the teacher on own text", NATS, "rollout/kd", "own/reverse_kl", "", False),
+    ("Own text under the teacher", NATS, "", "own/teacher_nll", "", False),
+    ("Own text under the student", NATS, "rollout/nll", "own/student_nll", "", False),
+    ("Answers that end by themselves", "share", "rollout/ended", "own/ended", "", False),
+    ("Length of an answer", "tokens", "rollout/tokens", "own/tokens", "", False),
+    ("Distinct 4-grams", "share", "rollout/distinct_4", "own/distinct_4", "", False),
+]
 STATES = ("beginning", "running", "stopped", "finished", "failed")
 
 
@@ -186,11 +194,18 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
         "memory": _memory(report.section("plan")),
         "faults": report.run.faults(),
         "samples": report.section("samples"),
+        "answers": _answers(report.run.answers()),
         "receipt": list(sections.flat({k: v for k, v in receipt.items() if k not in own_section})),
         "has_receipt": bool(receipt),
         "has_metrics": bool(report.metrics),
         "no_receipt": f"Not there: a run writes its receipt when it is finished, and this one is {state}.",
     }
+
+
+def _answers(answers: Mapping[str, list[str]]) -> list[dict[str, str]]:
+    """One entry a prompt, of what each wrote behind it."""
+    names = [name for name in ("prompt", "teacher", "before", "after") if name in answers]
+    return [dict(zip(names, texts, strict=True)) for texts in zip(*(answers[n] for n in names), strict=True)]
 
 
 def _figures(report: RunReport) -> list[Figure]:
@@ -235,8 +250,9 @@ def _figures(report: RunReport) -> list[Figure]:
 
 def _charts(runs: Sequence[RunReport]) -> list[str]:
     charts = []
-    mixture = [entry for entry in MIXTURE_CHARTS if any(report.points(entry[2]) for report in runs)]
-    for title, unit, train, heldout, level, may_be_log in [*CHARTS, *mixture]:
+    special = [*ROLLOUT_CHARTS, *MIXTURE_CHARTS]
+    special = [entry for entry in special if any(report.points(entry[2] or entry[3]) for report in runs)]
+    for title, unit, train, heldout, level, may_be_log in [*CHARTS, *special]:
         kinds: list[tuple[str, Literal["line", "points", "level"], str, int]] = [
             ("train" if heldout else "per step", "line", train, 0),
             ("held out", "points", heldout, 1),

@@ -149,6 +149,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def rollouts(self) -> Path:
+        """What the student wrote, a file a step."""
+        return self.path / "rollouts"
+
+    @property
     def exports(self) -> Path:
         return self.path / "exports"
 
@@ -245,6 +250,14 @@ class RunDir:
 
     def corpus(self) -> dict[str, Any]:
         return self._read_json("corpus.json")
+
+    def write_answers(self, answers: dict[str, list[str]]) -> None:
+        """Add answers to held-out prompts, by who wrote them: `prompt`, `teacher`, `before` and `after` training."""
+        self._write_json("answers.json", self.answers() | answers)
+
+    def answers(self) -> dict[str, list[str]]:
+        """`answers.json`; empty where the student wrote no rows."""
+        return self._read_json("answers.json") if (self.path / "answers.json").exists() else {}
 
     def layers(self) -> dict[str, Any] | None:
         """`layers.json`: `models.layer_harm.Harm` as an object; None where no rule measured layers."""

@@ -17,7 +17,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -61,8 +61,7 @@ class Ranks:
         """This rank's of a step's micro-batches, as many on each: the last may be one without labels."""
         mine = list(batches[self.rank :: self.world])
         if len(mine) * self.world < len(batches) or not mine:
-            first = batches[0]
-            mine.append(replace(first, positions_N=first.positions_N[:0], labels_N=first.labels_N[:0]))
+            mine.append(batches[0].without_labels())
         return mine
 
     def parallelize(self, student: Student) -> Callable[..., Any]:
@@ -86,6 +85,7 @@ class Ranks:
         # `measure` and not `forward`: unregistered, it would start at a layer, and the layer be the root.
         register_fsdp_forward_method(student, "measure")
         register_fsdp_forward_method(student, "expert_counts")
+        register_fsdp_forward_method(student, "decode")
         return student
 
     def shard_teacher(self, model: CausalLM) -> None:
@@ -144,6 +144,14 @@ class Ranks:
         values = [value if self.is_first else None]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]  # type: ignore[return-value]
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """All ranks' values, those of the first before those of the second; every rank must call it."""
+        if self.world == 1:
+            return list(values)
+        of_ranks: list[list[T]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(of_ranks, list(values))
+        return [value for of_rank in of_ranks for value in of_rank]
 
     def on_first(self, act: Callable[[], object]) -> None:
         """Done by the first while the others wait. Its UserError is raised on all, so that they end alike."""

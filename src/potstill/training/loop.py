@@ -110,7 +110,7 @@ def train(
         outcome.step += 1
         outcome.positions += step.positions
         outcome.seconds += seconds
-        hooks.on_step(outcome.step, step.metrics(totals, lr, data.epoch(step.number), seconds))
+        hooks.on_step(outcome.step, step.metrics(totals, lr, data, seconds))
 
 
 def evaluated(student: Student, optimizer: Optimizer, outcome: Outcome, hooks: Hooks, ranks: Ranks) -> bool:

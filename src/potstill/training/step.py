@@ -15,7 +15,7 @@ from potstill.losses.balance import extreme_shares
 from potstill.models.student import Student
 from potstill.training.checkpoint import Metrics
 from potstill.training.distributed import Ranks, full
-from potstill.types import Batch
+from potstill.types import Batch, Data
 
 
 class Step:
@@ -27,6 +27,8 @@ class Step:
         """This rank's micro-batches."""
         self.positions = sum(len(batch.positions_N) for batch in batches)
         """Supervised positions of all ranks: the divisor of the loss, known before any backward."""
+        self.rollout_positions = sum(len(batch.positions_N) for batch in batches if batch.is_rollout)
+        """Those of them whose labels the student wrote."""
         self._terms: list[dict[str, Tensor]] = []
         self._counts: list[Tensor] = []
 
@@ -77,11 +79,23 @@ class Step:
         for of_batch in of_batches:
             for name, value in of_batch.items():
                 sums[name] = sums.get(name, 0.0) + value
+        if self.rollout_positions:  # a rank's own share may be of one kind alone
+            names = ["rollout_nll", "rollout_kd"] + ["ce"] * (self.rollout_positions < self.positions)
+            sums = {name: sums.get(name, 0.0) for name in sorted({*sums, *names})}
         experts = dict(zip(shares, numbers, strict=True))
         return Totals(of_batches, self.ranks.total(sums), experts, grad_norm, total_norm, parameters)
 
-    def metrics(self, totals: Totals, lr: float, epoch: int, seconds: float) -> Metrics:
-        means = {name: value / self.positions for name, value in totals.sums.items()}
+    def metrics(self, totals: Totals, lr: float, data: Data, seconds: float) -> Metrics:
+        of_rollouts = {name.removeprefix("rollout_") for name in totals.sums if name.startswith("rollout_")}
+        rollouts = {
+            f"rollout/{name}": totals.sums[f"rollout_{name}"] / self.rollout_positions for name in of_rollouts
+        }
+        bear = {"ce": self.positions - self.rollout_positions}
+        means = {
+            name: value / bear.get(name, self.positions)
+            for name, value in totals.sums.items()
+            if not name.startswith("rollout_")
+        }
         if "router_loss" in means:  # its parts add up to a mean over tokens
             means["router_loss"] = totals.sums["router_loss"]
         losses = {f"train/{name}": value for name, value in means.items()}
@@ -89,14 +103,16 @@ class Step:
         return (
             losses
             | experts
+            | rollouts
             | {
                 "train/lr": lr,
                 "train/grad_norm": totals.grad_norm,
                 "train/positions": self.positions,
-                "train/epoch": epoch,
+                "train/epoch": data.epoch(self.number),
                 "speed/tokens_per_s": sum(batch.input_ids_BT.numel() for batch in self.batches) / seconds,
                 "speed/step_s": seconds,
             }
+            | data.figures(self.number)
         )
 
 

@@ -165,7 +165,8 @@ def _recipe_of(arm: str, recipe: Recipe, seed: int, steps: int | None = None) ->
     warmup = min(recipe.train.warmup, steps)
     train = replace(recipe.train, seed=seed, steps=steps, epochs=None, warmup=warmup)
     objective = replace(recipe.objective, kd_weight=0.0, ce_weight=1.0) if arm == CE else recipe.objective
-    return replace(recipe, train=train, objective=objective, compare=None)
+    rollouts = None if arm == CE else recipe.rollouts  # nothing but the teacher says what those are worth
+    return replace(recipe, train=train, objective=objective, rollouts=rollouts, compare=None)
 
 
 def _no_steps_left(config: CompareConfig, recipe: Recipe) -> UserError:

@@ -17,9 +17,12 @@ import torch
 from torch.optim import Optimizer
 
 from potstill.build.resolve import Resolved, pin, resolve, settle_types
+from potstill.build.rollouts import answers_of
 from potstill.build.setup import RunSetup, process_of, set_up
+from potstill.data.completions import Completion, as_texts
 from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
+from potstill.evals.own_samples import own_samples
 from potstill.evals.subject import Subject
 from potstill.io.cpu_matmul import choose_product_dtype
 from potstill.io.memory import peak_gib
@@ -51,6 +54,8 @@ from potstill.training.watchdog import Watchdog
 from potstill.workflows.receipt import Finished, hashes, receipt_of
 
 Json = dict[str, Any]
+ANSWERS_SHOWN = 4
+"""Held-out prompts whose answers are kept as text."""
 
 
 def distill(
@@ -294,6 +299,8 @@ class _ActiveRun:
         }
         self.checkpoints = Checkpoints(run.checkpoints, inputs | corpus_hashes, display.note, ranks)
         self.has_started = False
+        self.written: list[Completion] = []
+        """What the student wrote behind held-out prompts at the last evaluation."""
 
     def finish(self, checked: Checked) -> None:
         """Train to the last step and write the receipt; after a signal, record where the run stopped."""
@@ -386,7 +393,8 @@ class _ActiveRun:
         # Without a KD term nothing reads the teacher's targets.
         teacher = setup.teacher if recipe.objective.kd_weight else None
         self.watch.enter_loop()
-        outcome = train(setup.student, teacher, setup.data(self.ranks.world), recipe, hooks, self.ranks)
+        data = setup.data(self.ranks, self.run.rollouts, self.watch.beat)
+        outcome = train(setup.student, teacher, data, recipe, hooks, self.ranks)
         self.watch.leave_loop()
         return outcome
 
@@ -396,6 +404,12 @@ class _ActiveRun:
             # Alone, a signal may stop in the middle of an evaluation; several ranks stop together after it.
             poll = self.watch.poll if self.ranks.world == 1 else self.watch.beat
             metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, size, poll)
+            if (given := setup.rollouts) is not None:
+                asked = (given.heldout, given.config, given.ends)
+                own, self.written = own_samples(setup.student, setup.teacher, *asked, size, poll)
+                metrics |= own
+                if step == 0:
+                    self.keep_answers("before")
         except UserError as error:
             raise UserError(f"evaluation after step {step}: {error}") from error
         self.log(step, metrics)
@@ -414,6 +428,22 @@ class _ActiveRun:
 
     def on_best(self, step: int, metrics: Metrics) -> None:
         self.ranks.on_first(self.write_student)
+        if self.setup.rollouts is not None:
+            self.keep_answers("after")
+
+    def keep_answers(self, when: str) -> None:
+        """The student's to the first held-out prompts, and once the teacher's, as text where there is a tokenizer."""
+        setup, ranks = self.setup, self.ranks
+        assert setup.rollouts is not None
+        shown = {when: as_texts(self.written[:ANSWERS_SHOWN], setup.tokenizer)}
+        if when == "before":
+            asked = setup.rollouts.heldout[:ANSWERS_SHOWN]
+            by_teacher = answers_of(setup.teacher, asked, setup.rollouts, setup.shared.ids)
+            shown["teacher"] = as_texts(by_teacher, setup.tokenizer)
+            shown["prompt"] = as_texts(
+                [Completion(each, each.ids, [], True) for each in asked], setup.tokenizer
+            )
+        ranks.on_first(lambda: self.run.write_answers(shown))
 
     def write_student(self) -> None:
         student = self.setup.student

@@ -148,6 +148,16 @@ class Labeller:
             remaining = [turn for turn in remaining if turn not in taught]
         return made[::-1]
 
+    def prompt(self, conversation: Conversation) -> NDArray[np.uint32]:
+        """Ids of the text that the assistant answers with its last message.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        turns = self._in_known_roles(self._turns(self._shielded(conversation)))
+        text = turns.asked(len(turns.conversation.messages) - 1)
+        return self._tokens(turns.conversation, text)[0].astype(np.uint32)
+
     def _turns(self, conversation: Conversation) -> Turns:
         return Turns(conversation, self.template, self._is_added, self._markup(conversation.where).thoughts)
 

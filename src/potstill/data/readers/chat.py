@@ -43,7 +43,7 @@ def read(
     """
     template = ChatTemplate(tokenizer, date)  # refused before anything is read
     reading = Reading(iter(()))
-    found = _records(path, reading, split, subset, count)
+    found = records_at(path, reading, split, subset, count, PATTERNS)
 
     def conversations() -> Iterator[Document]:
         shapes, counts, first = Shapes(field), Counter[str](), dict[str, str]()
@@ -127,9 +127,15 @@ def _names(template: ChatTemplate, key: str) -> bool:
     return any(asks.search(source.text) for source in (template.source(None), template.source([{}])))
 
 
-def _records(
-    path: str | Path, reading: Reading, split: str | None, subset: str | None, count: int | None
+def records_at(
+    path: str | Path,
+    reading: Reading,
+    split: str | None,
+    subset: str | None,
+    count: int | None,
+    patterns: tuple[str, ...],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Records of files, of a dataset on disk or of one on the hub, each with where it stands."""
     if hf.is_dataset(path):
         return without_nulls(hf.records(path, reading, split, None, subset, count))
     if split is not None:
@@ -137,7 +143,7 @@ def _records(
             f"corpus.split: {path} is no dataset that save_to_disk wrote, and none of the hub. Set it to null."
         )
     hub.refuse_selection(path, subset, count)
-    return _records_of(files_to_read(Path(path), PATTERNS, reading), reading)
+    return _records_of(files_to_read(Path(path), patterns, reading), reading)
 
 
 def _records_of(files: list[Path], reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -62,6 +62,8 @@ class Document:
     """Whether it was tokenized from a text, before which the tokenizer may put a token."""
     part_of: str | None = None
     """What it is a part of: neighbours that are parts of the same are held out or trained on together."""
+    for_teacher: NDArray[np.uint32] | None = None
+    """Of a prompt: what the teacher reads in place of `ids`; None: the same."""
 
 
 @dataclass

@@ -1,0 +1,153 @@
+"""What a run needs to let the student write: prompts, the ids that end an answer, and held-out answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from potstill.build.corpus import teacher_tokenizer
+from potstill.build.resolve import Resolved
+from potstill.data import packing
+from potstill.data.completions import Completion, CompletionRows
+from potstill.data.end_of_turn import end_of_turn, ends_of
+from potstill.data.prompts import Prompt, Prompts
+from potstill.errors import UserError
+from potstill.models.causal_lm import CausalLM
+from potstill.recipe.load import Recipe
+from potstill.recipe.sections_rollouts import RolloutsConfig
+from potstill.teachers.decoding import decoder_of
+from potstill.training.rollouts import write
+from potstill.types import Teacher
+
+HELDOUT_SEED = 0
+"""Of the answers to held-out prompts: the same for every seed of a run, so that their results can be compared."""
+
+
+@dataclass(frozen=True)
+class RolloutSetup:
+    config: RolloutsConfig
+    prompts: Prompts
+    heldout: list[Prompt]
+    """Of held-out documents: what the student writes behind them is measured at every evaluation."""
+    ends: frozenset[int]
+
+    def described(self) -> dict[str, Any]:
+        """For the receipt."""
+        counts = {"prompts": len(self.prompts), "prompts_too_long": self.prompts.too_long}
+        return dataclasses.asdict(self.config) | counts | {"ends": sorted(self.ends)}
+
+
+def set_up_rollouts(
+    resolved: Resolved,
+    corpus: packing.Corpus,
+    tokenizer: Any | None,
+    teacher: Teacher,
+    model: CausalLM,
+    ids: int,
+    note: Callable[[str], None],
+) -> RolloutSetup | None:
+    """None where the student writes no row.
+
+    Args:
+        ids: number of ids shared by teacher and student.
+
+    Raises:
+        UserError: no prompt that fits, a teacher that cannot grade new text, or answers that the two end otherwise.
+    """
+    recipe = resolved.recipe
+    config = recipe.rollouts
+    if config is None or config.fraction == 0:
+        return None
+    if not teacher.reads_new_text:
+        raise UserError(
+            f"rollouts: teacher {resolved.teacher.label} has no targets for text that the student writes. Name another"
+            " teacher, or leave rollouts out."
+        )
+    longest = recipe.corpus.tokens_per_row - config.max_new_tokens
+    part, tokens = recipe.corpus.prompt, min(config.prompt_tokens, longest)
+    prompts = Prompts(corpus.train, part, tokens, longest)
+    heldout = Prompts(corpus.heldout, part, tokens, longest, "held-out")
+    for line in prompts.notes():
+        note(f"rollouts: {line}")
+    ends = _ends(resolved, tokenizer, model, ids)
+    share = "all" if config.fraction == 1 else f"{config.fraction:g}"
+    note(
+        f"rollouts: {share} of a step's rows are written by the student, behind {len(prompts)} prompts, to"
+        f" {', '.join(_named(tokenizer, end) for end in sorted(ends)) or 'no end: each is cut off'} or"
+        f" {config.max_new_tokens} tokens"
+    )
+    first = [heldout[number] for number in range(min(len(heldout), recipe.corpus.heldout_rows))]
+    return RolloutSetup(config, prompts, first, ends)
+
+
+def with_answers(
+    corpus: packing.Corpus,
+    rollouts: RolloutSetup,
+    recipe: Recipe,
+    teacher: Teacher,
+    ids: int,
+    note: Callable[[str], None],
+) -> packing.Corpus:
+    """A corpus of prompts alone, whose held-out rows are what the teacher answers to the held-out prompts."""
+    written = answers_of(teacher, rollouts.heldout, rollouts, ids)
+    heldout = CompletionRows(written)
+    heldout.first_row = len(corpus.train)
+    ended = sum(each.ended for each in written)
+    note(
+        f"rollouts: the student is measured on the teacher's answers to {len(written)} held-out prompts; {ended} end,"
+        f" the others are cut off after {rollouts.config.max_new_tokens} tokens"
+    )
+    counts = {
+        "heldout_rows": len(heldout),
+        "heldout_tokens": len(heldout.ids),
+        "heldout_positions": heldout.supervised,
+    }
+    return dataclasses.replace(corpus, heldout=heldout, manifest=corpus.manifest | counts)
+
+
+def answers_of(
+    teacher: Teacher, prompts: Sequence[Prompt], rollouts: RolloutSetup, ids: int
+) -> list[Completion]:
+    """What the teacher writes behind its own version of these prompts, sampled at temperature 1."""
+    plain = RolloutsConfig(max_new_tokens=rollouts.config.max_new_tokens)
+    named = [
+        (f"held-out prompt {n}", dataclasses.replace(prompt, ids=prompt.for_teacher or prompt.ids))
+        for n, prompt in enumerate(prompts)
+    ]
+    written = write(decoder_of(teacher, ids), named, plain, rollouts.ends, HELDOUT_SEED)
+    return [dataclasses.replace(each, prompt=prompt) for each, prompt in zip(written, prompts, strict=True)]
+
+
+def _ends(resolved: Resolved, tokenizer: Any | None, model: CausalLM, ids: int) -> frozenset[int]:
+    """Ids that end an answer: those that rows of this corpus end with, and those that the student's config names.
+
+    Raises:
+        UserError: the teacher ends its answers with another token, so that it would grade the student's as an error.
+    """
+    if tokenizer is None:
+        return frozenset(end for end in model.ends if end < ids)
+    own = teacher_tokenizer(resolved)
+    if own is not None:
+        is_chat = resolved.recipe.corpus.prompt != "beginning"
+        of_student, of_teacher = (_last(each, is_chat) for each in (tokenizer, own))
+        if of_student != of_teacher:
+            raise UserError(
+                f"rollouts: answers of the student end with {_named(tokenizer, of_student)} (corpus.tokenizer), and the"
+                f" teacher's with {_named(own, of_teacher)}: it would never teach the student to stop. Leave"
+                " corpus.tokenizer out, so that the student is asked and ends as the teacher does."
+            )
+    return frozenset(end for end in {*ends_of(tokenizer), *model.ends} if end < ids)
+
+
+def _last(tokenizer: Any, is_chat: bool) -> int | None:
+    turn = end_of_turn(tokenizer) if is_chat else None
+    end: int | None = tokenizer.eos_token_id
+    return end if turn is None else turn
+
+
+def _named(tokenizer: Any | None, end: int | None) -> str:
+    if end is None:
+        return "nothing"
+    return f"id {end}" if tokenizer is None else repr(tokenizer.convert_ids_to_tokens(end))

@@ -1,0 +1,109 @@
+"""Prompts out of packed documents: what the student goes on from in a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.data.packing import PackedRows
+from potstill.errors import UserError
+
+Part = Literal["beginning", "question", "whole"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    number: int
+    """Of its document."""
+    ids: list[int]
+    for_teacher: list[int] | None = None
+    """What the teacher reads in its place; None: the same."""
+
+    @property
+    def length(self) -> int:
+        """Of the longer one."""
+        return max(len(self.ids), len(self.for_teacher or ()))
+
+
+class Prompts:
+    """The prompts of a split, with random access.
+
+    Args:
+        rows: the documents.
+        part: of a document: its first `tokens`, all before its last answer, or all of it.
+        longest: prompts that are longer are left out, and counted in `too_long`; so are documents that have none, in
+            `without`.
+
+    Raises:
+        UserError: none is left.
+    """
+
+    def __init__(
+        self, rows: PackedRows, part: Part, tokens: int, longest: int, name: str = "training"
+    ) -> None:
+        self.rows = rows
+        lengths = np.diff(rows.starts, append=len(rows.ids))
+        if part == "question":
+            prompt_lengths = _before_last_answer(rows)
+        elif part == "beginning":
+            # A document that ends within its prompt has nothing to be gone on with.
+            prompt_lengths = np.where(lengths > tokens, tokens, 0)
+        else:
+            prompt_lengths = lengths
+        own = np.array([0 if ids is None else len(ids) for ids in rows.for_teacher] or np.zeros(len(lengths)))
+        is_long = np.maximum(prompt_lengths, own) > longest
+        self.without = int((prompt_lengths == 0).sum())
+        self.too_long = int(((prompt_lengths > 0) & is_long).sum())
+        self.numbers: NDArray[np.int64] = np.flatnonzero((prompt_lengths > 0) & ~is_long)
+        self._lengths = prompt_lengths[self.numbers]
+        if not len(self.numbers):
+            why = f"{self.too_long} are longer than {longest} tokens" if self.too_long else "none has one"
+            what = "the first tokens of a document that goes on" if part == "beginning" else "a question"
+            raise UserError(
+                f"rollouts: not one prompt ({what}) in {len(lengths)} {name} documents: {why}."
+                + (
+                    " Lower rollouts.max_new_tokens, or raise corpus.tokens_per_row, which bounds both together."
+                    if self.too_long
+                    else " Lower rollouts.prompt_tokens."
+                    if part == "beginning"
+                    else " Give documents with an answer."
+                )
+            )
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Prompt:
+        number, length = int(self.numbers[index]), int(self._lengths[index])
+        start = int(self.rows.starts[number])
+        for_teacher = self.rows.for_teacher[number] if self.rows.for_teacher else None
+        return Prompt(
+            number,
+            self.rows.ids[start : start + length].tolist(),
+            None if for_teacher is None else for_teacher.tolist(),
+        )
+
+    def notes(self) -> Iterator[str]:
+        total = len(self) + self.too_long + self.without
+        if self.too_long:
+            yield (
+                f"{self.too_long} of {total} prompts are left out: with rollouts.max_new_tokens behind them they are"
+                " longer than a row (corpus.tokens_per_row)"
+            )
+        if self.without:
+            yield f"{self.without} of {total} documents have no prompt, and are left out of the rollouts"
+
+
+def _before_last_answer(rows: PackedRows) -> NDArray[np.int64]:
+    """Of each document, the tokens before its last run of tokens that bear loss; 0 where it has none."""
+    bears = np.asarray(rows.bears)
+    begins = np.flatnonzero(bears & ~np.concatenate([[False], bears[:-1]]))
+    found = np.zeros(len(rows.starts), dtype=np.int64)
+    if len(begins):
+        documents = np.searchsorted(rows.starts, begins, side="right") - 1
+        found[documents] = begins - rows.starts[documents]  # of several, the last is kept
+    return found

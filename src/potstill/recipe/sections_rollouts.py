@@ -1,0 +1,63 @@
+"""The sections `rollouts` and `write`: rows that the student writes itself, and a corpus that the teacher writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from potstill.recipe.fields import Config, Count, CountOrZero, Positive, PositiveOrZero, Seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutsConfig(Config):
+    """On-policy distillation (Agarwal et al. 2023, arXiv 2306.13649): the student completes prompts of the corpus with
+    its weights of that step, and the objective is the same one, at the positions that it wrote."""
+
+    fraction: Annotated[float, Interval(ge=0, le=1)] = 1.0
+    """Share of the rows of each step that the student writes, rounded down to whole rows; the others are the corpus's.
+    0: none."""
+    every: Count = 1
+    """Steps between two samplings: each writes the rows of so many steps, with the weights before the first of them.
+    More is faster, and further from the student's own text."""
+    max_new_tokens: Count = 128
+    """Longest completion, in tokens."""
+    prompt_tokens: Count = 32
+    """Of a document without turns: its first so many tokens are the prompt."""
+    temperature: Positive = 1.0
+    """Of sampling; that of the loss is objective.temperature."""
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens alone that have together so much probability; 1: from all."""
+    top_k: CountOrZero = 0
+    """Sample from the so many likeliest tokens alone; 0: from all."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """A completion that max_new_tokens cut off, which has no end, bears loss as others do (keep), or none (mask). A
+    step that would have nothing else keeps them."""
+    keep: CountOrZero = 100
+    """Files of `rollouts/` that are kept, the newest; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteConfig(Config):
+    """Sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947): the teacher answers the corpus's prompts, and
+    its answers are a corpus."""
+
+    samples: Count = 1
+    """Answers to each prompt."""
+    max_new_tokens: Count = 256
+    """Longest answer, in tokens; with its prompt it fits into corpus.tokens_per_row."""
+    temperature: PositiveOrZero = 1.0
+    """Of sampling; 0 takes the likeliest token every time."""
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens alone that have together so much probability; 1: from all."""
+    top_k: CountOrZero = 0
+    """Sample from the so many likeliest tokens alone; 0: from all."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """What becomes of an answer that max_new_tokens cut off."""
+    min_new_tokens: Count = 1
+    """Shortest answer that is kept, in tokens without its end."""
+    prompts_at_once: Count = 8
+    """Prompts that are answered in one batch."""
+    seed: Seed = 0
+    """Seed of sampling."""

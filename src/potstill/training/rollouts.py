@@ -1,0 +1,228 @@
+"""Rollouts: training data that the student writes with its weights of the moment, for the teacher to grade.
+
+A step's rows are sampled before the step and written whole to `rollouts/`, so that a step that is taken again, after a
+kill or a rollback, has the same ones. Random numbers are a function of the seed, the step and the row. Prefixes are
+held fixed: no gradient goes through the sampling (Agarwal et al. 2023, arXiv 2306.13649).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from transformers import GenerationConfig
+
+from potstill.data.completions import Completion, as_file, figures, from_file, rollout_batch
+from potstill.data.fixed import FixedRows, Order
+from potstill.data.prompts import Prompt, Prompts
+from potstill.errors import UserError
+from potstill.io.atomic import write_whole
+from potstill.models.decoding import InferenceFailed, Row, uniforms
+from potstill.models.student import Student
+from potstill.recipe.sections_rollouts import RolloutsConfig
+from potstill.training.distributed import ALONE, Ranks
+from potstill.types import Batch
+
+Decode = Callable[[GenerationConfig, Sequence[Row], Callable[[], None]], None]
+"""`models.decoding.decode` of a model: `Student.decode`, or that of a teacher."""
+
+
+class Sampling(Protocol):
+    """How a model is sampled from: `RolloutsConfig`, `WriteConfig`."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+
+
+@dataclass(kw_only=True)
+class _Written(Row):
+    """A row whose end is kept: the student learns to stop by it."""
+
+    ends: frozenset[int]
+
+    def add(self, token: int) -> None:
+        self.new.append(token)
+        if token in self.ends:
+            self.finish = "eos"
+        elif len(self.new) >= self.max_new:
+            self.finish = "length"
+
+
+def write(
+    decode: Decode,
+    prompts: Sequence[tuple[str, Prompt]],
+    config: Sampling,
+    ends: frozenset[int],
+    seed: int,
+    beat: Callable[[], None] = lambda: None,
+) -> list[Completion]:
+    """Sample a completion of each prompt, in one batch; at temperature 0, the likeliest token every time.
+
+    Args:
+        decode: of the model.
+        prompts: each with its name, from which its random numbers come.
+        ends: ids that end a completion.
+
+    Raises:
+        UserError: a logit that is not finite, or a model without a cache.
+    """
+    is_random = config.temperature > 0
+    sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    settings = GenerationConfig(
+        do_sample=is_random, pad_token_id=min(ends, default=0), **(sampled if is_random else {})
+    )
+    rows = [
+        _Written(
+            name=name,
+            prompt_ids=prompt.ids,
+            max_new=config.max_new_tokens,
+            uniforms=uniforms(seed, name, config.max_new_tokens) if is_random else [],
+            ends=ends,
+        )
+        for name, prompt in prompts
+    ]
+    try:
+        decode(settings, rows, beat)
+    except InferenceFailed as error:
+        raise UserError(f"rollouts: {error}. The model cannot be sampled from.") from error
+    return [
+        Completion(prompt, row.new, row.logps, row.finish == "eos")
+        for row, (_, prompt) in zip(rows, prompts, strict=True)
+    ]
+
+
+class Rollouts:
+    """`Data` of which a share is written by the student, and the rest is the corpus's."""
+
+    fixed = False
+
+    def __init__(
+        self,
+        student: Student,
+        prompts: Prompts,
+        fixed: FixedRows,
+        config: RolloutsConfig,
+        ends: frozenset[int],
+        first_number: int,
+        folder: Path | None = None,
+        ranks: Ranks = ALONE,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            fixed: the corpus's rows, for the whole of a step.
+            first_number: of a prompt among the corpus's rows, which have the numbers before it.
+            folder: where a step's rows are kept; None: nowhere, for a trial.
+        """
+        self.student, self.prompts, self.config, self.ends = student, prompts, config, ends
+        self.first_number, self.folder, self.ranks, self.beat = first_number, folder, ranks, beat
+        rows = fixed.rows_per_step
+        self.per_step = int(config.fraction * rows + 1e-9)  # 0.7 of 10 rows are 7
+        """Rows of a step that the student writes."""
+        self.corpus = dataclasses.replace(fixed, rows_per_step=rows - self.per_step)
+        self.size = fixed.micro_batch_size
+        self.order, self.seed = Order(len(prompts), fixed.order.seed), fixed.order.seed
+        self._block: tuple[int, list[Completion]] | None = None
+        self._figures: dict[int, dict[str, float]] = {}
+
+    def step(self, step: int) -> list[Batch]:
+        batches = self.corpus.pack(self.corpus.rows(step)) if self.corpus.rows_per_step else []
+        completions = self._completions(step)
+        self._figures = {step: figures(completions) | self._figures.pop(step, {})}
+        kept = [(self._number(each), each) for each in completions]
+        if self.config.truncated == "mask" and any(each.ended for each in completions):
+            kept = [(number, each) for number, each in kept if each.ended]
+        # Rows of similar length together: the shorter of a micro-batch are padded.
+        kept.sort(key=lambda pair: -len(pair[1].ids))
+        for at in range(0, len(kept), self.size):
+            numbers, own = zip(*kept[at : at + self.size], strict=True)
+            batches.append(rollout_batch(own, numbers))
+        return batches
+
+    def epoch(self, step: int) -> int:
+        return self.order.epoch(step, self.per_step) if self.per_step else self.corpus.epoch(step)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Of a step's completions; the seconds too, where they were written in it."""
+        return self._figures.get(step, {})
+
+    def _number(self, completion: Completion) -> int:
+        return self.first_number + completion.prompt.number
+
+    def _completions(self, step: int) -> list[Completion]:
+        """Those of one step, out of the block that was written at once."""
+        if not self.per_step:
+            return []
+        first = step - step % self.config.every
+        if self._block is None or self._block[0] != first:
+            self._block = (first, self._read(first) or self._write(first, step))
+        at = (step - first) * self.per_step
+        return self._block[1][at : at + self.per_step]
+
+    def _write(self, first: int, step: int) -> list[Completion]:
+        """The completions of a block of steps, each rank its share, whole in the folder before they are used."""
+        if step > first and self.folder is not None:
+            raise UserError(
+                f"{self._path(first)}: missing or damaged, and the rows of steps {first + 1} to"
+                f" {first + self.config.every} cannot be written again: the student has been trained since. Delete the"
+                " newest of checkpoints/ to resume from the one before, or start a new run."
+            )
+        started = time.perf_counter()
+        prompts, ranks = self._prompts_of(first), self.ranks
+        # Each layer in shards is gathered by all ranks together, so that all have to decode the same.
+        is_shared = ranks.parallel == "ddp"
+        mine = prompts[ranks.rank :: ranks.world] if is_shared else prompts
+        with self.student.on_grid():
+            written = write(self.student.decode, mine, self.config, self.ends, self.seed, self.beat)
+        if is_shared:
+            of_ranks = ranks.gather([(number, ranks.rank, each) for number, each in enumerate(written)])
+            completions = [each for _, _, each in sorted(of_ranks, key=lambda entry: entry[:2])]
+        else:
+            completions = ranks.broadcast(written)
+        self.ranks.on_first(lambda: self._keep(first, completions))
+        seconds = time.perf_counter() - started
+        tokens = sum(len(each.new) for each in completions)
+        self._figures[step] = {"speed/rollout_s": seconds, "speed/rollout_tokens_per_s": tokens / seconds}
+        return completions
+
+    def _prompts_of(self, first: int) -> list[tuple[str, Prompt]]:
+        steps = range(first, first + self.config.every)
+        numbers = [(step, row) for step in steps for row in range(self.per_step)]
+        order = [index for step in steps for index in self.order.rows(step, self.per_step)]
+        return [
+            (f"step {step + 1}, row {row}", self.prompts[index])
+            for (step, row), index in zip(numbers, order, strict=True)
+        ]
+
+    def _path(self, first: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"{first + 1:08d}.safetensors"
+
+    def _keep(self, first: int, completions: list[Completion]) -> None:
+        path = self._path(first)
+        if path is None:
+            return
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, as_file(completions, {"seed": self.seed, "step": first + 1}))
+        if self.config.keep:
+            for old in sorted(path.parent.glob("*.safetensors"))[: -self.config.keep]:
+                old.unlink()
+
+    def _read(self, first: int) -> list[Completion] | None:
+        """What a run wrote before it was stopped. None where it is not there, or not of these prompts: then it is
+        written again, which gives the same.
+        """
+        path, prompts = self._path(first), [prompt for _, prompt in self._prompts_of(first)]
+        found = None
+        if path is not None and self.ranks.is_first and path.exists():
+            found = from_file(path, prompts)
+        return self.ranks.broadcast(found)
