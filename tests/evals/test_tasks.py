@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +25,8 @@ from potstill.evals.task_matching import last_number, matches
 from potstill.evals.task_sources import VerifierFailed, open_task, require_controls
 from potstill.models import generate
 from potstill.models.generate import Completion, InferenceFailed
-from potstill.recipe.load import parse_task
+from potstill.recipe.load import dump, load, parse_task
+from potstill.recipe.load import parse as load_text
 from potstill.recipe.sections_evaluation import TaskConfig, labelled
 
 needs_gym = pytest.mark.skipif(
@@ -685,6 +687,68 @@ def test_failed_inference_leaves_its_reason_in_the_receipt(
         UserError, match=r"task-sums: inference failed, there is no accuracy: every answer is empty"
     ):
         config.run(Subject(model, tmp_path / "out", "cpu", None, lambda line: None))
+
+
+def test_the_recipe_of_the_page_loads(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "tasks.md"
+    (block,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    write(tmp_path / "questions.jsonl", [{"question": "1+1?", "answer": 2}])
+    recipe = tiny_recipe()
+    recipe.write_text(recipe.read_text() + block)
+    gym, file = load(recipe).evaluations
+    assert gym == TaskConfig(
+        source="reasoning_gym", task="chain_sum", size=200, options={"max_digits": 2}, seed=7
+    )
+    assert isinstance(file, TaskConfig) and file.path == str(tmp_path / "questions.jsonl")
+    assert load_text(dump(load(recipe)), where="dumped", folder=tmp_path).evaluations == [gym, file]
+
+
+OWN = """
+from dataclasses import dataclass
+from typing import Literal
+from potstill import EvaluationConfig, register
+
+@register("evaluation")
+@dataclass(frozen=True, kw_only=True)
+class OwnConfig(EvaluationConfig):
+    name: Literal["own"] = "own"
+    low: int = 0
+    high: int = 1
+
+    @classmethod
+    def mistakes(cls, given):
+        if given.get("low", 0) > given.get("high", 1):
+            yield "low", "it is above high. Lower it."
+
+    @property
+    def label(self):
+        return f"own-{self.low}"
+
+    def run(self, subject):
+        return {"low": self.low, "place": subject.out.name}
+"""
+
+
+def test_a_plug_in_names_its_results_and_says_which_fields_do_not_go_together(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    recipe = tiny_recipe(
+        plugins="[own.py]", evaluations="[{name: own, low: 2}, {name: own, low: 1, high: x}]"
+    )
+    with pytest.raises(UserError) as refused:
+        load(recipe)
+    assert [mistake.removeprefix(f"{recipe}: ") for mistake in refused.value.mistakes] == [
+        "evaluations.0.low: it is above high. Lower it.",
+        "evaluations.1.high: 'x' is not a whole number.",
+    ]
+    recipe = tiny_recipe(plugins="[own.py]", evaluations="[own, {name: own, low: 1}]")
+    assert main(["distill", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())["evaluations"]
+    assert receipt == {
+        "own-0": {"low": 0, "place": "own-0"},
+        "own-1": {"low": 1, "place": "own-1"},
+    }
 
 
 def test_evaluations_have_names_of_their_own() -> None:

@@ -7,6 +7,7 @@ a typo is reported within a moment.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -395,8 +396,9 @@ def _across_evaluations(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...],
     for number, given in enumerate(listed if isinstance(listed, list) else []):
         kind = entries.get(str(given.get("name"))) if isinstance(given, dict) else None
         if kind is not None and issubclass(kind, EvaluationConfig):
-            for name, what in kind.mistakes(given):
-                yield ("evaluations", str(number), name), what
+            with contextlib.suppress(TypeError):  # of a value that validation refuses for its type
+                for name, what in kind.mistakes(given):
+                    yield ("evaluations", str(number), name), what
 
 
 def _across_arms(compare: dict[str, Any], tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
