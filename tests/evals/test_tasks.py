@@ -600,9 +600,25 @@ def test_a_verifier_that_refuses_the_expected_or_accepts_the_empty_gives_no_accu
 
 
 @needs_gym
+def test_questions_that_are_others_each_time_are_refused(
+    refused: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reasoning_gym.arithmetic.chain_sum import ChainSumDataset
+
+    made, clock = ChainSumDataset.__getitem__, iter(range(10**6))
+
+    def unseeded(self: Any, number: int) -> Any:
+        return made(self, number + next(clock))
+
+    monkeypatch.setattr(ChainSumDataset, "__getitem__", unseeded)
+    (line,) = refused("chain_sum")
+    assert line.startswith("task: chain_sum: question 0: it is another one each time, whatever the seed")
+
+
+@needs_gym
 def test_making_questions_leaves_the_shared_generators_as_they_were() -> None:
-    random.seed(1)
-    np.random.seed(1)
+    random.seed(987)
+    np.random.seed(987)
     before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
     for name in ("list_functions", "pool_matrix"):
         open_task(TaskConfig(source="reasoning_gym", task=name, size=2))
