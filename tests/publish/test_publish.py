@@ -359,7 +359,7 @@ def test_an_accuracy_has_its_interval_and_its_questions_on_the_card(run: Path) -
         f"| sums.jsonl | {100 * of['value']:.1f} % | {interval} | Wilson, 95 % | – | `{sha256[:12]}" in card
     )
     assert (
-        "sums.jsonl: match number, 5 questions, 1 answers each, greedy, seed 7, plain prompts, at most 3 tokens."
+        "sums.jsonl: match number, 5 questions, 1 per question, greedy, seed 7, plain prompts, at most 3 tokens."
         " Controls: empty 0/5, expected 5/5." in card
     )
     failed = {"status": "inference_failed", "why": "NaN", "settings": {"name": "sums"}}

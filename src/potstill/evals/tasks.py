@@ -382,7 +382,7 @@ def described_settings(settings: Mapping[str, Any]) -> str:
         how = f"temperature {settings.get('temperature')}, top-p {settings.get('top_p')}"
     prompts = "chat prompts" if settings.get("apply_chat_template") else "plain prompts"
     return (
-        f"{settings.get('questions')} questions, {prompts}, {how}, {settings.get('samples')} answers each, seed"
+        f"{settings.get('questions')} questions, {prompts}, {how}, {settings.get('samples')} per question, seed"
         f" {settings.get('seed')}, at most {settings.get('max_new_tokens')} tokens"
     )
 

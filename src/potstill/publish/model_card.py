@@ -156,7 +156,7 @@ def _task(result: Mapping[str, Any]) -> dict[str, Any]:
         "accuracy": result.get("accuracy"),
         "why": result.get("why"),
         "mean_score": result.get("mean_score"),
-        "setting": f"{where}, {of.get('questions')} questions, {of.get('samples')} answers each, {how}, seed"
+        "setting": f"{where}, {of.get('questions')} questions, {of.get('samples')} per question, {how}, seed"
         f" {of.get('seed')}, {'chat' if of.get('apply_chat_template') else 'plain'} prompts, at most"
         f" {of.get('max_new_tokens')} tokens{judged}"
         + (f", {cut} answers cut in their thought" if cut else ""),
