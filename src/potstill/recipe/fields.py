@@ -79,6 +79,7 @@ Chunk = Annotated[
 Positive = Annotated[float, Interval(gt=0)]
 PositiveOrZero = Annotated[float, Interval(ge=0)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
+Share = Annotated[float, Interval(gt=0, le=1)]
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 

@@ -7,11 +7,12 @@ a typo is reported within a moment.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from potstill.recipe.fields import Config, LocalPath
 from potstill.recipe.messages import explain, shown
 from potstill.recipe.plugins import Registered, config_types, load_plugins
 from potstill.recipe.sections_data import CorpusConfig, DecontaminationConfig
-from potstill.recipe.sections_evaluation import EvaluationConfig, SinkConfig
+from potstill.recipe.sections_evaluation import EvaluationConfig, SinkConfig, TaskConfig
 from potstill.recipe.sections_models import (
     CheckpointStudentConfig,
     ConfigStudentConfig,
@@ -177,6 +178,41 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
     return recipe
 
 
+def parse_task(text: str, *, where: str, folder: Path, given: Mapping[str, Any]) -> TaskConfig:
+    """An evaluation of kind `task`, written as one entry of a recipe's `evaluations`, or a task of reasoning-gym by
+    its name alone.
+
+    Args:
+        where: names the text in messages; its paths are relative to `folder`.
+        given: further fields, which take the place of those in the text.
+
+    Raises:
+        UserError: with every mistake.
+    """
+    tree, mistakes = yaml.read(text, where)
+    if isinstance(tree, str):
+        tree = {"source": "reasoning_gym", "task": tree}
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{where}: {shown(tree)} is no task. Give {{source: …, …}}, or a reasoning-gym task's name."
+        )
+    tree = {"name": TaskConfig.name} | tree | dict(given)
+    at = ("evaluations", "0")
+    found = list(TaskConfig.mistakes(tree))
+    try:
+        config = TypeAdapter(TaskConfig).validate_json(json.dumps(tree), strict=True, context=folder)
+    except pydantic.ValidationError as error:
+        schema: dict[tuple[str, ...], tuple[Any, ...]] = {("evaluations", "*"): config_types("evaluation")}
+        for finding in error.errors(include_url=False):
+            located = dict(finding) | {"loc": (*at, TaskConfig.name, *finding["loc"])}
+            path, what = explain(located, {"evaluations": [tree]}, schema)
+            found.append((".".join(path[len(at) :]), what.replace(f"{'.'.join(at)}.", "")))
+    mistakes += [f"{where}: {name}: {what}" for name, what in found]
+    if mistakes:
+        raise UserError(*dict.fromkeys(mistakes))
+    return config
+
+
 def publish_section(
     text: str, where: str, overrides: Sequence[str] = ()
 ) -> tuple[dict[str, Any], PublishConfig]:
@@ -297,6 +333,7 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
             ("guard", "policy"),
             "rollback needs checkpoints, and train.save_every is 0. Raise it, or set guard.policy: skip.",
         )
+    yield from _across_evaluations(tree)
     compare = tree["compare"] if isinstance(tree.get("compare"), dict) else None
     if compare is not None:
         yield from _across_arms(compare, tree)
@@ -405,6 +442,16 @@ def _across_capture(capture: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], 
         yield ("capture", given[0]), f"{given[0]} and bytes_per_position are both given. Leave one out."
     if finer == "k" and not given:
         yield ("capture", "k"), "neither k nor bytes_per_position is given. Give one of them."
+
+
+def _across_evaluations(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    entries, listed = registry.entries("evaluation"), tree.get("evaluations")
+    for number, given in enumerate(listed if isinstance(listed, list) else []):
+        kind = entries.get(str(given.get("name"))) if isinstance(given, dict) else None
+        if kind is not None and issubclass(kind, EvaluationConfig):
+            with contextlib.suppress(TypeError):  # of a value that validation refuses for its type
+                for name, what in kind.mistakes(given):
+                    yield ("evaluations", str(number), name), what
 
 
 def _across_arms(compare: dict[str, Any], tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -66,6 +66,7 @@ SECTIONS = (
     Section("curves", "Curves", "Curves"),
     Section("disagreement", "Disagreement", "Where the student disagrees with the teacher"),
     Section("humaneval", "HumanEval", "HumanEval"),
+    Section("tasks", "Tasks", "Tasks with a verifier"),
     Section("arms", "Arms", "Arms under one budget"),
     Section("checks", "Checks", "Checks before the run"),
     Section("memory", "Memory", "Memory, predicted and measured"),
@@ -190,6 +191,7 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
             report.disagreement, report.section("heldout_best").get("heldout/kl")
         ),
         "humaneval": sections.humaneval(report.run.evals / "humaneval"),
+        "tasks": sections.tasks(report.run.evals),
         "checks": report.section("check"),
         "memory": _memory(report.section("plan")),
         "faults": report.run.faults(),

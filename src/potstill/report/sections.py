@@ -18,6 +18,8 @@ from potstill.runs.run_dir import READABLE, read_lines
 BINS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Nats at which the color of a token changes: k0 below the first, k6 from the last on."""
 WORST = 12
+ANSWERS = 8
+"""Of a task that are shown: half of them incorrect ones."""
 Rows = Sequence[Sequence[Mapping[str, Any]]]
 
 
@@ -113,6 +115,43 @@ def pass_at_1(folder: Path) -> tuple[str | None, str]:
 def humaneval(folder: Path) -> list[dict[str, Any]]:
     """Each result there, with every problem's verdict and completion."""
     return [_problems(name, result, samples) for name, result, samples in _results(folder)]
+
+
+def tasks(folder: Path) -> list[dict[str, Any]]:
+    """Each result of a task with a verifier there, with a few of its answers, incorrect ones first."""
+    shown = []
+    for path in sorted(folder.glob("task-*/result.json")) if folder.is_dir() else []:
+        result, lines = read_object(path, READABLE), path.with_name("answers.jsonl")
+        answers = read_lines(lines) if result.get("status") == "finished" and lines.is_file() else []
+        answers.sort(
+            key=lambda line: line.get("verdict") == "correct"
+        )  # stable: in the order of the questions
+        wrong = sum(line.get("verdict") != "correct" for line in answers)
+        few = answers[: min(wrong, ANSWERS // 2)] + answers[wrong:][: ANSWERS // 2]
+        settings = {name: value for name, value in result.items() if name != "correct_by_question"}
+        shown.append(
+            {
+                "name": path.parent.name,
+                "sentence": _accuracy(result),
+                "answers": few,
+                "settings": list(flat(settings)),
+            }
+        )
+    return shown
+
+
+def _accuracy(result: Mapping[str, Any]) -> str:
+    """A task's accuracy in words, or why there is none."""
+    of = result.get("accuracy")
+    if not isinstance(of, dict):
+        why = result.get("why", "no reason was recorded")
+        return f"No accuracy: {result.get('status', 'unknown')}: {why}."
+    score = f"; mean score {result['mean_score']:.3f}" if "mean_score" in result else ""
+    ended = ", ".join(f"{name} {n}" for name, n in sorted(result.get("finishes", {}).items()))
+    return (
+        f"Accuracy {100 * of['value']:.1f} %, {_interval(of)} ({of['interval']}), of {result['questions']} questions"
+        f" and {result['answers']} answers{score}. Answers ended by: {ended}."
+    )
 
 
 def _results(folder: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:

@@ -28,6 +28,7 @@ from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import UserError
 from potstill.evals.heldout import heldout_by_row
 from potstill.evals.pass_at_k import wilson
+from potstill.evals.subject import Subject
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
 from potstill.models.load import weights_sha256
@@ -36,6 +37,7 @@ from potstill.preflight.auto import as_recorded, as_started, settle
 from potstill.preflight.trial_steps import step_seconds
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
+from potstill.recipe.sections_evaluation import TaskConfig, labelled
 from potstill.recipe.sections_models import CheckpointStudentConfig
 from potstill.recipe.sections_training import CompareConfig
 from potstill.runs.comparison import RESULT
@@ -310,7 +312,37 @@ class _Comparison:
             passed = {folder: self.humaneval(folder) for folder in evaluated}
             values_SU = np.asarray([passed[folder] for folder in folders])
             metrics["pass@1"] = Measured(values_SU, np.ones(values_SU.shape[1]))
+        return metrics | self.measure_tasks(arm, folders)
+
+    @property
+    def tasks(self) -> dict[str, TaskConfig]:
+        evaluations = labelled(self.recipe.evaluations).items()
+        return {label: config for label, config in evaluations if isinstance(config, TaskConfig)}
+
+    def measure_tasks(self, arm: str, folders: Sequence[Path]) -> dict[str, Measured]:
+        """Accuracy of the arm's students, one a seed, in each task of the recipe's. Every arm is asked the same. One
+        that fails is left out with a warning: it must not cost the other figures.
+        """
+        metrics = {}
+        for label, config in self.tasks.items():
+            try:
+                by_folder = {
+                    folder: self.accuracy_by_question(label, config, folder)
+                    for folder in dict.fromkeys(folders)
+                }
+            except UserError as error:
+                self.display.warn(f"comparison: {arm}: {error}")
+                continue
+            values_SU = np.asarray([by_folder[folder] for folder in folders])
+            metrics[label] = Measured(values_SU, np.ones(values_SU.shape[1]))
         return metrics
+
+    def accuracy_by_question(self, label: str, config: TaskConfig, folder: Path) -> list[float]:
+        """The share of correct answers to each question; those of an arm's run are in its folder already."""
+        from potstill.evals.tasks import accuracy_by_question
+
+        out, device = RunDir(folder.parent).evals / label, self.recipe.train.device
+        return accuracy_by_question(config, Subject(folder, out, device, None, self.display.note))
 
     def evaluate_student(self, folder: Path, setup: RunSetup) -> tuple[str, Values, dict[str, list[float]]]:
         """A saved student's hash, the number of positions of each held-out row, and each metric's mean over them."""
@@ -380,14 +412,21 @@ class _Comparison:
             warnings.append(
                 f"only {len(setup.corpus.heldout)} held-out rows: the intervals say little about other text."
             )
+        for label in self.tasks:
+            if failed := [arm["name"] for arm in summaries if label not in arm["metrics"]]:
+                warnings.append(
+                    f"{label} has no accuracy for {', '.join(failed)}: evals/{label} of its runs has the reason."
+                )
         return warnings
 
 
 def _with_interval(name: str, metric: Measured) -> Estimate:
-    """The mean and its interval. For pass@1 Wilson's, which has a width even where no problem is passed."""
+    """The mean and its interval. Of problems and questions Wilson's, which has a width even where none is right."""
     result = estimate(metric.values_SU, metric.weights_U)
-    problems = len(metric.weights_U)
-    return Estimate(result.mean, *wilson(result.mean * problems, problems)) if name == "pass@1" else result
+    if name != "pass@1" and name in compare_stats.METRICS:
+        return result
+    units = len(metric.weights_U)
+    return Estimate(result.mean, *wilson(result.mean * units, units))
 
 
 def _not_run(metrics: dict[str, Measured]) -> dict[str, None]:
@@ -396,13 +435,14 @@ def _not_run(metrics: dict[str, Measured]) -> dict[str, None]:
 
 def _print_result(result: dict[str, Any], folder: Path, display: Display) -> None:
     rows = []
+    metrics = compare_stats.in_order(dict.fromkeys(name for arm in result["arms"] for name in arm["metrics"]))
     for arm in result["arms"]:
-        values = [arm["metrics"][name] for name in compare_stats.METRICS]
+        values = [arm["metrics"].get(name) for name in metrics]
         cells = [
             "not run" if v is None else f"{v['mean']:.4g} [{v['low']:.4g}, {v['high']:.4g}]" for v in values
         ]
         rows.append([arm["name"], str(arm["steps"]), f"{arm['training_seconds']:.0f}", *cells])
-    columns = ["arm", "steps", "seconds", *compare_stats.METRICS]
+    columns = ["arm", "steps", "seconds", *metrics]
     display.table("arms, with 95 % intervals", columns, rows)
     display.note(result["sentence"])
     for warning in result["warnings"]:

@@ -8,7 +8,7 @@ out of the interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -27,7 +27,20 @@ METRICS = {
     "heldout/agreement": ("agreement with the teacher", SHARE),
     "pass@1": ("HumanEval pass@1", SHARE),
 }
-"""Each metric's name in a sentence, and its unit. Nats: lower is better. Shares: higher is better."""
+"""Each metric's name in a sentence, and its unit. Nats: lower is better. Shares: higher is better. A metric that is not
+here is the accuracy in a task of the recipe's, under the task's label.
+"""
+
+
+def named(metric: str) -> tuple[str, str]:
+    """A metric's name in a sentence, and its unit."""
+    return METRICS.get(metric, (f"accuracy in {metric.removeprefix('task-')}", SHARE))
+
+
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """The metrics in the order of `METRICS`, and tasks behind them."""
+    known = [*METRICS]
+    return sorted(metrics, key=lambda metric: known.index(metric) if metric in METRICS else len(known))
 
 
 @dataclass(frozen=True)
@@ -96,10 +109,10 @@ def differences(arms: Mapping[str, Mapping[str, Measured]]) -> list[dict[str, An
     """Each arm minus each arm before it, per shared metric. `ahead` is the better arm, None if 0 is in the interval."""
     rows = []
     for against, arm in combinations(arms, 2):
-        for metric in (name for name in METRICS if name in arms[arm] and name in arms[against]):
+        for metric in in_order(name for name in arms[arm] if name in arms[against]):
             minuend, subtrahend = arms[arm][metric], arms[against][metric]
             diff = estimate(minuend.values_SU - subtrahend.values_SU, minuend.weights_U)
-            is_better = (diff.mean > 0) == (METRICS[metric][1] == SHARE)
+            is_better = (diff.mean > 0) == (named(metric)[1] == SHARE)
             ahead = (arm if is_better else against) if diff.shown else None
             figures = {
                 "mean": diff.mean,
@@ -120,9 +133,10 @@ def sentence(differences: Sequence[Mapping[str, Any]], budget: str, seeds: int) 
         for pair in ((KD, CE), (CORRECTED, CE), (CORRECTED, KD), (KD, UNTOUCHED))
         if (clause := _describe_pair([row for row in differences if (row["arm"], row["against"]) == pair]))
     ]
+    asked = any(row["metric"] not in METRICS for row in differences)
     return (
         f"Under equal {budget}, over {over}: {' '.join(parts)} Shown for this pair, this budget and these"
-        " held-out rows; not for other text, longer runs or other models."
+        f" held-out rows{' and questions' if asked else ''}; not for other text, longer runs or other models."
     )
 
 
@@ -133,17 +147,17 @@ def _describe_pair(rows: Sequence[Mapping[str, Any]]) -> str:
     arm, against = rows[0]["arm"], rows[0]["against"]
     clauses = []
     for leader, other in ((arm, against), (against, arm)):
-        won = [f"{METRICS[row['metric']][0]} ({_margin(row)})" for row in rows if row["ahead"] == leader]
+        won = [f"{named(row['metric'])[0]} ({_margin(row)})" for row in rows if row["ahead"] == leader]
         if won:
             clauses.append(f"{leader} is ahead of {other} in {_join(won)}")
-    if undecided := [METRICS[row["metric"]][0] for row in rows if not row["shown"]]:
+    if undecided := [named(row["metric"])[0] for row in rows if not row["shown"]]:
         clauses.append(f"no difference of {arm} and {against} is shown in {_join(undecided)}")
     return f"{'; '.join(clauses)}."
 
 
 def _margin(row: Mapping[str, Any]) -> str:
     size = abs(row["mean"])
-    return f"by {size:.3g} nats" if METRICS[row["metric"]][1] == NATS else f"by {100 * size:.1f} points"
+    return f"by {size:.3g} nats" if named(row["metric"])[1] == NATS else f"by {100 * size:.1f} points"
 
 
 def _join(words: Sequence[str]) -> str:

@@ -44,6 +44,7 @@ from potstill.preflight.auto import (
 from potstill.preflight.checks import Checked, require_sound
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
+from potstill.recipe.sections_evaluation import labelled
 from potstill.runs.inputs import file_hashes
 from potstill.runs.run_dir import RunDir, code, default_path, newest_path
 from potstill.runs.trackers import logging_to
@@ -355,9 +356,7 @@ class _ActiveRun:
         results: dict[str, Any] = {}
         if self.setup.recipe.evaluations:
             self.run.whole_student()
-        for config in self.setup.recipe.evaluations:
-            name = config.registered_name
-            key = name if name not in results else f"{name}-{len(results)}"
+        for key, config in labelled(self.setup.recipe.evaluations).items():
             subject = Subject(
                 folder=self.run.student,
                 out=self.run.evals / key,
