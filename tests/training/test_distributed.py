@@ -209,3 +209,20 @@ def test_what_every_rank_finds_wrong_is_said_once(tiny_recipe: Recipe, tmp_path:
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0 and not (tmp_path / "run").exists()
     assert [line[:5] for line in err.splitlines() if "99" in line] == ["error"], err[-2000:]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
+def test_two_ranks_write_what_one_writes(parallel: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Of five rows three are the student's: one rank writes two of them, under FSDP both write all."""
+    recipe = tiny_recipe(
+        train=TRAIN % f"optimizer: sgd, parallel: {parallel}",
+        rollouts="{fraction: 0.6, max_new_tokens: 8, prompt_tokens: 6, every: 2}",
+    )
+    alone = distill(recipe, out=tmp_path / "alone").path
+    ranks(2, "distill", recipe, "--out", tmp_path / "two")
+    assert_equal_runs(tmp_path / "two", alone)
+    ids = [
+        [load_file(path)["ids"].tolist() for path in sorted((folder / "rollouts").iterdir())]
+        for folder in (tmp_path / "two", alone)
+    ]
+    assert ids[0] == ids[1] and len(ids[0]) == 10

@@ -1,0 +1,315 @@
+"""Does it pay that the student writes? Arms of equal processor time, decoding charged, on a task that a program judges.
+
+reasoning-gym's chain_sum: two numbers of at most two digits, added or subtracted; no test question is trained on. A
+teacher of 1.3 million weights learns it from the right answers; students of a quarter of them, which share its
+tokenizer, begin with some plain training on the teacher's answers, and go on, each for the same seconds of one core:
+
+    CE              on the teacher's answers
+    off-policy KL   forward KL on the teacher's answers
+    on-policy       reverse KL on what the student writes
+    on-policy JSD   the same with JSD
+    half            reverse KL, half of the rows the student's
+    control         the student's rows without a teacher: every sampled token gets the advantage -1
+
+    python bench/on_policy.py prepare FOLDER            tokenizer, questions, teacher, its answers
+    python bench/on_policy.py run FOLDER [--seconds 60] [--seeds 0,1,2] [--arms CE,half] [--append bench/results.jsonl]
+
+Accuracy is of greedy answers to 300 questions; KL is of one sample a prompt at temperature 1, on what the student
+wrote (`own/reverse_kl`) and on what the teacher wrote (`heldout/kl`). Seconds are of processor time, so that other work
+on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+QUESTIONS, TESTED, TEST_SEED, PROMPTS = 12_000, 300, 999, 4_000
+TEMPLATE = (
+    "{% for m in messages %}{{ '<q>' if m.role == 'user' else '<a>' }}{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+TEACHER = {"hidden_size": 160, "intermediate_size": 480, "num_hidden_layers": 4, "num_attention_heads": 4}
+STUDENT = {"hidden_size": 80, "intermediate_size": 240, "num_hidden_layers": 4, "num_attention_heads": 4}
+FIXED = "corpus: {{name: chat, path: {path}, tokens_per_row: 256, heldout_rows: 8}}"
+WRITTEN = "corpus: {name: prompts, path: prompts.jsonl, tokens_per_row: 48, heldout_rows: 64}"
+MIXED = (
+    "corpus: {name: chat, path: written/corpus.jsonl, packing: false, tokens_per_row: 48, heldout_rows: 8}"
+)
+OF_TEACHER = (
+    FIXED.format(path="gold.jsonl")
+    + """
+teacher: {name: fixture, vocab_size: VOCAB}
+student: {name: config, model: teacher}
+objective: {kd_weight: 0, ce_weight: 1}
+train: {steps: 1500, rows_per_step: 12, lr: 2e-3, warmup: 100, weight_decay: 0.01, device: cpu}
+eval: {every: 500}
+allow_weak_teacher: true
+"""
+)
+PAIR = """
+teacher: {name: torch, model: taught/student}
+student: {name: checkpoint, model: START}
+allow_weak_teacher: true
+"""
+KL = "objective: {divergence: DIVERGENCE, kd_weight: 1, ce_weight: 0}\n"
+OWN = "rollouts: {max_new_tokens: 6, fraction: SHARE}\n"
+PLAIN = "objective: {kd_weight: 0, ce_weight: 1}\n"
+ON_OWN = "train: {steps: STEPS, rows_per_step: 64, lr: 5e-4, warmup: 10, weight_decay: 0.01, device: cpu}\n"
+ON_TEXT = "train: {steps: STEPS, rows_per_step: 8, lr: 5e-4, warmup: 10, weight_decay: 0.01, device: cpu}\n"
+TEXT = FIXED.format(path="written/corpus.jsonl")
+ARMS = {
+    "CE": TEXT + PAIR + PLAIN + ON_TEXT,
+    "off-policy KL": TEXT + PAIR + KL.replace("DIVERGENCE", "forward_kl") + ON_TEXT,
+    "on-policy": WRITTEN + PAIR + KL.replace("DIVERGENCE", "reverse_kl") + OWN.replace("SHARE", "1") + ON_OWN,
+    "on-policy JSD": WRITTEN + PAIR + KL.replace("DIVERGENCE", "jsd") + OWN.replace("SHARE", "1") + ON_OWN,
+    "half": MIXED + PAIR + KL.replace("DIVERGENCE", "reverse_kl") + OWN.replace("SHARE", "0.5") + ON_OWN,
+    "control": WRITTEN + PAIR + KL.replace("DIVERGENCE", "reverse_kl") + OWN.replace("SHARE", "1") + ON_OWN,
+}
+START_STEPS = 150
+PER_STEP = 4, 24
+"""Steps of the two short runs whose difference in seconds is that of the steps between."""
+
+
+def prepare(folder: Path) -> None:
+    import reasoning_gym
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from potstill import distill
+    from potstill.workflows.write import write_corpus
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tested = {
+        each["question"]
+        for each in reasoning_gym.create_dataset("chain_sum", size=TESTED, seed=TEST_SEED, **TASK)
+    }
+    found = {
+        each["question"]: each["answer"]
+        for each in reasoning_gym.create_dataset("chain_sum", size=2 * QUESTIONS, seed=1, **TASK)
+        if each["question"] not in tested
+    }
+    pairs = list(found.items())[:QUESTIONS]
+    inner = Tokenizer(models.BPE())
+    digits, letters = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
+    inner.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<eos>", "<pad>", "<q>", "<a>"]
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    inner.train_from_iterator([question for question, _ in pairs[:2000]], trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", additional_special_tokens=special[2:]
+    )
+    tokenizer.chat_template = TEMPLATE
+    for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
+        config = transformers.LlamaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=0, pad_token_id=1, **shape,
+        )  # fmt: skip
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    said = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    (folder / "gold.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in said))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": q}) + "\n" for q, _ in pairs[:PROMPTS])
+    )
+    recipe = folder / "teacher.yaml"
+    text = OF_TEACHER.replace("VOCAB", str(len(tokenizer)))
+    recipe.write_text(text.replace("gold.jsonl,", "gold.jsonl, tokenizer: teacher,"))
+    distill(recipe, out=folder / "taught")
+    print(
+        json.dumps({"bench": "on_policy", "what": "teacher", **score(folder / "taught" / "student", folder)}),
+        flush=True,
+    )
+    recipe = folder / "write.yaml"
+    pair = PAIR.replace("checkpoint, model: START", "config, model: student")
+    text = WRITTEN + pair + OWN.replace("SHARE", "1") + ON_OWN.replace("STEPS", "1")
+    recipe.write_text(text + "write: {max_new_tokens: 8, temperature: 0, prompts_at_once: 64}\n")
+    write_corpus(recipe, out=folder / "written")
+
+
+def score(model: Path, folder: Path) -> dict[str, float]:
+    """Accuracy of greedy answers to the test questions."""
+    task = {
+        "source": "reasoning_gym",
+        "task": "chain_sum",
+        "size": TESTED,
+        "options": TASK,
+        "seed": TEST_SEED,
+    }
+    task |= {"max_new_tokens": 8}
+    out = folder / "scores" / model.parent.name
+    command = [
+        sys.executable,
+        "-m",
+        "potstill",
+        "eval",
+        str(model),
+        "--task",
+        json.dumps(task),
+        "--out",
+        str(out),
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found = json.loads(done.stdout)
+    return {
+        "accuracy": found["accuracy"]["value"],
+        "low": found["accuracy"]["low"],
+        "high": found["accuracy"]["high"],
+    }
+
+
+def arm(folder: Path, name: str, seed: int, seconds: float) -> dict[str, Any]:
+    """One arm: its start, its steps for the time, its scores."""
+    place = folder / "arms" / f"{name.replace(' ', '-')}-{seed}"
+    start = started(folder, seed)
+    recipe = folder / f"{place.name}.yaml"
+    text = ARMS[name].replace("START", str(start.relative_to(folder)))
+
+    def run(steps: int, out: Path, warmup: int) -> float:
+        recipe.write_text(text.replace("STEPS", str(steps)).replace("warmup: 10", f"warmup: {warmup}"))
+        command = [sys.executable, __file__, "child", str(recipe), "--out", str(out), "--seed", str(seed)]
+        command += ["--control"] if name == "control" else []
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        return float(done.stdout.splitlines()[-1])
+
+    few, more = (run(steps, place.with_name(f"{place.name}-of-{steps}"), 2) for steps in PER_STEP)
+    steps = max(int(seconds * (PER_STEP[1] - PER_STEP[0]) / (more - few)), 20)
+    spent = run(steps, place, 10)
+    line = {"arm": name, "seed": seed, "steps": steps, "seconds": seconds, "processor_s": round(spent, 1)}
+    return line | score(place / "student", folder) | on_text(folder, place / "student")
+
+
+def started(folder: Path, seed: int) -> Path:
+    """The student that every arm of a seed begins with."""
+    out = folder / "arms" / f"start-{seed}"
+    if not (out / "receipt.json").exists():
+        from potstill import distill
+
+        recipe = folder / f"start-{seed}.yaml"
+        text = TEXT + PAIR.replace("checkpoint, model: START", "config, model: student") + PLAIN + ON_TEXT
+        recipe.write_text(text.replace("STEPS", str(START_STEPS)).replace("lr: 5e-4", "lr: 2e-3"))
+        distill(recipe, overrides=[f"train.seed={seed}"], out=out)
+        line = {"bench": "on_policy", "arm": "start", "seed": seed} | score(out / "student", folder)
+        print(json.dumps(line | on_text(folder, out / "student")), flush=True)
+    return out / "student"
+
+
+def on_text(folder: Path, student: Path) -> dict[str, float]:
+    """KL on what the student writes, and on what the teacher writes."""
+    from potstill import load_recipe
+    from potstill.build.resolve import resolve
+    from potstill.build.setup import set_up
+    from potstill.evals.heldout import heldout
+    from potstill.evals.own_samples import own_samples
+
+    recipe = folder / "measure.yaml"
+    recipe.write_text(ARMS["on-policy"].replace("START", "student").replace("STEPS", "20"))
+    setup = set_up(resolve(load_recipe(recipe), saved_student=student), lambda text: None)
+    given = setup.rollouts
+    assert given is not None
+    own, _ = own_samples(setup.student, setup.teacher, given.heldout, given.config, given.ends, 64)
+    held = heldout(setup.student, setup.teacher, setup.corpus.heldout, 64)
+    names = {
+        "own_reverse_kl": own["own/reverse_kl"],
+        "own_ended": own["own/ended"],
+        "heldout_kl": held["heldout/kl"],
+    }
+    return {name: round(value, 4) for name, value in names.items()}
+
+
+def child(options: argparse.Namespace) -> None:
+    """A run in a process of its own; prints the seconds of processor time that it took."""
+    import torch
+
+    torch.set_num_threads(1)
+    from potstill import distill
+    from potstill.models.student import Student
+
+    if options.control:
+        forward = Student.forward
+
+        def without_teacher(self: Student, batch: Any, targets: Any, *rest: Any) -> dict[str, Any]:
+            """Every sampled token gets the advantage -1: its log-probability is lowered."""
+            terms = forward(self, replace(batch, is_rollout=False), targets, *rest)
+            objective = self.objective
+            self.objective = replace(objective, kd_weight=0.0, ce_weight=1.0)
+            try:
+                plain = forward(self, replace(batch, is_rollout=False), targets, *rest)
+            finally:
+                self.objective = objective
+            nll, kd = terms["ce"].detach(), terms["kd"].detach()
+            return {"loss": -plain["loss"], "kd": kd, "rollout_nll": nll, "rollout_kd": kd}
+
+        Student.forward = without_teacher  # type: ignore[method-assign]
+    overrides = [f"train.seed={options.seed}", "guard.loss_ceiling=1e6"]
+    distill(options.recipe, overrides=overrides, out=options.out)
+    print(time.process_time())
+
+
+def run(options: argparse.Namespace) -> None:
+    lines = []
+    for seed in map(int, options.seeds.split(",")):
+        for name in options.arms.split(","):
+            line = {"bench": "on_policy"} | arm(options.folder, name, seed, options.seconds)
+            print(json.dumps(line), flush=True)
+            lines.append(line)
+            if options.append is not None:
+                with options.append.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    for name in options.arms.split(","):
+        of = [line for line in lines if line["arm"] == name]
+        for metric in ("accuracy", "own_reverse_kl", "heldout_kl"):
+            values = [line[metric] for line in of]
+            spread = f" ± {statistics.stdev(values):.3f}" if values[1:] else ""
+            print(f"{name:>14} {metric:>15} {statistics.mean(values):.3f}{spread} (over {len(values)} seeds)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(required=True)
+    first = verbs.add_parser("prepare")
+    first.set_defaults(verb=lambda options: prepare(options.folder.absolute()))
+    first.add_argument("folder", type=Path)
+    second = verbs.add_parser("run")
+    second.set_defaults(verb=run)
+    second.add_argument("folder", type=lambda text: Path(text).absolute())
+    second.add_argument("--seconds", type=float, default=60.0)
+    second.add_argument("--seeds", default="0,1,2")
+    second.add_argument("--arms", default=",".join(ARMS))
+    second.add_argument("--append", type=Path)
+    third = verbs.add_parser("child")
+    third.set_defaults(verb=child)
+    third.add_argument("recipe", type=Path)
+    third.add_argument("--out", type=Path, required=True)
+    third.add_argument("--seed", type=int, default=0)
+    third.add_argument("--control", action="store_true")
+    options = parser.parse_args()
+    options.verb(options)
+
+
+if __name__ == "__main__":
+    main()
