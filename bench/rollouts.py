@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from potstill.data.prompts import Prompt
 from potstill.models.causal_lm import CausalLM
 from potstill.models.decoding import decode
 from potstill.recipe.sections_rollouts import RolloutsConfig
-from potstill.training.rollouts import write
+from potstill.training.sampling import write
 
 DEMO = Path(__file__).resolve().parent.parent / "src" / "potstill" / "demo.yaml"
 EQUAL, MIXED = [64] * 8, [16, 24, 32, 48, 64, 96, 128, 256]
@@ -84,7 +85,7 @@ def main() -> None:
         speeds: dict[str, list[float]] = {"ours": [], "generate": []}
         for number in range(options.rounds + 1):  # the first warms up
             for who, run in (("ours", ours), ("generate", theirs)):
-                speed = timed(lambda run=run: run(model, prompts, options.new))  # type: ignore[misc]
+                speed = timed(partial(run, model, prompts, options.new))
                 if number:
                     speeds[who].append(speed)
         medians = {who: round(statistics.median(values), 1) for who, values in speeds.items()}

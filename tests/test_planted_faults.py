@@ -33,7 +33,32 @@ CODECS = "store/test_codecs.py::test_"
 STORE = "store/test_store.py::test_"
 DATA = "training/test_data.py::test_"
 REFUSAL = "publish/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
+OWN = "training/test_rollouts.py::test_"
 FAULTS = {
+    "cross-entropy on what the student wrote": Fault(
+        "models/student.py",
+        "replace(self.objective, ce_weight=0.0) if batch.is_rollout else self.objective",
+        "self.objective",
+        f"{OWN}no_cross_entropy_falls_on_what_the_student_wrote",
+    ),
+    "loss on prompts": Fault(
+        "data/completions.py",
+        "np.arange(len(each.ids)) >= len(each.prompt.ids)",
+        "np.arange(len(each.ids)) >= 1",
+        f"{OWN}prompts_bear_no_loss_and_the_end_does",
+    ),
+    "teacher reads the student's template": Fault(
+        "types.py",
+        "read = batch if batch.for_teacher is None else batch.for_teacher",
+        "read = batch",
+        "training/test_prompts.py::test_the_teacher_reads_its_own_template_and_the_same_completion",
+    ),
+    "rows of a step that is taken again are other ones": Fault(
+        "training/rollouts.py",
+        "self._read(first) or self._write",
+        "None or self._write",
+        f"{OWN}rows_of_a_step_that_is_taken_again_are_read_and_not_written",
+    ),
     "reversed KL": Fault(
         "losses/divergences.py",
         'return _kl(teacher_logp_NS, student_logp_NS)\n\n\n@register("divergence")\ndef reverse_kl',

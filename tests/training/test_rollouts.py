@@ -31,7 +31,8 @@ from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.models.student import Student
 from potstill.recipe.sections_rollouts import RolloutsConfig
-from potstill.training.rollouts import Rollouts, write
+from potstill.training.rollouts import Rollouts
+from potstill.training.sampling import write
 from potstill.types import Batch, Vocab, answer
 
 Recipe = Callable[..., Path]

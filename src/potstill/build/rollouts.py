@@ -18,7 +18,7 @@ from potstill.models.causal_lm import CausalLM
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_rollouts import RolloutsConfig
 from potstill.teachers.decoding import decoder_of
-from potstill.training.rollouts import write
+from potstill.training.sampling import write
 from potstill.types import Teacher
 
 HELDOUT_SEED = 0

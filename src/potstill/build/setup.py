@@ -45,6 +45,7 @@ from potstill.recipe.sections_models import CutStudentConfig
 from potstill.registry import entries
 from potstill.teachers.base import TeacherSource
 from potstill.training.distributed import ALONE, Ranks
+from potstill.training.engines import engine_of
 from potstill.training.rollouts import Rollouts
 from potstill.types import Batch, Data, Divergence, Teacher
 
@@ -117,9 +118,8 @@ class RunSetup:
         if self.rollouts is None:
             return fixed
         given, first = self.rollouts, len(self.corpus.train) + len(self.corpus.heldout)
-        return Rollouts(
-            self.student, given.prompts, fixed, given.config, given.ends, first, folder, ranks, beat
-        )
+        engine = engine_of(given.config, given.ends, self.recipe.corpus.tokens_per_row)
+        return Rollouts(self.student, given.prompts, fixed, given.config, engine, first, folder, ranks, beat)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from potstill.losses.divergences import forward_kl, reverse_kl
 from potstill.losses.targets import SparseTargets
 from potstill.models.student import Student
 from potstill.recipe.sections_rollouts import RolloutsConfig
-from potstill.training.rollouts import write
+from potstill.training.sampling import write
 from potstill.types import Teacher, answer
 
 SEED = 0

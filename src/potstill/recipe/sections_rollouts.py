@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from potstill.recipe.fields import Config, Count, CountOrZero, Positive, PositiveOrZero, Seed
+from potstill.recipe.fields import Config, Count, CountOrZero, LocalPath, Positive, PositiveOrZero, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,14 @@ class RolloutsConfig(Config):
     truncated: Literal["keep", "mask"] = "keep"
     """A completion that max_new_tokens cut off, which has no end, bears loss as others do (keep), or none (mask). A
     step that would have nothing else keeps them."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: the student in this process, or a vLLM engine in a process of its own, which gets the weights
+    before each sampling."""
+    vllm_python: LocalPath | None = None
+    """The Python of an environment that has vLLM, relative to the recipe; null: the one that runs potstill."""
+    max_engine_gap: Positive = 0.05
+    """Largest mean difference, in nats, between the engine's log-probabilities of what it wrote and the trainer's; a
+    larger one ends the run."""
     keep: CountOrZero = 100
     """Files of `rollouts/` that are kept, the newest; 0: all."""
 

@@ -9,96 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
-
-from transformers import GenerationConfig
 
 from potstill.data.completions import Completion, as_file, figures, from_file, rollout_batch
 from potstill.data.fixed import FixedRows, Order
 from potstill.data.prompts import Prompt, Prompts
 from potstill.errors import UserError
 from potstill.io.atomic import write_whole
-from potstill.models.decoding import InferenceFailed, Row, uniforms
 from potstill.models.student import Student
 from potstill.recipe.sections_rollouts import RolloutsConfig
 from potstill.training.distributed import ALONE, Ranks
+from potstill.training.engines import Engine, gap
 from potstill.types import Batch
-
-Decode = Callable[[GenerationConfig, Sequence[Row], Callable[[], None]], None]
-"""`models.decoding.decode` of a model: `Student.decode`, or that of a teacher."""
-
-
-class Sampling(Protocol):
-    """How a model is sampled from: `RolloutsConfig`, `WriteConfig`."""
-
-    @property
-    def max_new_tokens(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-
-
-@dataclass(kw_only=True)
-class _Written(Row):
-    """A row whose end is kept: the student learns to stop by it."""
-
-    ends: frozenset[int]
-
-    def add(self, token: int) -> None:
-        self.new.append(token)
-        if token in self.ends:
-            self.finish = "eos"
-        elif len(self.new) >= self.max_new:
-            self.finish = "length"
-
-
-def write(
-    decode: Decode,
-    prompts: Sequence[tuple[str, Prompt]],
-    config: Sampling,
-    ends: frozenset[int],
-    seed: int,
-    beat: Callable[[], None] = lambda: None,
-) -> list[Completion]:
-    """Sample a completion of each prompt, in one batch; at temperature 0, the likeliest token every time.
-
-    Args:
-        decode: of the model.
-        prompts: each with its name, from which its random numbers come.
-        ends: ids that end a completion.
-
-    Raises:
-        UserError: a logit that is not finite, or a model without a cache.
-    """
-    is_random = config.temperature > 0
-    sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-    settings = GenerationConfig(
-        do_sample=is_random, pad_token_id=min(ends, default=0), **(sampled if is_random else {})
-    )
-    rows = [
-        _Written(
-            name=name,
-            prompt_ids=prompt.ids,
-            max_new=config.max_new_tokens,
-            uniforms=uniforms(seed, name, config.max_new_tokens) if is_random else [],
-            ends=ends,
-        )
-        for name, prompt in prompts
-    ]
-    try:
-        decode(settings, rows, beat)
-    except InferenceFailed as error:
-        raise UserError(f"rollouts: {error}. The model cannot be sampled from.") from error
-    return [
-        Completion(prompt, row.new, row.logps, row.finish == "eos")
-        for row, (_, prompt) in zip(rows, prompts, strict=True)
-    ]
 
 
 class Rollouts:
@@ -112,7 +35,7 @@ class Rollouts:
         prompts: Prompts,
         fixed: FixedRows,
         config: RolloutsConfig,
-        ends: frozenset[int],
+        engine: Engine,
         first_number: int,
         folder: Path | None = None,
         ranks: Ranks = ALONE,
@@ -121,10 +44,11 @@ class Rollouts:
         """
         Args:
             fixed: the corpus's rows, for the whole of a step.
+            engine: what samples.
             first_number: of a prompt among the corpus's rows, which have the numbers before it.
             folder: where a step's rows are kept; None: nowhere, for a trial.
         """
-        self.student, self.prompts, self.config, self.ends = student, prompts, config, ends
+        self.student, self.prompts, self.config, self.engine = student, prompts, config, engine
         self.first_number, self.folder, self.ranks, self.beat = first_number, folder, ranks, beat
         rows = fixed.rows_per_step
         self.per_step = int(config.fraction * rows + 1e-9)  # 0.7 of 10 rows are 7
@@ -183,7 +107,8 @@ class Rollouts:
         is_shared = ranks.parallel == "ddp"
         mine = prompts[ranks.rank :: ranks.world] if is_shared else prompts
         with self.student.on_grid():
-            written = write(self.student.decode, mine, self.config, self.ends, self.seed, self.beat)
+            written = self.engine.write(self.student, mine, self.seed, self.beat)
+            apart = gap(self.student, written, self.beat) if self.engine.is_other else None
         if is_shared:
             of_ranks = ranks.gather([(number, ranks.rank, each) for number, each in enumerate(written)])
             completions = [each for _, _, each in sorted(of_ranks, key=lambda entry: entry[:2])]
@@ -193,6 +118,14 @@ class Rollouts:
         seconds = time.perf_counter() - started
         tokens = sum(len(each.new) for each in completions)
         self._figures[step] = {"speed/rollout_s": seconds, "speed/rollout_tokens_per_s": tokens / seconds}
+        if apart is not None:
+            self._figures[step]["rollout/engine_gap"] = apart
+            if apart > self.config.max_engine_gap:
+                raise UserError(
+                    f"step {step + 1}: the engine's log-probabilities of what it wrote are {apart:.3g} nats from the"
+                    f" trainer's, above rollouts.max_engine_gap ({self.config.max_engine_gap:g}): it samples from"
+                    " another model. Raise the limit, or set rollouts.engine: transformers."
+                )
         return completions
 
     def _prompts_of(self, first: int) -> list[tuple[str, Prompt]]:

@@ -40,7 +40,7 @@ from potstill.recipe.load import Recipe
 from potstill.recipe.sections_rollouts import WriteConfig
 from potstill.runs.run_dir import code, environment
 from potstill.teachers.decoding import decoder_of
-from potstill.training.rollouts import write
+from potstill.training.sampling import write
 from potstill.types import Teacher
 
 CORPUS, PROGRESS, RECEIPT = "corpus.jsonl", "progress.json", "receipt.json"

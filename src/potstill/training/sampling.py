@@ -1,0 +1,87 @@
+"""Completions of prompts, sampled from any model that decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import GenerationConfig
+
+from potstill.data.completions import Completion
+from potstill.data.prompts import Prompt
+from potstill.errors import UserError
+from potstill.models.decoding import InferenceFailed, Row, uniforms
+
+Decode = Callable[[GenerationConfig, Sequence[Row], Callable[[], None]], None]
+"""`models.decoding.decode` of a model: `Student.decode`, or that of a teacher."""
+
+
+class Sampling(Protocol):
+    """How a model is sampled from: `RolloutsConfig`, `WriteConfig`."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+
+
+@dataclass(kw_only=True)
+class _Written(Row):
+    """A row whose end is kept: the student learns to stop by it."""
+
+    ends: frozenset[int]
+
+    def add(self, token: int) -> None:
+        self.new.append(token)
+        if token in self.ends:
+            self.finish = "eos"
+        elif len(self.new) >= self.max_new:
+            self.finish = "length"
+
+
+def write(
+    decode: Decode,
+    prompts: Sequence[tuple[str, Prompt]],
+    config: Sampling,
+    ends: frozenset[int],
+    seed: int,
+    beat: Callable[[], None] = lambda: None,
+) -> list[Completion]:
+    """Sample a completion of each prompt, in one batch; at temperature 0, the likeliest token every time.
+
+    Args:
+        decode: of the model.
+        prompts: each with its name, from which its random numbers come.
+        ends: ids that end a completion.
+
+    Raises:
+        UserError: a logit that is not finite, or a model without a cache.
+    """
+    is_random = config.temperature > 0
+    sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+    settings = GenerationConfig(
+        do_sample=is_random, pad_token_id=min(ends, default=0), **(sampled if is_random else {})
+    )
+    rows = [
+        _Written(
+            name=name,
+            prompt_ids=prompt.ids,
+            max_new=config.max_new_tokens,
+            uniforms=uniforms(seed, name, config.max_new_tokens) if is_random else [],
+            ends=ends,
+        )
+        for name, prompt in prompts
+    ]
+    try:
+        decode(settings, rows, beat)
+    except InferenceFailed as error:
+        raise UserError(f"rollouts: {error}. The model cannot be sampled from.") from error
+    return [
+        Completion(prompt, row.new, row.logps, row.finish == "eos")
+        for row, (_, prompt) in zip(rows, prompts, strict=True)
+    ]
