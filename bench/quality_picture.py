@@ -1,6 +1,6 @@
 """Held-out KL over the seconds of a whole run, drawn from the lines that bench/quality.py appended.
 
-    python bench/quality_picture.py bench/results.jsonl docs/time-to-quality.svg [--kl 1.10]
+    python bench/quality_picture.py bench/results.jsonl PICTURE.svg [--kl 1.10]
 
 One line a seed, one colour an arm; of an arm and a seed measured twice the last. The dots are the evaluations.
 """
