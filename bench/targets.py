@@ -62,10 +62,9 @@ def overrides(options: argparse.Namespace) -> list[str]:
     return [
         f"corpus.path=stdlib:{options.corpus}",
         "corpus.heldout_rows=16",
-        "student.layers=12",
-        "student.rule=first_last",
-        "student.repair=false",
+        "student={name: cut, layers: 12, rule: first_last, repair: false}",
         f"train.steps={options.steps}",
+        "train.warmup=3",
         "train.lr=5e-4",
         "train.save_every=0",
     ]

@@ -117,7 +117,7 @@ set_flags() {
         "corpus.tokens_per_row=64" "corpus.heldout_rows=4" "allow_weak_teacher=true" "train.device=cpu")
     gpu_flags=(--tiny --steps 3 --arms "ours, reference" plain)
     humaneval_flags=(--limit 3 --max-new-tokens 8 --device cpu)
-    demo_fields=("student.layers=1") long_flags=(--arm-steps 4 --most-steps 12 --mib 0.1) long_s_of_tiny=300
+    demo_fields=("student={name: cut, layers: 1}") long_flags=(--arm-steps 4 --most-steps 12 --mib 0.1) long_s_of_tiny=300
     tests=(tests/gpu)
 }
 
