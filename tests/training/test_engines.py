@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import make_model
 
 from potstill import UserError, distill, load_recipe
 from potstill.data.prompts import Prompt
@@ -156,7 +157,12 @@ def device_of(name: str):  # type: ignore[no-untyped-def]
 @pytest.mark.skipif(REAL is None, reason="POTSTILL_VLLM names no Python with vLLM")
 def test_vllm_itself_writes_with_the_weights_of_the_step(tiny_recipe: Recipe, tmp_path: Path) -> None:
     assert REAL is not None
-    recipe = recipe_with(tiny_recipe, REAL, ", max_engine_gap: 1e-3")
+    # Its attention on a CPU has heads of 32 and more.
+    model = make_model(tmp_path / "wide", hidden_size=128)
+    recipe = tiny_recipe(
+        teacher=f"{{name: torch, model: {model}}}",
+        rollouts=f"{{{OWN}, engine: vllm, vllm_python: {REAL}, max_engine_gap: 1e-3}}",
+    )
     run = distill(recipe, out=tmp_path / "run", overrides=["train.lr=1e-2"])
     gaps = [line["rollout/engine_gap"] for line in run.metrics() if "rollout/engine_gap" in line]
     assert len(gaps) == 4 and max(gaps) < 1e-3

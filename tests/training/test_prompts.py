@@ -96,6 +96,10 @@ def texts(setup: RunSetup) -> list[str]:
         },
         lambda q: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": "never seen"}]},
         lambda q: {"messages": json.dumps([{"role": "user", "content": q}])},
+        lambda q: {"messages": [{"role": "user", "content": q}, {"role": "model", "content": "never seen"}]},
+        lambda q: {
+            "conversations": [{"from": "user", "value": q}, {"from": "chatgpt", "value": "never seen"}]
+        },
     ],
 )
 def test_a_record_of_any_shape_is_the_question_in_the_template(
@@ -103,6 +107,14 @@ def test_a_record_of_any_shape_is_the_question_in_the_template(
 ) -> None:
     setup, _ = built(prompts([shape(question) for question in QUESTIONS]))
     assert texts(setup) == sorted(f"[user]{question}<eos>[assistant]" for question in QUESTIONS)
+
+
+def test_data_beside_an_instruction_is_part_of_the_question(prompts: Callable[..., Path]) -> None:
+    setup, _ = built(
+        prompts([{"instruction": q, "input": f"data {n}", "output": "no"} for n, q in enumerate(QUESTIONS)])
+    )
+    asked = (f"[user]{question}\n\ndata {n}<eos>[assistant]" for n, question in enumerate(QUESTIONS))
+    assert texts(setup) == sorted(asked)
 
 
 def test_the_turns_before_and_the_system_are_there(prompts: Callable[..., Path]) -> None:
@@ -308,7 +320,8 @@ class UniformConfig(TeacherConfig):
         ([{"prompt": "x"}], ", field: ask", r"prompts.jsonl:1.*no 'ask'"),
         ([{"prompt": ""}], "", r"prompts.jsonl:1.*neither a text nor"),
         ([{"prompt": 5}], "", r"prompts.jsonl:1.*neither a text nor"),
-        ([{"prompt": [{"role": "assistant", "content": "a"}]}], "", r"prompts.jsonl:1.*neither a text nor"),
+        ([{"prompt": [{"role": "assistant", "content": "a"}]}], "", r"prompts.jsonl:1"),
+        ([{"prompt": "x"}], ", context: hint", r"corpus.context: not one of 1 records"),
         ([{"prompt": "x", "hint": 3}], ", context: hint", r"prompts.jsonl:1.*'hint' is 3, not a text"),
         ([{"text": "x"}], ", skip_refused: true", r"all of 1 prompts are refused"),
         ([{"prompt": [{"role": "user", "content": "q"}]}], ", chat: false", r"a list of messages"),
@@ -333,16 +346,61 @@ def test_an_empty_file_is_refused(prompts: Callable[..., Path]) -> None:
         built(prompts([]))
 
 
+def test_a_conversation_that_two_templates_write_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Prompts of a chat corpus are rendered once: the teacher would read the student's template."""
+    teacher, student = (
+        with_template(tmp_path / "teacher", OTHER),
+        with_template(tmp_path / "student", PLAIN, seed=5),
+    )
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    others = ([{"role": "user", "content": f"say {n}"}, *said[1:]] for n in range(60))
+    path = lines(tmp_path / "chats.jsonl", [{"messages": [*said, *each]} for each in others])
+    recipe = tiny_recipe(
+        corpus=f"{{name: chat, path: {path}, tokens_per_row: 80, heldout_rows: 3, tokenizer: {student}}}",
+        teacher=f"{{name: torch, model: {teacher}}}",
+        student=f"{{name: checkpoint, model: {student}}}",
+        rollouts="{max_new_tokens: 6}",
+    )
+    with pytest.raises(UserError, match=r"rollouts: the teacher has another chat template"):
+        built(recipe)
+
+
+def test_an_end_that_the_teacher_does_not_know_is_none(prompts: Callable[..., Path], tmp_path: Path) -> None:
+    student = make_model(tmp_path / "own", seed=5, eos_token_id=[0, 70])
+    setup, _ = built(
+        prompts([{"prompt": q} for q in QUESTIONS], student=f"{{name: checkpoint, model: {student}}}")
+    )
+    assert setup.rollouts is not None and setup.rollouts.ends == {0}
+
+
+def test_held_out_answers_are_kept_with_the_run(prompts: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = prompts([{"prompt": q} for q in QUESTIONS])
+    run = distill(recipe, out=tmp_path / "run")
+    assert run.heldout_answers is not None
+    resolved = resolve(load_recipe(recipe))
+    setup = set_up(resolved, lambda text: None, answers=run.heldout_answers)
+    fresh = set_up(resolved, lambda text: None)
+    kept, made = (each.corpus.heldout.batch(range(3)).input_ids_BT for each in (setup, fresh))
+    assert torch.equal(kept, made)
+    run.heldout_answers.write_bytes(run.heldout_answers.read_bytes()[:-2] + b"xx")
+    with pytest.raises(UserError, match=r"heldout.safetensors: missing, damaged"):
+        set_up(resolved, lambda text: None, answers=run.heldout_answers)
+
+
 def test_models_that_end_an_answer_otherwise_are_refused(prompts: Callable[..., Path]) -> None:
     other = OTHER.replace("<eos>", "<pad>")
     with pytest.raises(UserError, match=r"answers of the student end with '<eos>'.*teacher's with '<pad>'"):
         built(prompts([{"prompt": q} for q in QUESTIONS], template=other, of_student=PLAIN))
 
 
+def test_prompts_without_rollouts_are_refused(prompts: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"rollouts: missing: prompts have no answers"):
+        set_up(resolve(load_recipe(prompts([{"prompt": "q"}]), ["rollouts=null"])), lambda text: None)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollouts=null"], r"rollouts.* missing: prompts have no answers"),
         (["rollouts.fraction=0.5"], r"rollouts.fraction.* 0.5 leaves rows to the corpus"),
         (["compare={}"], r"compare.* plain training needs answers"),
         (["corpus.shards=here"], r"corpus.shards"),

@@ -18,9 +18,10 @@ from conftest import make_mixture, make_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from potstill import UserError, distill, load_recipe
+from potstill import UserError, compare, distill, load_recipe
 from potstill.build.resolve import resolve
 from potstill.build.setup import RunSetup, set_up
+from potstill.cli.main import main
 from potstill.data.completions import Completion, rollout_batch
 from potstill.data.packing import build
 from potstill.data.prompts import Prompt
@@ -29,6 +30,7 @@ from potstill.losses.divergences import reverse_kl
 from potstill.losses.objective import Objective
 from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
+from potstill.models.decoding import decoding_fault
 from potstill.models.student import Student
 from potstill.recipe.sections_rollouts import RolloutsConfig
 from potstill.training.rollouts import Rollouts
@@ -307,6 +309,9 @@ def test_what_was_cut_off_may_be_left_out(tiny_recipe: Recipe, tmp_path: Path) -
     data._block = (0, [cut] * 4)
     (batch,) = data.step(0)
     assert batch.input_ids_BT.shape == (4, len(prompt.ids) + 8)
+    _, mixed = built(recipe, "rollouts.fraction=0.5")
+    mixed._block = (0, [cut] * 2)
+    assert [each.is_rollout for each in mixed.step(0)] == [False]
 
 
 def test_only_so_many_files_are_kept(tiny_recipe: Recipe, tmp_path: Path) -> None:
@@ -445,6 +450,43 @@ def test_a_quantised_student_writes_with_the_file_s_numbers(tiny_recipe: Recipe)
     assert plain.student.grid is None
 
 
+def test_files_that_a_checkpoint_needs_are_kept(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """`keep: 1`, and a checkpoint in the middle of the block before."""
+    own = "{max_new_tokens: 6, every: 3, keep: 1}"
+    train = "{steps: 8, rows_per_step: 2, lr: 1e-2, save_every: 4, device: cpu}"
+    recipe = tiny_recipe(rollouts=own, train=train)
+    whole = distill(recipe, out=tmp_path / "whole")
+    cut = distill(recipe, out=as_killed(whole.path, tmp_path / "cut", 4), resume=True)
+    assert cut.receipt()["student"] == whole.receipt()["student"]
+
+
+def test_a_model_that_decodes_otherwise_than_it_computes_is_refused(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    """Mamba's state reads the padding on the left."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8, eos_token_id=0, pad_token_id=1
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    recipe = tiny_recipe(rollouts=OWN, student=f"{{name: checkpoint, model: {tmp_path / 'mamba'}}}")
+    with pytest.raises(UserError, match=r"rollouts: student .*mamba: .*Mamba"):
+        built(recipe, "corpus.packing=false")
+
+
+@pytest.mark.parametrize("name", ["MistralConfig", "Gemma3TextConfig", "GPT2Config", "Qwen3Config"])
+def test_what_other_families_decode_is_what_they_compute(name: str) -> None:
+    """Sliding windows, learned positions, caches of other kinds."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+    if name == "GPT2Config":
+        small = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = getattr(transformers, name)(vocab_size=258, pad_token_id=1, **small)
+    model = CausalLM(transformers.AutoModelForCausalLM.from_config(config).eval(), name)
+    assert decoding_fault(model) is None
+
+
 def test_a_fault_goes_back_to_the_same_rows(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """`guard.policy: rollback`: the steps that are taken again read what was written."""
     run = distill(
@@ -460,7 +502,31 @@ def test_a_fault_goes_back_to_the_same_rows(tiny_recipe: Recipe, tmp_path: Path)
     assert len(run.faults()) == 3
 
 
+def test_arms_are_compared_where_one_of_them_writes(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Plain training has no rows of the student's."""
+    folder = compare(
+        tiny_recipe(rollouts="{max_new_tokens: 6, fraction: 0.5}", compare="{budget: steps, seeds: [0]}"),
+        out=tmp_path / "arms",
+    )
+    assert folder is not None
+    written = [path.parent.name for path in folder.rglob("rollouts") if path.is_dir()]
+    assert len(written) == 1 and "kd" in written[0]
+
+
 # What is refused
+
+
+def test_prompts_are_neither_compared_nor_captured(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"what is {n}?"}) + "\n" for n in range(20)))
+    recipe = tiny_recipe(
+        corpus=f"{{name: prompts, path: {path}, tokens_per_row: 64, heldout_rows: 3}}",
+        rollouts="{max_new_tokens: 6}",
+    )
+    with pytest.raises(UserError, match=r"corpus.name: prompts have no answers"):
+        compare(recipe, out=tmp_path / "arms")
+    assert main(["capture", str(recipe), "--out", str(tmp_path / "store")]) == 2
+    assert not (tmp_path / "arms").exists() and not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
@@ -475,6 +541,14 @@ def test_a_fault_goes_back_to_the_same_rows(tiny_recipe: Recipe, tmp_path: Path)
         ({"rollouts": "{}", "objective": "{kd_weight: 0, ce_weight: 1}"}, "objective.kd_weight"),
         ({"rollouts": "{truncated: drop}"}, "rollouts.truncated"),
         ({"rollouts": "{}", "teacher": "{name: store, path: .}"}, "teacher"),
+        ({"rollouts": "{prompt_tokens: 30, max_new_tokens: 8}"}, "rollouts.prompt_tokens: 30 tokens and 8"),
+        (
+            {
+                "rollouts": "{max_new_tokens: 8}",
+                "train": "{epochs: 1, rows_per_step: 4, lr: 1e-3, device: cpu}",
+            },
+            "train.epochs: counts rows of the corpus",
+        ),
     ],
 )
 def test_a_wrong_section_is_refused(sections: dict[str, str], message: str, tiny_recipe: Recipe) -> None:

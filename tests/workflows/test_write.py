@@ -125,10 +125,10 @@ def test_the_batch_has_no_say(writing: Callable[..., Path], tmp_path: Path) -> N
 
 
 def test_a_kill_loses_nothing(writing: Callable[..., Path], tmp_path: Path) -> None:
-    """Killed three times, each time with a torn line behind what was whole: the same bytes in the end."""
+    """Killed twice, each time with a torn line behind what was whole: the same bytes in the end."""
     recipe, out = writing("{max_new_tokens: 12, truncated: keep, prompts_at_once: 1}"), tmp_path / "out"
     whole = write_corpus(recipe, out=tmp_path / "whole")
-    for wanted in (3, 9, 15):
+    for wanted in (4, 12):
         process = subprocess.Popen([sys.executable, "-m", "potstill", "write", recipe, "--out", out])
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
@@ -147,6 +147,36 @@ def test_a_kill_loses_nothing(writing: Callable[..., Path], tmp_path: Path) -> N
         k: v for k, v in whole.items() if k not in timed
     }
     assert write_corpus(recipe, out=out) == receipt
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone", "changed", "progress"])
+def test_a_folder_that_was_damaged_does_not_go_on(
+    damage: str, writing: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, out = writing(), tmp_path / "out"
+    write_corpus(recipe, out=out)
+    (out / "receipt.json").unlink()
+    corpus = out / "corpus.jsonl"
+    data = corpus.read_bytes()
+    if damage == "gone":
+        corpus.unlink()
+    elif damage == "progress":
+        (out / "progress.json").write_text(
+            json.dumps({"of": json.loads((out / "progress.json").read_text())["of"]})
+        )
+    else:
+        corpus.write_bytes(data[:-9] if damage == "shorter" else data[:-9] + b"x" * 9)
+    with pytest.raises(UserError, match=r"damaged"):
+        write_corpus(recipe, out=out)
+
+
+def test_other_prompts_do_not_go_on_in_the_same_folder(writing: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = writing()
+    write_corpus(recipe, out=tmp_path / "out")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(path.read_text().replace("what", "WHAT"))
+    with pytest.raises(UserError, match=r"begun with another prompts"):
+        write_corpus(recipe, out=tmp_path / "out")
 
 
 def test_another_recipe_does_not_go_on_in_the_same_folder(
@@ -192,6 +222,8 @@ def test_what_was_written_trains_a_student(
         (["write.max_new_tokens=96"], "write.max_new_tokens: 96 tokens leave no room"),
         (["write.truncated=mask"], "write.truncated"),
         (["write.samples=0"], "write.samples"),
+        (["write.temperature=0", "write.samples=3"], "write.samples"),
+        (["write.min_new_tokens=20"], "write.min_new_tokens"),
         (["write.max_new_tokens=90"], "not one answer to 20 prompts is kept .*20 too long"),
         (["corpus={name: text, path: TEXT}"], "corpus.name: text has no questions"),
     ],

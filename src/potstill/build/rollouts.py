@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from potstill.build.corpus import teacher_tokenizer
 from potstill.build.resolve import Resolved
 from potstill.data import packing
-from potstill.data.completions import Completion, CompletionRows
+from potstill.data.completions import Completion, CompletionRows, from_file
 from potstill.data.end_of_turn import end_of_turn, ends_of
 from potstill.data.prompts import Prompt, Prompts
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
+from potstill.models.decoding import decoding_fault
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_rollouts import RolloutsConfig
 from potstill.teachers.decoding import decoder_of
 from potstill.training.sampling import write
 from potstill.types import Teacher
 
+PROMPT_TOKENS = 32
+"""Of a document without turns, where the recipe says nothing."""
 HELDOUT_SEED = 0
 """Of the answers to held-out prompts: the same for every seed of a run, so that their results can be compared."""
 
@@ -37,6 +41,12 @@ class RolloutSetup:
         """For the receipt."""
         counts = {"prompts": len(self.prompts), "prompts_too_long": self.prompts.too_long}
         return dataclasses.asdict(self.config) | counts | {"ends": sorted(self.ends)}
+
+
+def require_rollouts(recipe: Recipe) -> None:
+    """UserError for a run on prompts in which the student writes nothing."""
+    if recipe.corpus.prompt == "whole" and recipe.rollouts is None:
+        raise UserError("rollouts: missing: prompts have no answers to train on. Add rollouts: {}.")
 
 
 def set_up_rollouts(
@@ -65,18 +75,22 @@ def set_up_rollouts(
             f"rollouts: teacher {resolved.teacher.label} has no targets for text that the student writes. Name another"
             " teacher, or leave rollouts out."
         )
+    if (fault := decoding_fault(model)) is not None:
+        raise UserError(
+            f"rollouts: {model.name}: {fault}. Leave rollouts out: it cannot write by itself here."
+        )
+    _require_one_template(resolved, tokenizer)
     longest = recipe.corpus.tokens_per_row - config.max_new_tokens
-    part, tokens = recipe.corpus.prompt, min(config.prompt_tokens, longest)
+    part, tokens = recipe.corpus.prompt, config.prompt_tokens or min(PROMPT_TOKENS, longest)
     prompts = Prompts(corpus.train, part, tokens, longest)
     heldout = Prompts(corpus.heldout, part, tokens, longest, "held-out")
     for line in prompts.notes():
         note(f"rollouts: {line}")
-    ends = _ends(resolved, tokenizer, model, ids)
+    ends = _ends(resolved, tokenizer, teacher, model, ids, note)
     share = "all" if config.fraction == 1 else f"{config.fraction:g}"
+    to = " or ".join([*(_named(tokenizer, end) for end in sorted(ends)), f"{config.max_new_tokens} tokens"])
     note(
-        f"rollouts: {share} of a step's rows are written by the student, behind {len(prompts)} prompts, to"
-        f" {', '.join(_named(tokenizer, end) for end in sorted(ends)) or 'no end: each is cut off'} or"
-        f" {config.max_new_tokens} tokens"
+        f"rollouts: {share} of a step's rows are written by the student, behind {len(prompts)} prompts, to {to}"
     )
     first = [heldout[number] for number in range(min(len(heldout), recipe.corpus.heldout_rows))]
     return RolloutSetup(config, prompts, first, ends)
@@ -85,13 +99,26 @@ def set_up_rollouts(
 def with_answers(
     corpus: packing.Corpus,
     rollouts: RolloutSetup,
-    recipe: Recipe,
     teacher: Teacher,
     ids: int,
     note: Callable[[str], None],
+    kept: Path | None,
+    beat: Callable[[], None],
 ) -> packing.Corpus:
-    """A corpus of prompts alone, whose held-out rows are what the teacher answers to the held-out prompts."""
-    written = answers_of(teacher, rollouts.heldout, rollouts, ids)
+    """A corpus of prompts alone, whose held-out rows are what the teacher answers to the held-out prompts.
+
+    Args:
+        kept: the file of a run that has them already.
+
+    Raises:
+        UserError: the file is damaged, or of other prompts.
+    """
+    if kept is None:
+        written = answers_of(teacher, rollouts.heldout, rollouts, ids, beat)
+    elif (found := from_file(kept, rollouts.heldout)) is None:
+        raise UserError(f"{kept}: missing, damaged, or of other prompts. Start a new run.")
+    else:
+        written = found
     heldout = CompletionRows(written)
     heldout.first_row = len(corpus.train)
     ended = sum(each.ended for each in written)
@@ -108,7 +135,11 @@ def with_answers(
 
 
 def answers_of(
-    teacher: Teacher, prompts: Sequence[Prompt], rollouts: RolloutSetup, ids: int
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    rollouts: RolloutSetup,
+    ids: int,
+    beat: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
     """What the teacher writes behind its own version of these prompts, sampled at temperature 1."""
     plain = RolloutsConfig(max_new_tokens=rollouts.config.max_new_tokens)
@@ -116,21 +147,35 @@ def answers_of(
         (f"held-out prompt {n}", dataclasses.replace(prompt, ids=prompt.for_teacher or prompt.ids))
         for n, prompt in enumerate(prompts)
     ]
-    written = write(decoder_of(teacher, ids), named, plain, rollouts.ends, HELDOUT_SEED)
+    written = write(decoder_of(teacher, ids), named, plain, rollouts.ends, HELDOUT_SEED, beat)
     return [dataclasses.replace(each, prompt=prompt) for each, prompt in zip(written, prompts, strict=True)]
 
 
-def _ends(resolved: Resolved, tokenizer: Any | None, model: CausalLM, ids: int) -> frozenset[int]:
-    """Ids that end an answer: those that rows of this corpus end with, and those that the student's config names.
+def _ends(
+    resolved: Resolved,
+    tokenizer: Any | None,
+    teacher: Teacher,
+    model: CausalLM,
+    ids: int,
+    note: Callable[[str], None],
+) -> frozenset[int]:
+    """Ids that end an answer: those that rows of this corpus end with, and those that both models' configs name.
 
     Raises:
         UserError: the teacher ends its answers with another token, so that it would grade the student's as an error.
     """
+    named = set(model.ends)
+    if teacher.model is not None and (alone := sorted(named - teacher.model.ends)):
+        shown = ", ".join(_named(tokenizer, end) for end in alone)
+        note(
+            f"rollouts: ends that the student's config names and the teacher's does not do not count: {shown}"
+        )
+        named -= set(alone)
     if tokenizer is None:
-        return frozenset(end for end in model.ends if end < ids)
+        return frozenset(end for end in named if end < ids)
     own = teacher_tokenizer(resolved)
     if own is not None:
-        is_chat = resolved.recipe.corpus.prompt != "beginning"
+        is_chat = _is_chat(resolved.recipe, tokenizer)
         of_student, of_teacher = (_last(each, is_chat) for each in (tokenizer, own))
         if of_student != of_teacher:
             raise UserError(
@@ -138,7 +183,25 @@ def _ends(resolved: Resolved, tokenizer: Any | None, model: CausalLM, ids: int) 
                 f" teacher's with {_named(own, of_teacher)}: it would never teach the student to stop. Leave"
                 " corpus.tokenizer out, so that the student is asked and ends as the teacher does."
             )
-    return frozenset(end for end in {*ends_of(tokenizer), *model.ends} if end < ids)
+    return frozenset(end for end in {*ends_of(tokenizer), *named} if end < ids)
+
+
+def _is_chat(recipe: Recipe, tokenizer: Any) -> bool:
+    """Whether prompts are rendered by the chat template."""
+    said = getattr(recipe.corpus, "chat", None)
+    is_by_default = recipe.corpus.prompt == "question" or bool(tokenizer.chat_template)
+    return recipe.corpus.prompt != "beginning" and (is_by_default if said is None else bool(said))
+
+
+def _require_one_template(resolved: Resolved, tokenizer: Any | None) -> None:
+    """UserError for prompts out of conversations, which both models would read by the student's template."""
+    own = teacher_tokenizer(resolved) if resolved.recipe.corpus.prompt == "question" else None
+    if own is not None and tokenizer is not None and own.chat_template not in (None, tokenizer.chat_template):
+        raise UserError(
+            "rollouts: the teacher has another chat template than corpus.tokenizer, and prompts of a chat corpus are"
+            " rendered by one. Set corpus.name: prompts, whose prompts each model reads by its own, or leave"
+            " corpus.tokenizer out."
+        )
 
 
 def _last(tokenizer: Any, is_chat: bool) -> int | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from potstill.build.corpus import make_corpus
 from potstill.build.resolve import Resolved
-from potstill.build.rollouts import RolloutSetup, set_up_rollouts, with_answers
+from potstill.build.rollouts import RolloutSetup, require_rollouts, set_up_rollouts, with_answers
 from potstill.build.vocabulary import Shared, match_vocabularies
 from potstill.data import packing, token_cache, tokenizers
 from potstill.data.decontamination import summary
@@ -119,7 +119,8 @@ class RunSetup:
             return fixed
         given, first = self.rollouts, len(self.corpus.train) + len(self.corpus.heldout)
         engine = engine_of(given.config, given.ends, self.recipe.corpus.tokens_per_row)
-        return Rollouts(self.student, given.prompts, fixed, given.config, engine, first, folder, ranks, beat)
+        kept = given.config.keeping_since(2 * config.save_every)
+        return Rollouts(self.student, given.prompts, fixed, kept, engine, first, folder, ranks, beat)
 
 
 @contextlib.contextmanager
@@ -140,6 +141,7 @@ def set_up(
     beat: Callable[[], None] = lambda: None,
     agreed: Agree = lambda value: value,  # one process agrees with itself
     repair: Repair | None = None,
+    answers: Path | None = None,
 ) -> RunSetup:
     """Build everything a run needs.
 
@@ -149,18 +151,21 @@ def set_up(
         beat: called with every document that is read, a sign of life for a watchdog.
         agreed: what the first of several ranks has measured: sums differ by rounding, and choices by that.
         repair: of the run that is resumed: the same sums on another processor would make another student.
+        answers: of a run on prompts that is resumed or measured: the file of what its held-out rows are.
 
     Raises:
         UserError: a damaged file, a missing library, or models and a corpus that do not fit each other.
     """
     open_teacher: Teacher | TeacherSource = resolved.teacher  # a plan may have loaded a plug-in's
     try:
+        require_rollouts(resolved.recipe)
         verify_files(resolved, note)
         corpus, tokenizer = read_corpus(resolved, note, beat)
         resolved = with_steps(resolved, len(corpus.train), note)
         open_teacher = teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
         require_teacher(resolved, teacher, tokenizer, note)
-        return _set_up_student(resolved, corpus, tokenizer, teacher, note, agreed, repair)
+        setup = _set_up_student(resolved, corpus, tokenizer, teacher, note, agreed, repair)
+        return _with_rollouts(setup, note, beat, answers)
     except BaseException:
         open_teacher.close()  # nobody else has it yet
         raise
@@ -205,12 +210,19 @@ def _set_up_student(
         f", router loss with coefficient {weight:g}" if (weight := trainable.router_coefficient) else ""
     )
     note(f"student: {origin['name']}, {numel / 1e6:.1f} M parameters{trained}{balanced}")
-    rollouts = set_up_rollouts(resolved, corpus, tokenizer, teacher, model, shared.ids, note)
-    if rollouts is not None and recipe.corpus.prompt == "whole":
-        corpus = with_answers(corpus, rollouts, recipe, teacher, shared.ids, note)
-    return RunSetup(
-        resolved, corpus, tokenizer, teacher, trainable, origin, shared, harm, made.repair, rollouts
+    return RunSetup(resolved, corpus, tokenizer, teacher, trainable, origin, shared, harm, made.repair)
+
+
+def _with_rollouts(setup: RunSetup, note: Note, beat: Callable[[], None], answers: Path | None) -> RunSetup:
+    """With prompts and what answers them, where the student writes rows."""
+    ids, teacher = setup.shared.ids, setup.teacher
+    rollouts = set_up_rollouts(
+        setup.resolved, setup.corpus, setup.tokenizer, teacher, setup.student.model, ids, note
     )
+    corpus = setup.corpus
+    if rollouts is not None and setup.recipe.corpus.prompt == "whole":
+        corpus = with_answers(corpus, rollouts, teacher, ids, note, answers, beat)
+    return dataclasses.replace(setup, corpus=corpus, rollouts=rollouts)
 
 
 def with_steps(resolved: Resolved, num_rows: int, note: Note) -> Resolved:

@@ -110,11 +110,12 @@ def _heldout(options: argparse.Namespace, display: Display) -> int:
     if options.recipe is None:
         run = RunDir.open(Path(options.target))
         recipe, model = load(run.resolved, options.overrides), run.whole_student()
+        answers = run.heldout_answers
     else:
-        recipe, model = load(options.recipe, options.overrides), options.target
+        recipe, model, answers = load(options.recipe, options.overrides), options.target, None
     from potstill.workflows.distill import evaluate
 
-    metrics = evaluate(recipe, model, display)
+    metrics = evaluate(recipe, model, display, answers)
     if options.json:
         display.result(json.dumps(metrics, indent=2))
     else:

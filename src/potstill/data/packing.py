@@ -297,7 +297,7 @@ def build(
         "reading": reading.counts,
         "files": reading.files,
     }
-    if layout != "stream":  # end to end, any document may be cut
+    if layout != "stream" and not may_be_short:  # end to end, any document may be cut
         manifest["documents_longer_than_a_row"] = sum(length > tokens_per_row for length in lengths)
         manifest["conversations_cut"] = {"documents": read.longer, "labels": read.lost}
     return Corpus(train, heldout, manifest)

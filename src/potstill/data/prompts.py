@@ -13,6 +13,11 @@ from potstill.data.packing import PackedRows
 from potstill.errors import UserError
 
 Part = Literal["beginning", "question", "whole"]
+WHAT = {
+    "beginning": "the first tokens of a document that goes on",
+    "question": "what stands before a last answer",
+    "whole": "a whole document",
+}
 
 
 @dataclass(frozen=True)
@@ -22,11 +27,6 @@ class Prompt:
     ids: list[int]
     for_teacher: list[int] | None = None
     """What the teacher reads in its place; None: the same."""
-
-    @property
-    def length(self) -> int:
-        """Of the longer one."""
-        return max(len(self.ids), len(self.for_teacher or ()))
 
 
 class Prompts:
@@ -62,16 +62,17 @@ class Prompts:
         self._lengths = prompt_lengths[self.numbers]
         if not len(self.numbers):
             why = f"{self.too_long} are longer than {longest} tokens" if self.too_long else "none has one"
-            what = "the first tokens of a document that goes on" if part == "beginning" else "a question"
-            raise UserError(
-                f"rollouts: not one prompt ({what}) in {len(lengths)} {name} documents: {why}."
-                + (
-                    " Lower rollouts.max_new_tokens, or raise corpus.tokens_per_row, which bounds both together."
-                    if self.too_long
-                    else " Lower rollouts.prompt_tokens."
+            todo = (
+                "Lower rollouts.max_new_tokens, or raise corpus.tokens_per_row, which bounds both together."
+            )
+            if not self.too_long:
+                todo = (
+                    "Lower rollouts.prompt_tokens."
                     if part == "beginning"
-                    else " Give documents with an answer."
+                    else "Give documents with an answer."
                 )
+            raise UserError(
+                f"rollouts: not one prompt ({WHAT[part]}) in {len(lengths)} {name} documents: {why}. {todo}"
             )
 
     def __len__(self) -> int:

@@ -26,10 +26,16 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from potstill.errors import one_line
 from potstill.models.causal_lm import CausalLM
 
 SIMILAR = 0.8
 """Prompts that are read together are at least so long, as a share of the longest of them."""
+
+
+PROBE_TOKENS = 12
+MAX_GAP, MAX_GAP_ROUNDED = 0.02, 0.5
+"""Nats that decoding with a cache may differ by, in float32 and in fewer bits."""
 
 
 class InferenceFailed(Exception):
@@ -109,6 +115,48 @@ def _decode(model: CausalLM, settings: GenerationConfig, live: list[Row], beat: 
             cache.batch_select_indices(kept_B)
         mask_BT = F.pad(mask_BT, (0, 1), value=1)
         cache, hidden_BD = body.read(next_B[:, None], mask_BT, cache, live[0].name)
+
+
+@dataclass
+class _Probe(Row):
+    def add(self, token: int) -> None:
+        self.new.append(token)
+        self.finish = "length" if len(self.new) >= self.max_new else ""
+
+
+@torch.no_grad()
+def decoding_fault(model: CausalLM) -> str | None:
+    """Why what the model decodes with a cache is not what it computes without one; None: it is.
+
+    Two rows of prompts of unequal length, of which one ends earlier: models with a recurrent state may read the
+    padding, or have a cache from which a row cannot be removed.
+    """
+    if not model.keeps_cache:
+        return "it keeps no cache"
+    ids_BT = model.some_ids(2, PROBE_TOKENS).tolist()
+    rows = [
+        _Probe("a probe", ids_BT[0], 4, uniforms(0, "long", 4)),
+        _Probe("a probe", ids_BT[1][: PROBE_TOKENS - 2], 2, uniforms(0, "short", 2)),
+    ]
+    settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    try:
+        decode(model, settings, rows)
+    except (InferenceFailed, RuntimeError, AttributeError, ValueError, TypeError, IndexError) as error:
+        why = one_line(error).rstrip(".")
+        return f"{type(model.hf).__name__} does not decode two rows of unequal length: {why:.200}"
+    was_training = model.training
+    model.eval()
+    gap = 0.0
+    for row in rows:
+        whole_BT = torch.tensor([[*row.prompt_ids, *row.new]], device=model.device)
+        logp_TV = model.logits(model.hidden(whole_BT)[0]).log_softmax(-1)
+        first = len(row.prompt_ids) - 1
+        gaps = (abs(float(logp_TV[first + n, token]) - row.logps[n]) for n, token in enumerate(row.new))
+        gap = max(gap, *gaps)
+    model.train(was_training)
+    if gap > (MAX_GAP if model.hf.dtype in (torch.float32, torch.float64) else MAX_GAP_ROUNDED):
+        return f"in {type(model.hf).__name__} a token decoded with a cache is {gap:.2g} nats from the same one without"
+    return None
 
 
 class _Body:

@@ -30,7 +30,7 @@ from potstill.models.load import without_data
 from potstill.models.lora import LoraLM
 from potstill.models.student import Student
 from potstill.preflight.memory_tracker import Answers, FakeData, FakeRows, MemoryTracker, WatchedObjective
-from potstill.preflight.rollouts import rollout_bytes, rows_at_once
+from potstill.preflight.rollouts import rollout_bytes, rows_of_block
 from potstill.recipe.load import Recipe
 from potstill.training.loop import Hooks, train
 from potstill.training.optim import make_optimizer, moments_like, update_average
@@ -76,7 +76,7 @@ def _key(resolved: Resolved) -> str:
         recipe.train.steps != 1,
         (recipe.corpus.tokens_per_row, recipe.corpus.heldout_rows, recipe.corpus.packing),
         (recipe.objective, recipe.lora, recipe.guard, recipe.eval.every),
-        (recipe.rollouts, rows_at_once(recipe)),
+        (recipe.rollouts, rows_of_block(recipe)),
         resolved.teacher.plan_key(),
         [None if config is None else config.to_dict() for config in configs],
     )
@@ -156,7 +156,7 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
 
 def _write_rollouts(resolved: Resolved, tracker: MemoryTracker) -> None:
     """Take what a cache and logits take, and free it: all rows of a step are written before its first micro-batch."""
-    if rows_at_once(resolved.recipe):
+    if rows_of_block(resolved.recipe):
         phase, tracker.phase = tracker.phase, "rollouts"
         torch.empty(rollout_bytes(resolved), dtype=torch.uint8, device=resolved.device)
         tracker.phase = phase

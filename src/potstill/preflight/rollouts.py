@@ -9,6 +9,7 @@ from potstill.build.resolve import Resolved
 from potstill.build.setup import RunSetup
 from potstill.evals.own_samples import own_samples
 from potstill.recipe.load import Recipe
+from potstill.training.sampling import ROWS_AT_ONCE
 from potstill.types import Finding
 
 NUMBERS_PER_LOGIT = 4 + 4 + 8 + 8
@@ -17,21 +18,24 @@ BYTES_PER_TOKEN = 4 + 4
 """Of a file of `rollouts/`: an id and a log-probability."""
 
 
-def rows_at_once(recipe: Recipe) -> int:
-    """Rows that the student writes in one go; 0 where it writes none."""
+def rows_of_block(recipe: Recipe) -> int:
+    """Rows that the student writes before a step; 0 where it writes none."""
     config = recipe.rollouts
-    return 0 if config is None else int(config.fraction * recipe.train.rows_per_step + 1e-9) * config.every
+    if config is None:
+        return 0
+    return int(config.fraction * recipe.train.rows_per_step + 1e-9) * config.every
 
 
 def rollout_bytes(resolved: Resolved) -> int:
     """Memory that is taken while the student writes: the key-value cache of rows as long as the recipe's, a layer's
     copy while it grows, and the logits of one token a row.
     """
-    recipe, rows = resolved.recipe, rows_at_once(resolved.recipe)
+    recipe, rows = resolved.recipe, min(rows_of_block(resolved.recipe), ROWS_AT_ONCE)
     config: Any = resolved.student.model_config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     of_number = 2 if recipe.train.precision == "bfloat16" else 4
+    # The caches of groups of similar prompts and the one that joins them are there together.
     layer = 2 * rows * recipe.corpus.tokens_per_row * heads * width * of_number
     return int(layer * (config.num_hidden_layers + 1) + rows * config.vocab_size * NUMBERS_PER_LOGIT)
 
@@ -42,7 +46,7 @@ def rollout_disk_bytes(recipe: Recipe, steps: int) -> int:
         return 0
     files = -(-steps // recipe.rollouts.every)
     files = min(files, recipe.rollouts.keep) if recipe.rollouts.keep else files
-    return files * rows_at_once(recipe) * recipe.corpus.tokens_per_row * BYTES_PER_TOKEN
+    return files * rows_of_block(recipe) * recipe.corpus.tokens_per_row * BYTES_PER_TOKEN
 
 
 def student_writes(setup: RunSetup) -> Iterator[Finding]:

@@ -396,7 +396,8 @@ def _first_steps(setup: RunSetup, recipe: Recipe) -> list[Metrics]:
         should_stop=lambda: len(logged) == WHOLE_STEPS,
     )
     teacher = setup.teacher if recipe.objective.kd_weight else None
-    train(setup.student, teacher, setup.data(), _strict(recipe), hooks)
+    own = dataclasses.replace(setup, rollouts=None if recipe.rollouts is None else setup.rollouts)
+    train(setup.student, teacher, own.data(), _strict(recipe), hooks)
     return logged
 
 

@@ -326,6 +326,7 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
         yield ("student", "rule"), "keep lists the layers, so that no rule chooses them. Leave one out."
     yield from _across_train(train)
     yield from _across_rollouts(tree)
+    yield from _across_write(tree["write"] if isinstance(tree.get("write"), dict) else {})
     yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {})
     yield from _across_capture(tree["capture"] if isinstance(tree.get("capture"), dict) else {})
     if guard.get("policy") == "rollback" and train.get("save_every") == 0:
@@ -389,16 +390,15 @@ def _across_rollouts(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], st
     )
     has_prompts, given = corpus.get("name") == "prompts", tree.get("rollouts")
     rollouts = given if isinstance(given, dict) else {}
-    if has_prompts and given is None:
-        yield ("rollouts",), "missing: prompts have no answers to train on. Add rollouts: {}."
-    if has_prompts and rollouts.get("fraction", 1) != 1:
+    share = rollouts.get("fraction", 1)
+    if has_prompts and type(share) in (int, float) and 0 <= share < 1:
         yield (
             ("rollouts", "fraction"),
             f"{shown(rollouts['fraction'])} leaves rows to the corpus, and prompts have no answers. Set it to 1.",
         )
     if has_prompts and tree.get("compare") is not None:
         yield ("compare",), "plain training needs answers, and prompts have none. Leave compare out."
-    for name in ("shards", "whole_documents", "decontaminate"):
+    for name in ("shards", "whole_documents"):
         if has_prompts and corpus.get(name):
             yield ("corpus", name), "is for rows of text, and each prompt is a row of its own. Leave it out."
     if given is None or rollouts.get("fraction", 1) == 0:
@@ -413,7 +413,14 @@ def _across_rollouts(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], st
             ("objective", "kd_weight"),
             "is 0, and on rows that it wrote itself the student learns from the teacher alone. Raise it.",
         )
-    rows, share = train.get("rows_per_step"), rollouts.get("fraction", 1)
+    rows, start = train.get("rows_per_step"), rollouts.get("prompt_tokens")
+    if train.get("epochs") is not None:
+        yield ("train", "epochs"), "counts rows of the corpus, and the student writes rows. Give train.steps."
+    if start is not None and corpus.get("name") in ("prompts", "chat"):
+        yield (
+            ("rollouts", "prompt_tokens"),
+            f"is of documents without turns, not of corpus.name: {corpus['name']}. Leave it out.",
+        )
     if type(rows) is int and type(share) in (int, float) and 0 < share * rows < 1:
         yield (
             ("rollouts", "fraction"),
@@ -424,6 +431,23 @@ def _across_rollouts(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], st
         yield (
             ("rollouts", "max_new_tokens"),
             f"{most} tokens leave no room for a prompt in rows of {tokens}. Lower it, or raise corpus.tokens_per_row.",
+        )
+    elif type(tokens) is type(most) is type(start) is int and start + most > tokens:
+        yield (
+            ("rollouts", "prompt_tokens"),
+            f"{start} tokens and {most} of rollouts.max_new_tokens are more than a row of {tokens}. Lower one of them,"
+            " or raise corpus.tokens_per_row.",
+        )
+
+
+def _across_write(write: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    least, most = write.get("min_new_tokens", 1), write.get("max_new_tokens", 256)
+    if type(least) is int and type(most) is int and least > most:
+        yield ("write", "min_new_tokens"), f"{least} tokens are more than max_new_tokens, {most}. Lower it."
+    if write.get("temperature", 1) == 0 and write.get("samples", 1) != 1:
+        yield (
+            ("write", "samples"),
+            "temperature: 0 takes the likeliest token: all samples are the same. Set it to 1.",
         )
 
 

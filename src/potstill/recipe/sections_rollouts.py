@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -23,8 +24,8 @@ class RolloutsConfig(Config):
     More is faster, and further from the student's own text."""
     max_new_tokens: Count = 128
     """Longest completion, in tokens."""
-    prompt_tokens: Count = 32
-    """Of a document without turns: its first so many tokens are the prompt."""
+    prompt_tokens: Count | None = None
+    """Of a document without turns: its first so many tokens are the prompt; null: 32, or what a row has room for."""
     temperature: Positive = 1.0
     """Of sampling; that of the loss is objective.temperature."""
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
@@ -43,7 +44,12 @@ class RolloutsConfig(Config):
     """Largest mean difference, in nats, between the engine's log-probabilities of what it wrote and the trainer's; a
     larger one ends the run."""
     keep: CountOrZero = 100
-    """Files of `rollouts/` that are kept, the newest; 0: all."""
+    """Files of `rollouts/` that are kept, the newest, and as many as a checkpoint may need; 0: all."""
+
+    def keeping_since(self, steps: int) -> RolloutsConfig:
+        """With files for at least so many steps, where one may be needed that cannot be written again."""
+        least = steps // self.every + 2 if self.every > 1 else 0
+        return dataclasses.replace(self, keep=max(self.keep, least) if self.keep else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,7 @@ def _measure(run: RunDir, tokens: int, display: Display) -> dict[str, Any]:
 
     resolved = resolve(recipes.load(run.resolved), saved_student=run.whole_student())
     with process_of(resolved.recipe):
-        setup = set_up(resolved, display.note)
+        setup = set_up(resolved, display.note, answers=run.heldout_answers)
         with contextlib.closing(setup.teacher):
             return _disagreement(run, setup, tokens)
 

@@ -55,6 +55,7 @@ READABLE = "the run's other files are still readable."
 LAYERS = "layers.json"
 FOLDS = "folds.json"
 FOLDED = "folds.safetensors"
+ANSWERED = "heldout.safetensors"
 FOLD_KEYS = {"layer", "left_out", "kl_before", "kl_after", "ridge"}
 REFIT_KEYS = FOLD_KEYS - {"layer", "left_out"}
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
@@ -81,6 +82,7 @@ class RunDir:
         commits: dict[str, str] | None = None,
         layers: dict[str, Any] | None = None,
         folds: tuple[dict[str, Any], dict[str, Tensor]] | None = None,
+        answers: bytes | None = None,
     ) -> RunDir:
         """Make the folder, and write what is known before the first step.
 
@@ -107,6 +109,8 @@ class RunDir:
         if folds is not None:
             run._write_json(FOLDS, folds[0])
             write_whole(path / FOLDED, save(folds[1]))
+        if answers is not None:
+            write_whole(path / ANSWERED, answers)
         # Last: `open` takes any folder that has it for a complete run.
         write_whole(path / "resolved.yaml", resolved.encode())
         run.set_status("running")
@@ -147,6 +151,11 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def heldout_answers(self) -> Path | None:
+        """What the teacher answered to held-out prompts; None for a run on other rows."""
+        return self.path / ANSWERED if (self.path / ANSWERED).exists() else None
 
     @property
     def rollouts(self) -> Path:

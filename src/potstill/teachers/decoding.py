@@ -8,18 +8,18 @@ from functools import partial
 import torch
 from transformers import GenerationConfig
 
-from potstill.models.decoding import Row, choose, decode
+from potstill.models.decoding import Row, choose, decode, decoding_fault
 from potstill.types import Teacher
 
 
 def decoder_of(teacher: Teacher, ids: int) -> Callable[..., None]:
-    """`models.decoding.decode` of a teacher: with a cache where its model keeps one, else by reading each row again for
-    every token.
+    """`models.decoding.decode` of a teacher: with a cache where its model has a sound one, else by reading each row
+    again for every token.
 
     Args:
         ids: number of ids shared with the student; no other is written.
     """
-    if teacher.model is not None and teacher.model.keeps_cache:
+    if teacher.model is not None and decoding_fault(teacher.model) is None:
         return partial(decode, teacher.model)
     return partial(_by_reading_again, teacher, ids)
 

@@ -45,7 +45,7 @@ class Rollouts:
         Args:
             fixed: the corpus's rows, for the whole of a step.
             engine: what samples.
-            first_number: of a prompt among the corpus's rows, which have the numbers before it.
+            first_number: of a step's first own row, in the order of its file: the corpus's rows have those before it.
             folder: where a step's rows are kept; None: nowhere, for a trial.
         """
         self.student, self.prompts, self.config, self.engine = student, prompts, config, engine
@@ -63,8 +63,8 @@ class Rollouts:
         batches = self.corpus.pack(self.corpus.rows(step)) if self.corpus.rows_per_step else []
         completions = self._completions(step)
         self._figures = {step: figures(completions) | self._figures.pop(step, {})}
-        kept = [(self._number(each), each) for each in completions]
-        if self.config.truncated == "mask" and any(each.ended for each in completions):
+        kept = [(self.first_number + number, each) for number, each in enumerate(completions)]
+        if self.config.truncated == "mask" and (batches or any(each.ended for each in completions)):
             kept = [(number, each) for number, each in kept if each.ended]
         # Rows of similar length together: the shorter of a micro-batch are padded.
         kept.sort(key=lambda pair: -len(pair[1].ids))
@@ -79,9 +79,6 @@ class Rollouts:
     def figures(self, step: int) -> dict[str, float]:
         """Of a step's completions; the seconds too, where they were written in it."""
         return self._figures.get(step, {})
-
-    def _number(self, completion: Completion) -> int:
-        return self.first_number + completion.prompt.number
 
     def _completions(self, step: int) -> list[Completion]:
         """Those of one step, out of the block that was written at once."""

@@ -10,9 +10,11 @@ from transformers import GenerationConfig
 
 from potstill.data.completions import Completion
 from potstill.data.prompts import Prompt
-from potstill.errors import UserError
+from potstill.errors import RankError
 from potstill.models.decoding import InferenceFailed, Row, uniforms
 
+ROWS_AT_ONCE = 64
+"""Of a batch: its cache and logits are in memory together."""
 Decode = Callable[[GenerationConfig, Sequence[Row], Callable[[], None]], None]
 """`models.decoding.decode` of a model: `Student.decode`, or that of a teacher."""
 
@@ -52,7 +54,7 @@ def write(
     seed: int,
     beat: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
-    """Sample a completion of each prompt, in one batch; at temperature 0, the likeliest token every time.
+    """Sample a completion of each prompt, `ROWS_AT_ONCE` in a batch; at temperature 0, the likeliest token every time.
 
     Args:
         decode: of the model.
@@ -60,7 +62,7 @@ def write(
         ends: ids that end a completion.
 
     Raises:
-        UserError: a logit that is not finite, or a model without a cache.
+        RankError: a logit that is not finite, or a model without a cache.
     """
     is_random = config.temperature > 0
     sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
@@ -78,9 +80,11 @@ def write(
         for name, prompt in prompts
     ]
     try:
-        decode(settings, rows, beat)
+        for at in range(0, len(rows), ROWS_AT_ONCE):
+            decode(settings, rows[at : at + ROWS_AT_ONCE], beat)
     except InferenceFailed as error:
-        raise UserError(f"rollouts: {error}. The model cannot be sampled from.") from error
+        # Of several ranks, one alone may have seen it.
+        raise RankError(f"rollouts: {error}. The model cannot be sampled from.") from error
     return [
         Completion(prompt, row.new, row.logps, row.finish == "eos")
         for row, (_, prompt) in zip(rows, prompts, strict=True)

@@ -63,6 +63,10 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     """
     loaded = recipes.load(recipe, overrides)
     number, parts = _parse_part(part)
+    if loaded.corpus.prompt == "whole":
+        raise UserError(
+            "corpus.name: prompts have no answers whose targets could be captured. Use another corpus."
+        )
     require_capturable(loaded, recipe)
     resolved = resolve(loaded, commits=(_recorded(out) or {}).get("commits"))
     if resolved.teacher.model_config is None:

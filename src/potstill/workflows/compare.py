@@ -90,6 +90,10 @@ def compare(
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     folder = out or (newest_path(name) if resume else default_path(name))
+    if loaded.corpus.prompt == "whole":
+        raise UserError(
+            "corpus.name: prompts have no answers for the arm of plain training. Compare on another corpus."
+        )
     if loaded.objective.kd_weight == 0:
         raise UserError("objective.kd_weight: 0, so there is no KD arm to compare. Set it above 0.")
     config = loaded.compare or CompareConfig()

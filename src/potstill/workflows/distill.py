@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from potstill.build.resolve import Resolved, pin, resolve, settle_types
 from potstill.build.rollouts import answers_of
 from potstill.build.setup import RunSetup, process_of, set_up
-from potstill.data.completions import Completion, as_texts
+from potstill.data.completions import Completion, CompletionRows, as_file, as_texts
 from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
 from potstill.evals.own_samples import own_samples
@@ -136,7 +136,8 @@ def _distill(
             display.note(text)
 
         repair = None if start.run is None else _repair_of(start.run)
-        setup = set_up(start.resolved, note, watch.beat, ranks.broadcast, repair)
+        answers = None if start.run is None else start.run.heldout_answers
+        setup = set_up(start.resolved, note, watch.beat, ranks.broadcast, repair, answers)
         with contextlib.closing(setup.teacher):
             return _run(setup, start, note, display, watch, ranks, locked)
 
@@ -207,6 +208,8 @@ def _run(
         record |= {"layers": None if setup.harm is None else setup.harm.as_dict()}
         if setup.repair is not None:
             record |= {"folds": (setup.repair.as_dict(), setup.repair.weights)}
+        if isinstance(setup.corpus.heldout, CompletionRows):
+            record |= {"answers": as_file(setup.corpus.heldout.completions, {"by": "teacher"})}
         create = partial(RunDir.create, start.path, recipe=start.recipe_text, **record)
         ranks.on_first(create)
     run = start.run or RunDir(start.path)
@@ -266,15 +269,25 @@ def _status_on_error(run: RunDir) -> Iterator[None]:
         raise
 
 
-def evaluate(recipe: Recipe, model: str | Path, display: Display | None = None) -> Metrics:
-    """Held-out metrics of a saved model, on the recipe's held-out rows and against its teacher."""
+def evaluate(
+    recipe: Recipe, model: str | Path, display: Display | None = None, answers: Path | None = None
+) -> Metrics:
+    """Held-out metrics of a saved model, on the recipe's held-out rows and against its teacher.
+
+    Args:
+        answers: of a run on prompts, `RunDir.heldout_answers`; None: the teacher answers once more.
+    """
     note = (display or Display(quiet=True)).note
     resolved = settle(resolve(recipe, saved_student=model), note)
     with process_of(resolved.recipe):
-        setup = set_up(resolved, note)
+        setup = set_up(resolved, note, answers=answers)
         rows = recipe.train.micro_batch_rows
         with contextlib.closing(setup.teacher):
-            return heldout(setup.student, setup.teacher, setup.corpus.heldout, rows)
+            metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, rows)
+            if (given := setup.rollouts) is not None:
+                asked = (given.heldout, given.config, given.ends)
+                metrics |= own_samples(setup.student, setup.teacher, *asked, rows)[0]
+            return metrics
 
 
 class _ActiveRun:

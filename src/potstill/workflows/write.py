@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -28,7 +30,8 @@ from potstill.data.end_of_turn import ends_of
 from potstill.data.prompts import Prompt
 from potstill.data.readers import Reading
 from potstill.data.readers.prompts import Asked, Selection, asked
-from potstill.errors import UserError
+from potstill.data.tokenizers import behaviour_sha256
+from potstill.errors import UserError, one_line
 from potstill.io.atomic import write_whole, writing
 from potstill.io.hashing import file_sha256
 from potstill.io.locks import locked
@@ -40,7 +43,7 @@ from potstill.recipe.load import Recipe
 from potstill.recipe.sections_rollouts import WriteConfig
 from potstill.runs.run_dir import code, environment
 from potstill.teachers.decoding import decoder_of
-from potstill.training.sampling import write
+from potstill.training.sampling import Decode, write
 from potstill.types import Teacher
 
 CORPUS, PROGRESS, RECEIPT = "corpus.jsonl", "progress.json", "receipt.json"
@@ -53,10 +56,15 @@ class _Progress:
     """What the answers depend on: another of these makes another corpus."""
     prompts: int = 0
     """Prompts that have been answered."""
-    bytes: int = 0
+    size: int = 0
     """Of the corpus's file: what is behind them was not whole."""
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+    digest: Any = field(default_factory=hashlib.sha256)
+    """Of these bytes."""
+
+    def as_json(self) -> bytes:
+        return json.dumps(vars(self) | {"digest": self.digest.hexdigest()}).encode()
 
 
 def write_corpus(
@@ -75,12 +83,19 @@ def write_corpus(
     Raises:
         UserError: a corpus without prompts, a folder of another recipe, or whatever keeps the teacher from loading.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("write: runs in one process. Start it without torchrun.")
     display, path = display or Display(quiet=True), Path(recipe)
     loaded, out = recipes.load(path, overrides), out or Path("written") / path.stem
     if loaded.corpus.prompt == "beginning":
         raise UserError(
             f"corpus.name: {loaded.corpus.registered_name} has no questions for the teacher to answer. Set it to"
             " prompts or chat."
+        )
+    if loaded.corpus.decontaminate is not None:
+        raise UserError(
+            "corpus.decontaminate: write compares nothing. Leave it out here, and set it in the recipe that trains on"
+            " what was written."
         )
     if loaded.write.max_new_tokens >= loaded.corpus.tokens_per_row:
         raise UserError(
@@ -104,35 +119,59 @@ def _write(resolved: Resolved, out: Path, display: Display) -> Json:
         process_of(recipe),
         contextlib.closing(resolved.teacher.load(recipe.corpus.tokens_per_row)) as teacher,
     ):
-        progress = _begun(out, _identity(recipe, teacher))
+        ends = _ends(teacher, tokenizer, source.vocabulary.size)
+        if not teacher.reads_new_text:
+            raise UserError(
+                f"teacher.name: {recipe.teacher.registered_name} cannot answer: it reads no new text."
+            )
+        if not ends and config.truncated == "drop":
+            raise UserError(
+                f"write.truncated: teacher {resolved.teacher.label} has no token that ends an answer, so that each is"
+                " cut off. Set it to keep."
+            )
+        progress = _begun(out, _identity(recipe, teacher, tokenizer))
         if (out / RECEIPT).exists():
             display.note(f"{out}: finished already")
             return read_object(out / RECEIPT, "a receipt")
-        decode, ends = decoder_of(teacher, source.vocabulary.size), frozenset(ends_of(tokenizer))
+        decode = decoder_of(teacher, source.vocabulary.size)
         reading = Reading(iter(()))
         batches = _batches(recipe, tokenizer, source.bos_ids, reading, progress)
         with writing(out / CORPUS), (out / CORPUS).open("ab") as file:
-            file.truncate(progress.bytes)
+            file.truncate(progress.size)
             for batch in batches:
                 started = time.perf_counter()
-                named = [
-                    (f"prompt {progress.prompts + number}, sample {sample}", Prompt(number, each.ids))
-                    for number, each in enumerate(batch)
-                    for sample in range(config.samples)
-                    if len(each.ids) + config.max_new_tokens <= recipe.corpus.tokens_per_row
-                ]
-                written = write(decode, named, config, ends, config.seed)
-                lines = list(_lines(batch, written, tokenizer, config, progress.counts))
-                progress.counts["too_long"] += len(batch) - len({each.prompt.number for each in written})
-                file.write("".join(lines).encode())
+                data = _answered(batch, decode, tokenizer, ends, recipe, progress)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+                progress.digest.update(data)
                 progress.prompts += len(batch)
-                progress.bytes = file.tell()
+                progress.size = file.tell()
                 progress.seconds += time.perf_counter() - started
-                write_whole(out / PROGRESS, json.dumps(vars(progress)).encode())
+                write_whole(out / PROGRESS, progress.as_json())
                 display.note(_said(progress))
-        return _finish(resolved, out, progress, reading, teacher, tokenizer)
+        return _finish(resolved, out, progress, reading, teacher, tokenizer, ends)
+
+
+def _answered(
+    batch: Sequence[Asked],
+    decode: Decode,
+    tokenizer: Any,
+    ends: frozenset[int],
+    recipe: Recipe,
+    progress: _Progress,
+) -> bytes:
+    """The lines of a batch of prompts."""
+    config = recipe.write
+    named = [
+        (f"prompt {progress.prompts + number}, sample {sample}", Prompt(number, each.ids))
+        for number, each in enumerate(batch)
+        for sample in range(config.samples)
+        if len(each.ids) + config.max_new_tokens <= recipe.corpus.tokens_per_row
+    ]
+    written = write(decode, named, config, ends, config.seed)
+    progress.counts["too_long"] += len(batch) - len({each.prompt.number for each in written})
+    return "".join(_lines(batch, written, tokenizer, config, progress.counts)).encode()
 
 
 def _batches(
@@ -178,7 +217,7 @@ def _lines(
         if not each.ended and config.truncated == "drop":
             counts["truncated"] += 1
             continue
-        text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(new, clean_up_tokenization_spaces=False)
         if len(new) < config.min_new_tokens or not text.strip():
             counts["too_short"] += 1
             continue
@@ -191,27 +230,31 @@ def _lines(
         yield json.dumps(record | {"of": batch[number].where, "sample": sample}, ensure_ascii=False) + "\n"
 
 
-def _identity(recipe: Recipe, teacher: Teacher) -> Json:
+def _ends(teacher: Teacher, tokenizer: Any, ids: int) -> frozenset[int]:
+    """Ids that end an answer: the tokenizer's and its template's, and those that the teacher's config names."""
+    named = set() if teacher.model is None else teacher.model.ends
+    return frozenset(end for end in {*ends_of(tokenizer), *named} if end < ids)
+
+
+def _identity(recipe: Recipe, teacher: Teacher, tokenizer: Any) -> Json:
     """What the answers depend on."""
     corpus, given = dataclasses.asdict(recipe.corpus), dataclasses.asdict(recipe.write)
-    return {
-        "corpus": corpus,
-        "write": given,
-        "teacher": teacher.fingerprint(),
-        "dtype": getattr(recipe.teacher, "dtype", None),
-    }
+    files = {str(path): file_sha256(path) for path in recipe.corpus.sources([])}
+    reader = {"tokens": behaviour_sha256(tokenizer), "template": str(tokenizer.chat_template)}
+    of_teacher = teacher.fingerprint() | {"dtype": getattr(recipe.teacher, "dtype", None)}
+    return {"corpus": corpus, "prompts": files, "tokenizer": reader, "write": given, "teacher": of_teacher}
 
 
 def _begun(out: Path, of: Json) -> _Progress:
     """What there is of the same corpus.
 
     Raises:
-        UserError: it is another one.
+        UserError: it is another one, or damaged.
     """
     of = json.loads(json.dumps(of))
     if not (out / PROGRESS).exists():
         progress = _Progress(of)
-        write_whole(out / PROGRESS, json.dumps(vars(progress)).encode())
+        write_whole(out / PROGRESS, progress.as_json())
         return progress
     found = read_object(out / PROGRESS, "the progress of a corpus")
     differing = sorted(name for name in of if found.get("of", {}).get(name) != of[name])
@@ -219,7 +262,18 @@ def _begun(out: Path, of: Json) -> _Progress:
         raise UserError(
             f"{out}: was begun with another {' and '.join(differing)}. Give another --out, or the same recipe again."
         )
-    return _Progress(of, found["prompts"], found["bytes"], Counter(found["counts"]), found["seconds"])
+    try:
+        prompts, size, seconds = found["prompts"], found["size"], found["seconds"]
+        progress = _Progress(of, prompts, size, Counter(found["counts"]), seconds)
+        with (out / CORPUS).open("rb") if size else io.BytesIO() as file:
+            progress.digest.update(file.read(size))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{out}: damaged: {one_line(error)}. Delete it, and start again.") from error
+    if progress.digest.hexdigest() != found.get("digest"):
+        raise UserError(
+            f"{out / CORPUS}: damaged: not what {PROGRESS} says. Delete the folder, and start again."
+        )
+    return progress
 
 
 def _said(progress: _Progress) -> str:
@@ -231,10 +285,18 @@ def _said(progress: _Progress) -> str:
 
 
 def _finish(
-    resolved: Resolved, out: Path, progress: _Progress, reading: Reading, teacher: Teacher, tokenizer: Any
+    resolved: Resolved,
+    out: Path,
+    progress: _Progress,
+    reading: Reading,
+    teacher: Teacher,
+    tokenizer: Any,
+    ends: frozenset[int],
 ) -> Json:
     counts = progress.counts
     if not counts["kept"]:
+        for name in (CORPUS, PROGRESS):  # what was begun is of no use
+            (out / name).unlink()
         why = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
         raise UserError(
             f"{out}: not one answer to {progress.prompts} prompts is kept ({why}). Raise write.max_new_tokens, or set"
@@ -242,14 +304,14 @@ def _finish(
         )
     recipe, commit = resolved.recipe, code()
     receipt = {
-        "corpus": {"file": CORPUS, "bytes": progress.bytes, "sha256": file_sha256(out / CORPUS)},
+        "corpus": {"file": CORPUS, "bytes": progress.size, "sha256": file_sha256(out / CORPUS)},
         "prompts": progress.prompts,
         **{
             name: counts[name] for name in ("answers", "kept", "truncated", "too_short", "too_long", "tokens")
         },
         "prompts_refused": reading.counts.get("prompts_refused", 0),
         "settings": dataclasses.asdict(recipe.write),
-        "ends": {str(end): tokenizer.convert_ids_to_tokens(end) for end in ends_of(tokenizer)},
+        "ends": {str(end): tokenizer.convert_ids_to_tokens(end) for end in sorted(ends)},
         "read": reading.files,
         "teacher": {"name": recipe.teacher.registered_name} | teacher.describe() | teacher.fingerprint(),
         "commits": dict(resolved.commits),

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.data.chats.labels import Labeller
-from potstill.data.chats.messages import parsed, quoted, refused
+from potstill.data.chats.messages import parsed, quoted, refused, text_of
 from potstill.data.chats.records import Conversation, Shapes
+from potstill.data.chats.roles import INSTRUCTIONS
 from potstill.data.chats.templates import ChatTemplate, ConversationRefused
 from potstill.data.readers import jsonl, parquet
 from potstill.data.readers.chat import records_at
@@ -31,6 +32,8 @@ from potstill.io.safe_open import names_of
 PATTERNS = (*jsonl.PATTERNS, "*.json", *parquet.PATTERNS)
 FIELDS = ("prompt", "messages", "conversations", "question", "instruction")
 """Keys that a prompt may have, in the order in which they are looked for."""
+BESIDE = ("system", "tools", "functions")
+"""Keys of a record that are read beside its prompt."""
 ANSWER = "potstill"
 """Stands for the answer that is to be written: it ends what is rendered, and is no part of the prompt."""
 
@@ -69,19 +72,18 @@ def read(
     def documents() -> Iterator[Document]:
         counts, first = Counter[str](), ""
         with contextlib.ExitStack() as stack:
-            student = stack.enter_context(_Renderer(tokenizer, selection.date, is_chat))
+            student = stack.enter_context(_Renderer(tokenizer, selection, is_chat))
             is_other = is_chat and teacher_tokenizer.chat_template not in (None, tokenizer.chat_template)
             teacher = student
             if is_other:
-                teacher = stack.enter_context(_Renderer(teacher_tokenizer, selection.date, is_chat))
+                teacher = stack.enter_context(_Renderer(teacher_tokenizer, selection, is_chat))
             for where, record in found:
                 counts["prompts"] += 1
                 try:
-                    prompt, context = _prompt(where, record, selection)
-                    ids = student.ids(where, record, prompt)
-                    for_teacher = None
+                    prompt, context = student.prompt(where, record), _context(where, record, selection)
+                    ids, for_teacher = student.ids(where, prompt), None
                     if is_other or context:
-                        for_teacher = teacher.ids(where, record, _with_context(where, prompt, context))
+                        for_teacher = teacher.ids(where, prompt.behind(where, context))
                 except ConversationRefused as error:
                     if not selection.skip_refused:
                         raise
@@ -93,15 +95,25 @@ def read(
         reading.counts |= {name: number for name, number in counts.items() if number}
         if is_other:
             reading.counts["teacher_has_its_own_template"] = True
-        if counts["prompts"] == counts["prompts_refused"]:
-            raise UserError(
-                f"{path}: all of {counts['prompts']} prompts are refused. {first}"
-                if first
-                else f"{path}: not one record with a prompt in it. Check the path and corpus.field."
-            )
+        _require_some(path, selection, counts, first)
 
     reading.documents = documents()
     return reading
+
+
+def _require_some(path: str | Path, selection: Selection, counts: Counter[str], first: str) -> None:
+    """UserError where there was no prompt, or no context although one was asked for."""
+    if counts["prompts"] == counts["prompts_refused"]:
+        raise UserError(
+            f"{path}: all of {counts['prompts']} prompts are refused. {first}"
+            if first
+            else f"{path}: not one record with a prompt in it. Check the path and corpus.field."
+        )
+    if selection.context is not None and not counts["prompts_with_context"]:
+        raise UserError(
+            f"corpus.context: not one of {counts['prompts']} records in {path} has a text under"
+            f" {selection.context!r}: the teacher would read what the student reads. Correct the key, or leave it out."
+        )
 
 
 @dataclass(frozen=True)
@@ -124,24 +136,64 @@ def asked(
         reading: gets the files, and counts.
     """
     found = records_at(path, reading, selection.split, selection.subset, selection.count, PATTERNS)
-    with _Renderer(tokenizer, selection.date, is_chat) as renderer:
+    counts, first = Counter[str](), ""
+    with _Renderer(tokenizer, selection, is_chat) as renderer:
         for where, record in found:
+            counts["prompts"] += 1
             try:
-                prompt, context = _prompt(where, record, selection)
-                ids = renderer.ids(where, record, _with_context(where, prompt, context))
-                yield Asked(where, ids.tolist(), renderer.written(where, record, prompt))
-            except ConversationRefused:
+                prompt, context = renderer.prompt(where, record), _context(where, record, selection)
+                ids = renderer.ids(where, prompt.behind(where, context))
+            except ConversationRefused as error:
                 if not selection.skip_refused:
                     raise
-                reading.counts["prompts_refused"] = reading.counts.get("prompts_refused", 0) + 1
+                counts["prompts_refused"] += 1
+                first = first or one_line(error)
+                continue
+            counts["prompts_with_context"] += bool(context)
+            yield Asked(where, ids.tolist(), prompt.record)
+    reading.counts |= {name: number for name, number in counts.items() if number}
+    _require_some(path, selection, counts, first)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A text, or a conversation that ends with a question."""
+
+    text: str = ""
+    messages: tuple[Json, ...] = ()
+    tools: list[Json] | None = None
+
+    @property
+    def record(self) -> Json:
+        """As a record of a chat corpus, whose answer is to come, or of a text corpus."""
+        if not self.messages:
+            return {"text": self.text}
+        return {"messages": [*self.messages]} | ({"tools": self.tools} if self.tools else {})
+
+    def behind(self, where: str, context: str) -> _Prompt:
+        """With the teacher's context before the last question."""
+        if not context:
+            return self
+        if not self.messages:
+            return replace(self, text=f"{context}\n\n{self.text}")
+        words = self.messages[-1].get("content")
+        if not isinstance(words, str):
+            raise refused(
+                where,
+                "the last message's content is not a text, and a context goes before it",
+                "Write it as a text",
+            )
+        return replace(
+            self, messages=(*self.messages[:-1], self.messages[-1] | {"content": f"{context}\n\n{words}"})
+        )
 
 
 class _Renderer:
-    """Prompts into ids, by one tokenizer."""
+    """Records into prompts, and prompts into ids, by one tokenizer."""
 
-    def __init__(self, tokenizer: Any, date: datetime.date, is_chat: bool) -> None:
-        self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer, date) if is_chat else None
+    def __init__(self, tokenizer: Any, selection: Selection, is_chat: bool) -> None:
+        self.tokenizer, self.selection = tokenizer, selection
+        self.template = ChatTemplate(tokenizer, selection.date) if is_chat else None
         self.labeller = None if self.template is None else Labeller(self.template)
 
     def __enter__(self) -> _Renderer:
@@ -151,44 +203,51 @@ class _Renderer:
         if self.template is not None:
             self.template.close()
 
-    def ids(self, where: str, record: Json, prompt: str | list[Json]) -> Ids:
+    def prompt(self, where: str, record: Json) -> _Prompt:
+        """What a record asks.
+
+        Raises:
+            ConversationRefused: nothing, or a list of messages without a template.
+        """
+        key, value = _value(where, record, self.selection)
+        if isinstance(value, str):
+            parts = [value]
+            if key == "instruction" and self.selection.context != "input":
+                parts += [text_of(where, "input", record["input"])] if record.get("input") else []
+            if self.labeller is None:
+                return _Prompt(text="\n\n".join(parts))
+            record = {k: v for k, v in record.items() if k in BESIDE}
+            record |= {"messages": [{"role": "user", "content": "\n\n".join(parts)}]}
+            key = "messages"
+        elif self.labeller is None:
+            raise refused(
+                where,
+                f"the prompt is a list of messages, and {self.tokenizer.name_or_path} has no chat template or"
+                " corpus.chat is false",
+                "Give it as a text",
+            )
+        found = Shapes(key).conversation(where, {k: v for k, v in record.items() if k in (key, *BESIDE)})
+        messages = [] if found is None else list(found.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()  # the answer that the data has is not the student's
+        if found is None or all(each["role"] in INSTRUCTIONS for each in messages):
+            raise refused(where, f"{key!r} has no question", "Leave the record out")
+        return _Prompt(messages=tuple(messages), tools=found.tools)
+
+    def ids(self, where: str, prompt: _Prompt) -> Ids:
         """Of the text that the model is asked with.
 
         Raises:
-            ConversationRefused: the template refuses it, or a list of messages without a template.
+            ConversationRefused: the template refuses it.
         """
         if self.labeller is None:
-            if not isinstance(prompt, str):
-                raise refused(
-                    where,
-                    f"the prompt is a list of messages, and {self.tokenizer.name_or_path} has no chat template or"
-                    " corpus.chat is false",
-                    "Give it as a text",
-                )
-            return np.array(encode(where, [prompt], self.tokenizer)[0], dtype=np.uint32)
-        return self.labeller.prompt(_conversation(where, record, prompt))
-
-    def written(self, where: str, record: Json, prompt: str | list[Json]) -> Json:
-        """The prompt as a record of a chat corpus, whose answer is to come, or of a text corpus."""
-        if self.labeller is None:
-            return {"text": prompt}
-        conversation = _conversation(where, record, prompt)
-        tools = {"tools": conversation.tools} if conversation.tools else {}
-        return {"messages": conversation.messages[:-1]} | tools
+            return np.array(encode(where, [prompt.text], self.tokenizer)[0], dtype=np.uint32)
+        messages = [*prompt.messages, {"role": "assistant", "content": ANSWER}]
+        return self.labeller.prompt(Conversation(where, messages, prompt.tools))
 
 
-def _conversation(where: str, record: Json, prompt: str | list[Json]) -> Conversation:
-    """With an answer in the place of the one to come."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    answered = {"messages": [*messages, {"role": "assistant", "content": ANSWER}]}
-    beside = {key: record[key] for key in ("system", "tools", "functions") if record.get(key) is not None}
-    conversation = Shapes().conversation(where, answered | beside)
-    assert conversation is not None
-    return conversation
-
-
-def _prompt(where: str, record: Json, selection: Selection) -> tuple[str | list[Json], str]:
-    """The prompt, and the teacher's context, empty where there is none."""
+def _value(where: str, record: Json, selection: Selection) -> tuple[str, str | list[Json]]:
+    """The prompt and its key."""
     key = selection.field or next((each for each in FIELDS if record.get(each) is not None), None)
     if key is None or record.get(key) is None:
         wanted = f"no {selection.field!r}" if selection.field else "no prompt"
@@ -197,41 +256,22 @@ def _prompt(where: str, record: Json, selection: Selection) -> tuple[str | list[
             f"{wanted}; the record has {names_of(record)}",
             "Set corpus.field to the key of the prompt, a text or a list of messages",
         )
-    prompt = parsed(record[key])
-    if isinstance(prompt, list):
-        while prompt and isinstance(prompt[-1], dict) and _role(prompt[-1]) in ("assistant", "gpt"):
-            prompt = prompt[:-1]  # the answer that the data has is not the student's
-    if not prompt or not isinstance(prompt, str | list) or (isinstance(prompt, str) and not prompt.strip()):
+    value = parsed(record[key])
+    if not value or not isinstance(value, str | list) or (isinstance(value, str) and not value.strip()):
         raise refused(
             where,
             f"{key!r} is {quoted(record[key])}, neither a text nor a list of messages with a question",
             "Correct the record",
         )
+    return key, value
+
+
+def _context(where: str, record: Json, selection: Selection) -> str:
+    """What the teacher alone reads; empty where the record has nothing."""
     context = None if selection.context is None else record.get(selection.context)
     if context is not None and not isinstance(context, str):
         raise refused(where, f"{selection.context!r} is {quoted(context)}, not a text", "Correct the record")
-    return prompt, context or ""
-
-
-def _role(message: Json) -> Any:
-    return message.get("role", message.get("from"))
-
-
-def _with_context(where: str, prompt: str | list[Json], context: str) -> str | list[Json]:
-    """With the teacher's context before the last question."""
-    if not context:
-        return prompt
-    if isinstance(prompt, str):
-        return f"{context}\n\n{prompt}"
-    key = "content" if "content" in prompt[-1] else "value"
-    words = prompt[-1].get(key)
-    if not isinstance(words, str):
-        raise refused(
-            where,
-            "the last message's content is not a text, and a context goes before it",
-            "Write it as a text",
-        )
-    return [*prompt[:-1], prompt[-1] | {key: f"{context}\n\n{words}"}]
+    return context or ""
 
 
 def notes(counts: Json) -> Iterator[str]:
