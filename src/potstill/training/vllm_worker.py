@@ -13,6 +13,20 @@ import sys
 from typing import Any
 
 
+class Repacking:
+    """A part of vLLM's own worker, which it mixes in by name."""
+
+    def pack_again(self) -> None:
+        """On a CPU, products of a tied embedding are with a packed copy of it, which reloading leaves as it was."""
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.platforms import current_platform
+
+        model: Any = self.get_model()  # type: ignore[attr-defined]
+        for module in model.modules() if current_platform.is_cpu() else ():
+            if hasattr(module, "cpu_linear") and module.weight.numel():
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM prints to stdout
@@ -36,12 +50,14 @@ def main() -> None:
         enforce_eager=True,
         enable_prefix_caching=False,  # what it would keep is of other weights
         generation_config="vllm",  # not the model's own
+        worker_extension_cls="vllm_worker.Repacking",
         logprobs_mode="raw_logprobs",  # of the model, whatever the sampling cuts off
     )
     answer(ready=vllm.__version__)
     for line in sys.stdin:
         order = json.loads(line)
         engine.collective_rpc("reload_weights")
+        engine.collective_rpc("pack_again")
         rows = [
             vllm.SamplingParams(
                 temperature=order["temperature"],
