@@ -53,8 +53,8 @@ OF_TEACHER = (
 teacher: {name: fixture, vocab_size: VOCAB}
 student: {name: config, model: teacher}
 objective: {kd_weight: 0, ce_weight: 1}
-train: {steps: 1500, rows_per_step: 12, lr: 2e-3, warmup: 100, weight_decay: 0.01, device: cpu}
-eval: {every: 500}
+train: {steps: 3000, rows_per_step: 12, lr: 2e-3, warmup: 100, weight_decay: 0.01, device: cpu}
+eval: {every: 1000}
 allow_weak_teacher: true
 """
 )
@@ -139,7 +139,7 @@ def prepare(folder: Path) -> None:
     )
     recipe = folder / "write.yaml"
     pair = PAIR.replace("checkpoint, model: START", "config, model: student")
-    text = WRITTEN + pair + OWN.replace("SHARE", "1") + ON_OWN.replace("STEPS", "1")
+    text = WRITTEN + pair + OWN.replace("SHARE", "1") + ON_OWN.replace("STEPS", "20")
     recipe.write_text(text + "write: {max_new_tokens: 8, temperature: 0, prompts_at_once: 64}\n")
     write_corpus(recipe, out=folder / "written")
 

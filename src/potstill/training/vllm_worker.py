@@ -18,8 +18,10 @@ class Repacking:
 
     def pack_again(self) -> None:
         """On a CPU, products of a tied embedding are with a packed copy of it, which reloading leaves as it was."""
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-        from vllm.platforms import current_platform
+        from vllm.model_executor.layers.utils import (  # type: ignore[import-not-found]
+            dispatch_cpu_unquantized_gemm,
+        )
+        from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
         model: Any = self.get_model()  # type: ignore[attr-defined]
         for module in model.modules() if current_platform.is_cpu() else ():
