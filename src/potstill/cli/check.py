@@ -121,6 +121,7 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
         return 0 if fits else 2
     for line in (
         *_memory_lines(planned, memory, chunk.summary),
+        *_rollout_lines(resolved),
         *_disk_lines(planned, disk, resolved, captured),
         "it fits" if fits else "it does not fit",
         *_advice_lines(planned, changes, memory, disk),
@@ -135,6 +136,19 @@ def _memory_lines(planned: Plan, memory: int, chunk: str) -> list[str]:
         aligned(["part", "at the peak", "at most"], [*rows, ["sum", size(planned.peak_bytes), ""]]),
         f"the peak is in the {planned.phase} on {planned.device}; {size(memory)} available",
         chunk,
+    ]
+
+
+def _rollout_lines(resolved: Resolved) -> list[str]:
+    """What the student takes to write its rows; it is freed before the step. Nothing where it writes none."""
+    from potstill.preflight.rollouts import rollout_bytes, rows_of_block
+
+    rows = rows_of_block(resolved.recipe)
+    if not rows:
+        return []
+    return [
+        f"rollouts: {size(rollout_bytes(resolved))} of key-value cache and logits while {rows} rows are written; their"
+        " time is in that of a step (--measure)"
     ]
 
 
