@@ -124,6 +124,7 @@ def test_an_engine_that_goes_wrong_ends_the_run_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         distill(recipe, out=tmp_path / "run")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "rollouts").exists()  # what it wrote is not kept
 
 
 def test_a_python_without_vllm_is_named(tiny_recipe: Recipe, tmp_path: Path) -> None:

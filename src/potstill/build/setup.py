@@ -118,6 +118,8 @@ class RunSetup:
         if self.rollouts is None:
             return fixed
         given, first = self.rollouts, len(self.corpus.train) + len(self.corpus.heldout)
+        if given.config.engine == "vllm" and ranks.world > 1:
+            raise UserError("rollouts.engine: vllm is for one process. Set it to transformers, or start one.")
         engine = engine_of(given.config, given.ends, self.recipe.corpus.tokens_per_row)
         kept = given.config.keeping_since(2 * config.save_every)
         return Rollouts(self.student, given.prompts, fixed, kept, engine, first, folder, ranks, beat)

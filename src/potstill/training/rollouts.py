@@ -105,7 +105,7 @@ class Rollouts:
         mine = prompts[ranks.rank :: ranks.world] if is_shared else prompts
         with self.student.on_grid():
             written = self.engine.write(self.student, mine, self.seed, self.beat)
-            apart = gap(self.student, written, self.beat) if self.engine.is_other else None
+            more = self._gap(written, step) if self.engine.is_other else {}
         if is_shared:
             of_ranks = ranks.gather([(number, ranks.rank, each) for number, each in enumerate(written)])
             completions = [each for _, _, each in sorted(of_ranks, key=lambda entry: entry[:2])]
@@ -114,16 +114,24 @@ class Rollouts:
         self.ranks.on_first(lambda: self._keep(first, completions))
         seconds = time.perf_counter() - started
         tokens = sum(len(each.new) for each in completions)
-        self._figures[step] = {"speed/rollout_s": seconds, "speed/rollout_tokens_per_s": tokens / seconds}
-        if apart is not None:
-            self._figures[step]["rollout/engine_gap"] = apart
-            if apart > self.config.max_engine_gap:
-                raise UserError(
-                    f"step {step + 1}: the engine's log-probabilities of what it wrote are {apart:.3g} nats from the"
-                    f" trainer's, above rollouts.max_engine_gap ({self.config.max_engine_gap:g}): it samples from"
-                    " another model. Raise the limit, or set rollouts.engine: transformers."
-                )
+        speed = {"speed/rollout_s": seconds, "speed/rollout_tokens_per_s": tokens / seconds}
+        self._figures[step] = speed | more
         return completions
+
+    def _gap(self, written: list[Completion], step: int) -> dict[str, float]:
+        """Of another engine, before what it wrote is kept.
+
+        Raises:
+            UserError: it is wider than the recipe allows.
+        """
+        apart = gap(self.student, written, self.beat)
+        if apart > self.config.max_engine_gap:
+            raise UserError(
+                f"step {step + 1}: the engine's log-probabilities of what it wrote are {apart:.3g} nats from the"
+                f" trainer's, above rollouts.max_engine_gap ({self.config.max_engine_gap:g}): it samples from another"
+                " model. Raise the limit, or set rollouts.engine: transformers."
+            )
+        return {"rollout/engine_gap": apart}
 
     def _prompts_of(self, first: int) -> list[tuple[str, Prompt]]:
         steps = range(first, first + self.config.every)
