@@ -280,6 +280,8 @@ def test_the_schema_is_json_with_every_section(capsys: pytest.CaptureFixture[str
         "guard",
         "capture",
         "compare",
+        "rollouts",
+        "write",
         "publish",
         "allow_identical",
         "allow_weak_teacher",

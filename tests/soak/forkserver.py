@@ -32,9 +32,6 @@ BEFORE = {
 PHASES = BEFORE | {
     "order": "potstill.data.fixed:Order.rows",
     "teacher": "potstill.teachers.hf:TorchTeacher.targets",
-    "rollout": "potstill.training.rollouts:Rollouts._write",
-    "token": "potstill.models.decoding:choose",
-    "kept": "potstill.training.rollouts:Rollouts._keep",
     "forward": "potstill.models.student:Student.forward",
     "backward": "torch:Tensor.backward",
     "evaluation": "potstill.models.student:Student.measure",
@@ -46,6 +43,12 @@ PHASES = BEFORE | {
     "receipt": "potstill.runs.run_dir:RunDir.write_receipt",
 }
 """Where in a run a signal can be aimed at; all but those of BEFORE count from the loop's begin on."""
+OF_ROLLOUTS = {
+    "rollout": "potstill.training.rollouts:Rollouts._write",
+    "token": "potstill.models.decoding:choose",
+    "kept": "potstill.training.rollouts:Rollouts._keep",
+}
+"""The same, of a run whose rows the student writes."""
 
 begun: list[bool] = []
 """Not empty in a child whose loop has begun."""
@@ -175,7 +178,7 @@ def on_call(name: str, act: Any) -> None:
     """Have `act(number of this call)` run each time the function is entered: the check before a run uses some
     of the same ones, and is not counted.
     """
-    module, _, path = PHASES[name].partition(":")
+    module, _, path = (PHASES | OF_ROLLOUTS)[name].partition(":")
     *owners, attribute = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     function = getattr(owner, attribute)
@@ -236,7 +239,7 @@ def child(order: dict[str, Any]) -> int:
     note_begin()
     calls = FileSystemCalls(play) if "watch" in play else None
     counts = Counter[str]()
-    for name in PHASES if "counts" in play else ():
+    for name in (PHASES | OF_ROLLOUTS) if "counts" in play else ():
         on_call(name, lambda number, name=name: counts.update({name: 1}))
     if "aim" in play:
         name, nth, number = play["aim"]
