@@ -102,11 +102,13 @@ class Recipe(Config):
         return dataclasses.replace(self, corpus=dataclasses.replace(self.corpus, shards=None))
 
     def require_available(self) -> None:
-        """UserError before a run where one of its sinks or evaluations cannot work on this machine."""
+        """UserError before a run where a sink, an evaluation or an engine cannot work on this machine."""
         for sink in self.sinks:
             sink.require()
         for evaluation in self.evaluations:
             evaluation.require()
+        if self.rollouts is not None:
+            self.rollouts.require()
 
     @property
     def lora(self) -> LoraConfig | None:

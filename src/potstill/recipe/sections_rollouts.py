@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from potstill.recipe.fields import Config, Count, CountOrZero, LocalPath, Positive, PositiveOrZero, Seed
+from potstill.registry import implementation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class RolloutsConfig(Config):
     larger one ends the run."""
     keep: CountOrZero = 100
     """Files of `rollouts/` that are kept, the newest, and as many as a checkpoint may need; 0: all."""
+
+    def require(self) -> None:
+        """UserError where its engine is not installed; called before the run starts."""
+        implementation("potstill.training.engines:require")(self)
 
     def keeping_since(self, steps: int) -> RolloutsConfig:
         """With files for at least so many steps, where one may be needed that cannot be written again."""

@@ -17,7 +17,7 @@ import torch
 
 from potstill.data.completions import Completion, CompletionRows
 from potstill.data.prompts import Prompt
-from potstill.errors import UserError
+from potstill.errors import UserError, one_line
 from potstill.models.student import Student
 from potstill.recipe.sections_rollouts import RolloutsConfig
 from potstill.training.sampling import write
@@ -25,6 +25,7 @@ from potstill.training.sampling import write
 MEMORY = Path("/dev/shm")
 """A file system in memory, where there is one."""
 ROWS_PER_BATCH = 8
+LOOK_S = 60
 END_S = 10
 """For a worker to end in."""
 
@@ -120,18 +121,12 @@ class VllmEngine:
                     cwd=self.place,
                 )
             except OSError as error:
-                raise UserError(
-                    f"rollouts.vllm_python: {self.python}: cannot be started: {error.strerror}. Name the Python of an"
-                    " environment that has vLLM."
-                ) from error
+                raise _not_startable(self.python, str(error.strerror)) from error
         weakref.finalize(self, _end, self.process)
         dtype = "float32" if student.autocast is None else str(student.autocast).removeprefix("torch.")
         ready = self._ask({"folder": str(folder), "dtype": dtype, "tokens": self.tokens, "rows": rows})
         if "missing" in ready:
-            raise UserError(
-                f"rollouts.engine: vllm: {self.python} has no vLLM ({ready['missing']}). Set rollouts.vllm_python to"
-                " the Python of an environment that has it, or rollouts.engine: transformers."
-            )
+            raise _without_vllm(self.python, ready["missing"])
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
@@ -165,6 +160,33 @@ def _end(process: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def require(config: RolloutsConfig) -> None:
+    """UserError before a run whose engine is not installed; vLLM is looked for and not imported."""
+    if config.engine != "vllm":
+        return
+    python = config.vllm_python or sys.executable
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([python, "-c", look], capture_output=True, timeout=LOOK_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _not_startable(python, one_line(error)) from error
+    if not found:
+        raise _without_vllm(python, "No module named 'vllm'")
+
+
+def _not_startable(python: str, why: str) -> UserError:
+    return UserError(
+        f"rollouts.vllm_python: {python}: cannot be started: {why}. Name the Python of an environment that has vLLM."
+    )
+
+
+def _without_vllm(python: str, why: str) -> UserError:
+    return UserError(
+        f"rollouts.engine: vllm: {python} has no vLLM ({why}). Set rollouts.vllm_python to the Python of an environment"
+        " that has it, or rollouts.engine: transformers."
+    )
 
 
 def engine_of(config: RolloutsConfig, ends: frozenset[int], tokens: int) -> Engine:
