@@ -175,7 +175,7 @@ def test_other_prompts_do_not_go_on_in_the_same_folder(writing: Callable[..., Pa
     write_corpus(recipe, out=tmp_path / "out")
     path = tmp_path / "prompts.jsonl"
     path.write_text(path.read_text().replace("what", "WHAT"))
-    with pytest.raises(UserError, match=r"begun with another prompts"):
+    with pytest.raises(UserError, match=r"started with another prompts"):
         write_corpus(recipe, out=tmp_path / "out")
 
 
@@ -183,7 +183,7 @@ def test_another_recipe_does_not_go_on_in_the_same_folder(
     writing: Callable[..., Path], tmp_path: Path
 ) -> None:
     write_corpus(writing(), out=tmp_path / "out")
-    with pytest.raises(UserError, match=r"begun with another write"):
+    with pytest.raises(UserError, match=r"started with another write"):
         write_corpus(writing(), ["write.seed=1"], out=tmp_path / "out")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")

@@ -13,7 +13,7 @@ def add_flags(write: argparse.ArgumentParser) -> None:
     write.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `write`")
     write.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
     write.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default written/NAME; one that was begun goes on"
+        "--out", type=Path, metavar="FOLDER", help="default written/NAME; one that was started goes on"
     )
 
 

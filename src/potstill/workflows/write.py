@@ -103,7 +103,7 @@ def write_corpus(
             f" {loaded.corpus.tokens_per_row}. Lower it, or raise corpus.tokens_per_row."
         )
     if out.exists() and not (out.is_dir() and ((out / PROGRESS).exists() or not any(out.iterdir()))):
-        raise UserError(f"{out}: exists already, and no corpus was begun there. Give another --out.")
+        raise UserError(f"{out}: exists already, and no corpus was started there. Give another --out.")
     with locked(out):
         return _write(settle(resolve(loaded), display.note), out, display)
 
@@ -129,7 +129,7 @@ def _write(resolved: Resolved, out: Path, display: Display) -> Json:
                 f"write.truncated: teacher {resolved.teacher.label} has no token that ends an answer, so that each is"
                 " cut off. Set it to keep."
             )
-        progress = _begun(out, _identity(recipe, teacher, tokenizer))
+        progress = _started(out, _identity(recipe, teacher, tokenizer))
         if (out / RECEIPT).exists():
             display.note(f"{out}: finished already")
             return read_object(out / RECEIPT, "a receipt")
@@ -245,7 +245,7 @@ def _identity(recipe: Recipe, teacher: Teacher, tokenizer: Any) -> Json:
     return {"corpus": corpus, "prompts": files, "tokenizer": reader, "write": given, "teacher": of_teacher}
 
 
-def _begun(out: Path, of: Json) -> _Progress:
+def _started(out: Path, of: Json) -> _Progress:
     """What there is of the same corpus.
 
     Raises:
@@ -260,7 +260,7 @@ def _begun(out: Path, of: Json) -> _Progress:
     differing = sorted(name for name in of if found.get("of", {}).get(name) != of[name])
     if differing:
         raise UserError(
-            f"{out}: was begun with another {' and '.join(differing)}. Give another --out, or the same recipe again."
+            f"{out}: was started with another {' and '.join(differing)}. Give another --out, or the same recipe again."
         )
     try:
         prompts, size, seconds = found["prompts"], found["size"], found["seconds"]
@@ -295,7 +295,7 @@ def _finish(
 ) -> Json:
     counts = progress.counts
     if not counts["kept"]:
-        for name in (CORPUS, PROGRESS):  # what was begun is of no use
+        for name in (CORPUS, PROGRESS):  # of no use
             (out / name).unlink()
         why = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
         raise UserError(

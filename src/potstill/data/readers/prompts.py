@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ ANSWER = "potstill"
 
 Json = dict[str, Any]
 Ids = NDArray[np.uint32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,38 +68,55 @@ def read(
         is_chat: whether prompts are rendered by a chat template, or are texts as they are.
     """
     reading = Reading(iter(()))
-    found = records_at(path, reading, selection.split, selection.subset, selection.count, PATTERNS)
 
     def documents() -> Iterator[Document]:
-        counts, first = Counter[str](), ""
         with contextlib.ExitStack() as stack:
             student = stack.enter_context(_Renderer(tokenizer, selection, is_chat))
             is_other = is_chat and teacher_tokenizer.chat_template not in (None, tokenizer.chat_template)
             teacher = student
             if is_other:
                 teacher = stack.enter_context(_Renderer(teacher_tokenizer, selection, is_chat))
-            for where, record in found:
-                counts["prompts"] += 1
-                try:
-                    prompt, context = student.prompt(where, record), _context(where, record, selection)
-                    ids, for_teacher = student.ids(where, prompt), None
-                    if is_other or context:
-                        for_teacher = teacher.ids(where, prompt.behind(where, context))
-                except ConversationRefused as error:
-                    if not selection.skip_refused:
-                        raise
-                    counts["prompts_refused"] += 1
-                    first = first or one_line(error)
-                    continue
-                counts["prompts_with_context"] += bool(context)
-                yield Document(where, ids, is_text=not is_chat, for_teacher=for_teacher)
-        reading.counts |= {name: number for name, number in counts.items() if number}
-        if is_other:
-            reading.counts["teacher_has_its_own_template"] = True
-        _require_some(path, selection, counts, first)
+                reading.counts["teacher_has_its_own_template"] = True
+
+            def document(where: str, prompt: _Prompt, context: str) -> Document:
+                for_teacher = (
+                    teacher.ids(where, prompt.behind(where, context)) if is_other or context else None
+                )
+                ids = student.ids(where, prompt)
+                return Document(where, ids, is_text=not is_chat, for_teacher=for_teacher)
+
+            yield from _rendered(path, student, selection, reading, document)
 
     reading.documents = documents()
     return reading
+
+
+def _rendered(
+    path: str | Path,
+    renderer: _Renderer,
+    selection: Selection,
+    reading: Reading,
+    made: Callable[[str, _Prompt, str], T],
+) -> Iterator[T]:
+    """What `made` makes of each record's place, prompt and context; records that are refused are counted."""
+    counts, first = Counter[str](), ""
+    for where, record in records_at(
+        path, reading, selection.split, selection.subset, selection.count, PATTERNS
+    ):
+        counts["prompts"] += 1
+        try:
+            context = _context(where, record, selection)
+            result = made(where, renderer.prompt(where, record), context)
+        except ConversationRefused as error:
+            if not selection.skip_refused:
+                raise
+            counts["prompts_refused"] += 1
+            first = first or one_line(error)
+            continue
+        counts["prompts_with_context"] += bool(context)
+        yield result
+    reading.counts |= {name: number for name, number in counts.items() if number}
+    _require_some(path, selection, counts, first)
 
 
 def _require_some(path: str | Path, selection: Selection, counts: Counter[str], first: str) -> None:
@@ -135,24 +153,12 @@ def asked(
         tokenizer: the teacher's.
         reading: gets the files, and counts.
     """
-    found = records_at(path, reading, selection.split, selection.subset, selection.count, PATTERNS)
-    counts, first = Counter[str](), ""
     with _Renderer(tokenizer, selection, is_chat) as renderer:
-        for where, record in found:
-            counts["prompts"] += 1
-            try:
-                prompt, context = renderer.prompt(where, record), _context(where, record, selection)
-                ids = renderer.ids(where, prompt.behind(where, context))
-            except ConversationRefused as error:
-                if not selection.skip_refused:
-                    raise
-                counts["prompts_refused"] += 1
-                first = first or one_line(error)
-                continue
-            counts["prompts_with_context"] += bool(context)
-            yield Asked(where, ids.tolist(), prompt.record)
-    reading.counts |= {name: number for name, number in counts.items() if number}
-    _require_some(path, selection, counts, first)
+
+        def made(where: str, prompt: _Prompt, context: str) -> Asked:
+            return Asked(where, renderer.ids(where, prompt.behind(where, context)).tolist(), prompt.record)
+
+        yield from _rendered(path, renderer, selection, reading, made)
 
 
 @dataclass(frozen=True)
