@@ -12,6 +12,7 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from potstill import UserError, distill, load_recipe
+from potstill.build.corpus import open_source
 from potstill.build.resolve import resolve
 from potstill.build.setup import RunSetup, set_up
 from potstill.data.prompts import Prompts
@@ -363,6 +364,13 @@ def test_a_conversation_that_two_templates_write_is_refused(tiny_recipe: Recipe,
     )
     with pytest.raises(UserError, match=r"rollouts: the teacher has another chat template"):
         built(recipe)
+
+
+def test_the_teacher_s_tokenizer_is_read_for_prompts_alone(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """Whoever names `corpus.tokenizer` may do so since the teacher's cannot be read."""
+    own = with_template(tmp_path / "own", PLAIN)
+    recipe = load_recipe(tiny_recipe(), [f"corpus.tokenizer={own}"])
+    assert open_source(resolve(recipe)).teacher_tokenizer is None
 
 
 def test_an_end_that_the_teacher_does_not_know_is_none(prompts: Callable[..., Path], tmp_path: Path) -> None:

@@ -540,6 +540,14 @@ def test_prompts_are_neither_compared_nor_captured(tiny_recipe: Recipe, tmp_path
         ({"rollouts": "{temprature: 1}"}, "temperature"),
         ({"rollouts": "{}", "objective": "{kd_weight: 0, ce_weight: 1}"}, "objective.kd_weight"),
         ({"rollouts": "{truncated: drop}"}, "rollouts.truncated"),
+        (
+            {"rollouts": "{max_new_tokens: 8, max_engine_gap: 0.1}"},
+            "rollouts.max_engine_gap: is of engine: vllm",
+        ),
+        (
+            {"rollouts": "{max_new_tokens: 8, vllm_python: /bin/sh}"},
+            "rollouts.vllm_python: is of engine: vllm",
+        ),
         ({"rollouts": "{}", "teacher": "{name: store, path: .}"}, "teacher"),
         ({"rollouts": "{prompt_tokens: 30, max_new_tokens: 8}"}, "rollouts.prompt_tokens: 30 tokens and 8"),
         (

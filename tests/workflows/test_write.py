@@ -224,6 +224,7 @@ def test_what_was_written_trains_a_student(
         (["write.samples=0"], "write.samples"),
         (["write.temperature=0", "write.samples=3"], "write.samples"),
         (["write.min_new_tokens=20"], "write.min_new_tokens"),
+        (["write.temperature=0", "write.top_p=0.5"], "write.top_p"),
         (["write.max_new_tokens=90"], "not one answer to 20 prompts is kept .*20 too long"),
         (["corpus={name: text, path: TEXT}"], "corpus.name: text has no questions"),
     ],

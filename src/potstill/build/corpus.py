@@ -65,7 +65,8 @@ def open_source(resolved: Resolved) -> Source:
         vocabulary,
         _bos_ids(resolved.recipe.corpus, tokenizer),
         make_decontamination(resolved, tokenizer),
-        teacher_tokenizer(resolved),
+        # Of prompts alone: of other rows, a tokenizer that cannot be read is one that nobody needs.
+        teacher_tokenizer(resolved) if resolved.recipe.corpus.prompt == "whole" else None,
     )
 
 

@@ -415,6 +415,11 @@ def _across_rollouts(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], st
             ("objective", "kd_weight"),
             "is 0, and on rows that it wrote itself the student learns from the teacher alone. Raise it.",
         )
+    engine_fields = {"vllm_python": None, "max_engine_gap": RolloutsConfig.max_engine_gap}
+    for name, default in engine_fields.items():
+        is_changed = rollouts.get(name, default) != default
+        if is_changed and rollouts.get("engine", "transformers") == "transformers":
+            yield ("rollouts", name), "is of engine: vllm, and the student samples by itself. Leave it out."
     rows, start = train.get("rows_per_step"), rollouts.get("prompt_tokens")
     if train.get("epochs") is not None:
         yield ("train", "epochs"), "counts rows of the corpus, and the student writes rows. Give train.steps."
@@ -446,6 +451,12 @@ def _across_write(write: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     least, most = write.get("min_new_tokens", 1), write.get("max_new_tokens", 256)
     if type(least) is int and type(most) is int and least > most:
         yield ("write", "min_new_tokens"), f"{least} tokens are more than max_new_tokens, {most}. Lower it."
+    for name, every in (("top_p", 1), ("top_k", 0)):
+        if write.get("temperature", 1) == 0 and write.get(name, every) != every:
+            yield (
+                ("write", name),
+                "temperature: 0 takes the likeliest token, and samples from none. Leave it out.",
+            )
     if write.get("temperature", 1) == 0 and write.get("samples", 1) != 1:
         yield (
             ("write", "samples"),

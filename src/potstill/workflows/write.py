@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from potstill.build.corpus import open_source
+from potstill.build.corpus import open_source, teacher_tokenizer
 from potstill.build.resolve import Resolved, resolve
 from potstill.build.setup import process_of
 from potstill.data.completions import Completion
@@ -114,7 +114,7 @@ def _write(resolved: Resolved, out: Path, display: Display) -> Json:
     for files in resolved.teacher.checkpoints:
         files.verify()
     source = open_source(resolved)
-    tokenizer = source.teacher_tokenizer or source.tokenizer
+    tokenizer = teacher_tokenizer(resolved) or source.tokenizer
     with (
         process_of(recipe),
         contextlib.closing(resolved.teacher.load(recipe.corpus.tokens_per_row)) as teacher,
