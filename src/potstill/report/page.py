@@ -43,7 +43,14 @@ MIXTURE_CHARTS = [  # of mixtures of experts alone
     ("Least used expert", "share of its layer's assignments", "experts/share_min", "", "", False),
 ]
 ROLLOUT_CHARTS = [  # where the student writes rows itself
-    ("KL to the teacher on own text", NATS, "rollout/kd", "own/reverse_kl", "", False),
+    (
+        "Divergence on own text",
+        "nats; held out: KL(student ‖ teacher)",
+        "rollout/kd",
+        "own/reverse_kl",
+        "",
+        False,
+    ),
     ("Own text under the teacher", NATS, "", "own/teacher_nll", "", False),
     ("Own text under the student", NATS, "rollout/nll", "own/student_nll", "", False),
     ("Answers that end by themselves", "share", "rollout/ended", "own/ended", "", False),
