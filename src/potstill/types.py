@@ -10,7 +10,7 @@ A tensor's name ends in its shape: `hidden_ND`, `labels_N`. Lists and scalars ca
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from potstill.build.setup import RunSetup
     from potstill.models.causal_lm import CausalLM
+    from potstill.models.decoding import Decode
 
 ALIGNED = 64
 """Rows of a head's matrix product are a multiple of it: 128 bytes in bfloat16."""
@@ -267,6 +268,21 @@ class Teacher(TeacherLogitsProvider, Protocol):
         ...
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether another machine or process computes its targets, so that this one can ask for them ahead."""
+        ...
+
+    @property
+    def ids_known(self) -> int | None:
+        """Ids of each held-out distribution whose probabilities are known; the others are one class, so that
+        divergences are lower bounds. None: all are known.
+        """
+        ...
+
+    note: Callable[[str], None]
+    """Called with a line for whoever watches the run; `set_up` sets it."""
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each of several processes keeps a part of every layer."""
         ...
@@ -278,6 +294,14 @@ class Teacher(TeacherLogitsProvider, Protocol):
 
     def targets(self, batch: Batch) -> Targets:
         """The next-token distributions at the batch's N positions, in the order of `positions_N`."""
+        ...
+
+    def decoder(self, ids: int) -> Decode:
+        """What adds tokens to rows, written by this teacher from the first `ids` ids: `models.decoding.decode` of it.
+
+        Raises:
+            UserError: it cannot write.
+        """
         ...
 
     def share_ids(self, ids: int) -> int:
@@ -312,8 +336,13 @@ class Teacher(TeacherLogitsProvider, Protocol):
         """What the terminal, the receipt and the model card say of it, as JSON."""
         ...
 
-    def fingerprint(self) -> dict[str, str]:
-        """What --resume compares, by name; training must not change it."""
+    def fingerprint(self, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+        """What --resume compares, by name; training must not change it.
+
+        Args:
+            recorded: the fingerprint of a run that is resumed. What differs from it by rounding alone, as answers of
+                a server do, is given as it is recorded.
+        """
         ...
 
     def weights_sha256(self) -> str | None:
@@ -324,6 +353,10 @@ class Teacher(TeacherLogitsProvider, Protocol):
         """Checks of its own for `potstill check`; `student_kl` is the KL of the untrained student to it, in nats per
         position.
         """
+        ...
+
+    def activity(self) -> str:
+        """What it is doing, for a progress line; empty: nothing that is worth a word."""
         ...
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from potstill.data import packing, readers, token_cache, tokenizers
 from potstill.data.decontamination import Decontamination, EvaluationTexts
 from potstill.errors import UserError
 from potstill.models.gguf_files import check_gguf
-from potstill.models.hub import local_copy
+from potstill.models.hub import tokenizer_files
 from potstill.types import Vocab
 
 
@@ -137,7 +137,7 @@ def _tokenizer(resolved: Resolved) -> Any | None:
     """That of `corpus.tokenizer`, else the teacher's, else the student's."""
     config = resolved.recipe.corpus
     if config.tokenizer is not None:
-        paths = [local_copy(config.tokenizer)]
+        paths = [tokenizer_files(config.tokenizer)]
     else:
         sources = [*resolved.teacher.tokenizers, *(files.path for files in resolved.student.checkpoints)]
         paths = [path for path in sources if tokenizers.has_tokenizer(path)]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from potstill.data.readers import hub
 from potstill.errors import UserError
 from potstill.io.cpu_matmul import ProductDtype, choose_product_dtype
-from potstill.models.hub import hub_model, pinned
+from potstill.models.hub import WITHOUT_WEIGHTS, hub_model, pinned, tokenizer_files
 from potstill.models.load import choose_device, num_weights, plain_config
 from potstill.models.pruning import cut_config, layers_to_keep
 from potstill.models.source import ModelFiles
@@ -26,6 +27,13 @@ from potstill.recipe.fields import HubKind, with_sources
 from potstill.recipe.load import AnyStudent, Recipe
 from potstill.recipe.sections_models import CheckpointStudentConfig
 from potstill.teachers.base import TeacherSource, refuse_cut, source_of
+
+PINNED: dict[HubKind, Callable[[str], str]] = {
+    "model": pinned,
+    "tokenizer": functools.partial(pinned, files=WITHOUT_WEIGHTS),
+    "data set": hub.pinned,
+}
+"""The newest commit of what a field names, by its kind."""
 
 
 class StudentSource:
@@ -123,7 +131,7 @@ class Resolved:
     def inputs(self) -> dict[str, Path]:
         """Files and model folders whose hashes --resume compares, by role."""
         tokenizer = self.recipe.corpus.tokenizer
-        reader = {} if tokenizer is None else {"tokenizer": ModelFiles(tokenizer).path}
+        reader = {} if tokenizer is None else {"tokenizer": tokenizer_files(tokenizer)}
         return self.teacher.inputs | self.student.inputs | reader
 
     def with_recipe(self, recipe: Recipe) -> Resolved:
@@ -179,7 +187,7 @@ def pin(recipe: Recipe, commits: Mapping[str, str]) -> tuple[Recipe, dict[str, s
     found: dict[str, str] = {}
 
     def replaced(field: str, source: str, kind: HubKind) -> str:
-        is_model = kind == "model"
+        is_model = kind != "data set"
         if (on_hub := hub_model(source) if is_model else hub.hub_dataset(source)) is None:
             return source
         name, revision = on_hub
@@ -187,8 +195,7 @@ def pin(recipe: Recipe, commits: Mapping[str, str]) -> tuple[Recipe, dict[str, s
         key = full if is_model else f"datasets/{full}"
         if key not in found:
             try:
-                newest = pinned if is_model else hub.pinned
-                found[key] = commits.get(key) or newest(full).rpartition("@")[2]
+                found[key] = commits.get(key) or PINNED[kind](full).rpartition("@")[2]
             except UserError as error:
                 raise UserError(f"{field}: {error}") from error
         return f"{name}@{found[key]}"

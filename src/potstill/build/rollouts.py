@@ -19,7 +19,6 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.decoding import decoding_fault
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_rollouts import RolloutsConfig
-from potstill.teachers.decoding import decoder_of
 from potstill.training.sampling import write
 from potstill.types import Teacher
 
@@ -147,7 +146,7 @@ def answers_of(
         (f"held-out prompt {n}", dataclasses.replace(prompt, ids=prompt.for_teacher or prompt.ids))
         for n, prompt in enumerate(prompts)
     ]
-    written = write(decoder_of(teacher, ids), named, plain, rollouts.ends, HELDOUT_SEED, beat)
+    written = write(teacher.decoder(ids), named, plain, rollouts.ends, HELDOUT_SEED, beat)
     return [dataclasses.replace(each, prompt=prompt) for each, prompt in zip(written, prompts, strict=True)]
 
 

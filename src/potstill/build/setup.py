@@ -277,11 +277,14 @@ def read_corpus(
 def require_teacher(resolved: Resolved, teacher: Teacher, tokenizer: Any | None, note: Note) -> None:
     """Report the loaded teacher, and require that the corpus was encoded with its tokens."""
     label = resolved.teacher.label
+    teacher.note = note
     if teacher.model is not None:
         _use_rows(resolved.recipe, teacher.model)
     backend = teacher.backend
     by = "" if backend is None else f"; {backend['backend']} runs it ({backend['reason']})"
     note(f"teacher: {label}, vocabulary of {teacher.vocab_size}{by}")
+    if (bounds := teacher.describe().get("held_out")) is not None:
+        note(f"teacher: held-out figures are {bounds}")
     if teacher.model is not None:
         _note_left_out(teacher.model, note)
     if tokenizer is not None and teacher.vocab.tokens is not None:

@@ -66,7 +66,6 @@ def _measured(
         poll()
         batch = rows.batch(range(start, min(start + rows_per_batch, len(rows)))).to(student.model.device)
         targets = answer(teacher, batch)
-        is_sparse = isinstance(targets, SparseTargets)
         for part, logits_CV in student.logits(batch):
             logp_CV, labels_C1 = logits_CV.log_softmax(-1), batch.labels_N[part, None]
             own_CS, teacher_CS = targets[part].on_support(logp_CV, 1.0)
@@ -75,10 +74,10 @@ def _measured(
                 "reverse_kl": reverse_kl(own_CS, teacher_CS),
                 "student_nll": -logp_CV.gather(-1, labels_C1),
             }
-            if not is_sparse:
-                values["teacher_nll"] = -teacher_CS.gather(-1, labels_C1)
+            classes_C1 = labels_C1
+            if isinstance(sparse := targets[part], SparseTargets):
+                classes_C1 = sparse.classes_of(labels_C1[:, 0])[:, None]
+            values["teacher_nll"] = -teacher_CS.gather(-1, classes_C1)
             for name, value in values.items():
                 sums[name] += float(value.sum())
-        if is_sparse:
-            sums.pop("teacher_nll", None)
     return {f"own/{name}": value / rows.supervised for name, value in sums.items()}

@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from potstill.errors import Fault, UserError
 from potstill.losses.divergences import forward_kl
 from potstill.losses.fused import Weights, is_supported, require_same_ids, with_gradient
+from potstill.losses.targets import SparseTargets
 from potstill.types import Divergence, Head, Targets
 
 
@@ -113,8 +114,9 @@ class Objective:
         """Sums over the N positions for a held-out evaluation, without gradients.
 
         `loss`, `ce` and `kd` as in training; `kl` is KL(teacher || student) at temperature 1, `agreement` the
-        number of positions where both rank the same id first, `teacher_ce` the teacher's cross-entropy. The
-        last needs targets on all ids, as a held-out evaluation has.
+        number of positions where both rank the same id first, `teacher_ce` the teacher's cross-entropy. Where the
+        targets have a bucket, `kl` and `teacher_ce` are lower bounds: of the latter, a label in the bucket counts with
+        the bucket's probability. Sampled targets are not for evaluations.
 
         Raises:
             UserError, Fault: as in training.
@@ -130,8 +132,15 @@ class Objective:
                 pair = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
             student_CS, teacher_CS = pair
             values["kl"] = forward_kl(student_CS, teacher_CS)
-            values["agreement"] = student_CS.argmax(-1) == teacher_CS.argmax(-1)
-            values["teacher_ce"] = -teacher_CS.gather(-1, labels_N[part, None]).squeeze(-1)
+            first_C, labels_C = logits_CV.argmax(-1), labels_N[part]
+            if isinstance(sparse := targets[part], SparseTargets):
+                # The likeliest id is among the K that are known; the bucket may still be likelier than each of them.
+                teacher_first_C = teacher_CS[:, :-1].argmax(-1)
+                first_C, labels_C = sparse.classes_of(first_C), sparse.classes_of(labels_C)
+            else:
+                teacher_first_C = teacher_CS.argmax(-1)
+            values["agreement"] = first_C == teacher_first_C
+            values["teacher_ce"] = -teacher_CS.gather(-1, labels_C[:, None]).squeeze(-1)
             for name, value_C in values.items():
                 sums[name] += value_C.sum()
         require_finite(_read(sums), len(labels_N))

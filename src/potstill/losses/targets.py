@@ -130,6 +130,12 @@ class SparseTargets:
         """
         return None if self.entropy_N is None else self._entropy_of_ids() - self.entropy_N
 
+    def classes_of(self, ids_N: Tensor) -> Tensor:
+        """Index on the support of each position's id: the bucket's where it is not one of the K."""
+        assert self.has_bucket  # of sampled targets an id that was not drawn has no class
+        is_it_NK = self.ids_NK == ids_N[:, None]
+        return torch.where(is_it_NK.any(-1), is_it_NK.int().argmax(-1), self.ids_NK.shape[1])
+
     def entropy(self) -> Tensor:
         """nats_N: of the full distributions where it is known, else of the probabilities that are."""
         return self._entropy_of_ids() if self.entropy_N is None else self.entropy_N

@@ -63,6 +63,10 @@ class Row(ABC):
         """Keep a token, and set `finish` where it is the last."""
 
 
+Decode = Callable[[GenerationConfig, Sequence[Row], Callable[[], None]], None]
+"""`decode` of some model: settings, rows, and what is called as a sign of life."""
+
+
 def uniforms(seed: int, name: str, count: int) -> list[float]:
     """The random numbers of a row: a function of these alone, whatever else is in the batch."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()

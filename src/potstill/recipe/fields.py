@@ -24,7 +24,7 @@ from potstill.errors import UserError
 from potstill.recipe.messages import shown
 from potstill.recipe.paths import locate, locate_data, locate_dataset, locate_evaluation, place
 
-HubKind = Literal["model", "data set"]
+HubKind = Literal["model", "tokenizer", "data set"]
 MAX_INT32 = 2**31 - 1
 DEVICE = "^(auto|cpu|cuda(:[0-9]{1,3})?)$"
 
@@ -69,6 +69,8 @@ DataSet = Annotated[str, check(locate_dataset)]
 EvaluationPath = Annotated[str, check(locate_evaluation)]
 ModelSource = Annotated[str, check(functools.partial(locate, or_hub_id=True))]
 """A model: a path relative to the recipe, `package:NAME/FILE`, or a hub id, `owner/name` or `owner/name@revision`."""
+TokenizerSource = Annotated[str, check(functools.partial(locate, or_hub_id=True))]
+"""The same, of which the tokenizer alone is read: from the hub no weights are fetched."""
 Count = Annotated[int, Interval(ge=1, le=MAX_INT32)]
 CountOrZero = Annotated[int, Interval(ge=0, le=MAX_INT32)]
 Chunk = Annotated[
@@ -178,6 +180,7 @@ def _hub_kind(annotation: Any) -> HubKind | None:
     """Also of an annotation that is still text, in a plug-in, too: nothing of its module is evaluated."""
     kinds: tuple[tuple[HubKind, str, Any], ...] = (
         ("model", "ModelSource", ModelSource),
+        ("tokenizer", "TokenizerSource", TokenizerSource),
         ("data set", "DataSet", DataSet),
     )
     if isinstance(annotation, str):

@@ -20,8 +20,8 @@ from potstill.recipe.fields import (
     DataSet,
     Date,
     EvaluationPath,
-    ModelSource,
     Place,
+    TokenizerSource,
     lacks_method,
 )
 from potstill.registry import implementation, register
@@ -55,7 +55,7 @@ class CorpusConfig(Config):
     ends. A document longer than a row is cut."""
     heldout_rows: Count = 16
     """Number of rows held out for evaluation; never trained on."""
-    tokenizer: ModelSource | None = None
+    tokenizer: TokenizerSource | None = None
     """Folder, hub id or GGUF file whose tokenizer reads the text; null: the teacher's, else the student's."""
     bos: bool | None = None
     """Whether the tokenizer's BOS stands before each text, without loss; null: where the tokenizer itself puts one, as

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from annotated_types import Interval, MinLen
 from pydantic import BeforeValidator, WithJsonSchema
 
+from potstill.errors import UserError
 from potstill.recipe.fields import (
     MAX_INT32,
     BelowOne,
@@ -20,7 +23,9 @@ from potstill.recipe.fields import (
     ModelSource,
     Positive,
     Seed,
+    TokenizerSource,
     Weights,
+    check,
     lacks_method,
 )
 from potstill.recipe.paths import short_name
@@ -131,6 +136,58 @@ class StoreTeacherConfig(TeacherConfig):
     @property
     def label(self) -> str:
         return f"store {Path(self.path).name}"
+
+
+def _server_url(value: str, folder: Path) -> str:
+    # Without the value: it may hold a password.
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise UserError("is not the address of a server. Write it as http://HOST:PORT or https://HOST.")
+    if parts.username or parts.password:
+        raise UserError(
+            "has a user or a password in it. Name the variable that has the key: api_key_variable."
+        )
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise UserError(f"{value} ends in /v1, which is added. Leave it out.")
+    return value.rstrip("/")
+
+
+def _variable(value: str, folder: Path) -> str:
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", value):  # without the value: it may be the key itself
+        raise UserError("is not the name of an environment variable. Name the one that has the key.")
+    return value
+
+
+@register("teacher")
+@dataclass(frozen=True, kw_only=True)
+class ServerTeacherConfig(TeacherConfig):
+    name: Literal["server"] = "server"
+    """A model on a server, which gives the log-probabilities of the likeliest ids at each position of a given text."""
+    url: Annotated[str, MinLen(1), check(_server_url)]
+    """Where the server is, without /v1, such as http://127.0.0.1:8000; the certificate of https is verified."""
+    model: Annotated[str, MinLen(1)]
+    """The model's name on the server."""
+    tokenizer: TokenizerSource
+    """Its tokenizer: a folder or GGUF file, relative to the recipe, or a hub id. It is compared with the server's."""
+    api: Literal["vllm", "sglang", "openai"] = "vllm"
+    """How the server is asked: as vLLM, as SGLang, or by OpenAI's completions with `echo` and `logprobs`."""
+    top_k: Annotated[int, Interval(ge=1, le=100_000)] = 64
+    """Ids whose log-probabilities are asked for at each position; all others are one class, so that each divergence
+    is a lower bound of the full one."""
+    requests: Annotated[int, Interval(ge=1, le=1024)] = 8
+    """Requests in flight at most."""
+    timeout_s: Positive = 120.0
+    """Deadline of one request, in seconds."""
+    deadline_s: Positive = 600.0
+    """How long a request is repeated while the server gives no answer, in seconds; then the run ends."""
+    api_key_variable: Annotated[str, check(_variable)] | None = None
+    """Environment variable that has the server's API key; null: it wants none."""
+
+    source: ClassVar[str] = "potstill.teachers.server:ServerSource"
+
+    @property
+    def label(self) -> str:
+        return f"{short_name(self.model)} at {self.url}"
 
 
 ALL_LINEAR = "all-linear"

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from potstill.errors import UserError
 from potstill.losses.targets import HiddenTargets, SparseTargets
@@ -60,8 +61,8 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, row: Row, head: Head) -> Targets:
-        """Targets of the row's P positions, from what `encode` returned."""
+    def decode(self, row: Row, head: Head | None) -> Targets:
+        """Targets of the row's P positions, from what `encode` returned; without a head those of `TopK` alone."""
         ...
 
 
@@ -104,7 +105,8 @@ class Hidden:
             return {"hidden": hidden.cpu(), "scale": scale.cpu()}
         return {"hidden": hidden_PE.to(DTYPES[self.dtype]).cpu()}
 
-    def decode(self, row: Row, head: Head) -> HiddenTargets:
+    def decode(self, row: Row, head: Head | None) -> HiddenTargets:
+        assert head is not None
         hidden_PE = from_int8(row["hidden"], row["scale"]) if self.dtype == "int8" else row["hidden"]
         weight_VE = head.weight_VD
         return HiddenTargets(moved(hidden_PE, weight_VE.device).to(weight_VE.dtype), head)
@@ -157,7 +159,7 @@ class Sampled:
             "ids": ids_CK[ids_CK >= 0],
         }
 
-    def decode(self, row: Row, head: Head) -> SparseTargets:
+    def decode(self, row: Row, head: Head | None) -> SparseTargets:
         kept_P, tail_P = row["kept"].long(), row["tail"].long()
         drawn_P = num_drawn(tail_P, self.threshold)
         total_P = kept_P + drawn_P
@@ -196,13 +198,25 @@ class TopK:
             # From the logits, not log(p_CK): a probability that underflows has a finite log-probability.
             logp_CK = logits_CV.gather(-1, ids_CK) - logits_CV.logsumexp(-1, keepdim=True)
             logp.append(logp_CK.to(DTYPES[self.dtype]))
-        packed = pack_ids(torch.cat(ids).cpu().numpy().reshape(-1), id_bits(self.num_ids))
-        return {"ids": torch.from_numpy(packed), "logp": torch.cat(logp).cpu()}
+        return self._packed(torch.cat(ids), torch.cat(logp))
 
-    def decode(self, row: Row, head: Head) -> SparseTargets:
+    def encode_known(self, targets: SparseTargets) -> Row:
+        """The k likeliest of the ids whose log-probabilities are known; a position that has fewer is padded."""
+        logp_PK, order_PK = targets.logp_NK.topk(min(self.k, targets.logp_NK.shape[1]), dim=-1)
+        ids_PK = targets.ids_NK.gather(-1, order_PK).clamp_min(0)
+        missing = self.k - logp_PK.shape[1]
+        ids_PK, logp_PK = F.pad(ids_PK, (0, missing)), F.pad(logp_PK, (0, missing), value=-math.inf)
+        return self._packed(ids_PK, logp_PK.to(DTYPES[self.dtype]))
+
+    def _packed(self, ids_PK: Tensor, logp_PK: Tensor) -> Row:
+        packed = pack_ids(ids_PK.cpu().numpy().reshape(-1), id_bits(self.num_ids))
+        return {"ids": torch.from_numpy(packed), "logp": logp_PK.cpu()}
+
+    def decode(self, row: Row, head: Head | None) -> SparseTargets:
         logp_PK = row["logp"].float()
         ids = torch.from_numpy(unpack_ids(row["ids"].numpy(), logp_PK.numel(), id_bits(self.num_ids)))
-        return SparseTargets(ids.view(logp_PK.shape), logp_PK, self.temperature, has_bucket=True)
+        ids_PK = ids.view(logp_PK.shape).masked_fill(logp_PK.isneginf(), -1)
+        return SparseTargets(ids_PK, logp_PK, self.temperature, has_bucket=True)
 
 
 def k_of(bytes_per_position: float, num_ids: int, dtype: str) -> int:

@@ -3,7 +3,8 @@
 capture.json            what the targets are of and how they are kept; written first, compared on resume
 tokenizer/              that of the teacher, which read the corpus
 head.safetensors        the teacher's output embedding; scale and softcap are in capture.json
-heldout.safetensors     hidden states of the held-out rows in float32: evaluation is exact
+heldout.safetensors     hidden states of the held-out rows in float32: evaluation is exact; where the teacher gave few
+                        ids of each distribution, those, and no head
 00000.safetensors …     shards of training rows, see `shards`
 00000.json …            bytes and hashes of a shard, written after it: the mark that it is whole
 certificate.json        how far the kept targets are from the full ones, measured on the held-out rows
@@ -25,7 +26,7 @@ from potstill.store.shards import AGAIN, FileRecord
 SCHEMA = 1
 CAPTURE, MANIFEST, CERTIFICATE = "capture.json", "manifest.json", "certificate.json"
 HEAD, HELDOUT, TOKENIZER = "head.safetensors", "heldout.safetensors", "tokenizer"
-HELDOUT_CODEC = Hidden("float32")
+EXACT = Hidden("float32")
 NOT_SETTINGS = ("bytes_per_position", "files", "tokenizer", "certificate", "seal")
 """Fields that the manifest has beside the settings of capture.json."""
 Json = dict[str, Any]
@@ -41,6 +42,16 @@ def codec_of(settings: Json) -> Codec:
             return Sampled(kept["threshold"], ids, temperature)
         case _:
             return TopK(kept["k"], kept["dtype"], ids, temperature)
+
+
+def heldout_codec_of(settings: Json) -> Codec:
+    """How the held-out rows are kept: exactly, or as the ids that are known of each distribution."""
+    kept = settings.get("heldout")
+    return (
+        EXACT
+        if kept is None
+        else TopK(kept["k"], kept["dtype"], settings["vocabulary"]["ids"], settings["temperature"])
+    )
 
 
 @dataclass(frozen=True)

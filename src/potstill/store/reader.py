@@ -68,8 +68,10 @@ class Store:
         return self.path / TOKENIZER if self.manifest["tokenizer"] else None
 
     @cached_property
-    def head(self) -> Head:
-        """The teacher's head, on the CPU and in the dtype that it was captured in."""
+    def head(self) -> Head | None:
+        """The teacher's head, on the CPU and in the dtype that it was captured in; None where there is none."""
+        if self.manifest["head"] is None:
+            return None
         file = self._file(HEAD)
         kept: Json = self.manifest["head"]
         bias = file.tensor("bias") if "bias" in file.header else None

@@ -135,11 +135,12 @@ class StoreWriter:
 def write_manifest(path: Path, settings: Json) -> bool:
     """Join all records into the manifest; False, and nothing written, where a file is missing."""
     files = Files(path)
-    required = [path / HEAD, path / HELDOUT, *(files.shard(n) for n in range(settings["shards"]))]
+    once = [path / HELDOUT] if settings["head"] is None else [path / HEAD, path / HELDOUT]
+    required = [*once, *(files.shard(n) for n in range(settings["shards"]))]
     records = [files.recorded(file) for file in required]
     if not (path / CERTIFICATE).exists() or any(record is None for record in records):
         return False
-    shards = [record for record in records[2:] if record is not None]
+    shards = [record for record in records[len(once) :] if record is not None]
     positions = settings["positions"]
     tokenizer = sorted(p for p in (path / TOKENIZER).glob("*") if p.is_file())
     manifest = settings | {

@@ -17,9 +17,11 @@ from torch import Tensor
 from potstill.errors import UserError
 from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
+from potstill.models.decoding import Decode
 from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import TeacherConfig
 from potstill.registry import implementation
+from potstill.teachers.decoding import decoder_of
 from potstill.types import Batch, Finding, Teacher, Vocab
 
 if TYPE_CHECKING:
@@ -51,11 +53,19 @@ class BaseTeacher:
     """Whether it has targets for any tokens, or only for the rows of one corpus."""
     reads_on_cpu = False
     """Whether `targets` takes its batch on the CPU."""
+    is_elsewhere = False
+    """Whether another machine or process computes its targets, so that this one can ask for them ahead."""
+    ids_known: int | None = None
+    """Ids of each held-out distribution whose probabilities are known, if not all are: the others are one class, and
+    divergences are lower bounds.
+    """
     is_sharded = False
     backend: Mapping[str, str] | None = None
     """Whether each of several processes keeps a part of every layer."""
     label = "plugin"
     """Its name in messages."""
+    note: Callable[[str], None] = staticmethod(lambda line: None)
+    """Called with a line for whoever watches the run, possibly by another thread; `set_up` sets it."""
 
     @property
     def vocab_size(self) -> int:
@@ -76,6 +86,10 @@ class BaseTeacher:
             f"teacher {self.label}: it has no logits of new text, only `targets` for rows of a corpus."
         )
 
+    def decoder(self, ids: int) -> Decode:
+        """With a cache where its model has a sound one, else by reading each row again for every token."""
+        return decoder_of(cast("Teacher", self), ids)
+
     def share_ids(self, ids: int) -> int:
         """Masks nothing: its targets are over all of its ids, and the student must have as many."""
         return self.vocab_size
@@ -94,7 +108,7 @@ class BaseTeacher:
         """For the terminal, the receipt and the model card, as JSON."""
         return {}
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
         """What --resume compares, by name: hashes of what its targets depend on. Empty: a change goes unnoticed."""
         return {}
 
@@ -105,6 +119,10 @@ class BaseTeacher:
     def checks(self, setup: RunSetup, student_kl: float) -> Iterator[Finding]:
         """No checks of its own."""
         return iter(())
+
+    def activity(self) -> str:
+        """Nothing that is worth a word in a progress line."""
+        return ""
 
     def close(self) -> None:
         """Release what is not memory: processes, connections."""
@@ -173,6 +191,9 @@ class TeacherSource:
     def layers_config(self) -> Any | None:
         """The Transformers config of the model whose layers a student may be cut from; None where there is none."""
         return self.model_config
+
+    captures: tuple[str, ...] = ()
+    """Kinds of store, by `capture.name`, that its targets can be kept in; empty: none."""
 
     @property
     def inputs(self) -> dict[str, Path]:

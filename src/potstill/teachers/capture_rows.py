@@ -6,19 +6,27 @@ numbers depend on the seed and its number alone: a resumed capture equals an uni
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.errors import UserError
-from potstill.losses.targets import HiddenTargets
-from potstill.store.codecs import Codec, Row
+from potstill.io.atomic import write_whole
+from potstill.losses.targets import HiddenTargets, SparseTargets
+from potstill.store.codecs import Codec, Row, TopK
 from potstill.store.sampling import Uniforms
 from potstill.store.shards import FileRecord, write_shard
-from potstill.types import Rows, Teacher
+from potstill.types import Head, Rows, Targets, Teacher, answer
+
+PLACES, ROW = "places_P", "row"
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ def captured(
     """The targets of the rows `numbers`, one row after the other.
 
     Args:
-        teacher: a model in this process.
+        teacher: one whose source names the kind of store.
         rows: of the corpus.
         numbers: which of them.
         codec: how targets are encoded.
@@ -49,29 +57,32 @@ def captured(
     Raises:
         UserError: hidden states that are not finite.
     """
-    model = teacher.model
-    assert model is not None  # `capture` refuses others
     for start in range(0, len(numbers), rows_per_batch):
         batch = rows.batch(numbers[start : start + rows_per_batch])
         T = batch.input_ids_BT.shape[1]
-        targets = teacher.targets(batch.to(model.device))
-        assert isinstance(targets, HiddenTargets)
-        if not bool(targets.hidden_NE.isfinite().all()):
+        targets = answer(teacher, batch if teacher.model is None else batch.to(teacher.model.device))
+        if isinstance(targets, HiddenTargets) and not bool(targets.hidden_NE.isfinite().all()):
             raise UserError(
                 f"teacher: its hidden states are not finite in rows {batch.rows_B.tolist()}. Set"
                 " teacher.dtype: float32, or look at its checkpoint."
             )
         counts = torch.bincount(batch.positions_N // T, minlength=len(batch.rows_B)).tolist()
-        split = zip(
-            batch.rows_B.tolist(),
-            torch.split(batch.positions_N, counts),
-            torch.split(targets.hidden_NE, counts),
-            strict=True,
-        )
-        for row, positions_P, hidden_PE in split:
+        end = 0
+        for row, positions_P in zip(
+            batch.rows_B.tolist(), torch.split(batch.positions_N, counts), strict=True
+        ):
             places_P = positions_P % T
-            uniforms = Uniforms(seed, row, places_P.numpy(), hidden_PE.device)
-            yield Captured(row, places_P, codec.encode(hidden_PE, model.head, uniforms))
+            first, end = end, end + len(places_P)
+            yield Captured(row, places_P, _encoded(targets[first:end], codec, seed, row, places_P))
+
+
+def _encoded(targets: Targets, codec: Codec, seed: int, row: int, places_P: Tensor) -> Row:
+    if isinstance(targets, HiddenTargets):
+        assert isinstance(targets.head, Head)
+        uniforms = Uniforms(seed, row, places_P.numpy(), targets.hidden_NE.device)
+        return codec.encode(targets.hidden_NE, targets.head, uniforms)
+    assert isinstance(targets, SparseTargets) and isinstance(codec, TopK)  # `capture` refuses others
+    return codec.encode_known(targets)
 
 
 def capture_shard(
@@ -84,12 +95,38 @@ def capture_shard(
     rows_per_batch: int,
     on_row: Callable[[Captured], None] = lambda row: None,
 ) -> FileRecord:
-    """Write the targets of the rows `numbers` as one file; `on_row` is called with each row. See `captured`."""
-    shard = []
-    for row in captured(teacher, rows, numbers, codec, seed, rows_per_batch):
-        shard.append(row)
+    """Write the targets of the rows `numbers` as one file; `on_row` is called with each row. See `captured`.
+
+    Rows of a teacher elsewhere, which cost the most, are kept one by one beside the file until it is whole: an
+    interruption loses those that were being asked for.
+    """
+    folder = file.with_suffix(".rows") if teacher.is_elsewhere else None
+    kept = {} if folder is None else _rows_in(folder, numbers)
+    missing = [number for number in numbers if number not in kept]
+    todo = captured(teacher, rows, missing, codec, seed, rows_per_batch)
+    for number, row in zip(missing, todo, strict=True):
+        kept[number] = row
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+            tensors = row.kept | {PLACES: row.places_P, ROW: torch.tensor([row.row])}
+            write_whole(folder / f"{number}.safetensors", safetensors.torch.save(tensors))
         on_row(row)
+    shard = [kept[number] for number in numbers]
     T = rows.batch(numbers[:1]).input_ids_BT.shape[1]
-    return write_shard(
+    record = write_shard(
         file, [row.row for row in shard], [row.places_P for row in shard], [row.kept for row in shard], T
     )
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return record
+
+
+def _rows_in(folder: Path, numbers: Sequence[int]) -> dict[int, Captured]:
+    """The rows that an interrupted capture has kept; one that cannot be read is asked for again."""
+    found = {}
+    for number in numbers:
+        with contextlib.suppress(OSError, SafetensorError, KeyError):
+            tensors = load_file(folder / f"{number}.safetensors")
+            places_P, row = tensors.pop(PLACES), int(tensors.pop(ROW))
+            found[number] = Captured(row, places_P, tensors)
+    return found

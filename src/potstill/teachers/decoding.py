@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from transformers import GenerationConfig
 
-from potstill.models.decoding import Row, choose, decode, decoding_fault
+from potstill.models.decoding import Decode, Row, choose, decode, decoding_fault
 from potstill.types import Teacher
 
 
-def decoder_of(teacher: Teacher, ids: int) -> Callable[..., None]:
+def decoder_of(teacher: Teacher, ids: int) -> Decode:
     """`models.decoding.decode` of a teacher: with a cache where its model has a sound one, else by reading each row
     again for every token.
 

@@ -6,7 +6,7 @@ frozen: no gradients, eval mode, and the same hash after training as before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -168,7 +168,7 @@ class TorchTeacher(BaseTeacher):
     def backend(self) -> dict[str, str]:  # type: ignore[override]  # read-only here
         return vars(self.choice)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
         return {"teacher": self.weights_sha256()}
 
     def weights_sha256(self) -> str:
@@ -242,6 +242,7 @@ class HfSource(TeacherSource):
     """`teacher.name: torch`: the model's files, opened before its weights are loaded."""
 
     config: HfTeacherConfig
+    captures = ("hidden", "sampled", "topk")
     lacks_tokenizer = "a folder with its tokenizer's files in teacher.model"
 
     def __init__(self, config: HfTeacherConfig, device: torch.device) -> None:

@@ -25,9 +25,9 @@ from potstill.models.hub import local_copy
 from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import StoreTeacherConfig
 from potstill.store.codecs import Hidden
-from potstill.store.layout import HELDOUT_CODEC
+from potstill.store.layout import heldout_codec_of
 from potstill.store.reader import ROWS_ADVICE, Store, read_manifest
-from potstill.teachers.base import BaseTeacher, Part, TeacherSource
+from potstill.teachers.base import BaseTeacher, Part, TeacherSource, refuse_cut
 from potstill.teachers.hf import TorchTeacher
 from potstill.types import Batch, Finding, Head, Targets, Vocab
 
@@ -59,7 +59,9 @@ class StoredTeacher(BaseTeacher):
         folder = store.tokenizer_folder
         self.tokenizer = None if folder is None else load_tokenizer(folder)
         self.vocab = Vocab(size=self.vocab_size) if self.tokenizer is None else self._vocab()
-        self.head = _on(store.head, device)
+        self.head = None if store.head is None else _on(store.head, device)
+        self._heldout_codec = heldout_codec_of(store.manifest)
+        self.ids_known = store.manifest["heldout"]["k"] if self.head is None else None
 
     @classmethod
     def open(
@@ -100,7 +102,7 @@ class StoredTeacher(BaseTeacher):
         for b, row in enumerate(rows):
             places_P = positions_N[(positions_N >= b * T) & (positions_N < (b + 1) * T)] - b * T
             targets.append(self._row(row, places_P))
-        return joined(targets, self.head.weight_VD.device)
+        return joined(targets, self.device)
 
     def share_ids(self, ids: int) -> int:
         """Masks nothing: the store was captured over the shared ids, which `require_fits` compares."""
@@ -152,6 +154,8 @@ class StoredTeacher(BaseTeacher):
 
     def to_cut_from(self) -> tuple[CausalLM, str]:
         """The captured model in full precision, and its path or hub id, once its hash has been compared."""
+        if self.head is None:
+            refuse_cut("a store of a served teacher")
         recorded = self.store.manifest["teacher"]
         source = captured_source(self.named_model, recorded)
         files = self.captured or ModelFiles(source)
@@ -181,13 +185,15 @@ class StoredTeacher(BaseTeacher):
             "source": captured_source(self.named_model, manifest["teacher"]),
             "weights_sha256": self.weights_sha256(),
             "store": {name: manifest[name] for name in names},
+            **({"held_out": manifest["teacher"]["held_out"]} if self.head is None else {}),
         }
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
         return {"teacher": str(self.store.manifest["seal"])}
 
-    def weights_sha256(self) -> str:
-        return str(self.store.manifest["teacher"]["weights_sha256"])
+    def weights_sha256(self) -> str | None:
+        found: str | None = self.store.manifest["teacher"]["weights_sha256"]
+        return found
 
     def _vocab(self) -> Vocab:
         return vocab_of(self.tokenizer, self.vocab_size)
@@ -195,7 +201,7 @@ class StoredTeacher(BaseTeacher):
     def _row(self, row: int, wanted_P: Tensor) -> Targets:
         """The targets of a row at the positions `wanted_P`, ascending."""
         places_P, kept = self.store.row(row)
-        codec = HELDOUT_CODEC if self.store.is_heldout(row) else self.store.codec
+        codec = self._heldout_codec if self.store.is_heldout(row) else self.store.codec
         index_P = torch.searchsorted(places_P, wanted_P).clamp_max(max(len(places_P) - 1, 0))
         if len(wanted_P) and not (len(places_P) and torch.equal(places_P[index_P], wanted_P)):
             self._refuse(f"row {row}: this run has positions that it has no targets for.")
@@ -288,7 +294,7 @@ class StoreSource(TeacherSource):
 
     @property
     def layers_config(self) -> Any:
-        return self.captured.config
+        return None if self.manifest["head"] is None else self.captured.config
 
     @property
     def inputs(self) -> dict[str, Path]:
@@ -313,8 +319,11 @@ class StoreDouble(BaseTeacher):
     def __init__(self, manifest: Mapping[str, Any], device: torch.device, part: Part) -> None:
         kind = manifest["kind"]
         self.vocab = Vocab(size=manifest["vocabulary"]["size"])
-        dtype = getattr(torch, manifest["teacher"]["dtype"])
-        weight_VE = torch.zeros(self.vocab_size, manifest["head"]["width"], dtype=dtype, device=device)
+        dtype, width = (
+            getattr(torch, manifest["teacher"]["dtype"]),
+            (manifest["head"] or {"width": 0})["width"],
+        )
+        weight_VE = torch.zeros(self.vocab_size, width, dtype=dtype, device=device)
         self.head, self.part = Head(weight_VE), part
         limits = {"hidden": 0, "topk": kind.get("k")}
         # Sampled: the ids above the threshold and the draws of the rest are at most 1 / threshold, rounded up.

@@ -7,6 +7,7 @@ student can be compared with the true distribution. Both refuse the shapes and t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class TableTeacher(BaseTeacher):
     def targets(self, batch: Batch) -> HiddenTargets:
         return HiddenTargets(batch.input_ids_BT.flatten()[batch.positions_N], self._rows)
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
         return {"teacher": hashlib.sha256(self.logits_VV.numpy().tobytes()).hexdigest()}
 
     @cached_property

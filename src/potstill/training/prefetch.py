@@ -2,14 +2,16 @@
 
 On CUDA the teacher works one micro-batch ahead of the student: copy and forward are queued on a stream of
 their own, so that the device has them to fill the gaps of the student's kernels with, over the end of a step
-too where the next step's rows are fixed. On the CPU everything is computed at its turn. Either way each step
-and each target is requested once, in the same order, and the numbers are the same.
+too where the next step's rows are fixed. A teacher elsewhere is asked one micro-batch ahead by a thread, on any
+device. Otherwise everything is computed at its turn on the CPU. Either way each step and each target is
+requested once, in the same order, and the numbers are the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +29,7 @@ class _Queued:
     """A micro-batch whose targets were requested before its turn."""
 
     batch: Batch
-    result: OnDevice | UserError | torch.OutOfMemoryError
+    result: OnDevice | UserError | torch.OutOfMemoryError | Future[OnDevice]
     done: torch.cuda.Event | None
 
 
@@ -49,7 +51,9 @@ class Prefetch:
         self.teacher, self.data, self.ranks, self.device = teacher, data, ranks, device
         self.is_taken = is_taken
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.is_ahead = device.type == "cuda" if is_ahead is None else is_ahead
+        is_elsewhere = bool(getattr(teacher, "is_elsewhere", False))  # the loop asks little of a teacher
+        self._thread = ThreadPoolExecutor(1, "potstill-teacher") if is_elsewhere else None
+        self.is_ahead = device.type == "cuda" or is_elsewhere if is_ahead is None else is_ahead
         self._next_step: Step | None = None
         self._queued: _Queued | None = None
 
@@ -87,11 +91,15 @@ class Prefetch:
         if queued.done is not None:
             # The student's stream waits; this thread does not.
             torch.cuda.current_stream(self.device).wait_event(queued.done)
+        if isinstance(queued.result, Future):
+            return queued.result.result()
         if isinstance(queued.result, Exception):
             raise queued.result
         return queued.result
 
     def _queue(self, batch: Batch, number: int) -> _Queued:
+        if self._thread is not None:
+            return _Queued(batch, self._thread.submit(self._to_device, batch, number), None)
         result: OnDevice | UserError | torch.OutOfMemoryError
         done = None
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):

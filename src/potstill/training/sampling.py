@@ -11,12 +11,10 @@ from transformers import GenerationConfig
 from potstill.data.completions import Completion
 from potstill.data.prompts import Prompt
 from potstill.errors import RankError
-from potstill.models.decoding import InferenceFailed, Row, uniforms
+from potstill.models.decoding import Decode, InferenceFailed, Row, uniforms
 
 ROWS_AT_ONCE = 64
 """Of a batch: its cache and logits are in memory together."""
-Decode = Callable[[GenerationConfig, Sequence[Row], Callable[[], None]], None]
-"""`models.decoding.decode` of a model: `Student.decode`, or that of a teacher."""
 
 
 class Sampling(Protocol):
@@ -57,7 +55,7 @@ def write(
     """Sample a completion of each prompt, `ROWS_AT_ONCE` in a batch; at temperature 0, the likeliest token every time.
 
     Args:
-        decode: of the model.
+        decode: `Student.decode`, or `Teacher.decoder`.
         prompts: each with its name, from which its random numbers come.
         ends: ids that end a completion.
 
@@ -67,7 +65,10 @@ def write(
     is_random = config.temperature > 0
     sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
     settings = GenerationConfig(
-        do_sample=is_random, pad_token_id=min(ends, default=0), **(sampled if is_random else {})
+        do_sample=is_random,
+        pad_token_id=min(ends, default=0),
+        eos_token_id=sorted(ends) or None,
+        **(sampled if is_random else {}),
     )
     rows = [
         _Written(

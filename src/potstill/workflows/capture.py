@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from potstill.store.codecs import DEFAULT_BYTES, k_of, planned_bytes, threshold_
 from potstill.store.layout import (
     CAPTURE,
     CERTIFICATE,
+    EXACT,
     HEAD,
     HELDOUT,
-    HELDOUT_CODEC,
     SCHEMA,
     Files,
     codec_of,
+    heldout_codec_of,
 )
 from potstill.store.reader import read_manifest
 from potstill.store.shards import AGAIN
@@ -69,11 +71,7 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
         )
     require_capturable(loaded, recipe)
     resolved = resolve(loaded, commits=(_recorded(out) or {}).get("commits"))
-    if resolved.teacher.model_config is None:
-        raise UserError(
-            f"{recipe}: teacher.name: {loaded.teacher.registered_name} has no targets to capture. Give a teacher of"
-            " name torch."
-        )
+    _require_kind(loaded, resolved.teacher.captures, recipe)
     resolved = settle(resolved, display.note)
     with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)
@@ -84,7 +82,6 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
 def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Display) -> Json | None:
     """Capture part `number` of `parts`."""
     teacher, held, rows_per_batch = setup.teacher, setup.corpus.heldout, setup.recipe.capture.rows_per_batch
-    head = _model(teacher).head
     settings = settings_of(setup, _recorded(out))
     shards = settings["shards"]
     mine = range((number - 1) * shards // parts, number * shards // parts)
@@ -93,13 +90,13 @@ def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Displ
     # What the parts share (head, tokenizer, held-out rows, certificate) is written by the first alone.
     with writer.exclusive(mine, first=number == 1):
         if number == 1:
-            writer.write_head(head)
+            if teacher.model is not None:
+                writer.write_head(teacher.model.head)
             writer.write_tokenizer(setup.tokenizer)
+            codec = heldout_codec_of(settings)
             writer.write(
                 out / HELDOUT,
-                lambda file: capture_shard(
-                    file, teacher, held, range(len(held)), HELDOUT_CODEC, 0, rows_per_batch
-                ),
+                lambda file: capture_shard(file, teacher, held, range(len(held)), codec, 0, rows_per_batch),
             )
         _capture_shards(setup, settings, writer, mine, display)
         if number == 1 and not (out / CERTIFICATE).exists():
@@ -109,6 +106,20 @@ def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Displ
             student = {**setup.origin, "weights_sha256": setup.student.weights_sha256()}
             write_json(out / CERTIFICATE, fidelity | {"student": student})
     return read_manifest(out) if writer.finish() else None
+
+
+def _require_kind(recipe: Recipe, kinds: Sequence[str], where: Path) -> None:
+    """Refuse a kind of store that the teacher has no targets for."""
+    name = recipe.teacher.registered_name
+    if not kinds:
+        raise UserError(
+            f"{where}: teacher.name: {name} has no targets to capture. Give a teacher of name torch or server."
+        )
+    if recipe.capture.name not in kinds:
+        raise UserError(
+            f"{where}: capture.name: {recipe.capture.name} needs more than teacher.name: {name} gives. Set"
+            f" capture.name: {' or '.join(kinds)}."
+        )
 
 
 def require_capturable(recipe: Recipe, where: Path) -> None:
@@ -125,16 +136,21 @@ def settings_of(setup: RunSetup, recorded: Json | None) -> Json:
     config, ids, corpus = setup.recipe.capture, setup.shared.ids, setup.corpus
     numbers = _row_numbers(setup)
     rows, per_shard = corpus.train, config.rows_per_shard or max(64, -(-len(numbers) // MAX_SHARDS))
-    head = _model(setup.teacher).head
+    teacher, kind = setup.teacher, _codec_settings(setup, recorded)
+    head = None if teacher.model is None else teacher.model.head
     commits = {"commits": dict(setup.resolved.commits)} if setup.resolved.commits else {}
     return {
         **commits,
         "schema": SCHEMA,
-        "kind": _codec_settings(setup, recorded),
+        "kind": kind,
+        # Where whole distributions are not to be had: the label, too, which may be none of the k.
+        **({"heldout": {"k": kind["k"] + 1, "dtype": "float32"}} if teacher.ids_known else {}),
         "temperature": None if config.name == "hidden" else setup.recipe.objective.temperature,
-        "teacher": _teacher_identity(setup),
+        "teacher": _teacher_identity(setup, recorded),
         "vocabulary": {"size": setup.teacher.vocab_size, "ids": ids},
-        "head": {"scale": head.scale, "softcap": head.softcap, "width": head.weight_VD.shape[1]},
+        "head": None
+        if head is None
+        else {"scale": head.scale, "softcap": head.softcap, "width": head.weight_VD.shape[1]},
         "corpus": {name: corpus.manifest[name] for name in (*OF_CORPUS, "fingerprint", "train_rows")},
         "rows": len(numbers),
         "runs": _ranges(numbers),
@@ -153,6 +169,11 @@ def _codec_settings(setup: RunSetup, recorded: Json | None) -> Json:
     }
     if config.name == "topk":
         settings["k"] = min(config.k or k_of(config.bytes_per_position or 0, ids, config.dtype), ids)
+        if (known := setup.teacher.ids_known) is not None and known < settings["k"]:
+            raise UserError(
+                f"capture.k: {settings['k']}, and the teacher gives {known} ids a position. Set it to at most {known},"
+                " or teacher.top_k higher."
+            )
     if config.name == "sampled" and config.threshold is None:
         # A continued capture keeps its threshold: fitted anew, its last digits may differ on another machine.
         before = (recorded or {}).get("kind")
@@ -163,10 +184,15 @@ def _codec_settings(setup: RunSetup, recorded: Json | None) -> Json:
     return settings
 
 
-def _teacher_identity(setup: RunSetup) -> Json:
+def _teacher_identity(setup: RunSetup, recorded: Json | None) -> Json:
     """Which weights, in which precision, computed the targets."""
     teacher = setup.teacher
-    model, backend = _model(teacher), teacher.backend or {"weights": FULL}
+    if teacher.model is None:
+        before = (recorded or {}).get("teacher", {})
+        about = {"source": None, "weights_sha256": None, "dtype": "float32"} | teacher.describe()
+        about.pop("url", None)  # the same model may move
+        return about | teacher.fingerprint(before)
+    model, backend = teacher.model, teacher.backend or {"weights": FULL}
     quantized = {} if backend["weights"] == FULL else {name: backend[name] for name in ("weights", "backend")}
     return {
         "source": teacher.describe().get("source"),
@@ -195,10 +221,14 @@ def _ranges(numbers: list[int]) -> list[list[int]]:
 
 def _require_room(settings: Json, setup: RunSetup, out: Path, mine: range, display: Display) -> None:
     """Print what will be written, and where; UserError if the disk has no room for it."""
-    ids, width = settings["vocabulary"]["ids"], settings["head"]["width"]
+    ids, model = settings["vocabulary"]["ids"], setup.teacher.model
+    width = 0 if model is None else settings["head"]["width"]
     per_position = planned_bytes(settings["kind"], ids, width)
-    heldout_bytes = 4 * width * setup.corpus.manifest["heldout_positions"]
-    shared_bytes = heldout_bytes + _model(setup.teacher).head.weight_VD.nbytes
+    heldout = (
+        {"name": "topk", **settings["heldout"]} if "heldout" in settings else vars(EXACT) | {"name": "hidden"}
+    )
+    heldout_bytes = planned_bytes(heldout, ids, width) * setup.corpus.manifest["heldout_positions"]
+    shared_bytes = int(heldout_bytes) + (0 if model is None else model.head.weight_VD.nbytes)
     shard_bytes = per_position * settings["positions"]
     _, free = available(setup.recipe, out)
     kind = ", ".join(f"{name} {value}" for name, value in settings["kind"].items() if value is not None)
@@ -240,9 +270,9 @@ def _capture_shards(
         if done % 16 == 0 or done == total:
             seconds = time.perf_counter() - started
             rate = done * setup.recipe.corpus.tokens_per_row / seconds
-            display.note(
-                f"{done}/{total} rows, {rate:.0f} tokens/s, {clock(seconds / done * (total - done))} left"
-            )
+            left = clock(seconds / done * (total - done))
+            doing = teacher.activity()
+            display.note(f"{done}/{total} rows, {rate:.0f} tokens/s, {doing}{', ' * bool(doing)}{left} left")
 
     for shard in mine:
         rows = numbers[shard * per_shard : (shard + 1) * per_shard]

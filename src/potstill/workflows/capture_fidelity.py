@@ -35,7 +35,8 @@ from potstill.types import Rows, Targets, Teacher
 
 def certificate(student: Student, teacher: Teacher, rows: Rows, codec: Codec, seed: int) -> dict[str, Any]:
     """Fidelity of `codec` on `rows`, one row at a time. The student is not changed."""
-    assert teacher.model is not None
+    if teacher.model is None:
+        return _mass_only(teacher, rows, codec, seed)
     objective = replace(student.objective, kd_weight=1.0, ce_weight=0.0)
     head_grads = [torch.zeros_like(student.model.head.weight_VD, dtype=torch.float32) for _ in range(2)]
     sums: dict[str, float] = defaultdict(float)
@@ -78,6 +79,16 @@ def certificate(student: Student, teacher: Teacher, rows: Rows, codec: Codec, se
         "hidden_gradient_cosine": _cosine("hidden", sums),
         **means,
     }
+
+
+def _mass_only(teacher: Teacher, rows: Rows, codec: Codec, seed: int) -> dict[str, Any]:
+    """Of a teacher whose whole distributions nobody here knows: what is kept of them is all that can be measured."""
+    mass, positions = 0.0, 0
+    for row in captured(teacher, rows, range(len(rows)), codec, seed, 1):
+        stored = codec.decode(row.kept, None)
+        assert isinstance(stored, SparseTargets)
+        mass, positions = mass + float(stored.logp_NK.exp().sum()), positions + len(stored)
+    return {"positions": positions, "captured_mass": mass / positions}
 
 
 def _dot_products(name: str, full: Tensor, stored: Tensor) -> dict[str, float]:

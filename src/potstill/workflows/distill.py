@@ -196,10 +196,11 @@ def _run(
     locked: list[RunDir],
 ) -> RunDir:
     recipe = setup.recipe
-    inputs = hashes(setup) | file_hashes(setup.resolved.inputs, recipe.plugins)
+    recorded = None if start.run is None else start.run.inputs()
+    inputs = hashes(setup, recorded) | file_hashes(setup.resolved.inputs, recipe.plugins)
     if start.run is not None:
         _require_same_corpus(setup.corpus.manifest, start.run)
-        _require_equal(start.run.inputs(), inputs, "input", start.run)
+        _require_equal(recorded or {}, inputs, "input", start.run)
     checked = require_sound(setup, start.path, note)
     if start.run is None:
         # Only after every check: a refused recipe leaves no folder behind.

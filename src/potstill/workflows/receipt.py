@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ def receipt_of(setup: RunSetup, run: RunDir, finished: Finished) -> dict[str, An
     Raises:
         RuntimeError: training changed the teacher.
     """
-    before, after = finished.inputs, hashes(setup)
+    before = finished.inputs
+    after = hashes(setup, before)
     for name in setup.teacher.fingerprint():
         if after[name] != before.get(name):
             raise RuntimeError(
@@ -166,6 +168,6 @@ def _planned_and_measured(planned: Plan | str, measured_gib: float) -> dict[str,
     }
 
 
-def hashes(setup: RunSetup) -> dict[str, str]:
-    """sha256 of the student's weights, and the teacher's fingerprint."""
-    return setup.teacher.fingerprint() | {"student": setup.student.weights_sha256()}
+def hashes(setup: RunSetup, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+    """sha256 of the student's weights, and the teacher's fingerprint; `recorded` is as of `Teacher.fingerprint`."""
+    return setup.teacher.fingerprint(recorded) | {"student": setup.student.weights_sha256()}

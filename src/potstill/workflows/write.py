@@ -37,13 +37,13 @@ from potstill.io.hashing import file_sha256
 from potstill.io.locks import locked
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
+from potstill.models.decoding import Decode
 from potstill.preflight.auto import settle
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_rollouts import WriteConfig
 from potstill.runs.run_dir import code, environment
-from potstill.teachers.decoding import decoder_of
-from potstill.training.sampling import Decode, write
+from potstill.training.sampling import write
 from potstill.types import Teacher
 
 CORPUS, PROGRESS, RECEIPT = "corpus.jsonl", "progress.json", "receipt.json"
@@ -129,11 +129,11 @@ def _write(resolved: Resolved, out: Path, display: Display) -> Json:
                 f"write.truncated: teacher {resolved.teacher.label} has no token that ends an answer, so that each is"
                 " cut off. Set it to keep."
             )
-        progress = _started(out, _identity(recipe, teacher, tokenizer))
+        progress = _started(out, _identity(recipe, teacher, tokenizer, out))
         if (out / RECEIPT).exists():
             display.note(f"{out}: finished already")
             return read_object(out / RECEIPT, "a receipt")
-        decode = decoder_of(teacher, source.vocabulary.size)
+        decode = teacher.decoder(source.vocabulary.size)
         reading = Reading(iter(()))
         batches = _batches(recipe, tokenizer, source.bos_ids, reading, progress)
         with writing(out / CORPUS), (out / CORPUS).open("ab") as file:
@@ -236,12 +236,14 @@ def _ends(teacher: Teacher, tokenizer: Any, ids: int) -> frozenset[int]:
     return frozenset(end for end in {*ends_of(tokenizer), *named} if end < ids)
 
 
-def _identity(recipe: Recipe, teacher: Teacher, tokenizer: Any) -> Json:
-    """What the answers depend on."""
+def _identity(recipe: Recipe, teacher: Teacher, tokenizer: Any, out: Path) -> Json:
+    """What the answers depend on; `out` may have a part of them."""
+    begun = _read_progress(out) if (out / PROGRESS).exists() else {}
+    recorded = begun.get("of", {}).get("teacher", {})
     corpus, given = dataclasses.asdict(recipe.corpus), dataclasses.asdict(recipe.write)
     files = {str(path): file_sha256(path) for path in recipe.corpus.sources([])}
     reader = {"tokens": behaviour_sha256(tokenizer), "template": str(tokenizer.chat_template)}
-    of_teacher = teacher.fingerprint() | {"dtype": getattr(recipe.teacher, "dtype", None)}
+    of_teacher = teacher.fingerprint(recorded) | {"dtype": getattr(recipe.teacher, "dtype", None)}
     return {"corpus": corpus, "prompts": files, "tokenizer": reader, "write": given, "teacher": of_teacher}
 
 
@@ -256,7 +258,7 @@ def _started(out: Path, of: Json) -> _Progress:
         progress = _Progress(of)
         write_whole(out / PROGRESS, progress.as_json())
         return progress
-    found = read_object(out / PROGRESS, "the progress of a corpus")
+    found = _read_progress(out)
     differing = sorted(name for name in of if found.get("of", {}).get(name) != of[name])
     if differing:
         raise UserError(
@@ -274,6 +276,10 @@ def _started(out: Path, of: Json) -> _Progress:
             f"{out / CORPUS}: damaged: not what {PROGRESS} says. Delete the folder, and start again."
         )
     return progress
+
+
+def _read_progress(out: Path) -> Json:
+    return read_object(out / PROGRESS, "the progress of a corpus")
 
 
 def _said(progress: _Progress) -> str:

@@ -1,0 +1,215 @@
+"""JSON over HTTP, with what a long run needs of it: a bound on requests in flight, retries, and one line at the end.
+
+A request is sent again while there is no answer: no connection, one that was cut, or a status that says "later". It is
+not sent again where the server understood it and refuses. The key is in one header and nowhere else: not in a file, a
+log or a message, even where the server repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import httpx
+import tenacity
+
+from potstill.errors import UserError, one_line
+
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
+LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses of a server that starts, is overloaded, or stands behind a proxy that cannot reach it."""
+LONGEST_WAIT_S = 15.0
+FIRST_DEADLINE_S = 5.0
+"""Of a server that is not proven."""
+END_S = 2.0
+"""For requests in flight to end in."""
+SHOWN = 300
+"""Characters of a server's own message."""
+
+
+class _NoAnswer(Exception):
+    """Nothing that could be read came back; it may after a while."""
+
+
+class HttpClient:
+    """A server that answers JSON with JSON. Threads may share one.
+
+    Args:
+        url: where it is, without a path of its own.
+        key_variable: environment variable that has its API key; None: it wants none.
+        timeout_s: of one request.
+        deadline_s: of a request with all its repetitions.
+        requests: in flight at most.
+
+    Raises:
+        UserError: the variable is empty, or its value is none that fits into a header.
+    """
+
+    def __init__(
+        self, url: str, key_variable: str | None, timeout_s: float, deadline_s: float, requests: int
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.deadline_s = deadline_s
+        self.note: Callable[[str], None] = lambda line: None
+        """Called once an outage with a line that says so, possibly by another thread."""
+        self.on_return: Callable[[], None] = lambda: None
+        """Called when it answers again after an outage, before the answer is used; may raise UserError."""
+        self.is_proven = False
+        """Whether it has shown what it is: one that has not is not waited for, since its address is likely wrong."""
+        self.in_flight = self.answered = 0
+        self._key = _key_of(key_variable)
+        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        limits = httpx.Limits(max_connections=requests, max_keepalive_connections=requests)
+        # Redirects are not followed: the key would go wherever they lead.
+        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, limits=limits)
+        self._pool = ThreadPoolExecutor(requests, thread_name_prefix="potstill-request")
+        self._closed, self._lock = threading.Event(), threading.Lock()
+        self._returning, self._returned_s = threading.RLock(), 0.0
+
+    def get(self, path: str) -> Any:
+        """What the server answers.
+
+        Raises:
+            UserError: it refuses, or gives no answer until the deadline.
+        """
+        return self._send("GET", path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """As `get`."""
+        return self._send("POST", path, body)
+
+    def map(self, ask: Callable[[Asked], Answered], items: Iterable[Asked]) -> list[Answered]:
+        """`ask` of each item on threads, in order; the first error ends the others that have not begun."""
+        futures: list[Future[Answered]] = [self._pool.submit(ask, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def close(self) -> None:
+        """End what waits, and the connections."""
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        deadline_s = time.monotonic() + END_S
+        while self.in_flight and time.monotonic() < deadline_s:  # a socket that is read from cannot be closed
+            time.sleep(0.01)
+        self._client.close()
+
+    def clean(self, text: str) -> str:
+        """One line of a server's text, without the key that it may repeat."""
+        # Before it is shortened: a part of the key would be left of one that is cut in two.
+        return " ".join((text if self._key is None else text.replace(self._key, "***")).split())[:SHOWN]
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        started_s = time.monotonic()
+        deadline_s = self.deadline_s if self.is_proven else min(self.deadline_s, FIRST_DEADLINE_S)
+        retries = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_NoAnswer),
+            stop=tenacity.stop_after_delay(deadline_s) | tenacity.stop_when_event_set(self._closed),
+            wait=tenacity.wait_exponential(multiplier=0.5, max=LONGEST_WAIT_S) + tenacity.wait_random(0, 0.2),
+            sleep=tenacity.sleep_using_event(self._closed),
+            before_sleep=lambda state: self._tell(state, deadline_s),
+            reraise=True,
+        )
+        try:
+            answer = retries(self._once, method, path, body)
+        except _NoAnswer as error:
+            raise UserError(
+                f"{self.url}: no answer in {deadline_s:g} s: {error}. Start the server, or correct teacher.url; a run"
+                " that has begun goes on from its last checkpoint with --resume."
+            ) from None  # the cause holds the request with its headers
+        if self.is_proven and retries.statistics["attempt_number"] > 1:
+            self._confirm(started_s)
+        with self._lock:
+            self.answered += 1
+        return answer
+
+    def _confirm(self, failed_s: float) -> None:
+        """Call `on_return` once an outage: not for the other requests that met it, nor for those of the call itself."""
+        with self._returning:
+            if self._returned_s < failed_s:
+                self._returned_s = time.monotonic()
+                self.on_return()
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        with self._lock:
+            self.in_flight += 1
+        try:
+            response = self._client.request(method, path, json=body)
+        except httpx.InvalidURL as error:
+            raise UserError(
+                f"teacher.url: {self.url}: {one_line(error)}. Write it as http://HOST:PORT."
+            ) from None
+        except httpx.HTTPError as error:
+            raise _NoAnswer(self.clean(f"{type(error).__name__}: {error}").rstrip(".")) from None
+        except RuntimeError:  # of httpx, once `close` has been called
+            raise UserError(f"{self.url}: the connection was closed.") from None
+        finally:
+            with self._lock:
+                self.in_flight -= 1
+        return self._read(response, method, path)
+
+    def _read(self, response: httpx.Response, method: str, path: str) -> Any:
+        status = response.status_code
+        if status in LATER:
+            raise _NoAnswer(f"status {status}: {self.clean(_message(response))}")
+        if response.is_redirect:
+            raise UserError(
+                f"{self.url}{path}: redirects to {self.clean(response.headers.get('location', 'nowhere'))}. Set"
+                " teacher.url to where the server is."
+            )
+        if status != httpx.codes.OK:
+            raise UserError(
+                f"{self.url}: refuses {method} {path} with status {status}: {self.clean(_message(response))}."
+                f" {_advice(status)}"
+            )
+        try:
+            return response.json()
+        except ValueError:  # cut off, or of something in between
+            raise _NoAnswer(f"what came back is no JSON: {self.clean(response.text)!r}") from None
+
+    def _tell(self, state: tenacity.RetryCallState, deadline_s: float) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            self.note(f"{self.url}: {state.outcome.exception()}; asking again for up to {deadline_s:g} s")
+
+
+def _key_of(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key:
+        raise UserError(
+            f"teacher.api_key_variable: the environment has no {variable}. Set it to the key of the server."
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(
+            f"teacher.api_key_variable: the value of {variable} has characters that no key has. Set it again, without"
+            " quotes or a line break."
+        )
+    return key
+
+
+def _message(response: httpx.Response) -> str:
+    """The server's own words: those of the field that OpenAI's API has for them, else the beginning of its text."""
+    try:
+        found = response.json()
+        found = found.get("error", found)
+        message = found if isinstance(found, str) else found.get("message", json.dumps(found))
+        return str(message).rstrip(".")
+    except (ValueError, AttributeError):
+        return response.text.strip() or response.reason_phrase
+
+
+def _advice(status: int) -> str:
+    if status in (401, 403):
+        return "Name the environment variable with its API key in teacher.api_key_variable."
+    if status in (404, 405):
+        return "See teacher.url, which ends before /v1, teacher.model and teacher.api."
+    return "See the settings that the server was started with."

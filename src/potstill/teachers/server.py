@@ -1,0 +1,461 @@
+"""A teacher on a server: texts go out as token ids, and the log-probabilities of the likeliest ids come back.
+
+All other ids are one class, the bucket, so that every divergence is a true one of k + 1 classes, and a lower bound of
+the full one. Before the first text that counts the server has to show that it is the model that the recipe names: its
+tokens, id by id, and its log-probabilities of eight fixed texts, which are compared again after every outage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
+
+from potstill.data.tokenizers import load_tokenizer, vocab_of
+from potstill.errors import UserError
+from potstill.io.http_client import HttpClient
+from potstill.losses.targets import SparseTargets
+from potstill.models.decoding import Decode, Row
+from potstill.models.hub import tokenizer_files
+from potstill.recipe.sections_models import ServerTeacherConfig
+from potstill.teachers.base import BaseTeacher, Part, TeacherSource
+from potstill.teachers.server_apis import SEED_BITS, Api, BadAnswer, OpenAI, Place, SGLang, Vllm, Written
+from potstill.teachers.toy import require_ids, require_last
+from potstill.types import Batch, Vocab
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and nobody in the village was surprised to see it.",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total\n",
+    "Water boils at 100 degrees Celsius at sea level; on a mountain of 3000 metres it boils at about 90.",
+    "Le petit chat dort sur le canapé pendant que la pluie tombe sur les toits de Paris.",
+    "SELECT name, COUNT(*) FROM orders WHERE year = 2024 GROUP BY name ORDER BY 2 DESC;",
+    "天气很好，我们去公园散步吧。",
+    "1 + 1 = 2, 2 + 2 = 4, 3 + 3 = 6, 4 + 4 = 8, 5 + 5 =",
+    '{"id": 17, "tags": ["red", "green"], "price": 4.99, "in_stock": true}',
+)
+"""What a model is known by: its mean log-probability of each."""
+TEXT_TOKENS = 48
+SAME_NATS = 0.02
+"""Means that differ by less are of the same model: a server adds up in another order with every batch."""
+TEMPERED_NATS = 0.05
+OTHER_TEMPERATURE = 0.5
+PROBED_IDS = 2048
+"""Ids of the vocabulary whose texts are compared with the server's, beside every added one."""
+PROBE_TOKENS = 256
+LOST_MASS = 0.01
+"""Probability that may be lost on ids whose text is not theirs alone, where a server tells texts and not ids."""
+ROUNDING, LEAST = 1e-2, -100.0
+UNSEEN = "\N{REPLACEMENT CHARACTER}"
+SPARE = 2
+"""Ids of a row's text beyond the row: the label of its last position, and the token that a server has to write."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The ids of one document of a batch, and which of the batch's N positions lie in it."""
+
+    ids: list[int]
+    places: list[int]
+    """Ascending; place i is the distribution behind ids[: i + 1]."""
+    at: list[int]
+    """Index into the batch's N positions of each place."""
+
+
+class ServerTeacher(BaseTeacher):
+    """A model behind HTTP. Open one with `open`, which requires that it is the one that the recipe names."""
+
+    label = "server"
+    reads_on_cpu = True
+    is_elsewhere = True
+
+    def __init__(
+        self, config: ServerTeacherConfig, client: HttpClient, tokenizer: Any, device: torch.device
+    ) -> None:
+        self.config, self.client, self.tokenizer, self.device = config, client, tokenizer, device
+        self.vocab = vocab_of(tokenizer, 0)
+        self.vocab = vocab_of(tokenizer, len(self.vocab.tokens or ()))
+        self.ids = self.vocab.size
+        self.ids_known = config.top_k
+        self.api = _api(config, tokenizer, self.vocab)
+        self.place = f"teacher {config.label}"
+        self.means: list[float] = []
+        """Log-probability of each of TEXTS, in nats a token."""
+
+    @classmethod
+    def open(
+        cls, config: ServerTeacherConfig, tokenizer: Any, device: torch.device | str = "cpu"
+    ) -> ServerTeacher:
+        """Connect to the server.
+
+        Raises:
+            UserError: it does not answer, has no such model, another tokenizer, or no log-probabilities at
+                temperature 1 of the text that it is sent.
+        """
+        client = HttpClient(
+            config.url, config.api_key_variable, config.timeout_s, config.deadline_s, config.requests
+        )
+        try:
+            teacher = cls(config, client, tokenizer, torch.device(device))
+            teacher._prove()
+        except BaseException:
+            client.close()
+            raise
+        client.note = lambda line: teacher.note(line)
+        client.on_return, client.is_proven = teacher._require_still_itself, True
+        return teacher
+
+    def targets(self, batch: Batch) -> SparseTargets:
+        """The k likeliest ids of each position, and the next token of the text.
+
+        Raises:
+            UserError: the server is gone, is another one now, or answers something else than it was asked.
+        """
+        texts = list(_texts(batch))
+        answers = self.client.map(lambda text: self._ask(text.ids, text.places, self.config.top_k), texts)
+        found: list[dict[int, float]] = [{}] * len(batch.positions_N)
+        for text, places in zip(texts, answers, strict=True):
+            for n, place in zip(text.at, places, strict=True):
+                found[n] = place.logps
+        return _sparse(found, self.ids).to(self.device)
+
+    def logits_for_batch(self, input_ids_BT: Tensor) -> Tensor:
+        """logits_BV with the log-probabilities that the server gives, and -inf for every other id."""
+        ids_BT = require_ids(self.label, input_ids_BT)
+        require_last(self.label, ids_BT)
+        rows = [[*row, row[-1]] for row in ids_BT.tolist()]
+        answers = self.client.map(lambda ids: self._ask(ids, [len(ids) - 2], self.config.top_k), rows)
+        logits_BV = torch.full((len(rows), self.vocab_size), -math.inf)
+        for logits_V, (place,) in zip(logits_BV, answers, strict=True):
+            known = {each: p for each, p in place.logps.items() if each < self.vocab_size}
+            logits_V[list(known)] = torch.tensor(list(known.values()))
+        return logits_BV
+
+    def decoder(self, ids: int) -> Decode:
+        return self._write
+
+    def share_ids(self, ids: int) -> int:
+        """Ids from `ids` on belong to the bucket."""
+        self.ids = ids
+        return ids
+
+    def require_fits(self, corpus: Mapping[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
+        if objective.temperature != 1:
+            raise UserError(
+                f"objective.temperature: is {objective.temperature}, and {self.place} has too few ids of each"
+                " distribution to soften it. Set it to 1, or use a teacher in this process."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "source": config.model,
+            "url": config.url,
+            "api": config.api,
+            "top_k": config.top_k,
+            "held_out": f"lower bounds: over {config.top_k} ids a position and one class for all others",
+        }
+
+    def fingerprint(self, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Its name, top_k and list of tokens by hash, and its log-probabilities of fixed texts."""
+        about = f"{self.config.model} {self.config.top_k} {self.vocab.fingerprint}"
+        means = " ".join(f"{mean:.4f}" for mean in self.means)
+        before = (recorded or {}).get("teacher/texts", "")
+        if before and _gap(self.means, before) < SAME_NATS:
+            means = before
+        return {"teacher": hashlib.sha256(about.encode()).hexdigest(), "teacher/texts": means}
+
+    def activity(self) -> str:
+        return f"{self.client.answered} requests answered, {self.client.in_flight} in flight"
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _ask(
+        self, ids: Sequence[int], places: Sequence[int], top_k: int, temperature: float = 1.0
+    ) -> list[Place]:
+        """What the server says of these places of a text."""
+        first = places[0]
+        path, body = self.api.ask(self.config.model, ids, first, top_k, temperature)
+        answer = self.client.post(path, body)
+        try:
+            read = self.api.read(answer, ids, first)
+            found = [read[place - first] for place in places]
+            for place, asked in zip(found, places, strict=True):
+                _require_distribution(place, ids[asked + 1], min(top_k, self.vocab.known), self.api)
+        except (BadAnswer, IndexError) as error:
+            self._refuse_answer(error)
+        return found
+
+    def _write(
+        self, settings: GenerationConfig, rows: Sequence[Row], beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """As `models.decoding.decode`; what is drawn follows from the server's own random numbers."""
+        live = [row for row in rows if not row.finish]
+        for row, new in zip(live, self.client.map(partial(self._written, settings), live), strict=True):
+            beat()
+            for token in new:
+                row.add(token)
+                if row.finish:
+                    break
+            if not row.finish:
+                self._refuse_answer(
+                    BadAnswer(f"{len(new)} new tokens without an end, of {row.max_new} asked for")
+                )
+
+    def _written(self, settings: GenerationConfig, row: Row) -> list[int]:
+        how = Written(
+            max_new=row.max_new,
+            temperature=float(settings.temperature) if settings.do_sample else 0.0,
+            top_p=float(settings.top_p) if settings.do_sample else 1.0,
+            top_k=int(settings.top_k or 0) if settings.do_sample else 0,
+            seed=int(row.uniforms[0] * 2**SEED_BITS) if row.uniforms else 0,
+            ends=list(settings.eos_token_id or ()),
+        )
+        try:
+            path, body = self.api.ask_to_write(self.config.model, row.prompt_ids, how)
+            return self.api.read_written(self.client.post(path, body))
+        except BadAnswer as error:
+            self._refuse_answer(error)
+
+    def _prove(self) -> None:
+        """Require that the server is what the recipe says."""
+        self.max_length = self._limit()
+        self._require_tokens()
+        self._require_temperature()
+        self.means = self._means()
+        if self.config.api == "openai":
+            self._require_told_apart()
+
+    def _limit(self) -> int | None:
+        """Tokens of the longest row; UserError where the server has no such model."""
+        listed = self.client.get("/v1/models")
+        models = listed.get("data") if isinstance(listed, dict) else None
+        named = {str(each.get("id")): each for each in models or () if isinstance(each, dict)}
+        if self.config.model not in named:
+            names = ", ".join(sorted(named)) or "none"
+            raise UserError(
+                f"teacher.model: {self.config.url} has no {self.config.model}; it has {self.client.clean(names)}."
+                " Name one of these."
+            )
+        longest = named[self.config.model].get("max_model_len")
+        return longest - SPARE if type(longest) is int and longest > SPARE else None
+
+    def _require_tokens(self) -> None:
+        """The server's text of an id must be ours: of every added id, and of others all over the list."""
+        known = self.vocab.known
+        spread = range(0, known, max(1, known // PROBED_IDS))
+        ids = sorted({*spread, *(each for each in self.vocab.added if each < known)})
+        length = min(PROBE_TOKENS, self.max_length or PROBE_TOKENS) - 1
+        parts = [[ids[0], *ids[at : at + length]] for at in range(0, len(ids), length)]
+        asked = self.client.map(lambda part: self._ask(part, range(len(part) - 1), 1), parts)
+        compared = 0
+        for part, places in zip(parts, asked, strict=True):
+            for token, place in zip(part[1:], places, strict=True):
+                compared += self._require_same_text(token, place.text)
+        if not compared:
+            raise UserError(
+                f"{self.place}: gives no text of any id, so that its tokens cannot be compared with those of"
+                f" {self.config.tokenizer}. Start the server with its tokenizer."
+            )
+
+    def _require_same_text(self, token: int, theirs: str | None) -> bool:
+        """Whether a text could be compared."""
+        # Spaces are left out: libraries differ in how they show one that begins a text.
+        ours = "".join(_decoded(self.tokenizer, token).split())
+        if theirs is None or UNSEEN in ours + theirs or not ours:
+            return False
+        if "".join(theirs.split()) not in (
+            ours,
+            "".join(str(self.tokenizer.convert_ids_to_tokens(token)).split()),
+        ):
+            raise UserError(
+                f"teacher.tokenizer: id {token} is {ours!r:.40} in {self.config.tokenizer} and"
+                f" {self.client.clean(theirs)!r:.40} on {self.config.url}. Name the tokenizer of the model that is"
+                " served."
+            )
+        return True
+
+    def _require_temperature(self) -> None:
+        """Log-probabilities must not depend on the temperature of a request: what they are of would be unknown."""
+        ids = self._ids_of(TEXTS[0])
+        one, other = (
+            self._ask(ids, range(len(ids) - 1), 1, temperature) for temperature in (1.0, OTHER_TEMPERATURE)
+        )
+        pairs = zip(_given(one, ids), _given(other, ids), strict=True)
+        gap = sum(abs(a - b) for a, b in pairs) / len(one)
+        if not gap < TEMPERED_NATS:
+            raise UserError(
+                f"{self.place}: its log-probabilities move by {gap:.2g} nats with the temperature of a request. Start"
+                " the server so that it gives those of the model itself (vLLM: --logprobs-mode raw_logprobs)."
+            )
+
+    def _means(self) -> list[float]:
+        means = []
+        for text in TEXTS:
+            ids = self._ids_of(text)
+            given = _given(self._ask(ids, range(len(ids) - 1), 1), ids)
+            means.append(sum(given) / len(given))
+        return means
+
+    def _require_still_itself(self) -> None:
+        """After an outage: the server may have been started with another model."""
+        gap = _gap(self._means(), " ".join(map(str, self.means)))
+        if not gap < SAME_NATS:
+            raise UserError(
+                f"{self.place}: came back as another model: its log-probabilities of fixed texts have moved by"
+                f" {gap:.3g} nats. Start the one that this run began with, and go on with --resume."
+            )
+
+    def _require_told_apart(self) -> None:
+        """Where tokens are texts, the k likeliest must nearly all be known by theirs."""
+        ids = self._ids_of(TEXTS[0])
+        alone = self.api.ask(self.config.model, ids, 0, self.config.top_k, 1.0)
+        found = self.client.post(*alone)["choices"][0]["logprobs"]["top_logprobs"][1 : len(ids)]
+        told = sum(math.exp(p) for place in found for p in (place or {}).values()) / len(found)
+        places = self._ask(ids, range(len(ids) - 1), self.config.top_k)
+        known = sum(math.exp(p) for place in places for p in place.logps.values()) / len(places)
+        if told - known > LOST_MASS:
+            raise UserError(
+                f"{self.place}: names tokens by their texts, and {told - known:.1%} of the probability is of texts that"
+                " several ids have. Use a server of teacher.api vllm or sglang, which names ids."
+            )
+
+    def _ids_of(self, text: str) -> list[int]:
+        encoded: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (encoded * 2)[: max(min(TEXT_TOKENS, len(encoded)), 2)]
+
+    def _refuse_answer(self, error: Exception) -> NoReturn:
+        what = self.client.clean(str(error)) or "it is too short"
+        raise UserError(
+            f"{self.place}: its answer is not what was asked for: {what}. See teacher.api, and the server's own log."
+        ) from None
+
+
+def _texts(batch: Batch) -> Iterator[_Text]:
+    """Each document of a batch that has positions, up to the label of its last one."""
+    T = batch.input_ids_BT.shape[1]
+    positions, labels = batch.positions_N.tolist(), batch.labels_N.tolist()
+    starts_BT = batch.position_ids_BT == 0
+    number_BT = starts_BT.long().cumsum(1)
+    ids, number, starts = batch.input_ids_BT.tolist(), number_BT.tolist(), {}
+    for b, t in starts_BT.nonzero().tolist():
+        starts[b, number[b][t]] = t
+    members: dict[tuple[int, int], list[int]] = {}
+    for n, position in enumerate(positions):
+        b, t = divmod(position, T)
+        members.setdefault((b, number[b][t]), []).append(n)
+    for (b, document), at in members.items():
+        start = starts[b, document]
+        places = [positions[n] % T - start for n in at]
+        yield _Text([*ids[b][start : start + places[-1] + 1], labels[at[-1]]], places, at)
+
+
+def _sparse(found: Sequence[Mapping[int, float]], ids: int) -> SparseTargets:
+    """Targets of N positions out of the log-probabilities of ids; those from `ids` on go to the bucket."""
+    known = [{each: p for each, p in place.items() if each < ids and p > -math.inf} for place in found]
+    if not known:
+        return SparseTargets(torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1), 1.0, has_bucket=True)
+    ids_NK = pad_sequence([torch.tensor([*each], dtype=torch.int64) for each in known], True, -1)
+    logp_NK = pad_sequence([torch.tensor([*each.values()]) for each in known], True, -math.inf)
+    return SparseTargets(ids_NK, logp_NK, 1.0, has_bucket=True)
+
+
+def _require_distribution(place: Place, given: int, least: int, api: Api) -> None:
+    """BadAnswer where the numbers are no log-probabilities of as many ids as were asked for."""
+    if given not in place.logps:
+        raise BadAnswer(f"it has no log-probability of id {given}, which was sent")
+    # Of texts that several ids have none is kept.
+    if len(place.logps) < least and not isinstance(api, OpenAI):
+        raise BadAnswer(f"{len(place.logps)} ids at a place, where {least} were asked for")
+    total = sum(math.exp(min(p, 10.0)) for p in place.logps.values())
+    if max(place.logps.values()) > ROUNDING or total > 1 + ROUNDING:
+        raise BadAnswer(f"the probabilities of a place sum to {total:.4g}")
+
+
+def _given(places: Sequence[Place], ids: Sequence[int]) -> list[float]:
+    """Log-probabilities of the ids themselves, from below where a model finds one impossible."""
+    return [max(place.logps[token], LEAST) for place, token in zip(places, ids[1:], strict=True)]
+
+
+def _gap(means: Sequence[float], recorded: str) -> float:
+    """Largest difference, in nats."""
+    try:
+        before = [float(word) for word in recorded.split()]
+        return max(abs(a - b) for a, b in zip(means, before, strict=True))
+    except ValueError:
+        return math.inf
+
+
+def _decoded(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _api(config: ServerTeacherConfig, tokenizer: Any, vocab: Vocab) -> Api:
+    if config.api == "vllm":
+        return Vllm()
+    if config.api == "sglang":
+        return SGLang()
+    id_of: dict[str, int | None] = {}
+    for token in range(vocab.known):
+        text = _decoded(tokenizer, token)
+        id_of[text] = None if text in id_of or UNSEEN in text else token
+    return OpenAI(id_of)
+
+
+class ServerSource(TeacherSource):
+    """`teacher.name: server`: its tokenizer, and the server once it is asked."""
+
+    config: ServerTeacherConfig
+    captures = ("topk",)
+
+    @cached_property
+    def folder(self) -> Path:
+        return tokenizer_files(self.config.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.folder)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(vocab_of(self.tokenizer, 0).tokens or ())
+
+    @property
+    def tokenizers(self) -> list[Path]:
+        return [self.folder]
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        return {"teacher": self.folder}
+
+    def load(self, tokens_per_row: int) -> ServerTeacher:
+        return ServerTeacher.open(self.config, self.tokenizer, self.device)
+
+    def plan_key(self) -> Any:
+        return self.config.top_k, self.vocab_size
+
+    def double(self, part: Part) -> ServerDouble:
+        return ServerDouble(self.vocab_size, self.config.top_k, self.device, part)
+
+
+class ServerDouble(BaseTeacher):
+    """The stand-in of a served teacher, for a plan: targets of the largest possible size."""
+
+    def __init__(self, vocab_size: int, top_k: int, device: torch.device, part: Part) -> None:
+        self.vocab, self.top_k, self.device, self.part = Vocab(size=vocab_size), top_k, device, part
+
+    def targets(self, batch: Batch) -> SparseTargets:
+        with self.part("teacher"):
+            ids_NK = torch.zeros(
+                len(batch.positions_N), self.top_k + 1, dtype=torch.int64, device=self.device
+            )
+            return SparseTargets(ids_NK, ids_NK.float(), 1.0, has_bucket=True)

@@ -1,0 +1,262 @@
+"""How servers are asked for log-probabilities of a given text, and how their answers are read: one class an API.
+
+A text of L ids has L - 1 places: place i is the distribution behind ids[: i + 1], whose next token is ids[i + 1]. An
+answer is what a server says of the places from the first one asked for. Nothing here trusts a server: what is missing,
+too short or no number is a `BadAnswer`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Json = dict[str, Any]
+SEED_BITS = 31
+
+
+class BadAnswer(Exception):
+    """The server answered something else than it was asked for."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of a text: what the server says of the next token."""
+
+    logps: dict[int, float]
+    """Of the likeliest ids and the next token, in nats."""
+    text: str | None
+    """The server's own text of the next token; None where it gives none."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a server is to write: `transformers.GenerationConfig` in the words of an API."""
+
+    max_new: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    ends: Sequence[int]
+
+
+class Api(Protocol):
+    """A way of asking. A new one is a class here and a name in `ServerTeacherConfig.api`."""
+
+    def ask(
+        self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
+    ) -> tuple[str, Json]:
+        """Path and body of a request for the places from `first` on."""
+        ...
+
+    def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
+        """The places from `first` on.
+
+        Raises:
+            BadAnswer: it is none, or of another text.
+        """
+        ...
+
+    def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
+        """Path and body of a request for new tokens; they end at one of `how.ends` alone, or after `how.max_new`.
+
+        Raises:
+            BadAnswer: this API has no way to ask for ids.
+        """
+        ...
+
+    def read_written(self, answer: Any) -> list[int]:
+        """The new ids, the end included."""
+        ...
+
+
+class Vllm:
+    """vLLM's own fields of `/v1/completions`: `prompt_logprobs`, `return_token_ids`."""
+
+    def ask(
+        self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
+    ) -> tuple[str, Json]:
+        return "/v1/completions", {
+            "model": model,
+            "prompt": list(ids),
+            "max_tokens": 1,
+            "temperature": temperature,
+            "prompt_logprobs": top_k,
+        }
+
+    def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
+        found = _field(_choice(answer), "prompt_logprobs", list)
+        _require_count(len(found), len(ids), "entries of prompt_logprobs")
+        places = []
+        for entry, given in zip(found[first + 1 :], ids[first + 1 :], strict=True):
+            if not isinstance(entry, dict):
+                raise BadAnswer(f"an entry of prompt_logprobs is {_kind(entry)}")
+            logps = {_id(key): _logp(_field(one, "logprob", float)) for key, one in entry.items()}
+            text = entry.get(str(given), {}).get("decoded_token")
+            places.append(Place(logps, text))
+        return places
+
+    def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
+        # `ignore_eos`: the server's own end of sequence may be no end here; those that are, it is told.
+        return "/v1/completions", {
+            "model": model,
+            "prompt": list(ids),
+            "max_tokens": how.max_new,
+            "temperature": how.temperature,
+            "top_p": how.top_p,
+            "top_k": how.top_k,
+            "seed": how.seed,
+            "ignore_eos": True,
+            "stop_token_ids": list(how.ends),
+            "return_token_ids": True,
+        }
+
+    def read_written(self, answer: Any) -> list[int]:
+        return [_id(each) for each in _field(_choice(answer), "token_ids", list)]
+
+
+class SGLang:
+    """SGLang's `/generate`."""
+
+    def ask(
+        self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
+    ) -> tuple[str, Json]:
+        return "/generate", {
+            "input_ids": list(ids),
+            "sampling_params": {"max_new_tokens": 1, "temperature": temperature},
+            "return_logprob": True,
+            "logprob_start_len": first,
+            "top_logprobs_num": top_k,
+            "return_text_in_logprobs": True,
+        }
+
+    def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
+        about = _field(answer, "meta_info", dict)
+        given, likeliest = (
+            _field(about, name, list) for name in ("input_token_logprobs", "input_top_logprobs")
+        )
+        for name, found in (("input_token_logprobs", given), ("input_top_logprobs", likeliest)):
+            _require_count(len(found), len(ids) - first, f"entries of {name}")
+        places = []
+        # The first entry is of the id at `first` itself, which nothing was asked about.
+        for one, others, expected in zip(given[1:], likeliest[1:], ids[first + 1 :], strict=True):
+            logp, token, text = _triple(one)
+            if token != expected:
+                raise BadAnswer(f"it is of another text: id {token} where {expected} was sent")
+            found = [_triple(each) for each in others or ()]
+            places.append(Place({each_id: p for p, each_id, _ in found} | {token: logp}, text))
+        return places
+
+    def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
+        return "/generate", {
+            "input_ids": list(ids),
+            "sampling_params": {
+                "max_new_tokens": how.max_new,
+                "temperature": how.temperature,
+                "top_p": how.top_p,
+                "top_k": how.top_k or -1,
+                "sampling_seed": how.seed,
+                "ignore_eos": True,
+                "stop_token_ids": list(how.ends),
+            },
+        }
+
+    def read_written(self, answer: Any) -> list[int]:
+        return [_id(each) for each in _field(answer, "output_ids", list)]
+
+
+class OpenAI:
+    """`/v1/completions` with `echo` and `logprobs`, as OpenAI's API had it and many servers have it.
+
+    Its tokens are texts. Ids of the same text cannot be told apart, and are left to the bucket.
+
+    Args:
+        id_of: the one id of a text; None where several have it, or none.
+    """
+
+    def __init__(self, id_of: dict[str, int | None]) -> None:
+        self.id_of = id_of
+
+    def ask(
+        self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
+    ) -> tuple[str, Json]:
+        return "/v1/completions", {
+            "model": model,
+            "prompt": list(ids),
+            "max_tokens": 1,
+            "temperature": temperature,
+            "echo": True,
+            "logprobs": top_k,
+        }
+
+    def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
+        found = _field(_choice(answer), "logprobs", dict)
+        texts, logps, likeliest = (
+            _field(found, name, list) for name in ("tokens", "token_logprobs", "top_logprobs")
+        )
+        # One more than was sent: the token that had to be written.
+        for name, each in (("tokens", texts), ("token_logprobs", logps), ("top_logprobs", likeliest)):
+            if len(each) not in (len(ids), len(ids) + 1):
+                _require_count(len(each), len(ids), f"entries of {name}")
+        places = []
+        for i in range(first + 1, len(ids)):
+            known = {self.id_of.get(text): _logp(p) for text, p in dict(likeliest[i] or {}).items()}
+            known.pop(None, None)
+            places.append(Place({**known, ids[i]: _logp(logps[i])}, texts[i]))  # type: ignore[dict-item]
+        return places
+
+    def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
+        raise BadAnswer(
+            "OpenAI's completions have no ids of what is written: set teacher.api: vllm or sglang"
+        )
+
+    def read_written(self, answer: Any) -> list[int]:
+        raise BadAnswer("it has no ids of what is written")
+
+
+def _choice(answer: Any) -> Json:
+    choices = _field(answer, "choices", list)
+    _require_count(len(choices), 1, "choices")
+    if not isinstance(choices[0], dict):
+        raise BadAnswer(f"its choice is {_kind(choices[0])}")
+    return choices[0]
+
+
+def _field(tree: Any, name: str, kind: type) -> Any:
+    value = tree.get(name) if isinstance(tree, dict) else None
+    if kind is float and type(value) in (int, float):
+        return value
+    if not isinstance(value, kind):
+        raise BadAnswer(f"it has no {name}" if value is None else f"its {name} is {_kind(value)}")
+    return value
+
+
+def _triple(entry: Any) -> tuple[float, int, str | None]:
+    """SGLang's [log-probability, id, text]."""
+    if not isinstance(entry, list | tuple) or len(entry) < 2:
+        raise BadAnswer(f"an entry of its log-probabilities is {_kind(entry)}")
+    return _logp(entry[0]), _id(entry[1]), entry[2] if len(entry) > 2 else None
+
+
+def _id(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise BadAnswer(f"an id is {value!r:.40}") from None
+
+
+def _logp(value: Any) -> float:
+    if type(value) not in (int, float) or math.isnan(value) or value == math.inf:
+        raise BadAnswer(f"a log-probability is {value!r:.40}")
+    return float(value)
+
+
+def _require_count(found: int, expected: int, what: str) -> None:
+    if found != expected:
+        raise BadAnswer(f"{found} {what}, where {expected} were asked for")
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"

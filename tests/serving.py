@@ -1,0 +1,207 @@
+"""A server in this process that speaks what vLLM, SGLang and OpenAI speak, over a real model, with faults on request."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+Json = dict[str, Any]
+
+
+class Served:
+    """What is served, and what goes wrong. `fault(path, body)` names the fault of a request, or None."""
+
+    def __init__(self, folder: Path, name: str = "served", key: str | None = None) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.name, self.key, self.max_length = name, key, 512
+        self.texts = [self.tokenizer.decode([token]) for token in range(len(self.tokenizer))]
+        self.known = len(self.texts)
+        """Ids from here on have probability 0."""
+        self.model(torch.tensor([[1, 2]]))  # what libraries do at the first call, they do in one thread
+        self.fault: Callable[[str, Json], str | None] = lambda path, body: None
+        self.requests: list[tuple[str, Json]] = []
+        self.headers: list[dict[str, str]] = []
+        self.in_flight = self.most_in_flight = 0
+        self.lock = threading.Lock()
+
+    def logp(self, ids: list[int], fault: str | None, temperature: float) -> torch.Tensor:
+        with torch.no_grad():
+            logits_LV = self.model(torch.tensor([ids])).logits[0]
+        logits_LV[:, self.known :] = -torch.inf
+        if fault == "tempered":
+            logits_LV = logits_LV / max(temperature, 0.1)
+        if fault == "logits":
+            return logits_LV
+        return logits_LV.log_softmax(-1)
+
+    def text(self, token: int, fault: str | None) -> str:
+        return self.texts[(token + (fault == "other tokenizer" and token > 40)) % len(self.texts)]
+
+    def answer(self, path: str, body: Json, fault: str | None) -> Json:
+        if path == "/v1/models":
+            return {"data": [{"id": self.name, "max_model_len": self.max_length}]}
+        if path == "/generate":
+            return self.sglang(body, fault)
+        return self.openai(body, fault) if body.get("echo") else self.vllm(body, fault)
+
+    def vllm(self, body: Json, fault: str | None) -> Json:
+        ids, k = body["prompt"], body.get("prompt_logprobs")
+        if k is None:
+            return {"choices": [{"token_ids": self.written(ids, body, body["max_tokens"])}]}
+        entries: list[Json | None] = [None]
+        for p_V, given in zip(self.logp(ids, fault, body["temperature"]), ids[1:], strict=False):
+            best = p_V.topk(min(k, self.known) - (1 if fault == "fewer ids" else 0))
+            found = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            found[given] = float("nan") if fault == "nan" else float(p_V[given])
+            entries.append(
+                {
+                    str(token): {"logprob": p, "rank": 1, "decoded_token": self.text(token, fault)}
+                    for token, p in found.items()
+                }
+            )
+        if fault == "short":
+            entries.pop()
+        return {"choices": [{"prompt_logprobs": entries, "text": "x"}]}
+
+    def sglang(self, body: Json, fault: str | None) -> Json:
+        ids, sampling = body["input_ids"], body["sampling_params"]
+        if not body.get("return_logprob"):
+            return {"output_ids": self.written(ids, sampling, sampling["max_new_tokens"])}
+        start, k = body["logprob_start_len"], body["top_logprobs_num"]
+        given: list[Any] = [[None, ids[start], self.text(ids[start], fault)]]
+        likeliest: list[Any] = [None]
+        logp_LV = self.logp(ids, fault, sampling["temperature"])
+        for place in range(start, len(ids) - 1):
+            p_V, token = logp_LV[place], ids[place + 1]
+            best = p_V.topk(min(k, self.known))
+            given.append([float(p_V[token]), token, self.text(token, fault)])
+            pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            likeliest.append([[p, each, self.text(each, fault)] for p, each in pairs])
+        if fault == "short":
+            given.pop()
+        return {"meta_info": {"input_token_logprobs": given, "input_top_logprobs": likeliest}}
+
+    def openai(self, body: Json, fault: str | None) -> Json:
+        ids, k = body["prompt"], body["logprobs"]
+        logp_LV = self.logp(ids, fault, body["temperature"])
+        new = int(logp_LV[-1].argmax())
+        given, likeliest = [None], [None]
+        for p_V, token in zip(logp_LV, [*ids[1:], new], strict=True):
+            best = p_V.topk(k)
+            given.append(float(p_V[token]))
+            likeliest.append(
+                {
+                    self.text(each, fault): p
+                    for each, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                }
+            )
+        texts = [self.text(token, fault) for token in [*ids, new]]
+        return {
+            "choices": [{"logprobs": {"tokens": texts, "token_logprobs": given, "top_logprobs": likeliest}}]
+        }
+
+    def written(self, ids: list[int], how: Json, count: int) -> list[int]:
+        """Greedy, or by its own seed."""
+        new: list[int] = []
+        generator = torch.Generator().manual_seed(how.get("seed", how.get("sampling_seed", 0)))
+        while len(new) < count and not (new and new[-1] in how["stop_token_ids"]):
+            logp_V = self.logp([*ids, *new], None, 1.0)[-1]
+            temperature = how["temperature"]
+            new.append(
+                int(logp_V.argmax())
+                if not temperature
+                else int(torch.multinomial((logp_V / temperature).softmax(-1), 1, generator=generator))
+            )
+        return new
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and content in one packet: a second one would wait for the first to be confirmed
+    disable_nagle_algorithm = True
+    served: Served
+
+    def log_message(self, *args: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        self.handle_one({})
+
+    def do_POST(self) -> None:
+        self.handle_one(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def handle_one(self, body: Json) -> None:
+        served = self.served
+        with served.lock:
+            served.requests.append((self.path, body))
+            served.headers.append(dict(self.headers))
+            served.in_flight += 1
+            served.most_in_flight = max(served.most_in_flight, served.in_flight)
+            fault = served.fault(self.path, body)
+        try:
+            self.respond(body, fault)
+        finally:
+            with served.lock:
+                served.in_flight -= 1
+
+    def respond(self, body: Json, fault: str | None) -> None:
+        served = self.served
+        if fault == "late":
+            time.sleep(0.5)
+        given = self.headers.get("Authorization", "")
+        if (served.key is not None and given != f"Bearer {served.key}") or fault == "echo":
+            self.send({"error": {"message": f"no such key: {given} in {dict(self.headers)}"}}, 401)
+        elif fault == "500":
+            self.send({"error": {"message": "out of memory"}}, 500)
+        elif fault == "400":
+            self.send({"error": {"message": "logprobs: at most 20"}}, 400)
+        elif fault == "moved":
+            self.send_response(307)
+            self.send_header("Location", "http://elsewhere.example/v1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif fault == "gone":
+            self.close_connection = True
+            self.connection.close()
+        else:
+            self.send(served.answer(self.path, body, fault), 200, is_cut=fault == "cut")
+
+    def send(self, tree: Json, status: int, is_cut: bool = False) -> None:
+        content = json.dumps(tree).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if is_cut else content)
+        if is_cut:
+            self.close_connection = True
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, address: Any) -> None:
+        """A connection that the other side has closed."""
+
+
+@contextmanager
+def serving(served: Served, port: int = 0) -> Iterator[str]:
+    """The address of a server that ends with the block."""
+    server = _Quiet(("127.0.0.1", port), type("Handler", (Handler,), {"served": served}))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

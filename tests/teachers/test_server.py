@@ -1,0 +1,714 @@
+"""A teacher on a server: exact where the server is, and one line where it is not what it should be.
+
+The server is a double in this process over a real small model; `test_server_vllm.py` has the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from cut_off import cut_off
+from refusals import refusal
+from serving import Json, Served, serving
+
+from potstill import distill
+from potstill.cli.main import main
+from potstill.data.tokenizers import load_tokenizer
+from potstill.errors import UserError
+from potstill.io import http_client
+from potstill.io.terminal import Display
+from potstill.recipe.sections_models import ServerTeacherConfig
+from potstill.runs.run_dir import RunDir
+from potstill.store.reader import Store, verify
+from potstill.teachers import server
+from potstill.teachers.server import ServerTeacher
+from potstill.teachers.server_apis import Vllm
+from potstill.types import Batch
+from potstill.workflows import capture as store
+from potstill.workflows.write import write_corpus
+
+Recipe = Callable[..., Path]
+ALL_IDS = 258
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "FIRST_DEADLINE_S", 0.2)
+    monkeypatch.setattr(http_client, "LONGEST_WAIT_S", 0.05)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another model of the same tokens."""
+    return f"{{name: checkpoint, model: {make_model(tmp_path_factory.mktemp('models') / 'student', seed=9)}}}"
+
+
+@pytest.fixture
+def served(teacher_folder: Path) -> Served:
+    return Served(teacher_folder)
+
+
+@pytest.fixture
+def address(served: Served) -> Iterator[str]:
+    with serving(served) as url:
+        yield url
+
+
+Open = Callable[..., ServerTeacher]
+
+
+@pytest.fixture
+def opened(teacher_folder: Path) -> Iterator[Open]:
+    with ExitStack() as stack:
+
+        def open_(url: str, **fields: Any) -> ServerTeacher:
+            fields = {"model": "served", "top_k": 16, "deadline_s": 1.0} | fields
+            config = ServerTeacherConfig(url=url, tokenizer=str(teacher_folder), **fields)
+            return stack.enter_context(closing(ServerTeacher.open(config, load_tokenizer(teacher_folder))))
+
+        yield open_
+
+
+@pytest.fixture
+def small(corpus_folder: Path) -> dict[str, str]:
+    """Few rows: each is a request, and this process answers it, too."""
+    return {
+        "corpus": f"{{name: text, path: {corpus_folder}, tokens_per_row: 32, heldout_rows: 2}}",
+        "train": "{steps: 4, rows_per_step: 2, lr: 1e-3, device: cpu}",
+    }
+
+
+@pytest.fixture
+def recipe(
+    tiny_recipe: Recipe, teacher_folder: Path, student: str, small: dict[str, str]
+) -> Callable[..., Path]:
+    """The tiny recipe with a served teacher."""
+
+    def write(url: str, more: str = "", **sections: str) -> Path:
+        of_teacher = f"{{name: server, url: {url}, model: served, tokenizer: {teacher_folder}{more}}}"
+        return tiny_recipe(**small | {"teacher": of_teacher, "student": student} | sections)
+
+    return write
+
+
+def packed() -> Batch:
+    """Two rows, of which the first has two documents; some positions of each bear loss."""
+    generator = torch.Generator().manual_seed(3)
+    ids_BT = torch.randint(2, 90, (2, 32), generator=generator)
+    position_ids_BT = torch.arange(32).repeat(2, 1)
+    position_ids_BT[0, 10:] = torch.arange(22)
+    positions_N = torch.tensor([0, 3, 9, 12, 31, 32 + 5, 32 + 31])
+    labels_N = torch.tensor([ids_BT[0, 1], ids_BT[0, 4], 7, ids_BT[0, 13], 9, ids_BT[1, 6], 11])
+    return Batch(torch.arange(2), ids_BT, position_ids_BT, positions_N, labels_N)
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang", "openai"])
+def test_targets_are_the_models_own(api: str, served: Served, address: str, opened: Open) -> None:
+    """Of each document alone, also at its last position, whose next token lies in no row."""
+    batch = packed()
+    if api == "openai":
+        served.known = 96  # what has a text of its own
+    teacher = opened(address, api=api)
+    targets = teacher.targets(batch)
+    assert targets.has_bucket and targets.temperature == 1.0
+    for n, (position, label) in enumerate(
+        zip(batch.positions_N.tolist(), batch.labels_N.tolist(), strict=True)
+    ):
+        row, place = divmod(position, 32)
+        start = 10 if row == 0 and place >= 10 else 0
+        logp_V = served.logp(batch.input_ids_BT[row, start : place + 1].tolist(), None, 1.0)[-1]
+        known = {
+            i: p
+            for i, p in zip(targets.ids_NK[n].tolist(), targets.logp_NK[n].tolist(), strict=True)
+            if i >= 0
+        }
+        expected = {*logp_V.topk(16).indices.tolist(), label}
+        assert set(known) == {i for i in expected if logp_V[i] > -math.inf}
+        for token, p in known.items():
+            assert p == pytest.approx(float(logp_V[token]), abs=2e-5)
+
+
+def test_a_document_is_asked_about_once_and_no_further_than_it_bears_loss(
+    served: Served, address: str, opened: Open
+) -> None:
+    teacher = opened(address)
+    served.requests.clear()
+    batch = packed()
+    some = Batch(
+        batch.rows_B, batch.input_ids_BT, batch.position_ids_BT, batch.positions_N[:2], batch.labels_N[:2]
+    )
+    teacher.targets(some)
+    ((_, body),) = served.requests
+    assert body["prompt"] == batch.input_ids_BT[0, :5].tolist()
+
+
+def test_a_step_without_labels_asks_nothing(served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address)
+    served.requests.clear()
+    assert len(teacher.targets(packed().without_labels())) == 0
+    assert not served.requests
+
+
+def test_over_all_ids_a_run_is_that_of_the_model_in_this_process(
+    recipe: Recipe, small: dict[str, str], tiny_recipe: Recipe, address: str, student: str, tmp_path: Path
+) -> None:
+    here = distill(tiny_recipe(**small, student=student), out=tmp_path / "here")
+    there = distill(recipe(address, f", top_k: {ALL_IDS}"), out=tmp_path / "there")
+    for one, other in zip(here.metrics(), there.metrics(), strict=True):
+        for name in ("train/kd", "train/ce", "heldout/kl", "heldout/agreement", "heldout/teacher_ce"):
+            assert other.get(name, 0.0) == pytest.approx(one.get(name, 0.0), rel=2e-5), name
+
+
+def test_fewer_ids_give_lower_bounds_and_say_so(recipe: Recipe, address: str, tmp_path: Path) -> None:
+    runs = [distill(recipe(address, f", top_k: {k}"), out=tmp_path / str(k)) for k in (4, 32, ALL_IDS)]
+    kls = [run.metrics()[0]["heldout/kl"] for run in runs]
+    assert kls == sorted(kls) and kls[0] < kls[2]
+    assert "lower bounds" in runs[0].receipt()["teacher"]["held_out"]
+    # The label comes with every position, and the first of the k likeliest is the likeliest.
+    for name in ("heldout/teacher_ce", "heldout/agreement"):
+        assert runs[0].metrics()[0][name] == pytest.approx(runs[2].metrics()[0][name], abs=1e-4)
+
+
+def test_asks_for_the_next_micro_batch_while_the_student_computes(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the steps, and no row twice."""
+    train = "{steps: 3, rows_per_step: 4, rows_per_micro_batch: 2, lr: 1e-3, device: cpu}"
+    path = recipe(address, train=train, eval="{every: 0}")
+    main_thread, asked = threading.get_ident(), []
+    targets = ServerTeacher.targets
+
+    def recording(self: ServerTeacher, batch: Batch) -> Any:
+        asked.append((threading.get_ident() == main_thread, batch.rows_B.tolist()))
+        return targets(self, batch)
+
+    monkeypatch.setattr(ServerTeacher, "targets", recording)
+    run = distill(path, out=tmp_path / "run")
+    ahead = [rows for is_main, rows in asked if not is_main]
+    assert len(ahead) == 5  # all six but the first
+    in_main = [rows for is_main, rows in asked if is_main]
+    first = next(rows for rows in in_main if len(rows) == 2 and rows not in ahead and max(rows) < 10**6)
+    assert first and run.metrics()
+
+
+def test_requests_in_flight_are_bounded(served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address, requests=3)
+    served.most_in_flight, served.fault = 0, lambda path, body: "late"
+    rows = torch.randint(2, 90, (8, 16))
+    positions_N = torch.arange(8 * 16)
+    teacher.targets(
+        Batch(torch.arange(8), rows, torch.arange(16).repeat(8, 1), positions_N, rows.roll(-1, 1).flatten())
+    )
+    assert served.most_in_flight == 3
+
+
+def now_and_then(fault: str, times: int) -> Callable[[str, Json], str | None]:
+    left = [times]
+
+    def of(path: str, body: Json) -> str | None:
+        left[0] -= 1
+        return fault if left[0] >= 0 else None
+
+    return of
+
+
+@pytest.mark.parametrize("fault", ["500", "gone", "cut"])
+def test_what_passes_is_asked_again(fault: str, served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address)
+    notes: list[str] = []
+    teacher.note = notes.append
+    expected = teacher.targets(packed())
+    served.fault = now_and_then(fault, 2)
+    found = teacher.targets(packed())
+    assert torch.equal(found.ids_NK, expected.ids_NK) and torch.equal(found.logp_NK, expected.logp_NK)
+    assert notes and all(re.search("asking again for up to 1 s", note) for note in notes)
+
+
+def test_a_request_that_takes_too_long_is_asked_again(served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address, timeout_s=0.3)
+    served.fault = now_and_then("late", 1)
+    assert len(teacher.targets(packed())) == 7
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("500", r"no answer in 1 s: status 500: out of memory.* --resume"),
+        ("gone", r"no answer in 1 s: "),
+        ("cut", r"no answer in 1 s: "),
+        ("400", r"refuses POST /v1/completions with status 400: logprobs: at most 20\."),
+        ("moved", r"redirects to http://elsewhere\.example/v1\."),
+        ("short", r"entries of prompt_logprobs, where \d+ were asked for"),
+        ("fewer ids", r"15 ids at a place, where 16 were asked for"),
+        ("nan", r"a log-probability is nan"),
+        ("logits", r"the probabilities of a place sum to"),
+    ],
+)
+@pytest.mark.parametrize("when", ["at the start", "later"])
+def test_what_does_not_pass_is_one_line(
+    when: str, fault: str, message: str, served: Served, address: str, opened: Open
+) -> None:
+    def broken(path: str, body: Json) -> str | None:
+        # At the start with as many ids as in a run, so that messages are the same.
+        return fault if path != "/v1/models" else None
+
+    if when == "at the start":
+        served.fault = broken
+        message = message.replace("1 s", r"0\.2 s")
+    with pytest.raises(UserError, match=message) as caught:
+        teacher = opened(address)
+        served.fault = broken
+        teacher.targets(packed())
+    assert "\n" not in str(caught.value)
+
+
+def test_sglangs_answers_are_counted_too(served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address, api="sglang")
+    served.fault = lambda path, body: "short"
+    with pytest.raises(UserError, match=r"entries of input_token_logprobs, where"):
+        teacher.targets(packed())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            "other tokenizer",
+            r"teacher\.tokenizer: id \d+ is .* Name the tokenizer of the model that is served",
+        ),
+        ("tempered", r"move by .* nats with the temperature of a request.* raw_logprobs"),
+    ],
+)
+@pytest.mark.parametrize("api", ["vllm", "sglang", "openai"])
+def test_another_tokenizer_or_temperature_is_refused_at_the_first_probe(
+    api: str, fault: str, message: str, served: Served, address: str, opened: Open
+) -> None:
+    served.fault = lambda path, body: fault
+    with pytest.raises(UserError, match=message):
+        opened(address, api=api)
+
+
+def test_texts_that_several_ids_have_are_refused_where_they_matter(address: str, opened: Open) -> None:
+    """Of single bytes, as this tokenizer has, half are no text."""
+    with pytest.raises(UserError, match=r"of texts that several ids have. Use a server of teacher.api vllm"):
+        opened(address, api="openai")
+
+
+def test_another_model_is_refused(address: str, opened: Open) -> None:
+    with pytest.raises(UserError, match=r"teacher.model: .* has no other; it has served. Name one of these"):
+        opened(address, model="other")
+
+
+def test_rows_longer_than_the_server_reads_are_refused(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path
+) -> None:
+    served.max_length = 33
+    with pytest.raises(UserError, match=r"corpus.tokens_per_row"):
+        distill(recipe(address), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (", url: 'ftp://x'", "teacher.url: is not the address of a server"),
+        (", url: 'http://me:hunter2@x'", "teacher.url: has a user or a password in it"),
+        (", url: 'http://x/v1'", "teacher.url: .* ends in /v1"),
+        (
+            f", api_key_variable: {KEY}",
+            "teacher.api_key_variable: is not the name of an environment variable",
+        ),
+        (", api_key_variable: NOT_THERE_AT_ALL", "the environment has no NOT_THERE_AT_ALL"),
+        (", top_k: 0", "teacher.top_k: 0 must be 1 or more"),
+        (", api: vlm", "teacher.api: 'vlm' is not one of vllm, sglang, openai. Did you mean vllm"),
+    ],
+)
+def test_wrong_fields(
+    fields: str, message: str, recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    url, more = ("http://127.0.0.1:9", fields) if "url" not in fields else (fields.split("url: ")[1], "")
+    line = refusal(["distill", str(recipe(url, more)), "--out", str(tmp_path / "run")], capsys, tmp_path)
+    assert re.search(message, line)
+    assert KEY not in line and "hunter2" not in line
+
+
+def test_a_temperature_cannot_be_applied_to_few_ids(recipe: Recipe, address: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"objective.temperature: is 2.0, and teacher served at"):
+        distill(recipe(address, objective="{chunk: 16, temperature: 2}"), out=tmp_path / "run")
+
+
+def test_no_student_is_cut_from_a_server(recipe: Recipe, address: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"student.name: cut needs a teacher with layers"):
+        distill(recipe(address, student="{name: cut, layers: 2}"), out=tmp_path / "run")
+
+
+def test_no_server_is_named_at_once(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = refusal(
+        ["distill", str(recipe("http://127.0.0.1:9")), "--out", str(tmp_path / "run")], capsys, tmp_path
+    )
+    assert "http://127.0.0.1:9: no answer in 0.2 s: ConnectError" in line
+
+
+def with_outage(served: Served, begins: Callable[[], bool], last: float) -> None:
+    """No connection for `last` seconds, once it begins."""
+    since = [0.0]
+
+    def fault(path: str, body: Json) -> str | None:
+        if not since[0] and begins():
+            since[0] = time.monotonic()
+        return "gone" if since[0] and time.monotonic() - since[0] < last else None
+
+    served.fault = fault
+
+
+def after_step(folder: Path, step: int) -> Callable[[], bool]:
+    return lambda: (
+        (folder / "metrics.jsonl").exists()
+        and any(line.get("train/loss") and line["step"] == step for line in RunDir(folder).metrics())
+    )
+
+
+def weights(run: RunDir) -> bytes:
+    return (run.student / "model.safetensors").read_bytes()
+
+
+def test_a_run_outlives_an_outage(recipe: Recipe, served: Served, address: str, tmp_path: Path) -> None:
+    path = recipe(address, ", deadline_s: 20")
+    whole = distill(path, out=tmp_path / "whole")
+    with_outage(served, after_step(tmp_path / "again", 1), 1.0)
+    again = distill(path, out=tmp_path / "again")
+    assert weights(again) == weights(whole)
+
+
+def test_a_server_that_stays_away_ends_the_run_which_goes_on_from_its_checkpoint(
+    recipe: Recipe, teacher_folder: Path, tmp_path: Path
+) -> None:
+    train = "{steps: 4, rows_per_step: 2, lr: 1e-3, device: cpu, save_every: 1}"
+    served = Served(teacher_folder)
+    with ExitStack() as stack:
+        url = stack.enter_context(serving(served))
+        path = recipe(url, ", deadline_s: 0.3", train=train)
+        whole = distill(path, out=tmp_path / "whole")
+        with_outage(served, after_step(tmp_path / "run", 2), 1e9)
+        with pytest.raises(UserError, match=r"no answer in 0.3 s.* --resume"):
+            distill(path, out=tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    assert any(run.checkpoints.iterdir()) and not (run.path / "receipt.json").exists()
+    served.fault = lambda path, body: None
+    with serving(served, int(url.rpartition(":")[2])):
+        assert weights(distill(path, out=tmp_path / "run", resume=True)) == weights(whole)
+
+
+def test_a_server_that_comes_back_as_another_model_ends_the_run(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path
+) -> None:
+    other = Served(make_model(tmp_path / "other", seed=5))
+    path, model = recipe(address, ", deadline_s: 20"), served.model
+    whole = distill(path, out=tmp_path / "whole")
+    with_outage(served, after_step(tmp_path / "run", 1), 0.5)
+    outage = served.fault
+
+    def fault(path: str, body: Json) -> str | None:
+        if (found := outage(path, body)) is not None:
+            served.model = other.model
+        return found
+
+    served.fault = fault
+    with pytest.raises(UserError, match=r"came back as another model: its log-probabilities"):
+        distill(path, out=tmp_path / "run")
+    # Nor does it go on with it.
+    with pytest.raises(UserError, match=r"another input: teacher/texts"):
+        distill(path, out=tmp_path / "run", resume=True)
+    served.model = model
+    assert weights(distill(path, out=tmp_path / "run", resume=True)) == weights(whole)
+
+
+def test_rounding_of_a_server_is_no_other_teacher(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It adds up in another order with every batch: the fixed texts are compared within a bound."""
+    path = recipe(address)
+    cut_off(path, tmp_path / "run", 2, monkeypatch)
+    logp = served.logp
+    served.logp = lambda *given: logp(*given) - 1e-3  # type: ignore[method-assign]
+    assert distill(path, out=tmp_path / "run", resume=True).receipt()
+
+
+def test_the_key_is_in_one_header_and_nowhere_else(
+    recipe: Recipe, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SERVED_KEY", KEY)
+    served = Served(teacher_folder, key=KEY)
+    with serving(served) as url:
+        path = recipe(url, ", api_key_variable: SERVED_KEY, deadline_s: 0.3")
+        assert main(["distill", str(path), "--out", str(tmp_path / "run")]) == 0
+        for headers in served.headers:
+            assert [name for name, value in headers.items() if KEY in value] == ["Authorization"]
+        assert not any(KEY in json.dumps(body) for _, body in served.requests)
+        # Also where the server repeats it, or the wrong one.
+        for key in (KEY, f"{KEY}-wrong"):
+            monkeypatch.setenv("SERVED_KEY", key)
+            served.fault = lambda path, body: "echo"
+            assert main(["distill", str(path), "--out", str(tmp_path / "other")]) == 2
+    said = "".join(capfd.readouterr())
+    assert "no such key: Bearer ***" in said and KEY not in said
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_key_that_is_cut_off_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVED_KEY", KEY)
+    client = http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)
+    assert KEY[:4] not in client.clean("x" * (http_client.SHOWN - 8) + KEY)
+
+
+# Capture
+
+
+def capture(recipe: Path, out: Path) -> None:
+    store.capture(recipe, [], out, None, Display())
+
+
+CAPTURE = "{name: topk, k: 8, dtype: float32, rows: steps, rows_per_shard: 8, rows_per_batch: 2}"
+
+
+def test_a_store_by_a_server_is_that_of_the_model(
+    recipe: Recipe, small: dict[str, str], tiny_recipe: Recipe, address: str, student: str, tmp_path: Path
+) -> None:
+    capture(recipe(address, ", top_k: 8", capture=CAPTURE), out=tmp_path / "there")
+    capture(tiny_recipe(**small, student=student, capture=CAPTURE), out=tmp_path / "here")
+    there, here = Store(tmp_path / "there"), Store(tmp_path / "here")
+    assert not list(verify(there.path)) and there.head is None
+    for row in here.rows.tolist():
+        (places, one), (others, other) = here.row(row), there.row(row)
+        assert torch.equal(places, others)
+        mine, theirs = here.codec.decode(one, here.head), there.codec.decode(other, None)
+        # By id: of two that are as likely, either may come first.
+        mine, theirs = (
+            torch.zeros(len(each), ALL_IDS).scatter(1, each.ids_NK, each.logp_NK) for each in (mine, theirs)
+        )  # type: ignore
+        assert torch.allclose(mine, theirs, atol=2e-5)
+    assert there.manifest["certificate"].keys() == {"positions", "captured_mass", "student"}
+    assert not list((tmp_path / "there").glob("*.rows"))
+
+
+def test_a_run_from_a_store_by_a_server_is_that_of_the_server(
+    recipe: Recipe, small: dict[str, str], tiny_recipe: Recipe, address: str, student: str, tmp_path: Path
+) -> None:
+    """Of all ids, so that a label that is none of the k makes no difference."""
+    whole = CAPTURE.replace("k: 8", f"k: {ALL_IDS}")
+    served = recipe(address, f", top_k: {ALL_IDS}", capture=whole)
+    live = distill(served, out=tmp_path / "live")
+    capture(served, out=tmp_path / "store")
+    stored = distill(
+        tiny_recipe(
+            **small,
+            teacher=f"{{name: store, path: {tmp_path / 'store'}}}",
+            student=student,
+        ),
+        out=tmp_path / "stored",
+    )
+    for one, other in zip(live.metrics(), stored.metrics(), strict=True):
+        for name in ("train/kd", "heldout/kl", "heldout/agreement", "heldout/teacher_ce"):
+            assert other.get(name, 0.0) == pytest.approx(one.get(name, 0.0), rel=1e-5), name
+    assert "lower bounds" in stored.receipt()["teacher"]["held_out"]
+
+
+def test_held_out_rows_of_a_store_keep_their_labels(
+    recipe: Recipe, small: dict[str, str], tiny_recipe: Recipe, address: str, student: str, tmp_path: Path
+) -> None:
+    path = recipe(address, ", top_k: 2", capture=CAPTURE.replace("k: 8", "k: 2"))
+    live = distill(path, out=tmp_path / "live").metrics()[0]
+    capture(path, out=tmp_path / "store")
+    of_store = tiny_recipe(**small, teacher=f"{{name: store, path: {tmp_path / 'store'}}}", student=student)
+    stored = distill(of_store, out=tmp_path / "stored").metrics()[0]
+    for name in ("heldout/kl", "heldout/agreement", "heldout/teacher_ce"):
+        assert stored[name] == pytest.approx(live[name], rel=1e-5), name
+
+
+def test_a_capture_goes_on_at_the_row(recipe: Recipe, served: Served, address: str, tmp_path: Path) -> None:
+    path = recipe(address, ", deadline_s: 0.2, requests: 1", capture=CAPTURE)
+    capture(path, out=tmp_path / "whole")
+    served.requests.clear()
+    capture(path, out=tmp_path / "counted")
+    total = len(served.requests)
+    with_outage(served, lambda: len(list((tmp_path / "again").glob("*.rows/*"))) >= 3, 1e9)
+    with pytest.raises(UserError, match=r"no answer in 0.2 s"):
+        capture(path, out=tmp_path / "again")
+    rows = len(list((tmp_path / "again").glob("*.rows/*.safetensors")))
+    assert rows >= 3
+    served.fault = lambda path, body: None
+    served.requests.clear()
+    capture(path, out=tmp_path / "again")
+    # What proves the server, and what was missing.
+    assert len(served.requests) <= total - rows
+    for file in (tmp_path / "whole").iterdir():
+        if file.suffix == ".safetensors":
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            "{name: hidden}",
+            "capture.name: hidden needs more than teacher.name: server gives. Set capture.name: topk",
+        ),
+        ("{name: topk, k: 65}", "capture.k: 65, and the teacher gives 64 ids"),
+    ],
+)
+def test_a_store_that_a_server_cannot_fill_is_refused(
+    section: str, message: str, recipe: Recipe, address: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        capture(recipe(address, capture=section), out=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+# Rollouts, writing, checks
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_a_server_grades_what_the_student_writes(
+    api: str,
+    recipe: Recipe,
+    small: dict[str, str],
+    tiny_recipe: Recipe,
+    address: str,
+    student: str,
+    tmp_path: Path,
+) -> None:
+    sections = {
+        "rollouts": "{max_new_tokens: 8, prompt_tokens: 6}",
+        "student": student,
+    }
+    here = distill(tiny_recipe(**small, **sections), out=tmp_path / "here")
+    there = distill(recipe(address, f", api: {api}, top_k: {ALL_IDS}", **sections), out=tmp_path / "there")
+    for one, other in zip(here.metrics(), there.metrics(), strict=True):
+        for name in ("train/rollout_kd", "own/reverse_kl", "own/teacher_nll"):
+            assert other.get(name, 0.0) == pytest.approx(one.get(name, 0.0), rel=1e-4), name
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_server_writes_a_corpus(
+    api: str,
+    temperature: int,
+    recipe: Recipe,
+    tiny_recipe: Recipe,
+    address: str,
+    student: str,
+    tmp_path: Path,
+) -> None:
+    """At temperature 0 what the model in this process writes; else by the server's numbers, alike every time."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat {n} "}) + "\n" for n in range(6)))
+    sections = {
+        "corpus": f"{{name: prompts, path: {prompts}, tokens_per_row: 64, heldout_rows: 2}}",
+        "write": f"{{max_new_tokens: 10, truncated: keep, temperature: {temperature}}}",
+        "rollouts": "{max_new_tokens: 8}",
+        "student": student,
+    }
+    path = recipe(address, f", api: {api}", **sections)
+    write_corpus(path, out=tmp_path / "there")
+    write_corpus(path, out=tmp_path / "again")
+    there = (tmp_path / "there" / "corpus.jsonl").read_text()
+    assert there == (tmp_path / "again" / "corpus.jsonl").read_text()
+    if not temperature:
+        write_corpus(tiny_recipe(**sections), out=tmp_path / "here")
+        assert there == (tmp_path / "here" / "corpus.jsonl").read_text()
+
+
+def test_prompts_alone_are_answered_by_the_server(recipe: Recipe, address: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the dog {n} "}) + "\n" for n in range(12)))
+    corpus = f"{{name: prompts, path: {prompts}, tokens_per_row: 64, heldout_rows: 3}}"
+    path = recipe(address, corpus=corpus, rollouts="{max_new_tokens: 8}")
+    assert distill(path, out=tmp_path / "run").metrics()[-1]["heldout/kl"] > 0
+
+
+def test_openai_cannot_write(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LOST_MASS", 1.0)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n' * 3)
+    path = recipe(address, ", api: openai", corpus=f"{{name: prompts, path: {prompts}, tokens_per_row: 64, heldout_rows: 1}}",
+                  write="{max_new_tokens: 4}", rollouts="{max_new_tokens: 4}")  # fmt: skip
+    with pytest.raises(UserError, match=r"have no ids of what is written: set teacher.api: vllm or sglang"):
+        write_corpus(path, out=tmp_path / "there")
+
+
+def test_check_and_plan_of_a_served_teacher(
+    recipe: Recipe, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(recipe(address))
+    assert main(["plan", path]) == 0
+    assert main(["check", path]) == 0, capsys.readouterr()
+    assert "teacher" in capsys.readouterr().out
+
+
+def test_logits_for_batch_are_log_probabilities_of_the_known(
+    served: Served, address: str, opened: Open
+) -> None:
+    teacher = opened(address)
+    ids_BT = torch.tensor([[5, 9, 11], [7, 30, 2]])
+    for ids, logits_V in zip(ids_BT.tolist(), teacher.logits_for_batch(ids_BT), strict=True):
+        logp_V = served.logp(ids, None, 1.0)[-1]
+        known_V = logits_V > -math.inf
+        assert int(known_V.sum()) in (16, 17)
+        assert torch.allclose(logits_V[known_V], logp_V[known_V], atol=2e-5)
+
+
+def test_padding_of_the_servers_head_goes_to_the_bucket() -> None:
+    """Ids that the student does not have: their probability is that of what it cannot say."""
+    found = server._sparse([{3: math.log(0.5), 9: math.log(0.25)}], ids=5)
+    student_NV = torch.full((1, 5), 0.2).log()
+    student_NS, teacher_NS = found.on_support(student_NV, 1.0)
+    assert teacher_NS.exp().tolist() == [pytest.approx([0.5, 0.5])]
+    assert student_NS.exp().tolist() == [pytest.approx([0.2, 0.8])]
+
+
+def test_vllm_reads_what_vllm_writes() -> None:
+    """An answer of vLLM 0.32, shortened."""
+    answer = {
+        "id": "cmpl-1",
+        "choices": [
+            {
+                "index": 0,
+                "text": " x",
+                "prompt_logprobs": [
+                    None,
+                    {"28": {"logprob": -1.5, "rank": 4, "decoded_token": ","},
+                     "216": {"logprob": -1.0, "rank": 1, "decoded_token": " "}},
+                ],
+            }
+        ],
+    }  # fmt: skip
+    (place,) = Vllm().read(answer, [504, 28], 0)
+    assert place.logps == {28: -1.5, 216: -1.0} and place.text == ","
+
+
+def test_nothing_is_left_of_a_refused_server(address: str, recipe: Recipe, tmp_path: Path) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(UserError):
+            distill(recipe(address, ", top_k: 300000"), out=tmp_path / "run")
+    assert threading.active_count() <= before + 2
+    assert not (tmp_path / "run").exists()
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
