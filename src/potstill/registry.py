@@ -41,7 +41,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 HOMES = {
     "divergence": "potstill.losses.divergences",
     "teacher": "potstill.recipe.sections_models",
-    "corpus": "potstill.recipe.sections_data",
+    "corpus": "potstill.recipe.sections_mix",
     "evaluation": "potstill.recipe.sections_evaluation",
     "sink": "potstill.recipe.sections_evaluation",
 }

@@ -380,7 +380,7 @@ def test_files_of_lines_are_read_under_every_name_and_others_are_counted(
         "files of the folder that are not read: 3 (e.jsonl.txt, g.jsonl.gz (decompress it first), i.json)"
     )
     config = JsonlCorpusConfig(path=str(tmp_path))
-    assert [str(file) for file in config.sources([])] == [file["path"] for file in reading.files]
+    assert [str(file) for file in config.files_now([])] == [file["path"] for file in reading.files]
 
 
 def test_a_note_of_many_files_names_the_first(tmp_path: Path, tokenizer: Any) -> None:
@@ -535,7 +535,7 @@ def test_conversations_of_a_folder_are_read_out_of_every_file_that_holds_some(tm
         "first": ["e.jsonl.txt", "g.jsonl.gz", "i.json"],
     }
     config = ChatCorpusConfig(path=str(tmp_path))
-    assert [str(file) for file in config.sources([])] == [file["path"] for file in reading.files]
+    assert [str(file) for file in config.files_now([])] == [file["path"] for file in reading.files]
     alone = readers.chat.read(tmp_path / "H.JSON", word_tokenizer(CHATML))
     assert len(list(alone.documents)) == 1 and "files_not_read" not in alone.counts
 

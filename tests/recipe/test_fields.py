@@ -92,6 +92,9 @@ SHOWN_BY = {
     "decontaminate.ngram": "tests/data/test_decontamination.py",
     "corpus.bos": "tests/cli/test_rows.py",
     "corpus.date": "tests/data/test_chats.py",
+    "corpus.sources": "tests/data/test_mixing.py",
+    "corpus.source": "tests/data/test_mixing.py",
+    "corpus.weight": "tests/data/test_mixing.py",
     "corpus.whole_documents": "tests/data/test_packing.py",
     "corpus.skip_refused": "tests/data/test_what_templates_write.py",
     "corpus.packing": "tests/preflight/test_packing_probe.py",
@@ -201,7 +204,9 @@ def sections_of(hint: Any) -> list[Any]:
     """The config classes that a field may hold."""
     marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Registered)]
     if marks:  # a divergence's options have tests of their own
-        return [] if marks[0].kind == "divergence" else list(config_types(marks[0].kind))
+        # Those of a mix are the corpora once more.
+        is_known = marks[0].kind == "divergence" or marks[0].only
+        return [] if is_known else list(config_types(marks[0].kind))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return [hint]
     return [section for inner in typing.get_args(hint) for section in sections_of(inner)]

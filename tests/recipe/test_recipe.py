@@ -94,6 +94,8 @@ KINDS = {
         "prompts": "path: c.jsonl, field: turns, context: hint, chat: false",
         "hf": "path: text, subset: plain, split: train, records: 3, column: code",
         "tokens": "path: t.bin, dtype: uint16, document_end: 0",
+        "mix": "tokens_per_row: 32, heldout_rows: 3, sources: [{source: a, weight: 2, name: text, path: text},"
+        " {source: b, weight: 0.5, name: chat, path: c.jsonl, heldout_rows: 4}]",
     },
     "teacher": {
         "torch": "model: model.gguf, dtype: bfloat16",
@@ -134,7 +136,7 @@ def test_every_name_loads_with_its_options_and_comes_back_from_its_own_dump(
         part = getattr(part, step)
     assert part.name == name
     given_options = yaml.safe_load(f"{{{options}}}")
-    paths = {"path", "model", "tokenizer"}
+    paths = {"path", "model", "tokenizer", "sources"}
     assert {k: v for k, v in dataclasses.asdict(part).items() if k in given_options and k not in paths} == {
         k: v for k, v in given_options.items() if k not in paths
     }
@@ -166,6 +168,8 @@ def test_the_defaults_are_those_of_the_documentation(
             "bos": None,
             "shards": None,
             "decontaminate": None,
+            "source": None,
+            "weight": None,
             "include": ["*"],
             "exclude": [],
         },
@@ -361,6 +365,7 @@ def test_the_fields_tested_are_all_the_fields_there_are(load: Callable[..., reci
     fields = {f"{s}.{f}" for s, part in dumped.items() if isinstance(part, dict) for f in part if f != "name"}
     assert fields - set(CHANGES) == {
         *("corpus.path", "corpus.shards", "student.keep", "student.lora"),
+        *("corpus.source", "corpus.weight"),  # of a source of a mix: tests/data/test_mixing.py
         *("student.weights", "student.fraction"),  # in place of layers: tests/models/test_sizing.py
     }
 
@@ -540,7 +545,7 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
         ({"teacher": "{name: troch}"}, "teacher.name: no teacher called 'troch'. Did you mean torch?"),
         (
             {"corpus": "{name: 5}"},
-            "corpus.name: no corpus called 5. Known: chat, hf, jsonl, parquet, prompts, text, tokens.",
+            "corpus.name: no corpus called 5. Known: chat, hf, jsonl, mix, parquet, prompts, text, tokens.",
         ),
         ({"student": "{layers: 2}"}, "student.name: missing. Known: checkpoint, config, cut."),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from potstill.build.resolve import Resolved
-from potstill.data import packing, readers, token_cache, tokenizers
-from potstill.data.decontamination import Decontamination, EvaluationTexts
+from potstill.data import mixing, packing, readers, token_cache, tokenizers
+from potstill.data.decontamination import Decontamination, EvaluationTexts, together
 from potstill.errors import UserError
 from potstill.models.gguf_files import check_gguf
 from potstill.models.hub import tokenizer_files
@@ -31,6 +32,13 @@ class Source:
     teacher_tokenizer: Any | None = None
     """The teacher's own, whose chat template it reads prompts by; None: the same, or it has none."""
 
+    def afresh(self) -> Source:
+        """For another corpus: its own counts of what is found in it."""
+        if self.decontamination is None:
+            return self
+        own = Decontamination(self.decontamination.texts, self.decontamination.action)
+        return dataclasses.replace(self, decontamination=own)
+
     def read(self, config: Any, beat: Callable[[], None] = lambda: None) -> readers.Reading:
         """The documents that are packed."""
         beside = self.teacher_tokenizer if self.teacher_tokenizer is not None else self.tokenizer
@@ -44,7 +52,7 @@ class Source:
 
 
 def open_source(resolved: Resolved) -> Source:
-    """Tokenizer, vocabulary and evaluation texts; no document is read.
+    """Tokenizer, vocabulary and evaluation texts; no document is read. Of a mix, those of all its parts.
 
     Raises:
         UserError: a text corpus or decontamination without a tokenizer, or a tokenizer that does not fit the teacher.
@@ -79,9 +87,33 @@ def make_corpus(
         beat: called with every document that is read, a sign of life for a watchdog.
 
     Raises:
-        UserError: whatever `open_source` or a reader refuses.
+        UserError: whatever `open_source` or a reader refuses; of a mix it names the source.
     """
     config, source = resolved.recipe.corpus, open_source(resolved)
+    parts: dict[str, packing.Corpus] = {}
+    for name, part in config.parts.items():
+        with errors_of(config, name):
+            parts[name] = _packed(part, source.afresh(), beat)
+    if not parts:
+        return _packed(config, source, beat), source.tokenizer
+    corpus = mixing.mixed(parts, [part.weight or 1.0 for part in config.parts.values()])
+    overlaps = [each for part in parts.values() if (each := part.manifest["decontamination"]) is not None]
+    manifest = corpus.manifest | {"decontamination": together(overlaps) if overlaps else None}
+    return dataclasses.replace(corpus, manifest=manifest), source.tokenizer
+
+
+@contextlib.contextmanager
+def errors_of(config: Any, name: str) -> Iterator[None]:
+    """Say which source of a mix an error is about."""
+    try:
+        yield
+    except UserError as error:
+        number = list(config.parts).index(name)
+        raise UserError(*(f"corpus.sources.{number} ({name}): {each}" for each in error.mistakes)) from error
+
+
+def _packed(config: Any, source: Source, beat: Callable[[], None]) -> packing.Corpus:
+    """The rows of one corpus, out of its cache where it has one."""
     tokenizer, vocabulary, decontamination = source.tokenizer, source.vocabulary, source.decontamination
 
     def build(folder: Path | None) -> packing.Corpus:
@@ -104,10 +136,10 @@ def make_corpus(
                 f"corpus.shards: name a folder. {config.origin} is read from the hub once, and a run and its"
                 " --resume read its tokens from there."
             )
-        return build(None), tokenizer
+        return build(None)
     evaluation_files = None if decontamination is None else decontamination.texts.files
     provenance = token_cache.provenance(config, tokenizer, vocabulary, source.bos_ids, evaluation_files)
-    return token_cache.load_or_build(config, provenance, build, beat), tokenizer
+    return token_cache.load_or_build(config, provenance, build, beat)
 
 
 def _bos_ids(config: Any, tokenizer: Any | None) -> list[int]:
@@ -143,7 +175,7 @@ def _tokenizer(resolved: Resolved) -> Any | None:
         paths = [path for path in sources if tokenizers.has_tokenizer(path)]
     if paths and paths[0].suffix == ".gguf":
         check_gguf(paths[0])  # before a library parses it
-    if not paths and config.needs_tokenizer:
+    if not paths and any(each.needs_tokenizer for each in config.each):
         raise UserError(
             f"corpus.tokenizer: neither teacher {resolved.teacher.label} nor the student has a tokenizer"
             f" to read {config.origin} with. Name a folder, hub id or GGUF file that has one."

@@ -47,7 +47,7 @@ from potstill.teachers.base import TeacherSource
 from potstill.training.distributed import ALONE, Ranks
 from potstill.training.engines import engine_of
 from potstill.training.rollouts import Rollouts
-from potstill.types import Batch, Data, Divergence, Teacher
+from potstill.types import Batch, Data, Divergence, Rows, Teacher
 
 CALIBRATION_ROWS = 8
 """Training rows on which the channels of an MLP are ranked."""
@@ -164,6 +164,7 @@ def set_up(
         verify_files(resolved, note)
         corpus, tokenizer = read_corpus(resolved, note, beat)
         resolved = with_steps(resolved, len(corpus.train), note)
+        note_sources(resolved.recipe, corpus, note)
         open_teacher = teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
         require_teacher(resolved, teacher, tokenizer, note)
         setup = _set_up_student(resolved, corpus, tokenizer, teacher, note, agreed, repair)
@@ -185,7 +186,7 @@ def _set_up_student(
     recipe = resolved.recipe
     # After the teacher: random numbers drawn while a library loads it must not change the student's weights.
     torch.manual_seed(recipe.train.seed)
-    made = make_student(resolved, teacher, corpus.train, note, agreed, repair)
+    made = make_student(resolved, teacher, corpus.in_proportion, note, agreed, repair)
     model, origin, harm = made.model, made.origin, made.harm
     if recipe.student.name == "cut":  # from now on the recipe names what was chosen
         chosen = (
@@ -236,6 +237,17 @@ def with_steps(resolved: Resolved, num_rows: int, note: Note) -> Resolved:
     return resolved.with_recipe(dataclasses.replace(recipe, train=train))
 
 
+def times_read(recipe: Recipe, corpus: packing.Corpus) -> dict[str, float]:
+    """How often the run reads each source of a mix; empty: it is one corpus, or the student writes all rows."""
+    fixed = recipe.corpus_rows_per_step
+    return corpus.order(recipe.train.seed).times_read(recipe.train.num_steps, fixed) if fixed else {}
+
+
+def note_sources(recipe: Recipe, corpus: packing.Corpus, note: Note) -> None:
+    if read := times_read(recipe, corpus):
+        note(f"corpus: read {', '.join(f'{name} {times:.2g} times' for name, times in read.items())}")
+
+
 def verify_files(resolved: Resolved, note: Note) -> None:
     """Require the libraries that the recipe needs, and verify every checkpoint."""
     recipe, device = resolved.recipe, resolved.device
@@ -255,9 +267,9 @@ def read_corpus(
 ) -> tuple[packing.Corpus, Any | None]:
     """The packed rows, and the tokenizer that encoded them."""
     recipe = resolved.recipe
-    shards = recipe.corpus.shards
-    if shards is not None and not token_cache.is_whole(shards):
-        note(f"corpus: tokenized once, into {shards}")
+    for part in recipe.corpus.each:
+        if part.shards is not None and not token_cache.is_whole(part.shards):
+            note(f"corpus: tokenized once, into {part.shards}")
     corpus, tokenizer = make_corpus(resolved, beat)
     corpus.order(recipe.train.seed).rows(0, recipe.train.rows_per_step)  # refuses a step of too many rows
     counts = corpus.manifest
@@ -265,6 +277,11 @@ def read_corpus(
         f"corpus: {counts['documents']} documents, {counts['tokens']} tokens; rows of"
         f" {recipe.corpus.tokens_per_row}: {len(corpus.train)} to train on, {len(corpus.heldout)} held out"
     )
+    for name, part in counts.get("sources", {}).items():
+        note(
+            f"corpus: {name}: {part['weight']:.3%} of each step; {part['documents']} documents,"
+            f" {part['tokens']} tokens; {part['train_rows']} rows to train on, {part['heldout_rows']} held out"
+        )
     for each in packing.about_documents(counts):
         note(f"corpus: {each}")
     if counts["decontamination"] is not None:
@@ -324,7 +341,7 @@ class NewStudent:
 def make_student(
     resolved: Resolved,
     teacher: Teacher,
-    rows: packing.PackedRows,
+    rows: Rows,
     note: Note,
     agreed: Agree,
     repair: Repair | None,
@@ -394,7 +411,7 @@ def _require_size(model: CausalLM, config: CutStudentConfig, most: int) -> None:
         )
 
 
-def _compared_on(rows: packing.PackedRows) -> list[Batch]:
+def _compared_on(rows: Rows) -> list[Batch]:
     """The first training rows that bear loss near their beginning, in one batch; none where there is no such row."""
     looked_at = range(min(len(rows), ROWS_LOOKED_AT))
     bear_loss = (row for row in looked_at if len(calibration(rows.batch([row])).positions_N))
@@ -402,9 +419,7 @@ def _compared_on(rows: packing.PackedRows) -> list[Batch]:
     return [rows.batch(chosen)] if chosen else []
 
 
-def _sized(
-    uncut: CausalLM, most: int, rows: packing.PackedRows, ranked_on: Sequence[Batch], note: Note
-) -> Harm:
+def _sized(uncut: CausalLM, most: int, rows: Rows, ranked_on: Sequence[Batch], note: Note) -> Harm:
     """Layers and channels for a number of weights."""
     harm = choose_size(uncut, _compared_on(rows), ranked_on, most, note)
     width = "all channels" if harm.ffn_width is None else f"{harm.ffn_width} channels of each MLP"
@@ -412,7 +427,7 @@ def _sized(
     return harm
 
 
-def _measured(uncut: CausalLM, config: CutStudentConfig, rows: packing.PackedRows, note: Note) -> Harm | None:
+def _measured(uncut: CausalLM, config: CutStudentConfig, rows: Rows, note: Note) -> Harm | None:
     """What the layers are worth; None where that cannot be measured and the recipe has not asked for it."""
     stack = stack_of(uncut)[0].removesuffix(".")
     rule = config.rule or RULES[0]
@@ -432,7 +447,7 @@ def _repaired(
     student: CausalLM,
     keep: Sequence[int],
     channels: Mapping[int, Tensor],
-    rows: packing.PackedRows,
+    rows: Rows,
     note: Note,
 ) -> Repair:
     """What layers and channels that were left out did, made up for by what was kept."""

@@ -50,18 +50,18 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
     limit = options.limit if options.limit or options.json else SHOWN
     with contextlib.closing(resolved.teacher):
         if options.documents:
-            source = open_source(resolved)
-            reading = source.read(resolved.recipe.corpus)
-            shown = _print(
-                options, display, source.tokenizer, itertools.islice(_of_documents(reading), limit)
-            )
-            if limit is None or shown < limit:  # all were read, and counted
-                for line in about_documents({"reading": reading.counts}):
-                    (display.note if options.json else display.result)(line)
+            source, config = open_source(resolved), resolved.recipe.corpus
+            for name, part in (config.parts or {"": config}).items():
+                reading = source.read(part)
+                shown = itertools.islice(_of_documents(reading, name), limit)
+                count = _print(options, display, source.tokenizer, shown)
+                if limit is None or count < limit:  # all were read, and counted
+                    counts: dict[str, Any] = {"reading": reading.counts}
+                    for line in about_documents({"sources": {name: counts}} if name else counts):
+                        (display.note if options.json else display.result)(line)
             return
         corpus, tokenizer = make_corpus(resolved)
-    split = corpus.heldout if options.heldout else corpus.train
-    _print(options, display, tokenizer, itertools.islice(_of_rows(split), limit))
+    _print(options, display, tokenizer, itertools.islice(_of_rows(corpus, options.heldout), limit))
     manifest, say = corpus.manifest, display.note if options.json else display.result
     say(
         f"{manifest['documents']} documents; {len(corpus.train)} rows to train on, {len(corpus.heldout)} held out;"
@@ -70,6 +70,11 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
         else f"{manifest['documents']} prompts, {len(corpus.train)} of them to train on; what the student writes behind"
         " them bears loss, and not what is marked here"
     )
+    for name, part in manifest.get("sources", {}).items():
+        say(
+            f"{name}: {part['weight']:.3%} of each step; {part['documents']} documents; {part['train_rows']} rows"
+            f" to train on, {part['heldout_rows']} held out; {part['train_positions']} tokens bear loss"
+        )
     for line in about_documents(manifest):
         say(line)
     if dropped := manifest["rows_dropped_as_held_out"]:
@@ -84,18 +89,19 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
         say(summary(manifest["decontamination"]))
 
 
-Shown = tuple[str, list[int], list[bool], list[int], int | None]
-"""Title, ids, whether each bears loss, where documents begin, and the label behind the last id: where a row ends inside
-of a document, its last position is taught the id that the next row begins with.
+Shown = tuple[str, str, list[int], list[bool], list[int], int | None]
+"""Title, source in a mix, ids, whether each bears loss, where documents begin, and the label behind the last id: where
+a row ends inside of a document, its last position is taught the id that the next row begins with.
 """
 
 
-def _of_documents(reading: Any) -> Iterator[Shown]:
+def _of_documents(reading: Any, source: str) -> Iterator[Shown]:
     for document in reading.documents:
         ids = document.ids.tolist()
         labels = [True] * len(ids) if document.labels is None else document.labels.tolist()
         yield (
             document.source,
+            source,
             ids,
             [False, *labels[1:]],
             [],
@@ -103,8 +109,12 @@ def _of_documents(reading: Any) -> Iterator[Shown]:
         )  # the first has nothing that it could follow from
 
 
-def _of_rows(rows: Any) -> Iterator[Shown]:
-    for row in range(len(rows)):
+def _of_rows(corpus: Any, heldout: bool) -> Iterator[Shown]:
+    """Of a mix, one row of each source by turns, so that the first few are of all of them."""
+    rows = corpus.heldout if heldout else corpus.train
+    parts = [range(len(rows))] if not corpus.parts else rows.ranges
+    by_turns = itertools.chain.from_iterable(itertools.zip_longest(*parts))
+    for row in (row for row in by_turns if row is not None):
         batch = rows.batch([row])
         length = int(batch.lengths_B[0])
         ids, labels = batch.input_ids_BT[0, :length].tolist(), [False] * (length + 1)
@@ -112,16 +122,19 @@ def _of_rows(rows: Any) -> Iterator[Shown]:
             labels[position + 1] = True
         begins = (batch.position_ids_BT[0, 1:length] == 0).nonzero()[:, 0] + 1
         following = int(batch.labels_N[-1]) if labels.pop() else None
-        yield f"row {row}", ids, labels, begins.tolist(), following
+        source = corpus.source_of(int(batch.rows_B[0]))
+        title = f"row {row} of {source}" if source else f"row {row}"
+        yield title, source, ids, labels, begins.tolist(), following
 
 
 def _print(options: argparse.Namespace, display: Display, tokenizer: Any, shown: Iterator[Shown]) -> int:
     """Prints them; returns how many there were."""
     count = 0
-    for title, ids, labels, begins, following in shown:
+    for title, source, ids, labels, begins, following in shown:
         count += 1
         if options.json:
             row = {"ids": ids, "labels": labels, "begins": begins, "next": following}
+            row |= {"source": source} if source else {}
             display.result(json.dumps(row))
             continue
         head = f"--- {title}: {len(ids)} tokens, {sum(labels)} bear loss"

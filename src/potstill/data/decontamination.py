@@ -183,6 +183,13 @@ class Decontamination:
         return ", ".join([*first, *([f"and {more} more"] if more > 0 else [])])
 
 
+def together(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Those of several corpora that were compared with the same texts in the same way, as one."""
+    counts = ("documents", "documents_hit", "documents_dropped", "hits")
+    hits = [hit for each in manifests for hit in each["first_hits"]][:MAX_LISTED]
+    return manifests[0] | {name: sum(m[name] for m in manifests) for name in counts} | {"first_hits": hits}
+
+
 def overlap(manifest: dict[str, Any]) -> str:
     """How many documents overlap, in words, from the `decontamination` entry of a corpus's manifest."""
     against = ", ".join(Path(file["path"]).name for file in manifest["against"])

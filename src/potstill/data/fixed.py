@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,40 @@ from potstill.types import Batch, Rows
 MAX_EPOCHS_PER_STEP = 1000  # a step may see a row twice, but no one means this
 
 
+class RowOrder(Protocol):
+    """Which rows a step takes: a function of its number and of a seed, without state."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def rows(self, step: int, rows_per_step: int) -> list[int]:
+        """The numbers of a step's rows.
+
+        Raises:
+            UserError: so many that a step would have the same ones over and over.
+        """
+        ...
+
+    def epoch(self, step: int, rows_per_step: int) -> int:
+        """Of the step's last row; the first epoch is 0."""
+        ...
+
+    def rows_read(self, steps: int, rows_per_step: int) -> dict[str, int]:
+        """Rows of each source of a mix in the first steps; empty: there is one corpus."""
+        ...
+
+    def times_read(self, steps: int, rows_per_step: int) -> dict[str, float]:
+        """How often these steps read all rows of each source."""
+        ...
+
+
 @dataclass(frozen=True)
 class Order:
-    """Which rows a step takes: every epoch all of them once, in an order of (seed, epoch) alone."""
+    """Every epoch all rows once, in an order of (seed, epoch) alone, and of the number of its source in a mix."""
 
     num_rows: int
     seed: int
+    source: int | None = None
 
     def rows(self, step: int, rows_per_step: int) -> list[int]:
         if rows_per_step > MAX_EPOCHS_PER_STEP * self.num_rows:
@@ -29,20 +58,39 @@ class Order:
                 f" more than {MAX_EPOCHS_PER_STEP} times over. Set it lower."
             )
         first = step * rows_per_step
-        return [self._row(position) for position in range(first, first + rows_per_step)]
+        return [self.row(position) for position in range(first, first + rows_per_step)]
 
     def epoch(self, step: int, rows_per_step: int) -> int:
         """Of the step's last row; the first epoch is 0."""
         return ((step + 1) * rows_per_step - 1) // self.num_rows
 
-    def _row(self, position: int) -> int:
+    def rows_read(self, steps: int, rows_per_step: int) -> dict[str, int]:
+        return {}
+
+    def times_read(self, steps: int, rows_per_step: int) -> dict[str, float]:
+        return {}
+
+    def row(self, position: int) -> int:
+        """The row that is read after so many others, over all epochs."""
         epoch, place = divmod(position, self.num_rows)
-        return int(_permutation(self.num_rows, self.seed, epoch)[place])
+        return int(self._permutation(epoch)[place])
+
+    @cached_property
+    def _permutation(self) -> Callable[[int], NDArray[np.int64]]:
+        """The rows of an epoch in their order. Two are kept, as a step may end in the next epoch."""
+        return _permutations(self.num_rows, self.seed, self.source)
 
 
-@lru_cache(maxsize=2)
-def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
+@lru_cache(maxsize=64)
+def _permutations(num_rows: int, seed: int, source: int | None) -> Callable[[int], NDArray[np.int64]]:
+    """A cache for each source of a mix: in one for all, they would push each other out."""
+    own = [] if source is None else [source]
+
+    @lru_cache(maxsize=2)
+    def permutation(epoch: int) -> NDArray[np.int64]:
+        return np.random.Generator(np.random.PCG64([seed, epoch, *own])).permutation(num_rows)
+
+    return permutation
 
 
 @dataclass(frozen=True)
@@ -50,7 +98,7 @@ class FixedRows:
     """`Data` whose rows were there before training: a step's are a function of its number."""
 
     source: Rows
-    order: Order
+    order: RowOrder
     rows_per_step: int
     rows_per_micro_batch: int
     world: int = 1
@@ -65,8 +113,9 @@ class FixedRows:
         return self.order.epoch(step, self.rows_per_step)
 
     def figures(self, step: int) -> dict[str, float]:
-        """Nothing: the rows were there before."""
-        return {}
+        """How often each source of a mix has been read up to the end of the step; nothing of one corpus."""
+        read = self.order.times_read(step + 1, self.rows_per_step)
+        return {f"train/{name}/epochs": times for name, times in read.items()}
 
     def rows(self, step: int) -> list[int]:
         return self.order.rows(step, self.rows_per_step)

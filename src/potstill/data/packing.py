@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potstill.data.fixed import FixedRows, Order
+from potstill.data.fixed import FixedRows, Order, RowOrder
 from potstill.data.memmap import Stream, hashed, in_blocks, require_ids
 from potstill.data.readers import Reading, chat, prompts
 from potstill.data.readers.reading import about_files
 from potstill.errors import UserError
-from potstill.types import Batch, Vocab
+from potstill.types import Batch, Rows, Vocab
 
 TRAIN, HELDOUT = "train", "heldout"
 Layout = Literal["stream", "whole", "single"]
@@ -79,31 +79,27 @@ class PackedRows:
         """Positions with a label, over all rows."""
         return int(self.supervised_per_row[self.kept].sum())
 
+    @property
+    def highest_id(self) -> int:
+        """Of all its tokens."""
+        return int(self.ids.max())
+
+    def positions_of(self, row: int) -> int:
+        """Positions of a row with a label."""
+        return int(self.supervised_per_row[self.kept[row]])
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows, on the CPU. A stream's last row may be padded; padding is a document without labels."""
-        B, T = len(rows), self.tokens_per_row
-        ids_BT = np.zeros((B, T), dtype=np.int64)
-        positions_BT = np.zeros((B, T), dtype=np.int64)
-        labels_BT = np.full((B, T), -1, dtype=np.int64)
-        lengths_B = np.full(B, T, dtype=np.int64)
-        for b, row in enumerate(rows):
-            first, last = self._span(row)
-            lengths_B[b] = last - first
-            ids_BT[b, : last - first] = self.ids[first:last]
-            positions_BT[b] = self._positions(first, last)
-            following = slice(first + 1, min(last + 1, len(self.ids)))
-            count = following.stop - following.start
-            labels_BT[b, :count] = np.where(self.bears[following], self.ids[following].astype(np.int64), -1)
-        labels = torch.from_numpy(labels_BT.reshape(-1))
-        positions_N = torch.nonzero(labels >= 0)[:, 0]
-        return Batch(
-            rows_B=torch.tensor(list(rows), dtype=torch.int64) + self.first_row,
-            input_ids_BT=torch.from_numpy(ids_BT),
-            position_ids_BT=torch.from_numpy(positions_BT),
-            positions_N=positions_N,
-            labels_N=labels[positions_N],
-            lengths_B=torch.from_numpy(lengths_B),
-        )
+        return batch_of([(self, row) for row in rows], [self.first_row + row for row in rows])
+
+    def tokens_of(self, row: int) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+        """ids of a row without its padding; its position ids with it; the label behind each id, -1 for none. Of a
+        stream's last row, the last id has none.
+        """
+        first, last = self._span(row)
+        following = slice(first + 1, min(last + 1, len(self.ids)))
+        labels = np.where(self.bears[following], self.ids[following].astype(np.int64), -1)
+        return self.ids[first:last], self._positions(first, last), labels
 
     def row_hash(self, row: int) -> bytes:
         """sha256 of what a row holds: ids, document starts and labels."""
@@ -124,6 +120,18 @@ class PackedRows:
         self.kept = self.kept[keep]
         return int((~keep).sum())
 
+    def row_at(self, token: int) -> int:
+        """The row that a token of the stream is in, by its number in the stream."""
+        if self.first_of_row is None:
+            return token // self.tokens_per_row
+        return int(np.searchsorted(self.first_of_row, token, side="right")) - 1
+
+    def documents_of(self, row: int) -> range:
+        """The documents that begin, go on or end in a row."""
+        first, last = self._span(row)
+        begun = int(np.searchsorted(self.starts, first, side="right")) - 1
+        return range(begun, int(np.searchsorted(self.starts, last)))
+
     def _span(self, row: int) -> tuple[int, int]:
         """The row's first token in the stream, and the one after its last."""
         number, T = int(self.kept[row]), self.tokens_per_row
@@ -141,6 +149,30 @@ class PackedRows:
         return np.arange(self.tokens_per_row) - np.maximum.accumulate(begin)
 
 
+def batch_of(chosen: Sequence[tuple[PackedRows, int]], numbers: Sequence[int]) -> Batch:
+    """Rows of one length as a batch, on the CPU; `numbers` is what they are called in it."""
+    B, T = len(chosen), chosen[0][0].tokens_per_row if chosen else 0
+    ids_BT = np.zeros((B, T), dtype=np.int64)
+    positions_BT = np.zeros((B, T), dtype=np.int64)
+    labels_BT = np.full((B, T), -1, dtype=np.int64)
+    lengths_B = np.full(B, T, dtype=np.int64)
+    for b, (rows, row) in enumerate(chosen):
+        ids, positions_BT[b], following = rows.tokens_of(row)
+        lengths_B[b] = len(ids)
+        ids_BT[b, : len(ids)] = ids
+        labels_BT[b, : len(following)] = following
+    labels = torch.from_numpy(labels_BT.reshape(-1))
+    positions_N = torch.nonzero(labels >= 0)[:, 0]
+    return Batch(
+        rows_B=torch.tensor(list(numbers), dtype=torch.int64),
+        input_ids_BT=torch.from_numpy(ids_BT),
+        position_ids_BT=torch.from_numpy(positions_BT),
+        positions_N=positions_N,
+        labels_N=labels[positions_N],
+        lengths_B=torch.from_numpy(lengths_B),
+    )
+
+
 @dataclass(frozen=True)
 class Corpus:
     train: PackedRows
@@ -149,11 +181,30 @@ class Corpus:
     """Counts, hashes of files and tokenizer, fingerprint: `corpus.json` of a run."""
 
     @property
+    def parts(self) -> Mapping[str, Corpus]:
+        """The sources of a mix, by name; empty: it is one corpus."""
+        return {}
+
+    @property
+    def heldout_parts(self) -> Mapping[str, range]:
+        """Of the held-out rows, counted from 0, those of each source of a mix; empty: it is one corpus."""
+        return {}
+
+    @property
+    def in_proportion(self) -> Rows:
+        """Training rows in an order in which the first ones stand for all: of a mix, sources take turns."""
+        return self.train
+
+    def source_of(self, row: int) -> str:
+        """The source in a mix of a row, by its number in a batch; empty: it is one corpus."""
+        return ""
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over the vocabulary, and ids, document starts and labels of both splits."""
         return str(self.manifest["fingerprint"])
 
-    def order(self, seed: int) -> Order:
+    def order(self, seed: int) -> RowOrder:
         return Order(len(self.train), seed)
 
     def steps(self, seed: int, rows_per_step: int, rows_per_micro_batch: int, world: int = 1) -> FixedRows:
@@ -345,6 +396,8 @@ def _collected(
 
 def about_documents(manifest: dict[str, Any]) -> Iterator[str]:
     """What whoever starts a run should know of the documents, a line each; nothing where all is as usual."""
+    for name, part in manifest.get("sources", {}).items():
+        yield from (f"{name}: {line}" for line in about_documents(part))
     reading = manifest.get("reading") or {}
     if bos_ids := reading.get("bos_ids"):
         yield f"each text begins with {', '.join(f'id {number}' for number in bos_ids)}, as the tokenizer has it (BOS)"

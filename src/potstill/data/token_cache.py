@@ -45,7 +45,9 @@ def provenance(
         bos_ids: what stands before each text.
         against: the evaluation texts, by file.
     """
-    section = {name: value for name, value in asdict(config).items() if name != "shards"}
+    # What a corpus is called in a mix, and how often it is read there, changes none of its rows.
+    left_out = ("shards", "source", "weight")
+    section = {name: value for name, value in asdict(config).items() if name not in left_out}
     # Older caches mention none of these: their rows are end to end, and their texts have nothing in front.
     for name in ("bos", "packing", "whole_documents"):
         del section[name]
@@ -170,7 +172,7 @@ def _read(folder: Path, config: Any, made_of: Json) -> Corpus:
         raise UserError(f"{folder}: {name} was {was!r:.80} when it was written, is {now!r:.80}. {AGAIN}")
     require_whole(folder, None, AGAIN, WHOLE)
     manifest = recorded["manifest"]
-    _require_same_files(folder, config.sources(manifest["files"]), manifest["files"])
+    _require_same_files(folder, config.files_now(manifest["files"]), manifest["files"])
     train, heldout = (_rows(folder, name, config) for name in (TRAIN, HELDOUT))
     heldout.first_row = len(train)
     return Corpus(train, heldout, manifest)

@@ -64,8 +64,14 @@ class Display:
 
     def heldout_line(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of an evaluation, nats per position but for the agreement."""
-        figures = (f"{name.removeprefix('heldout/')} {value:.4f}" for name, value in metrics.items())
-        self.note(f"held out at step {step}  {'  '.join(figures)}")
+        lines: dict[str, list[str]] = {}
+        for name, value in metrics.items():
+            *source, metric = name.removeprefix("heldout/").split("/")
+            # Of a mix, a line for each source; `own/` and the like are whole names.
+            of = source[0] if source and name.startswith("heldout/") else ""
+            lines.setdefault(of, []).append(f"{metric if of else name.removeprefix('heldout/')} {value:.4f}")
+        for of, figures in lines.items():
+            self.note(f"held out at step {step}{f', {of}' if of else ''}  {'  '.join(figures)}")
 
     def note(self, text: str) -> None:
         if not self.quiet:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from potstill.build.setup import RunSetup
-from potstill.data.packing import PackedRows
+from potstill.data.packing import Corpus, PackedRows
 from potstill.data.tokenizers import bos_ids
 from potstill.preflight.checks import BEFORE_TRAINING
 from potstill.training.prefetch import checked_targets
@@ -20,16 +20,21 @@ MUCH = 0.02
 
 
 def texts_begin_as_the_teacher_reads_them(setup: RunSetup) -> Iterator[Finding]:
-    """The teacher's cross-entropy on the same labels with a BOS before each text, and without.
+    """The teacher's cross-entropy on the same labels with a BOS before each text, and without; of each source of a mix.
 
     Nothing where the tokenizer has none, the corpus is no text, or the teacher cannot read another text.
     """
+    for name, corpus in (setup.corpus.parts or {"": setup.corpus}).items():
+        yield from _texts_of(setup, corpus, f"bos of {name}" if name else "bos")
+
+
+def _texts_of(setup: RunSetup, corpus: Corpus, name: str) -> Iterator[Finding]:
     tokenizer, config = setup.tokenizer, setup.recipe.corpus
-    reading = setup.corpus.manifest.get("reading") or {}
+    reading = corpus.manifest.get("reading") or {}
     in_corpus, is_chat = reading.get("bos_ids") or [], "conversations" in reading
     is_off = config.bos is False and tokenizer is not None and not is_chat
     bos = in_corpus or (bos_ids(tokenizer) if is_off else [])
-    documents = list(_documents(setup.corpus.heldout, len(in_corpus), config.tokens_per_row - len(bos)))
+    documents = list(_documents(corpus.heldout, len(in_corpus), config.tokens_per_row - len(bos)))
     if not bos or not documents or not setup.teacher.reads_new_text:
         return
     with_it, without = (_cross_entropy(setup, documents, before) for before in (bos, []))
@@ -38,7 +43,7 @@ def texts_begin_as_the_teacher_reads_them(setup: RunSetup) -> Iterator[Finding]:
         f" without it; texts begin {'with' if in_corpus else 'without'} it"
     )
     other, worse_by = ("false", with_it - without) if in_corpus else ("null", without - with_it)
-    yield Finding("bos", figure, worse_by < MUCH, f"Set corpus.bos: {other}", ends_run=False)
+    yield Finding(name, figure, worse_by < MUCH, f"Set corpus.bos: {other}", ends_run=False)
 
 
 def _documents(rows: PackedRows, num_bos: int, longest: int) -> Iterator[NDArray[np.uint32]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from potstill.build.setup import RunSetup
+from potstill.build.setup import RunSetup, times_read
 from potstill.data.decontamination import summary
 from potstill.errors import UserError, one_line
 from potstill.io.terminal import size
@@ -33,6 +33,9 @@ from potstill.types import Batch, Finding, Targets
 
 NEAR_CHANCE = 0.95
 """As a share of the cross-entropy of chance. A unigram model of text is far below it."""
+MANY_TIMES = 4
+"""Of a source of a mix: about so often repeated text is as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+MOST_SOURCES = 8
 BEFORE_TRAINING = -1  # messages count steps from 1: the teacher's errors name step 0
 
 
@@ -59,6 +62,7 @@ def cheap(setup: RunSetup, planned: Plan | str, place: Path) -> Iterator[Finding
         batch = setup.corpus.heldout.batch([0]).to(setup.device)
         # Figures that are known already come first.
         yield recipe_is_read(setup)
+        yield from sources_last(setup)
         yield files_are_whole(setup)
         yield corpus_is_compared(setup)
         # Before any forward pass, which could itself run out of memory.
@@ -126,6 +130,20 @@ def recipe_is_read(setup: RunSetup) -> Finding:
     return Finding("recipe", figure, True)
 
 
+def sources_last(setup: RunSetup) -> Iterator[Finding]:
+    """How often the run reads each source of a mix. Nothing of one corpus, of which the recipe's check says it."""
+    read = times_read(setup.recipe, setup.corpus)
+    if not read:
+        return
+    figure = ", ".join(f"{name} {times:.2g} times" for name, times in read.items())
+    worn = [f"{name} is exhausted {times:.1f} times" for name, times in read.items() if times > MANY_TIMES]
+    advice = f"Repeated so often, rows are learned by heart: give {' and '.join(n.split()[0] for n in worn)} more text"
+    figure = "; ".join([f"read {figure}", *worn])
+    yield Finding(
+        "sources", figure, not worn, f"{advice}, a lower weight, or fewer steps", read, ends_run=False
+    )
+
+
 def files_are_whole(setup: RunSetup) -> Finding:
     """Every corpus file has a hash, which it gets once it is read to its end. Checkpoints were verified before."""
     files = setup.corpus.manifest["files"]
@@ -166,7 +184,7 @@ def vocabulary_is_shared(setup: RunSetup) -> Finding:
     shared = setup.shared
     masked = f"{shared.masked_in_teacher} masked in the teacher and {shared.masked_in_student} in the student"
     figure = "; ".join([f"{shared.ids} ids shared, {masked}", *(d.rstrip(".") for d in shared.differences)])
-    highest = max(int(rows.ids.max()) for rows in (setup.corpus.train, setup.corpus.heldout))
+    highest = max(rows.highest_id for rows in (setup.corpus.train, setup.corpus.heldout))
     return Finding("vocabulary", figure, highest < shared.ids, f"The corpus has id {highest}.")
 
 
@@ -259,8 +277,9 @@ def _unless_allowed(setup: RunSetup, figure: str, ok: bool) -> tuple[str, bool]:
 def labels_are_next_tokens(setup: RunSetup) -> Finding:
     """In the first rows, the label of each position is the token after it, in the same document."""
     wrong = compared = 0
-    for row in range(min(len(setup.corpus.train), 64)):
-        batch = setup.corpus.train.batch([row])
+    rows = setup.corpus.in_proportion
+    for row in range(min(len(rows), 64)):
+        batch = rows.batch([row])
         ids_T, positions_T = batch.input_ids_BT[0], batch.position_ids_BT[0]
         inside = batch.positions_N < len(ids_T) - 1  # the last label is the next row's first token
         after_N = batch.positions_N[inside] + 1
@@ -328,8 +347,10 @@ def cross_entropy_matches_reference(setup: RunSetup, batch: Batch) -> Finding:
 
 @torch.no_grad()
 def measure_before_training(setup: RunSetup) -> dict[str, float]:
-    """CE and KL of up to two held-out rows, in nats per position."""
-    batch = setup.corpus.heldout.batch(range(min(2, len(setup.corpus.heldout)))).to(setup.device)
+    """CE and KL of up to two held-out rows, of a mix of one row of each of its first sources, in nats per position."""
+    rows = setup.corpus.heldout
+    firsts = [part.start for part in setup.corpus.heldout_parts.values()][:MOST_SOURCES]
+    batch = rows.batch(firsts or range(min(2, len(rows)))).to(setup.device)
     sums = setup.student.measure(batch, checked_targets(setup.teacher, batch, BEFORE_TRAINING))
     return {name: float(value) / len(batch.labels_N) for name, value in sums.items()}
 

@@ -74,7 +74,7 @@ def _key(resolved: Resolved) -> str:
     parts = (
         dataclasses.replace(_small(recipe), **rates),
         recipe.train.steps != 1,
-        (recipe.corpus.tokens_per_row, recipe.corpus.heldout_rows, recipe.corpus.packing),
+        (recipe.corpus.tokens_per_row, recipe.corpus.all_heldout_rows, recipe.corpus.packing),
         (recipe.objective, recipe.lora, recipe.guard, recipe.eval.every),
         (recipe.rollouts, rows_of_block(recipe)),
         resolved.teacher.plan_key(),
@@ -175,7 +175,7 @@ def _tracking_hooks(
     every step but the first.
     """
     recipe, rows = resolved.recipe, resolved.recipe.train.micro_batch_rows
-    heldout_rows = FakeRows(recipe.corpus.tokens_per_row, min(recipe.corpus.heldout_rows, rows))
+    heldout_rows = FakeRows(recipe.corpus.tokens_per_row, min(recipe.corpus.all_heldout_rows, rows))
 
     def evaluate(step: int) -> dict[str, float]:
         # It needs less than a step does, unless only it uses the teacher; and most once there are moments.

@@ -8,6 +8,7 @@ from potstill.data import token_cache
 from potstill.data.readers import files_of
 from potstill.recipe.fields import MAX_INT32
 from potstill.recipe.load import Recipe
+from potstill.recipe.sections_data import CorpusConfig
 
 BYTES_PER_TOKEN_OF_TEXT = 3.5  # SmolLM2's tokenizer on Python source; tokenizers of prose take more bytes
 ROW_BYTES_PER_TOKEN = 5  # uint32 id and bool label, see data/packing.py
@@ -17,9 +18,14 @@ TOKENIZER_FILE_BYTES_PER_ID = 72  # its tokenizer.json
 
 def corpus_tokens(recipe: Recipe) -> float | None:
     """Estimated from the size of its files; 0 for a corpus that has none; None for one on the hub, whose size is known
-    once its tokens are on this disk.
+    once its tokens are on this disk. Of a mix, those of all its sources.
     """
-    config = recipe.corpus
+    tokens = [_tokens_of(part) for part in recipe.corpus.each]
+    known = [each for each in tokens if each is not None]
+    return sum(known) if len(known) == len(tokens) else None
+
+
+def _tokens_of(config: CorpusConfig) -> float | None:
     path = getattr(config, "path", None)
     if config.is_streamed:
         folder = config.shards
@@ -45,12 +51,16 @@ def planned_steps(recipe: Recipe) -> int:
 
 def corpus_bytes(recipe: Recipe, vocab_size: int) -> int:
     """Memory of the rows and the tokenizer."""
-    in_memory = 0 if recipe.corpus.shards else ROW_BYTES_PER_TOKEN  # pages of mapped shards can be evicted
-    return int((corpus_tokens(recipe) or 0) * in_memory) + TOKENIZER_BYTES_PER_ID * vocab_size
+    # Pages of mapped shards can be evicted.
+    in_memory = sum(_tokens_of(part) or 0 for part in recipe.corpus.each if not part.shards)
+    return int(in_memory * ROW_BYTES_PER_TOKEN) + TOKENIZER_BYTES_PER_ID * vocab_size
 
 
 def shards_bytes(recipe: Recipe) -> int:
     """Disk that `corpus.shards` will take; 0 where the recipe has none, they exist already, or nobody knows."""
-    shards = recipe.corpus.shards
-    is_to_write = shards is not None and not token_cache.is_whole(Path(shards))
-    return int((corpus_tokens(recipe) or 0) * ROW_BYTES_PER_TOKEN) if is_to_write else 0
+    to_write = [
+        part
+        for part in recipe.corpus.each
+        if part.shards is not None and not token_cache.is_whole(Path(part.shards))
+    ]
+    return int(sum(_tokens_of(part) or 0 for part in to_write) * ROW_BYTES_PER_TOKEN)

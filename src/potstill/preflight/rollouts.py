@@ -23,7 +23,7 @@ def rows_of_block(recipe: Recipe) -> int:
     config = recipe.rollouts
     if config is None:
         return 0
-    return int(config.fraction * recipe.train.rows_per_step + 1e-9) * config.every
+    return config.rows_of(recipe.train.rows_per_step) * config.every
 
 
 def rollout_bytes(resolved: Resolved) -> int:

@@ -356,7 +356,8 @@ def _smoke_steps(setup: RunSetup, steps: int, display: Display) -> tuple[list[Me
 
     def evaluate_student(step: int) -> Metrics:
         started = time.perf_counter()
-        metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, recipe.train.micro_batch_rows)
+        corpus, size = setup.corpus, recipe.train.micro_batch_rows
+        metrics = heldout(setup.student, setup.teacher, corpus.heldout, size, sources=corpus.heldout_parts)
         evaluations.append(time.perf_counter() - started)
         display.heldout_line(step, metrics)
         return metrics

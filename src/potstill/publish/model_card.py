@@ -117,6 +117,7 @@ def card(inputs: CardInputs, metadata: str) -> str:
         licenses={"student": None, "teacher": None, "data": None} | {p.role: p for p in inputs.parents},
         store=receipt["teacher"].get("store"),
         heldout=_heldout(receipt),
+        sources=_sources(receipt, inputs.parents),
         scores=scores(inputs),
         humaneval_setting=setting(inputs.humaneval or {}),
         tasks=[_task(result) for result in inputs.tasks],
@@ -192,6 +193,20 @@ def _heldout(receipt: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"name": name, "first": first[key], "best": best[key], "teacher": teacher.get(key, "not run")}
         for key, name in HELDOUT.items()
         if key in best
+    ]
+
+
+def _sources(receipt: Mapping[str, Any], parents: Sequence[Parent]) -> list[dict[str, Any]]:
+    """Of a mix, what each source was of the training rows, and the student's figures on its held-out ones."""
+    licenses = {parent.what: parent.license for parent in parents if parent.role == "data"}
+    first, best = receipt["heldout_first"], receipt["heldout_best"]
+    return [
+        {"name": name, "license": licenses.get(name)}
+        | {key: part.get(key) for key in ("weight", "share_read", "rows_read", "times_read", "fingerprint")}
+        | {"kl": (first[f"heldout/{name}/kl"], best[f"heldout/{name}/kl"])}
+        | {"ce": (first[f"heldout/{name}/ce"], best[f"heldout/{name}/ce"])}
+        | {"agreement": (first[f"heldout/{name}/agreement"], best[f"heldout/{name}/agreement"])}
+        for name, part in receipt.get("sources", {}).items()
     ]
 
 

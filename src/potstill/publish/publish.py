@@ -276,22 +276,26 @@ def _regressions(
 
 
 def _parents(tree: Mapping[str, Any], publish: PublishConfig, receipt: Mapping[str, Any]) -> list[Parent]:
-    """Whose licenses bind the student: the model it started from, its teacher, its data."""
+    """Whose licenses bind the student: the model it started from, its teacher, its data, of a mix each source's."""
     sources = {
         "student": tree["student"].get("model") if tree["student"]["name"] == "checkpoint" else None,
         "teacher": receipt["teacher"].get("source") or tree["teacher"].get("path"),
-        "data": tree["corpus"]["path"],
+    }
+    data = {f"data/{each['source']}": each for each in tree["corpus"].get("sources", ())}
+    sources |= {
+        of: corpus.get("path") or corpus["name"] for of, corpus in (data or {"data": tree["corpus"]}).items()
     }
     parents = []
-    for role, source in sources.items():
+    for of, source in sources.items():
         if source is None:  # cut from the teacher, made from a config, or a teacher without weights
             continue
+        role, _, name = of.partition("/")
         stated = getattr(publish, f"{role}_license")
-        read = receipt.get("licences", {}).get(role) or license_of(source, role)
-        name = getattr(publish, role) or short_name(source)
+        read = receipt.get("licences", {}).get(of) or license_of(source, role)
+        what = name or getattr(publish, role) or short_name(source)
         if stated is not None:
             read = {"license": stated, "read_from": "the publisher's word"}
-        parents.append(Parent(role, name, read["license"], read["read_from"]))
+        parents.append(Parent(role, what, read["license"], read["read_from"]))
     return parents
 
 

@@ -99,7 +99,7 @@ class Recipe(Config):
 
     def without_places(self) -> Recipe:
         """Without the fields that say where rows are cached, not which rows they are; for comparing recipes."""
-        return dataclasses.replace(self, corpus=dataclasses.replace(self.corpus, shards=None))
+        return dataclasses.replace(self, corpus=self.corpus.without_places())
 
     def require_available(self) -> None:
         """UserError before a run where a sink, an evaluation or an engine cannot work on this machine."""
@@ -109,6 +109,12 @@ class Recipe(Config):
             evaluation.require()
         if self.rollouts is not None:
             self.rollouts.require()
+
+    @property
+    def corpus_rows_per_step(self) -> int:
+        """Of a step's rows those that the student does not write."""
+        rows = self.train.rows_per_step
+        return rows if self.rollouts is None else rows - self.rollouts.rows_of(rows)
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -164,7 +170,9 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
     if isinstance(tree.get("capture"), dict):
         tree["capture"].setdefault("name", SampledCaptureConfig.name)
     # Plug-ins first: the schema is made of what they register.
-    for path, what in (*load_plugins(tree, folder), *_across_fields(tree)):
+    faulty_plugins = list(load_plugins(tree, folder))
+    filled = set(_complete_corpus(tree))
+    for path, what in (*faulty_plugins, *_across_fields(tree)):
         report(path, what)
     try:
         schema = _schema()
@@ -174,7 +182,10 @@ def parse(text: str, *, where: str, folder: Path, overrides: Sequence[str] = ())
         recipe = _adapter().validate_json(json.dumps(tree), strict=True, context=folder)
     except pydantic.ValidationError as error:
         for finding in error.errors(include_url=False):
-            report(*explain(finding, tree, schema))
+            path, what = explain(finding, tree, schema)
+            # Of a field that was filled in, where it was written.
+            if not any(path[: len(each)] == each for each in filled):
+                report(path, what)
     if mistakes:
         raise UserError(*dict.fromkeys(mistakes))
     return recipe
@@ -290,7 +301,8 @@ REGISTERED: dict[tuple[str, ...], str] = {
 
 def _schema() -> dict[tuple[str, ...], tuple[Any, ...]]:
     """The config classes that each section accepts, plug-ins' included."""
-    return SECTIONS | {path: config_types(kind) for path, kind in REGISTERED.items()}
+    registered = {path: config_types(kind) for path, kind in REGISTERED.items()}
+    return SECTIONS | registered | {("corpus", "sources", "*"): config_types("corpus", "can_be_mixed")}
 
 
 def _adapter() -> TypeAdapter[Recipe]:
@@ -305,6 +317,20 @@ def _adapter_of(registered: tuple[Any, ...]) -> TypeAdapter[Recipe]:
 
 def _name_first(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(sorted(items, key=lambda item: item[0] != "name"))
+
+
+def _corpus_of(tree: dict[str, Any]) -> tuple[type[CorpusConfig] | None, dict[str, Any]]:
+    """The config class that the section names, where there is one, and the section as it was written."""
+    given = tree["corpus"] if isinstance(tree.get("corpus"), dict) else {}
+    kind = registry.entries("corpus").get(str(given.get("name")))
+    return (kind if isinstance(kind, type) and issubclass(kind, CorpusConfig) else None), given
+
+
+def _complete_corpus(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Fill in what the corpus's own fields say for others; yields the path of each."""
+    kind, given = _corpus_of(tree)
+    for path in () if kind is None else kind.complete(given):
+        yield ("corpus", *path)
 
 
 def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -327,6 +353,9 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
     if student.get("keep") is not None and student.get("rule") not in (None, "first_last"):
         yield ("student", "rule"), "keep lists the layers, so that no rule chooses them. Leave one out."
     yield from _across_train(train)
+    kind, corpus = _corpus_of(tree)
+    for name, what in () if kind is None else kind.mistakes(corpus):
+        yield ("corpus", *name.split(".")), what
     yield from _across_rollouts(tree)
     yield from _across_write(tree["write"] if isinstance(tree.get("write"), dict) else {})
     yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {})

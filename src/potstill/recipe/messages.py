@@ -32,7 +32,11 @@ WANTED = {
     "dataclass_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
-WHAT: dict[Path, str] = {("evaluations", "*"): "evaluation", ("sinks", "*"): "sink"}
+WHAT: dict[Path, str] = {
+    ("evaluations", "*"): "evaluation",
+    ("sinks", "*"): "sink",
+    ("corpus", "sources", "*"): "source of a mix",
+}
 """What one entry of a list is called."""
 BOUNDS = {
     "greater_than": ("gt", "must be greater than {}."),

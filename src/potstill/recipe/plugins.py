@@ -57,14 +57,18 @@ def plugin_sha256(path: Path) -> str:
     return _loaded.get(path) or hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def config_types(kind: str) -> tuple[Any, ...]:
+def config_types(kind: str, only: str = "") -> tuple[Any, ...]:
     """The config class of every registered entry of a kind; that of a divergence is made from its function.
+
+    Args:
+        only: a class variable that leaves out the entries where it is false.
 
     Raises:
         UserError: an option has a type that YAML cannot express.
     """
     make = _options_type if kind == "divergence" else _config_type
-    return tuple(make(kind, name, entry) for name, entry in registry.entries(kind).items())
+    entries = registry.entries(kind).items()
+    return tuple(make(kind, name, entry) for name, entry in entries if not only or getattr(entry, only, True))
 
 
 def divergence(name: str) -> Any:
@@ -124,9 +128,11 @@ class Registered:
     kind: str
     short: bool = False
     """Whether a bare name is accepted for `{name: NAME}`."""
+    only: str = ""
+    """A class variable that must be true of an entry; empty: any entry."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        types = config_types(self.kind)
+        types = config_types(self.kind, self.only)
         whole = handler.generate_schema(
             Annotated[functools.reduce(operator.or_, types), Field(discriminator="name")]
         )

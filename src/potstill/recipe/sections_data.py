@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from annotated_types import Interval, MinLen
 
+from potstill.errors import UserError
 from potstill.io.hub import dataset_id
 from potstill.recipe.fields import (
     MAX_INT32,
@@ -21,14 +23,33 @@ from potstill.recipe.fields import (
     Date,
     EvaluationPath,
     Place,
+    Positive,
     TokenizerSource,
+    check,
     lacks_method,
 )
+from potstill.recipe.messages import shown
 from potstill.registry import implementation, register
 
 if TYPE_CHECKING:
     from potstill.data.readers import Reading
     from potstill.types import Vocab
+
+OF_A_SOURCE = ("source", "weight")
+"""Fields of a corpus that have a meaning in a mix alone."""
+SOURCE_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
+
+
+def _source_name(value: str, folder: Path) -> str:
+    if not re.fullmatch(SOURCE_NAME, value):
+        raise UserError(
+            f"{shown(value)} is not a short name. Write one of at most 32 letters, digits, _ and -, as metrics and"
+            " folders are named after it."
+        )
+    return value
+
+
+SourceName = Annotated[str, check(_source_name)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +86,14 @@ class CorpusConfig(Config):
     the corpus is tokenized into memory at every start."""
     decontaminate: DecontaminationConfig | None = None
     """Compare every document with an evaluation's texts; null: not compared, and the receipt says so."""
+    source: SourceName | None = None
+    """Of a source of a mix alone, which needs it: a short name of its own, in metrics, the receipt and the report."""
+    weight: Positive | None = None
+    """Of a source of a mix alone, which needs it: its share of every step's rows, relative to the other weights."""
 
     needs_tokenizer: ClassVar[bool] = True
+    can_be_mixed: ClassVar[bool] = True
+    """Whether it may be a source of a mix."""
     prompt: ClassVar[Literal["beginning", "question", "whole"]] = "beginning"
     """What of a document the student goes on from in a rollout: its first tokens, all before the last answer, or
     all of it."""
@@ -88,6 +115,39 @@ class CorpusConfig(Config):
         """What is read, for messages and for the license in the receipt."""
         return str(getattr(self, "path", self.registered_name))
 
+    @classmethod
+    def complete(cls, given: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+        """Fill in what the fields of a section, as a recipe gives them, say for others; yields the path of each that
+        it filled in.
+        """
+        yield from ()
+
+    @classmethod
+    def mistakes(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Fields that do not go together as a recipe gives them, of whatever type: (dotted field, what is wrong)."""
+        for name in OF_A_SOURCE:
+            if given.get(name) is not None:
+                yield name, "is of a source of corpus.name: mix alone. Leave it out."
+
+    @property
+    def parts(self) -> dict[str, CorpusConfig]:
+        """The corpora that it is a mix of, each whole in itself, by their names; empty: it is one by itself."""
+        return {}
+
+    @property
+    def each(self) -> list[CorpusConfig]:
+        """The corpora that are read: itself, or those of a mix."""
+        return list(self.parts.values()) or [self]
+
+    @property
+    def all_heldout_rows(self) -> int:
+        """Held-out rows of all that is read."""
+        return sum(part.heldout_rows for part in self.each)
+
+    def without_places(self) -> CorpusConfig:
+        """Without the fields that say where rows are cached, not which rows they are."""
+        return replace(self, shards=None)
+
     def texts(self) -> Iterator[tuple[str, str]]:
         """Documents as (where it comes from, its text), in the same order every time."""
         raise lacks_method(self, "texts")
@@ -107,7 +167,7 @@ class CorpusConfig(Config):
         """`read`, where the teacher may read by another chat template than the student."""
         return self.read(tokenizer, vocab)
 
-    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+    def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
         """The files that `read` would open now; `files` are the records of those it opened before."""
         return [path for file in files if (path := Path(file["path"])).exists()]
 
@@ -130,7 +190,7 @@ class FileCorpusConfig(CorpusConfig, _Path):
     patterns: ClassVar[str] = ""
     """The reader's file name patterns, as `FORMAT:NAME`."""
 
-    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+    def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
         return list(_reader("folders:files_with")(Path(self.path), _reader(self.patterns)))
 
 
@@ -147,7 +207,7 @@ class TextCorpusConfig(FileCorpusConfig):
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         return cast("Reading", _reader("text:read")(Path(self.path), tokenizer, self.include, self.exclude))
 
-    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+    def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
         return list(_reader("folders:files_of")(Path(self.path), self.include, self.exclude))
 
 
@@ -183,8 +243,8 @@ class DataSetCorpusConfig(FileCorpusConfig):
     def is_streamed(self) -> bool:
         return dataset_id(self.path) is not None
 
-    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
-        return [] if self.is_streamed else super().sources(files)
+    def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
+        return [] if self.is_streamed else super().files_now(files)
 
 
 @register("corpus")
@@ -214,9 +274,9 @@ class ChatCorpusConfig(DataSetCorpusConfig):
         which |= {"skip_refused": self.skip_refused}
         return cast("Reading", _reader("chat:read")(self.path, tokenizer, self.field, date, **which))
 
-    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+    def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
         is_dataset = _reader("hf:is_dataset")(self.path)
-        return CorpusConfig.sources(self, files) if is_dataset else super().sources(files)
+        return CorpusConfig.files_now(self, files) if is_dataset else super().files_now(files)
 
 
 @register("corpus")
@@ -240,6 +300,7 @@ class PromptsCorpusConfig(DataSetCorpusConfig):
 
     patterns: ClassVar[str] = "prompts:PATTERNS"
     prompt = "whole"
+    can_be_mixed = False
 
     @property
     def layout(self) -> Literal["stream", "whole", "single"]:
@@ -263,9 +324,9 @@ class PromptsCorpusConfig(DataSetCorpusConfig):
         read = _reader("prompts:read")
         return cast("Reading", read(self.path, tokenizer, teacher_tokenizer, selection, is_chat))
 
-    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+    def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
         is_dataset = _reader("hf:is_dataset")(self.path)
-        return CorpusConfig.sources(self, files) if is_dataset else super().sources(files)
+        return CorpusConfig.files_now(self, files) if is_dataset else super().files_now(files)
 
 
 @register("corpus")
@@ -294,9 +355,9 @@ class HfCorpusConfig(DataSetCorpusConfig):
         which = {"subset": self.subset, "count": self.records}
         return cast("Reading", _reader("hf:read")(self.path, tokenizer, self.split, self.column, **which))
 
-    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+    def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
         # Its state.json, one of the recorded files, lists the others: no file is added without it changing.
-        return CorpusConfig.sources(self, files)
+        return CorpusConfig.files_now(self, files)
 
 
 @register("corpus")
@@ -316,5 +377,5 @@ class TokensCorpusConfig(FileCorpusConfig):
         reading = _reader("tokens:read")(Path(self.path), self.dtype, vocab.size, end, self.tokens_per_row)
         return cast("Reading", reading)
 
-    def sources(self, files: list[dict[str, Any]]) -> list[Path]:
+    def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
         return list(_reader("tokens:shards_of")(Path(self.path)))

@@ -47,6 +47,10 @@ class RolloutsConfig(Config):
     keep: CountOrZero = 100
     """Files of `rollouts/` that are kept, the newest, and as many as a checkpoint may need; 0: all."""
 
+    def rows_of(self, rows_per_step: int) -> int:
+        """Of a step's rows those that the student writes."""
+        return int(self.fraction * rows_per_step + 1e-9)  # 0.7 of 10 rows are 7
+
     def require(self) -> None:
         """UserError where its engine is not installed; called before the run starts."""
         implementation("potstill.training.engines:require")(self)

@@ -71,6 +71,7 @@ class Section:
 
 SECTIONS = (
     Section("curves", "Curves", "Curves"),
+    Section("sources", "Sources", "Sources of the mix"),
     Section("disagreement", "Disagreement", "Where the student disagrees with the teacher"),
     Section("humaneval", "HumanEval", "HumanEval"),
     Section("tasks", "Tasks", "Tasks with a verifier"),
@@ -135,7 +136,11 @@ def page(runs: Sequence[RunReport], comparisons: Mapping[Path, Mapping[str, Any]
         UserError: a file of a run is damaged, with its place.
     """
     names = _names([report.run.path for report in runs])
-    shown = list(SECTIONS)
+    shown = [
+        section
+        for section in SECTIONS
+        if section.anchor != "sources" or any(r.section("sources") for r in runs)
+    ]
     if comparisons:  # their section comes first, being what the page was made for
         shown.sort(key=lambda section: section.anchor != "arms")
         shown = shown if runs else shown[:1]
@@ -194,6 +199,7 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
         "state_class": state if state in STATES else "unknown",
         "state_notes": [x for x in (report.status.get("why"), receipt.get("objective")) if x],
         "figures": _figures(report),
+        "sources": sections.sources(report.section("sources"), report.metrics),
         "disagreement": sections.disagreement(
             report.disagreement, report.section("heldout_best").get("heldout/kl")
         ),

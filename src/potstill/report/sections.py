@@ -63,6 +63,26 @@ def disagreement(measured: Mapping[str, Any] | str, overall_kl: float | None) ->
     }
 
 
+def sources(of_receipt: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> list[dict[str, str]]:
+    """Of a mix, what each source was of the rows that were read, and its held-out figures first and last."""
+
+    def moved(name: str) -> str:
+        values = [line[name] for line in metrics if name in line]
+        return f"{values[0]:.3f} → {values[-1]:.3f}" if values else "–"
+
+    return [
+        {
+            "name": name,
+            "asked": f"{100 * part['weight']:.2f} %",
+            "read": f"{100 * part['share_read']:.2f} %" if "share_read" in part else "–",
+            "rows": grouped(part["rows_read"]) if "rows_read" in part else "–",
+            "times": f"{part['times_read']:.2g}" if "times_read" in part else "–",
+        }
+        | {metric: moved(f"heldout/{name}/{metric}") for metric in ("ce", "kl", "agreement")}
+        for name, part in of_receipt.items()
+    ]
+
+
 def _token_class(token: Mapping[str, Any]) -> str:
     """None is infinite: the student rules out what the teacher does not."""
     kl = token["kl"]

@@ -51,7 +51,7 @@ class Rollouts:
         self.student, self.prompts, self.config, self.engine = student, prompts, config, engine
         self.first_number, self.folder, self.ranks, self.beat = first_number, folder, ranks, beat
         rows = fixed.rows_per_step
-        self.per_step = int(config.fraction * rows + 1e-9)  # 0.7 of 10 rows are 7
+        self.per_step = config.rows_of(rows)
         """Rows of a step that the student writes."""
         self.corpus = dataclasses.replace(fixed, rows_per_step=rows - self.per_step)
         self.size = fixed.micro_batch_size

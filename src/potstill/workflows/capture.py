@@ -157,7 +157,7 @@ def settings_of(setup: RunSetup, recorded: Json | None) -> Json:
         "rows_per_batch": config.rows_per_batch,
         "rows_per_shard": per_shard,
         "shards": -(-len(numbers) // per_shard),
-        "positions": sum(int(rows.supervised_per_row[rows.kept[number]]) for number in numbers),
+        "positions": sum(rows.positions_of(number) for number in numbers),
     }
 
 

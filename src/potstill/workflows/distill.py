@@ -284,7 +284,8 @@ def evaluate(
         setup = set_up(resolved, note, answers=answers)
         rows = recipe.train.micro_batch_rows
         with contextlib.closing(setup.teacher):
-            metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, rows)
+            sources = setup.corpus.heldout_parts
+            metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, rows, sources=sources)
             if (given := setup.rollouts) is not None:
                 asked = (given.heldout, given.config, given.ends)
                 metrics |= own_samples(setup.student, setup.teacher, *asked, rows)[0]
@@ -416,7 +417,8 @@ class _ActiveRun:
         try:
             # Alone, a signal may stop in the middle of an evaluation; several ranks stop together after it.
             poll = self.watch.poll if self.ranks.world == 1 else self.watch.beat
-            metrics = heldout(setup.student, setup.teacher, setup.corpus.heldout, size, poll)
+            corpus = setup.corpus
+            metrics = heldout(setup.student, setup.teacher, corpus.heldout, size, poll, corpus.heldout_parts)
             if (given := setup.rollouts) is not None:
                 asked = (given.heldout, given.config, given.ends)
                 own, self.written = own_samples(setup.student, setup.teacher, *asked, size, poll)
@@ -499,14 +501,19 @@ def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
 
     def by_file(corpus: dict[str, Any]) -> dict[str, Any]:
         """Flat, one entry a file, so that the error names the file that differs."""
+        sources = corpus.get("sources", {})
         decontamination = corpus.get("decontamination") or {}
         files = [*corpus["files"], *decontamination.get("against", [])]
         counts = {name: value for name, value in decontamination.items() if not isinstance(value, list)}
-        return (
-            _flat(corpus | {"decontamination": counts})
-            | {file["path"]: file["sha256"][:12] for file in files}
-            | {"files": len(corpus["files"])}
-        )
+        others = {name: value for name, value in corpus.items() if name not in ("sources", "files")}
+        found = _flat(others | {"decontamination": counts})
+        # Of a mix each file is under its source alone: two may read the same one.
+        found |= {} if sources else {file["path"]: file["sha256"][:12] for file in files}
+        found |= {"files": len(corpus["files"])}
+        for source, part in sources.items():
+            own = by_file(part)
+            found |= {f"{n} of source {source}" if "/" in n else f"sources.{source}.{n}": own[n] for n in own}
+        return found
 
     recorded = {"layout": "stream"} | run.corpus()  # of a time when there was nothing else
     _require_equal(by_file(recorded), by_file(manifest), "corpus", run)
@@ -524,9 +531,11 @@ def _require_equal(recorded: dict[str, Any], now: dict[str, Any], what: str, run
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
+    """Nested keys, and places in lists of mappings, joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = {str(number): each for number, each in enumerate(value)}
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 

@@ -73,6 +73,7 @@ def _origins(setup: RunSetup, run: RunDir, finished: Finished, after: dict[str, 
         "uncommitted_changes": bool(finished.code["diff"]),
         "recipe_sha256": file_sha256(run.path / "recipe.yaml"),
         "corpus_fingerprint": setup.corpus.fingerprint,
+        **_sources(setup, finished.outcome),
         "decontamination": _without_hits(manifest["decontamination"]),
         "tokenizer_sha256": manifest["tokenizer_sha256"],
         "teacher": _teacher(setup, finished),
@@ -87,6 +88,24 @@ def _origins(setup: RunSetup, run: RunDir, finished: Finished, after: dict[str, 
         "allow_identical": setup.recipe.allow_identical,
         "vocabulary": vars(setup.shared),
     }
+
+
+def _sources(setup: RunSetup, outcome: Outcome) -> dict[str, Any]:
+    """Of a mix, what each source was to be of each step, and what of it was read; nothing of one corpus."""
+    listed, rows_per_step = setup.corpus.manifest.get("sources", {}), setup.recipe.corpus_rows_per_step
+    order = setup.corpus.order(setup.recipe.train.seed)
+    read = order.rows_read(outcome.step, rows_per_step) if rows_per_step else {}
+    for step in outcome.left_out if read else ():  # which count from 1
+        until, before = (order.rows_read(n, rows_per_step) for n in (step, step - 1))
+        read = {name: rows - until[name] + before[name] for name, rows in read.items()}
+    names = ("weight", "train_rows", "heldout_rows", "heldout_positions", "fingerprint")
+    sources = {
+        name: {key: part[key] for key in names}
+        | ({"rows_read": read[name], "times_read": read[name] / part["train_rows"]} if read else {})
+        | ({"share_read": read[name] / sum(read.values())} if any(read.values()) else {})
+        for name, part in listed.items()
+    }
+    return {"sources": sources} if sources else {}
 
 
 def _settings(setup: RunSetup, run: RunDir) -> dict[str, Any]:
@@ -145,9 +164,12 @@ def _licenses(setup: RunSetup) -> dict[str, dict[str, str | None]]:
     sources = {
         "teacher": setup.teacher.describe().get("source"),
         "student": student.model if student.name == "checkpoint" else None,
-        "data": setup.recipe.corpus.origin,
     }
-    return {role: license_of(source, role) for role, source in sources.items() if source is not None}
+    found = {role: license_of(source, role) for role, source in sources.items() if source is not None}
+    parts = setup.recipe.corpus.parts or {"": setup.recipe.corpus}
+    return found | {
+        f"data/{name}" if name else "data": license_of(part.origin, "data") for name, part in parts.items()
+    }
 
 
 def _without_hits(overlaps: dict[str, Any] | None) -> dict[str, Any] | str:

@@ -41,6 +41,7 @@ from potstill.models.decoding import Decode
 from potstill.preflight.auto import settle
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
+from potstill.recipe.sections_data import OF_A_SOURCE
 from potstill.recipe.sections_rollouts import WriteConfig
 from potstill.runs.run_dir import code, environment
 from potstill.training.sampling import write
@@ -241,7 +242,9 @@ def _identity(recipe: Recipe, teacher: Teacher, tokenizer: Any, out: Path) -> Js
     begun = _read_progress(out) if (out / PROGRESS).exists() else {}
     recorded = begun.get("of", {}).get("teacher", {})
     corpus, given = dataclasses.asdict(recipe.corpus), dataclasses.asdict(recipe.write)
-    files = {str(path): file_sha256(path) for path in recipe.corpus.sources([])}
+    for name in OF_A_SOURCE:  # `write` has no mix
+        del corpus[name]
+    files = {str(path): file_sha256(path) for path in recipe.corpus.files_now([])}
     reader = {"tokens": behaviour_sha256(tokenizer), "template": str(tokenizer.chat_template)}
     of_teacher = teacher.fingerprint(recorded) | {"dtype": getattr(recipe.teacher, "dtype", None)}
     return {"corpus": corpus, "prompts": files, "tokenizer": reader, "write": given, "teacher": of_teacher}
