@@ -34,7 +34,117 @@ STORE = "store/test_store.py::test_"
 DATA = "training/test_data.py::test_"
 REFUSAL = "publish/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
 OWN = "training/test_rollouts.py::test_"
+MIX = "data/test_mixing.py::test_"
 FAULTS = {
+    "each step's shares of a mix are rounded by themselves": Fault(
+        "data/shares.py",
+        "urgent.append((due, not hurries_next, -chain, i))",
+        "urgent.append((-rest, False, 0, i))",
+        f"{MIX}shares_are_exact_for_any_weights",
+    ),
+    "a source of a mix may come too early": Fault(
+        "data/shares.py",
+        "if rest and count * D // rest <= step:",
+        "if rest:",
+        f"{MIX}shares_are_exact_for_any_weights",
+    ),
+    "of rows of a mix that are due at once any is taken": Fault(
+        "data/shares.py",
+        "urgent.append((due, not hurries_next, -chain, i))",
+        "urgent.append((due, not hurries_next, 0, i))",
+        f"{MIX}shares_are_exact_for_any_weights",
+    ),
+    "what is due first in a mix is not told from what can wait": Fault(
+        "data/shares.py",
+        "urgent.append((due, not hurries_next, -chain, i))",
+        "urgent.append((due, False, 0, i))",
+        f"{MIX}shares_are_exact_for_any_weights",
+    ),
+    "a source of a mix is read in one order in every epoch": Fault(
+        "data/fixed.py",
+        "PCG64([seed, epoch, *own])",
+        "PCG64([seed, 0, *own])",
+        f"{MIX}every_epoch_of_a_source_is_all_its_rows_once_in_another_order",
+    ),
+    "a source of a mix begins each step with its first rows": Fault(
+        "data/mixing.py",
+        "for position in range(start, end)]",
+        "for position in range(end - start)]",
+        f"{MIX}every_epoch_of_a_source_is_all_its_rows_once_in_another_order",
+    ),
+    "the sources of a step follow each other": Fault(
+        "data/mixing.py",
+        "return [rows[place] for place in shuffled]",
+        "return rows",
+        f"{MIX}micro_batches_have_rows_of_several_sources",
+    ),
+    "a batch of a mix numbers rows as their source does": Fault(
+        "data/mixing.py",
+        "return batch_of([(self.parts[part], own) for part, own in places], [self.first_row + r for r in rows])",
+        "return batch_of([(self.parts[part], own) for part, own in places], [own for _, own in places])",
+        f"{MIX}a_row_of_a_mix_is_the_row_of_its_source",
+    ),
+    "what one source holds out, another trains on": Fault(
+        "data/mixing.py",
+        "parts = _without_held_out(parts)",
+        "parts = dict(parts)",
+        f"{MIX}a_document_that_one_source_holds_out_is_in_no_training_row_of_another",
+    ),
+    "the figures of all sources are the mean of theirs": Fault(
+        "evals/heldout.py",
+        'metrics = {f"heldout/{metric}": value / total["positions"] for metric, value in total.items()}',
+        'metrics = {f"heldout/{metric}": sum(own[metric] / own["positions"] for own in sums.values()) / len(sums)'
+        " for metric in total}",
+        f"{MIX}a_run_measures_and_records_every_source",
+    ),
+    "a source's figures are of all rows": Fault(
+        "workflows/distill.py",
+        "corpus.heldout, size, poll, corpus.heldout_parts)",
+        "corpus.heldout, size, poll, {n: range(len(corpus.heldout)) for n in corpus.parts})",
+        f"{MIX}a_run_measures_and_records_every_source",
+    ),
+    "a resumed run does not look at the files of a source": Fault(
+        "workflows/distill.py",
+        "            own = by_file(part)\n",
+        "            own = {}\n",
+        f"{MIX}a_changed_file_is_named_with_its_source_on_resume",
+    ),
+    "one source alone is decontaminated": Fault(
+        "build/corpus.py",
+        "_packed(part, source.afresh(), beat)",
+        "_packed(part, source.afresh() if not parts else dataclasses.replace(source, decontamination=None), beat)",
+        f"{MIX}every_source_is_decontaminated_and_the_counts_are_added_up",
+    ),
+    "all sources share the counts of what was found in them": Fault(
+        "build/corpus.py",
+        "_packed(part, source.afresh(), beat)",
+        "_packed(part, source, beat)",
+        f"{MIX}every_source_is_decontaminated_and_the_counts_are_added_up",
+    ),
+    "rows of a step that was left out count as read": Fault(
+        "workflows/receipt.py",
+        "for step in outcome.left_out if read else ():",
+        "for step in ():",
+        f"{MIX}rows_of_a_step_that_the_guard_left_out_are_not_counted_as_read",
+    ),
+    "prompts of a mix are taken one as often as the other": Fault(
+        "data/prompts.py",
+        "return MixedOrder(tuple(self.of), tuple(map(len, self.of.values())), self.weights, seed)",
+        "return Order(len(self), seed)",
+        f"{MIX}the_student_goes_on_from_every_source_in_its_share",
+    ),
+    "a layer is left out by what it does to the first source of a mix": Fault(
+        "data/mixing.py",
+        "return _Chosen(self.train, self._by_turns())",
+        "return self.train",
+        f"{MIX}the_first_rows_in_proportion_are_of_all_sources",
+    ),
+    "a source's rows are cached over another's": Fault(
+        "recipe/sections_mix.py",
+        "os.path.join(self.shards, str(each.source))",
+        "self.shards",
+        f"{MIX}each_source_has_its_own_cache_that_it_shares_with_the_corpus_alone",
+    ),
     "cross-entropy on what the student wrote": Fault(
         "models/student.py",
         "replace(self.objective, ce_weight=0.0) if batch.is_rollout else self.objective",

@@ -13,11 +13,12 @@ from potstill.build.resolve import Resolved
 from potstill.data import packing
 from potstill.data.completions import Completion, CompletionRows, from_file
 from potstill.data.end_of_turn import end_of_turn, ends_of
-from potstill.data.prompts import Prompt, Prompts
+from potstill.data.prompts import MixedPrompts, Prompt, Prompts
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.decoding import decoding_fault
 from potstill.recipe.load import Recipe
+from potstill.recipe.sections_data import CorpusConfig
 from potstill.recipe.sections_rollouts import RolloutsConfig
 from potstill.training.sampling import write
 from potstill.types import Teacher
@@ -31,7 +32,7 @@ HELDOUT_SEED = 0
 @dataclass(frozen=True)
 class RolloutSetup:
     config: RolloutsConfig
-    prompts: Prompts
+    prompts: Prompts | MixedPrompts
     heldout: list[Prompt]
     """Of held-out documents: what the student writes behind them is measured at every evaluation."""
     ends: frozenset[int]
@@ -80,9 +81,7 @@ def set_up_rollouts(
         )
     _require_one_template(resolved, tokenizer)
     longest = recipe.corpus.tokens_per_row - config.max_new_tokens
-    part, tokens = recipe.corpus.prompt, config.prompt_tokens or min(PROMPT_TOKENS, longest)
-    prompts = Prompts(corpus.train, part, tokens, longest)
-    heldout = Prompts(corpus.heldout, part, tokens, longest, "held-out")
+    prompts, heldout = _prompts(recipe, corpus, longest)
     for line in prompts.notes():
         note(f"rollouts: {line}")
     ends = _ends(resolved, tokenizer, teacher, model, ids, note)
@@ -91,8 +90,31 @@ def set_up_rollouts(
     note(
         f"rollouts: {share} of a step's rows are written by the student, behind {len(prompts)} prompts, to {to}"
     )
-    first = [heldout[number] for number in range(min(len(heldout), recipe.corpus.heldout_rows))]
-    return RolloutSetup(config, prompts, first, ends)
+    return RolloutSetup(config, prompts, heldout, ends)
+
+
+def _prompts(
+    recipe: Recipe, corpus: packing.Corpus, longest: int
+) -> tuple[Prompts | MixedPrompts, list[Prompt]]:
+    """Those to train on, and the first held-out ones; of a mix, of each source by its kind."""
+    assert recipe.rollouts is not None
+    tokens = recipe.rollouts.prompt_tokens or min(PROMPT_TOKENS, longest)
+    if not corpus.parts:
+        prompts = Prompts(corpus.train, recipe.corpus.prompt, tokens, longest)
+        return prompts, _first_heldout(corpus, recipe.corpus, tokens, longest, "held-out")
+    of_each, heldout = dict[str, Prompts](), list[Prompt]()
+    for name, part in recipe.corpus.parts.items():
+        of_each[name] = Prompts(corpus.parts[name].train, part.prompt, tokens, longest, f"training {name}")
+        heldout += _first_heldout(corpus.parts[name], part, tokens, longest, f"held-out {name}")
+    return MixedPrompts(of_each, corpus.shares), heldout
+
+
+def _first_heldout(
+    corpus: packing.Corpus, config: CorpusConfig, tokens: int, longest: int, name: str
+) -> list[Prompt]:
+    """As many as there are held-out rows."""
+    prompts = Prompts(corpus.heldout, config.prompt, tokens, longest, name)
+    return [prompts[number] for number in range(min(len(prompts), config.heldout_rows))]
 
 
 def with_answers(
@@ -186,15 +208,20 @@ def _ends(
 
 
 def _is_chat(recipe: Recipe, tokenizer: Any) -> bool:
-    """Whether prompts are rendered by the chat template."""
-    said = getattr(recipe.corpus, "chat", None)
-    is_by_default = recipe.corpus.prompt == "question" or bool(tokenizer.chat_template)
-    return recipe.corpus.prompt != "beginning" and (is_by_default if said is None else bool(said))
+    """Whether prompts, of a mix those of any source, are rendered by the chat template."""
+
+    def is_chat(config: CorpusConfig) -> bool:
+        said = getattr(config, "chat", None)
+        is_by_default = config.prompt == "question" or bool(tokenizer.chat_template)
+        return config.prompt != "beginning" and (is_by_default if said is None else bool(said))
+
+    return any(is_chat(config) for config in recipe.corpus.each)
 
 
 def _require_one_template(resolved: Resolved, tokenizer: Any | None) -> None:
     """UserError for prompts out of conversations, which both models would read by the student's template."""
-    own = teacher_tokenizer(resolved) if resolved.recipe.corpus.prompt == "question" else None
+    has_chats = any(config.prompt == "question" for config in resolved.recipe.corpus.each)
+    own = teacher_tokenizer(resolved) if has_chats else None
     if own is not None and tokenizer is not None and own.chat_template not in (None, tokenizer.chat_template):
         raise UserError(
             "rollouts: the teacher has another chat template than corpus.tokenizer, and prompts of a chat corpus are"

@@ -24,6 +24,7 @@ from potstill.build.rollouts import RolloutSetup, require_rollouts, set_up_rollo
 from potstill.build.vocabulary import Shared, match_vocabularies
 from potstill.data import packing, token_cache, tokenizers
 from potstill.data.decontamination import summary
+from potstill.data.mixing import exhausted, in_words
 from potstill.errors import UserError, one_line
 from potstill.export.grid import Grid
 from potstill.io.cpu_matmul import matmul_with, return_freed_memory
@@ -245,7 +246,9 @@ def times_read(recipe: Recipe, corpus: packing.Corpus) -> dict[str, float]:
 
 def note_sources(recipe: Recipe, corpus: packing.Corpus, note: Note) -> None:
     if read := times_read(recipe, corpus):
-        note(f"corpus: read {', '.join(f'{name} {times:.2g} times' for name, times in read.items())}")
+        note(f"corpus: {in_words(read)}")
+        for line in exhausted(read):
+            note(f"warning: corpus: {line}")
 
 
 def verify_files(resolved: Resolved, note: Note) -> None:
@@ -279,7 +282,7 @@ def read_corpus(
     )
     for name, part in counts.get("sources", {}).items():
         note(
-            f"corpus: {name}: {part['weight']:.3%} of each step; {part['documents']} documents,"
+            f"corpus: {name}: {100 * part['weight']:.4g} % of each step; {part['documents']} documents,"
             f" {part['tokens']} tokens; {part['train_rows']} rows to train on, {part['heldout_rows']} held out"
         )
     for each in packing.about_documents(counts):

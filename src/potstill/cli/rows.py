@@ -72,8 +72,8 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
     )
     for name, part in manifest.get("sources", {}).items():
         say(
-            f"{name}: {part['weight']:.3%} of each step; {part['documents']} documents; {part['train_rows']} rows"
-            f" to train on, {part['heldout_rows']} held out; {part['train_positions']} tokens bear loss"
+            f"{name}: {100 * part['weight']:.4g} % of each step; {part['documents']} documents; {part['train_rows']}"
+            f" rows to train on, {part['heldout_rows']} held out; {part['train_positions']} tokens bear loss"
         )
     for line in about_documents(manifest):
         say(line)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -30,6 +30,8 @@ SHUFFLE = 2**32 - 1
 """In place of a source's number, of the order within a step."""
 LOOKED_AT = 1024
 """Rows of all sources by turns, for what is measured on a few."""
+MANY_TIMES = 4
+"""Repeated so often, text is about as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
 ADDED_UP = (
     *("documents", "tokens", "train_documents", "train_rows", "train_tokens", "train_positions"),
     *("heldout_documents", "heldout_rows", "heldout_tokens", "heldout_positions", "rows_dropped_as_held_out"),
@@ -137,6 +139,10 @@ class MixedCorpus(Corpus):
     @property
     def parts(self) -> Mapping[str, Corpus]:
         return self.of
+
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        return tuple(weight / sum(self.weights) for weight in self.weights)
 
     @property
     def heldout_parts(self) -> Mapping[str, range]:
@@ -274,3 +280,18 @@ def _with_rows(part: Corpus, kept: NDArray[np.int64], dropped: int) -> Corpus:
     }
     digest = hashlib.sha256(f"{part.fingerprint} without {dropped}".encode() + hashed(kept))
     return replace(part, manifest=part.manifest | counts | {"fingerprint": digest.hexdigest()})
+
+
+def in_words(read: Mapping[str, float]) -> str:
+    """How often each source is read."""
+    return f"read {', '.join(f'{name} {times:.2g} times' for name, times in read.items())}"
+
+
+def exhausted(read: Mapping[str, float]) -> Iterator[str]:
+    """What to say of each source that is read many times."""
+    for name, times in read.items():
+        if times > MANY_TIMES:
+            yield (
+                f"source {name} is exhausted {times:.1f} times, and is learned by heart. Give it more text, a lower"
+                " weight, or fewer steps"
+            )

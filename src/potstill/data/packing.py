@@ -16,6 +16,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,6 +185,11 @@ class Corpus:
     def parts(self) -> Mapping[str, Corpus]:
         """The sources of a mix, by name; empty: it is one corpus."""
         return {}
+
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        """What of every step each source of a mix is; empty: it is one corpus."""
+        return ()
 
     @property
     def heldout_parts(self) -> Mapping[str, range]:

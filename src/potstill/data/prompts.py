@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.data.fixed import Order, RowOrder
+from potstill.data.mixing import MixedOrder
 from potstill.data.packing import PackedRows
 from potstill.errors import UserError
 
@@ -78,6 +83,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def order(self, seed: int) -> RowOrder:
+        """Which prompts a step takes."""
+        return Order(len(self), seed)
+
     def __getitem__(self, index: int) -> Prompt:
         number, length = int(self.numbers[index]), int(self._lengths[index])
         start = int(self.rows.starts[number])
@@ -97,6 +106,29 @@ class Prompts:
             )
         if self.without:
             yield f"{self.without} of {total} documents have no prompt, and are left out of the rollouts"
+
+
+class MixedPrompts:
+    """The prompts of the sources of a mix as one, of which every step has those of each in the mix's proportions."""
+
+    def __init__(self, of: Mapping[str, Prompts], weights: tuple[Fraction, ...]) -> None:
+        self.of, self.weights = of, weights
+        self.ends = list(accumulate(map(len, of.values())))
+        self.too_long = sum(each.too_long for each in of.values())
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def order(self, seed: int) -> RowOrder:
+        return MixedOrder(tuple(self.of), tuple(map(len, self.of.values())), self.weights, seed)
+
+    def __getitem__(self, index: int) -> Prompt:
+        source = bisect_right(self.ends, index)
+        return [*self.of.values()][source][index - (self.ends[source - 1] if source else 0)]
+
+    def notes(self) -> Iterator[str]:
+        for name, each in self.of.items():
+            yield from (f"{name}: {line}" for line in each.notes())
 
 
 def _before_last_answer(rows: PackedRows) -> NDArray[np.int64]:

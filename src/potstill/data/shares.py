@@ -3,7 +3,7 @@
 With R rows a step and shares p, a step has floor(R p) or ceil(R p) rows of a source, and all steps before any step have
 less than one row more or less than their number times R p. Sources that are due one row more than the floor in a step
 are chosen as a Pfair scheduler chooses tasks: by PD2's priorities, with which there is such a choice in every step
-(Anderson and Srinivasan 2004, Mixed Pfair/ERfair scheduling of asynchronous periodic tasks).
+(Anderson and Srinivasan 2001, Mixed Pfair/ERfair scheduling of asynchronous periodic tasks, ECRTS).
 """
 
 from __future__ import annotations

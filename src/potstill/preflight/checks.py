@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from potstill.build.setup import RunSetup, times_read
 from potstill.data.decontamination import summary
+from potstill.data.mixing import exhausted, in_words
 from potstill.errors import UserError, one_line
 from potstill.io.terminal import size
 from potstill.losses.divergences import forward_kl
@@ -33,8 +34,6 @@ from potstill.types import Batch, Finding, Targets
 
 NEAR_CHANCE = 0.95
 """As a share of the cross-entropy of chance. A unigram model of text is far below it."""
-MANY_TIMES = 4
-"""Of a source of a mix: about so often repeated text is as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
 MOST_SOURCES = 8
 BEFORE_TRAINING = -1  # messages count steps from 1: the teacher's errors name step 0
 
@@ -131,17 +130,12 @@ def recipe_is_read(setup: RunSetup) -> Finding:
 
 
 def sources_last(setup: RunSetup) -> Iterator[Finding]:
-    """How often the run reads each source of a mix. Nothing of one corpus, of which the recipe's check says it."""
-    read = times_read(setup.recipe, setup.corpus)
-    if not read:
-        return
-    figure = ", ".join(f"{name} {times:.2g} times" for name, times in read.items())
-    worn = [f"{name} is exhausted {times:.1f} times" for name, times in read.items() if times > MANY_TIMES]
-    advice = f"Repeated so often, rows are learned by heart: give {' and '.join(n.split()[0] for n in worn)} more text"
-    figure = "; ".join([f"read {figure}", *worn])
-    yield Finding(
-        "sources", figure, not worn, f"{advice}, a lower weight, or fewer steps", read, ends_run=False
-    )
+    """How often the run reads each source of a mix. Nothing of one corpus, of which the recipe's check says it.
+
+    Never fails: to read a small source over and over may be meant, and `set_up` has warned of it.
+    """
+    if read := times_read(setup.recipe, setup.corpus):
+        yield Finding("sources", "; ".join([in_words(read), *exhausted(read)]), True, numbers=read)
 
 
 def files_are_whole(setup: RunSetup) -> Finding:

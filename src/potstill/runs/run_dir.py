@@ -411,7 +411,8 @@ def summary(run: RunDir) -> dict[str, dict[str, float]]:
     for line in run.metrics():
         for name, value in line.items():
             if name != "step":
-                better = max if name in ("heldout/agreement", "speed/tokens_per_s") else min
+                # Also of each source of a mix: heldout/SOURCE/agreement.
+                better = max if name.endswith("/agreement") or name == "speed/tokens_per_s" else min
                 so_far = values.setdefault(name, {"first": value, "best": value, "last": value})
                 so_far |= {"best": better(so_far["best"], value), "last": value}
     return values

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from potstill.data.completions import Completion, as_file, figures, from_file, rollout_batch
-from potstill.data.fixed import FixedRows, Order
-from potstill.data.prompts import Prompt, Prompts
+from potstill.data.fixed import FixedRows
+from potstill.data.prompts import MixedPrompts, Prompt, Prompts
 from potstill.errors import UserError
 from potstill.io.atomic import write_whole
 from potstill.models.student import Student
@@ -32,7 +32,7 @@ class Rollouts:
     def __init__(
         self,
         student: Student,
-        prompts: Prompts,
+        prompts: Prompts | MixedPrompts,
         fixed: FixedRows,
         config: RolloutsConfig,
         engine: Engine,
@@ -55,7 +55,8 @@ class Rollouts:
         """Rows of a step that the student writes."""
         self.corpus = dataclasses.replace(fixed, rows_per_step=rows - self.per_step)
         self.size = fixed.micro_batch_size
-        self.order, self.seed = Order(len(prompts), fixed.order.seed), fixed.order.seed
+        self.seed = fixed.order.seed
+        self.order = prompts.order(self.seed)
         self._block: tuple[int, list[Completion]] | None = None
         self._figures: dict[int, dict[str, float]] = {}
 
@@ -77,8 +78,9 @@ class Rollouts:
         return self.order.epoch(step, self.per_step) if self.per_step else self.corpus.epoch(step)
 
     def figures(self, step: int) -> dict[str, float]:
-        """Of a step's completions; the seconds too, where they were written in it."""
-        return self._figures.get(step, {})
+        """Of a step's completions, with the seconds where they were written in it; and of the corpus's own rows."""
+        of_corpus = self.corpus.figures(step) if self.corpus.rows_per_step else {}
+        return self._figures.get(step, {}) | of_corpus
 
     def _completions(self, step: int) -> list[Completion]:
         """Those of one step, out of the block that was written at once."""
