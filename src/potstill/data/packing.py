@@ -202,7 +202,9 @@ class Corpus:
         return self.train
 
     def source_of(self, row: int) -> str:
-        """The source in a mix of a row, by its number in a batch; empty: it is one corpus."""
+        """The source in a mix of a row, by its number in a batch; empty: it is one corpus. A row that the student wrote
+        has a number behind those of the corpus, and no source by it: IndexError.
+        """
         return ""
 
     @property

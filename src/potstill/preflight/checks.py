@@ -143,9 +143,11 @@ def files_are_whole(setup: RunSetup) -> Finding:
     files = setup.corpus.manifest["files"]
     without = [file["path"] for file in files if not file.get("sha256")]
     read = size(sum(file["bytes"] for file in files))
-    figure = f"{len(files)} of the corpus, {read}, read whole; checkpoints verified"
-    if (dataset := (setup.corpus.manifest.get("reading") or {}).get("dataset")) is not None:
-        figure = f"{dataset['records']} records of {dataset['name']}@{dataset['commit'][:12]}; checkpoints verified"
+    parts = setup.corpus.manifest.get("sources", {"": setup.corpus.manifest}).values()
+    found = [dataset for part in parts if (dataset := (part.get("reading") or {}).get("dataset"))]
+    of_hub = [f"{each['records']} records of {each['name']}@{each['commit'][:12]}" for each in found]
+    of_files = [f"{len(files)} of the corpus, {read}, read whole"] if files or not found else []
+    figure = "; ".join([*of_files, *of_hub, "checkpoints verified"])
     return Finding("files", figure, not without, f"Not read: {without[:1]}.")
 
 

@@ -34,7 +34,7 @@ def metadata(inputs: CardInputs) -> str:
         pipeline_tag="text-generation",
         tags=[*(["distillation"] if inputs.is_distilled else []), "potstill"],
         base_model=inputs.base,
-        datasets=None if inputs.dataset is None else [inputs.dataset],
+        datasets=inputs.datasets or None,
         model_name=inputs.name,
         eval_results=[*_results(inputs)],
         **extra,

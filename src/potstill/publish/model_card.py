@@ -73,10 +73,11 @@ class CardInputs:
         return self.publish.teacher or hub_name(self.resolved["teacher"].get("model"))
 
     @property
-    def dataset(self) -> str | None:
-        """Hub id of the data set, where it was read from there."""
-        read = (self.corpus.get("reading") or {}).get("dataset")
-        return None if read is None else str(read["name"])
+    def datasets(self) -> list[str]:
+        """Hub ids of the data sets that were read from there."""
+        parts = self.corpus.get("sources", {"": self.corpus}).values()
+        found = [read for part in parts if (read := (part.get("reading") or {}).get("dataset"))]
+        return list(dict.fromkeys(str(read["name"]) for read in found))
 
     @property
     def base(self) -> str | None:
