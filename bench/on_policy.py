@@ -77,7 +77,7 @@ ARMS = {
     "half": MIXED + PAIR + KL.replace("DIVERGENCE", "reverse_kl") + OWN.replace("SHARE", "0.5") + ON_OWN,
     "control": WRITTEN + PAIR + KL.replace("DIVERGENCE", "reverse_kl") + OWN.replace("SHARE", "1") + ON_OWN,
 }
-START_STEPS = 150
+START_STEPS = 1500
 PER_STEP = 4, 24
 """Steps of the two short runs whose difference in seconds is that of the steps between."""
 

@@ -40,7 +40,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 HOMES = {
     "divergence": "potstill.losses.divergences",
-    "teacher": "potstill.recipe.sections_models",
+    "teacher": "potstill.recipe.sections_mixture",
     "corpus": "potstill.recipe.sections_mix",
     "evaluation": "potstill.recipe.sections_evaluation",
     "sink": "potstill.recipe.sections_evaluation",

@@ -304,6 +304,10 @@ class Teacher(TeacherLogitsProvider, Protocol):
         """
         ...
 
+    def use_rows(self, are_packed: bool) -> None:
+        """Learn whether rows hold several documents; UserError where it cannot keep these apart."""
+        ...
+
     def share_ids(self, ids: int) -> int:
         """Give probability 0 to the ids from `ids` on, which the student does not have; returns the number of ids
         that its targets are over, which is larger where it cannot mask them.

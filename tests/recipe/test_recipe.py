@@ -103,6 +103,8 @@ KINDS = {
         "table": "path: table.safetensors",
         "store": "path: text, model: model.gguf",
         "server": "url: 'https://llm.example:8000', model: big, tokenizer: model, api: sglang, top_k: 20, requests: 2",
+        "mixture": "in_memory: one, teachers: [{weight: 1, teacher: {name: fixture, vocab_size: 9}}, "
+        "{weight: 2, teacher: {name: fixture, vocab_size: 9}}]",
     },
     "capture": {
         "sampled": "threshold: 0.03, seed: 1",
@@ -136,7 +138,7 @@ def test_every_name_loads_with_its_options_and_comes_back_from_its_own_dump(
         part = getattr(part, step)
     assert part.name == name
     given_options = yaml.safe_load(f"{{{options}}}")
-    paths = {"path", "model", "tokenizer", "sources"}
+    paths = {"path", "model", "tokenizer", "sources", "teachers"}
     assert {k: v for k, v in dataclasses.asdict(part).items() if k in given_options and k not in paths} == {
         k: v for k, v in given_options.items() if k not in paths
     }
@@ -540,7 +542,7 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
     [
         (
             {"teacher": "{name: vllm}"},
-            "teacher.name: no teacher called 'vllm'. Known: fixture, server, store, table, torch.",
+            "teacher.name: no teacher called 'vllm'. Known: fixture, mixture, server, store, table, torch.",
         ),
         ({"teacher": "{name: troch}"}, "teacher.name: no teacher called 'troch'. Did you mean torch?"),
         (

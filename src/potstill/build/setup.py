@@ -195,7 +195,7 @@ def _set_up_student(
         )
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(chosen, repair=chosen.is_repaired))
         resolved = resolved.with_recipe(recipe)
-    _use_rows(recipe, model)
+    model.use_rows(recipe.corpus.packing)
     _note_left_out(model, note)
     if recipe.lora is not None:
         # After the cut, so that adapters are named after the student's layers, not the teacher's.
@@ -298,8 +298,7 @@ def require_teacher(resolved: Resolved, teacher: Teacher, tokenizer: Any | None,
     """Report the loaded teacher, and require that the corpus was encoded with its tokens."""
     label = resolved.teacher.label
     teacher.note = note
-    if teacher.model is not None:
-        _use_rows(resolved.recipe, teacher.model)
+    teacher.use_rows(resolved.recipe.corpus.packing)
     backend = teacher.backend
     by = "" if backend is None else f"; {backend['backend']} runs it ({backend['reason']})"
     note(f"teacher: {label}, vocabulary of {teacher.vocab_size}{by}")
@@ -310,13 +309,6 @@ def require_teacher(resolved: Resolved, teacher: Teacher, tokenizer: Any | None,
     if tokenizer is not None and teacher.vocab.tokens is not None:
         in_corpus = tokenizers.vocab_of(tokenizer, teacher.vocab_size)
         tokenizers.require_same(teacher.vocab, in_corpus, label, "corpus")
-
-
-def _use_rows(recipe: Recipe, model: CausalLM) -> None:
-    """Let the model know whether rows hold several documents; UserError where it cannot keep these apart."""
-    model.rows_are_packed = recipe.corpus.packing
-    if recipe.corpus.packing:
-        model.require_packing()
 
 
 def _note_left_out(model: CausalLM, note: Note) -> None:

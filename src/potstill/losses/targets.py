@@ -13,11 +13,12 @@ sampled  an unbiased estimate of the full distribution, whose rows sum to one on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from potstill.errors import UserError
 from potstill.types import moved
@@ -74,6 +75,19 @@ class SparseTargets:
         return replace(
             self, ids_NK=self.ids_NK[positions], logp_NK=self.logp_NK[positions], entropy_N=entropy_N
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[SparseTargets]) -> SparseTargets:
+        """Those of one set of positions after the other, all of one kind and temperature."""
+        K = max(part.ids_NK.shape[1] for part in parts)
+        widths = [K - part.ids_NK.shape[1] for part in parts]
+        ids_NK = torch.cat([F.pad(p.ids_NK, (0, w), value=-1) for w, p in zip(widths, parts, strict=True)])
+        logp_NK = torch.cat(
+            [F.pad(p.logp_NK, (0, w), value=-torch.inf) for w, p in zip(widths, parts, strict=True)]
+        )
+        entropies = [part.entropy_N for part in parts if part.entropy_N is not None]
+        entropy_N = torch.cat(entropies) if entropies else None
+        return replace(parts[0], ids_NK=ids_NK, logp_NK=logp_NK, entropy_N=entropy_N)
 
     def to(self, device: torch.device) -> SparseTargets:
         entropy_N = None if self.entropy_N is None else moved(self.entropy_N, device)

@@ -235,6 +235,12 @@ class CausalLM(nn.Module):
             self.require_packing()
         return None
 
+    def use_rows(self, are_packed: bool) -> None:
+        """Learn whether rows hold several documents; UserError where it cannot keep these apart."""
+        self.rows_are_packed = are_packed
+        if are_packed:
+            self.require_packing()
+
     def require_packing(self) -> None:
         """UserError where documents packed in a row would not be kept apart."""
         if self.packing_fault is not None:

@@ -132,9 +132,8 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
         model = model if recipe.lora is None else LoraLM(model, recipe.lora)
         if recipe.train.activation_checkpointing:
             model.checkpoint_activations(selective=recipe.train.activation_checkpointing == "selective")
-    for each in (model, teacher.model):
-        if each is not None:
-            each.rows_are_packed = recipe.corpus.packing
+    teacher.use_rows(recipe.corpus.packing)
+    model.rows_are_packed = recipe.corpus.packing
     ids = min(teacher.vocab_size, model.vocab_size)  # one side may have a padded end
     teacher.share_ids(ids)
     model.mask_from(ids)

@@ -102,6 +102,7 @@ def _options(recipe: Recipe) -> list[_Option]:
         _Option("train.return_memory", [] if train.return_memory else [True]),
         _Option("train.precision", ["bfloat16"] if train.precision == "float32" else []),
         _Option("teacher.dtype", ["bfloat16"] if getattr(recipe.teacher, "dtype", "") == "float32" else []),
+        _Option("teacher.in_memory", ["one"] if getattr(recipe.teacher, "in_memory", "") == "all" else []),
         _Option("corpus.tokens_per_row", _halves(recipe.corpus.tokens_per_row, SHORTEST_ROW)),
     ]
     return [option for option in options if option.values]

@@ -276,10 +276,12 @@ def _regressions(
 
 
 def _parents(tree: Mapping[str, Any], publish: PublishConfig, receipt: Mapping[str, Any]) -> list[Parent]:
-    """Whose licenses bind the student: the model it started from, its teacher, its data, of a mix each source's."""
+    """Whose licenses bind the student: the model it started from, its teacher, its data, of several each one's."""
+    student, teacher = tree["student"], receipt["teacher"]
+    teachers = {f"teacher/{each['name']}": each.get("source") for each in teacher.get("teachers", ())}
     sources = {
-        "student": tree["student"].get("model") if tree["student"]["name"] == "checkpoint" else None,
-        "teacher": receipt["teacher"].get("source") or tree["teacher"].get("path"),
+        "student": student.get("model") if student["name"] == "checkpoint" else None,
+        **(teachers or {"teacher": teacher.get("source") or tree["teacher"].get("path")}),
     }
     data = {f"data/{each['source']}": each for each in tree["corpus"].get("sources", ())}
     sources |= {

@@ -29,6 +29,7 @@ from potstill.recipe.messages import explain, shown
 from potstill.recipe.plugins import Registered, config_types, load_plugins
 from potstill.recipe.sections_data import CorpusConfig, DecontaminationConfig
 from potstill.recipe.sections_evaluation import EvaluationConfig, SinkConfig, TaskConfig
+from potstill.recipe.sections_mixture import MemberConfig
 from potstill.recipe.sections_models import (
     CheckpointStudentConfig,
     ConfigStudentConfig,
@@ -302,7 +303,12 @@ REGISTERED: dict[tuple[str, ...], str] = {
 def _schema() -> dict[tuple[str, ...], tuple[Any, ...]]:
     """The config classes that each section accepts, plug-ins' included."""
     registered = {path: config_types(kind) for path, kind in REGISTERED.items()}
-    return SECTIONS | registered | {("corpus", "sources", "*"): config_types("corpus", "can_be_mixed")}
+    nested: dict[tuple[str, ...], tuple[Any, ...]] = {
+        ("corpus", "sources", "*"): config_types("corpus", "can_be_mixed"),
+        ("teacher", "teachers", "*"): (MemberConfig,),
+        ("teacher", "teachers", "*", "teacher"): config_types("teacher", "can_be_mixed"),
+    }
+    return SECTIONS | registered | nested
 
 
 def _adapter() -> TypeAdapter[Recipe]:
@@ -358,7 +364,7 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
         yield ("corpus", *name.split(".")), what
     yield from _across_rollouts(tree)
     yield from _across_write(tree["write"] if isinstance(tree.get("write"), dict) else {})
-    yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {})
+    yield from _across_teacher(tree["teacher"] if isinstance(tree.get("teacher"), dict) else {}, corpus)
     yield from _across_capture(tree["capture"] if isinstance(tree.get("capture"), dict) else {})
     if guard.get("policy") == "rollback" and train.get("save_every") == 0:
         yield (
@@ -493,7 +499,11 @@ def _across_write(write: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
         )
 
 
-def _across_teacher(teacher: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+def _across_teacher(teacher: dict[str, Any], corpus: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    entry = registry.entries("teacher").get(str(teacher.get("name")))
+    if isinstance(entry, type) and issubclass(entry, TeacherConfig):
+        for name, what in entry.mistakes(teacher, corpus):
+            yield ("teacher", *name.split(".")), what
     weights = teacher.get("weights", "full")
     if weights != "full" and teacher.get("sharded"):
         yield ("teacher", "sharded"), f"weights: {weights} cannot be sharded. Set it to false."

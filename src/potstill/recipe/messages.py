@@ -36,6 +36,7 @@ WHAT: dict[Path, str] = {
     ("evaluations", "*"): "evaluation",
     ("sinks", "*"): "sink",
     ("corpus", "sources", "*"): "source of a mix",
+    ("teacher", "teachers", "*", "teacher"): "teacher of a mixture",
 }
 """What one entry of a list is called."""
 BOUNDS = {

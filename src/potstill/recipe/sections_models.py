@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -43,6 +43,8 @@ class TeacherConfig(Config):
 
     source: ClassVar[str] = "potstill.teachers.base:TeacherSource"
     """Its `TeacherSource`, what is known before the weights are loaded, as `module:name`."""
+    can_be_mixed: ClassVar[bool] = True
+    """Whether it may be one of a mixture."""
     has_weights: ClassVar[bool] = False
     """Whether `model` is a checkpoint that can itself be trained, as `compare.corrected_steps` does."""
 
@@ -58,6 +60,13 @@ class TeacherConfig(Config):
     def label(self) -> str:
         """A short name for messages."""
         return self.registered_name
+
+    @classmethod
+    def mistakes(cls, given: Mapping[str, Any], corpus: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Field and sentence of each mistake that shows in several fields together, those of the corpus included. Both
+        sections are as they were written, before their types are known.
+        """
+        return iter(())
 
     def load(self, device: torch.device) -> Teacher:
         """The teacher on `device`, ready to compute targets: see `potstill.teachers.base.BaseTeacher`."""

@@ -90,6 +90,11 @@ class BaseTeacher:
         """With a cache where its model has a sound one, else by reading each row again for every token."""
         return decoder_of(cast("Teacher", self), ids)
 
+    def use_rows(self, are_packed: bool) -> None:
+        """Its model in this process keeps the documents of a row apart."""
+        if self.model is not None:
+            self.model.use_rows(are_packed)
+
     def share_ids(self, ids: int) -> int:
         """Masks nothing: its targets are over all of its ids, and the student must have as many."""
         return self.vocab_size

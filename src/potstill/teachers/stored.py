@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
@@ -253,15 +252,7 @@ def joined(rows: list[Targets], device: torch.device) -> Targets:
     sparse = [of for of in rows if isinstance(of, SparseTargets)]
     if len(sparse) != len(rows):
         raise UserError("teacher store: training and held-out rows in one batch. Batch them separately.")
-    K = max(of.ids_NK.shape[1] for of in sparse)
-    widths = [K - of.ids_NK.shape[1] for of in sparse]
-    ids_NK = torch.cat([F.pad(of.ids_NK, (0, w), value=-1) for w, of in zip(widths, sparse, strict=True)])
-    logp_NK = torch.cat(
-        [F.pad(of.logp_NK, (0, w), value=-torch.inf) for w, of in zip(widths, sparse, strict=True)]
-    )
-    entropies = [of.entropy_N for of in sparse if of.entropy_N is not None]
-    entropy_N = torch.cat(entropies) if entropies else None
-    return replace(sparse[0], ids_NK=ids_NK, logp_NK=logp_NK, entropy_N=entropy_N).to(device)
+    return SparseTargets.joined(sparse).to(device)
 
 
 def _short(value: Any) -> str:

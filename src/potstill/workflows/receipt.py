@@ -161,11 +161,14 @@ def _teacher(setup: RunSetup, finished: Finished) -> dict[str, Any]:
 def _licenses(setup: RunSetup) -> dict[str, dict[str, str | None]]:
     """Licenses of teacher, student and data, read now: their files may be gone when the run is published."""
     student = setup.recipe.student
-    sources = {
-        "teacher": setup.teacher.describe().get("source"),
+    described = setup.teacher.describe()
+    teachers = {f"teacher/{each['name']}": each.get("source") for each in described.get("teachers", ())}
+    sources = (teachers or {"teacher": described.get("source")}) | {
         "student": student.model if student.name == "checkpoint" else None,
     }
-    found = {role: license_of(source, role) for role, source in sources.items() if source is not None}
+    found = {
+        of: license_of(source, of.partition("/")[0]) for of, source in sources.items() if source is not None
+    }
     parts = setup.recipe.corpus.parts or {"": setup.recipe.corpus}
     return found | {
         f"data/{name}" if name else "data": license_of(part.origin, "data") for name, part in parts.items()
