@@ -100,7 +100,7 @@ def capture_shard(
     Rows of a teacher elsewhere, which cost the most, are kept one by one beside the file until it is whole: an
     interruption loses those that were being asked for.
     """
-    folder = file.with_suffix(".rows") if teacher.is_elsewhere else None
+    folder = _rows_beside(file) if teacher.is_elsewhere else None
     kept = {} if folder is None else _rows_in(folder, numbers)
     missing = [number for number in numbers if number not in kept]
     todo = captured(teacher, rows, missing, codec, seed, rows_per_batch)
@@ -119,6 +119,15 @@ def capture_shard(
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
     return record
+
+
+def rows_kept(file: Path) -> int:
+    """How many rows of a file that is not whole an interrupted capture has kept."""
+    return len(list(_rows_beside(file).glob("*.safetensors")))
+
+
+def _rows_beside(file: Path) -> Path:
+    return file.with_suffix(".rows")
 
 
 def _rows_in(folder: Path, numbers: Sequence[int]) -> dict[int, Captured]:

@@ -41,12 +41,14 @@ from potstill.store.reader import read_manifest
 from potstill.store.shards import AGAIN
 from potstill.store.writer import StoreWriter, write_json
 from potstill.teachers.backends import FULL
-from potstill.teachers.capture_rows import Captured, capture_shard
+from potstill.teachers.capture_rows import Captured, capture_shard, rows_kept
 from potstill.teachers.stored import OF_CORPUS
 from potstill.types import Teacher
 from potstill.workflows.capture_fidelity import certificate
 
 MAX_SHARDS = 1000  # where the recipe does not set rows_per_shard
+SAID_EVERY_S = 10.0
+"""Of a capture whose rows take long."""
 THRESHOLD_POSITIONS = 2048  # held-out positions that a sampling threshold is fitted to
 Json = dict[str, Any]
 
@@ -261,14 +263,18 @@ def _capture_shards(
     teacher, numbers, codec = setup.teacher, _row_numbers(setup), codec_of(settings)
     per_shard, seed = settings["rows_per_shard"], settings["kind"].get("seed", 0)
     missing = set(writer.missing(mine))
-    total = sum(len(numbers[n * per_shard : (n + 1) * per_shard]) for n in missing)
-    started, done = time.perf_counter(), 0
+    total = sum(
+        len(numbers[n * per_shard : (n + 1) * per_shard]) - rows_kept(writer.files.shard(n)) for n in missing
+    )
+    started = said_s = time.perf_counter()
+    done = 0
 
     def on_row(row: Captured) -> None:
-        nonlocal done
+        nonlocal done, said_s
         done += 1
-        if done % 16 == 0 or done == total:
-            seconds = time.perf_counter() - started
+        now_s = time.perf_counter()
+        if done % 16 == 0 or done == total or now_s - said_s > SAID_EVERY_S:
+            seconds, said_s = now_s - started, now_s
             rate = done * setup.recipe.corpus.tokens_per_row / seconds
             left = clock(seconds / done * (total - done))
             doing = teacher.activity()
