@@ -23,10 +23,13 @@ from cut_off import cut_off
 from refusals import refusal
 from serving import Json, Served, serving
 
-from potstill import distill
+from potstill import distill, load_recipe
+from potstill.build.resolve import resolve
+from potstill.build.setup import set_up
 from potstill.cli.main import main
 from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError
+from potstill.evals.disagreement import disagreement
 from potstill.io import http_client
 from potstill.io.terminal import Display
 from potstill.recipe.sections_models import ServerTeacherConfig
@@ -661,6 +664,31 @@ def test_check_and_plan_of_a_served_teacher(
     assert main(["plan", path]) == 0
     assert main(["check", path]) == 0, capsys.readouterr()
     assert "teacher" in capsys.readouterr().out
+
+
+def test_the_report_shows_what_a_served_teacher_chooses(
+    recipe: Recipe, tiny_recipe: Recipe, student: str, small: dict[str, str], address: str, tmp_path: Path
+) -> None:
+    """Ids, not the places of a few of them; the bucket is no choice."""
+    there = distill(recipe(address, ", top_k: 5"), out=tmp_path / "there")
+    here = distill(tiny_recipe(**small, student=student), out=tmp_path / "here")
+    assert main(["report", str(there.path)]) == 0
+    assert "lower bound" in (there.path / "report.html").read_text()
+    for ours, theirs in zip(*(_tokens(run, here.student) for run in (here, there)), strict=True):
+        if "teacher" in ours:
+            assert [c[0] for c in ours["teacher"]] == [c[0] for c in theirs["teacher"]]
+            assert theirs["teacher_ce"] == pytest.approx(ours["teacher_ce"], abs=1e-4)
+            assert theirs["kl"] <= ours["kl"] + 1e-4 and theirs["entropy"] == pytest.approx(
+                ours["entropy"], abs=1e-4
+            )
+
+
+def _tokens(run: RunDir, student: Path) -> list[dict[str, Any]]:
+    resolved = resolve(load_recipe(run.path / "resolved.yaml"), saved_student=student)
+    setup = set_up(resolved, lambda line: None)
+    with closing(setup.teacher):
+        rows = disagreement(setup.student, setup.teacher, setup.corpus.heldout, 40, setup.tokenizer)
+    return [token for row in rows for token in row]
 
 
 def test_logits_for_batch_are_log_probabilities_of_the_known(

@@ -7,6 +7,9 @@ kl               KL(teacher || student) at temperature 1, nats
 ce, teacher_ce   each model's cross-entropy with the actual token, nats
 entropy, teacher_entropy   the entropy of each model's distribution, nats
 student, teacher           each model's first choices: id, text, probability
+
+Of a teacher that gives few ids of each distribution, what is of it or of both is over these and one class for all
+others: lower bounds.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import torch
 from torch import Tensor
 
 from potstill.losses.divergences import forward_kl
+from potstill.losses.targets import SparseTargets
 from potstill.models.student import Student
-from potstill.types import Batch, Rows, Teacher, answer
+from potstill.types import Batch, Rows, Targets, Teacher, answer
 
 Token = dict[str, Any]
 CHOICES = 3
@@ -67,8 +71,8 @@ def _row(student: Student, teacher: Teacher, batch: Batch, tokenizer: Any | None
     row: list[Token] = [{"id": id, "text": _text(tokenizer, ids[:at], id)} for at, id in enumerate(ids)]
     targets = answer(teacher, batch)
     for part, logits_CV in student.logits(batch):
-        pair = targets[part].on_support(logits_CV.log_softmax(-1), 1.0)
-        for position, values in zip(positions[part], _values(*pair, batch.labels_N[part]), strict=True):
+        found = _values(logits_CV.log_softmax(-1), targets[part], batch.labels_N[part])
+        for position, values in zip(positions[part], found, strict=True):
             for model in ("student", "teacher"):
                 values[model] = [
                     [id, _text(tokenizer, ids[: position + 1], id), p] for id, p in values[model]
@@ -77,16 +81,24 @@ def _row(student: Student, teacher: Teacher, batch: Batch, tokenizer: Any | None
     return row
 
 
-def _values(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor) -> list[Token]:
+def _values(student_CV: Tensor, targets: Targets, labels_C: Tensor) -> list[Token]:
     """The values of each position of a chunk; choices are (id, probability)."""
-    columns: dict[str, list[Any]] = {"kl": forward_kl(student_CV, teacher_CV).tolist()}
-    for model, prefix, logp_CV in (("student", "", student_CV), ("teacher", "teacher_", teacher_CV)):
-        columns[f"{prefix}ce"] = (-logp_CV.gather(-1, labels_C[:, None]).squeeze(-1)).tolist()
-        columns[f"{prefix}entropy"] = torch.special.entr(logp_CV.exp()).sum(-1).tolist()
-        best = logp_CV.topk(min(CHOICES, logp_CV.shape[-1]))
+    student_CS, teacher_CS = targets.on_support(student_CV, 1.0)
+    columns: dict[str, list[Any]] = {"kl": forward_kl(student_CS, teacher_CS).tolist()}
+    sparse = targets if isinstance(targets, SparseTargets) else None
+    classes_C = labels_C if sparse is None else sparse.classes_of(labels_C)
+    for model, prefix, logp_CS, of_C, ids_CK in (
+        ("student", "", student_CV, labels_C, None),
+        ("teacher", "teacher_", teacher_CS, classes_C, None if sparse is None else sparse.ids_NK),
+    ):
+        columns[f"{prefix}ce"] = (-logp_CS.gather(-1, of_C[:, None]).squeeze(-1)).tolist()
+        columns[f"{prefix}entropy"] = torch.special.entr(logp_CS.exp()).sum(-1).tolist()
+        known_CK = logp_CS if ids_CK is None else logp_CS[:, : ids_CK.shape[1]]
+        best = known_CK.topk(min(CHOICES, known_CK.shape[-1]))
+        best_ids = best.indices if ids_CK is None else ids_CK.gather(-1, best.indices)
         columns[model] = [
-            list(zip(ids, p, strict=True))
-            for ids, p in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
+            [(id, p) for id, p in zip(ids, probabilities, strict=True) if id >= 0]
+            for ids, probabilities in zip(best_ids.tolist(), best.values.exp().tolist(), strict=True)
         ]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 

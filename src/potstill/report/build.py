@@ -119,6 +119,7 @@ def _disagreement(run: RunDir, setup: RunSetup, tokens: int) -> dict[str, Any]:
         "rows": [[_rounded(token) for token in row] for row in rows],
         "positions": len(values),
         "mean_kl": math.fsum(values) / len(values) if values else None,
+        "held_out": setup.teacher.describe().get("held_out"),
     }
 
 

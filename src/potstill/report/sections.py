@@ -46,6 +46,7 @@ def disagreement(measured: Mapping[str, Any] | str, overall_kl: float | None) ->
     return {
         "positions": grouped(len(tokens)),
         "mean_kl": f"{measured['mean_kl']:.3f}",
+        "bounds": f"Figures of the teacher are {measured['held_out']}." if measured.get("held_out") else "",
         "mean_of_all": "" if overall_kl is None else f" ({overall_kl:.3f} over all held-out rows)",
         "first_choices_differ": f"{differ} tokens ({100 * differ / len(tokens):.1f} %)",
         "legend": [*(f"{a}–{b}" for a, b in pairwise(edges)), f"{edges[-1]} and more"],
