@@ -569,3 +569,15 @@ def test_documents_without_a_prompt_are_refused(tiny_recipe: Recipe) -> None:
     built(recipe)
     with pytest.raises(UserError, match=r"rollouts: not one prompt .* Lower rollouts.prompt_tokens"):
         built(recipe, "corpus.tokens_per_row=400", "rollouts.prompt_tokens=390", "corpus.heldout_rows=1")
+
+
+def test_the_measured_plan_has_the_time_of_writing_apart(
+    tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(tiny_recipe(rollouts=OWN)), "--measure", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert 0 < planned["rollout_time_s"] < planned["time_s"]
+    assert main(["plan", str(tiny_recipe()), "--measure", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rollout_time_s"] is None
+    assert main(["distill", str(tiny_recipe(rollouts=OWN)), "--smoke", "2"]) == 0
+    assert "of it writing rollouts" in capsys.readouterr().out

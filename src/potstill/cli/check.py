@@ -109,7 +109,8 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
         from potstill.preflight.trial_steps import smoke
 
         measured = smoke(resolved, 3, display, options.recipe.stem, at_most=True)
-        planned = dataclasses.replace(planned, time_s=measured["smoke/projected_s"])
+        written_s = measured.get("smoke/projected_rollout_s")
+        planned = dataclasses.replace(planned, time_s=measured["smoke/projected_s"], rollout_time_s=written_s)
     if options.json:
         result = planned.as_dict() | {"fits": fits, "chunk": chunk.as_dict()}
         result |= {"memory_available_bytes": memory, "disk_available_bytes": disk, "capture": captured}
@@ -147,8 +148,7 @@ def _rollout_lines(resolved: Resolved) -> list[str]:
     if not rows:
         return []
     return [
-        f"rollouts: {size(rollout_bytes(resolved))} of key-value cache and logits while {rows} rows are written; their"
-        " time is in that of a step (--measure)"
+        f"rollouts: {size(rollout_bytes(resolved))} of key-value cache and logits while {rows} rows are written"
     ]
 
 
@@ -170,7 +170,10 @@ def _disk_lines(planned: Plan, disk: int, resolved: Resolved, captured: dict[str
     if resolved.recipe.corpus.is_streamed and corpus_tokens(resolved.recipe) is None:
         lines.append("corpus: on the hub; how many tokens it has is not known, and not in these figures")
     not_measured = "not measured; `potstill plan RECIPE --measure` runs three steps"
-    return [*lines, f"time: {not_measured if planned.time_s is None else clock(planned.time_s)}"]
+    written = (
+        "" if planned.rollout_time_s is None else f", {clock(planned.rollout_time_s)} of it writing rollouts"
+    )
+    return [*lines, f"time: {not_measured if planned.time_s is None else clock(planned.time_s) + written}"]
 
 
 def _advice_lines(planned: Plan, changes: list[Advice], memory: int, disk: int) -> list[str]:

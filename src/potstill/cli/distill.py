@@ -70,12 +70,14 @@ def _smoke(recipe: Recipe, name: str, options: argparse.Namespace, display: Disp
     from potstill.preflight.trial_steps import smoke
 
     figures = smoke(resolve(recipe), options.smoke, display, name)
+    written_s = figures.get("smoke/projected_rollout_s")
     if options.json:
         display.result(json.dumps(figures, indent=2))
     else:
         display.result(
             f"{options.smoke} steps: loss {figures['train/loss']:.4f}, {figures['smoke/step_s']:.3g} s per step;"
             f" the full run of {figures['smoke/of_steps']} steps takes about {clock(figures['smoke/projected_s'])}"
+            f"{f', {clock(written_s)} of it writing rollouts' if written_s else ''}"
         )
     return 0
 

@@ -73,6 +73,8 @@ class Plan:
     """
     time_s: float | None
     """None where no step was measured."""
+    rollout_time_s: float | None = None
+    """What of it the student writes; None where none was measured, or it writes nothing."""
 
     @property
     def parts(self) -> dict[str, int]:
