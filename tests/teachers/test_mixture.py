@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -228,6 +229,23 @@ def test_one_teacher_in_memory_gives_the_same_run(
     ).read_bytes()
 
 
+@pytest.mark.parametrize("of", [("teaches: [code]", "teaches: [prose]"), ("weight: 3", "weight: 1")])
+def test_padding_of_a_wider_head_is_masked_each_time_that_it_is_loaded(
+    of: tuple[str, str], mixed: Recipe, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Heads of one family differ in how far they are padded: Qwen2.5 has 151,936 rows or 152,064."""
+    wider = make_model(tmp_path / "wider", seed=2, vocab_size=320, tie_word_embeddings=False)
+    runs = []
+    for how in ("all", "one"):
+        path = mixed(of, f", in_memory: {how}")
+        path.write_text(path.read_text().replace(str(folders["prose"]), str(wider)))
+        runs.append(distill(path, out=tmp_path / how))
+    assert {name: runs[0].metrics()[-1][name] for name in ("heldout/kl", "heldout/teacher_ce")} == {
+        name: runs[1].metrics()[-1][name] for name in ("heldout/kl", "heldout/teacher_ce")
+    }
+    assert runs[0].receipt()["student"] == runs[1].receipt()["student"]
+
+
 def test_receipt_resume_and_card_name_each_teacher(
     mixed: Recipe, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,12 +281,16 @@ def test_check_and_plan_know_the_teachers(mixed: Recipe, capsys: pytest.CaptureF
     assert both != one
 
 
-def test_the_plan_counts_the_largest_where_one_is_in_memory(mixed: Recipe) -> None:
+def test_the_plan_counts_the_largest_where_one_is_in_memory(mixed: Recipe, folders: dict[str, Path]) -> None:
     sizes = [
         plan(resolve(load_recipe(mixed(more=f", in_memory: {how}")))).parts["teacher"]
         for how in ("all", "one")
     ]
-    assert sizes[0] > sizes[1] > 0
+    alone = [
+        plan(resolve(load_recipe(mixed(teacher=f"{{name: torch, model: {folders[name]}}}")))).parts["teacher"]
+        for name in ("code", "prose")
+    ]
+    assert alone[0] != alone[1] and sizes == [sum(alone), max(alone)]
 
 
 @pytest.fixture
@@ -296,6 +318,80 @@ def test_a_server_may_be_one_of_several(
         for name in ("train/kd", "heldout/kl", "heldout/prose/kl"):
             assert two.get(name, 0.0) == pytest.approx(one.get(name, 0.0), rel=2e-5), name
     assert "lower bounds" in there.receipt()["teacher"]["held_out"]
+
+
+@pytest.fixture
+def both_served(
+    mixed: Recipe, folders: dict[str, Path]
+) -> Iterator[tuple[Callable[..., Path], list[Served]]]:
+    """A recipe with both teachers on servers, and these."""
+    doubles = [Served(folders[name]) for name in ("code", "prose")]
+    with serving(doubles[0]) as one, serving(doubles[1]) as two:
+        members = ", ".join(
+            f"{{teaches: [{name}], teacher: {served(url, folders[name])}}}"
+            for name, url in (("code", one), ("prose", two))
+        )
+        yield (
+            lambda more="", **sections: mixed(
+                teacher=f"{{name: mixture, teachers: [{members}]{more}}}", **sections
+            ),
+            doubles,
+        )
+
+
+def test_a_teacher_elsewhere_stays_where_one_is_in_memory(
+    both_served: tuple[Callable[..., Path], list[Served]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes no memory here, and while an evaluation asks one, a thread asks the other for the next step."""
+    recipe, doubles = both_served
+    train = TRAIN.replace("steps: 4", "steps: 2")
+    path = recipe(", in_memory: one", eval="{every: 1}", train=train)
+    distill(path, out=tmp_path / "run")
+    for double in doubles:
+        assert [path for path, _ in double.requests].count("/v1/models") == 1
+    # Nor is it another one for adding up in another order.
+    cut_off(path, tmp_path / "again", 1, monkeypatch)
+    for double in doubles:
+        logp = double.logp
+        double.logp = lambda *given, logp=logp: logp(*given) - 1e-3  # type: ignore[method-assign, misc]
+    assert distill(path, out=tmp_path / "again", resume=True).receipt()
+
+
+def test_an_outage_of_one_of_several_is_told(both_served: tuple[Callable[..., Path], list[Served]]) -> None:
+    recipe, doubles = both_served
+    notes: list[str] = []
+    setup = set_up(resolve(load_recipe(recipe())), notes.append)
+    with contextlib.closing(setup.teacher):
+        (batch,) = setup.data().step(0)
+        left = [1]
+
+        def gone_once(path: str, body: Any) -> str | None:
+            left[0] -= 1
+            return "gone" if left[0] >= 0 else None
+
+        doubles[1].fault = gone_once
+        answer(setup.teacher, batch)
+    assert any("asking again for up to" in note for note in notes)
+
+
+def test_what_is_closed_loads_no_teacher_again(
+    both_served: tuple[Callable[..., Path], list[Served]],
+) -> None:
+    """As a thread would that asks ahead while the run ends."""
+    recipe, doubles = both_served
+    teacher = built(recipe()).teacher
+    assert isinstance(teacher, MixtureTeacher)
+    each: list[Any] = [teacher.members[number] for number in range(2)]
+    teacher.close()
+    for one in each:
+        with pytest.raises(UserError, match="the connection was closed"):
+            one.client.get("/v1/models")
+    before = [len(double.requests) for double in doubles]
+    with pytest.raises(UserError, match="teacher mixture: it was closed"):
+        teacher.members[0]
+    assert [len(double.requests) for double in doubles] == before
 
 
 @pytest.mark.parametrize(

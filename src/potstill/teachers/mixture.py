@@ -7,6 +7,7 @@ log sum_i w_i p_i, of which a temperature makes a softer one as of any other tea
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,9 @@ ROWS = ("rows", "heldout_rows_at")
 
 
 class Members:
-    """The teachers of a mixture, all in memory, or the one that was asked last.
+    """The teachers of a mixture, all in memory, or the one that was asked last. Threads may share one.
+
+    A teacher elsewhere takes no memory here, and stays: another thread may be asking it.
 
     Args:
         load: makes a teacher.
@@ -42,23 +45,32 @@ class Members:
         self._load, self.all_at_once = load, all_at_once
         self._loaded: dict[int, Teacher] = {}
         self._prepare: list[Callable[[Teacher], Any]] = []
+        self._lock, self._is_closed = threading.RLock(), False
 
     def __len__(self) -> int:
         return len(self._load)
 
     def __getitem__(self, number: int) -> Teacher:
-        if number not in self._loaded:
-            if not self.all_at_once:
-                self.close()
-            teacher = self._load[number]()
-            for prepare in self._prepare:
-                prepare(teacher)
-            self._loaded[number] = teacher
-        return self._loaded[number]
+        with self._lock:
+            if self._is_closed:  # a thread that asks ahead must not load one that nobody closes
+                raise UserError("teacher mixture: it was closed.")
+            if number not in self._loaded:
+                for other in [] if self.all_at_once else list(self._loaded):
+                    if not self._loaded[other].is_elsewhere:
+                        self._loaded.pop(other).close()
+                teacher = self._load[number]()
+                for prepare in self._prepare:
+                    prepare(teacher)
+                self._loaded[number] = teacher
+            return self._loaded[number]
 
     def turns(self) -> Iterator[int]:
         """Every number once, that of a teacher in memory first."""
-        return iter(sorted(range(len(self)), key=lambda number: number not in self._loaded))
+        return iter(sorted(range(len(self)), key=lambda number: not self.has(number)))
+
+    def has(self, number: int) -> bool:
+        """Whether it is in memory, or needs none."""
+        return number in self._loaded
 
     def each(self, prepare: Callable[[Teacher], Any]) -> None:
         """Call `prepare` with each that is in memory, and with every other once it is loaded."""
@@ -67,8 +79,10 @@ class Members:
         self._prepare.append(prepare)
 
     def close(self) -> None:
-        while self._loaded:
-            self._loaded.popitem()[1].close()
+        with self._lock:
+            self._is_closed = True
+            while self._loaded:
+                self._loaded.popitem()[1].close()
 
 
 class MixtureTeacher(BaseTeacher):
@@ -98,7 +112,7 @@ class MixtureTeacher(BaseTeacher):
         members.each(self._give_note)
 
     def _give_note(self, teacher: Teacher) -> None:
-        teacher.note = self.note
+        teacher.note = lambda line: self.note(line)  # which is set later than this is called
 
     def _add(self, teacher: Teacher, label: str) -> None:
         if not self._about:
@@ -185,7 +199,7 @@ class MixtureTeacher(BaseTeacher):
                 for name, value in (recorded or {}).items()
                 if name.startswith(prefix)
             }
-            own = self.members[number].fingerprint(before) if self.members.all_at_once else known
+            own = self.members[number].fingerprint(before) if self.members.has(number) else known
             found |= {f"{prefix}{name}": value for name, value in own.items()}
         return found
 
@@ -196,7 +210,7 @@ class MixtureTeacher(BaseTeacher):
 
     def activity(self) -> str:
         said = (
-            [self.members[number].activity() for number in range(len(self.members))]
+            [self.members[n].activity() for n in range(len(self.members)) if self.members.has(n)]
             if self.is_elsewhere
             else []
         )
