@@ -94,14 +94,17 @@ def capture_shard(
     seed: int,
     rows_per_batch: int,
     on_row: Callable[[Captured], None] = lambda row: None,
+    on_kept: Callable[[int], None] = lambda rows: None,
 ) -> FileRecord:
-    """Write the targets of the rows `numbers` as one file; `on_row` is called with each row. See `captured`.
+    """Write the targets of the rows `numbers` as one file; `on_row` is called with each row that is captured, and
+    before them `on_kept` with the number of those that an interrupted capture has kept. See `captured`.
 
     Rows of a teacher elsewhere, which cost the most, are kept one by one beside the file until it is whole: an
     interruption loses those that were being asked for.
     """
-    folder = _rows_beside(file) if teacher.is_elsewhere else None
+    folder = file.with_suffix(".rows") if teacher.is_elsewhere else None
     kept = {} if folder is None else _rows_in(folder, numbers)
+    on_kept(len(kept))
     missing = [number for number in numbers if number not in kept]
     todo = captured(teacher, rows, missing, codec, seed, rows_per_batch)
     for number, row in zip(missing, todo, strict=True):
@@ -119,15 +122,6 @@ def capture_shard(
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
     return record
-
-
-def rows_kept(file: Path) -> int:
-    """How many rows of a file that is not whole an interrupted capture has kept."""
-    return len(list(_rows_beside(file).glob("*.safetensors")))
-
-
-def _rows_beside(file: Path) -> Path:
-    return file.with_suffix(".rows")
 
 
 def _rows_in(folder: Path, numbers: Sequence[int]) -> dict[int, Captured]:

@@ -41,7 +41,7 @@ from potstill.store.reader import read_manifest
 from potstill.store.shards import AGAIN
 from potstill.store.writer import StoreWriter, write_json
 from potstill.teachers.backends import FULL
-from potstill.teachers.capture_rows import Captured, capture_shard, rows_kept
+from potstill.teachers.capture_rows import Captured, capture_shard
 from potstill.teachers.stored import OF_CORPUS
 from potstill.types import Teacher
 from potstill.workflows.capture_fidelity import certificate
@@ -263,29 +263,39 @@ def _capture_shards(
     teacher, numbers, codec = setup.teacher, _row_numbers(setup), codec_of(settings)
     per_shard, seed = settings["rows_per_shard"], settings["kind"].get("seed", 0)
     missing = set(writer.missing(mine))
-    total = sum(
-        len(numbers[n * per_shard : (n + 1) * per_shard]) - rows_kept(writer.files.shard(n)) for n in missing
-    )
+    total = sum(len(numbers[n * per_shard : (n + 1) * per_shard]) for n in missing)
     started = said_s = time.perf_counter()
-    done = 0
+    done = kept = 0
+
+    def on_kept(rows: int) -> None:
+        nonlocal kept
+        kept += rows
 
     def on_row(row: Captured) -> None:
         nonlocal done, said_s
         done += 1
-        now_s = time.perf_counter()
-        if done % 16 == 0 or done == total or now_s - said_s > SAID_EVERY_S:
+        there, now_s = kept + done, time.perf_counter()
+        if there % 16 == 0 or there == total or now_s - said_s > SAID_EVERY_S:
             seconds, said_s = now_s - started, now_s
-            rate = done * setup.recipe.corpus.tokens_per_row / seconds
-            left = clock(seconds / done * (total - done))
+            rate = done * setup.recipe.corpus.tokens_per_row / seconds  # of those that were asked for
+            left = clock(seconds / done * (total - there))
             doing = teacher.activity()
-            display.note(f"{done}/{total} rows, {rate:.0f} tokens/s, {doing}{', ' * bool(doing)}{left} left")
+            display.note(f"{there}/{total} rows, {rate:.0f} tokens/s, {doing}{', ' * bool(doing)}{left} left")
 
     for shard in mine:
         rows = numbers[shard * per_shard : (shard + 1) * per_shard]
         writer.write(
             writer.files.shard(shard),
             lambda file, rows=rows: capture_shard(  # type: ignore[misc]
-                file, teacher, setup.corpus.train, rows, codec, seed, settings["rows_per_batch"], on_row
+                file,
+                teacher,
+                setup.corpus.train,
+                rows,
+                codec,
+                seed,
+                settings["rows_per_batch"],
+                on_row,
+                on_kept,
             ),
         )
 
