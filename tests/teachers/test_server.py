@@ -285,6 +285,83 @@ def test_sglangs_answers_are_counted_too(served: Served, address: str, opened: O
         teacher.targets(packed())
 
 
+MALFORMED: list[tuple[str, Callable[[Json], Any]]] = [
+    ("vllm", lambda answer: [answer]),
+    ("vllm", lambda answer: {"choices": 3}),
+    ("vllm", lambda answer: {"choices": [7]}),
+    ("vllm", lambda answer: {"choices": [{"prompt_logprobs": {}}]}),
+    ("vllm", lambda answer: changed(answer, r'"logprob": [^,]*', '"logprob": "low"')),
+    ("vllm", lambda answer: changed(answer, r'"logprob": [^,]*', f'"logprob": -1{"0" * 400}')),
+    ("vllm", lambda answer: changed(answer, r'"decoded_token": "(?:[^"\\]|\\.)*"', '"decoded_token": 5')),
+    ("vllm", lambda answer: changed(answer, r'"\d+": {', '"x": {')),
+    ("sglang", lambda answer: {"meta_info": answer["meta_info"] | {"input_top_logprobs": 4}}),
+    ("sglang", lambda answer: changed(answer, r"null, \[\[.*", "null, 1, 2]}}")),
+    ("sglang", lambda answer: changed(answer, r'(\d, \d+), "', r'\1, 8, "')),
+    ("sglang", lambda answer: changed(answer, r', \d+, "', ', Infinity, "')),
+    ("openai", lambda answer: changed(answer, r'"top_logprobs": \[null, {.*', '"top_logprobs": [[1]]}}]}')),
+    ("openai", lambda answer: {"choices": [{"logprobs": of_each(answer, top_logprobs=[1])}]}),
+    ("openai", lambda answer: {"choices": [{"logprobs": of_each(answer, token_logprobs="low")}]}),
+    ("openai", lambda answer: {"choices": [{"logprobs": of_each(answer, tokens=5)}]}),
+    (
+        "openai",
+        lambda answer: {"choices": [{"logprobs": {"tokens": [], "token_logprobs": [], "top_logprobs": []}}]},
+    ),
+]
+"""Answers of an API that mean nothing."""
+
+
+def of_each(answer: Json, **fields: Any) -> Json:
+    found = answer["choices"][0]["logprobs"]
+    return found | {name: [value] * len(found[name]) for name, value in fields.items()}
+
+
+def changed(answer: Json, pattern: str, by: str) -> Any:
+    text = json.dumps(answer)
+    found = re.sub(pattern, lambda match: match.expand(by) if "\\1" in by else by, text)
+    assert found != text
+    return json.loads(found)
+
+
+@pytest.mark.parametrize("which", range(len(MALFORMED)))
+def test_an_answer_without_a_meaning_is_one_line(
+    which: int, served: Served, address: str, opened: Open
+) -> None:
+    api, damage = MALFORMED[which]
+    served.known, answer = 96, served.answer
+    served.answer = lambda path, *more: (  # type: ignore[method-assign]
+        answer(path, *more) if path == "/v1/models" else damage(answer(path, *more))
+    )
+    with pytest.raises(
+        UserError, match=r"its answer is not what was asked for|teacher\.tokenizer: id"
+    ) as caught:
+        opened(address, api=api)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("listed", [[], 5, None, {"data": 5}, {"data": [5]}, {"data": {"served": {}}}])
+def test_a_list_of_models_that_is_none_is_one_line(
+    listed: Any, served: Served, address: str, opened: Open
+) -> None:
+    served.answer = lambda *given: listed  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"teacher.model: .* has no served; it has none\."):
+        opened(address)
+
+
+def test_a_page_in_place_of_a_list_of_models_is_one_line(
+    served: Served, address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json, "dumps", lambda tree: "<html>\n<p>Hello</p>")
+    with pytest.raises(
+        UserError, match=r"no answer in 0.2 s: what came back is no JSON: '<html> <p>Hello</p>'"
+    ):
+        opened(address)
+
+
+def test_a_model_without_a_longest_row_reads_any(served: Served, address: str, opened: Open) -> None:
+    served.max_length = None  # type: ignore[assignment]
+    assert opened(address).max_length is None
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -621,21 +698,32 @@ def test_a_server_writes_a_corpus(
     temperature: int,
     recipe: Recipe,
     tiny_recipe: Recipe,
+    served: Served,
     address: str,
     student: str,
     tmp_path: Path,
 ) -> None:
     """At temperature 0 what the model in this process writes; else by the server's numbers, alike every time."""
+    drawn = ", top_p: 0.9, top_k: 50" * temperature
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"the cat {n} "}) + "\n" for n in range(6)))
     sections = {
         "corpus": f"{{name: prompts, path: {prompts}, tokens_per_row: 64, heldout_rows: 2}}",
-        "write": f"{{max_new_tokens: 10, truncated: keep, temperature: {temperature}}}",
+        "write": f"{{max_new_tokens: 10, truncated: keep, temperature: {temperature}{drawn}}}",
         "rollouts": "{max_new_tokens: 8}",
         "student": student,
     }
     path = recipe(address, f", api: {api}", **sections)
+    served.requests.clear()
     write_corpus(path, out=tmp_path / "there")
+    asked = [body for _, body in served.requests if "stop_token_ids" in str(body)]
+    asked = [body | body.get("sampling_params", {}) for body in asked]
+    assert len(asked) == 6 and {(body["temperature"], body["ignore_eos"]) for body in asked} == {
+        (temperature, True)
+    }
+    if temperature:
+        assert {(body["top_p"], body["top_k"]) for body in asked} == {(0.9, 50)}
+        assert len({body.get("seed", body.get("sampling_seed")) for body in asked}) == 6
     write_corpus(path, out=tmp_path / "again")
     there = (tmp_path / "there" / "corpus.jsonl").read_text()
     assert there == (tmp_path / "again" / "corpus.jsonl").read_text()
@@ -650,6 +738,18 @@ def test_prompts_alone_are_answered_by_the_server(recipe: Recipe, address: str, 
     corpus = f"{{name: prompts, path: {prompts}, tokens_per_row: 64, heldout_rows: 3}}"
     path = recipe(address, corpus=corpus, rollouts="{max_new_tokens: 8}")
     assert distill(path, out=tmp_path / "run").metrics()[-1]["heldout/kl"] > 0
+
+
+def test_an_id_that_is_none_ends_the_writing(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n' * 3)
+    corpus = f"{{name: prompts, path: {prompts}, tokens_per_row: 64, heldout_rows: 1}}"
+    served.written = lambda *given: [5, ALL_IDS]  # type: ignore[method-assign]
+    path = recipe(address, corpus=corpus, write="{max_new_tokens: 4}", rollouts="{max_new_tokens: 4}")
+    with pytest.raises(UserError, match=r"it wrote id 258, which is none of the 258 of teacher.tokenizer"):
+        write_corpus(path, out=tmp_path / "there")
 
 
 def test_openai_cannot_write(

@@ -140,7 +140,7 @@ class ServerTeacher(BaseTeacher):
         return logits_BV
 
     def decoder(self, ids: int) -> Decode:
-        return self._write
+        return partial(self._write, ids)
 
     def share_ids(self, ids: int) -> int:
         """Ids from `ids` on belong to the bucket."""
@@ -196,11 +196,15 @@ class ServerTeacher(BaseTeacher):
         return found
 
     def _write(
-        self, settings: GenerationConfig, rows: Sequence[Row], beat: Callable[[], None] = lambda: None
+        self,
+        ids: int,
+        settings: GenerationConfig,
+        rows: Sequence[Row],
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """As `models.decoding.decode`; what is drawn follows from the server's own random numbers."""
+        """As `models.decoding.decode`, of the first `ids` ids; what is drawn follows from the server's own numbers."""
         live = [row for row in rows if not row.finish]
-        for row, new in zip(live, self.client.map(partial(self._written, settings), live), strict=True):
+        for row, new in zip(live, self.client.map(partial(self._written, ids, settings), live), strict=True):
             beat()
             for token in new:
                 row.add(token)
@@ -211,7 +215,7 @@ class ServerTeacher(BaseTeacher):
                     BadAnswer(f"{len(new)} new tokens without an end, of {row.max_new} asked for")
                 )
 
-    def _written(self, settings: GenerationConfig, row: Row) -> list[int]:
+    def _written(self, ids: int, settings: GenerationConfig, row: Row) -> list[int]:
         how = Written(
             max_new=row.max_new,
             temperature=float(settings.temperature) if settings.do_sample else 0.0,
@@ -222,7 +226,11 @@ class ServerTeacher(BaseTeacher):
         )
         try:
             path, body = self.api.ask_to_write(self.config.model, row.prompt_ids, how)
-            return self.api.read_written(self.client.post(path, body))
+            new = self.api.read_written(self.client.post(path, body))
+            for token in new:
+                if not 0 <= token < ids:
+                    raise BadAnswer(f"it wrote id {token}, which is none of the {ids} of teacher.tokenizer")
+            return new
         except BadAnswer as error:
             self._refuse_answer(error)
 
@@ -239,7 +247,8 @@ class ServerTeacher(BaseTeacher):
         """Tokens of the longest row; UserError where the server has no such model."""
         listed = self.client.get("/v1/models")
         models = listed.get("data") if isinstance(listed, dict) else None
-        named = {str(each.get("id")): each for each in models or () if isinstance(each, dict)}
+        entries = models if isinstance(models, list) else []
+        named = {str(each.get("id")): each for each in entries if isinstance(each, dict)}
         if self.config.model not in named:
             names = ", ".join(sorted(named)) or "none"
             raise UserError(

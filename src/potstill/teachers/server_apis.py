@@ -7,6 +7,7 @@ too short or no number is a `BadAnswer`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,8 +95,7 @@ class Vllm:
             if not isinstance(entry, dict):
                 raise BadAnswer(f"an entry of prompt_logprobs is {_kind(entry)}")
             logps = {_id(key): _logp(_field(one, "logprob", float)) for key, one in entry.items()}
-            text = entry.get(str(given), {}).get("decoded_token")
-            places.append(Place(logps, text))
+            places.append(Place(logps, _text(entry.get(str(given), {}).get("decoded_token"))))
         return places
 
     def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
@@ -145,7 +145,7 @@ class SGLang:
             logp, token, text = _triple(one)
             if token != expected:
                 raise BadAnswer(f"it is of another text: id {token} where {expected} was sent")
-            found = [_triple(each) for each in others or ()]
+            found = [_triple(each) for each in _optional(others, list)]
             places.append(Place({each_id: p for p, each_id, _ in found} | {token: logp}, text))
         return places
 
@@ -202,9 +202,9 @@ class OpenAI:
                 _require_count(len(each), len(ids), f"entries of {name}")
         places = []
         for i in range(first + 1, len(ids)):
-            known = {self.id_of.get(text): _logp(p) for text, p in dict(likeliest[i] or {}).items()}
+            known = {self.id_of.get(text): _logp(p) for text, p in _optional(likeliest[i], dict).items()}
             known.pop(None, None)
-            places.append(Place({**known, ids[i]: _logp(logps[i])}, texts[i]))  # type: ignore[dict-item]
+            places.append(Place({**known, ids[i]: _logp(logps[i])}, _text(texts[i])))  # type: ignore[dict-item]
         return places
 
     def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
@@ -237,20 +237,34 @@ def _triple(entry: Any) -> tuple[float, int, str | None]:
     """SGLang's [log-probability, id, text]."""
     if not isinstance(entry, list | tuple) or len(entry) < 2:
         raise BadAnswer(f"an entry of its log-probabilities is {_kind(entry)}")
-    return _logp(entry[0]), _id(entry[1]), entry[2] if len(entry) > 2 else None
+    return _logp(entry[0]), _id(entry[1]), _text(entry[2]) if len(entry) > 2 else None
+
+
+def _optional(value: Any, kind: type) -> Any:
+    """A value that may be null: an empty one then."""
+    if value is not None and not isinstance(value, kind):
+        raise BadAnswer(f"an entry of its log-probabilities is {_kind(value)}")
+    return kind() if value is None else value
+
+
+def _text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BadAnswer(f"the text of a token is {_kind(value)}")
+    return value
 
 
 def _id(value: Any) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
-        raise BadAnswer(f"an id is {value!r:.40}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise BadAnswer(f"an id is {value!r}") from None  # whole: a key in it is found before it is shortened
 
 
 def _logp(value: Any) -> float:
-    if type(value) not in (int, float) or math.isnan(value) or value == math.inf:
-        raise BadAnswer(f"a log-probability is {value!r:.40}")
-    return float(value)
+    with contextlib.suppress(OverflowError):
+        if type(value) in (int, float) and value < math.inf:  # which NaN is not
+            return float(value)
+    raise BadAnswer(f"a log-probability is {value!r}")
 
 
 def _require_count(found: int, expected: int, what: str) -> None:
