@@ -362,6 +362,36 @@ def test_a_model_without_a_longest_row_reads_any(served: Served, address: str, o
     assert opened(address).max_length is None
 
 
+def test_every_answer_behind_an_outage_waits_for_the_proof(address: str, served: Served) -> None:
+    """Of two requests that met it, the one that does not ask for the proof must not be used without it."""
+    with closing(http_client.HttpClient(address, None, 5, 5, 2)) as client:
+        client.is_proven, served.fault = True, now_and_then("gone", 2)
+
+        def refuse() -> None:
+            time.sleep(0.3)  # until the other one waits
+            raise UserError("another model")
+
+        client.on_return = refuse
+
+        def refusal_of(number: int) -> str:
+            with pytest.raises(UserError) as caught:
+                client.get("/v1/models")
+            return str(caught.value)
+
+        assert client.map(refusal_of, range(2)) == ["another model"] * 2
+
+
+def test_an_outage_is_followed_by_one_proof(address: str, served: Served) -> None:
+    with closing(http_client.HttpClient(address, None, 5, 5, 4)) as client:
+        proofs: list[float] = []
+        client.on_return = lambda: proofs.append(time.monotonic())
+        client.is_proven = True
+        for outages in (1, 2):
+            served.fault = now_and_then("gone", 4)
+            client.map(lambda number: client.get("/v1/models"), range(4))
+            assert len(proofs) == outages
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

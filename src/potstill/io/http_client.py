@@ -136,7 +136,11 @@ class HttpClient:
         with self._returning:
             if self._returned_s < failed_s:
                 self._returned_s = time.monotonic()
-                self.on_return()
+                try:
+                    self.on_return()
+                except BaseException:
+                    self._returned_s = 0.0  # the others that met the outage must not use their answers either
+                    raise
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         with self._lock:
