@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -585,6 +586,43 @@ def test_a_key_that_is_cut_off_is_hidden_whole(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SERVED_KEY", KEY)
     client = http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)
     assert KEY[:4] not in client.clean("x" * (http_client.SHOWN - 8) + KEY)
+
+
+FORMS = 'sk-a/b+c="d\\e'
+"""A key that JSON, Python and addresses write in another way than it is."""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        FORMS,
+        json.dumps({"key": FORMS}),
+        json.dumps({"key": FORMS}).replace("/", r"\/"),
+        repr({"key": FORMS}),
+        f"/login?key={quote(FORMS)}",
+        f"/login?key={quote(FORMS, safe='')}",
+    ],
+)
+def test_a_key_is_hidden_however_it_is_written(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVED_KEY", FORMS)
+    with closing(http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)) as client:
+        found = client.clean(said)
+    assert "***" in found and "sk-a" not in found and "d\\" not in found
+
+
+def test_a_key_in_the_place_of_a_number_is_hidden_whole(
+    served: Served, address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that is shortened first would show the beginning of it."""
+    key = "sk-" + "0123456789abcdef" * 4
+    monkeypatch.setenv("SERVED_KEY", key)
+    answers = {"choices": [{"prompt_logprobs": [None, *[{key: {"logprob": -1.0}}] * 2]}]}
+    listed = served.answer
+    served.answer = lambda path, *more: listed(path, *more) if path == "/v1/models" else answers  # type: ignore
+    monkeypatch.setattr(server, "PROBE_TOKENS", 3)
+    with pytest.raises(UserError, match=r"an id is '\*\*\*'\.") as caught:
+        opened(address, api_key_variable="SERVED_KEY")
+    assert key[:8] not in str(caught.value)
 
 
 # Capture

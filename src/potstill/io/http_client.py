@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
 
 import httpx
 import tenacity
@@ -63,8 +64,9 @@ class HttpClient:
         self.is_proven = False
         """Whether it has shown what it is: one that has not is not waited for, since its address is likely wrong."""
         self.in_flight = self.answered = 0
-        self._key = _key_of(key_variable)
-        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        key = _key_of(key_variable)
+        self._secret = [] if key is None else _written_forms(key)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         limits = httpx.Limits(max_connections=requests, max_keepalive_connections=requests)
         # Redirects are not followed: the key would go wherever they lead.
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, limits=limits)
@@ -105,7 +107,9 @@ class HttpClient:
     def clean(self, text: str) -> str:
         """One line of a server's text, without the key that it may repeat."""
         # Before it is shortened: a part of the key would be left of one that is cut in two.
-        return " ".join((text if self._key is None else text.replace(self._key, "***")).split())[:SHOWN]
+        for form in self._secret:
+            text = text.replace(form, "***")
+        return " ".join(text.split())[:SHOWN]
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         started_s = time.monotonic()
@@ -198,6 +202,13 @@ def _key_of(variable: str | None) -> str | None:
             " quotes or a line break."
         )
     return key
+
+
+def _written_forms(key: str) -> list[str]:
+    """The key as texts, JSON, Python and addresses write it, the longest first."""
+    in_json = json.dumps(key)[1:-1]
+    forms = {key, in_json, in_json.replace("/", r"\/"), repr(key)[1:-1], quote(key), quote(key, safe="")}
+    return sorted(forms, key=len, reverse=True)
 
 
 def _message(response: httpx.Response) -> str:
