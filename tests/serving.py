@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -194,13 +195,17 @@ class _Quiet(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(served: Served, port: int = 0) -> Iterator[str]:
-    """The address of a server that ends with the block."""
+def serving(served: Served, port: int = 0, certificate: tuple[Path, Path] | None = None) -> Iterator[str]:
+    """The address of a server that ends with the block; https with a certificate and its key."""
     server = _Quiet(("127.0.0.1", port), type("Handler", (Handler,), {"served": served}))
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http{'s' * (certificate is not None)}://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -437,6 +438,10 @@ def test_rows_longer_than_the_server_reads_are_refused(
         (", url: 'ftp://x'", "teacher.url: is not the address of a server"),
         (", url: 'http://me:hunter2@x'", "teacher.url: has a user or a password in it"),
         (", url: 'http://x/v1'", "teacher.url: .* ends in /v1"),
+        (", url: 'http://x:port'", "teacher.url: is not the address of a server"),
+        (", url: 'http://x:99999'", "teacher.url: is not the address of a server"),
+        (", url: 'http://[::1'", "teacher.url: is not the address of a server"),
+        (", url: 'http://a..b'", "teacher.url: http://a..b: .* Write it as http://HOST:PORT"),
         (
             f", api_key_variable: {KEY}",
             "teacher.api_key_variable: is not the name of an environment variable",
@@ -472,6 +477,56 @@ def test_no_server_is_named_at_once(
         ["distill", str(recipe("http://127.0.0.1:9")), "--out", str(tmp_path / "run")], capsys, tmp_path
     )
     assert "http://127.0.0.1:9: no answer in 0.2 s: ConnectError" in line
+
+
+@pytest.mark.parametrize(
+    ("url", "variable", "value", "named"),
+    [
+        ("http://127.0.0.1:9", "ALL_PROXY", "socks5://127.0.0.1:9", "socksio"),
+        ("http://127.0.0.1:9", "HTTP_PROXY", "ftp://127.0.0.1:9", "Unknown scheme for proxy"),
+        ("https://127.0.0.1:9", "SSL_CERT_FILE", "/no/such/file.pem", "No such file"),
+    ],
+)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_one_line(
+    url: str,
+    variable: str,
+    value: str,
+    named: str,
+    recipe: Recipe,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    line = refusal(["distill", str(recipe(url)), "--out", str(tmp_path / "run")], capsys, tmp_path)
+    assert url in line and named in line and "See HTTP_PROXY" in line
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """Of 127.0.0.1, signed by itself, and its key."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("openssl: not installed, and it makes the certificate; not run")
+    paths = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    asked = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=double"
+    more = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(paths[0]), "-keyout", str(paths[1])]
+    subprocess.run([openssl, *asked.split(), *more], check=True, capture_output=True)
+    return paths
+
+
+def test_certificates_are_verified(
+    served: Served, opened: Open, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that nobody vouches for gets no request, and so no key; one that the environment trusts does."""
+    monkeypatch.setenv("SERVED_KEY", KEY)
+    with serving(served, certificate=certificate) as url:
+        with pytest.raises(
+            UserError, match=r"no answer in 0\.2 s: ConnectError: .*CERTIFICATE_VERIFY_FAILED"
+        ):
+            opened(url, api_key_variable="SERVED_KEY")
+        assert not served.requests
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        assert len(opened(url, api_key_variable="SERVED_KEY").targets(packed())) == 7
 
 
 def with_outage(served: Served, begins: Callable[[], bool], last: float) -> None:

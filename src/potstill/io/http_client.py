@@ -49,7 +49,8 @@ class HttpClient:
         requests: in flight at most.
 
     Raises:
-        UserError: the variable is empty, or its value is none that fits into a header.
+        UserError: the variable is empty, or its value is none that fits into a header; no connection can be made to
+            such an address, or with the proxy or the certificates that the environment names.
     """
 
     def __init__(
@@ -68,8 +69,17 @@ class HttpClient:
         self._secret = [] if key is None else _written_forms(key)
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         limits = httpx.Limits(max_connections=requests, max_keepalive_connections=requests)
-        # Redirects are not followed: the key would go wherever they lead.
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, limits=limits)
+        try:
+            # Redirects are not followed: the key would go wherever they lead.
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, limits=limits)
+        except httpx.InvalidURL as error:
+            self._refuse_url(error)
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(
+                f"{self.url}: no connection can be made with the proxy or the certificates of the environment:"
+                f" {one_line(error)} See HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE; NO_PROXY names addresses"
+                " that need no proxy."
+            ) from None
         self._pool = ThreadPoolExecutor(requests, thread_name_prefix="potstill-request")
         self._closed, self._lock = threading.Event(), threading.Lock()
         self._returning, self._returned_s = threading.RLock(), 0.0
@@ -151,10 +161,8 @@ class HttpClient:
             self.in_flight += 1
         try:
             response = self._client.request(method, path, json=body)
-        except httpx.InvalidURL as error:
-            raise UserError(
-                f"teacher.url: {self.url}: {one_line(error)}. Write it as http://HOST:PORT."
-            ) from None
+        except (httpx.InvalidURL, UnicodeError) as error:
+            self._refuse_url(error)
         except httpx.HTTPError as error:
             raise _NoAnswer(self.clean(f"{type(error).__name__}: {error}").rstrip(".")) from None
         except RuntimeError:  # of httpx, once `close` has been called
@@ -182,6 +190,11 @@ class HttpClient:
             return response.json()
         except ValueError:  # cut off, or of something in between
             raise _NoAnswer(f"what came back is no JSON: {self.clean(response.text)!r}") from None
+
+    def _refuse_url(self, error: Exception) -> NoReturn:
+        raise UserError(
+            f"teacher.url: {self.url}: {one_line(error)} Write it as http://HOST:PORT or https://HOST."
+        ) from None
 
     def _tell(self, state: tenacity.RetryCallState, deadline_s: float) -> None:
         if state.attempt_number == 1 and state.outcome is not None:

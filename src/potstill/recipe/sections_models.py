@@ -149,8 +149,12 @@ class StoreTeacherConfig(TeacherConfig):
 
 def _server_url(value: str, folder: Path) -> str:
     # Without the value: it may hold a password.
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(value)
+        has_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, or a port that is no number
+        has_address = False
+    if not has_address or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
         raise UserError("is not the address of a server. Write it as http://HOST:PORT or https://HOST.")
     if parts.username or parts.password:
         raise UserError(
