@@ -34,6 +34,7 @@ from potstill.errors import UserError
 from potstill.evals.disagreement import disagreement
 from potstill.io import http_client
 from potstill.io.terminal import Display
+from potstill.models.student import Student
 from potstill.recipe.sections_models import ServerTeacherConfig
 from potstill.runs.run_dir import RunDir
 from potstill.store.reader import Store, verify
@@ -200,13 +201,20 @@ def test_asks_for_the_next_micro_batch_while_the_student_computes(
         asked.append((threading.get_ident() == main_thread, batch.rows_B.tolist()))
         return targets(self, batch)
 
+    trained: list[list[int]] = []
+    forward = Student.forward
+
+    def noted(self: Student, batch: Batch, *given: Any) -> Any:
+        trained.append(batch.rows_B.tolist())
+        return forward(self, batch, *given)
+
+    monkeypatch.setattr(Student, "forward", noted)
     monkeypatch.setattr(ServerTeacher, "targets", recording)
-    run = distill(path, out=tmp_path / "run")
+    distill(path, out=tmp_path / "run")
     ahead = [rows for is_main, rows in asked if not is_main]
-    assert len(ahead) == 5  # all six but the first
-    in_main = [rows for is_main, rows in asked if is_main]
-    first = next(rows for rows in in_main if len(rows) == 2 and rows not in ahead and max(rows) < 10**6)
-    assert first and run.metrics()
+    steps = trained[-6:]  # behind those of the checks
+    assert ahead == steps[1:]  # all but the first
+    assert [rows for is_main, rows in asked if is_main and rows in steps] == steps[:1]
 
 
 def test_requests_in_flight_are_bounded(served: Served, address: str, opened: Open) -> None:
@@ -255,6 +263,7 @@ def test_a_request_that_takes_too_long_is_asked_again(served: Served, address: s
         ("gone", r"no answer in 1 s: "),
         ("cut", r"no answer in 1 s: "),
         ("400", r"refuses POST /v1/completions with status 400: logprobs: at most 20\."),
+        ("echo", r"refuses POST /v1/completions with status 401: no such key: "),
         ("moved", r"redirects to http://elsewhere\.example/v1\."),
         ("short", r"entries of prompt_logprobs, where \d+ were asked for"),
         ("fewer ids", r"15 ids at a place, where 16 were asked for"),
@@ -394,6 +403,15 @@ def test_an_outage_is_followed_by_one_proof(address: str, served: Served) -> Non
             assert len(proofs) == outages
 
 
+def test_it_is_asked_again_no_longer_than_the_deadline(served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address, deadline_s=0.5)
+    served.fault = lambda path, body: "500"
+    began_s = time.monotonic()
+    with pytest.raises(UserError, match=r"no answer in 0\.5 s"):
+        teacher.targets(packed())
+    assert time.monotonic() - began_s < 1.4
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -411,6 +429,57 @@ def test_another_tokenizer_or_temperature_is_refused_at_the_first_probe(
     served.fault = lambda path, body: fault
     with pytest.raises(UserError, match=message):
         opened(address, api=api)
+
+
+@pytest.mark.parametrize(("token", "constant"), [(1, "PROBED_IDS"), (90, "PROBE_TOKENS")])
+def test_added_ids_and_those_of_every_request_are_compared(
+    token: int, constant: str, served: Served, address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the others one in many, where there are many; over several requests, where one has no room for all."""
+    monkeypatch.setattr(server, constant, {"PROBED_IDS": 1, "PROBE_TOKENS": 32}[constant])
+    assert opened(address)
+    served.texts[token] = "~~"
+    with pytest.raises(UserError, match=rf"teacher\.tokenizer: id {token} is .* and '~~' on "):
+        opened(address)
+
+
+def test_a_server_that_shows_no_token_is_refused(served: Served, address: str, opened: Open) -> None:
+    served.text = lambda *given: None  # type: ignore
+    with pytest.raises(UserError, match=r"gives no text of any id.* Start the server with its tokenizer"):
+        opened(address)
+
+
+def test_an_answer_without_the_ids_that_were_sent_is_refused(
+    served: Served, address: str, opened: Open
+) -> None:
+    teacher, answer = opened(address), served.answer
+
+    def without(path: str, body: Json, fault: str | None) -> Json:
+        found = answer(path, body, fault)
+        for entry, given in zip(found["choices"][0]["prompt_logprobs"], body["prompt"], strict=True):
+            if entry is not None and len(entry) > 16:
+                entry.pop(str(given))
+        return found
+
+    served.answer = without  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"it has no log-probability of id \d+, which was sent"):
+        teacher.targets(packed())
+
+
+def test_sglangs_answer_of_another_text_is_refused(served: Served, address: str, opened: Open) -> None:
+    teacher, answer = opened(address, api="sglang"), served.answer
+    served.answer = lambda path, body, fault: answer(  # type: ignore[method-assign]
+        path, body | {"input_ids": [(token + 1) % 90 for token in body["input_ids"]]}, fault
+    )
+    with pytest.raises(UserError, match=r"it is of another text: id \d+ where \d+ was sent"):
+        teacher.targets(packed())
+
+
+def test_ids_that_the_student_lacks_are_of_no_target(address: str, opened: Open) -> None:
+    teacher = opened(address)
+    assert int(teacher.targets(packed()).ids_NK.max()) >= 50
+    assert teacher.share_ids(50) == 50
+    assert int(teacher.targets(packed()).ids_NK.max()) < 50
 
 
 def test_texts_that_several_ids_have_are_refused_where_they_matter(address: str, opened: Open) -> None:
@@ -962,11 +1031,17 @@ def test_vllm_reads_what_vllm_writes() -> None:
     assert place.logps == {28: -1.5, 216: -1.0} and place.text == ","
 
 
-def test_nothing_is_left_of_a_refused_server(address: str, recipe: Recipe, tmp_path: Path) -> None:
-    before = threading.active_count()
+def test_nothing_is_left_of_a_refused_server(address: str, opened: Open) -> None:
+    def requesting() -> int:
+        return sum("potstill-request" in thread.name for thread in threading.enumerate())
+
+    before = requesting()
+    refused = []  # kept, as a traceback keeps what it passed through
     for _ in range(3):
-        with pytest.raises(UserError):
-            distill(recipe(address, ", top_k: 300000"), out=tmp_path / "run")
-    assert threading.active_count() <= before + 2
-    assert not (tmp_path / "run").exists()
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        with pytest.raises(UserError) as caught:
+            opened(address, model="served", api="openai")
+        refused.append(caught)
+    deadline_s = time.monotonic() + 5
+    while requesting() > before and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert requesting() <= before
