@@ -571,6 +571,16 @@ def test_a_proxy_or_certificates_that_cannot_be_used_are_one_line(
     assert url in line and named in line and "See HTTP_PROXY" in line
 
 
+def test_a_proxy_is_not_asked_for_this_machine(
+    address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert len(opened(address).targets(packed())) == 7
+
+
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
     """Of 127.0.0.1, signed by itself, and its key."""

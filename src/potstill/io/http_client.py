@@ -7,6 +7,7 @@ log or a message, even where the server repeats it.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import threading
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 import tenacity
@@ -69,9 +70,14 @@ class HttpClient:
         self._secret = [] if key is None else _written_forms(key)
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         limits = httpx.Limits(max_connections=requests, max_keepalive_connections=requests)
+        host = urlsplit(self.url).hostname or ""
+        # A proxy of the environment cannot reach this machine's own addresses.
+        direct = {f"all://{host}": None} if _is_loopback(host) else {}
         try:
             # Redirects are not followed: the key would go wherever they lead.
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, limits=limits)
+            self._client = httpx.Client(
+                base_url=self.url, headers=headers, timeout=timeout_s, limits=limits, mounts=direct
+            )
         except httpx.InvalidURL as error:
             self._refuse_url(error)
         except (ImportError, OSError, ValueError) as error:
@@ -215,6 +221,13 @@ def _key_of(variable: str | None) -> str | None:
             " quotes or a line break."
         )
     return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _written_forms(key: str) -> list[str]:
