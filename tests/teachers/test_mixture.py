@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,10 +28,11 @@ from potstill.build.setup import RunSetup, set_up
 from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
+from potstill.losses.targets import SparseTargets
 from potstill.preflight.plan import plan
 from potstill.recipe.plugins import divergence
 from potstill.registry import entries
-from potstill.teachers.mixture import MixtureTeacher
+from potstill.teachers.mixture import MixtureTeacher, _joined
 from potstill.types import answer
 
 Recipe = Callable[..., Path]
@@ -115,6 +120,34 @@ def test_held_out_figures_of_a_source_are_those_of_its_teacher(
         for metric in ("kl", "agreement", "teacher_ce"):
             key = f"heldout/{name}/{metric}"
             assert first[key] == pytest.approx(alone.metrics()[0][key], rel=1e-5)
+
+
+def test_a_row_of_no_source_has_no_teacher(mixed: Recipe) -> None:
+    setup = built(mixed())
+    (batch,) = setup.data().step(0)
+    beyond = len(setup.corpus.train) + len(setup.corpus.heldout)
+    other = dataclasses.replace(batch, rows_B=torch.full_like(batch.rows_B, beyond))
+    with pytest.raises(UserError, match=f"row {beyond} is of no source that a teacher teaches"):
+        answer(setup.teacher, other)
+
+
+def test_targets_of_several_stores_are_in_the_order_of_the_positions() -> None:
+    """The first part has positions 1 and 2 and more ids, the second 0 and 3."""
+
+    def sparse(ids: list[list[int]], temperature: float = 1.0) -> SparseTargets:
+        ids_NK = torch.tensor(ids)
+        return SparseTargets(ids_NK, -ids_NK.float(), temperature, False, entropy_N=ids_NK[:, 0].float())
+
+    parts, at_N = [sparse([[1, 4], [2, 5]]), sparse([[7], [3]])], torch.tensor([1, 2, 0, 3])
+    whole = _joined(parts, at_N)
+    assert isinstance(whole, SparseTargets) and whole.entropy_N is not None
+    assert whole.ids_NK.tolist() == [[7, -1], [1, 4], [2, 5], [3, -1]]
+    assert whole.logp_NK.tolist() == [[-7, -math.inf], [-1, -4], [-2, -5], [-3, -math.inf]]
+    assert whole.entropy_N.tolist() == [7, 1, 2, 3]
+    with pytest.raises(
+        UserError, match=r"targets of different kinds\. Use stores of one kind and temperature"
+    ):
+        _joined([parts[0], sparse([[7], [3]], temperature=2.0)], at_N)
 
 
 # --- weighted
@@ -404,8 +437,17 @@ def test_few_ids_and_all_are_not_mixed(
         f"{{{how.format('code')}, teacher: {served(address, folders['code'])}}}, "
         f"{{{how.format('prose')}, teacher: {{name: torch, model: {folders['prose']}}}}}"
     )
-    with pytest.raises(UserError, match=message):
+
+    def requesting() -> bool:
+        return any("potstill-request" in thread.name for thread in threading.enumerate())
+
+    with pytest.raises(UserError, match=message) as caught:
         distill(mixed(teacher=f"{{name: mixture, teachers: [{members}]}}"), out=tmp_path / "run")
+    # The one that was connected already is closed, although the traceback still holds it.
+    deadline_s = time.monotonic() + 5
+    while requesting() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert caught and not requesting()
 
 
 def test_servers_have_no_mean(mixed: Recipe, folders: dict[str, Path], address: str, tmp_path: Path) -> None:
