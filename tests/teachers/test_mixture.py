@@ -392,6 +392,18 @@ def test_a_teacher_elsewhere_stays_where_one_is_in_memory(
     assert distill(path, out=tmp_path / "again", resume=True).receipt()
 
 
+def test_what_a_member_has_no_targets_for_is_refused(
+    both_served: tuple[Callable[..., Path], list[Served]], tmp_path: Path
+) -> None:
+    recipe, doubles = both_served
+    doubles[1].max_length = 33
+    with pytest.raises(UserError, match=r"corpus\.tokens_per_row: 32 tokens, teacher .* for 31 at most"):
+        distill(recipe(), out=tmp_path / "run")
+    doubles[1].max_length = 512
+    with pytest.raises(UserError, match=r"objective\.temperature: is 2\.0, and teacher served at"):
+        distill(recipe(objective="{chunk: 16, temperature: 2}"), out=tmp_path / "run")
+
+
 def test_an_outage_of_one_of_several_is_told(both_served: tuple[Callable[..., Path], list[Served]]) -> None:
     recipe, doubles = both_served
     notes: list[str] = []

@@ -34,6 +34,8 @@ from potstill.errors import UserError
 from potstill.evals.disagreement import disagreement
 from potstill.io import http_client
 from potstill.io.terminal import Display
+from potstill.losses.divergences import forward_kl
+from potstill.losses.objective import Objective
 from potstill.models.student import Student
 from potstill.recipe.sections_models import ServerTeacherConfig
 from potstill.runs.run_dir import RunDir
@@ -41,7 +43,7 @@ from potstill.store.reader import Store, verify
 from potstill.teachers import server
 from potstill.teachers.server import ServerTeacher
 from potstill.teachers.server_apis import Vllm
-from potstill.types import Batch
+from potstill.types import Batch, Head
 from potstill.workflows import capture as store
 from potstill.workflows.write import write_corpus
 
@@ -1019,6 +1021,18 @@ def test_padding_of_the_servers_head_goes_to_the_bucket() -> None:
     student_NS, teacher_NS = found.on_support(student_NV, 1.0)
     assert teacher_NS.exp().tolist() == [pytest.approx([0.5, 0.5])]
     assert student_NS.exp().tolist() == [pytest.approx([0.2, 0.8])]
+
+
+def test_ids_in_the_bucket_are_of_its_class() -> None:
+    """A student whose likeliest id is none of the k does not agree, and such a label has the bucket's probability."""
+    found = server._sparse([{3: math.log(0.5), 9: math.log(0.2)}, {7: math.log(0.9)}], ids=12)
+    assert found.classes_of(torch.tensor([3, 9])).tolist() == [0, 2]
+    assert found.classes_of(torch.tensor([9, 7])).tolist() == [1, 0]
+    objective = Objective(forward_kl, 1.0, 0.0, 1.0, 4)
+    first_ND = torch.eye(12)[[5, 5]] * 3.0  # the likeliest id of both is 5
+    sums = objective.measure(first_ND, Head(torch.eye(12)), torch.tensor([4, 7]), found)
+    assert float(sums["agreement"]) == 0
+    assert float(sums["teacher_ce"]) == pytest.approx(-math.log(0.3) - math.log(0.9))
 
 
 def test_vllm_reads_what_vllm_writes() -> None:
