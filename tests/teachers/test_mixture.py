@@ -33,7 +33,7 @@ from potstill.preflight.plan import plan
 from potstill.recipe.plugins import divergence
 from potstill.registry import entries
 from potstill.teachers.mixture import MixtureTeacher, _joined
-from potstill.types import answer
+from potstill.types import Finding, answer
 
 Recipe = Callable[..., Path]
 TRAIN = "{steps: 4, rows_per_step: 4, rows_per_micro_batch: 4, lr: 1e-3, device: cpu}"
@@ -302,6 +302,16 @@ def test_receipt_resume_and_card_name_each_teacher(
         resolved = tmp_path / "other" / "resolved.yaml"
         resolved.write_text(resolved.read_text().replace(one, "@").replace(two, one).replace("@", two))
         distill(other, out=tmp_path / "other", resume=True)
+
+
+def test_files_and_checks_of_each_teacher_are_its_own(mixed: Recipe, folders: dict[str, Path]) -> None:
+    setup = built(mixed())
+    inputs = setup.resolved.teacher.inputs
+    assert inputs == {"teacher-0": folders["code"], "teacher-1": folders["prose"]}
+    teacher: Any = setup.teacher
+    for number in range(2):
+        teacher.members[number].checks = lambda *given: iter([Finding("gap", "0", True)])
+    assert [finding.name for finding in teacher.checks(setup, 1.0)] == ["gap of code", "gap of prose"]
 
 
 def test_check_and_plan_know_the_teachers(mixed: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
