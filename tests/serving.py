@@ -174,15 +174,21 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
         else:
-            self.send(served.answer(self.path, body, fault), 200, is_cut=fault == "cut")
+            self.send(
+                served.answer(self.path, body, fault), 200, is_cut=fault == "cut", drips=fault == "drip"
+            )
 
-    def send(self, tree: Json, status: int, is_cut: bool = False) -> None:
+    def send(self, tree: Json, status: int, is_cut: bool = False, drips: bool = False) -> None:
         content = json.dumps(tree).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if is_cut else content)
+        for start in range(0, len(content), 64) if drips else ():
+            self.wfile.write(content[start : start + 64])
+            self.wfile.flush()
+            time.sleep(0.05)
+        self.wfile.write(content[: len(content) // 2] if is_cut else b"" if drips else content)
         if is_cut:
             self.close_connection = True
 

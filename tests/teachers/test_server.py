@@ -602,7 +602,8 @@ def test_certificates_are_verified(
     monkeypatch.setenv("SERVED_KEY", KEY)
     with serving(served, certificate=certificate) as url:
         with pytest.raises(
-            UserError, match=r"no answer in 0\.2 s: ConnectError: .*CERTIFICATE_VERIFY_FAILED"
+            UserError,
+            match=r"its certificate cannot be verified: .*CERTIFICATE_VERIFY_FAILED.* SSL_CERT_FILE",
         ):
             opened(url, api_key_variable="SERVED_KEY")
         assert not served.requests
@@ -1069,3 +1070,50 @@ def test_nothing_is_left_of_a_refused_server(address: str, opened: Open) -> None
     while requesting() > before and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert requesting() <= before
+
+
+def test_a_kept_row_that_was_damaged_is_asked_for_again(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path
+) -> None:
+    path = recipe(address, ", deadline_s: 0.2, requests: 1", capture=CAPTURE)
+    capture(path, out=tmp_path / "whole")
+    with_outage(served, lambda: len(list((tmp_path / "again").glob("*.rows/*"))) >= 2, 1e9)
+    with pytest.raises(UserError, match=r"no answer in"):
+        capture(path, out=tmp_path / "again")
+    kept = sorted((tmp_path / "again").glob("*.rows/*.safetensors"))[0]
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1
+    kept.write_bytes(bytes(content))
+    served.fault = lambda path, body: None
+    capture(path, out=tmp_path / "again")
+    assert shards(tmp_path / "again") == shards(tmp_path / "whole")
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def test_a_server_exchanged_between_two_requests_shows_at_the_end(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path
+) -> None:
+    other, is_last = Served(make_model(tmp_path / "other", seed=5)), after_step(tmp_path / "run", 4)
+
+    def exchanged(path: str, body: Json) -> None:
+        if is_last():
+            served.model = other.model
+
+    served.fault = exchanged
+    with pytest.raises(UserError, match=r"the teacher changed during training: teacher/texts"):
+        distill(recipe(address), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "receipt.json").exists()
+
+
+def test_an_answer_that_drips_is_given_up(
+    served: Served, address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = opened(address, timeout_s=0.3, deadline_s=0.5)
+    served.fault = lambda path, body: "drip"
+    started_s = time.monotonic()
+    with pytest.raises(UserError, match=r"it took more than 0\.3 s \(teacher\.timeout_s\)"):
+        teacher.targets(packed())
+    assert time.monotonic() - started_s < 10

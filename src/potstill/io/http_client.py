@@ -58,7 +58,7 @@ class HttpClient:
         self, url: str, key_variable: str | None, timeout_s: float, deadline_s: float, requests: int
     ) -> None:
         self.url = url.rstrip("/")
-        self.deadline_s = deadline_s
+        self.timeout_s, self.deadline_s = timeout_s, deadline_s
         self.note: Callable[[str], None] = lambda line: None
         """Called once an outage with a line that says so, possibly by another thread."""
         self.on_return: Callable[[], None] = lambda: None
@@ -141,9 +141,11 @@ class HttpClient:
         try:
             answer = retries(self._once, method, path, body)
         except _NoAnswer as error:
+            passed_s = time.monotonic() - started_s  # longer where one request alone took longer
             raise UserError(
-                f"{self.url}: no answer in {deadline_s:g} s: {error}. Start the server, or correct teacher.url; a run"
-                " that has begun goes on from its last checkpoint with --resume."
+                f"{self.url}: no answer in {deadline_s if passed_s < 2 * deadline_s else round(passed_s):g} s: {error}."
+                " Start the server, or correct teacher.url; a run that has begun goes on from its last checkpoint with"
+                " --resume."
             ) from None  # the cause holds the request with its headers
         if self.is_proven and retries.statistics["attempt_number"] > 1:
             self._confirm(started_s)
@@ -166,10 +168,15 @@ class HttpClient:
         with self._lock:
             self.in_flight += 1
         try:
-            response = self._client.request(method, path, json=body)
+            response = self._answer(method, path, body)
         except (httpx.InvalidURL, UnicodeError) as error:
             self._refuse_url(error)
         except httpx.HTTPError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise UserError(
+                    f"{self.url}: its certificate cannot be verified: {self.clean(str(error))}. Name the file of those"
+                    " who signed it in SSL_CERT_FILE."
+                ) from None
             raise _NoAnswer(self.clean(f"{type(error).__name__}: {error}").rstrip(".")) from None
         except RuntimeError:  # of httpx, once `close` has been called
             raise UserError(f"{self.url}: the connection was closed.") from None
@@ -177,6 +184,17 @@ class HttpClient:
             with self._lock:
                 self.in_flight -= 1
         return self._read(response, method, path)
+
+    def _answer(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """The whole answer; httpx bounds the time of each read, and this that of all together."""
+        end_s = time.monotonic() + self.timeout_s
+        with self._client.stream(method, path, json=body) as response:
+            content = bytearray()
+            for part in response.iter_bytes():
+                content += part
+                if time.monotonic() > end_s:
+                    raise _NoAnswer(f"it took more than {self.timeout_s:g} s (teacher.timeout_s)")
+        return httpx.Response(response.status_code, headers=_without_coding(response), content=bytes(content))
 
     def _read(self, response: httpx.Response, method: str, path: str) -> Any:
         status = response.status_code
@@ -221,6 +239,14 @@ def _key_of(variable: str | None) -> str | None:
             " quotes or a line break."
         )
     return key
+
+
+def _without_coding(response: httpx.Response) -> httpx.Headers:
+    """Headers of content that has been decoded."""
+    headers = response.headers.copy()
+    for name in ("content-encoding", "content-length", "transfer-encoding"):
+        headers.pop(name, None)
+    return headers
 
 
 def _is_loopback(host: str) -> bool:

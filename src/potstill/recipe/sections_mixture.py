@@ -71,6 +71,12 @@ class MixtureTeacherConfig(TeacherConfig):
                     f"{at}.teaches",
                     f"teachers.{weighted[0]} has a weight. Give all a weight, or all their sources.",
                 )
+            inner = each.get("teacher")
+            if isinstance(inner, dict) and inner.get("sharded"):
+                yield (
+                    f"{at}.teacher.sharded",
+                    "every process keeps the teachers of a mixture whole. Set it to false.",
+                )
             for name in teaches if isinstance(teaches, list) else ():
                 if of.setdefault(str(name), number) != number:
                     yield f"{at}.teaches", f"{shown(name)} is taught by teachers.{of[str(name)]} already."

@@ -7,6 +7,7 @@ numbers depend on the seed and its number alone: a resumed capture equals an uni
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from potstill.errors import UserError
@@ -112,24 +112,34 @@ def capture_shard(
         if folder is not None:
             folder.mkdir(exist_ok=True)
             tensors = row.kept | {PLACES: row.places_P, ROW: torch.tensor([row.row])}
-            write_whole(folder / f"{number}.safetensors", safetensors.torch.save(tensors))
+            content = safetensors.torch.save(tensors)
+            write_whole(folder / f"{number}.{_hash(content)}.safetensors", content)
         on_row(row)
     shard = [kept[number] for number in numbers]
     T = rows.batch(numbers[:1]).input_ids_BT.shape[1]
-    record = write_shard(
+    return write_shard(
         file, [row.row for row in shard], [row.places_P for row in shard], [row.kept for row in shard], T
     )
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return record
+
+
+def forget_rows(file: Path) -> None:
+    """Remove the rows that were kept beside a file, once its record is written."""
+    shutil.rmtree(file.with_suffix(".rows"), ignore_errors=True)
 
 
 def _rows_in(folder: Path, numbers: Sequence[int]) -> dict[int, Captured]:
     """The rows that an interrupted capture has kept; one that cannot be read is asked for again."""
-    found = {}
-    for number in numbers:
-        with contextlib.suppress(OSError, SafetensorError, KeyError):
-            tensors = load_file(folder / f"{number}.safetensors")
-            places_P, row = tensors.pop(PLACES), int(tensors.pop(ROW))
-            found[number] = Captured(row, places_P, tensors)
+    found, wanted = {}, set(numbers)
+    for path in folder.glob("*.safetensors"):
+        number, _, digest = path.stem.partition(".")
+        with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
+            content = path.read_bytes()
+            if int(number) in wanted and _hash(content) == digest:
+                tensors = safetensors.torch.load(content)
+                places_P, row = tensors.pop(PLACES), int(tensors.pop(ROW))
+                found[int(number)] = Captured(row, places_P, tensors)
     return found
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

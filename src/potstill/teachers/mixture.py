@@ -208,14 +208,6 @@ class MixtureTeacher(BaseTeacher):
             for finding in self.members[number].checks(setup, student_kl):
                 yield replace(finding, name=f"{finding.name} of {self.labels[number]}")
 
-    def activity(self) -> str:
-        said = (
-            [self.members[n].activity() for n in range(len(self.members)) if self.members.has(n)]
-            if self.is_elsewhere
-            else []
-        )
-        return "; ".join(filter(None, said))
-
     def close(self) -> None:
         self.members.close()
 

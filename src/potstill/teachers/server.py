@@ -167,9 +167,11 @@ class ServerTeacher(BaseTeacher):
     def fingerprint(self, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
         """Its name, top_k and list of tokens by hash, and its log-probabilities of fixed texts."""
         about = f"{self.config.model} {self.config.top_k} {self.vocab.fingerprint}"
-        means = " ".join(f"{mean:.4f}" for mean in self.means)
+        # Asked anew, also at the end of a run: a server that was exchanged between two requests shows here.
+        found = self._means()
+        means = " ".join(f"{mean:.4f}" for mean in found)
         before = (recorded or {}).get("teacher/texts", "")
-        if before and _gap(self.means, before) < SAME_NATS:
+        if before and _gap(found, before) < SAME_NATS:
             means = before
         return {"teacher": hashlib.sha256(about.encode()).hexdigest(), "teacher/texts": means}
 
@@ -328,8 +330,11 @@ class ServerTeacher(BaseTeacher):
         """Where tokens are texts, the k likeliest must nearly all be known by theirs."""
         ids = self._ids_of(TEXTS[0])
         alone = self.api.ask(self.config.model, ids, 0, self.config.top_k, 1.0)
-        found = self.client.post(*alone)["choices"][0]["logprobs"]["top_logprobs"][1 : len(ids)]
-        told = sum(math.exp(p) for place in found for p in (place or {}).values()) / len(found)
+        try:
+            found = self.client.post(*alone)["choices"][0]["logprobs"]["top_logprobs"][1 : len(ids)]
+            told = sum(math.exp(p) for place in found for p in (place or {}).values()) / len(found)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            self._refuse_answer(error)
         places = self._ask(ids, range(len(ids) - 1), self.config.top_k)
         known = sum(math.exp(p) for place in places for p in place.logps.values()) / len(places)
         if told - known > LOST_MASS:

@@ -41,7 +41,7 @@ from potstill.store.reader import read_manifest
 from potstill.store.shards import AGAIN
 from potstill.store.writer import StoreWriter, write_json
 from potstill.teachers.backends import FULL
-from potstill.teachers.capture_rows import Captured, capture_shard
+from potstill.teachers.capture_rows import Captured, capture_shard, forget_rows
 from potstill.teachers.stored import OF_CORPUS
 from potstill.types import Teacher
 from potstill.workflows.capture_fidelity import certificate
@@ -100,6 +100,7 @@ def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Displ
                 out / HELDOUT,
                 lambda file: capture_shard(file, teacher, held, range(len(held)), codec, 0, rows_per_batch),
             )
+            forget_rows(out / HELDOUT)
         _capture_shards(setup, settings, writer, mine, display)
         if number == 1 and not (out / CERTIFICATE).exists():
             display.note("certificate: on the held-out rows")
@@ -298,6 +299,7 @@ def _capture_shards(
                 on_kept,
             ),
         )
+        forget_rows(writer.files.shard(shard))
 
 
 def _fit_threshold(setup: RunSetup, target_bytes: float) -> float:

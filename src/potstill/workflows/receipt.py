@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from potstill.build.setup import RunSetup
+from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
 from potstill.io.memory import peak_gib
 from potstill.preflight.checks import Checked
@@ -38,14 +39,14 @@ def receipt_of(setup: RunSetup, run: RunDir, finished: Finished) -> dict[str, An
 
     Raises:
         RuntimeError: training changed the teacher.
+        UserError: a server is another model than at the start.
     """
     before = finished.inputs
     after = hashes(setup, before)
     for name in setup.teacher.fingerprint():
         if after[name] != before.get(name):
-            raise RuntimeError(
-                f"the teacher changed during training: {name}: {before.get(name)} -> {after[name]}"
-            )
+            kind = UserError if setup.teacher.is_elsewhere else RuntimeError
+            raise kind(f"the teacher changed during training: {name}: {before.get(name)} -> {after[name]}")
     peak = peak_gib(setup.device)
     return {
         **_origins(setup, run, finished, after),
