@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,8 +81,7 @@ class ServerTeacher(BaseTeacher):
         self, config: ServerTeacherConfig, client: HttpClient, tokenizer: Any, device: torch.device
     ) -> None:
         self.config, self.client, self.tokenizer, self.device = config, client, tokenizer, device
-        self.vocab = vocab_of(tokenizer, 0)
-        self.vocab = vocab_of(tokenizer, len(self.vocab.tokens or ()))
+        self.vocab = _vocab(tokenizer)
         self.ids = self.vocab.size
         self.ids_known = config.top_k
         self.api = _api(config, tokenizer, self.vocab)
@@ -409,6 +408,12 @@ def _gap(means: Sequence[float], recorded: str) -> float:
         return math.inf
 
 
+def _vocab(tokenizer: Any) -> Vocab:
+    """As wide as its list of tokens: nobody here knows the model's logits."""
+    known = vocab_of(tokenizer, 0)
+    return replace(known, size=len(known.tokens or ()))
+
+
 def _decoded(tokenizer: Any, token: int) -> str:
     return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -441,7 +446,7 @@ class ServerSource(TeacherSource):
 
     @property
     def vocab_size(self) -> int:
-        return len(vocab_of(self.tokenizer, 0).tokens or ())
+        return _vocab(self.tokenizer).size
 
     @property
     def tokenizers(self) -> list[Path]:
