@@ -291,6 +291,25 @@ def test_the_card_says_how_the_weights_were_trained(run: Path) -> None:
     assert "rounded as a q4_k GGUF file has them" in card
 
 
+def test_the_card_calls_bounds_bounds_and_names_each_teacher(run: Path) -> None:
+    receipt = json.loads((run / "receipt.json").read_text())
+    teachers = [{"name": name, "source": f"them/{name}", "teaches": [name]} for name in ("one", "two")]
+    few = {
+        "teachers": teachers,
+        "held_out": "lower bounds: over 64 ids a position and one class for all others",
+    }
+    of_each = {
+        f"teacher/{name}": {"license": "apache-2.0", "read_from": "its card"} for name in ("one", "two")
+    }
+    receipt |= {"teacher": receipt["teacher"] | few, "licences": receipt["licences"] | of_each}
+    (run / "receipt.json").write_text(json.dumps(receipt))
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    assert "KL is lower bounds: over 64 ids a position" in card
+    for name in ("one", "two"):
+        assert f"| teacher | {name} | of the rows of {name} | apache-2.0" in card
+
+
 def test_hub_ids_of_teacher_and_base_model_are_in_the_metadata(run: Path) -> None:
     assert publish(run, "--dry-run", "publish.teacher=them/large") == 0
     front = yaml.safe_load((run / "publish" / "README.md").read_text().split("---\n")[1])
