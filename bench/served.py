@@ -62,7 +62,9 @@ def targets(folder: Path, url: str, batch: Batch, rounds: int) -> dict[str, Any]
 
 def students(folder: Path, url: str, steps: int, recipe: Path, place: Path) -> dict[str, Any]:
     overrides = [f"{name}={value}" for name, value in SHORT.items()] + [f"teacher.model={folder}"]
-    cut = distill(recipe, overrides=[*overrides, "train.steps=1", "train.lr=1e-12"], out=place / "cut")
+    cut = distill(
+        recipe, overrides=[*overrides, "train.steps=1", "train.warmup=0", "train.lr=1e-12"], out=place / "cut"
+    )
     overrides += [
         f"student={{name: checkpoint, model: {cut.student}}}",
         f"train.steps={steps}",
