@@ -130,8 +130,8 @@ class PackedRows:
     def documents_of(self, row: int) -> range:
         """The documents that begin, go on or end in a row."""
         first, last = self._span(row)
-        begun = int(np.searchsorted(self.starts, first, side="right")) - 1
-        return range(begun, int(np.searchsorted(self.starts, last)))
+        number = int(np.searchsorted(self.starts, first, side="right")) - 1
+        return range(number, int(np.searchsorted(self.starts, last)))
 
     def _span(self, row: int) -> tuple[int, int]:
         """The row's first token in the stream, and the one after its last."""

@@ -103,7 +103,7 @@ class HttpClient:
         return self._send("POST", path, body)
 
     def map(self, ask: Callable[[Asked], Answered], items: Iterable[Asked]) -> list[Answered]:
-        """`ask` of each item on threads, in order; the first error ends the others that have not begun."""
+        """`ask` of each item on threads, in order; the first error ends the others that have not started."""
         futures: list[Future[Answered]] = [self._pool.submit(ask, item) for item in items]
         try:
             return [future.result() for future in futures]
@@ -144,8 +144,8 @@ class HttpClient:
             passed_s = time.monotonic() - started_s  # longer where one request alone took longer
             raise UserError(
                 f"{self.url}: no answer in {deadline_s if passed_s < 2 * deadline_s else round(passed_s):g} s: {error}."
-                " Start the server, or correct teacher.url; a run that has begun goes on from its last checkpoint with"
-                " --resume."
+                " Start the server, or correct teacher.url; a run that has started goes on from its last checkpoint"
+                " with --resume."
             ) from None  # the cause holds the request with its headers
         if self.is_proven and retries.statistics["attempt_number"] > 1:
             self._confirm(started_s)

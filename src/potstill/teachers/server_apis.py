@@ -79,13 +79,7 @@ class Vllm:
     def ask(
         self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
     ) -> tuple[str, Json]:
-        return "/v1/completions", {
-            "model": model,
-            "prompt": list(ids),
-            "max_tokens": 1,
-            "temperature": temperature,
-            "prompt_logprobs": top_k,
-        }
+        return "/v1/completions", _one_token(model, ids, temperature) | {"prompt_logprobs": top_k}
 
     def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
         found = _field(_choice(answer), "prompt_logprobs", list)
@@ -182,14 +176,7 @@ class OpenAI:
     def ask(
         self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
     ) -> tuple[str, Json]:
-        return "/v1/completions", {
-            "model": model,
-            "prompt": list(ids),
-            "max_tokens": 1,
-            "temperature": temperature,
-            "echo": True,
-            "logprobs": top_k,
-        }
+        return "/v1/completions", _one_token(model, ids, temperature) | {"echo": True, "logprobs": top_k}
 
     def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
         found = _field(_choice(answer), "logprobs", dict)
@@ -214,6 +201,11 @@ class OpenAI:
 
     def read_written(self, answer: Any) -> list[int]:
         raise BadAnswer("it has no ids of what is written")
+
+
+def _one_token(model: str, ids: Sequence[int], temperature: float) -> Json:
+    """A completion of a text by the fewest tokens that servers allow."""
+    return {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": temperature}
 
 
 def _choice(answer: Any) -> Json:

@@ -239,8 +239,8 @@ def _ends(teacher: Teacher, tokenizer: Any, ids: int) -> frozenset[int]:
 
 def _identity(recipe: Recipe, teacher: Teacher, tokenizer: Any, out: Path) -> Json:
     """What the answers depend on; `out` may have a part of them."""
-    begun = _read_progress(out) if (out / PROGRESS).exists() else {}
-    recorded = begun.get("of", {}).get("teacher", {})
+    before = _read_progress(out) if (out / PROGRESS).exists() else {}
+    recorded = before.get("of", {}).get("teacher", {})
     corpus, given = dataclasses.asdict(recipe.corpus), dataclasses.asdict(recipe.write)
     for name in OF_A_SOURCE:  # `write` has no mix
         del corpus[name]
