@@ -29,6 +29,7 @@ from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.losses.objective import Objective
 from potstill.losses.targets import SparseTargets
+from potstill.models.causal_lm import CausalLM
 from potstill.preflight.plan import plan
 from potstill.recipe.plugins import divergence
 from potstill.registry import entries
@@ -322,6 +323,19 @@ def test_check_and_plan_know_the_teachers(mixed: Recipe, capsys: pytest.CaptureF
     assert main(["plan", str(mixed(more=", in_memory: one")), "--json"]) == 0
     one = capsys.readouterr().out
     assert both != one
+
+
+def test_check_looks_at_the_packing_of_each_teacher(
+    mixed: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(self: CausalLM, tokens: int = 0) -> str | None:
+        """In rows as long as the recipe's alone, as with a sliding window: not in the short probe at loading."""
+        return "its documents see each other" if tokens == 32 and self.name.endswith("prose") else None
+
+    monkeypatch.setattr(CausalLM, "find_packing_fault", fault)
+    assert main(["check", str(mixed())]) == 2
+    said = "".join(capsys.readouterr())
+    assert "packing of prose: its documents see each other" in " ".join(said.split())
 
 
 def test_the_plan_counts_the_largest_where_one_is_in_memory(mixed: Recipe, folders: dict[str, Path]) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
 from potstill.models.decoding import decoding_fault
 from potstill.models.student import Student
+from potstill.preflight.trial_steps import smoke
 from potstill.recipe.sections_rollouts import RolloutsConfig
+from potstill.runs.run_dir import RunDir
+from potstill.training import engines, sampling
 from potstill.training.rollouts import Rollouts
 from potstill.training.sampling import write
 from potstill.types import Batch, Vocab, answer
@@ -387,14 +391,19 @@ def as_killed(run: Path, to: Path, step: int) -> Path:
     return to
 
 
+def gone_on(recipe: Path, folder: Path, step: int) -> RunDir:
+    """A run, which one that was killed after this step's checkpoint has ended as."""
+    whole = distill(recipe, out=folder / "whole")
+    same = distill(recipe, out=as_killed(whole.path, folder / "same", step), resume=True)
+    assert same.receipt()["student"] == whole.receipt()["student"]
+    return whole
+
+
 def test_rows_that_cannot_be_written_again_end_the_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """Resumed in the middle of a block, whose rows were written by the weights before it."""
-    own = "{max_new_tokens: 6, every: 2}"
     train = "{steps: 4, rows_per_step: 2, lr: 1e-2, save_every: 3, device: cpu}"
-    recipe = tiny_recipe(rollouts=own, train=train)
-    whole = distill(recipe, out=tmp_path / "whole")
-    same = distill(recipe, out=as_killed(whole.path, tmp_path / "same", 3), resume=True)
-    assert same.receipt()["student"] == whole.receipt()["student"]
+    recipe = tiny_recipe(rollouts="{max_new_tokens: 6, every: 2}", train=train)
+    whole = gone_on(recipe, tmp_path, 3)
     cut = as_killed(whole.path, tmp_path / "cut", 3)
     (cut / "rollouts" / "00000003.safetensors").unlink()
     with pytest.raises(
@@ -452,12 +461,8 @@ def test_a_quantised_student_writes_with_the_file_s_numbers(tiny_recipe: Recipe)
 
 def test_files_that_a_checkpoint_needs_are_kept(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """`keep: 1`, and a checkpoint in the middle of the block before."""
-    own = "{max_new_tokens: 6, every: 3, keep: 1}"
     train = "{steps: 8, rows_per_step: 2, lr: 1e-2, save_every: 4, device: cpu}"
-    recipe = tiny_recipe(rollouts=own, train=train)
-    whole = distill(recipe, out=tmp_path / "whole")
-    cut = distill(recipe, out=as_killed(whole.path, tmp_path / "cut", 4), resume=True)
-    assert cut.receipt()["student"] == whole.receipt()["student"]
+    gone_on(tiny_recipe(rollouts="{max_new_tokens: 6, every: 3, keep: 1}", train=train), tmp_path, 4)
 
 
 def test_a_model_that_decodes_otherwise_than_it_computes_is_refused(
@@ -569,6 +574,22 @@ def test_documents_without_a_prompt_are_refused(tiny_recipe: Recipe) -> None:
     built(recipe)
     with pytest.raises(UserError, match=r"rollouts: not one prompt .* Lower rollouts.prompt_tokens"):
         built(recipe, "corpus.tokens_per_row=400", "rollouts.prompt_tokens=390", "corpus.heldout_rows=1")
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_time_of_writing_is_that_of_its_blocks(
+    every: int, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps are measured, and of a block of three the first alone writes: for all of them."""
+    write_, slept_s = sampling.write, 0.5
+    monkeypatch.setattr(engines, "write", lambda *given: time.sleep(slept_s) or write_(*given))
+    train = "{steps: 6, rows_per_step: 2, lr: 1e-3, device: cpu}"
+    recipe = load_recipe(
+        tiny_recipe(rollouts=f"{{{OWN.strip('{}')}, every: {every}}}", train=train, eval="{every: 0}")
+    )
+    figures = smoke(resolve(recipe), 3)
+    written_s = figures["smoke/projected_rollout_s"]
+    assert 6 / every * slept_s <= written_s < figures["smoke/projected_s"]
 
 
 def test_the_measured_plan_has_the_time_of_writing_apart(

@@ -330,7 +330,11 @@ def smoke(
             _require_as_many(steps, recipe.train.num_steps)
             require_sound(setup, default_path(name), display.note)
             metrics, evaluations = _smoke_steps(setup, steps, display)
-    step_s, evaluation_s = _median_step_s(metrics), statistics.median(evaluations)
+    written_s = _written_s(metrics, 1 if recipe.rollouts is None else recipe.rollouts.every)
+    alone = [
+        each | {"speed/step_s": each["speed/step_s"] - each.get("speed/rollout_s", 0.0)} for each in metrics
+    ]
+    step_s, evaluation_s = _median_step_s(alone) + written_s, statistics.median(evaluations)
     # Before the first step, after the last one, and between steps where the recipe says so.
     num_evaluations = 2 + (recipe.train.num_steps - 1) // recipe.eval.every if recipe.eval.every else 2
     return metrics[-1] | {
@@ -339,16 +343,16 @@ def smoke(
         "smoke/evaluation_s": evaluation_s,
         "smoke/of_steps": recipe.train.num_steps,
         "smoke/projected_s": recipe.train.num_steps * step_s + num_evaluations * evaluation_s,
-        **_written(metrics, recipe.train.num_steps),
+        **({"smoke/projected_rollout_s": recipe.train.num_steps * written_s} if written_s else {}),
     }
 
 
-def _written(metrics: list[Metrics], num_steps: int) -> Metrics:
-    """What writing the student's own rows takes of the projected seconds; nothing where it writes none."""
-    seconds = [each.get("speed/rollout_s", 0.0) for each in metrics]
-    # Not the median: of several steps of one sampling, the first alone has written.
-    mean_s = statistics.fmean(seconds[1:] or seconds)
-    return {"smoke/projected_rollout_s": num_steps * mean_s} if any(seconds) else {}
+def _written_s(steps: list[Metrics], every: int) -> float:
+    """Seconds a step of writing the student's own rows, which the first step of every block does for all of it; 0 where
+    it writes none.
+    """
+    blocks = [step["speed/rollout_s"] for step in steps if "speed/rollout_s" in step]
+    return statistics.median(blocks[1:] or blocks) / every if blocks else 0.0
 
 
 def _require_as_many(steps: int, of: int | None) -> None:

@@ -204,7 +204,15 @@ class MixtureTeacher(BaseTeacher):
         return found
 
     def checks(self, setup: RunSetup, student_kl: float) -> Iterator[Finding]:
+        """Those of each teacher, and that of its packing, which is made of one model in this process by itself."""
         for number in self.members.turns():
+            model = self.members[number].model
+            if model is not None and setup.recipe.corpus.packing:
+                tokens = setup.recipe.corpus.tokens_per_row
+                fault = model.find_packing_fault(tokens)
+                figure = fault or f"a document in a row of {tokens} tokens is what it is alone"
+                advice = "Set corpus.packing: false, or corpus.tokens_per_row lower"
+                yield Finding(f"packing of {self.labels[number]}", figure, fault is None, advice)
             for finding in self.members[number].checks(setup, student_kl):
                 yield replace(finding, name=f"{finding.name} of {self.labels[number]}")
 
