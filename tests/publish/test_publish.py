@@ -305,7 +305,7 @@ def test_the_card_calls_bounds_bounds_and_names_each_teacher(run: Path) -> None:
     (run / "receipt.json").write_text(json.dumps(receipt))
     assert publish(run, "--dry-run") == 0
     card = (run / "publish" / "README.md").read_text()
-    assert "KL is lower bounds: over 64 ids a position" in card
+    assert "figures are lower bounds: over 64 ids a position" in card
     for name in ("one", "two"):
         assert f"| teacher | {name} | of the rows of {name} | apache-2.0" in card
 
