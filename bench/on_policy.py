@@ -12,8 +12,11 @@ tokenizer, begin with some plain training on the teacher's answers, and go on, e
     control         the student's rows without a teacher: every sampled token gets the advantage -1
 
     python bench/on_policy.py prepare FOLDER            tokenizer, questions, teacher, its answers
+    python bench/on_policy.py tune FOLDER [--seconds 30] [--lrs 5e-5,2e-4,1e-3]
     python bench/on_policy.py run FOLDER [--seconds 60] [--seeds 0,1,2] [--arms CE,half] [--append bench/results.jsonl]
 
+`tune` gives each arm the learning rate at which it answers most of 300 questions that no student is trained or tested
+on, and `run` uses it: an arm is not to lose because the rate is another's.
 Accuracy is of greedy answers to 300 questions; KL is of one sample a prompt at temperature 1, on what the student
 wrote (`own/reverse_kl`) and on what the teacher wrote (`heldout/kl`). Seconds are of processor time, so that other work
 on the machine does not count.
@@ -24,10 +27,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +40,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-QUESTIONS, TESTED, TEST_SEED, PROMPTS = 12_000, 300, 999, 4_000
+QUESTIONS, TESTED, TEST_SEED, TUNING_SEED, PROMPTS = 12_000, 300, 999, 998, 4_000
 TEMPLATE = (
     "{% for m in messages %}{{ '<q>' if m.role == 'user' else '<a>' }}{{ m.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
@@ -66,8 +71,8 @@ allow_weak_teacher: true
 KL = "objective: {divergence: DIVERGENCE, kd_weight: 1, ce_weight: 0}\n"
 OWN = "rollouts: {max_new_tokens: 6, fraction: SHARE}\n"
 PLAIN = "objective: {kd_weight: 0, ce_weight: 1}\n"
-ON_OWN = "train: {steps: STEPS, rows_per_step: 64, lr: 5e-4, warmup: 10, weight_decay: 0.01, device: cpu}\n"
-ON_TEXT = "train: {steps: STEPS, rows_per_step: 8, lr: 5e-4, warmup: 10, weight_decay: 0.01, device: cpu}\n"
+ON_OWN = "train: {steps: STEPS, rows_per_step: 64, lr: LR, warmup: 10, weight_decay: 0.01, device: cpu}\n"
+ON_TEXT = "train: {steps: STEPS, rows_per_step: 8, lr: LR, warmup: 10, weight_decay: 0.01, device: cpu}\n"
 TEXT = FIXED.format(path="written/corpus.jsonl")
 ARMS = {
     "CE": TEXT + PAIR + PLAIN + ON_TEXT,
@@ -91,10 +96,13 @@ def prepare(folder: Path) -> None:
     from potstill.workflows.write import write_corpus
 
     folder.mkdir(parents=True, exist_ok=True)
-    tested = {
-        each["question"]
-        for each in reasoning_gym.create_dataset("chain_sum", size=TESTED, seed=TEST_SEED, **TASK)
-    }
+    tested, tuned_on = (
+        {
+            each["question"]
+            for each in reasoning_gym.create_dataset("chain_sum", size=TESTED, seed=seed, **TASK)
+        }
+        for seed in (TEST_SEED, TUNING_SEED)
+    )
     found = {
         each["question"]: each["answer"]
         for each in reasoning_gym.create_dataset("chain_sum", size=2 * QUESTIONS, seed=1, **TASK)
@@ -127,34 +135,37 @@ def prepare(folder: Path) -> None:
     said = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
     (folder / "gold.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in said))
     (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": q}) + "\n" for q, _ in pairs[:PROMPTS])
+        "".join(
+            json.dumps({"prompt": q}) + "\n" for q in [q for q, _ in pairs if q not in tuned_on][:PROMPTS]
+        )
     )
     recipe = folder / "teacher.yaml"
     text = OF_TEACHER.replace("VOCAB", str(len(tokenizer)))
     recipe.write_text(text.replace("gold.jsonl,", "gold.jsonl, tokenizer: teacher,"))
-    distill(recipe, out=folder / "taught")
+    if not (folder / "taught" / "receipt.json").exists():
+        distill(recipe, out=folder / "taught")
     print(
         json.dumps({"bench": "on_policy", "what": "teacher", **score(folder / "taught" / "student", folder)}),
         flush=True,
     )
     recipe = folder / "write.yaml"
     pair = PAIR.replace("checkpoint, model: START", "config, model: student")
-    text = WRITTEN + pair + OWN.replace("SHARE", "1") + ON_OWN.replace("STEPS", "20")
+    text = WRITTEN + pair + OWN.replace("SHARE", "1") + ON_OWN.replace("STEPS", "20").replace("LR", "1e-4")
     recipe.write_text(text + "write: {max_new_tokens: 8, temperature: 0, prompts_at_once: 64}\n")
     write_corpus(recipe, out=folder / "written")
 
 
-def score(model: Path, folder: Path) -> dict[str, float]:
-    """Accuracy of greedy answers to the test questions."""
+def score(model: Path, folder: Path, question_seed: int = TEST_SEED) -> dict[str, float]:
+    """Accuracy of greedy answers to the test questions, or to those of another seed."""
     task = {
         "source": "reasoning_gym",
         "task": "chain_sum",
         "size": TESTED,
         "options": TASK,
-        "seed": TEST_SEED,
+        "seed": question_seed,
     }
     task |= {"max_new_tokens": 8}
-    out = folder / "scores" / model.parent.name
+    out = folder / "scores" / f"{model.parent.name}-{question_seed}"
     command = [
         sys.executable,
         "-m",
@@ -178,27 +189,33 @@ def score(model: Path, folder: Path) -> dict[str, float]:
     }
 
 
-def arm(folder: Path, name: str, seed: int, seconds: float) -> dict[str, Any]:
-    """One arm: its start, its steps for the time, its scores."""
-    place = folder / "arms" / f"{name.replace(' ', '-')}-{seed}"
+def arm(
+    folder: Path, name: str, seed: int, seconds: float, lrs: Sequence[float], question_seed: int = TEST_SEED
+) -> Iterator[dict[str, Any]]:
+    """One arm at each learning rate: its start, its steps for the time, its scores."""
     start = started(folder, seed)
-    recipe = folder / f"{place.name}.yaml"
     text = ARMS[name].replace("START", str(start.relative_to(folder)))
 
-    def run(steps: int, out: Path, warmup: int) -> float:
-        recipe.write_text(text.replace("STEPS", str(steps)).replace("warmup: 10", f"warmup: {warmup}"))
+    def run(steps: int, lr: float, warmup: int) -> tuple[Path, float]:
+        out = folder / "arms" / f"{name.replace(' ', '-')}-{seed}-{steps}-{lr:g}"
+        shutil.rmtree(out, ignore_errors=True)  # of an earlier try
+        recipe = folder / f"{out.name}.yaml"
+        given = text.replace("STEPS", str(steps)).replace("LR", f"{lr:g}")
+        recipe.write_text(given.replace("warmup: 10", f"warmup: {warmup}"))
         command = [sys.executable, __file__, "child", str(recipe), "--out", str(out), "--seed", str(seed)]
         command += ["--control"] if name == "control" else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
-        return float(done.stdout.splitlines()[-1])
+        return out / "student", float(done.stdout.splitlines()[-1])
 
-    few, more = (run(steps, place.with_name(f"{place.name}-of-{steps}"), 2) for steps in PER_STEP)
+    few, more = (run(steps, lrs[0], 2)[1] for steps in PER_STEP)
     steps = max(int(seconds * (PER_STEP[1] - PER_STEP[0]) / (more - few)), 20)
-    spent = run(steps, place, 10)
-    line = {"arm": name, "seed": seed, "steps": steps, "seconds": seconds, "processor_s": round(spent, 1)}
-    return line | score(place / "student", folder) | on_text(folder, place / "student")
+    for lr in lrs:
+        student, spent = run(steps, lr, 10)
+        line = {"arm": name, "seed": seed, "lr": lr, "steps": steps, "seconds": seconds}
+        line |= {"processor_s": round(spent, 1)}
+        yield line | score(student, folder, question_seed) | on_text(folder, student)
 
 
 def started(folder: Path, seed: int) -> Path:
@@ -209,7 +226,7 @@ def started(folder: Path, seed: int) -> Path:
 
         recipe = folder / f"start-{seed}.yaml"
         text = TEXT + PAIR.replace("checkpoint, model: START", "config, model: student") + PLAIN + ON_TEXT
-        recipe.write_text(text.replace("STEPS", str(START_STEPS)).replace("lr: 5e-4", "lr: 2e-3"))
+        recipe.write_text(text.replace("STEPS", str(START_STEPS)).replace("LR", "2e-3"))
         distill(recipe, overrides=[f"train.seed={seed}"], out=out)
         line = {"bench": "on_policy", "arm": "start", "seed": seed} | score(out / "student", folder)
         print(json.dumps(line | on_text(folder, out / "student")), flush=True)
@@ -225,7 +242,8 @@ def on_text(folder: Path, student: Path) -> dict[str, float]:
     from potstill.evals.own_samples import own_samples
 
     recipe = folder / "measure.yaml"
-    recipe.write_text(ARMS["on-policy"].replace("START", "student").replace("STEPS", "20"))
+    text = ARMS["on-policy"].replace("START", "student").replace("STEPS", "20")
+    recipe.write_text(text.replace("LR", "1e-4"))
     setup = set_up(resolve(load_recipe(recipe), saved_student=student), lambda text: None)
     given = setup.rollouts
     assert given is not None
@@ -255,15 +273,15 @@ def child(options: argparse.Namespace) -> None:
 
         def without_teacher(self: Student, batch: Any, targets: Any, *rest: Any) -> dict[str, Any]:
             """Every sampled token gets the advantage -1: its log-probability is lowered."""
-            terms = forward(self, replace(batch, is_rollout=False), targets, *rest)
             objective = self.objective
             self.objective = replace(objective, kd_weight=0.0, ce_weight=1.0)
             try:
                 plain = forward(self, replace(batch, is_rollout=False), targets, *rest)
             finally:
                 self.objective = objective
-            nll, kd = terms["ce"].detach(), terms["kd"].detach()
-            return {"loss": -plain["loss"], "kd": kd, "rollout_nll": nll, "rollout_kd": kd}
+            with torch.no_grad():
+                kd = forward(self, batch, targets, *rest)["kd"]
+            return {"loss": -plain["loss"], "kd": kd, "rollout_nll": plain["ce"].detach(), "rollout_kd": kd}
 
         Student.forward = without_teacher  # type: ignore[method-assign]
     # What is charged is training: an evaluation is no part of it.
@@ -272,16 +290,34 @@ def child(options: argparse.Namespace) -> None:
     print(time.process_time())
 
 
+def tune(options: argparse.Namespace) -> None:
+    """The learning rates, kept in FOLDER/lrs.json."""
+    chosen = {}
+    for name in options.arms.split(","):
+        lrs = [float(lr) for lr in options.lrs.split(",")]
+        lines = list(arm(options.folder, name, options.seed, options.seconds, lrs, TUNING_SEED))
+        chosen[name] = max(lines, key=lambda line: line["accuracy"])["lr"]
+        for line in lines:
+            record({"bench": "on_policy", "what": "tuning"} | line, options.append)
+    (options.folder / "lrs.json").write_text(json.dumps(chosen))
+
+
+def record(line: dict[str, Any], file: Path | None) -> None:
+    print(json.dumps(line), flush=True)
+    if file is not None:
+        with file.open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+
 def run(options: argparse.Namespace) -> None:
+    chosen = json.loads((options.folder / "lrs.json").read_text())
     lines = []
     for seed in map(int, options.seeds.split(",")):
         for name in options.arms.split(","):
-            line = {"bench": "on_policy"} | arm(options.folder, name, seed, options.seconds)
-            print(json.dumps(line), flush=True)
-            lines.append(line)
-            if options.append is not None:
-                with options.append.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            lr = chosen[name if name in chosen else "on-policy"]  # the control's is that of what it controls
+            for line in arm(options.folder, name, seed, options.seconds, [lr]):
+                lines.append({"bench": "on_policy"} | line)
+                record(lines[-1], options.append)
     for name in options.arms.split(","):
         of = [line for line in lines if line["arm"] == name]
         for metric in ("accuracy", "own_reverse_kl", "heldout_kl"):
@@ -305,6 +341,14 @@ def main() -> None:
     second.add_argument("--seeds", default="0,1,2")
     second.add_argument("--arms", default=",".join(ARMS))
     second.add_argument("--append", type=Path)
+    tuned = verbs.add_parser("tune")
+    tuned.set_defaults(verb=tune)
+    tuned.add_argument("folder", type=lambda text: Path(text).absolute())
+    tuned.add_argument("--seconds", type=float, default=30.0)
+    tuned.add_argument("--seed", type=int, default=0)
+    tuned.add_argument("--arms", default=",".join(name for name in ARMS if name != "control"))
+    tuned.add_argument("--lrs", default="5e-5,2e-4,1e-3")
+    tuned.add_argument("--append", type=Path)
     third = verbs.add_parser("child")
     third.set_defaults(verb=child)
     third.add_argument("recipe", type=Path)

@@ -173,7 +173,8 @@ def extract(commit: str, to: Path) -> None:
     if done.returncode:
         raise SystemExit(f"error: {commit}: {done.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as files:
-        files.extractall(to, filter="data")
+        files.extraction_filter = getattr(tarfile, "data_filter", None)  # Pythons before 3.11.4 have none
+        files.extractall(to)
 
 
 def run_side(tree: Path, side: Path, todo: dict[str, Commands]) -> None:

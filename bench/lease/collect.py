@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gpu
+import parts
 
 GPU_LINES = ("3-loss.jsonl", "4-qwen.jsonl", "5-demo.jsonl")
 HELD = (
@@ -36,7 +37,7 @@ def results_of(out: Path) -> Path:
     folder = out / "results"
     if not folder.is_dir():
         with tarfile.open(out / "results.tar.gz") as tar:
-            tar.extractall(out, filter="data")
+            parts.extract(tar, out)
     return folder
 
 

@@ -77,7 +77,23 @@ def join(parts: Path, folder: Path) -> None:
         if (parts / HALVES).exists():
             _read_halves(whole, parts / HALVES)
         with tarfile.open(fileobj=whole, mode="r") as tar:
-            tar.extractall(folder, filter="data")
+            extract(tar, folder)
+
+
+def extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """All files of an archive. Pythons before 3.11.4 have no filter for what would leave the folder.
+
+    Raises:
+        ValueError: a member that is no file or folder inside.
+    """
+    if hasattr(tarfile, "data_filter"):
+        tar.extractall(folder, filter="data")
+        return
+    for member in tar.getmembers():
+        is_inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+        if not is_inside or not (member.isfile() or member.isdir()):
+            raise ValueError(f"{member.name}: is no file inside of the archive's folder.")
+    tar.extractall(folder)
 
 
 def _write_halves(whole: IO[bytes], record: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,3 +242,18 @@ def test_what_the_machine_keeps_is_what_is_tested_with(lease: Any) -> None:
     assert kept["torch"] == "torch==2.11.0" and kept["tokenizers"] == "tokenizers==0.23.2"
     assert "transformers" not in kept  # it is carried
     assert "filelock" not in kept  # its version there is not known
+
+
+def test_an_archive_does_not_leave_its_folder(
+    lease: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Python has no filter for it, as before 3.11.4."""
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    (tmp_path / "file").write_text("text")
+    for name, is_refused in (("inside", False), ("../outside", True)):
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            tar.add(tmp_path / "file", name)
+        refused = pytest.raises(ValueError, match="outside") if is_refused else contextlib.nullcontext()
+        with tarfile.open(tmp_path / "a.tar") as tar, refused:
+            lease.parts.extract(tar, tmp_path / "to")
+    assert (tmp_path / "to" / "inside").read_text() == "text" and not (tmp_path / "outside").exists()

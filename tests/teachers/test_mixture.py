@@ -312,7 +312,8 @@ def test_files_and_checks_of_each_teacher_are_its_own(mixed: Recipe, folders: di
     teacher: Any = setup.teacher
     for number in range(2):
         teacher.members[number].checks = lambda *given: iter([Finding("gap", "0", True)])
-    assert [finding.name for finding in teacher.checks(setup, 1.0)] == ["gap of code", "gap of prose"]
+    found = [finding.name for finding in teacher.checks(setup, 1.0)]
+    assert found == ["packing of code", "gap of code", "packing of prose", "gap of prose"]
 
 
 def test_check_and_plan_know_the_teachers(mixed: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -366,7 +366,7 @@ def test_a_page_in_place_of_a_list_of_models_is_one_line(
 ) -> None:
     monkeypatch.setattr(json, "dumps", lambda tree: "<html>\n<p>Hello</p>")
     with pytest.raises(
-        UserError, match=r"no answer in 0.2 s: what came back is no JSON: '<html> <p>Hello</p>'"
+        UserError, match=r"no answer in \S+ s: what came back is no JSON: '<html> <p>Hello</p>'"
     ):
         opened(address)
 
@@ -539,9 +539,9 @@ def test_a_temperature_cannot_be_applied_to_few_ids(recipe: Recipe, address: str
         distill(recipe(address, objective="{chunk: 16, temperature: 2}"), out=tmp_path / "run")
 
 
-def test_no_student_is_cut_from_a_server(recipe: Recipe, address: str, tmp_path: Path) -> None:
+def test_no_student_is_cut_from_a_server_which_is_not_asked(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"student.name: cut needs a teacher with layers"):
-        distill(recipe(address, student="{name: cut, layers: 2}"), out=tmp_path / "run")
+        distill(recipe("http://127.0.0.1:9", student="{name: cut, layers: 2}"), out=tmp_path / "run")
 
 
 def test_no_server_is_named_at_once(
@@ -550,7 +550,7 @@ def test_no_server_is_named_at_once(
     line = refusal(
         ["distill", str(recipe("http://127.0.0.1:9")), "--out", str(tmp_path / "run")], capsys, tmp_path
     )
-    assert "http://127.0.0.1:9: no answer in 0.2 s: ConnectError" in line
+    assert re.search(r"http://127.0.0.1:9: no answer in \S+ s: ConnectError", line)
 
 
 @pytest.mark.parametrize(
@@ -842,7 +842,7 @@ def test_a_capture_goes_on_at_the_row(
     capture(path, out=tmp_path / "counted")
     total = len(served.requests)
     with_outage(served, lambda: len(list((tmp_path / "again").glob("*.rows/*"))) >= 3, 1e9)
-    with pytest.raises(UserError, match=r"no answer in 0.2 s"):
+    with pytest.raises(UserError, match=r"no answer in \S+ s"):
         capture(path, out=tmp_path / "again")
     kept = sorted((tmp_path / "again").glob("*.rows/*.safetensors"))
     assert len(kept) >= 3

@@ -44,7 +44,7 @@ from potstill.models.student import Student, from_checkpoint, from_config
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_models import CutStudentConfig
 from potstill.registry import entries
-from potstill.teachers.base import TeacherSource
+from potstill.teachers.base import TeacherSource, refuse_cut
 from potstill.training.distributed import ALONE, Ranks
 from potstill.training.engines import engine_of
 from potstill.training.rollouts import Rollouts
@@ -166,6 +166,8 @@ def set_up(
         corpus, tokenizer = read_corpus(resolved, note, beat)
         resolved = with_steps(resolved, len(corpus.train), note)
         note_sources(resolved.recipe, corpus, note)
+        if resolved.student.is_cut and resolved.teacher.layers_config is None:
+            refuse_cut(resolved.teacher.config.registered_name)  # before it is loaded, or a server asked
         open_teacher = teacher = resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)
         require_teacher(resolved, teacher, tokenizer, note)
         setup = _set_up_student(resolved, corpus, tokenizer, teacher, note, agreed, repair)

@@ -141,9 +141,11 @@ class HttpClient:
         try:
             answer = retries(self._once, method, path, body)
         except _NoAnswer as error:
-            passed_s = time.monotonic() - started_s  # longer where one request alone took longer
+            passed_s = time.monotonic() - started_s
+            # Longer where one request alone took longer.
+            shown_s = deadline_s if passed_s < 2 * deadline_s else round(passed_s, 1)
             raise UserError(
-                f"{self.url}: no answer in {deadline_s if passed_s < 2 * deadline_s else round(passed_s):g} s: {error}."
+                f"{self.url}: no answer in {shown_s:g} s: {error}."
                 " Start the server, or correct teacher.url; a run that has started goes on from its last checkpoint"
                 " with --resume."
             ) from None  # the cause holds the request with its headers

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as tensors_in
+from safetensors.torch import save
 from torch import Tensor
 
 from potstill.errors import UserError
@@ -112,7 +113,7 @@ def capture_shard(
         if folder is not None:
             folder.mkdir(exist_ok=True)
             tensors = row.kept | {PLACES: row.places_P, ROW: torch.tensor([row.row])}
-            content = safetensors.torch.save(tensors)
+            content = save(tensors)
             write_whole(folder / f"{number}.{_hash(content)}.safetensors", content)
         on_row(row)
     shard = [kept[number] for number in numbers]
@@ -135,7 +136,7 @@ def _rows_in(folder: Path, numbers: Sequence[int]) -> dict[int, Captured]:
         with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
             content = path.read_bytes()
             if int(number) in wanted and _hash(content) == digest:
-                tensors = safetensors.torch.load(content)
+                tensors = tensors_in(content)
                 places_P, row = tensors.pop(PLACES), int(tensors.pop(ROW))
                 found[int(number)] = Captured(row, places_P, tensors)
     return found
