@@ -49,6 +49,8 @@ class Batch:
     """Whether the student wrote the labels itself: then no cross-entropy falls on them."""
     for_teacher: Batch | None = None
     """What the teacher reads in its place: other prompts, with the same labels in the same order. None: the same."""
+    sources_B: Tensor | None = None
+    """int64, the number of the source of a mix that each row is of; on the CPU. None: there is one corpus."""
 
     @property
     def counted_M(self) -> Tensor:
@@ -64,8 +66,10 @@ class Batch:
         return counted_BT.flatten()
 
     def to(self, device: torch.device | str) -> Batch:
-        """On the device, all but `rows_B`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
+        """On the device, all that is an input of a model."""
+        values = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows_B", "sources_B")
+        }
         inputs: dict[str, Any] = {
             name: moved(value, device) for name, value in values.items() if isinstance(value, Tensor)
         }
@@ -93,6 +97,7 @@ class Batch:
                 None if self.lengths_B is None else self.lengths_B[b : b + 1],
                 self.is_rollout,
                 for_teacher,
+                None if self.sources_B is None else self.sources_B[b : b + 1],
             )
 
 

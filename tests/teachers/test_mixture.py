@@ -123,13 +123,11 @@ def test_held_out_figures_of_a_source_are_those_of_its_teacher(
             assert first[key] == pytest.approx(alone.metrics()[0][key], rel=1e-5)
 
 
-def test_a_row_of_no_source_has_no_teacher(mixed: Recipe) -> None:
+def test_rows_of_no_source_have_no_teacher(mixed: Recipe) -> None:
     setup = built(mixed())
     (batch,) = setup.data().step(0)
-    beyond = len(setup.corpus.train) + len(setup.corpus.heldout)
-    other = dataclasses.replace(batch, rows_B=torch.full_like(batch.rows_B, beyond))
-    with pytest.raises(UserError, match=f"row {beyond} is of no source that a teacher teaches"):
-        answer(setup.teacher, other)
+    with pytest.raises(UserError, match=r"teacher mixture: rows .* are of no source that it knows"):
+        answer(setup.teacher, dataclasses.replace(batch, sources_B=None))
 
 
 def test_targets_of_several_stores_are_in_the_order_of_the_positions() -> None:
@@ -232,11 +230,60 @@ def test_a_weighted_mixture_grades_what_the_student_writes(mixed: Recipe, tmp_pa
     assert run.metrics()[-1]["own/reverse_kl"] > 0
 
 
-def test_teachers_by_source_do_not_grade_rollouts(mixed: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"rollouts: teacher .* has no targets for text that the student writes"
-    ):
-        distill(mixed(rollouts="{max_new_tokens: 6, prompt_tokens: 6}"), out=tmp_path / "r")
+def beginnings(setup: RunSetup, source: str, tokens: int) -> set[tuple[int, ...]]:
+    """The first tokens of each training document of a source."""
+    rows = setup.corpus.parts[source].train
+    return {tuple(rows.ids[start : start + tokens].tolist()) for start in rows.starts}
+
+
+def test_what_the_student_writes_is_graded_by_the_teacher_of_its_prompt(
+    mixed: Recipe, folders: dict[str, Path]
+) -> None:
+    """The gradient of a step is the sum of those of each teacher alone behind the prompts of its source."""
+    rollouts = "{max_new_tokens: 6, prompt_tokens: 6}"
+    whole = built(mixed(rollouts=rollouts))
+    alone = {
+        name: built(mixed(teacher=f"{{name: torch, model: {folders[name]}}}", rollouts=rollouts))
+        for name in ("code", "prose")
+    }
+    ours = {name: beginnings(whole, name, 6) for name in alone}
+    ours = {"code": ours["code"] - ours["prose"], "prose": ours["prose"] - ours["code"]}
+    expected: dict[str, torch.Tensor] = {}
+    graded = []
+    for batch in whole.data().step(0):
+        whole.student(batch, answer(whole.teacher, batch))["loss"].backward()
+        for row in batch.split():
+            (source,) = [name for name in ours if tuple(row.input_ids_BT[0, :6].tolist()) in ours[name]]
+            graded.append(source)
+            setup = alone[source]
+            setup.student(row, answer(setup.teacher, row))["loss"].backward()
+    assert sorted(graded) == ["code", "code", "prose", "prose"]
+    for setup in alone.values():
+        for name, parameter in setup.student.named_parameters():
+            if parameter.grad is not None:
+                expected[name] = expected.get(name, torch.zeros_like(parameter)) + parameter.grad
+    for name, parameter in whole.student.named_parameters():
+        if name in expected:
+            assert parameter.grad is not None
+            gap = (parameter.grad - expected[name]).norm() / expected[name].norm()
+            assert float(gap) < 1e-6, name
+
+
+@pytest.mark.parametrize("more", ["", ", in_memory: one"])
+def test_held_out_prompts_are_answered_by_the_teacher_of_their_source(
+    more: str, mixed: Recipe, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    rollouts = "{max_new_tokens: 6, prompt_tokens: 6}"
+    run = distill(mixed(more=more, rollouts=rollouts), out=tmp_path / "run")
+    shown = {"run": run.answers()}
+    for name in ("code", "prose"):
+        recipe = mixed(teacher=f"{{name: torch, model: {folders[name]}}}", rollouts=rollouts)
+        shown[name] = distill(recipe, out=tmp_path / name).answers()
+    assert shown["run"]["prompt"] == shown["code"]["prompt"] == shown["prose"]["prompt"]
+    assert len(shown["run"]["prompt"]) == 4  # two of each source, in their order
+    assert shown["code"]["teacher"] != shown["prose"]["teacher"]
+    assert shown["run"]["teacher"] == shown["code"]["teacher"][:2] + shown["prose"]["teacher"][2:]
+    assert run.metrics()[-1]["own/reverse_kl"] > 0
 
 
 # --- runs

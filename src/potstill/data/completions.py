@@ -66,6 +66,8 @@ class CompletionRows(PackedRows):
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows, with what the teacher reads in their place."""
         own, chosen = super().batch(rows), [self.completions[row] for row in rows]
+        sources = [each.prompt.source for each in chosen if each.prompt.source is not None]
+        own = dataclasses.replace(own, sources_B=torch.tensor(sources) if sources else None)
         if all(each.prompt.for_teacher is None for each in chosen):
             return own
         read = CompletionRows([each.as_teacher_reads() for each in chosen]).batch(range(len(chosen)))

@@ -47,6 +47,8 @@ class MixedRows(PackedRows):
         self.tokens_per_row = parts[0].tokens_per_row
         self.ends = list(accumulate(map(len, parts)))
         """The row after the last of each source."""
+        for number, part in enumerate(parts):
+            part.source = number
 
     def __len__(self) -> int:
         return self.ends[-1]

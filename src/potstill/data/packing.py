@@ -66,6 +66,8 @@ class PackedRows:
             self.supervised_per_row = _supervised(bears, tokens_per_row)
         else:
             self.supervised_per_row = _supervised_from(bears, self.first_of_row)
+        self.source: int | None = None
+        """Its number in a mix."""
         self.for_teacher: list[NDArray[np.uint32] | None] = []
         """Of prompts: what the teacher reads in place of each document, None for the same; empty: the same of all."""
         self.kept = np.flatnonzero(self.supervised_per_row)
@@ -164,6 +166,7 @@ def batch_of(chosen: Sequence[tuple[PackedRows, int]], numbers: Sequence[int]) -
         labels_BT[b, : len(following)] = following
     labels = torch.from_numpy(labels_BT.reshape(-1))
     positions_N = torch.nonzero(labels >= 0)[:, 0]
+    sources = [rows.source for rows, _ in chosen if rows.source is not None]
     return Batch(
         rows_B=torch.tensor(list(numbers), dtype=torch.int64),
         input_ids_BT=torch.from_numpy(ids_BT),
@@ -171,6 +174,7 @@ def batch_of(chosen: Sequence[tuple[PackedRows, int]], numbers: Sequence[int]) -
         positions_N=positions_N,
         labels_N=labels[positions_N],
         lengths_B=torch.from_numpy(lengths_B),
+        sources_B=torch.tensor(sources) if sources else None,
     )
 
 

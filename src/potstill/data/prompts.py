@@ -32,6 +32,8 @@ class Prompt:
     ids: list[int]
     for_teacher: list[int] | None = None
     """What the teacher reads in its place; None: the same."""
+    source: int | None = None
+    """The number of the source of a mix that its document is of."""
 
 
 class Prompts:
@@ -95,6 +97,7 @@ class Prompts:
             number,
             self.rows.ids[start : start + length].tolist(),
             None if for_teacher is None else for_teacher.tolist(),
+            self.rows.source,
         )
 
     def notes(self) -> Iterator[str]:

@@ -60,6 +60,7 @@ def _first(batch: Batch, tokens: int) -> Batch:
         batch.position_ids_BT[:, :tokens],
         batch.positions_N[kept_N],
         batch.labels_N[kept_N],
+        sources_B=batch.sources_B,
     )
 
 

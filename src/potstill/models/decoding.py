@@ -57,6 +57,8 @@ class Row(ABC):
     """Log-probability of each new token under the model itself, at temperature 1 and with nothing cut off."""
     finish: str = ""
     """Why it ended; empty while it goes on."""
+    source: int | None = None
+    """The number of the source of a mix that the prompt is of."""
 
     @abstractmethod
     def add(self, token: int) -> None:

@@ -37,7 +37,8 @@ def _texts_of(setup: RunSetup, corpus: Corpus, name: str) -> Iterator[Finding]:
     documents = list(_documents(corpus.heldout, len(in_corpus), config.tokens_per_row - len(bos)))
     if not bos or not documents or not setup.teacher.reads_new_text:
         return
-    with_it, without = (_cross_entropy(setup, documents, before) for before in (bos, []))
+    source = corpus.heldout.source
+    with_it, without = (_cross_entropy(setup, documents, source, before) for before in (bos, []))
     figure = (
         f"the teacher's cross-entropy is {with_it:.3f} nats with the tokenizer's BOS before each text, {without:.3f}"
         f" without it; texts begin {'with' if in_corpus else 'without'} it"
@@ -56,7 +57,9 @@ def _documents(rows: PackedRows, num_bos: int, longest: int) -> Iterator[NDArray
             yield document
 
 
-def _cross_entropy(setup: RunSetup, documents: list[NDArray[np.uint32]], before: list[int]) -> float:
+def _cross_entropy(
+    setup: RunSetup, documents: list[NDArray[np.uint32]], source: int | None, before: list[int]
+) -> float:
     """The teacher's, in nats, on all tokens of the documents but each one's first."""
     ids: list[NDArray[np.uint32]] = []
     starts, bears = [], []

@@ -453,7 +453,12 @@ def _targets(setup: RunSetup, batch: Batch) -> Targets:
 def _gap(answer: Callable[[Batch], torch.Tensor], batch: Batch) -> float:
     """The largest change of an output when the input tokens are reversed."""
     backwards = Batch(
-        batch.rows_B, batch.input_ids_BT.flip(1), batch.position_ids_BT, batch.positions_N, batch.labels_N
+        batch.rows_B,
+        batch.input_ids_BT.flip(1),
+        batch.position_ids_BT,
+        batch.positions_N,
+        batch.labels_N,
+        sources_B=batch.sources_B,
     )
     with torch.no_grad():
         return float((answer(batch) - answer(backwards)).abs().max())

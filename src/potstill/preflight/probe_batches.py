@@ -53,4 +53,5 @@ def window(batch: Batch) -> Batch:
         batch.position_ids_BT[:, columns],
         (b_N * len(columns) + t_N - first)[inside],
         batch.labels_N[inside],
+        sources_B=batch.sources_B,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from potstill.data.tokenizers import require_same
 from potstill.errors import UserError
 from potstill.losses.targets import HiddenTargets, SparseTargets
+from potstill.models.decoding import Decode, Row
 from potstill.models.source import ModelFiles
 from potstill.recipe.sections_mixture import MixtureTeacherConfig
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource, source_of
@@ -28,8 +29,7 @@ from potstill.types import Batch, Finding, Targets, Teacher, answer
 if TYPE_CHECKING:
     from potstill.build.setup import RunSetup
 
-ROWS = ("rows", "heldout_rows_at")
-"""Of a source in the manifest of a mix: its first row and the one after its last, of each split."""
+NO_SOURCES = "each teaches its sources (teaches), and the corpus has none. Use corpus.name: mix, or give each a weight."
 
 
 class Members:
@@ -95,9 +95,9 @@ class MixtureTeacher(BaseTeacher):
         self.labels = [each.teacher.label for each in config.teachers]
         self.weights = config.shares
         """Of each teacher, where all answer for every row; None: each has its own rows."""
-        self.reads_new_text = self.weights is not None
-        self._row_starts: list[int] = []
+        self.reads_new_text = True
         self._teacher_of: list[int] = []
+        """Where each has its own sources, the number of each source's teacher."""
         self._about: list[dict[str, Any]] = []
         self._fingerprints: list[dict[str, str]] = []
         self._kinds: list[tuple[int | None, bool, bool]] = []
@@ -144,11 +144,13 @@ class MixtureTeacher(BaseTeacher):
         """Of each position those of its row's teacher, or the weighted mean of all.
 
         Raises:
-            UserError: a row that no teacher has; or whatever a teacher raises.
+            UserError: rows of no source; or whatever a teacher raises.
         """
         if self.weights is not None:
             return self._weighted(batch)
-        numbers = [self._teacher_of_row(row) for row in batch.rows_B.tolist()]
+        if batch.sources_B is None:
+            raise UserError(f"teacher mixture: rows {batch.rows_B.tolist()} are of no source that it knows.")
+        numbers = [self._teacher_of[source] for source in batch.sources_B.tolist()]
         found: dict[int, tuple[Targets, Tensor]] = {}
         for number in self.members.turns():
             rows = [b for b, of in enumerate(numbers) if of == number]
@@ -165,6 +167,27 @@ class MixtureTeacher(BaseTeacher):
         logits = [self.members[n].logits_per_position(input_ids_BT) for n in range(len(self.members))]
         return _mean(logits, self.weights)
 
+    def decoder(self, ids: int) -> Decode:
+        """Each source's prompts are answered by its teacher.
+
+        Raises:
+            UserError: the teachers have their own sources, and no mix of sources was given to `require_fits`.
+        """
+        if self.weights is not None:
+            return super().decoder(ids)
+        if not self._teacher_of:
+            raise UserError(f"teacher.teachers: {NO_SOURCES}")
+
+        def decode(settings: GenerationConfig, rows: Sequence[Row], beat: Callable[[], None]) -> None:
+            for number in self.members.turns():
+                own = [
+                    row for row in rows if row.source is not None and self._teacher_of[row.source] == number
+                ]
+                if own:
+                    self.members[number].decoder(ids)(settings, own, beat)
+
+        return decode
+
     def share_ids(self, ids: int) -> int:
         shared = [ids]
         self.members.each(lambda teacher: shared.append(teacher.share_ids(ids)))
@@ -175,7 +198,7 @@ class MixtureTeacher(BaseTeacher):
 
     def require_fits(self, corpus: Mapping[str, Any], objective: Any, ids: int, rows: Iterable[int]) -> None:
         if self.weights is None:
-            self._find_rows(corpus)
+            self._teacher_of = self._teachers_of(corpus)
         for number in self.members.turns():
             self.members[number].require_fits(corpus, objective, ids, rows)
 
@@ -232,20 +255,11 @@ class MixtureTeacher(BaseTeacher):
         assert self.weights is not None
         return _weighted([part for part in parts if part is not None], self.weights)
 
-    def _teacher_of_row(self, row: int) -> int:
-        place = bisect_right(self._row_starts, row) - 1
-        if place < 0 or (number := self._teacher_of[place]) < 0:
-            raise UserError(f"teacher mixture: row {row} is of no source that a teacher teaches.")
-        return number
-
-    def _find_rows(self, corpus: Mapping[str, Any]) -> None:
-        """Which rows are whose; UserError where a source has no teacher, or a teacher no source."""
+    def _teachers_of(self, corpus: Mapping[str, Any]) -> list[int]:
+        """The number of each source's teacher; UserError where a source has none, or a teacher no source."""
         sources = corpus.get("sources")
         if not sources:
-            raise UserError(
-                "teacher.teachers: each teaches some sources (teaches), and the corpus has none. Use corpus.name: mix,"
-                " or give each teacher a weight."
-            )
+            raise UserError(f"teacher.teachers: {NO_SOURCES}")
         of = {name: number for number, each in enumerate(self.config.teachers) for name in each.teaches or ()}
         for name in [
             *(name for name in sources if name not in of),
@@ -255,9 +269,7 @@ class MixtureTeacher(BaseTeacher):
             raise UserError(
                 f"teacher.teachers: {name} {what}; its sources are {', '.join(sources)}. Each belongs to one teacher."
             )
-        ranges = sorted((*about[split], of[name]) for name, about in sources.items() for split in ROWS)
-        self._row_starts = [start for start, _, _ in ranges] + [ranges[-1][1]]
-        self._teacher_of = [number for _, _, number in ranges] + [-1]
+        return [of[name] for name in sources]
 
 
 def _weighted(parts: Sequence[HiddenTargets], weights: Sequence[float]) -> HiddenTargets:
@@ -349,6 +361,7 @@ def _rows_of(batch: Batch, rows: Sequence[int]) -> tuple[Batch, Tensor]:
         None if batch.lengths_B is None else batch.lengths_B[on_device],
         batch.is_rollout,
         other,
+        None if batch.sources_B is None else batch.sources_B[at_b],
     )
     return own, at_N
 

@@ -77,6 +77,7 @@ def write(
             max_new=config.max_new_tokens,
             uniforms=uniforms(seed, name, config.max_new_tokens) if is_random else [],
             ends=ends,
+            source=prompt.source,
         )
         for name, prompt in prompts
     ]

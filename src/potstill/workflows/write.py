@@ -130,11 +130,11 @@ def _write(resolved: Resolved, out: Path, display: Display) -> Json:
                 f"write.truncated: teacher {resolved.teacher.label} has no token that ends an answer, so that each is"
                 " cut off. Set it to keep."
             )
+        decode = teacher.decoder(source.vocabulary.size)
         progress = _started(out, _identity(recipe, teacher, tokenizer, out))
         if (out / RECEIPT).exists():
             display.note(f"{out}: finished already")
             return read_object(out / RECEIPT, "a receipt")
-        decode = teacher.decoder(source.vocabulary.size)
         reading = Reading(iter(()))
         batches = _batches(recipe, tokenizer, source.bos_ids, reading, progress)
         with writing(out / CORPUS), (out / CORPUS).open("ab") as file:
