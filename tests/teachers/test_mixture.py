@@ -105,8 +105,10 @@ def test_two_teachers_by_source_are_two_runs(mixed: Recipe, folders: dict[str, P
     expected: dict[str, torch.Tensor] = {}
     for name in ("code", "prose"):
         alone = built(mixed(teacher=f"{{name: torch, model: {folders[name]}}}"))
+        of_rows = gradients(whole, name)  # each row asked by itself
         for key, grad in gradients(alone, name).items():
             expected[key] = expected.get(key, torch.zeros_like(grad)) + grad
+            assert float((of_rows[key] - grad).norm() / grad.norm()) < 1e-6, key
     for key, grad in expected.items():
         mine = found[key]
         assert mine is not None and float((mine - grad).norm() / grad.norm()) < 1e-6, key
