@@ -438,7 +438,7 @@ def test_conversations_and_texts_mix(
         ("sources: [{A}, {B, pth: 3}]", "corpus.sources.1.pth: unknown key for text. Did you mean corpus.sources.1.path?"),
         ("sources: [{A}, {B, path: nowhere}]", "corpus.sources.1.path: no file or folder "),
         ("sources: [{A}, {B, name: mix}]", "corpus.sources.1.name: no source of a mix called 'mix'."),
-        ("sources: [{A}, {B, name: prompts}]", "corpus.sources.1.name: no source of a mix called 'prompts'."),
+        ("sources: [{A}, {B, name: prompts}]", "corpus.sources.1.name: prompts have no answers, and rows of text have"),
         ("sources: [{A, tokens_per_row: 16}]", "corpus.sources.0.tokens_per_row: 16, and corpus.tokens_per_row is 32: "),
         ("sources: [{A, packing: false}]", "corpus.sources.0.packing: false, and corpus.packing is true: "),
         ("weight: 1, sources: [{A}]", "corpus.weight: is of a source of corpus.name: mix alone."),

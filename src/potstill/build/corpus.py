@@ -74,7 +74,7 @@ def open_source(resolved: Resolved) -> Source:
         _bos_ids(resolved.recipe.corpus, tokenizer),
         make_decontamination(resolved, tokenizer),
         # Of prompts alone: of other rows, a tokenizer that cannot be read is one that nobody needs.
-        teacher_tokenizer(resolved) if resolved.recipe.corpus.prompt == "whole" else None,
+        teacher_tokenizer(resolved) if resolved.recipe.corpus.is_prompts else None,
     )
 
 
@@ -124,7 +124,7 @@ def _packed(config: Any, source: Source, beat: Callable[[], None]) -> packing.Co
             vocab=vocabulary,
             layout=config.layout,
             folder=folder,
-            may_be_short=config.prompt == "whole",
+            may_be_short=config.is_prompts,
         )
         # After packing: its counts are complete once every document has been read.
         overlaps = {"decontamination": None if decontamination is None else decontamination.manifest()}

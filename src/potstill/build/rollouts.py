@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from potstill.build.corpus import teacher_tokenizer
 from potstill.build.resolve import Resolved
 from potstill.data import packing
 from potstill.data.completions import Completion, CompletionRows, from_file
 from potstill.data.end_of_turn import end_of_turn, ends_of
+from potstill.data.mixing import MixedCorpus
 from potstill.data.prompts import MixedPrompts, Prompt, Prompts
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
@@ -25,6 +26,7 @@ from potstill.types import Teacher
 
 PROMPT_TOKENS = 32
 """Of a document without turns, where the recipe says nothing."""
+HELDOUT_COUNTS = ("heldout_rows", "heldout_tokens", "heldout_positions")
 HELDOUT_SEED = 0
 """Of the answers to held-out prompts: the same for every seed of a run, so that their results can be compared."""
 
@@ -45,7 +47,7 @@ class RolloutSetup:
 
 def require_rollouts(recipe: Recipe) -> None:
     """UserError for a run on prompts in which the student writes nothing."""
-    if recipe.corpus.prompt == "whole" and recipe.rollouts is None:
+    if recipe.corpus.is_prompts and recipe.rollouts is None:
         raise UserError("rollouts: missing: prompts have no answers to train on. Add rollouts: {}.")
 
 
@@ -140,19 +142,33 @@ def with_answers(
         raise UserError(f"{kept}: missing, damaged, or of other prompts. Start a new run.")
     else:
         written = found
-    heldout = CompletionRows(written)
-    heldout.first_row = len(corpus.train)
     ended = sum(each.ended for each in written)
     note(
         f"rollouts: the student is measured on the teacher's answers to {len(written)} held-out prompts; {ended} end,"
         f" the others are cut off after {rollouts.config.max_new_tokens} tokens"
     )
-    counts = {
-        "heldout_rows": len(heldout),
-        "heldout_tokens": len(heldout.ids),
-        "heldout_positions": heldout.supervised,
+    if not isinstance(corpus, MixedCorpus):
+        return _with_heldout(corpus, written)
+    of = {
+        name: _with_heldout(part, [each for each in written if each.prompt.source == number])
+        for number, (name, part) in enumerate(corpus.of.items())
     }
-    return dataclasses.replace(corpus, heldout=heldout, manifest=corpus.manifest | counts)
+    whole = _with_heldout(corpus, written)
+    sources = {
+        name: about | {count: of[name].manifest[count] for count in HELDOUT_COUNTS}
+        for name, about in corpus.manifest["sources"].items()
+    }
+    return dataclasses.replace(whole, of=of, manifest=whole.manifest | {"sources": sources})
+
+
+C = TypeVar("C", bound=packing.Corpus)
+
+
+def _with_heldout(corpus: C, written: Sequence[Completion]) -> C:
+    heldout = CompletionRows(written)
+    heldout.first_row = len(corpus.train)
+    counts = zip(HELDOUT_COUNTS, (len(heldout), len(heldout.ids), heldout.supervised), strict=True)
+    return dataclasses.replace(corpus, heldout=heldout, manifest=corpus.manifest | dict(counts))
 
 
 def answers_of(

@@ -226,7 +226,7 @@ def _with_rollouts(setup: RunSetup, note: Note, beat: Callable[[], None], answer
         setup.resolved, setup.corpus, setup.tokenizer, teacher, setup.student.model, ids, note
     )
     corpus = setup.corpus
-    if rollouts is not None and setup.recipe.corpus.prompt == "whole":
+    if rollouts is not None and setup.recipe.corpus.is_prompts:
         corpus = with_answers(corpus, rollouts, teacher, ids, note, answers, beat)
     return dataclasses.replace(setup, corpus=corpus, rollouts=rollouts)
 

@@ -66,7 +66,7 @@ def run_rows(options: argparse.Namespace, display: Display) -> None:
     say(
         f"{manifest['documents']} documents; {len(corpus.train)} rows to train on, {len(corpus.heldout)} held out;"
         f" {manifest['train_positions']} tokens bear loss"
-        if resolved.recipe.corpus.prompt != "whole"
+        if not resolved.recipe.corpus.is_prompts
         else f"{manifest['documents']} prompts, {len(corpus.train)} of them to train on; what the student writes behind"
         " them bears loss, and not what is marked here"
     )

@@ -134,7 +134,6 @@ class MixedOrder:
 @dataclass(frozen=True)
 class MixedCorpus(Corpus):
     train: MixedRows
-    heldout: MixedRows
     weights: tuple[Fraction, ...]
     of: Mapping[str, Corpus]
 
@@ -148,16 +147,20 @@ class MixedCorpus(Corpus):
 
     @property
     def heldout_parts(self) -> Mapping[str, range]:
-        return dict(zip(self.of, self.heldout.ranges, strict=True))
+        ends = list(accumulate(len(part.heldout) for part in self.of.values()))
+        return {
+            name: range(end - len(part.heldout), end)
+            for (name, part), end in zip(self.of.items(), ends, strict=True)
+        }
 
     @cached_property
     def in_proportion(self) -> Rows:
         return _Chosen(self.train, self._by_turns())
 
     def source_of(self, row: int) -> str:
-        of_train = row < len(self.train)
-        rows, number = (self.train, row) if of_train else (self.heldout, row - len(self.train))
-        return list(self.of)[rows.place(number)[0]]
+        if row < len(self.train):
+            return list(self.of)[self.train.place(row)[0]]
+        return next(n for n, part in self.heldout_parts.items() if row - len(self.train) in part)
 
     def order(self, seed: int) -> MixedOrder:
         num_rows = tuple(len(part.train) for part in self.of.values())
@@ -237,7 +240,7 @@ def _without_held_out(parts: Mapping[str, Corpus]) -> dict[str, Corpus]:
     left: dict[str, Corpus] = {}
     for name, part in parts.items():
         others = set().union(*(of for other, of in documents.items() if other != name))
-        kept = _rows_without(part.train, others)
+        kept, part.train.held_out_elsewhere = _rows_without(part.train, others)
         dropped = len(part.train) - len(kept)
         if not len(kept):
             raise UserError(
@@ -249,9 +252,8 @@ def _without_held_out(parts: Mapping[str, Corpus]) -> dict[str, Corpus]:
 
 
 def _documents(rows: PackedRows) -> set[tuple[int, bytes]]:
-    """Length and sha256 of the ids of each document of these rows."""
-    numbers = {number for row in range(len(rows)) for number in rows.documents_of(row)}
-    return {(len(ids), hashed(ids)) for ids in (_document(rows, number) for number in numbers)}
+    """Length and sha256 of the ids of each document, also of those that `kept` has no row of: they may be prompts."""
+    return {(len(ids), hashed(ids)) for ids in (_document(rows, n) for n in range(len(rows.starts)))}
 
 
 def _document(rows: PackedRows, number: int) -> NDArray[np.uint32]:
@@ -259,16 +261,20 @@ def _document(rows: PackedRows, number: int) -> NDArray[np.uint32]:
     return rows.ids[int(rows.starts[number]) : end]
 
 
-def _rows_without(rows: PackedRows, documents: set[tuple[int, bytes]]) -> NDArray[np.int64]:
-    """`kept` of the rows in which none of these documents begins, goes on or ends."""
+def _rows_without(
+    rows: PackedRows, documents: set[tuple[int, bytes]]
+) -> tuple[NDArray[np.int64], frozenset[int]]:
+    """`kept` of the rows in which none of these documents begins, goes on or ends; and those that are there."""
     lengths = np.diff(rows.starts, append=len(rows.ids))
-    gone: set[int] = set()
+    gone, found = set[int](), set[int]()
     # A document of another length is another document, and needs no hash.
     for number in np.flatnonzero(np.isin(lengths, [length for length, _ in documents])).tolist():
         ids, start = _document(rows, number), int(rows.starts[number])
         if (len(ids), hashed(ids)) in documents:
+            found.add(number)
             gone |= {*range(rows.row_at(start), rows.row_at(start + len(ids) - 1) + 1)}
-    return rows.kept[~np.isin(rows.kept, list(gone))] if gone else rows.kept
+    kept = rows.kept[~np.isin(rows.kept, list(gone))] if gone else rows.kept
+    return kept, frozenset(found)
 
 
 def _with_rows(part: Corpus, kept: NDArray[np.int64], dropped: int) -> Corpus:

@@ -68,6 +68,8 @@ class PackedRows:
             self.supervised_per_row = _supervised_from(bears, self.first_of_row)
         self.source: int | None = None
         """Its number in a mix."""
+        self.held_out_elsewhere: frozenset[int] = frozenset()
+        """Documents that are also in held-out rows of another source of the mix: no row of `kept` has them."""
         self.for_teacher: list[NDArray[np.uint32] | None] = []
         """Of prompts: what the teacher reads in place of each document, None for the same; empty: the same of all."""
         self.kept = np.flatnonzero(self.supervised_per_row)

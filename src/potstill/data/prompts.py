@@ -65,7 +65,9 @@ class Prompts:
         is_long = np.maximum(prompt_lengths, own) > longest
         self.without = int((prompt_lengths == 0).sum())
         self.too_long = int(((prompt_lengths > 0) & is_long).sum())
-        self.numbers: NDArray[np.int64] = np.flatnonzero((prompt_lengths > 0) & ~is_long)
+        is_there = np.ones(len(lengths), dtype=np.bool_)
+        is_there[list(rows.held_out_elsewhere)] = False
+        self.numbers: NDArray[np.int64] = np.flatnonzero((prompt_lengths > 0) & ~is_long & is_there)
         self._lengths = prompt_lengths[self.numbers]
         if not len(self.numbers):
             why = f"{self.too_long} are longer than {longest} tokens" if self.too_long else "none has one"

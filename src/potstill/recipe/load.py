@@ -425,7 +425,10 @@ def _across_rollouts(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], st
     corpus, teacher, objective, train = (
         tree[s] if isinstance(tree.get(s), dict) else {} for s in ("corpus", "teacher", "objective", "train")
     )
-    has_prompts, given = corpus.get("name") == "prompts", tree.get("rollouts")
+    sources = corpus.get("sources")
+    parts = [part for part in sources if isinstance(part, dict)] if isinstance(sources, list) else []
+    has_prompts = any(part.get("name") == "prompts" for part in (corpus, *parts))
+    given = tree.get("rollouts")
     rollouts = given if isinstance(given, dict) else {}
     share = rollouts.get("fraction", 1)
     if has_prompts and type(share) in (int, float) and 0 <= share < 1:

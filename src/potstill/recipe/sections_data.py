@@ -106,6 +106,11 @@ class CorpusConfig(Config):
         return "whole" if self.whole_documents else "stream"
 
     @property
+    def is_prompts(self) -> bool:
+        """Whether its documents are prompts alone, whose answers the student writes."""
+        return self.prompt == "whole"
+
+    @property
     def is_streamed(self) -> bool:
         """Whether it is on the hub: read once, into `shards`."""
         return False
@@ -300,7 +305,6 @@ class PromptsCorpusConfig(DataSetCorpusConfig):
 
     patterns: ClassVar[str] = "prompts:PATTERNS"
     prompt = "whole"
-    can_be_mixed = False
 
     @property
     def layout(self) -> Literal["stream", "whole", "single"]:

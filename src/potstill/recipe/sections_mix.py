@@ -35,7 +35,7 @@ class MixCorpusConfig(CorpusConfig):
     """Several corpora, of which every step has rows in the proportion of their weights. heldout_rows are those of each
     source, unless it has its own; with shards, each source is cached in a folder there of its name."""
     sources: Annotated[list[Annotated[CorpusConfig, Registered("corpus", only="can_be_mixed")]], MinLen(1)]
-    """Corpora of any kind but mix and prompts, each with `source`, a name of its own, and `weight`."""
+    """Corpora of any kind but mix, each with `source`, a name of its own, and `weight`; prompts with prompts alone."""
 
     can_be_mixed: ClassVar[bool] = False
 
@@ -52,10 +52,19 @@ class MixCorpusConfig(CorpusConfig):
     def mistakes(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from super().mistakes(given)
         listed, names = given.get("sources"), dict[str, int]()
-        for number, source in enumerate(listed if isinstance(listed, list) else []):
+        sources = listed if isinstance(listed, list) else []
+        kinds = [source.get("name") for source in sources if isinstance(source, dict)]
+        others = [kind for kind in kinds if kind != "prompts"]
+        for number, source in enumerate(sources):
             if not isinstance(source, dict):
                 continue
             at = f"sources.{number}"
+            if source.get("name") == "prompts" and others:
+                yield (
+                    f"{at}.name",
+                    f"prompts have no answers, and rows of {others[0]} have: of one step the student writes the answers"
+                    " to all prompts. Mix prompts with prompts alone; of chat its questions are prompts, too.",
+                )
             for name in ("source", "weight"):
                 if source.get(name) is None:
                     yield f"{at}.{name}", "missing. Every source of a mix needs it."
@@ -79,6 +88,10 @@ class MixCorpusConfig(CorpusConfig):
             else each
             for each in self.sources
         }
+
+    @property
+    def is_prompts(self) -> bool:
+        return all(each.is_prompts for each in self.sources)
 
     @property
     def is_streamed(self) -> bool:

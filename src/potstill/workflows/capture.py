@@ -67,7 +67,7 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     """
     loaded = recipes.load(recipe, overrides)
     number, parts = _parse_part(part)
-    if loaded.corpus.prompt == "whole":
+    if loaded.corpus.is_prompts:
         raise UserError(
             "corpus.name: prompts have no answers whose targets could be captured. Use another corpus."
         )

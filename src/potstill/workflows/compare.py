@@ -90,7 +90,7 @@ def compare(
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     folder = out or (newest_path(name) if resume else default_path(name))
-    if loaded.corpus.prompt == "whole":
+    if loaded.corpus.is_prompts:
         raise UserError(
             "corpus.name: prompts have no answers for the arm of plain training. Compare on another corpus."
         )
