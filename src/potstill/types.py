@@ -341,6 +341,10 @@ class Teacher(TeacherLogitsProvider, Protocol):
         """UserError where the recipe describes another teacher than this one; not called where `to_cut_from` is."""
         ...
 
+    def require_unchanged(self) -> None:
+        """UserError where a teacher elsewhere is not what it was when it was opened; it is asked for that."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What the terminal, the receipt and the model card say of it, as JSON."""
         ...

@@ -550,6 +550,8 @@ def test_servers_have_no_mean(mixed: Recipe, folders: dict[str, Path], address: 
         (("teaches: [code, prose]", "weight: 1"), "teacher.teachers.0.teaches: teachers.1 has a weight"),
         (("teaches: [code]", "teaches: null"), "teacher.teachers.1: give it either teaches"),
         (("weight: 1", "weight: 0"), "teacher.teachers.1.weight: 0 must be greater than 0"),
+        (("weight: 1", "weight: 1e-200"), "teacher.teachers.1.weight: 1e-200 is less than 1e-06 of all weights together"),
+        (("weight: 1e308", "weight: 1e308"), "teacher.teachers.0.weight: "),
         (("teaches: [code]", "teach: [prose]"), "teacher.teachers.1.teach: unknown key. Did you mean teacher.teachers.1.teaches"),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ The server is a double in this process over a real small model; `test_server_vll
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -41,7 +42,8 @@ from potstill.models.student import Student
 from potstill.recipe.sections_models import ServerTeacherConfig
 from potstill.runs.run_dir import RunDir
 from potstill.store.reader import Store, verify
-from potstill.teachers import server
+from potstill.store.writer import merge
+from potstill.teachers import capture_rows, server
 from potstill.teachers.server import ServerTeacher
 from potstill.teachers.server_apis import Vllm
 from potstill.types import Batch, Head
@@ -679,13 +681,27 @@ def test_a_server_that_comes_back_as_another_model_ends_the_run(
         return found
 
     served.fault = fault
-    with pytest.raises(UserError, match=r"came back as another model: its log-probabilities"):
+    with pytest.raises(UserError, match=r"is another model than before: its log-probabilities"):
         distill(path, out=tmp_path / "run")
     # Nor does it go on with it.
     with pytest.raises(UserError, match=r"another input: teacher/texts"):
         distill(path, out=tmp_path / "run", resume=True)
     served.model = model
     assert weights(distill(path, out=tmp_path / "run", resume=True)) == weights(whole)
+
+
+def test_a_run_goes_on_with_a_server_that_has_moved(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How it is asked may change as well, and its model may not."""
+    path = recipe(address)
+    whole = distill(path, out=tmp_path / "whole")
+    cut_off(path, tmp_path / "run", 2, monkeypatch)
+    with serving(served) as moved:
+        there = recipe(moved, ", deadline_s: 30, requests: 2, timeout_s: 9")
+        assert weights(distill(there, out=tmp_path / "run", resume=True)) == weights(whole)
+        with pytest.raises(UserError, match=r"teacher.top_k"):
+            distill(recipe(moved, ", top_k: 5"), out=tmp_path / "run", resume=True)
 
 
 def test_rounding_of_a_server_is_no_other_teacher(
@@ -821,16 +837,112 @@ def test_a_run_from_a_store_by_a_server_is_that_of_the_server(
     assert "lower bounds" in stored.receipt()["teacher"]["held_out"]
 
 
+@pytest.mark.parametrize("top_k", [2, 16])
 def test_held_out_rows_of_a_store_keep_their_labels(
-    recipe: Recipe, small: dict[str, str], tiny_recipe: Recipe, address: str, student: str, tmp_path: Path
+    top_k: int,
+    recipe: Recipe,
+    small: dict[str, str],
+    tiny_recipe: Recipe,
+    address: str,
+    student: str,
+    tmp_path: Path,
 ) -> None:
-    path = recipe(address, ", top_k: 2", capture=CAPTURE.replace("k: 8", "k: 2"))
+    """Also where the server gives more ids than are kept."""
+    path = recipe(address, f", top_k: {top_k}", capture=CAPTURE.replace("k: 8", "k: 2"))
     live = distill(path, out=tmp_path / "live").metrics()[0]
     capture(path, out=tmp_path / "store")
     of_store = tiny_recipe(**small, teacher=f"{{name: store, path: {tmp_path / 'store'}}}", student=student)
     stored = distill(of_store, out=tmp_path / "stored").metrics()[0]
-    for name in ("heldout/kl", "heldout/agreement", "heldout/teacher_ce"):
+    for name in ("heldout/agreement", "heldout/teacher_ce", *(["heldout/kl"] if top_k == 2 else [])):
         assert stored[name] == pytest.approx(live[name], rel=1e-5), name
+
+
+def exchanged_once(served: Served, folder: Path, when: Callable[[], bool]) -> None:
+    """Another model answers from then on, without an outage."""
+    other = Served(make_model(folder, seed=5)).model
+
+    def fault(path: str, body: Json) -> None:
+        if when():
+            served.model = other
+
+    served.fault = fault
+
+
+def test_a_server_that_is_exchanged_during_a_capture_ends_it(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path
+) -> None:
+    """No shard has rows of both, and what is left to resume has none of the other model's."""
+    shards = CAPTURE.replace("rows_per_shard: 8", "rows_per_shard: 4")
+    path, model, out = recipe(address, capture=shards), served.model, tmp_path / "store"
+    capture(path, out=tmp_path / "whole")
+    exchanged_once(served, tmp_path / "other", lambda: (out / "00000.json").exists())
+    with pytest.raises(UserError, match=r"is another model than before"):
+        capture(path, out=out)
+    assert not (out / "manifest.json").exists() and not list(out.glob("*.rows"))
+    served.fault, served.model = lambda path, body: None, model
+    capture(path, out=out)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (out / file.name).read_bytes()
+
+
+def test_parts_of_a_capture_belong_together_although_the_server_rounds(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, logp = (
+        recipe(address, capture=CAPTURE.replace("rows_per_shard: 8", "rows_per_shard: 4")),
+        served.logp,
+    )
+    store.capture(path, [], tmp_path / "one", "1/2", Display())
+    monkeypatch.setattr(served, "logp", lambda *given: logp(*given) - 1e-3)
+    store.capture(path, [], tmp_path / "other", "2/2", Display())
+    assert merge([tmp_path / "one", tmp_path / "other"], tmp_path / "both") == 0
+    monkeypatch.setattr(served, "logp", lambda *given: logp(*given) - 0.5)
+    store.capture(path, [], tmp_path / "third", "2/2", Display())
+    with pytest.raises(UserError, match=r"captured with another teacher.teacher/texts"):
+        merge([tmp_path / "one", tmp_path / "third"], tmp_path / "wrong")
+
+
+def test_the_next_rows_are_asked_for_while_these_are_kept(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the first row of a batch is handed over, texts of the next are being asked for or have been."""
+    texts: list[int] = []
+    kept = capture_rows._encoded
+
+    def encoded(*given: Any) -> Any:
+        time.sleep(0.05)
+        texts.append(sum(path == "/v1/completions" for path, _ in served.requests))
+        return kept(*given)
+
+    monkeypatch.setattr(capture_rows, "_encoded", encoded)
+    rows = recipe(address, capture=CAPTURE.replace("rows_per_batch: 2", "rows_per_batch: 1"))
+    capture(rows, out=tmp_path / "store")
+    per_row = sorted(later - before for before, later in itertools.pairwise(texts))
+    assert per_row[len(per_row) // 2] > 0  # each row's texts come one row before it
+
+
+def test_a_disk_without_room_for_a_row_is_one_line(
+    recipe: Recipe, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def full(self: Path, *given: Any, **options: Any) -> None:
+        if self.suffix == ".rows":
+            raise OSError(28, "No space left on device")
+        mkdir(self, *given, **options)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(UserError, match=r"No space left on device"):
+        capture(recipe(address, capture=CAPTURE), out=tmp_path / "store")
+
+
+def test_a_server_that_gives_fewer_ids_than_asked_for_is_refused_before_anything_is_written(
+    recipe: Recipe, served: Served, address: str, tmp_path: Path
+) -> None:
+    served.fault = lambda path, body: "400" if (body.get("prompt_logprobs") or 0) > 32 else None
+    with pytest.raises(UserError, match=r"refuses"):
+        capture(recipe(address, ", top_k: 64", capture=CAPTURE), out=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_capture_goes_on_at_the_row(
@@ -942,6 +1054,40 @@ def test_a_server_writes_a_corpus(
     if not temperature:
         write_corpus(tiny_recipe(**sections), out=tmp_path / "here")
         assert there == (tmp_path / "here" / "corpus.jsonl").read_text()
+
+
+def test_a_server_that_is_exchanged_while_it_writes_ends_it(
+    recipe: Recipe, served: Served, address: str, student: str, tmp_path: Path
+) -> None:
+    prompts, model, out = tmp_path / "prompts.jsonl", served.model, tmp_path / "there"
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat {n} "}) + "\n" for n in range(12)))
+    path = recipe(
+        address,
+        corpus=f"{{name: prompts, path: {prompts}, tokens_per_row: 64, heldout_rows: 2}}",
+        write="{max_new_tokens: 10, truncated: keep, temperature: 0, prompts_at_once: 3}",
+        rollouts="{max_new_tokens: 8}",
+        student=student,
+    )
+    write_corpus(path, out=tmp_path / "whole")
+    whole = (tmp_path / "whole" / "corpus.jsonl").read_text()
+    written = out / "corpus.jsonl"
+    exchanged_once(served, tmp_path / "other", lambda: written.exists() and written.stat().st_size > 0)
+    with pytest.raises(UserError, match=r"is another model than before"):
+        write_corpus(path, out=out)
+    assert not (out / "receipt.json").exists() and whole.startswith((out / "corpus.jsonl").read_text())
+    served.fault, served.model = lambda path, body: None, model
+    assert (
+        write_corpus(path, out=out)["teacher"]["teacher/texts"]
+        == json.loads((tmp_path / "whole" / "receipt.json").read_text())["teacher"]["teacher/texts"]
+    )
+    assert (out / "corpus.jsonl").read_text() == whole
+
+
+def test_a_tokenizer_that_drops_a_whole_text_is_compared_by_the_others(
+    opened: Open, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "TEXTS", (*server.TEXTS[:3], ""))
+    assert len(opened(address).means) == 3
 
 
 def test_prompts_alone_are_answered_by_the_server(recipe: Recipe, address: str, tmp_path: Path) -> None:

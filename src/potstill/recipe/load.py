@@ -99,8 +99,9 @@ class Recipe(Config):
     sinks of your own."""
 
     def without_places(self) -> Recipe:
-        """Without the fields that say where rows are cached, not which rows they are; for comparing recipes."""
-        return dataclasses.replace(self, corpus=self.corpus.without_places())
+        """Without the fields that say where rows are cached and a teacher is reached; for comparing recipes."""
+        teacher, corpus = self.teacher.without_places(), self.corpus.without_places()
+        return dataclasses.replace(self, teacher=teacher, corpus=corpus)
 
     def require_available(self) -> None:
         """UserError before a run where a sink, an evaluation or an engine cannot work on this machine."""

@@ -28,6 +28,10 @@ class MemberConfig(Config):
     """Its share of the mean distribution of every row, relative to the other weights; null: it has its own rows."""
 
 
+LEAST_SHARE = 1e-6
+"""Of a teacher in a weighted mean: below it, float32 would not see it."""
+
+
 @register("teacher")
 @dataclass(frozen=True, kw_only=True)
 class MixtureTeacherConfig(TeacherConfig):
@@ -46,6 +50,11 @@ class MixtureTeacherConfig(TeacherConfig):
             self, teachers=[replace(each, teacher=each.teacher.with_dtype(dtype)) for each in self.teachers]
         )
 
+    def without_places(self) -> MixtureTeacherConfig:
+        return replace(
+            self, teachers=[replace(each, teacher=each.teacher.without_places()) for each in self.teachers]
+        )
+
     @property
     def label(self) -> str:
         return " + ".join(each.teacher.label for each in self.teachers)
@@ -61,6 +70,15 @@ class MixtureTeacherConfig(TeacherConfig):
         listed = given.get("teachers")
         members = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
         weighted = [number for number, each in enumerate(members) if each.get("weight") is not None]
+        numbers = {
+            n: float(w) for n in weighted if isinstance(w := members[n]["weight"], int | float) and w > 0
+        }
+        for number, weight in numbers.items():
+            if not LEAST_SHARE <= weight / sum(numbers.values()) <= 1:
+                yield (
+                    f"teachers.{number}.weight",
+                    f"{shown(weight)} is less than {LEAST_SHARE:g} of all weights together. Leave that teacher out.",
+                )
         of: dict[str, int] = {}
         for number, each in enumerate(members):
             at, teaches = f"teachers.{number}", each.get("teaches")

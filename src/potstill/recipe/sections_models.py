@@ -56,6 +56,10 @@ class TeacherConfig(Config):
         """The same teacher with this type where its own is `auto`."""
         return self
 
+    def without_places(self) -> TeacherConfig:
+        """Without the fields that say where it is and how it is reached, not which one it is; for comparing recipes."""
+        return self
+
     @property
     def label(self) -> str:
         """A short name for messages."""
@@ -197,6 +201,11 @@ class ServerTeacherConfig(TeacherConfig):
     """Environment variable that has the server's API key; null: it wants none."""
 
     source: ClassVar[str] = "potstill.teachers.server:ServerSource"
+
+    def without_places(self) -> ServerTeacherConfig:
+        """The same model may move; that it is the same, it proves itself."""
+        asked = {name: getattr(ServerTeacherConfig, name) for name in ("requests", "timeout_s", "deadline_s")}
+        return replace(self, url="", api_key_variable=None, **asked)
 
     @property
     def label(self) -> str:

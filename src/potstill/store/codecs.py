@@ -200,9 +200,17 @@ class TopK:
             logp.append(logp_CK.to(DTYPES[self.dtype]))
         return self._packed(torch.cat(ids), torch.cat(logp))
 
-    def encode_known(self, targets: SparseTargets) -> Row:
-        """The k likeliest of the ids whose log-probabilities are known; a position that has fewer is padded."""
-        logp_PK, order_PK = targets.logp_NK.topk(min(self.k, targets.logp_NK.shape[1]), dim=-1)
+    def encode_known(self, targets: SparseTargets, labels_P: Tensor | None = None) -> Row:
+        """The k likeliest of the ids whose log-probabilities are known; a position that has fewer is padded.
+
+        Args:
+            labels_P: ids that are to be among them, however unlikely; None: none.
+        """
+        first_PK = targets.logp_NK
+        if labels_P is not None:
+            first_PK = first_PK.masked_fill(targets.ids_NK == labels_P[:, None], math.inf)
+        order_PK = first_PK.topk(min(self.k, first_PK.shape[1]), dim=-1).indices
+        logp_PK = targets.logp_NK.gather(-1, order_PK)
         ids_PK = targets.ids_NK.gather(-1, order_PK).clamp_min(0)
         missing = self.k - logp_PK.shape[1]
         ids_PK, logp_PK = F.pad(ids_PK, (0, missing)), F.pad(logp_PK, (0, missing), value=-math.inf)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,20 @@ HEAD, HELDOUT, TOKENIZER = "head.safetensors", "heldout.safetensors", "tokenizer
 EXACT = Hidden("float32")
 NOT_SETTINGS = ("bytes_per_position", "files", "tokenizer", "certificate", "seal")
 """Fields that the manifest has beside the settings of capture.json."""
+MEANS = "teacher/texts"
+"""Of a teacher that no hash of weights identifies: its mean log-probabilities of some texts, with spaces between."""
+SAME_NATS = 0.02
+"""What they may differ by: a server rounds in the order in which it happens to compute."""
 Json = dict[str, Any]
+
+
+def texts_gap(means: str, others: str) -> float:
+    """The largest difference of two values of `MEANS`, in nats; infinite where they are not of the same texts."""
+    try:
+        pairs = zip(map(float, means.split()), map(float, others.split()), strict=True)
+        return max((abs(a - b) for a, b in pairs), default=math.inf)
+    except ValueError:
+        return math.inf
 
 
 def codec_of(settings: Json) -> Codec:

@@ -35,11 +35,14 @@ from potstill.store.layout import (
     HEAD,
     HELDOUT,
     MANIFEST,
+    MEANS,
+    SAME_NATS,
     TOKENIZER,
     Files,
     Json,
     as_json,
     seal,
+    texts_gap,
 )
 from potstill.store.shards import AGAIN, FileRecord, flaws
 from potstill.types import Head
@@ -183,10 +186,14 @@ def require_equal(path: Path, recorded: Json, settings: Json) -> None:
     """Refuse to mix captures. The path of the teacher may differ between machines; its weights may not."""
     before, now = _flat(recorded), _flat(settings)
     for name in sorted((before | now).keys() - {"teacher.source"}):
-        if before.get(name) != now.get(name) and not name.startswith("commits."):
+        one, other = before.get(name), now.get(name)
+        is_same = one == other or name.startswith("commits.")
+        if name == f"teacher.{MEANS}":
+            is_same = texts_gap(str(one), str(other)) < SAME_NATS
+        if not is_same:
             raise UserError(
-                f"{path}: captured with another {name}: {before.get(name)!r:.200}, not"
-                f" {now.get(name)!r:.200}. Capture with the same, or give --out another folder."
+                f"{path}: captured with another {name}: {one!r:.200}, not {other!r:.200}. Capture with the same, or"
+                " give --out another folder."
             )
 
 

@@ -109,6 +109,9 @@ class BaseTeacher:
     def confirm(self) -> None:
         """Nothing to confirm."""
 
+    def require_unchanged(self) -> None:
+        """What is in this process does not change by itself."""
+
     def describe(self) -> dict[str, Any]:
         """For the terminal, the receipt and the model card, as JSON."""
         return {}

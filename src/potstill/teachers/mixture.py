@@ -239,6 +239,11 @@ class MixtureTeacher(BaseTeacher):
             for finding in self.members[number].checks(setup, student_kl):
                 yield replace(finding, name=f"{finding.name} of {self.labels[number]}")
 
+    def require_unchanged(self) -> None:
+        for number in self.members.turns():
+            if self.members.has(number):
+                self.members[number].require_unchanged()
+
     def close(self) -> None:
         self.members.close()
 

@@ -27,6 +27,7 @@ from potstill.losses.targets import SparseTargets
 from potstill.models.decoding import Decode, Row
 from potstill.models.hub import tokenizer_files
 from potstill.recipe.sections_models import ServerTeacherConfig
+from potstill.store.layout import MEANS, SAME_NATS, texts_gap
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource
 from potstill.teachers.server_apis import SEED_BITS, Api, BadAnswer, OpenAI, Place, SGLang, Vllm, Written
 from potstill.teachers.toy import require_ids, require_last
@@ -44,8 +45,6 @@ TEXTS = (
 )
 """What a model is known by: its mean log-probability of each."""
 TEXT_TOKENS = 48
-SAME_NATS = 0.02
-"""Means that differ by less are of the same model: a server adds up in another order with every batch."""
 TEMPERED_NATS = 0.05
 OTHER_TEMPERATURE = 0.5
 PROBED_IDS = 2048
@@ -168,11 +167,15 @@ class ServerTeacher(BaseTeacher):
         about = f"{self.config.model} {self.config.top_k} {self.vocab.fingerprint}"
         # Asked anew, also at the end of a run: a server that was exchanged between two requests shows here.
         found = self._means()
-        means = " ".join(f"{mean:.4f}" for mean in found)
-        before = (recorded or {}).get("teacher/texts", "")
-        if before and _gap(found, before) < SAME_NATS:
+        means = _written_out(found)
+        before = (recorded or {}).get(MEANS, "")
+        if before and texts_gap(means, before) < SAME_NATS:
             means = before
-        return {"teacher": hashlib.sha256(about.encode()).hexdigest(), "teacher/texts": means}
+        return {"teacher": hashlib.sha256(about.encode()).hexdigest(), MEANS: means}
+
+    def require_unchanged(self) -> None:
+        """UserError: the fixed texts have other log-probabilities than at the beginning."""
+        self._require_still_itself()
 
     def activity(self) -> str:
         return f"{self.client.answered} requests answered, {self.client.in_flight} in flight"
@@ -240,6 +243,8 @@ class ServerTeacher(BaseTeacher):
         self.max_length = self._limit()
         self._require_tokens()
         self._require_temperature()
+        ids = self._ids_of(TEXTS[0])
+        self._ask(ids, range(len(ids) - 1), self.config.top_k)  # a server may give fewer ids at most
         self.means = self._means()
         if self.config.api == "openai":
             self._require_told_apart()
@@ -312,17 +317,19 @@ class ServerTeacher(BaseTeacher):
         means = []
         for text in TEXTS:
             ids = self._ids_of(text)
+            if len(ids) < 2:  # of a tokenizer that drops what it does not know
+                continue
             given = _given(self._ask(ids, range(len(ids) - 1), 1), ids)
             means.append(sum(given) / len(given))
         return means
 
     def _require_still_itself(self) -> None:
         """After an outage: the server may have been started with another model."""
-        gap = _gap(self._means(), " ".join(map(str, self.means)))
+        gap = texts_gap(_written_out(self._means()), _written_out(self.means))
         if not gap < SAME_NATS:
             raise UserError(
-                f"{self.place}: came back as another model: its log-probabilities of fixed texts have moved by"
-                f" {gap:.3g} nats. Start the one that this run began with, and go on with --resume."
+                f"{self.place}: is another model than before: its log-probabilities of fixed texts have moved by"
+                f" {gap:.3g} nats. Start the one that this began with, and go on (a run by --resume)."
             )
 
     def _require_told_apart(self) -> None:
@@ -399,13 +406,9 @@ def _given(places: Sequence[Place], ids: Sequence[int]) -> list[float]:
     return [max(place.logps[token], LEAST) for place, token in zip(places, ids[1:], strict=True)]
 
 
-def _gap(means: Sequence[float], recorded: str) -> float:
-    """Largest difference, in nats."""
-    try:
-        before = [float(word) for word in recorded.split()]
-        return max(abs(a - b) for a, b in zip(means, before, strict=True))
-    except ValueError:
-        return math.inf
+def _written_out(means: Sequence[float]) -> str:
+    """As fingerprints and stores have them."""
+    return " ".join(f"{mean:.4f}" for mean in means)
 
 
 def _vocab(tokenizer: Any) -> Vocab:

@@ -98,7 +98,9 @@ def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Displ
             codec = heldout_codec_of(settings)
             writer.write(
                 out / HELDOUT,
-                lambda file: capture_shard(file, teacher, held, range(len(held)), codec, 0, rows_per_batch),
+                lambda file: capture_shard(
+                    file, teacher, held, range(len(held)), codec, 0, rows_per_batch, with_labels=True
+                ),
             )
             forget_rows(out / HELDOUT)
         _capture_shards(setup, settings, writer, mine, display)
@@ -106,6 +108,7 @@ def _capture(setup: RunSetup, out: Path, number: int, parts: int, display: Displ
             display.note("certificate: on the held-out rows")
             seed = settings["kind"].get("seed", 0)
             fidelity = certificate(setup.student, teacher, held, codec_of(settings), seed)
+            teacher.require_unchanged()
             student = {**setup.origin, "weights_sha256": setup.student.weights_sha256()}
             write_json(out / CERTIFICATE, fidelity | {"student": student})
     return read_manifest(out) if writer.finish() else None

@@ -142,6 +142,7 @@ def _write(resolved: Resolved, out: Path, display: Display) -> Json:
             for batch in batches:
                 started = time.perf_counter()
                 data = _answered(batch, decode, tokenizer, ends, recipe, progress)
+                teacher.require_unchanged()
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -311,7 +312,7 @@ def _finish(
             f"{out}: not one answer to {progress.prompts} prompts is kept ({why}). Raise write.max_new_tokens, or set"
             " write.truncated: keep."
         )
-    recipe, commit = resolved.recipe, code()
+    recipe, commit, of_teacher = resolved.recipe, code(), teacher.fingerprint(progress.of["teacher"])
     receipt = {
         "corpus": {"file": CORPUS, "bytes": progress.size, "sha256": file_sha256(out / CORPUS)},
         "prompts": progress.prompts,
@@ -322,7 +323,7 @@ def _finish(
         "settings": dataclasses.asdict(recipe.write),
         "ends": {str(end): tokenizer.convert_ids_to_tokens(end) for end in sorted(ends)},
         "read": reading.files,
-        "teacher": {"name": recipe.teacher.registered_name} | teacher.describe() | teacher.fingerprint(),
+        "teacher": {"name": recipe.teacher.registered_name} | teacher.describe() | of_teacher,
         "commits": dict(resolved.commits),
         "seconds": round(progress.seconds, 3),
         "commit": commit["commit"] or "not a git checkout",
