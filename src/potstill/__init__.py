@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from potstill.recipe.sections_data import CorpusConfig as CorpusConfig
     from potstill.recipe.sections_evaluation import EvaluationConfig as EvaluationConfig
     from potstill.recipe.sections_evaluation import SinkConfig as SinkConfig
+    from potstill.recipe.sections_models import ServerTeacherConfig as ServerTeacherConfig
     from potstill.recipe.sections_models import TeacherConfig as TeacherConfig
     from potstill.registry import register as register
     from potstill.teachers.base import BaseTeacher as BaseTeacher
@@ -54,6 +55,7 @@ _HOMES = {
     "RowsDataset": "potstill.data.collated",
     "ServerTeacher": "potstill.teachers.server",
     "SinkConfig": "potstill.recipe.sections_evaluation",
+    "ServerTeacherConfig": "potstill.recipe.sections_models",
     "StoredTeacher": "potstill.teachers.stored",
     "Student": "potstill.models.student",
     "TableTeacher": "potstill.teachers.toy",
@@ -82,6 +84,7 @@ __all__ = [
     "FixtureTeacher",
     "RowsDataset",
     "ServerTeacher",
+    "ServerTeacherConfig",
     "SinkConfig",
     "StoredTeacher",
     "Student",

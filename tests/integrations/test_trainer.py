@@ -65,7 +65,7 @@ def assert_equal_steps(history: list[dict[str, Any]], run: RunDir) -> None:
 
 def assert_equal_weights(one: Path, other: Path) -> None:
     ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() - theirs.keys() <= {"lm_head.weight"}  # which is tied, and FSDP's state has it twice
     apart = {name: float((ours[name] - tensor).norm() / tensor.norm()) for name, tensor in theirs.items()}
     assert max(apart.values()) < 1e-4, apart
 
@@ -267,5 +267,5 @@ def test_ids_that_are_padding_get_no_probability(tmp_path: Path) -> None:
     trainer.args.weight_decay = 0.0
     trainer.train()
     assert torch.equal(wide.get_output_embeddings().weight[258:], before)
-    with pytest.raises(UserError, match="320 ids"):
+    with pytest.raises(UserError, match="288 ids and model for 320"):
         trainer_of(tmp_path, TEXTS, wide, teacher=teacher)
