@@ -125,9 +125,10 @@ class Objective:
         """
         _, exact = self._dtypes(hidden_ND, head)
         sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in MEASURES}
-        for values in self._measured(hidden_ND, head, labels_N, targets):
-            for name, value_C in values.items():
-                sums[name] += value_C.sum()
+        with without_autocast(hidden_ND.device):
+            for values in self._measured(hidden_ND, head, labels_N, targets):
+                for name, value_C in values.items():
+                    sums[name] += value_C.sum()
         require_finite(_read(sums), len(labels_N))
         return sums
 
@@ -142,9 +143,10 @@ class Objective:
         """
         _, exact = self._dtypes(hidden_ND, head)
         parts: dict[str, list[Tensor]] = {name: [hidden_ND.new_zeros(0, dtype=exact)] for name in MEASURES}
-        for values in self._measured(hidden_ND, head, labels_N, targets):
-            for name, value_C in values.items():
-                parts[name].append(value_C.to(exact))
+        with without_autocast(hidden_ND.device):
+            for values in self._measured(hidden_ND, head, labels_N, targets):
+                for name, value_C in values.items():
+                    parts[name].append(value_C.to(exact))
         return {name: torch.cat(of_chunks) for name, of_chunks in parts.items()}
 
     def _measured(
