@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ from conftest import make_mixture, make_model, make_tokenizer, tiny_config
 from integrations.trainer_run import train
 from ranks import ranks
 from safetensors.torch import load_file
+from serving import Served, serving
 from transformers import TrainingArguments
 
 import potstill
-from potstill import DistillTrainer, TorchTeacher, UserError
+from potstill import DistillTrainer, ServerTeacher, ServerTeacherConfig, TorchTeacher, UserError
 from potstill.cli.main import main
 from potstill.losses import Objective
 from potstill.runs.run_dir import RunDir
@@ -147,6 +149,8 @@ def test_a_store_is_a_teacher_like_any_other(recipe: Path, tmp_path: Path) -> No
 
 def trainer_of(tmp_path: Path, texts: list[list[int]], model: Any = None, **options: Any) -> DistillTrainer:
     """Of texts as ids, padded by a collator."""
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = options.pop("padding", "right")
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2))
     given = {
@@ -167,12 +171,36 @@ def trainer_of(tmp_path: Path, texts: list[list[int]], model: Any = None, **opti
         objective=Objective(chunk=16),
         train_dataset=[{"input_ids": ids, "labels": ids} for ids in texts],
         eval_dataset=[{"input_ids": ids, "labels": ids} for ids in texts[:3]],
-        data_collator=transformers.DataCollatorForSeq2Seq(make_tokenizer()),
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
         **{"teacher": TorchTeacher.of(transformers.AutoModelForCausalLM.from_config(tiny_config()))} | given,
     )
 
 
 TEXTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_served_teacher_is_asked_for_texts_without_padding(
+    teacher_folder: Path, tmp_path: Path, side: str
+) -> None:
+    """With every id of each distribution it is the model itself."""
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = side
+    served = Served(teacher_folder)
+    with serving(served) as url:
+        config = ServerTeacherConfig(url=url, model="served", tokenizer=str(teacher_folder), top_k=258)
+        with contextlib.closing(ServerTeacher.open(config, tokenizer)) as teacher:
+            served.requests.clear()
+            far = trainer_of(tmp_path, TEXTS, teacher=teacher, processing_class=tokenizer, padding=side)
+            far.train()
+    asked = sorted({tuple(body["prompt"]) for _, body in served.requests if "prompt" in body})
+    assert asked == sorted(tuple(ids) for ids in TEXTS if len(ids) > 1)
+    near = trainer_of(
+        tmp_path, TEXTS, teacher=TorchTeacher.for_inference(teacher_folder, device="cpu"), padding=side
+    )
+    near.train()
+    ours, theirs = (logged(trainer.state.log_history, "kd") for trainer in (far, near))
+    assert len(ours) == 2 and ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_evaluation_is_of_positions_and_not_of_batches(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ Refuses labels outside the vocabulary, counts and vocabularies that differ, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -279,8 +280,10 @@ MEASURES = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
 """What `measure` and `per_position` give."""
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """A caller's autocast would round the products, whose dtype is the objective's own to choose."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
