@@ -44,6 +44,7 @@ def test_every_token_but_the_first_is_a_label_of_the_position_before_it(side: st
     assert [list(row.values()) for row in rows_of(batch)] == [all_of(ids) for ids in TEXTS]
     assert batch.lengths_B is not None and batch.lengths_B.tolist() == [5, 2, 3]
     assert not batch.is_packed
+    assert batch.position_ids_BT[1].tolist() == [0, 1, 0, 1, 2]  # padding is a document of its own
 
 
 def test_padding_on_both_sides_and_a_pad_that_is_no_id_are_the_row_without_them() -> None:

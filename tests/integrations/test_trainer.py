@@ -227,8 +227,12 @@ def test_bfloat16_is_that_of_the_body_and_the_head(tmp_path: Path) -> None:
     exact, rounded = trainer_of(tmp_path, TEXTS), trainer_of(tmp_path, TEXTS, bf16=True)
     assert rounded.student.objective.matmul_dtype == torch.bfloat16
     assert exact.student.objective.matmul_dtype is None
-    for trainer in (exact, rounded):
+    kinds: list[set[torch.dtype]] = [set(), set()]
+    for trainer, seen in zip((exact, rounded), kinds, strict=True):
+        projection = trainer.model.get_submodule("model.layers.0.self_attn.q_proj")
+        projection.register_forward_hook(lambda module, given, out, seen=seen: seen.add(out.dtype))
         trainer.train()
+    assert kinds == [{torch.float32}, {torch.bfloat16}]
     ours, theirs = (logged(trainer.state.log_history, "loss") for trainer in (exact, rounded))
     assert ours != theirs and ours == pytest.approx(theirs, rel=0.02)
     assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
