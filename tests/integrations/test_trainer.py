@@ -212,7 +212,7 @@ def test_evaluation_is_of_positions_and_neither_of_rows_nor_of_batches(tmp_path:
         for ids in TEXTS[:3]:
             models = (trainer.model, trainer.teacher.model.hf)
             q_LV, p_LV = (each(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for each in models)
-            kl += float(kl_div(q_LV, p_LV, reduction="sum", log_target=True))
+            kl += kl_div(q_LV, p_LV, reduction="sum", log_target=True).item()
             positions += len(ids) - 1
         assert found == pytest.approx(kl / positions, rel=1e-5)
 
