@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_model
 from data.chat_templates import QWEN_3, tokenizer_for
 
 import potstill
+import potstill.losses
 from potstill.cli.main import _parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,27 +121,58 @@ def test_what_a_page_imports_can_be_imported(page: Path) -> None:
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
-def test_the_python_page_lists_every_public_name() -> None:
+def listed(heading: str) -> list[str]:
+    """The names in the first column of the table with this heading on the Python page."""
     page = (ROOT / "docs" / "python-api.md").read_text()
-    assert [
-        name for name in potstill.__all__ if not re.search(rf"^\|.*`{name}[`(]", page, re.MULTILINE)
-    ] == []
+    rows = page.split(f"| {heading} | what it is |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    return [name for row in rows for name in re.findall(r"`(\w+)[`(]", row.split("|")[1])]
+
+
+@pytest.mark.parametrize(
+    ("module", "heading"), [(potstill, "name"), (potstill.losses, "name in `potstill.losses`")]
+)
+def test_the_python_page_lists_the_public_names_and_no_others(module: Any, heading: str) -> None:
+    assert sorted(listed(heading)) == sorted(module.__all__)
+    assert [name for name in module.__all__ if getattr(module, name) is None] == []
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError):
+        _ = module.no_such_name
+
+
+def python_page(tiny_recipe: Callable[..., Path], teacher: Path, text: Path, folder: Path) -> list[str]:
+    """Its blocks; what they need lies in the folder."""
+    tiny_recipe("recipe.yaml")
+    (folder / "teacher").symlink_to(teacher)
+    (folder / "text").symlink_to(text)
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(), re.DOTALL)
 
 
 def test_the_python_page_runs(
     tiny_recipe: Callable[..., Path], teacher_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
-    tiny_recipe("recipe.yaml")
-    (tmp_path / "teacher").symlink_to(teacher_folder)
-    (tmp_path / "text").symlink_to(corpus_folder)
-    page = (ROOT / "docs" / "python-api.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) > 5
+    blocks = python_page(tiny_recipe, teacher_folder, corpus_folder, tmp_path)
+    blocks = [block for block in blocks if "import lightning" not in block]
+    assert len(blocks) > 12
     (tmp_path / "page.py").write_text("\n\n".join(blocks))
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "runs/first finished" in done.stdout
     assert "objective.temperature" in done.stdout  # the nearest known name, in the error
+    assert (tmp_path / "by-hand" / "model.safetensors").exists()
+    assert (tmp_path / "trained" / "checkpoint-4" / "model.safetensors").exists()
+
+
+def test_the_lightning_loop_runs(
+    tiny_recipe: Callable[..., Path], teacher_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lightning", reason="lightning is no part of potstill; not run")
+    blocks = python_page(tiny_recipe, teacher_folder, corpus_folder, tmp_path)
+    needed = [block for block in blocks if "potstill.distill(path" in block or "DataLoader(" in block]
+    (tmp_path / "page.py").write_text(
+        "\n\n".join(["import torch", *needed, *(block for block in blocks if "import lightning" in block)])
+    )
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_page_of_chats_shows_what_is_printed(

@@ -65,6 +65,15 @@ class Batch:
             counted_BT = counted_BT & (torch.arange(T, device=device) < self.lengths_B[:, None])
         return counted_BT.flatten()
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents. Waits for the device of the batch."""
+        T = self.input_ids_BT.shape[1]
+        is_start_BT = self.position_ids_BT == 0
+        if self.lengths_B is not None:
+            is_start_BT = is_start_BT & (torch.arange(T, device=is_start_BT.device) < self.lengths_B[:, None])
+        return bool((is_start_BT.sum(1) > 1).any())
+
     def to(self, device: torch.device | str) -> Batch:
         """On the device, all that is an input of a model."""
         values = {

@@ -531,6 +531,39 @@ def test_measuring_gives_the_sums_of_training_and_kl_agreement_and_teacher_ce(T:
     assert measured == {}
 
 
+def test_what_is_measured_is_the_sum_of_what_each_position_has() -> None:
+    case, objective = Case(), Objective(jsd, chunk=3, temperature=2.0)
+    given = (case.hidden_ND, case.head, case.labels_N, case.targets)
+    each, sums = objective.per_position(*given), objective.measure(*given)
+    assert each.keys() == sums.keys()
+    for name, values_N in each.items():
+        assert values_N.shape == (case.N,)
+        torch.testing.assert_close(values_N.sum(), sums[name])
+    whole = objective.per_position(*given)
+    for n in range(case.N):  # and a position's value is its own
+        alone = objective.per_position(
+            *(part[n : n + 1] if part is not case.head else part for part in given)
+        )
+        assert all(torch.isclose(alone[name][0], whole[name][n]) for name in whole)
+
+
+def test_an_autocast_around_it_rounds_nothing() -> None:
+    case = Case(N=40, V=60, dtype=torch.float32)
+
+    def results() -> list[Tensor]:
+        hidden_ND = case.hidden_ND.detach().clone().requires_grad_()
+        sums = Objective(chunk=16)(hidden_ND, case.head, case.labels_N, case.targets)
+        sums["loss"].backward()
+        measured = Objective(chunk=16).measure(hidden_ND, case.head, case.labels_N, case.targets)
+        assert hidden_ND.grad is not None
+        return [*sums.values(), *measured.values(), hidden_ND.grad]
+
+    plain = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = results()
+    assert [torch.equal(one, other) for one, other in zip(plain, inside, strict=True)] == [True] * len(plain)
+
+
 def test_measuring_no_positions_gives_zeros() -> None:
     case = Case(N=0)
     measured = Objective().measure(case.hidden_ND, case.head, case.labels_N, case.targets)

@@ -21,6 +21,7 @@ Refuses labels outside the vocabulary, counts and vocabularies that differ, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -43,8 +44,9 @@ from potstill.types import Divergence, Head, Targets
 class Objective:
     """What a step minimises; the recipe's `objective` section.
 
-    `matmul_dtype` is what the head's products run in (None: the dtype of the tensors). Softmax, divergence
-    and all sums over positions stay in float32, or in float64 where the tensors are.
+    `matmul_dtype` is what the head's products run in (None: the dtype of the tensors), also inside of a
+    `torch.autocast`. Softmax, divergence and all sums over positions stay in float32, or in float64 where the
+    tensors are.
 
     Raises:
         UserError: a weight or a temperature out of range, or both weights 0.
@@ -103,7 +105,8 @@ class Objective:
         # Decided here: inside a Function gradients are always disabled, and what it is given decides.
         if not torch.is_grad_enabled():
             tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
-        ce, kd, loss = _SumOverPositions.apply(*tensors, self, head, labels_N, targets)  # type: ignore[no-untyped-call]
+        with without_autocast(hidden_ND.device):
+            ce, kd, loss = _SumOverPositions.apply(*tensors, self, head, labels_N, targets)  # type: ignore[no-untyped-call]
         sums = {"ce": ce, "loss": loss} if targets is None else {"ce": ce, "kd": kd, "loss": loss}
         if checked:
             require_finite(_read(sums), len(labels_N))
@@ -121,11 +124,38 @@ class Objective:
         Raises:
             UserError, Fault: as in training.
         """
+        _, exact = self._dtypes(hidden_ND, head)
+        sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in MEASURES}
+        with without_autocast(hidden_ND.device):
+            for values in self._measured(hidden_ND, head, labels_N, targets):
+                for name, value_C in values.items():
+                    sums[name] += value_C.sum()
+        require_finite(_read(sums), len(labels_N))
+        return sums
+
+    @torch.no_grad()
+    def per_position(
+        self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets
+    ) -> dict[str, Tensor]:
+        """What `measure` sums, for each of the N positions, without gradients.
+
+        Raises:
+            UserError: as in training.
+        """
+        _, exact = self._dtypes(hidden_ND, head)
+        parts: dict[str, list[Tensor]] = {name: [hidden_ND.new_zeros(0, dtype=exact)] for name in MEASURES}
+        with without_autocast(hidden_ND.device):
+            for values in self._measured(hidden_ND, head, labels_N, targets):
+                for name, value_C in values.items():
+                    parts[name].append(value_C.to(exact))
+        return {name: torch.cat(of_chunks) for name, of_chunks in parts.items()}
+
+    def _measured(
+        self, hidden_ND: Tensor, head: Head, labels_N: Tensor, targets: Targets
+    ) -> Iterator[dict[str, Tensor]]:
+        """The measures of each chunk of positions in turn."""
         self._require_fitting(hidden_ND, head, labels_N, targets)
         require_labels(labels_N, head.num_ids)
-        _, exact = self._dtypes(hidden_ND, head)
-        names = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
-        sums = {name: hidden_ND.new_zeros((), dtype=exact) for name in names}
         for part, logits_CV in self.logits(hidden_ND, head):
             values, pair = self._values(logits_CV, labels_N[part], targets[part])
             if pair is None or self.temperature != 1:
@@ -141,10 +171,7 @@ class Objective:
                 teacher_first_C = teacher_CS.argmax(-1)
             values["agreement"] = first_C == teacher_first_C
             values["teacher_ce"] = -teacher_CS.gather(-1, labels_C[:, None]).squeeze(-1)
-            for name, value_C in values.items():
-                sums[name] += value_C.sum()
-        require_finite(_read(sums), len(labels_N))
-        return sums
+            yield values
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
@@ -152,7 +179,9 @@ class Objective:
         matmul, exact = self._dtypes(hidden_ND, head)
         weight_VD = head.weight_VD[: head.num_ids].to(matmul)
         for part in self._parts(len(hidden_ND)):
-            yield part, head.finish((hidden_ND[part].to(matmul) @ weight_VD.T).to(exact))
+            with without_autocast(hidden_ND.device):
+                logits_CV = head.finish((hidden_ND[part].to(matmul) @ weight_VD.T).to(exact))
+            yield part, logits_CV
 
     def _values(
         self, logits_CV: Tensor, labels_C: Tensor, targets: Targets | None
@@ -245,6 +274,17 @@ class Objective:
                 raise UserError(
                     f"objective: {N} hidden states and {count} {name}. There must be one for each."
                 )
+
+
+MEASURES = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
+"""What `measure` and `per_position` give."""
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A caller's autocast would round the products, whose dtype is the objective's own to choose."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 ChunkEngine = Callable[..., tuple[dict[str, Tensor], Tensor | None]]

@@ -68,6 +68,24 @@ class CausalLM(nn.Module):
         per_document_rope(hf)
         self._routers: list[Tensor] | None = None
 
+    @classmethod
+    def of(cls, hf: Any, name: str = "model") -> CausalLM:
+        """A Transformers causal LM that is in memory already, or what is inside a `PeftModel`, once it is probed.
+
+        Raises:
+            UserError: see `probe`; or adapters of the head, which the loss applies itself.
+        """
+        whole = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
+        if hasattr(whole.get_output_embeddings(), "lora_A"):
+            raise UserError(
+                f"{name}: its head has an adapter, which the loss does not see. Leave lm_head without."
+            )
+        model = cls(whole, name)
+        model.training = hf.training
+        if model.device.type != "meta":
+            model.probe()
+        return model
+
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.hf.parameters()).device

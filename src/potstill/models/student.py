@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from potstill.data.end_of_turn import ends_of
+from potstill.data.tokenizers import require_same, vocab_of
 from potstill.errors import UserError, one_line
 from potstill.io.silence import quiet_transformers
 from potstill.losses.balance import expert_counts
@@ -34,7 +35,7 @@ from potstill.models.load import (
 )
 from potstill.models.lora import LoraLM
 from potstill.models.portable import add_ends, write_portable_config
-from potstill.types import Batch, Targets
+from potstill.types import Batch, Targets, Teacher, Vocab
 
 
 class WeightGrid(Protocol):
@@ -51,7 +52,7 @@ class Student(nn.Module):
 
     Args:
         model: with weights in float32; gradients and the softmax stay in float32, too.
-        autocast: dtype of the body's matrix products; None: that of the weights.
+        autocast: dtype of the body's matrix products; None: that of the weights, or of a `torch.autocast` around it.
     """
 
     def __init__(self, model: CausalLM, objective: Objective, autocast: torch.dtype | None = None) -> None:
@@ -112,6 +113,26 @@ class Student(nn.Module):
             self.hidden_ND(batch)
         return expert_counts(routers, batch.counted_M, self.routing.top_k)
 
+    def match_ids(self, teacher: Teacher, tokenizer: Any | None = None) -> int:
+        """Require that an id is the same token for both models, and give those that only one of them has probability 0;
+        returns the number of ids, 0 to that number, that both have.
+
+        Args:
+            tokenizer: the student's; None: its ids can be compared by their number alone.
+
+        Raises:
+            UserError: token lists that differ, or another number of ids.
+        """
+        size, name = self.model.vocab_size, self.model.name
+        own = Vocab(size=size) if tokenizer is None else vocab_of(tokenizer, size)
+        ids = teacher.share_ids(require_same(teacher.vocab, own, "the teacher", name))
+        if size < ids:
+            raise UserError(
+                f"{name}: has logits for {size} ids, the teacher for {ids}. Give it at least as many."
+            )
+        self.model.mask_from(ids)
+        return ids
+
     def require_labels(self, batch: Batch) -> None:
         """UserError for a label that is not an id of this student. For a batch on the CPU."""
         require_labels(batch.labels_N, self.model.head.num_ids)
@@ -123,12 +144,19 @@ class Student(nn.Module):
             decode(self.model, settings, rows, beat)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(self.model.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast)
 
     @torch.no_grad()
     def measure(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
         """Sums over the batch's N positions for a held-out evaluation: see `Objective.measure`."""
         return self.objective.measure(self.hidden_ND(batch), self.model.head, batch.labels_N, targets)
+
+    @torch.no_grad()
+    def per_position(self, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        """The same for each of the N positions: see `Objective.per_position`."""
+        return self.objective.per_position(self.hidden_ND(batch), self.model.head, batch.labels_N, targets)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:

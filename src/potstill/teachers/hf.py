@@ -102,6 +102,15 @@ class TorchTeacher(BaseTeacher):
             model.name = name
         return cls(model, files.tokenizer, choice)
 
+    @classmethod
+    def of(cls, hf: Any, tokenizer: Any | None = None) -> Self:
+        """A Transformers model that is in memory already; it is frozen.
+
+        Raises:
+            UserError: see `CausalLM.of`.
+        """
+        return cls(CausalLM.of(hf, "teacher"), tokenizer)
+
     @property
     def vocab_size(self) -> int:
         return self.model.vocab_size

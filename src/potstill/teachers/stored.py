@@ -97,6 +97,10 @@ class StoredTeacher(BaseTeacher):
         """
         T, rows = batch.input_ids_BT.shape[1], batch.rows_B.tolist()
         targets = []
+        if rows and min(rows) < 0:
+            raise UserError(
+                f"{self.store.path}: the batch has no row numbers, by which targets are found. Add `rows`."
+            )
         positions_N = batch.positions_N.cpu()
         for b, row in enumerate(rows):
             places_P = positions_N[(positions_N >= b * T) & (positions_N < (b + 1) * T)] - b * T

@@ -1,0 +1,1 @@
+"""Other people's training loops: each takes a potstill teacher and objective."""
