@@ -154,7 +154,9 @@ def _models(making: _Init, teacher: str, student: str) -> Resolved:
             except UserError as error:
                 raise UserError(f"{who}: {error}") from error
     kind = CUT if student == CUT else _kind_of(sources["student"])
-    their = {"teacher": {"name": "torch", "model": sources["teacher"], "dtype": "auto"}}
+    their: dict[str, dict[str, Any]] = {
+        "teacher": {"name": "torch", "model": sources["teacher"], "dtype": "auto"}
+    }
     their["student"] = {"name": kind} | ({"layers": 1} if kind == CUT else {"model": sources["student"]})
     for section in their:
         their[section] |= making.draft.given.get(section, {})
@@ -163,8 +165,11 @@ def _models(making: _Init, teacher: str, student: str) -> Resolved:
     resolved = resolve(making.parsed(PLACEHOLDERS | their))
     for files in resolved.checkpoints:
         files.verify()
-    teacher_config, student_config = resolved.teacher.layers_config, resolved.student.model_config
-    many, few = num_weights(plain_config(teacher_config)), num_weights(student_config)
+    teacher_config, student_config = (
+        plain_config(resolved.teacher.layers_config),
+        resolved.student.model_config,
+    )
+    many, few = num_weights(teacher_config), num_weights(student_config)
     if kind != CUT:
         _require_two(making, resolved, teacher, student)
         require_one_vocabulary(resolved)
@@ -219,8 +224,8 @@ def _require_two(making: _Init, resolved: Resolved, teacher: str, student: str) 
     are_alike = [file.stat().st_size for file in one] == [file.stat().st_size for file in two]
     if one == two or (are_alike and [*map(file_sha256, one)] == [*map(file_sha256, two)]):
         raise UserError(
-            f"student: {student} is the same model as teacher {teacher}: nothing would be learned. Name another, or `cut`"
-            " to make a smaller one of the teacher."
+            f"student: {student} is the same model as teacher {teacher}: nothing would be learned. Name another, or"
+            " `cut` to make a smaller one of the teacher."
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,8 +117,8 @@ def choose_size(making: _Init, resolved: Resolved, whole: int) -> None:
     draft.choose(
         "student.fraction",
         fraction,
-        f"{short(int(fraction * whole))} of {short(whole)} weights: half of the layers', and all {short(beside)} that are"
-        " beside them (embeddings); which layers and channels is measured",
+        f"{short(int(fraction * whole))} of {short(whole)} weights: half of the layers', and all {short(beside)} that"
+        " are beside them (embeddings); which layers and channels is measured",
     )
 
 
@@ -149,7 +148,7 @@ def read_sample(making: _Init, resolved: Resolved, seen: Look) -> tuple[Resolved
         why = f"some records cannot be learnt from and are left out, first {one_line(error)}"
         draft.choose("corpus.skip_refused", True, printable(why, keep=""))
         now, sample = read()
-    long = FEW_FILES > len(sample.documents) and sample.quantile(1) > SHORTEST_ROW * 16
+    long = len(sample.documents) < FEW_FILES and sample.quantile(1) > SHORTEST_ROW * 16
     if kind == "text" and long and not draft.is_given("corpus.split_files") and len(seen.files) > 1:
         why = f"{len(sample.documents)} long files are more documents, of which some can be held out"
         draft.choose("corpus.split_files", True, why)
@@ -162,8 +161,8 @@ def read_sample(making: _Init, resolved: Resolved, seen: Look) -> tuple[Resolved
 def _choose_rollouts(draft: Draft, resolved: Resolved, device: str) -> None:
     if resolved.student.config.name == "config":
         raise UserError(
-            "data: prompts without answers, and a student of random weights writes none that a teacher could grade. Have"
-            " the teacher answer them first (potstill write), or name a trained student or `cut`."
+            "data: prompts without answers, and a student of random weights writes none that a teacher could grade."
+            " Have the teacher answer them first (potstill write), or name a trained student or `cut`."
         )
     limit = min(_limits(resolved, device).values())
     draft.choose(

@@ -1,0 +1,294 @@
+"""`potstill init`: every recipe that it writes passes `potstill check`, and what cannot work is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import WORDS, make_corpus
+from data.chat_templates import QWEN_3, tokenizer_for
+
+from potstill.cli.main import main
+
+Maker = Callable[[Path], str]
+SHAPE = {
+    "vocab_size": 268,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+ENDS = {"bos_token_id": None, "pad_token_id": None}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma2": ("Gemma2", {"sliding_window": 64, "query_pre_attn_scalar": 8}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 512}),
+    "gpt_neox": ("GPTNeoX", {"tie_word_embeddings": False}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS),
+}
+"""Family -> its class in Transformers, and what its tiny models have of their own."""
+
+
+def reader() -> Any:
+    return tokenizer_for(QWEN_3)
+
+
+def make_family(folder: Path, family: str, layers: int = 4, steps: int = 12) -> Path:
+    """A model that has seen a little text, so that it teaches something; 0 steps: a random one."""
+    torch.manual_seed(layers)
+    kind, own = FAMILIES[family]
+    tokenizer = reader()
+    options = SHAPE | {"num_hidden_layers": layers, "vocab_size": len(tokenizer)} | ENDS | own
+    options |= {"eos_token_id": tokenizer.eos_token_id} | ({"n_layer": layers} if family == "gpt2" else {})
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**options))
+    generator = torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        picks = torch.randint(len(WORDS), (8, 40), generator=generator).tolist()
+        texts = [" ".join(WORDS[i] for i in row) for row in picks]
+        ids = torch.tensor([tokenizer(text)["input_ids"][:96] + [tokenizer.eos_token_id] for text in texts])
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The teacher or the student of a family, made once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def made(family: str, kind: str) -> Path:
+        folder = root / family / kind
+        if not folder.exists():
+            layers, steps = {"teacher": (4, 12), "checkpoint": (2, 3), "config": (2, 0)}[kind]
+            make_family(folder, family, layers, steps)
+            if kind == "config":
+                for name in ("model.safetensors", "generation_config.json"):
+                    (folder / name).unlink(missing_ok=True)
+        return folder
+
+    return made
+
+
+def words(number: int, count: int = 30) -> str:
+    generator = torch.Generator().manual_seed(number)
+    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (count,), generator=generator).tolist())
+
+
+def write_lines(file: Path, records: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file.name
+
+
+def a_text_file(folder: Path) -> str:
+    (folder / "book.txt").write_text("\n\n".join(words(n) for n in range(150)))
+    return "book.txt"
+
+
+def a_folder_of_sources(folder: Path) -> str:
+    make_corpus(folder / "code")
+    for number, file in enumerate(sorted((folder / "code").iterdir())):
+        file.rename(file.with_suffix(".py" if number % 3 else ".md"))
+    (folder / "code" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\xff")
+    return "code"
+
+
+def lines_of(key: str) -> Maker:
+    def make(folder: Path) -> str:
+        records = [{"id": f"document-{n}", key: words(n), "stars": n} for n in range(60)]
+        return write_lines(folder / "data.jsonl", records)
+
+    return make
+
+
+def messages(folder: Path) -> str:
+    turns = [
+        [{"role": "user", "content": words(n, 5)}, {"role": "assistant", "content": words(n, 9)}]
+        for n in range(60)
+    ]
+    return write_lines(folder / "chats.jsonl", [{"messages": each} for each in turns])
+
+
+def sharegpt(folder: Path) -> str:
+    turns = [
+        [{"from": "human", "value": words(n, 5)}, {"from": "gpt", "value": words(n, 9)}] for n in range(60)
+    ]
+    (folder / "chats.json").write_text(json.dumps([{"conversations": each} for each in turns]))
+    return "chats.json"
+
+
+def chosen_and_rejected(folder: Path) -> str:
+    def of(n: int, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": words(n, 5)}, {"role": "assistant", "content": answer}]
+
+    records = [{"chosen": of(n, words(n, 9)), "rejected": of(n, "no")} for n in range(60)]
+    return write_lines(folder / "pairs.jsonl", records)
+
+
+def pairs_of(question: str, answer: str) -> Maker:
+    def make(folder: Path) -> str:
+        records = [{question: words(n, 5), answer: words(n, 9)} for n in range(60)]
+        return write_lines(folder / "pairs.jsonl", records)
+
+    return make
+
+
+def prompts(folder: Path) -> str:
+    return write_lines(folder / "prompts.jsonl", [{"prompt": words(n, 5), "id": n} for n in range(40)])
+
+
+def a_table(folder: Path) -> str:
+    table = {"url": [f"http://{n}" for n in range(60)], "body": [words(n) for n in range(60)]}
+    pq.write_table(pa.table(table), folder / "table.parquet")
+    return "table.parquet"
+
+
+def a_table_of_chats(folder: Path) -> str:
+    turns = [
+        [{"role": "user", "content": words(n, 5)}, {"role": "assistant", "content": words(n, 9)}]
+        for n in range(60)
+    ]
+    (folder / "tables").mkdir()
+    pq.write_table(pa.table({"messages": turns}), folder / "tables" / "one.parquet")
+    return "tables"
+
+
+def shards_of(dtype: str) -> Maker:
+    def make(folder: Path) -> str:
+        tokenizer = reader()
+        ids = [i for n in range(60) for i in (*tokenizer(words(n))["input_ids"], tokenizer.eos_token_id)]
+        (folder / "shards").mkdir()
+        np.array(ids, f"<u{ {'uint16': 2, 'uint32': 4}[dtype] }").tofile(folder / "shards" / "000.bin")
+        return "shards"
+
+    return make
+
+
+def a_saved_dataset(folder: Path) -> str:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"content": [words(n) for n in range(60)]})
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(str(folder / "saved"))
+    return "saved"
+
+
+def tool_calls(folder: Path) -> str:
+    tool = {
+        "type": "function",
+        "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}},
+    }
+    records = []
+    for n in range(60):
+        call = {"type": "function", "function": {"name": "look_up", "arguments": {"word": words(n, 1)}}}
+        turns = [
+            {"role": "user", "content": words(n, 5)},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": words(n, 3)},
+            {"role": "assistant", "content": words(n, 6)},
+        ]
+        records.append({"messages": turns, "tools": [tool]})
+    return write_lines(folder / "calls.jsonl", records)
+
+
+SHAPES: dict[str, tuple[Maker, dict[str, Any]]] = {
+    "a text file": (a_text_file, {"name": "text", "split_files": True}),
+    "a folder of sources": (a_folder_of_sources, {"name": "text", "include": ["*.py", "*.md"]}),
+    "lines with text": (lines_of("text"), {"name": "jsonl", "field": "text"}),
+    "lines with content": (lines_of("content"), {"name": "jsonl", "field": "content"}),
+    "lines with another key": (lines_of("abstract"), {"name": "jsonl", "field": "abstract"}),
+    "messages": (messages, {"name": "chat"}),
+    "sharegpt": (sharegpt, {"name": "chat"}),
+    "chosen and rejected": (chosen_and_rejected, {"name": "chat", "field": "chosen"}),
+    "prompt and completion": (pairs_of("prompt", "completion"), {"name": "chat"}),
+    "instruction and output": (pairs_of("instruction", "output"), {"name": "chat"}),
+    "prompts": (prompts, {"name": "prompts"}),
+    "a table": (a_table, {"name": "parquet", "column": "body"}),
+    "a table of chats": (a_table_of_chats, {"name": "chat"}),
+    "shards of two bytes": (shards_of("uint16"), {"name": "tokens", "dtype": "uint16"}),
+    "shards of four bytes": (shards_of("uint32"), {"name": "tokens", "dtype": "uint32"}),
+    "a saved dataset": (a_saved_dataset, {"name": "hf", "column": "content", "split": "train"}),
+    "tool calls": (tool_calls, {"name": "chat"}),
+}
+"""Shape of data -> who makes it, and what of `corpus` must be found."""
+
+
+def require_checked(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real command. What it says of a red line is in the failure."""
+    capsys.readouterr()
+    code = main(["check", str(recipe)])
+    shown = capsys.readouterr()
+    assert code == 0, shown.out + shown.err + recipe.read_text()
+
+
+def run_init(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, dict[str, Any] | None, Path]:
+    """Exit code, the recipe as YAML's own reader reads it, and its path."""
+    monkeypatch.chdir(folder)
+    code = main(["init", *arguments])
+    out = folder / "recipe.yaml"
+    return code, yaml.safe_load(out.read_text()) if out.exists() else None, out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_shape_of_data_is_recognised_and_its_recipe_passes_check(
+    shape: str,
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make, expected = SHAPES[shape]
+    teacher, student = (str(models("llama", kind)) for kind in ("teacher", "checkpoint"))
+    code, recipe, out = run_init(tmp_path, monkeypatch, teacher, student, make(tmp_path))
+    assert code == 0 and recipe is not None
+    assert recipe["corpus"] | expected == recipe["corpus"]
+    require_checked(out, capsys)
+
+
+PAIRS = [
+    ("llama", "cut"),
+    ("qwen2", "config"),
+    ("qwen3", "checkpoint"),
+    ("gemma2", "cut"),
+    ("gpt2", "cut"),
+    ("gpt_neox", "checkpoint"),
+    ("mistral", "config"),
+    ("qwen3_moe", "checkpoint"),
+    ("qwen3_moe", "cut"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), PAIRS)
+def test_the_recipe_of_each_family_and_kind_of_student_passes_check(
+    family: str,
+    kind: str,
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    student = kind if kind == "cut" else str(models(family, kind))
+    data = lines_of("text")(tmp_path)
+    code, recipe, out = run_init(tmp_path, monkeypatch, str(models(family, "teacher")), student, data)
+    assert code == 0 and recipe is not None and recipe["student"]["name"] == kind
+    require_checked(out, capsys)
