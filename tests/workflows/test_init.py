@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SHAPE = {
     "head_dim": 8,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
+    "initializer_range": 0.2,  # so that its layers do something that a cut student lacks
 }
 ENDS = {"bos_token_id": None, "pad_token_id": None}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
@@ -62,7 +64,7 @@ def make_family(folder: Path, family: str, layers: int = 4, steps: int = 12) -> 
     for _ in range(steps):
         picks = torch.randint(len(WORDS), (8, 40), generator=generator).tolist()
         texts = [" ".join(WORDS[i] for i in row) for row in picks]
-        ids = torch.tensor([tokenizer(text)["input_ids"][:96] + [tokenizer.eos_token_id] for text in texts])
+        ids = torch.tensor([[*tokenizer(text)["input_ids"][:96], tokenizer.eos_token_id] for text in texts])
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -292,3 +294,123 @@ def test_the_recipe_of_each_family_and_kind_of_student_passes_check(
     code, recipe, out = run_init(tmp_path, monkeypatch, str(models(family, "teacher")), student, data)
     assert code == 0 and recipe is not None and recipe["student"]["name"] == kind
     require_checked(out, capsys)
+
+
+def copied(source: Path, to: Path) -> Path:
+    return Path(shutil.copytree(source, to))
+
+
+def other_tokens(models: Callable[[str, str], Path], folder: Path) -> list[str]:
+    """A student with as many ids of another meaning."""
+    student = copied(models("llama", "checkpoint"), folder / "other")
+    file = student / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    vocab = settings["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(settings))
+    return [str(models("llama", "teacher")), str(student), lines_of("text")(folder)]
+
+
+def without_template(models: Callable[[str, str], Path], folder: Path) -> list[str]:
+    pair = [copied(models("llama", kind), folder / kind) for kind in ("teacher", "checkpoint")]
+    for each in pair:
+        tokenizer = reader()
+        tokenizer.chat_template = None
+        (each / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(each)
+    return [*map(str, pair), messages(folder)]
+
+
+def of_llama(make: Maker, student: str = "checkpoint") -> Callable[..., list[str]]:
+    def arguments(models: Callable[[str, str], Path], folder: Path) -> list[str]:
+        of = student if student == "cut" else str(models("llama", student))
+        return [str(models("llama", "teacher")), of, make(folder)]
+
+    return arguments
+
+
+def with_student(make: Callable[[Path, Path], str]) -> Callable[..., list[str]]:
+    def arguments(models: Callable[[str, str], Path], folder: Path) -> list[str]:
+        teacher = models("llama", "teacher")
+        return [str(teacher), make(teacher, folder), lines_of("text")(folder)]
+
+    return arguments
+
+
+def linked(teacher: Path, folder: Path) -> str:
+    (folder / "link").symlink_to(teacher)
+    return "link"
+
+
+def binary(name: str, content: bytes) -> Maker:
+    def make(folder: Path) -> str:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        return name
+
+    return make
+
+
+def in_folder(make: Maker, name: str) -> Maker:
+    def folder_of(folder: Path) -> str:
+        make(folder)
+        return name
+
+    return folder_of
+
+
+PICTURE = b"\x89PNG\r\n\x1a\n\0\0\0\xff"
+WRONG: dict[str, tuple[Callable[..., list[str]], str]] = {
+    "an empty file": (of_llama(binary("a.txt", b"")), "a.txt"),
+    "an empty file of records": (of_llama(binary("a.jsonl", b"\n")), "a.jsonl"),
+    "a picture": (of_llama(binary("a.png", PICTURE)), "a.png"),
+    "a compressed file": (of_llama(binary("a.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0")), "a.jsonl.gz"),
+    "another encoding": (of_llama(binary("a.txt", "the cat".encode("utf-16"))), "a.txt"),
+    "a folder of pictures": (of_llama(in_folder(binary("pictures/a.png", PICTURE), "pictures")), "pictures"),
+    "a folder of an empty file": (of_llama(in_folder(binary("empty/a.txt", b""), "empty")), "empty"),
+    "no such data": (of_llama(lambda folder: "nothing.jsonl"), "nothing.jsonl"),
+    "records without text": (
+        of_llama(lambda folder: write_lines(folder / "n.jsonl", [{"a": n, "b": [n]} for n in range(60)])),
+        "n.jsonl",
+    ),
+    "records of empty texts": (
+        of_llama(lambda folder: write_lines(folder / "n.jsonl", [{"text": ""} for n in range(60)])),
+        "n.jsonl",
+    ),
+    "a damaged line": (of_llama(binary("n.jsonl", b'{"text": "a"}\n{"text": ')), "n.jsonl:2"),
+    "too little text": (
+        of_llama(lambda folder: write_lines(folder / "n.jsonl", [{"text": "the cat"}])),
+        "too little text",
+    ),
+    "conversations without a template": (without_template, "chat template"),
+    "prompts for random weights": (of_llama(prompts, "config"), "prompts"),
+    "other tokens": (other_tokens, "different tokenizers"),
+    "the teacher as its student": (with_student(lambda teacher, folder: str(teacher)), "the same model"),
+    "the teacher by a link": (with_student(linked), "the same model"),
+    "a copy of the teacher": (
+        with_student(lambda teacher, folder: str(copied(teacher, folder / "copy"))),
+        "the same model",
+    ),
+    "no such student": (with_student(lambda teacher, folder: "./nothing"), "student: "),
+    "a folder without a model": (with_student(lambda teacher, folder: str(folder)), "not a model"),
+    "a server": (with_student(lambda teacher, folder: "http://127.0.0.1:8000"), "server"),
+}
+"""What is wrong -> the arguments, and what the error must name."""
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(
+    wrong: str,
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make, named = WRONG[wrong]
+    arguments = make(models, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, recipe, _ = run_init(tmp_path, monkeypatch, *arguments)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (code, recipe, len(errors)) == (2, None, 1)
+    assert named in errors[0]
+    assert sorted(tmp_path.rglob("*")) == before

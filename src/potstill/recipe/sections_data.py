@@ -239,8 +239,13 @@ class TextCorpusConfig(FileCorpusConfig):
             return None
         include = {} if (patterns := data.patterns) is None else {"include": patterns}
         number = f"{len(data.files)} text files" if data.is_folder else "a text file"
-        left_out = f"; {len(data.others)} others are left out" if data.others else ""
-        return {"path": data.path} | include, number + left_out
+        left_out = (
+            f"; {len(data.others)} that are none are left out, such as {data.others[0]}"
+            if data.others
+            else ""
+        )
+        exclude = {"exclude": data.exclude} if data.exclude else {}
+        return {"path": data.path} | include | exclude, number + left_out
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         longest = PIECE_ROWS * self.tokens_per_row if self.split_files else None

@@ -36,6 +36,8 @@ from potstill.workflows import init_values as values
 
 Note = Callable[[str], None]
 CUT = "cut"
+NOT_THE_LIBRARY = ["site-packages/*", "dist-packages/*", "test/*", "*/test/*", "*/tests/*"]
+"""Of `stdlib:`: what is installed there, and tests, which have files that are no text on purpose."""
 PLACEHOLDERS: dict[str, Any] = {
     "corpus": {"name": "text", "path": "."},
     "train": {"steps": 1, "rows_per_step": 1, "lr": 1e-4},
@@ -238,7 +240,8 @@ def _corpus(making: _Init, resolved: Resolved, data: str, path: str) -> Look:
     """The kind of the data, plug-ins' kinds first, and how it is read."""
     draft = making.draft
     told = draft.given.get("corpus", {})
-    seen = look(path, resolved.teacher.vocab_size, told.get("split"), told.get("subset"))
+    exclude = told.get("exclude", NOT_THE_LIBRARY if data.startswith("stdlib:") else [])
+    seen = look(path, resolved.teacher.vocab_size, told.get("split"), told.get("subset"), exclude)
     kinds = entries("corpus")
     order = sorted(kinds, key=lambda name: (kinds[name].__module__.startswith("potstill."), name))
     for name in [told["name"]] if told.get("name") in kinds else order:

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 MOST_TOKENS, MOST_DOCUMENTS = 2_000_000, 5_000
 """Of the data that are read: the figures of more hardly differ."""
-SHORTEST_ROW, LONGEST_ROW = 128, {"cpu": 1024, "cuda": 4096}
-"""Tokens of a row, where documents and models allow for it: attention over longer rows is slow on a CPU."""
+SHORTEST_ROW, LONGEST_ROW = 128, {"cpu": 512, "cuda": 4096}
+"""Tokens of a row, where documents and models allow for it. Longer rows have more context and are slower."""
+LONGEST_WHOLE_ROW = {"cpu": 2048, "cuda": 8192}
+"""The same where the end of a longer document is lost."""
 LEAST_ROW = 16
 """Where there is hardly any text."""
 COVERED = {"stream": 0.9, "whole": 0.98, "single": 0.98}
@@ -39,9 +41,9 @@ FEWEST_ROWS = 16
 """To train on. Below it rows are made shorter."""
 HELDOUT = 20
 """One row in so many is held out, from 2 to 64 of them."""
-TOKENS_PER_STEP = {"cpu": 4096, "cuda": 65536}
+TOKENS_PER_STEP = {"cpu": 2048, "cuda": 65536}
 PROMPTS_PER_STEP = {"cpu": 8, "cuda": 64}
-MOST_STEPS = {"cpu": 2000, "cuda": 20000}
+MOST_STEPS = {"cpu": 500, "cuda": 20000}
 PASSES = ((1_000_000, 3), (20_000_000, 2))
 """Tokens -> how often they are read where there are fewer; more are read once."""
 FEW_FILES = 20
@@ -164,7 +166,7 @@ def _choose_rollouts(draft: Draft, resolved: Resolved, device: str) -> None:
             "data: prompts without answers, and a student of random weights writes none that a teacher could grade."
             " Have the teacher answer them first (potstill write), or name a trained student or `cut`."
         )
-    limit = min(_limits(resolved, device).values())
+    limit = min(_limits(resolved, LONGEST_WHOLE_ROW[device]).values())
     draft.choose(
         "rollouts.max_new_tokens",
         min(COMPLETION[device], limit // 2),
@@ -200,20 +202,20 @@ def _total(seen: Look, config: Any, documents: Sequence[Document], tokens: int) 
     return None if number is None else tokens * max(number / len(documents), 1)
 
 
-def _limits(resolved: Resolved, device: str) -> dict[str, int]:
+def _limits(resolved: Resolved, longest: int) -> dict[str, int]:
     """Tokens of the longest row, by who sets it."""
     student = longest_row(resolved.student.model_config)
     teacher = longest_row(resolved.teacher.model_config)
     models = {"the teacher": teacher, "the student": student}
-    return {who: length for who, length in models.items() if length} | {
-        f"a row on {device} here": LONGEST_ROW[device]
-    }
+    limits = {who: length for who, length in models.items() if length}
+    return limits | {f"a row for {resolved.device.type} here": longest}
 
 
 def choose_rows(making: _Init, resolved: Resolved, sample: Sample) -> None:
     """Length of a row, and how many are held out, so that enough are left."""
     draft, corpus = making.draft, resolved.recipe.corpus
-    limits = _limits(resolved, resolved.device.type)
+    longest_here = LONGEST_ROW if corpus.layout == "stream" else LONGEST_WHOLE_ROW
+    limits = _limits(resolved, longest_here[resolved.device.type])
     who = min(limits, key=lambda each: limits[each])
     answer = resolved.recipe.rollouts.max_new_tokens if resolved.recipe.rollouts else 0
     share = COVERED[corpus.layout]

@@ -9,6 +9,7 @@ import itertools
 import json
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,16 +20,18 @@ import numpy as np
 from potstill.data.chats.messages import parsed
 from potstill.data.chats.records import LISTS, Shapes
 from potstill.data.chats.templates import ConversationRefused
-from potstill.data.readers import chat, hf, jsonl, parquet, prompts, text
+from potstill.data.readers import chat, hf, jsonl, parquet, prompts
 from potstill.data.readers.folders import files_of, listed
-from potstill.data.readers.reading import COMPRESSIONS, LONGEST_MARK, MARK, OTHER_ENCODINGS, Reading
-from potstill.errors import UserError
+from potstill.data.readers.reading import MARK, Reading, lines_of
+from potstill.errors import Unreadable, UserError
 from potstill.io.safe_open import names_of, opened, parse_json
 
 Form = Literal["text", "jsonl", "json", "parquet", "dataset", "tokens"]
 RECORDS_LOOKED_AT = 200
 FILES_LOOKED_AT = 5000
 START_BYTES = 2**16
+FEW = 0.01
+"""Share of a folder's bytes under which an ending is not named."""
 TEXT_KEYS = ("text", "content", "code", "document", "article", "body", "story", "passage", "source")
 """Keys and columns that hold a document in published data, the likeliest first."""
 REMOVE = "Leave it out, or write it again."
@@ -51,6 +54,8 @@ class Look:
     """The first ones, each with its place."""
     vocab_size: int = 2**16
     """Of the teacher."""
+    exclude: list[str] = field(default_factory=list)
+    """Patterns of files that were not looked at."""
 
     @property
     def is_folder(self) -> bool:
@@ -58,13 +63,16 @@ class Look:
 
     @property
     def patterns(self) -> list[str] | None:
-        """Names of a folder's texts that leave out its other files; None where there are none."""
+        """Of a folder with other files than texts: names of the texts, by their endings, without those that are hardly
+        any; None where all is text.
+        """
         if not self.others:
             return None
-        endings = Counter(file.suffix for file in self.files)
-        return [f"*{ending}" for ending, _ in endings.most_common() if ending] or [
-            file.name for file in self.files
-        ]
+        sizes = Counter[str]()
+        for file in self.files:
+            sizes[f"*{file.suffix}" if file.suffix else file.name] += file.stat().st_size
+        few = sum(sizes.values()) * FEW
+        return [pattern for pattern, number in sizes.most_common() if number >= few]
 
     @property
     def id_dtype(self) -> str:
@@ -145,13 +153,20 @@ class Look:
         return round(self.num_bytes / statistics.fmean(sizes))
 
 
-def look(path: str, vocab_size: int, split: str | None = None, subset: str | None = None) -> Look:
+def look(
+    path: str,
+    vocab_size: int,
+    split: str | None = None,
+    subset: str | None = None,
+    exclude: Sequence[str] = (),
+) -> Look:
     """Open the first files of a path, and the first records.
 
     Args:
         path: absolute, or a data set of the hub.
         vocab_size: of the teacher, which tells how wide token ids are.
         split, subset: of a data set, where they are known.
+        exclude: patterns of a folder's files that are none of the data.
 
     Raises:
         UserError: nothing there that a corpus is made of.
@@ -166,8 +181,8 @@ def look(path: str, vocab_size: int, split: str | None = None, subset: str | Non
                 f"{path}: neither text, JSON lines, Parquet nor token ids. Token ids are read from files named *.bin."
             )
         return _with_records(Look(path, form, [place], vocab_size=vocab_size))
-    files = [file for file in files_of(place, ("*",)) if file.stat().st_size]
-    forms = {file: _form_of(file, is_alone=False) for file in files[:FILES_LOOKED_AT]}
+    files = [file for file in files_of(place, ("*",), exclude) if file.stat().st_size]
+    forms = {file: _form_in_folder(file) for file in files[:FILES_LOOKED_AT]}
     sizes = Counter[Form]()
     for file, form in forms.items():
         if form is not None:
@@ -180,7 +195,7 @@ def look(path: str, vocab_size: int, split: str | None = None, subset: str | Non
     chosen = sizes.most_common(1)[0][0]
     others = [str(file.relative_to(place)) for file, form in forms.items() if form != chosen]
     its_files = [file for file in files if forms.get(file, chosen) == chosen]
-    return _with_records(Look(path, chosen, its_files, others, vocab_size=vocab_size))
+    return _with_records(Look(path, chosen, its_files, others, {}, [], vocab_size, [*exclude]))
 
 
 def _look_at_dataset(path: str, split: str | None, subset: str | None) -> Look:
@@ -205,6 +220,16 @@ def _with_records(data: Look, count: int | None = None) -> Look:
     return data
 
 
+def _form_in_folder(file: Path) -> Form | None:
+    """None also for an archive, or another file that is no data by its first bytes."""
+    try:
+        return _form_of(file, is_alone=False)
+    except Unreadable:
+        raise
+    except UserError:
+        return None
+
+
 def _form_of(file: Path, is_alone: bool = True) -> Form | None:
     """By its name and its first bytes; None: nothing that is read. Of a folder's files JSON lines are read by name.
 
@@ -223,20 +248,13 @@ def _form_of(file: Path, is_alone: bool = True) -> Form | None:
     if f"*{ending}" in jsonl.PATTERNS:
         return "jsonl"
     if not _is_text(start):
-        if is_alone and _is_marked(start):
-            next(iter(text.read(file, None).documents), None)  # refused there, by what it is
+        if is_alone:
+            next(lines_of(file, Reading(iter(()))), None)  # refuses what is compressed or encoded otherwise
         return None
     words = start.decode("utf-8", "ignore").removeprefix(MARK).lstrip()
     if ending == ".json" and (words[:1] == "[" or is_alone):
         return "json"
     return "jsonl" if is_alone and _is_object(words.partition("\n")[0]) else "text"
-
-
-def _is_marked(start: bytes) -> bool:
-    begun = start[:LONGEST_MARK]
-    return any(mark.match(begun) for mark, _ in COMPRESSIONS.values()) or begun.startswith(
-        (*OTHER_ENCODINGS,)
-    )
 
 
 def _is_text(start: bytes) -> bool:
