@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,12 @@ import yaml
 from conftest import WORDS, make_corpus
 from data.chat_templates import QWEN_3, tokenizer_for
 
+from potstill.build.resolve import resolve
 from potstill.cli.main import main
+from potstill.preflight import fitting
+from potstill.preflight.plan import plan
+from potstill.recipe.load import load
+from potstill.workflows import init as init_workflow
 
 Maker = Callable[[Path], str]
 SHAPE = {
@@ -51,14 +58,15 @@ def reader() -> Any:
     return tokenizer_for(QWEN_3)
 
 
-def make_family(folder: Path, family: str, layers: int = 4, steps: int = 12) -> Path:
+def make_family(folder: Path, family: str, layers: int = 4, steps: int = 12, **changes: Any) -> Path:
     """A model that has seen a little text, so that it teaches something; 0 steps: a random one."""
     torch.manual_seed(layers)
     kind, own = FAMILIES[family]
     tokenizer = reader()
     options = SHAPE | {"num_hidden_layers": layers, "vocab_size": len(tokenizer)} | ENDS | own
     options |= {"eos_token_id": tokenizer.eos_token_id} | ({"n_layer": layers} if family == "gpt2" else {})
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**options))
+    config = getattr(transformers, f"{kind}Config")(**options | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
@@ -414,3 +422,169 @@ def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(
     assert (code, recipe, len(errors)) == (2, None, 1)
     assert named in errors[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_is_there_is_never_overwritten(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        *(str(models("llama", kind)) for kind in ("teacher", "checkpoint")),
+        lines_of("text")(tmp_path),
+    ]
+    (tmp_path / "mine.yaml").write_text("mine")
+    (tmp_path / "link.yaml").symlink_to("nowhere")
+    for name in ("mine.yaml", "link.yaml", "no/such/folder.yaml"):
+        assert main(["init", *arguments, "--out", name]) == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+    assert (tmp_path / "mine.yaml").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_that_comes_there_meanwhile_is_not_overwritten(
+    models: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: Any) -> Any:
+        (tmp_path / "recipe.yaml").write_text("mine: 1")
+        return planned(*arguments)
+
+    planned = init_workflow.fitted
+    monkeypatch.setattr(init_workflow, "fitted", slow)
+    pair = [str(models("llama", kind)) for kind in ("teacher", "checkpoint")]
+    assert run_init(tmp_path, monkeypatch, *pair, lines_of("text")(tmp_path))[:2] == (2, {"mine": 1})
+
+
+def test_what_the_user_sets_is_kept_and_paths_are_relative_to_the_recipe(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    teacher = copied(models("llama", "teacher"), tmp_path / "models" / "T")
+    (tmp_path / "out").mkdir()
+    data = lines_of("content")(tmp_path)
+    own = ["train.steps=7", "corpus.tokens_per_row=64", "student.fraction=0.9", "eval.sample_prompt=the cat"]
+    assert main(["init", "models/T", "cut", data, "--out", "out/r.yaml", "--json", *own]) == 0
+    said = json.loads(capsys.readouterr().out)
+    recipe = yaml.safe_load((tmp_path / "out" / "r.yaml").read_text())
+    assert (recipe["teacher"]["model"], recipe["corpus"]["path"]) == ("../models/T", "../data.jsonl")
+    assert teacher.exists() and recipe["student"] == {"name": "cut", "fraction": 0.9}
+    assert (recipe["train"]["steps"], recipe["corpus"]["tokens_per_row"]) == (7, 64)
+    assert recipe["eval"]["sample_prompt"] == "the cat" and recipe["train"]["warmup"] <= 7
+    assert said["fits"] and said["peak_bytes"] < said["memory_available_bytes"]
+    chosen = {each["field"]: each["value"] for each in said["chosen"]}
+    dotted = {f"{section}.{name}": value for section, of in recipe.items() for name, value in of.items()}
+    assert chosen == dotted
+    assert main(["init", "models/T", "cut", data, "train.stepps=7"]) == 2
+    assert "Did you mean train.steps?" in capsys.readouterr().err
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_every_value_has_its_reason_above_it_with_the_figure(
+    models: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = lines_of("text")
+    _, recipe, out = run_init(tmp_path, monkeypatch, str(models("llama", "teacher")), "cut", make(tmp_path))
+    assert recipe is not None
+    lines = out.read_text().splitlines()
+    bare = {
+        line.strip()
+        for before, line in pairwise(lines)
+        if line.startswith("  ") and not line.strip().startswith("#") and not before.strip().startswith("#")
+    }
+    # The models and data that the command names, and the other half of a pair of weights.
+    assert bare == {
+        f"model: {models('llama', 'teacher')}",
+        "path: data.jsonl",
+        "field: text",
+        "ce_weight: 0.1",
+    }
+    lengths = sorted(len(words(n)) + 1 for n in range(60))  # a token a byte, and the EOS
+    reason = next(before for before, line in pairwise(lines) if line.startswith("  tokens_per_row:"))
+    assert f"at most {lengths[53]} tokens" in reason and f"at most {lengths[30]}" in reason
+
+
+def test_a_student_larger_than_its_teacher_is_a_warning(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pair = [str(models("llama", kind)) for kind in ("checkpoint", "teacher")]
+    code, recipe, _ = run_init(tmp_path, monkeypatch, *pair, lines_of("text")(tmp_path), "--json")
+    assert code == 0 and recipe is not None
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert "45,568" in warning and "27,008" in warning
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> list[str]:
+    """Two models whose weights take more than a row does, and data."""
+    options = {"hidden_size": 192, "intermediate_size": 768, "head_dim": 48, "num_key_value_heads": 4}
+    names = [str(make_family(tmp_path / name, "llama", n, 0, **options)) for name, n in (("T", 4), ("S", 3))]
+    return [*names, lines_of("text")(tmp_path), "corpus.tokens_per_row=32", "train.rows_per_step=32"]
+
+
+LADDER: list[tuple[str, dict[str, Any]]] = [
+    ("rows", {"train.rows_per_micro_batch": 1}),
+    ("checkpointing", {"train.activation_checkpointing": True}),
+    ("teacher", {"teacher.dtype": "bfloat16"}),
+    ("lora", {"student.lora": {"rank": 16, "alpha": 32}}),
+]
+
+
+def test_what_does_not_fit_is_made_smaller_until_it_does(
+    wide: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With as much memory as the plan of each step of the ladder needs, and one byte less."""
+
+    def bare(resolved: Any) -> Any:  # what this process holds by now is not of the recipe
+        return dataclasses.replace(plan(resolved), libraries=0, corpus=0, allocator=0)
+
+    def peak(**changes: Any) -> int:
+        overrides = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
+        return int(bare(resolve(load(whole, overrides))).peak_bytes)
+
+    def made(memory: int, name: str) -> dict[str, Any]:
+        monkeypatch.setattr(fitting, "available", lambda *_: (memory, 10**12))
+        capsys.readouterr()
+        assert main(["init", *wide, "--out", f"{name}.yaml", "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        values = {each["field"]: each["value"] for each in said["chosen"]}
+        recipe = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
+        rows = peak(**{"train.rows_per_micro_batch": recipe["train"]["rows_per_step"]})
+        assert said["fits"] == (said["peak_bytes"] <= memory) and said["peak_bytes"] <= rows
+        return values | {"fits": said["fits"]}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fitting, "plan", bare)
+    monkeypatch.setattr(fitting, "SHARE", 1)
+    monkeypatch.setattr(fitting, "available", lambda *_: (10**12, 10**12))
+    assert main(["init", *wide, "--out", "whole.yaml"]) == 0
+    whole = tmp_path / "whole.yaml"
+    changes: dict[str, Any] = {}
+    peaks = [peak()]
+    for _, step in LADDER:
+        changes |= step
+        peaks.append(peak(**changes))
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+    assert "train.activation_checkpointing" not in made(peaks[0], "all")
+    some = made(
+        (peak(**{"train.rows_per_micro_batch": 4}) + peak(**{"train.rows_per_micro_batch": 8})) // 2, "some"
+    )
+    assert some["train.rows_per_micro_batch"] == 4 and "train.activation_checkpointing" not in some
+    done: dict[str, Any] = {}
+    for (name, step), enough in zip(LADDER, peaks[1:], strict=True):
+        done |= step
+        found = made(enough, name)
+        assert {field: found.get(field) for field in done} == done and found["fits"]
+        assert not any(
+            field in found and found[field] != "auto" for _, of in LADDER for field in of if field not in done
+        )
+    assert found["train.lr"] == 10 * some["train.lr"]
+    none = made(1000, "none")
+    assert not none["fits"] and "student.lora" not in none

@@ -138,7 +138,12 @@ def _located(data: str) -> str:
     try:
         return locate_dataset(data, Path.cwd())
     except UserError as error:
-        raise UserError(f"data: {error}") from error
+        raise _named("data", error) from error
+
+
+def _named(who: str, error: UserError) -> UserError:
+    """A path that is an argument is relative to the folder in which the command is given."""
+    return UserError(f"{who}: {error}".replace("relative to the recipe", "relative to this folder"))
 
 
 def _models(making: _Init, teacher: str, student: str) -> Resolved:
@@ -154,7 +159,7 @@ def _models(making: _Init, teacher: str, student: str) -> Resolved:
             try:
                 sources[who] = locate(value, Path.cwd(), or_hub_id=True)
             except UserError as error:
-                raise UserError(f"{who}: {error}") from error
+                raise _named(who, error) from error
     kind = CUT if student == CUT else _kind_of(sources["student"])
     their: dict[str, dict[str, Any]] = {
         "teacher": {"name": "torch", "model": sources["teacher"], "dtype": "auto"}

@@ -20,7 +20,7 @@ import numpy as np
 from potstill.data.chats.messages import parsed
 from potstill.data.chats.records import LISTS, Shapes
 from potstill.data.chats.templates import ConversationRefused
-from potstill.data.readers import chat, hf, jsonl, parquet, prompts
+from potstill.data.readers import chat, hf, hub, jsonl, parquet, prompts
 from potstill.data.readers.folders import files_of, listed
 from potstill.data.readers.reading import MARK, Reading, lines_of
 from potstill.errors import Unreadable, UserError
@@ -200,11 +200,13 @@ def look(
 
 def _look_at_dataset(path: str, split: str | None, subset: str | None) -> Look:
     """Of several splits the one named train, where the recipe names none."""
-    described = Path(path) / "dataset_dict.json"
-    if split is None and described.is_file():
-        splits = parse_json(described.read_bytes()).get("splits", [])
+    described, is_here = Path(path) / "dataset_dict.json", Path(path).exists()
+    if split is None:
+        splits = [] if is_here else hub.splits_of(path, subset)
+        if described.is_file():
+            splits = parse_json(described.read_bytes()).get("splits", [])
         split = "train" if len(splits) > 1 and "train" in splits else None
-    count = None if Path(path).exists() else RECORDS_LOOKED_AT
+    count = None if is_here else RECORDS_LOOKED_AT
     selection = {key: value for key, value in (("subset", subset), ("split", split)) if value is not None}
     return _with_records(Look(path, "dataset", selection=selection), count)
 
