@@ -17,8 +17,10 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import WORDS, make_corpus
+from conftest import WORDS, demo_gguf, make_corpus
 from data.chat_templates import QWEN_3, tokenizer_for
+from publish.hub import Repo, loopback
+from publish.lab import TOKEN, point_at
 
 from potstill.build.resolve import resolve
 from potstill.cli.main import main
@@ -50,6 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {"tie_word_embeddings": False}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen3_moe": ("Qwen3Moe", EXPERTS),
+    "opt": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),  # cannot keep documents apart
 }
 """Family -> its class in Transformers, and what its tiny models have of their own."""
 
@@ -285,6 +288,7 @@ PAIRS = [
     ("mistral", "config"),
     ("qwen3_moe", "checkpoint"),
     ("qwen3_moe", "cut"),
+    ("opt", "checkpoint"),
 ]
 
 
@@ -301,6 +305,52 @@ def test_the_recipe_of_each_family_and_kind_of_student_passes_check(
     data = lines_of("text")(tmp_path)
     code, recipe, out = run_init(tmp_path, monkeypatch, str(models(family, "teacher")), student, data)
     assert code == 0 and recipe is not None and recipe["student"]["name"] == kind
+    assert recipe["corpus"]["packing"] == (family != "opt")
+    require_checked(out, capsys)
+
+
+def test_the_student_s_chat_template_writes_the_rows_where_the_teacher_has_none(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher, student, data = without_template(models, tmp_path)
+    tokenizer = reader()
+    tokenizer.save_pretrained(student)
+    code, recipe, out = run_init(tmp_path, monkeypatch, teacher, student, data)
+    assert code == 0 and recipe is not None and recipe["corpus"]["tokenizer"] == student
+    require_checked(out, capsys)
+
+
+def test_two_chat_templates_are_a_warning(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    student = copied(models("llama", "checkpoint"), tmp_path / "S")
+    tokenizer = tokenizer_for(QWEN_3.replace("# Tools", "# Functions"))
+    tokenizer.save_pretrained(student)
+    teacher = str(models("llama", "teacher"))
+    code, recipe, _ = run_init(tmp_path, monkeypatch, teacher, str(student), messages(tmp_path), "--json")
+    assert code == 0 and recipe is not None and "tokenizer" not in recipe["corpus"]
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert f"corpus.tokenizer={student}" in warning
+
+
+def test_records_that_cannot_be_learnt_from_are_left_out_and_the_first_is_named(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / messages(tmp_path)
+    file.write_text('{"messages": [{"role": "narrator", "content": "once"}]}\n' + file.read_text())
+    pair = [str(models("llama", kind)) for kind in ("teacher", "checkpoint")]
+    code, recipe, out = run_init(tmp_path, monkeypatch, *pair, "chats.jsonl")
+    assert code == 0 and recipe is not None and recipe["corpus"]["skip_refused"] is True
+    assert "chats.jsonl:1: message 0" in out.read_text() and "1 of 61" in capsys.readouterr().out
     require_checked(out, capsys)
 
 
@@ -588,3 +638,98 @@ def test_what_does_not_fit_is_made_smaller_until_it_does(
     assert found["train.lr"] == 10 * some["train.lr"]
     none = made(1000, "none")
     assert not none["fits"] and "student.lora" not in none
+
+
+PLUGIN = """
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from potstill import CorpusConfig, register
+from potstill.recipe.fields import LocalPath
+
+
+@register("corpus")
+@dataclass(frozen=True, kw_only=True)
+class CsvCorpusConfig(CorpusConfig):
+    name: Literal["csv"] = "csv"
+    path: LocalPath
+    column: str
+
+    @classmethod
+    def recognise(cls, data: Any) -> tuple[dict[str, Any], str] | None:
+        if not data.path.endswith(".csv"):
+            return None
+        with open(data.path) as file:
+            columns = next(csv.reader(file))
+        return {"path": data.path, "column": columns[-1]}, f"a table with the columns {columns}"
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        with open(self.path) as file:
+            for number, row in enumerate(csv.DictReader(file)):
+                yield f"{self.path}:{number}", row[self.column]
+"""
+
+
+def test_a_plug_in_s_corpus_recognises_its_own_data_before_the_built_in_ones(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tables.py").write_text(PLUGIN)
+    (tmp_path / "t.csv").write_text("id,words\n" + "".join(f"{n},{words(n)}\n" for n in range(60)))
+    pair = [str(models("llama", kind)) for kind in ("teacher", "checkpoint")]
+    code, recipe, out = run_init(tmp_path, monkeypatch, *pair, "t.csv", "plugins=[tables.py]")
+    assert code == 0 and recipe is not None and recipe["plugins"] == ["tables.py"]
+    assert (recipe["corpus"]["name"], recipe["corpus"]["column"]) == ("csv", "words")
+    require_checked(out, capsys)
+    (tmp_path / "b.csv").write_bytes(b"\0\xff\n")  # also what no built-in kind reads
+    assert main(["init", *pair, "b.csv", "plugins=[tables.py]", "--out", "b.yaml"]) == 2
+    assert "b.csv" in capsys.readouterr().err
+
+
+def test_models_and_a_data_set_of_the_hub_are_named_as_they_were_given(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub import HfFileSystem, constants
+
+    with loopback(TOKEN) as hub:
+        point_at(hub, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        HfFileSystem.clear_instance_cache()
+        for name, kind in (("me/teacher", "teacher"), ("me/student", "checkpoint")):
+            files = sorted(models("llama", kind).iterdir())
+            hub.repos[name] = Repo(private=False)
+            hub.repos[name].commit({file.name: file.read_bytes() for file in files}, "one")
+        texts = "".join(json.dumps({"content": words(n)}) + "\n" for n in range(60)).encode()
+        repo = hub.repos["datasets/me/texts"] = Repo(private=False)
+        repo.commit({"train.jsonl": texts, "test.jsonl": texts}, "one")
+        code, recipe, out = run_init(tmp_path, monkeypatch, "me/teacher", "me/student", "me/texts")
+        assert code == 0 and recipe is not None
+        assert (recipe["teacher"]["model"], recipe["student"]["model"]) == ("me/teacher", "me/student")
+        found = {"name": "hf", "path": "me/texts", "split": "train", "column": "content", "shards": "tokens"}
+        assert recipe["corpus"] | found == recipe["corpus"]
+        require_checked(out, capsys)
+
+
+@pytest.mark.real
+def test_the_recipe_of_the_demo_s_teacher_passes_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two layers by place, and short rows: what a cut is measured by, and ten steps of the demo take minutes."""
+    if demo_gguf() is None:
+        pytest.skip("real teacher: the demo extra is not installed; not run")
+    own = ["student.layers=2", "student.rule=first_last", "student.repair=false"]
+    own += ["corpus.tokens_per_row=64", "train.rows_per_step=2"]
+    code, recipe, out = run_init(tmp_path, monkeypatch, str(demo_gguf()), "cut", "stdlib:json", *own)
+    assert code == 0 and recipe is not None and recipe["corpus"]["path"] == "stdlib:json"
+    require_checked(out, capsys)

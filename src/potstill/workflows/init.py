@@ -16,8 +16,8 @@ from typing import Any
 from potstill.build.resolve import Resolved, pin, resolve, settle_types
 from potstill.build.vocabulary import require_one_vocabulary
 from potstill.data import tokenizers
-from potstill.data.readers.look import Look, look
-from potstill.errors import UserError
+from potstill.data.readers.look import Look, look, refuse
+from potstill.errors import UserError, one_line
 from potstill.io import yaml
 from potstill.io.atomic import writing
 from potstill.io.cpu_matmul import choose_product_dtype
@@ -250,13 +250,11 @@ def _corpus(making: _Init, resolved: Resolved, data: str, path: str) -> Look:
     kinds = entries("corpus")
     order = sorted(kinds, key=lambda name: (kinds[name].__module__.startswith("potstill."), name))
     for name in [told["name"]] if told.get("name") in kinds else order:
-        if (found := kinds[name].recognise(seen)) is not None:
+        if (found := _recognised(kinds[name], seen)) is not None:
             break
     else:
         if "name" not in told:
-            raise UserError(
-                f"data: {path} is of no kind that a corpus has: {', '.join(order)}. Name one: corpus.name=…"
-            )
+            refuse(seen)
         found = {"path": path}, "as given"
     fields, why = found
     draft.choose("corpus.name", name, printable(why, keep=""))
@@ -266,6 +264,20 @@ def _corpus(making: _Init, resolved: Resolved, data: str, path: str) -> Look:
     if seen.form == "dataset" and not os.path.exists(path):
         draft.choose("corpus.shards", "tokens", "the data set is streamed once; its tokens are kept here")
     return seen
+
+
+def _recognised(kind: Any, seen: Look) -> tuple[dict[str, Any], str] | None:
+    try:
+        found: tuple[dict[str, Any], str] | None = kind.recognise(seen)
+    except UserError:
+        raise
+    except Exception as error:  # a plug-in's code may raise anything
+        if kind.__module__.startswith("potstill."):
+            raise
+        raise UserError(
+            f"corpus {kind.name}: recognise: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    return found
 
 
 def _reading(making: _Init, resolved: Resolved, seen: Look) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from potstill.data.readers.reading import MARK, Reading, lines_of
 from potstill.errors import Unreadable, UserError
 from potstill.io.safe_open import names_of, opened, parse_json
 
-Form = Literal["text", "jsonl", "json", "parquet", "dataset", "tokens"]
+Form = Literal["text", "jsonl", "json", "parquet", "dataset", "tokens", "other"]
 RECORDS_LOOKED_AT = 200
 FILES_LOOKED_AT = 5000
 START_BYTES = 2**16
@@ -169,33 +169,46 @@ def look(
         exclude: patterns of a folder's files that are none of the data.
 
     Raises:
-        UserError: nothing there that a corpus is made of.
+        UserError: a file that cannot be read, or records that are none.
     """
     if hf.is_dataset(path):
         return _look_at_dataset(path, split, subset)
     place = Path(path)
     if not place.is_dir():
-        form = _form_of(place)
-        if form is None:
-            raise UserError(
-                f"{path}: neither text, JSON lines, Parquet nor token ids. Token ids are read from files named *.bin."
-            )
-        return _with_records(Look(path, form, [place], vocab_size=vocab_size))
+        return _with_records(Look(path, _form_of(place), [place], vocab_size=vocab_size))
     files = [file for file in files_of(place, ("*",), exclude) if file.stat().st_size]
     forms = {file: _form_in_folder(file) for file in files[:FILES_LOOKED_AT]}
     sizes = Counter[Form]()
     for file, form in forms.items():
-        if form is not None:
+        if form != "other":
             sizes[form] += file.stat().st_size
     if not sizes:
-        names = [str(file.relative_to(place)) for file in files] or ["empty files alone"]
-        raise UserError(
-            f"{path}: no file with text, JSON lines, Parquet or token ids (*.bin); it has {listed(names)}."
-        )
+        return Look(path, "other", files, vocab_size=vocab_size)
     chosen = sizes.most_common(1)[0][0]
     others = [str(file.relative_to(place)) for file, form in forms.items() if form != chosen]
     its_files = [file for file in files if forms.get(file, chosen) == chosen]
     return _with_records(Look(path, chosen, its_files, others, {}, [], vocab_size, [*exclude]))
+
+
+def refuse(data: Look) -> NoReturn:
+    """Say what data are of which no kind of corpus reads anything.
+
+    Raises:
+        UserError: always.
+    """
+    if data.is_folder:
+        names = [str(file.relative_to(data.path)) for file in data.files] or ["empty files alone"]
+        raise UserError(
+            f"{data.path}: no file with text, JSON lines, Parquet or token ids (*.bin); it has {listed(names)}."
+        )
+    (file,) = data.files
+    with opened(file, "data", REMOVE) as stream:
+        if not stream.read(START_BYTES).strip():
+            raise UserError(f"{file}: an empty file. Name one with data.")
+    next(lines_of(file, Reading(iter(()))), None)  # refuses what is compressed or encoded otherwise
+    raise UserError(
+        f"{file}: neither text, JSON lines, Parquet nor token ids. Token ids are read from files named *.bin."
+    )
 
 
 def _look_at_dataset(path: str, split: str | None, subset: str | None) -> Look:
@@ -212,7 +225,7 @@ def _look_at_dataset(path: str, split: str | None, subset: str | None) -> Look:
 
 
 def _with_records(data: Look, count: int | None = None) -> Look:
-    if data.form in ("text", "tokens"):
+    if data.form in ("text", "tokens", "other"):
         return data
     split, subset = data.selection.get("split"), data.selection.get("subset")
     found = chat.records_at(data.path, Reading(iter(())), split, subset, count, chat.PATTERNS)
@@ -222,27 +235,23 @@ def _with_records(data: Look, count: int | None = None) -> Look:
     return data
 
 
-def _form_in_folder(file: Path) -> Form | None:
-    """None also for an archive, or another file that is no data by its first bytes."""
+def _form_in_folder(file: Path) -> Form:
+    """An archive, or another file that is no data by its first bytes, is none of the data."""
     try:
         return _form_of(file, is_alone=False)
     except Unreadable:
         raise
     except UserError:
-        return None
+        return "other"
 
 
-def _form_of(file: Path, is_alone: bool = True) -> Form | None:
-    """By its name and its first bytes; None: nothing that is read. Of a folder's files JSON lines are read by name.
-
-    Raises:
-        UserError: a file that is named alone and is empty, compressed, or not UTF-8.
-    """
+def _form_of(file: Path, is_alone: bool = True) -> Form:
+    """By its name and its first bytes. Of a folder's files JSON lines are read by their name alone."""
     ending = file.suffix.lower()
     with opened(file, "data", REMOVE) as stream:
         start = stream.read(START_BYTES)
-    if is_alone and not start.strip():
-        raise UserError(f"{file}: an empty file. Name one with data.")
+    if not start.strip():
+        return "other"
     if ending == ".parquet" or start.startswith(b"PAR1"):
         return "parquet"
     if ending == ".bin":
@@ -250,9 +259,7 @@ def _form_of(file: Path, is_alone: bool = True) -> Form | None:
     if f"*{ending}" in jsonl.PATTERNS:
         return "jsonl"
     if not _is_text(start):
-        if is_alone:
-            next(lines_of(file, Reading(iter(()))), None)  # refuses what is compressed or encoded otherwise
-        return None
+        return "other"
     words = start.decode("utf-8", "ignore").removeprefix(MARK).lstrip()
     if ending == ".json" and (words[:1] == "[" or is_alone):
         return "json"
