@@ -357,8 +357,10 @@ def test_records_that_cannot_be_learnt_from_are_left_out_and_the_first_is_named(
 def test_a_row_is_no_longer_than_either_model_reads(
     models: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = [{"role": "user", "content": words(1, 100)}, {"role": "assistant", "content": words(2, 100)}]
-    data = write_lines(tmp_path / "long.jsonl", [{"messages": turns, "n": n} for n in range(60)])
+    texts = [(words(n, 100), words(n + 100, 100)) for n in range(60)]
+    data = write_lines(
+        tmp_path / "long.jsonl", [{"prompt": one, "completion": other} for one, other in texts]
+    )
     student = make_family(tmp_path / "S", "llama", 2, 0, max_position_embeddings=300)
     _, recipe, out = run_init(tmp_path, monkeypatch, str(models("llama", "teacher")), str(student), data)
     assert recipe is not None and recipe["corpus"]["tokens_per_row"] == 300

@@ -274,7 +274,7 @@ def _packed(
                 may_be_short=corpus.prompt == "whole",
             )
         except UserError as error:
-            refused = error
+            refused = refused or error  # of the length that was wanted
             continue
         found.append((tokens, built, heldout))
         if len(built.train) * sample.scale >= FEWEST_ROWS:
