@@ -357,7 +357,7 @@ def test_records_that_cannot_be_learnt_from_are_left_out_and_the_first_is_named(
 def test_a_row_is_no_longer_than_either_model_reads(
     models: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = [(words(n, 100), words(n + 100, 100)) for n in range(60)]
+    texts = [(words(n, 20), words(n + 100, 100)) for n in range(60)]
     data = write_lines(
         tmp_path / "long.jsonl", [{"prompt": one, "completion": other} for one, other in texts]
     )
