@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from potstill.data import readers
 from potstill.data.packing import about_documents
-from potstill.data.tokenizers import load_tokenizer
+from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import Unreadable, UserError
-from potstill.recipe.sections_data import ChatCorpusConfig, JsonlCorpusConfig
+from potstill.recipe.sections_data import ChatCorpusConfig, JsonlCorpusConfig, TextCorpusConfig
 
 EOS = 0
 WORDS = [
@@ -921,3 +922,20 @@ def test_without_the_data_extra_its_command_is_named(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=rf"needs {library}.*pip install 'potstill\[data\]'"):
         reader(tmp_path, None)
+
+
+def test_a_long_file_may_be_several_documents_none_of_which_is_longer_than_sixteen_rows(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    (tmp_path / "a.txt").write_text("a" * 70)
+    (tmp_path / "b.txt").write_text("b" * 10)
+    whole = TextCorpusConfig(path=str(tmp_path), tokens_per_row=2)
+    vocab = vocab_of(tokenizer, len(tokenizer))
+    one = list(whole.read(tokenizer, vocab).documents)
+    pieces = list(replace(whole, split_files=True).read(tokenizer, vocab).documents)
+    assert [len(each.ids) for each in one] == [71, 11]  # the EOS
+    assert [len(each.ids) for each in pieces] == [32, 32, 7, 11]
+    assert [i for each in pieces for i in each.ids.tolist()] == [i for each in one for i in each.ids.tolist()]
+    # Only where a file begins does a text begin, before which a BOS may stand.
+    assert [each.is_text for each in pieces] == [True, False, False, True]
+    assert all(each.part_of is None for each in pieces)  # a part of a file can be held out

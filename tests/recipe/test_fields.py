@@ -60,6 +60,7 @@ SHOWN_BY = {
     "corpus.field": "tests/data",
     "corpus.column": "tests/data",
     "corpus.split": "tests/data",
+    "corpus.split_files": "tests/data/test_readers.py",
     "corpus.subset": "tests/data/test_hub_datasets.py",
     "corpus.records": "tests/data/test_hub_datasets.py",
     "corpus.dtype": "tests/data",

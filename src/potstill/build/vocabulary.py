@@ -72,6 +72,26 @@ def match_vocabularies(
     return Shared(ids, teacher.vocab_size - ids, model.vocab_size - ids, differences)
 
 
+def require_one_vocabulary(resolved: Resolved) -> None:
+    """`match_vocabularies` of two models whose weights are not loaded, by their tokenizers and widths.
+
+    Raises:
+        UserError: token lists that differ, or a student without logits for all tokens.
+    """
+    source, teacher = resolved.student, resolved.teacher
+    assert source.files is not None, "a student that is cut has its teacher's tokens"
+    path = next((path for path in teacher.tokenizers if tokenizers.has_tokenizer(path)), None)
+    theirs = Vocab(size=teacher.vocab_size)
+    if path is not None:
+        theirs = tokenizers.vocab_of(tokenizers.load_tokenizer(path), teacher.vocab_size)
+    size = source.model_config.get_text_config().vocab_size
+    own = dataclasses.replace(theirs, size=size) if theirs.tokens is not None else Vocab(size=size)
+    if source.config.name == "checkpoint":
+        tokenizer = source.files.tokenizer
+        own = Vocab(size=size) if tokenizer is None else tokenizers.vocab_of(tokenizer, size)
+    tokenizers.require_same(theirs, own, teacher.label, source.files.source)
+
+
 def _student_vocab(resolved: Resolved, teacher: Vocab, corpus: Vocab | None, model: CausalLM) -> Vocab:
     """A checkpoint brings its own; a student that is cut or newly initialised takes the teacher's or corpus's."""
     source = resolved.student

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, report, rows, write
+from potstill.cli import capture, check, distill, evaluate, export, init, report, rows, write
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
 
@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
             distill.run_compare,
             "run the untouched student, plain training and KD under one budget, and compare",
         ),
+    )
+    init.add_flags(
+        verb("init", init.run_init, "write a recipe for two models and data, with a reason for each value")
     )
     check.add_flags(
         verb("check", check.run_check, "find what would make the run worthless, before time is spent on it"),

@@ -54,8 +54,9 @@ def provenance(
     for name in ("subset", "records"):
         if section.get(name, ...) is None:
             del section[name]
-    if not section.get("skip_refused", True):
-        del section["skip_refused"]
+    for name in ("skip_refused", "split_files"):
+        if not section.get(name, True):
+            del section[name]
     if config.layout != "stream":
         section["layout"] = config.layout
     if bos_ids:

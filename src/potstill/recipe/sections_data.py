@@ -33,10 +33,15 @@ from potstill.registry import implementation, register
 
 if TYPE_CHECKING:
     from potstill.data.readers import Reading
+    from potstill.data.readers.look import Look
     from potstill.types import Vocab
 
 OF_A_SOURCE = ("source", "weight")
 """Fields of a corpus that have a meaning in a mix alone."""
+PIECE_ROWS = 16
+"""Of a text file that is split: rows of one document."""
+MOST_KEYS = 8
+"""Keys of records that a reason names."""
 SOURCE_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,31}"
 
 
@@ -121,6 +126,13 @@ class CorpusConfig(Config):
         return str(getattr(self, "path", self.registered_name))
 
     @classmethod
+    def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
+        """For `potstill init`: the fields with which this kind reads the data, the path among them, and what shows that
+        it is of this kind, in a few words; None: another kind's. A plug-in is asked before the built-in ones.
+        """
+        return None
+
+    @classmethod
     def complete(cls, given: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         """Fill in what the fields of a section, as a recipe gives them, say for others; yields the path of each that
         it filled in.
@@ -182,6 +194,15 @@ def _reader(name: str) -> Any:
     return implementation(f"potstill.data.readers.{name}")
 
 
+def _texts_of(data: Look, form: str, key_field: str) -> tuple[dict[str, Any], str] | None:
+    """Of records that are neither conversations nor prompts: where their text is."""
+    if data.form != form or data.conversations is not None or data.questions is not None:
+        return None
+    key, number = data.texts
+    of = f"{number} of the first {len(data.records)} records have a text under {shown(key)}"
+    return {"path": data.path} | data.selection | {key_field: key}, of
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Path(Config):
     path: DataPath
@@ -208,9 +229,28 @@ class TextCorpusConfig(FileCorpusConfig):
     """Patterns of file names to read, relative to the path."""
     exclude: list[str] = field(default_factory=list)
     """Patterns of file names to leave out, relative to the path."""
+    split_files: bool = False
+    """Cut a file into documents of sixteen rows, so that of a few long files a part can be held out; false: a file is
+    one document."""
+
+    @classmethod
+    def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
+        if data.form != "text":
+            return None
+        include = {} if (patterns := data.patterns) is None else {"include": patterns}
+        number = f"{len(data.files)} text files" if data.is_folder else "a text file"
+        left_out = (
+            f"; {len(data.others)} that are none are left out, such as {data.others[0]}"
+            if data.others
+            else ""
+        )
+        exclude = {"exclude": data.exclude} if data.exclude else {}
+        return {"path": data.path} | include | exclude, number + left_out
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
-        return cast("Reading", _reader("text:read")(Path(self.path), tokenizer, self.include, self.exclude))
+        longest = PIECE_ROWS * self.tokens_per_row if self.split_files else None
+        read = _reader("text:read")
+        return cast("Reading", read(Path(self.path), tokenizer, self.include, self.exclude, longest))
 
     def files_now(self, files: list[dict[str, Any]]) -> list[Path]:
         return list(_reader("folders:files_of")(Path(self.path), self.include, self.exclude))
@@ -225,6 +265,10 @@ class JsonlCorpusConfig(FileCorpusConfig):
     """Key of the text in each object."""
 
     patterns: ClassVar[str] = "jsonl:PATTERNS"
+
+    @classmethod
+    def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
+        return _texts_of(data, "jsonl", "field")
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         return cast("Reading", _reader("jsonl:read")(Path(self.path), tokenizer, self.field))
@@ -273,6 +317,16 @@ class ChatCorpusConfig(DataSetCorpusConfig):
     patterns: ClassVar[str] = "chat:PATTERNS"
     prompt = "question"
 
+    @classmethod
+    def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
+        if (found := data.conversations) is None:
+            return None
+        key, number = found
+        of = f"{number} of the first {len(data.records)} records are conversations with an answer"
+        keys = ", ".join(shown(name) for name, _ in data.keys()[:MOST_KEYS])
+        fields = {"path": data.path} | data.selection | ({} if key is None else {"field": key})
+        return fields, f"{of}; their keys are {keys}"
+
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         date = datetime.date.fromisoformat(self.date)
         which = {"split": self.split, "subset": self.subset, "count": self.records}
@@ -305,6 +359,14 @@ class PromptsCorpusConfig(DataSetCorpusConfig):
 
     patterns: ClassVar[str] = "prompts:PATTERNS"
     prompt = "whole"
+
+    @classmethod
+    def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
+        if (found := data.questions) is None:
+            return None
+        key, number = found
+        of = f"{number} of the first {len(data.records)} records have {shown(key)} and no answer that a chat has"
+        return {"path": data.path} | data.selection, of
 
     @property
     def layout(self) -> Literal["stream", "whole", "single"]:
@@ -343,6 +405,10 @@ class ParquetCorpusConfig(FileCorpusConfig):
 
     patterns: ClassVar[str] = "parquet:PATTERNS"
 
+    @classmethod
+    def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
+        return _texts_of(data, "parquet", "column")
+
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         return cast("Reading", _reader("parquet:read")(Path(self.path), tokenizer, self.column))
 
@@ -354,6 +420,10 @@ class HfCorpusConfig(DataSetCorpusConfig):
     """A dataset of the Hugging Face library on disk or on its hub, each record one document."""
     column: str = "text"
     """Column of the text."""
+
+    @classmethod
+    def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
+        return _texts_of(data, "dataset", "column")
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         which = {"subset": self.subset, "count": self.records}
@@ -375,6 +445,13 @@ class TokensCorpusConfig(FileCorpusConfig):
     """Token id that ends a document; null: the tokenizer's end-of-text id."""
 
     needs_tokenizer: ClassVar[bool] = False
+
+    @classmethod
+    def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
+        if data.form != "tokens":
+            return None
+        files = f"{len(data.files)} shards of token ids (*.bin)" if data.is_folder else "token ids (*.bin)"
+        return {"path": data.path, "dtype": data.id_dtype}, f"{files} of {data.id_dtype}, by their values"
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         end = vocab.eos_id if self.document_end is None else self.document_end

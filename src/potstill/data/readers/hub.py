@@ -103,8 +103,13 @@ def refuse_selection(path: str | Path, subset: str | None, count: int | None) ->
             raise UserError(f"corpus.{field}: {path} is no data set of the hub. Set it to null.")
 
 
-def _opened(path: str, subset: str | None, split: str | None) -> tuple[Any, str]:
-    """The split, and its name."""
+def splits_of(path: str, subset: str | None = None) -> list[str]:
+    """Names of a data set's splits; UserError as in `records`."""
+    return list(_splits(path, subset))
+
+
+def _splits(path: str, subset: str | None) -> Any:
+    """By name."""
     datasets = import_extra("datasets")
     name, revision = hub_dataset(path) or ("", "")
     if os.path.isdir(name):
@@ -118,7 +123,7 @@ def _opened(path: str, subset: str | None, split: str | None) -> tuple[Any, str]
             if ".packaged_modules.cache." in type(builder).__module__:
                 # Where the hub does not answer, the library takes any revision that it once stored.
                 raise ConnectionError("the hub does not answer")
-            splits = builder.as_streaming_dataset()
+            return builder.as_streaming_dataset()
     except ValueError as error:  # of several subsets none is named, or another; or its files are no data set
         advice = " Set corpus.subset." if "config" in str(error).lower() else ""
         raise UserError(f"{path}: {one_line(error)}{advice}") from error
@@ -126,6 +131,11 @@ def _opened(path: str, subset: str | None, split: str | None) -> tuple[Any, str]
         raise UserError(
             f"{path}: the data set cannot be opened: {why_not(error, name, revision, 'data set')}"
         ) from error
+
+
+def _opened(path: str, subset: str | None, split: str | None) -> tuple[Any, str]:
+    """The split, and its name."""
+    splits = _splits(path, subset)
     chosen = next(iter(splits)) if split is None and len(splits) == 1 else split
     if chosen is None or chosen not in splits:
         given = "none" if split is None else repr(split)

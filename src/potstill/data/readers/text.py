@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from potstill.data.readers.folders import files_of
-from potstill.data.readers.reading import MARK, Reading, lines_of, tokenize
+from potstill.data.readers.reading import MARK, Document, Reading, lines_of, tokenize
 from potstill.errors import UserError
 
 MAX_TEXT_BYTES = 2**28
 
 
-def read(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Reading:
+def read(
+    path: Path,
+    tokenizer: Any,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    longest: int | None = None,
+) -> Reading:
     """One document a file, its line ends as they are and without a byte-order mark. Patterns match a file's name
     or its path in the folder; hidden files are none.
+
+    Args:
+        longest: tokens of a document; a longer file is several. None: any number.
     """
     reading = Reading(iter(()))
 
@@ -42,5 +51,14 @@ def read(path: Path, tokenizer: Any, include: Sequence[str] = ("*",), exclude: S
                 )
             yield str(file), decoded.removeprefix(MARK)
 
-    reading.documents = tokenize(texts(), tokenizer)
+    documents = tokenize(texts(), tokenizer)
+    reading.documents = documents if longest is None else _pieces(documents, longest)
     return reading
+
+
+def _pieces(documents: Iterator[Document], longest: int) -> Iterator[Document]:
+    """Only the first piece of a file begins as a text does, and only the last ends with the EOS."""
+    for document in documents:
+        for start in range(0, len(document.ids), longest):
+            place = f"{document.source}: token {start}" if start else document.source
+            yield Document(place, document.ids[start : start + longest], is_text=start == 0)
