@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from potstill.errors import UserError
-from potstill.runs.run_dir import RunDir, code, default_path, environment, summary
+from potstill.runs.places import default_path
+from potstill.runs.run_dir import RunDir, code, environment
+from potstill.runs.summary import summary
 
 
 def new(path: Path) -> RunDir:

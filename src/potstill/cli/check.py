@@ -48,7 +48,7 @@ def run_check(options: argparse.Namespace, display: Display) -> int:
     from potstill.build.setup import process_of, set_up
     from potstill.preflight.auto import settle
     from potstill.preflight.trial_steps import check
-    from potstill.runs.run_dir import default_path
+    from potstill.runs.places import default_path
     from potstill.training.watchdog import cleaning
 
     findings = []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, report, rows, write
+from potstill.cli import capture, check, distill, evaluate, export, report, rows, runs, write
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
 
@@ -63,7 +63,8 @@ def _run_verb(arguments: Sequence[str] | None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Like argparse, but overrides may come anywhere, also after a flag."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    given = distill.spell_resume(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(given)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -127,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_flags(
         verb("show", report.run_show, "print a run's receipt, and first, best and last value of each metric"),
         verb("report", report.run_report, "render runs or a comparison as one self-contained HTML page"),
+    )
+    runs.add_flags(
+        verb("runs", runs.run_runs, "list runs with their state, step, best held-out KL, size and age")
     )
     schema = verb("schema", report.run_schema, "print the JSON schema of a recipe, for editors")
     schema.add_argument(

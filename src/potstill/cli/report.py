@@ -24,7 +24,8 @@ def add_flags(show: argparse.ArgumentParser, report: argparse.ArgumentParser) ->
 
 
 def run_show(options: argparse.Namespace, display: Display) -> None:
-    from potstill.runs.run_dir import RunDir, summary
+    from potstill.runs.run_dir import RunDir
+    from potstill.runs.summary import summary
 
     run = RunDir.open(options.run)
     status, receipt, metrics = run.status(), run.receipt(), summary(run)

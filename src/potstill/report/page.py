@@ -23,7 +23,8 @@ from markupsafe import Markup
 from potstill.io.terminal import clock, printable
 from potstill.report import sections
 from potstill.report.charts import COLORS, Series, bars, chart, grouped
-from potstill.runs.run_dir import RunDir, summary
+from potstill.runs.run_dir import RunDir
+from potstill.runs.summary import summary
 
 NATS = "nats per token"
 CHARTS = [  # title, unit, training metric, held-out metric, constant, whether its axis may be logarithmic

@@ -123,9 +123,21 @@ class RunDir:
             raise UserError(f"{path}: the run directory cannot be made: {why}. Give --out another folder.")
         exists = os.path.lexists(path)
         if exists and not (path.is_dir() and (not listed(path) or _creation_was_interrupted(path))):
+            what, todo = _unfinished(path), ""
+            if what:
+                what, todo = f" with an unfinished run ({what})", "Add --resume to go on with it, or give"
             raise UserError(
-                f"{path}: already exists, and a run is never overwritten. Give --out another folder."
+                f"{path}: already exists{what}, and a run is never overwritten. {todo or 'Give'} --out another folder."
             )
+
+    @classmethod
+    def is_free(cls, path: Path) -> bool:
+        """Whether `create` would take the folder."""
+        try:
+            cls.require_free(path)
+        except UserError:
+            return False
+        return True
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -188,8 +200,14 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """Hold the run's lock; a second process is refused, not queued."""
 
+        tries = iter(range(2))
+
         def refuse() -> None:
-            raise UserError(f"{self.path}: another process is at work on this run. Wait for it, or stop it.")
+            # Once more after a moment: `potstill runs` holds the lock for an instant, to see whether it is free.
+            if next(tries):
+                raise UserError(
+                    f"{self.path}: another process is at work on this run. Wait for it, or stop it."
+                )
 
         with locked(self.path, on_wait=refuse):
             yield
@@ -405,17 +423,13 @@ def _why_impossible(path: Path) -> str:
     return ""
 
 
-def summary(run: RunDir) -> dict[str, dict[str, float]]:
-    """First, best and last value of each metric. Best is the lowest, except where higher is better."""
-    values: dict[str, dict[str, float]] = {}
-    for line in run.metrics():
-        for name, value in line.items():
-            if name != "step":
-                # Also of each source of a mix: heldout/SOURCE/agreement.
-                better = max if name.endswith("/agreement") or name == "speed/tokens_per_s" else min
-                so_far = values.setdefault(name, {"first": value, "best": value, "last": value})
-                so_far |= {"best": better(so_far["best"], value), "last": value}
-    return values
+def _unfinished(path: Path) -> str:
+    """The state of the run there that `--resume` would go on with; empty where there is none."""
+    with contextlib.suppress(UserError):
+        state = RunDir(path).status().get("state")
+        if (path / "resolved.yaml").is_file() and state != "finished":
+            return str(state)
+    return ""
 
 
 def _creation_was_interrupted(path: Path) -> bool:
@@ -429,20 +443,6 @@ def _creation_was_interrupted(path: Path) -> bool:
 
 def _as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def default_path(name: str) -> Path:
-    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3 … that is free."""
-    path, number = Path("runs") / name, 2
-    while os.path.lexists(path):
-        path, number = Path("runs") / f"{name}-{number}", number + 1
-    return path
-
-
-def newest_path(name: str) -> Path:
-    """The last of runs/NAME, runs/NAME-2 … that exists: what `--resume` continues by default."""
-    next_number = int(default_path(name).name.removeprefix(name).removeprefix("-") or 1)
-    return Path("runs") / (name if next_number <= 2 else f"{name}-{next_number - 1}")
 
 
 def environment() -> dict[str, Any]:
