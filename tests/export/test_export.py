@@ -107,6 +107,7 @@ def test_a_folder_with_another_tokenizer_fails(
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
+        (["--quantize", "Q4_K_M"], "export: no format 'Q4_K_M'. Did you mean q4_k? Known: hf, f32"),
         (["--quantize", "q3_x"], "export: no format 'q3_x'. Known: hf, f32"),
         (["--format", "hf", "--quantize", "f16"], "--quantize: "),
         (["--format", "gguf", "--dtype", "float32"], "--dtype: has no effect with --format gguf"),

@@ -157,16 +157,16 @@ def test_latest_takes_nobody_s_place_and_survives_two_at_once(
     link_latest(Path("runs/a"))
     assert os.listdir("runs") == ["latest"] and not Path("runs/latest").is_symlink()
     Path("runs/latest").rmdir()
-    made = Path.symlink_to
+    replace = os.replace
 
-    def another_first(self: Path, *given: Any, **options: Any) -> None:
+    def another_first(source: Path, target: Path) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "symlink_to", made)
+            patch.setattr(os, "replace", replace)
             link_latest(Path("runs/other"))
         assert os.readlink("runs/latest") == "other"
-        made(self, *given, **options)
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "symlink_to", another_first)
+    monkeypatch.setattr(os, "replace", another_first)
     link_latest(Path("runs/mine"))
     assert os.readlink("runs/latest") == "mine" and os.listdir("runs") == ["latest"]
 

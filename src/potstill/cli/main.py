@@ -18,6 +18,7 @@ from typing import Any
 
 from potstill import __version__
 from potstill.cli import capture, check, distill, evaluate, export, report, rows, runs, write
+from potstill.cli.spelling import meant_flag, meant_verb
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
 
@@ -63,14 +64,26 @@ def _run_verb(arguments: Sequence[str] | None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Like argparse, but overrides may come anywhere, also after a flag."""
     parser = _parser()
-    given = distill.spell_resume(sys.argv[1:] if arguments is None else arguments)
+    verbs = _verbs_of(parser)
+    given: list[str] = distill.spell_resume(sys.argv[1:] if arguments is None else arguments)
+    named = next((word for word in given if not word.startswith("-")), "")
+    if named and named not in verbs and (meant := meant_verb(named, verbs)):
+        parser.error(f"no verb {named!r}. Did you mean {meant}?")
     options, rest = parser.parse_known_args(given)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = meant_flag(
+            unknown[0], given, verbs[named]._option_string_actions, takes_fields=hasattr(options, "overrides")
+        )
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (verbs,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    return dict(verbs.choices)
 
 
 def _parser() -> argparse.ArgumentParser:

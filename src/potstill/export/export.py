@@ -76,7 +76,10 @@ def export_run(
     """
     formats = list(dict.fromkeys(formats))
     if unknown := [name for name in formats if name not in FORMATS]:
-        raise UserError(f"export: no format {unknown[0]!r}. Known: {', '.join(FORMATS)}.")
+        # llama.cpp's names of mixtures of types, such as Q4_K_M, begin with that of their chief one.
+        meant = next((name for name in FORMATS if unknown[0].lower().startswith(name)), None)
+        hint = f" Did you mean {meant}?" if meant else ""
+        raise UserError(f"export: no format {unknown[0]!r}.{hint} Known: {', '.join(FORMATS)}.")
     run_dir = RunDir.open(run)
     with run_dir.locked():
         return _export(run_dir, out or run_dir.exports, formats, dtype, check, note)
