@@ -134,7 +134,7 @@ def test_the_result_says_what_is_shown_and_what_was_not_run(whole: tuple[Path, P
     by_seed = [arms(found)[name]["by_seed"]["heldout/kl"] for name in (KD, CE)]
     assert kd["mean"] == pytest.approx(np.mean(by_seed[0]) - np.mean(by_seed[1]))
     assert kd["low"] < kd["mean"] < kd["high"]
-    assert kd["ahead"] == KD and "KD is ahead of CE only in held-out KL" in found["sentence"]
+    assert kd["ahead"] == KD and "KD is ahead of plain training (CE only) in held-out KL" in found["sentence"]
     assert found["humaneval"] == "not run" and found["seeds"] == [0, 1, 2]
     page = report([folder], None, 48, False, Display(quiet=True)).read_text()
     assert found["sentence"].split(":")[0] in page and "KD, corrected teacher" in page

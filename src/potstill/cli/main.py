@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, report, rows, runs, write
+from potstill.cli import capture, check, distill, evaluate, export, report, rows, runs, show, write
 from potstill.cli.spelling import meant_flag, meant_verb
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
@@ -138,9 +138,11 @@ def _parser() -> argparse.ArgumentParser:
         verb("publish", export.publish, "upload a finished run to the Hub with a model card, or say why not")
     )
 
+    show.add_flags(
+        verb("show", show.run_show, "print what came out of a run: metrics, model, data, warnings")
+    )
     report.add_flags(
-        verb("show", report.run_show, "print a run's receipt, and first, best and last value of each metric"),
-        verb("report", report.run_report, "render runs or a comparison as one self-contained HTML page"),
+        verb("report", report.run_report, "render runs or a comparison as one self-contained HTML page")
     )
     runs.add_flags(
         verb("runs", runs.run_runs, "list runs with their state, step, best held-out KL, size and age")

@@ -80,7 +80,7 @@ def _key(resolved: Resolved) -> str:
         resolved.teacher.plan_key(),
         [None if config is None else config.to_dict() for config in configs],
     )
-    return f"{resolved.device} {parts!r}"
+    return f"{resolved.device} {resolved.planned_type} {parts!r}"
 
 
 def _small(recipe: Recipe) -> Any:
@@ -108,7 +108,9 @@ def _trace(resolved: Resolved) -> Traced:
         hooks = _tracking_hooks(resolved, teacher, student, trained, tracker, has_moments=full.steps != 1)
         rows, few = FakeRows(recipe.corpus.tokens_per_row, 1), recipe.train.rows_per_step
         data = FakeData(rows, few, min(full.micro_batch_rows, few), lambda: _write_rollouts(written, tracker))
-        train(student, teacher if recipe.objective.kd_weight else None, data, recipe, hooks)
+        asked = teacher if recipe.objective.kd_weight else None
+        is_ahead = True if resolved.planned_type == "cuda" else None  # as on the device that a CPU stands for
+        train(student, asked, data, recipe, hooks, is_ahead=is_ahead)
     return Traced(
         tracker.peak_phase,
         tracker.at_peak,
@@ -196,7 +198,7 @@ def _tracking_hooks(
 
     def save(step: int, metrics: dict[str, float]) -> None:
         is_lora = isinstance(student.model, LoraLM)
-        if is_lora and resolved.device.type == "cpu":  # the merged matrices are copies there
+        if is_lora and resolved.device_type == "cpu":  # the merged matrices are copies there
             tracker.phase = "saving the merged student"
             student.model.state()
             tracker.phase = "training step"

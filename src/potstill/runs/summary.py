@@ -20,6 +20,10 @@ MARKS = ("resolved.yaml", "recipe.yaml", "status.json", "metrics.jsonl", "receip
 """Files of which a run's folder has one, however it was damaged."""
 
 
+Summary = dict[str, dict[str, float]]
+"""Metric -> `first`, `last` and, of held-out ones, `best`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunLine:
     """One run of a table. What cannot be read is None, and `why` says so."""
@@ -128,14 +132,17 @@ def _size_and_age(path: Path) -> tuple[int, float]:
     return num_bytes, time.time() - started_s
 
 
-def summary(run: RunDir) -> dict[str, dict[str, float]]:
-    """First, best and last value of each metric. Best is the lowest, except where higher is better."""
-    values: dict[str, dict[str, float]] = {}
-    for line in run.metrics():
+def summary(run: RunDir) -> Summary:
+    """First and last value of each metric; of held-out ones also the best: those of the saved student, whose held-out
+    loss was the lowest.
+    """
+    lines = run.metrics()
+    values: Summary = {}
+    for line in lines:
         for name, value in line.items():
             if name != "step":
-                # Also of each source of a mix: heldout/SOURCE/agreement.
-                better = max if name.endswith("/agreement") or name == "speed/tokens_per_s" else min
-                so_far = values.setdefault(name, {"first": value, "best": value, "last": value})
-                so_far |= {"best": better(so_far["best"], value), "last": value}
+                values.setdefault(name, {"first": value})["last"] = value
+    for name, value in best_evaluation(lines).items():
+        if name != "step":
+            values[name]["best"] = value
     return values

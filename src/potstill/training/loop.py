@@ -42,13 +42,24 @@ class Hooks:
 
 
 def train(
-    student: Student, teacher: Teacher | None, data: Data, recipe: Recipe, hooks: Hooks, ranks: Ranks = ALONE
+    student: Student,
+    teacher: Teacher | None,
+    data: Data,
+    recipe: Recipe,
+    hooks: Hooks,
+    ranks: Ranks = ALONE,
+    *,
+    is_ahead: bool | None = None,
 ) -> Outcome:
     """Train `student` in place for `recipe.train.num_steps` steps, or until `hooks.should_stop`.
 
     The gradient of a step is that of the loss summed over all its supervised positions, divided once by their
     number: how rows are cut into micro-batches and shared among ranks changes nothing. So it is with a mixture's
     balancing loss of all tokens of the step. `teacher` may be None only where `objective.kd_weight` is 0.
+
+    Args:
+        is_ahead: whether the teacher is asked for a micro-batch before the student is done with the one before;
+            None: as the device and the teacher are.
 
     Raises:
         UserError: a loss or gradient that `guard.policy` does not let pass; the weights are those before it.
@@ -60,7 +71,8 @@ def train(
     resumed = hooks.resume(optimizer)
     outcome, saved_step = resumed or Outcome(), -1 if resumed is None else resumed.step
     guard = StepGuard(student, teacher, recipe, hooks.on_fault, hooks.beat)
-    prefetch = Prefetch(teacher, data, ranks, student.model.device, lambda n: is_taken(n, outcome, recipe))
+    device = student.model.device
+    prefetch = Prefetch(teacher, data, ranks, device, lambda n: is_taken(n, outcome, recipe), is_ahead)
     student.train()
 
     while True:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -465,7 +466,8 @@ def _with_interval(name: str, metric: Measured) -> Estimate:
     """The mean and its interval. Of problems and questions Wilson's, which has a width even where none is right."""
     result = estimate(metric.values_SU, metric.weights_U)
     if name != "pass@1" and name in compare_stats.METRICS:
-        return result
+        is_share = compare_stats.named(name)[1] == compare_stats.SHARE
+        return result.within(0.0, 1.0 if is_share else math.inf)
     units = len(metric.weights_U)
     return Estimate(result.mean, *wilson(result.mean * units, units))
 

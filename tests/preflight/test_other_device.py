@@ -1,0 +1,137 @@
+"""A plan for a device that this machine does not have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from refusals import refusal
+
+from potstill.cli.main import main
+from potstill.preflight.other_device import MEMORY_GB
+
+Write = Callable[..., Path]
+TRAIN = "{steps: 6, rows_per_step: 8, rows_per_micro_batch: 4, lr: 1e-3, precision: auto, device: cuda}"
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device; not run")
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Write, tmp_path: Path) -> Path:
+    """A teacher of 5 MiB in bfloat16 for a student of 1: most of the memory is the teacher's."""
+    teacher = make_model(tmp_path / "teacher", hidden_size=256, intermediate_size=768, initializer_range=0.02)
+    student = make_model(tmp_path / "student", seed=1, num_hidden_layers=1)
+    return tiny_recipe(
+        teacher=f"{{name: torch, model: {teacher}, dtype: auto}}",
+        student=f"{{name: checkpoint, model: {student}}}",
+        train=TRAIN,
+    )
+
+
+def planned(recipe: Path, capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["plan", str(recipe), *words, "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_plan_for_another_device_has_its_memory_types_and_no_process(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = planned(recipe, capsys, "--device", "H100")
+    assert (there["planned_for"], there["device"]) == ("h100", "cuda")
+    assert there["memory_available_bytes"] == MEMORY_GB["h100"] * 10**9
+    assert there["libraries"] == there["allocator"] == there["corpus"] == 0
+    assert there["disk_available_bytes"] is None and there["time_s"] is None and there["fits"]
+    # A T4 multiplies no bfloat16, so `auto` is float32 there.
+    assert planned(recipe, capsys, "--device", "t4")["teacher"] == 2 * there["teacher"]
+    here = planned(recipe, capsys, "--device", "cpu", "--device-memory", "4GiB", "teacher.dtype=bfloat16")
+    assert here["libraries"] > 0 and here["memory_available_bytes"] == 4 * 2**30
+    # The targets of the next micro-batch are there before the student is done with this one: 4 rows of 31 positions.
+    ahead = (
+        there["largest"]["activations"]
+        - planned(
+            recipe,
+            capsys,
+            "--device",
+            "cpu",
+            "--device-memory",
+            "4GiB",
+            "train.precision=bfloat16",
+            "teacher.dtype=bfloat16",
+        )["largest"]["activations"]
+    )
+    assert ahead >= 4 * 31 * 256 * 2
+    assert main(["plan", str(recipe), "--device", "h100"]) == 0
+    assert "time: not measured here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [("80GiB", 80 * 2**30), ("80 GB", 80 * 10**9), ("1.5gib", 3 * 2**29), ("512M", 512 * 10**6)],
+)
+def test_a_size_is_read_in_both_kinds_of_units(
+    recipe: Path, capsys: pytest.CaptureFixture[str], size: str, num_bytes: int
+) -> None:
+    found = planned(recipe, capsys, "--device-memory", size)
+    assert (found["planned_for"], found["memory_available_bytes"]) == ("cuda", num_bytes)
+
+
+def test_a_plan_that_does_not_fit_offers_fewer_bits_and_a_store(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--device", "cuda", "--device-memory", "2MiB")
+    found = planned(recipe, capsys, *words, code=2)
+    advice = {change["set"][0]: change for change in found["advice"]}
+    by_store = advice["teacher={name: store, path: STORE}"]
+    assert by_store["peak_bytes"] == found["peak_bytes"] - found["teacher"]
+    enough = f"{by_store['peak_bytes'] + 2**20}B"
+    found = planned(recipe, capsys, "--device", "cuda", "--device-memory", enough, code=2)
+    assert {c["set"][0]: c["fits"] for c in found["advice"]}["teacher={name: store, path: STORE}"]
+    # Int8 pays where a step takes more than the full weights beside it, which the check of the teacher needs.
+    long = (
+        "corpus.tokens_per_row=512",
+        "corpus.heldout_rows=1",
+        "train.precision=float32",
+        "objective.chunk=32",
+    )
+    found = planned(recipe, capsys, *words, *long, code=2)
+    advice = {change["set"][0]: change for change in found["advice"]}
+    eighth = planned(recipe, capsys, *words, *long, "teacher.weights=int8", code=2)
+    assert advice["teacher.weights=int8"]["peak_bytes"] == eighth["peak_bytes"] < found["peak_bytes"]
+
+
+def test_a_teacher_that_cannot_be_stored_is_not_offered_as_one(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--device-memory", "2MiB", "rollouts={fraction: 0.5, prompt_tokens: 8, max_new_tokens: 8}")
+    found = planned(recipe, capsys, *words, code=2)
+    assert not any("name: store" in setting for change in found["advice"] for setting in change["set"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "gpu9"], "gpu9 is not known"),
+        (["--device", "cuda"], "--device-memory"),
+        (["--device", "h100", "--device-memory", "much"], "'much'"),
+        (["--device-memory", "0GiB"], "'0GiB'"),
+        (["--device", "h100", "--measure"], "--measure: "),
+    ],
+)
+def test_what_cannot_be_planned_for_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert said in refusal(["plan", str(recipe), *words], capsys, tmp_path)
+
+
+@needs_no_gpu
+def test_here_the_recipe_is_still_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "device: is cuda" in refusal(["check", str(recipe)], capsys, tmp_path)
+    assert "--device h100" in refusal(["plan", str(recipe)], capsys, tmp_path)
