@@ -234,7 +234,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "save_every": 500,
             "seed": 0,
         },
-        "eval": {"every": 0, "sample_prompt": None, "sample_tokens": 48},
+        "eval": {"every": 0, "sample_prompt": None, "sample_prompts": [], "sample_tokens": 48},
         "guard": {"policy": "stop", "loss_ceiling": None, "first_step_s": 1800.0, "stall_s": 1800.0},
         "compare": None,
         "rollouts": None,
@@ -343,6 +343,7 @@ CHANGES = {
     "guard.stall_s": 0.5,
     "eval.every": 2,
     "eval.sample_prompt": "def f(x):\n    ",
+    "eval.sample_prompts": ["a", "b"],
     "eval.sample_tokens": 9,
 }
 

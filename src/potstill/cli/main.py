@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, report, rows, runs, show, write
+from potstill.cli import capture, chat, check, distill, evaluate, export, report, rows, runs, show, write
 from potstill.cli.spelling import meant_flag, meant_verb
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
@@ -130,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
             "measure held-out CE, KL to the teacher and top-1 agreement of a run's student or any model",
         )
     )
+
+    chat.add_flags(verb("chat", chat.run_chat, "talk to a run's student, or any model, in the terminal"))
 
     export.add_export_flags(
         verb("export", export.export, "write a run's student as a Hugging Face folder and GGUF files")

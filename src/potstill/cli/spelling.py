@@ -10,6 +10,7 @@ VERBS = {
     **dict.fromkeys(("resume", "continue"), "distill RECIPE --resume"),
     **dict.fromkeys(("evaluate", "benchmark", "bench", "test"), "eval"),
     **dict.fromkeys(("convert", "quantize", "quantise", "gguf"), "export"),
+    **dict.fromkeys(("generate", "infer", "sample", "talk"), "chat"),
     **dict.fromkeys(("push", "upload"), "publish"),
     **dict.fromkeys(("ls", "list", "status", "ps"), "runs"),
     **dict.fromkeys(("validate", "lint", "doctor", "dry-run"), "check"),

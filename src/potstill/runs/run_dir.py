@@ -10,6 +10,7 @@
     folds.json        what left-out layers did, folded into the student: the effect of each fold; absent otherwise
     folds.safetensors the matrices that this changed, which --resume takes
     metrics.jsonl     one object per step or evaluation
+    samples.jsonl     what the student wrote at each evaluation, absent without eval.sample_prompts
     faults.jsonl      steps whose update the guard refused, with reason and rows; absent if there were none
     disagreement.json where student and teacher disagree, measured for the first report
     report.html       the page of `potstill report`
@@ -24,7 +25,7 @@
     checkpoints/      the last two training states, for --resume
     .lock             held while a process writes here
 
-Files are replaced atomically; `metrics.jsonl` and `faults.jsonl` are appended to, one line at a time.
+Files are replaced atomically; `metrics.jsonl`, `samples.jsonl` and `faults.jsonl` are appended to, one line at a time.
 """
 
 from __future__ import annotations
@@ -192,6 +193,16 @@ class RunDir:
         for listener in self.listeners:
             listener(step, metrics)
 
+    def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """What the student wrote behind each prompt of `eval.sample_prompts`."""
+        samples = [{"prompt": prompt, "text": text} for prompt, text in texts.items()]
+        self._append("samples.jsonl", json.dumps({"step": step, "samples": samples}) + "\n")
+
+    def samples(self) -> list[dict[str, Any]]:
+        """One entry an evaluation, complete lines only; empty where nothing is sampled."""
+        path = self.path / "samples.jsonl"
+        return read_lines(path) if os.path.lexists(path) else []
+
     def log_fault(self, step: int, what: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """`rows`: the rows that are unusable on their own, each with its number and figures."""
         self._append("faults.jsonl", json.dumps({"step": step, "what": what, "rows": [*rows]}) + "\n")
@@ -238,6 +249,9 @@ class RunDir:
         ]
         content = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self.path / "metrics.jsonl", content.encode())
+        if samples := self.samples():
+            kept_samples = "".join(json.dumps(line) + "\n" for line in samples if line["step"] <= evaluated)
+            write_whole(self.path / "samples.jsonl", kept_samples.encode())
 
     def metrics(self) -> list[dict[str, float]]:
         """Every complete line; a kill can truncate the last one."""

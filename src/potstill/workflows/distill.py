@@ -18,12 +18,14 @@ from potstill.build.resolve import resolve
 from potstill.build.rollouts import answers_of
 from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.data.completions import Completion, CompletionRows, as_file, as_texts
+from potstill.data.end_of_turn import ends_of
 from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
 from potstill.evals.own_samples import own_samples
 from potstill.evals.subject import Subject
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display
+from potstill.models.dialogue import chat_prompt, is_chat
 from potstill.models.generate import greedy_text
 from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
@@ -369,7 +371,18 @@ class _ActiveRun:
             raise UserError(f"evaluation after step {step}: {error}") from error
         self.log(step, metrics)
         self.display.heldout_line(step, metrics)
+        self.sample(step)
         return metrics
+
+    def sample(self, step: int) -> None:
+        """Answers to `eval.sample_prompts`, on every rank: a forward pass of one takes all of them."""
+        texts = {}
+        for prompt in self.setup.recipe.eval.sample_prompts:
+            self.watch.beat()
+            texts[prompt] = _sample_of(self.setup, prompt)
+            self.display.note(f"sample at step {step}: {prompt}{texts[prompt]}")
+        if texts:
+            self.ranks.on_first(lambda: self.run.log_samples(step, texts))
 
     def log(self, step: int, metrics: Metrics) -> None:
         if self.ranks.is_first:
@@ -469,7 +482,16 @@ class _Clock:
 
 
 def _sample(setup: RunSetup) -> str:
-    plan = setup.recipe.eval
-    if plan.sample_prompt is None or setup.tokenizer is None:
+    prompt = setup.recipe.eval.sample_prompt
+    return "" if prompt is None else _sample_of(setup, prompt)
+
+
+def _sample_of(setup: RunSetup, prompt: str) -> str:
+    """What the student writes behind a text; of a corpus of conversations, its answer to a user's turn."""
+    student, tokenizer, most = setup.student.model, setup.tokenizer, setup.recipe.eval.sample_tokens
+    if tokenizer is None:
         return ""
-    return greedy_text(setup.student.model, setup.tokenizer, plan.sample_prompt, plan.sample_tokens)
+    if not is_chat(setup.recipe.corpus.each, tokenizer):
+        return greedy_text(student, tokenizer, prompt, most)
+    asked = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
+    return greedy_text(student, tokenizer, asked, most, ends_of(tokenizer))
