@@ -349,7 +349,8 @@ def test_each_prompt_is_sampled_at_every_evaluation(
     without = distill(path, overrides=["eval.sample_prompts=[]"], out=tmp_path / "without")
     assert without.receipt()["output"] == run.receipt()["output"] and without.samples() == []
     cut_off(path, tmp_path / "cut", 3, monkeypatch)
-    (tmp_path / "cut" / "samples.jsonl").open("a").write(json.dumps({"step": 4, "samples": []}) + "\n")
+    with (tmp_path / "cut" / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "samples": []}) + "\n")
     assert distill(path, out=tmp_path / "cut", resume=True).samples() == samples
 
 
