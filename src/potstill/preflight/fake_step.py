@@ -108,9 +108,7 @@ def _trace(resolved: Resolved) -> Traced:
         hooks = _tracking_hooks(resolved, teacher, student, trained, tracker, has_moments=full.steps != 1)
         rows, few = FakeRows(recipe.corpus.tokens_per_row, 1), recipe.train.rows_per_step
         data = FakeData(rows, few, min(full.micro_batch_rows, few), lambda: _write_rollouts(written, tracker))
-        asked = teacher if recipe.objective.kd_weight else None
-        is_ahead = True if resolved.planned_type == "cuda" else None  # as on the device that a CPU stands for
-        train(student, asked, data, recipe, hooks, is_ahead=is_ahead)
+        train(student, teacher if recipe.objective.kd_weight else None, data, recipe, hooks)
     return Traced(
         tracker.peak_phase,
         tracker.at_peak,
@@ -204,7 +202,9 @@ def _tracking_hooks(
             tracker.phase = "training step"
 
     # `resume` is where a real run loads its moments: after the optimizer is made, before the first step.
-    return Hooks(evaluate, lambda *_: None, save, resume=on_optimizer)
+    # And the teacher is ahead as on the device that a CPU stands for.
+    is_ahead = True if resolved.planned_type == "cuda" else None
+    return Hooks(evaluate, lambda *_: None, save, resume=on_optimizer, is_ahead=is_ahead)
 
 
 def resident_bytes() -> int:

@@ -39,17 +39,13 @@ class Hooks:
     on_fault: OnFault = lambda step, message, rows: None
     beat: Callable[[], None] = lambda: None
     """A sign of life, after each micro-batch and before whatever takes long."""
+    is_ahead: bool | None = None
+    """Whether the teacher is asked for a micro-batch before the student is done with the one before; None: as the
+    device and the teacher are."""
 
 
 def train(
-    student: Student,
-    teacher: Teacher | None,
-    data: Data,
-    recipe: Recipe,
-    hooks: Hooks,
-    ranks: Ranks = ALONE,
-    *,
-    is_ahead: bool | None = None,
+    student: Student, teacher: Teacher | None, data: Data, recipe: Recipe, hooks: Hooks, ranks: Ranks = ALONE
 ) -> Outcome:
     """Train `student` in place for `recipe.train.num_steps` steps, or until `hooks.should_stop`.
 
@@ -57,22 +53,17 @@ def train(
     number: how rows are cut into micro-batches and shared among ranks changes nothing. So it is with a mixture's
     balancing loss of all tokens of the step. `teacher` may be None only where `objective.kd_weight` is 0.
 
-    Args:
-        is_ahead: whether the teacher is asked for a micro-batch before the student is done with the one before;
-            None: as the device and the teacher are.
-
     Raises:
         UserError: a loss or gradient that `guard.policy` does not let pass; the weights are those before it.
     """
     plan = recipe.train
     # In this order: FSDP replaces the parameters by shards, which are what the optimizer must hold.
-    forward = ranks.parallelize(student)
+    forward, device = ranks.parallelize(student), student.model.device
     optimizer = make_optimizer(student, plan)
     resumed = hooks.resume(optimizer)
     outcome, saved_step = resumed or Outcome(), -1 if resumed is None else resumed.step
     guard = StepGuard(student, teacher, recipe, hooks.on_fault, hooks.beat)
-    device = student.model.device
-    prefetch = Prefetch(teacher, data, ranks, device, lambda n: is_taken(n, outcome, recipe), is_ahead)
+    prefetch = Prefetch(teacher, data, ranks, device, lambda n: is_taken(n, outcome, recipe), hooks.is_ahead)
     student.train()
 
     while True:
