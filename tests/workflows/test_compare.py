@@ -223,7 +223,11 @@ def test_every_arm_s_student_is_put_to_humaneval(
     assert scores[KD]["mean"] == pytest.approx(1 / 164)
     one = next(d for d in found["differences"] if d["metric"] == "pass@1" and d["against"] == CE)
     assert one["shown"] is False  # one problem of 164 shows nothing
-    open_ = found["sentence"].split("no difference of KD and CE only is shown in")[1].split(".")[0]
+    open_ = (
+        found["sentence"]
+        .split("no difference of KD and plain training (CE only) is shown in")[1]
+        .split(".")[0]
+    )
     assert "HumanEval pass@1" in open_
 
 

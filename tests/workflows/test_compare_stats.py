@@ -92,7 +92,7 @@ def test_fewer_nats_and_larger_shares_are_ahead() -> None:
 def test_the_sentence_tells_a_lost_comparison_as_it_is() -> None:
     one = {UNTOUCHED: arm(kl=5, ce=7), CE: arm(kl=2.0, ce=3.0), KD: arm(kl=2.5, ce=3.5)}
     said = sentence(differences(one), "steps", 3)
-    assert "Plain training (CE only) is ahead of KD in held-out KL to the teacher (by 0.5 nats)" in said
+    assert "plain training (CE only) is ahead of KD in held-out KL to the teacher (by 0.5 nats)" in said
     assert "KD is ahead of plain" not in said and "CE only in" not in said
     assert "KD is ahead of the untouched student in held-out KL to the teacher (by 2.5 nats)" in said
     assert said.startswith("Under equal steps, over 3 seeds: ")
@@ -102,7 +102,9 @@ def test_what_an_interval_does_not_show_is_not_claimed() -> None:
     noisy = Measured(np.random.default_rng(3).normal(1.9, 2.0, (3, 8)), np.ones(8))
     found = differences({CE: arm(kl=2.0), KD: {"heldout/kl": noisy}})
     assert found[0]["shown"] is False and found[0]["ahead"] is None
-    assert "no difference of KD and CE only is shown in held-out KL" in sentence(found, "steps", 3)
+    assert "no difference of KD and plain training (CE only) is shown in held-out KL" in sentence(
+        found, "steps", 3
+    )
     assert "ahead" not in sentence(found, "steps", 3)
 
 

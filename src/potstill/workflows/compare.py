@@ -168,13 +168,14 @@ def _place(
     if resume == "auto":
         resume = is_begun and (out is not None or _is_plan_of(recipe, newest))
     elif is_begun and not resume and not (newest / RESULT).exists() and (out or _is_plan_of(recipe, newest)):
-        what = f"{newest}: a comparison that is not finished"
+        what = "a comparison that is not finished"
         if out is not None:
             raise UserError(
-                f"{what}, and none is overwritten. Add --resume to go on with it, or give --out another folder."
+                f"{newest}: already exists, with {what}, and none is overwritten. Add --resume to go on with it, or"
+                " give --out another folder."
             )
         display.warn(
-            f"{what}. The same command with --resume --out {newest} goes on with it; this is a new one."
+            f"{newest}: {what}. The same command with --resume --out {newest} goes on with it; this is a new one."
         )
     return out or (newest if resume else default_path(name)), resume
 

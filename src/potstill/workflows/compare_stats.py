@@ -139,6 +139,7 @@ def sentence(differences: Sequence[Mapping[str, Any]], budget: str, seeds: int) 
         for pair in ((KD, CE), (CORRECTED, CE), (CORRECTED, KD), (KD, UNTOUCHED))
         if (clause := _describe_pair([row for row in differences if (row["arm"], row["against"]) == pair]))
     ]
+    parts[1:] = [f"{part[0].upper()}{part[1:]}" for part in parts[1:]]  # each but the first begins a sentence
     asked = any(row["metric"] not in METRICS for row in differences)
     return (
         f"Under equal {budget}, over {over}: {' '.join(parts)} Shown for this pair, this budget and these"
@@ -159,8 +160,7 @@ def _describe_pair(rows: Sequence[Mapping[str, Any]]) -> str:
             clauses.append(f"{spoken[leader]} is ahead of {spoken[other]} in {_join(won)}")
     if undecided := [named(row["metric"])[0] for row in rows if not row["shown"]]:
         clauses.append(f"no difference of {spoken[arm]} and {spoken[against]} is shown in {_join(undecided)}")
-    text = "; ".join(clauses)
-    return f"{text[:1].upper()}{text[1:]}."
+    return f"{'; '.join(clauses)}."
 
 
 def _margin(row: Mapping[str, Any]) -> str:
