@@ -549,7 +549,7 @@ def test_another_trainer_s_word_is_answered_with_potstill_s(
     refused: Callable[..., list[str]], override: str, field: str
 ) -> None:
     (mistake,) = refused(override)
-    assert re.search(rf"unknown key( for \w+)?\. In potstill it is {re.escape(field)}\b", mistake)
+    assert re.search(rf"unknown key( for \w+)?\. Here it is {re.escape(field)}\b", mistake)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def _unknown_key(path: Path, tree: Any, schema: Schema) -> str:
     if siblings:
         return f"unknown key{of}; it is one of {' and '.join(siblings)}.{nearest('', _names(kind))}"
     if meant := meant_field(key):
-        return f"unknown key{of}. In potstill it is {meant}."
+        return f"unknown key{of}. Here it is {meant}."
     # A typo within the section is likelier than a field of another one.
     dotted = _nearest_fields(key, [(*here, name) for name in _names(kind)])
     if not dotted:
