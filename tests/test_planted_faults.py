@@ -104,7 +104,7 @@ FAULTS = {
         f"{MIX}a_run_measures_and_records_every_source",
     ),
     "a resumed run does not look at the files of a source": Fault(
-        "workflows/distill.py",
+        "workflows/start.py",
         "            own = by_file(part)\n",
         "            own = {}\n",
         f"{MIX}a_changed_file_is_named_with_its_source_on_resume",

@@ -446,3 +446,29 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = f"{sys.executable} -m potstill schema | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "{\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["distil", "r.yaml"], "Did you mean distill?"),
+        (["train", "r.yaml"], "Did you mean distill?"),
+        (["ls"], "Did you mean runs?"),
+        (["distill", "r.yaml", "--steps", "5"], "is set by train.steps=5."),
+        (["distill", "r.yaml", "--learning-rate=1e-3"], "is set by train.lr=1e-3."),
+        (["distill", "--train.lr", "3", "r.yaml"], "is set by train.lr=3."),
+        (["check", "r.yaml", "--seed", "5"], "is set by train.seed=5."),
+        (["distill", "r.yaml", "--resum"], "Did you mean --resume?"),
+        (["export", "x", "--quantise", "q4_k"], "Did you mean --quantize?"),
+        (["distill", "r.yaml", "--zzz"], "unrecognized arguments: --zzz"),
+        (["show", "x", "--steps", "5"], "unrecognized arguments: --steps 5"),
+        (["zzz"], "invalid choice: 'zzz'"),
+    ],
+)
+def test_a_mistyped_verb_or_flag_is_answered_with_what_it_is_called(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert hint in capsys.readouterr().err.splitlines()[-1]

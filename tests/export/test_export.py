@@ -107,6 +107,7 @@ def test_a_folder_with_another_tokenizer_fails(
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
+        (["--quantize", "Q4_K_M"], "export: no format 'Q4_K_M'. Did you mean q4_k? Known: hf, f32"),
         (["--quantize", "q3_x"], "export: no format 'q3_x'. Known: hf, f32"),
         (["--format", "hf", "--quantize", "f16"], "--quantize: "),
         (["--format", "gguf", "--dtype", "float32"], "--dtype: has no effect with --format gguf"),
@@ -308,13 +309,35 @@ def test_a_modelfile_stops_at_every_end(tmp_path: Path) -> None:
     """A GGUF file has places for three ends; the generation config lists four."""
     tokenizer = make_tokenizer("smollm")
     tokenizer.eos_token = "<|endoftext|>"
-    made = make_run(tmp_path / "run", make_model(eos_token_id=[0, 1, 5, 6]), tokenizer)
-    export.export_run(made.path, tmp_path / "out", ["hf", "f16", "f32"], check=False)
+    model = make_model(eos_token_id=[0, 1, 5, 6])
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=20)
+    made = make_run(tmp_path / "run", model, tokenizer)
+    said: list[str] = []
+    export.export_run(made.path, tmp_path / "out", ["hf", "f32", "f16"], check=False, note=said.append)
+    # The smallest is what it is for, and it samples as the student's own config says.
     ends = [tokenizer.convert_ids_to_tokens(end) for end in (0, 2, 1, 5, 6)]
     assert (tmp_path / "out" / "Modelfile").read_text() == (
-        "FROM ./run-F16.gguf\nPARAMETER temperature 0\n"
+        "FROM ./run-F16.gguf\n# FROM ./run-F32.gguf\nPARAMETER temperature 0.7\nPARAMETER top_k 20\n"
         + "".join(f"PARAMETER stop {stop}\n" for stop in (f'"{end}"' for end in ends))
     )
+    assert [line for line in said if ": writing" in line] == [
+        f"{form}: writing, {number} of 3" for number, form in enumerate(("hf", "f32", "f16"), start=1)
+    ]
+
+
+def test_each_stage_of_an_export_is_announced_before_it_starts(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", make_model(), make_tokenizer("smollm"))
+    said: list[str] = []
+    records = export.export_run(made.path, formats=["hf"], note=said.append).records
+    tried = [name for name, path in records[0]["three_path"].items() if path["status"] != "not run"]
+    assert tried and [line for line in said if "reading it back" in line] == [
+        f"hf: reading it back in {name}" for name in tried
+    ]
+    order = [
+        next(n for n, line in enumerate(said) if part in line)
+        for part in ("writing", "MiB", "reading it back")
+    ]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("place", ["out", pytest.param("run/../out/deep", marks=pytest.mark.soak)])

@@ -457,7 +457,6 @@ def test_the_modelfile_stops_at_each_end_of_the_generation_config_and_of_the_fil
     assert (run / "publish" / "Modelfile").read_text().splitlines() == [
         "FROM ./small-F16.gguf",
         "TEMPLATE {{ .Prompt }}",
-        "PARAMETER temperature 0",
         'PARAMETER stop "<2>"',
         'PARAMETER stop "<0>"',
         'PARAMETER stop "<70>"',

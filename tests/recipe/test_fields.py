@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_corpus, make_model, make_tokenizer, tiny_config
+from cut_off import cut_off
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill import distill
@@ -161,6 +163,7 @@ SHOWN_BY = {
     "train.device": "CUDA asked for and absent, in cli/test_cli.py",
     "eval.every": "test_held_out_rows_are_measured_at_the_start_at_intervals_and_at_the_end",
     "eval.sample_prompt": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
+    "eval.sample_prompts": "test_each_prompt_is_sampled_at_every_evaluation",
     "eval.sample_tokens": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
     "compare.budget": "tests/workflows/test_compare.py",
     "compare.seeds": "tests/workflows/test_compare.py",
@@ -328,6 +331,54 @@ def test_a_sample_is_of_the_prompt_and_as_long_as_asked(tiny_recipe: Recipe, tmp
         samples[prompt, tokens] = run.receipt()["samples"]["before"]
     assert samples["the cat", 9].startswith(samples["the cat", 4])
     assert len({*samples.values()}) == 3
+
+
+def test_each_prompt_is_sampled_at_every_evaluation(
+    tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_recipe(
+        eval="{every: 2, sample_prompt: the cat, sample_prompts: [the cat, a dog], sample_tokens: 5}",
+        train="{steps: 4, rows_per_step: 4, lr: 1e-2, device: cpu, save_every: 2}",
+    )
+    run = distill(path, out=tmp_path / "run")
+    samples = run.samples()
+    assert [line["step"] for line in samples] == [0, 2, 4]
+    assert all([each["prompt"] for each in line["samples"]] == ["the cat", "a dog"] for line in samples)
+    assert samples[0]["samples"][0]["text"] == run.receipt()["samples"]["before"]
+    assert samples[-1]["samples"][0]["text"] == run.receipt()["samples"]["after"]
+    # They change nothing, and a run that is cut off and goes on has each once.
+    without = distill(path, overrides=["eval.sample_prompts=[]"], out=tmp_path / "without")
+    assert without.receipt()["output"] == run.receipt()["output"] and without.samples() == []
+    cut_off(path, tmp_path / "cut", 3, monkeypatch)
+    with (tmp_path / "cut" / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "samples": []}) + "\n")
+    assert distill(path, out=tmp_path / "cut", resume=True).samples() == samples
+
+
+def test_a_student_of_conversations_answers_a_turn(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    teacher, tokenizer = make_model(tmp_path / "teacher"), make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(teacher)
+    chats = [
+        {"messages": [{"role": "user", "content": f"cat {n}"}, {"role": "assistant", "content": f"sat {n}"}]}
+        for n in range(40)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    path = tiny_recipe(
+        corpus=f"{{name: chat, path: {tmp_path / 'chats.jsonl'}, tokens_per_row: 64, heldout_rows: 2}}",
+        teacher=f"{{name: torch, model: {teacher}}}",
+        student=f"{{name: checkpoint, model: {teacher}}}",
+        eval="{sample_prompt: the cat, sample_tokens: 6}",
+        allow_identical="true",
+    )
+    before = distill(path, overrides=["train.steps=1"], out=tmp_path / "run").receipt()["samples"]["before"]
+    ids = torch.tensor([tokenizer("<user>the cat<eos><assistant>")["input_ids"]])
+    hf = transformers.AutoModelForCausalLM.from_pretrained(teacher)
+    out = hf.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    assert before == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_a_list_of_layers_is_kept_as_it_is_given(tiny_recipe: Recipe, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +22,7 @@ from potstill import registry
 from potstill.errors import UserError
 from potstill.io import yaml as strict_yaml
 from potstill.recipe import load as recipes
+from potstill.recipe import synonyms
 
 SECTIONS = {
     "corpus": "{name: text, path: text}",
@@ -232,7 +234,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "save_every": 500,
             "seed": 0,
         },
-        "eval": {"every": 0, "sample_prompt": None, "sample_tokens": 48},
+        "eval": {"every": 0, "sample_prompt": None, "sample_prompts": [], "sample_tokens": 48},
         "guard": {"policy": "stop", "loss_ceiling": None, "first_step_s": 1800.0, "stall_s": 1800.0},
         "compare": None,
         "rollouts": None,
@@ -341,6 +343,7 @@ CHANGES = {
     "guard.stall_s": 0.5,
     "eval.every": 2,
     "eval.sample_prompt": "def f(x):\n    ",
+    "eval.sample_prompts": ["a", "b"],
     "eval.sample_tokens": 9,
 }
 
@@ -523,6 +526,60 @@ UNKNOWN = [
         "objective.divergence.zzz: unknown key for jsd. Known: beta, name.",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("train.learning_rate=1e-3", "train.lr"),
+        ("learning-rate=1e-3", "train.lr"),
+        ("train.batch_size=4", "train.rows_per_step"),
+        ("train.per_device_train_batch_size=4", "train.rows_per_micro_batch"),
+        ("train.gradient_accumulation_steps=4", "train.rows_per_micro_batch"),
+        ("train.num_train_epochs=2", "train.epochs"),
+        ("max_steps=5", "train.steps"),
+        ("corpus.max_seq_length=512", "corpus.tokens_per_row"),
+        ("alpha=0.5", "objective.kd_weight and objective.ce_weight"),
+        ("temperature=2", "objective.temperature"),
+        ("train.warmup_ratio=0.1", "train.warmup, in steps"),
+        ("train.output_dir=x", "the run's folder"),
+    ],
+)
+def test_another_trainer_s_word_is_answered_with_potstill_s(
+    refused: Callable[..., list[str]], override: str, field: str
+) -> None:
+    (mistake,) = refused(override)
+    assert re.search(rf"unknown key( for \w+)?\. Here it is {re.escape(field)}\b", mistake)
+
+
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("objective.divergence=kl", "forward_kl"),
+        ("objective.divergence=rkl", "reverse_kl"),
+        ("teacher.name=hf", "torch"),
+        ("student={name: pruned, layers: 2}", "cut"),
+        ("corpus.name=json", "jsonl"),
+        ("train.precision=fp32", "float32"),
+        ("train.precision=BF16", "bfloat16"),
+        ("train.quantize=q4_k_m", "q4_k"),
+    ],
+)
+def test_another_trainer_s_name_of_a_value_is_answered_too(
+    refused: Callable[..., list[str]], override: str, name: str
+) -> None:
+    assert any(f"Did you mean {name}?" in mistake for mistake in refused(override))
+
+
+def test_what_words_of_others_lead_to_exists() -> None:
+    for word, meant in synonyms.FIELDS.items():
+        dotted = re.findall(r"\b(?:train|objective|corpus|teacher|student|eval)\.[a-z0-9_.]*[a-z0-9_]", meant)
+        assert all(recipes.fields_called(field) == [field] for field in dotted), word
+        assert word not in {f.name for f in dataclasses.fields(recipes.Recipe)}, "it is a section's own name"
+    for kind, names in synonyms.NAMES.items():
+        students = {each.name for each in recipes.SECTIONS["student",]}
+        known = students if kind == "student" else set(registry.entries(kind))
+        assert set(names.values()) <= known and not set(names) & known
 
 
 @pytest.mark.parametrize(("sections", "said"), UNKNOWN)

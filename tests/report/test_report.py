@@ -421,6 +421,7 @@ def test_a_comparison_has_its_sentence_its_table_and_its_intervals(tmp_path: Pat
         "high": -0.25,
     }
     differences = [difference | {"shown": True, "ahead": PLANT}, difference | {"shown": False, "ahead": None}]
+    differences.append(difference | {"metric": "heldout/ce", "shown": True, "ahead": "kd"})
     found = {"sentence": f"KD is ahead {PLANT}", "budget": {"seconds": 600}, "arms": arms}
     found |= {"warnings": [f"unequal {PLANT}"], "differences": differences}
     (tmp_path / "comparison.json").write_text(json.dumps(found))
@@ -431,6 +432,8 @@ def test_a_comparison_has_its_sentence_its_table_and_its_intervals(tmp_path: Pat
     assert f"unequal {PLANT}" in shown
     assert f"heldout/kl -0.5 [-0.75, -0.25] {PLANT} ahead" in shown
     assert shown.count("not shown") == 1
+    # Green is the arm of the row; where the one that it is held against is ahead, it has lost.
+    assert '<span class="ok">kd ahead</span>' in text and text.count('<span class="red">') == 1
     assert "1.25 [1.125, 1.5]" in shown
     assert "budget.seconds 600" in shown
     whiskers = [a for t, a in Elements(text).tags if a.get("class") == "whisker s1"]

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from potstill.errors import UserError
-from potstill.runs.run_dir import RunDir, code, default_path, environment, summary
+from potstill.runs.places import default_path
+from potstill.runs.run_dir import RunDir, code, environment
+from potstill.runs.summary import summary
 
 
 def new(path: Path) -> RunDir:
@@ -52,13 +54,16 @@ def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         new(tmp_path / "file" / "run")
 
 
-def test_metrics_are_whole_lines_and_their_summary_knows_which_way_is_better(tmp_path: Path) -> None:
+def test_metrics_are_whole_lines_and_the_best_are_those_of_the_saved_student(tmp_path: Path) -> None:
     run = new(tmp_path / "run")
-    for step, (kl, agreement) in enumerate([(3.0, 0.1), (1.0, 0.4), (2.0, 0.3)]):
-        run.log(step, {"heldout/kl": kl, "heldout/agreement": agreement})
-    assert [line["step"] for line in run.metrics()] == [0, 1, 2]
-    assert summary(run)["heldout/kl"] == {"first": 3.0, "best": 1.0, "last": 2.0}
-    assert summary(run)["heldout/agreement"]["best"] == 0.4
+    for step, (kl, agreement, loss) in enumerate([(3.0, 0.1, 3.0), (1.5, 0.3, 1.0), (1.0, 0.4, 2.0)]):
+        run.log(step, {"heldout/kl": kl, "heldout/agreement": agreement, "heldout/loss": loss})
+        run.log(step, {"train/lr": 0.1 * step})
+    assert [line["step"] for line in run.metrics()] == [0, 0, 1, 1, 2, 2]
+    # Best is one student: the saved one, although a later one is nearer to the teacher.
+    assert summary(run)["heldout/kl"] == {"first": 3.0, "best": 1.5, "last": 1.0}
+    assert summary(run)["heldout/agreement"]["best"] == 0.3
+    assert summary(run)["train/lr"] == {"first": 0.0, "last": 0.2}
 
 
 def test_a_student_that_fails_to_save_leaves_the_one_before(tmp_path: Path) -> None:

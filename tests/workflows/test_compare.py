@@ -134,7 +134,7 @@ def test_the_result_says_what_is_shown_and_what_was_not_run(whole: tuple[Path, P
     by_seed = [arms(found)[name]["by_seed"]["heldout/kl"] for name in (KD, CE)]
     assert kd["mean"] == pytest.approx(np.mean(by_seed[0]) - np.mean(by_seed[1]))
     assert kd["low"] < kd["mean"] < kd["high"]
-    assert kd["ahead"] == KD and "KD is ahead of CE only in held-out KL" in found["sentence"]
+    assert kd["ahead"] == KD and "KD is ahead of plain training (CE only) in held-out KL" in found["sentence"]
     assert found["humaneval"] == "not run" and found["seeds"] == [0, 1, 2]
     page = report([folder], None, 48, False, Display(quiet=True)).read_text()
     assert found["sentence"].split(":")[0] in page and "KD, corrected teacher" in page
@@ -223,7 +223,11 @@ def test_every_arm_s_student_is_put_to_humaneval(
     assert scores[KD]["mean"] == pytest.approx(1 / 164)
     one = next(d for d in found["differences"] if d["metric"] == "pass@1" and d["against"] == CE)
     assert one["shown"] is False  # one problem of 164 shows nothing
-    open_ = found["sentence"].split("no difference of KD and CE only is shown in")[1].split(".")[0]
+    open_ = (
+        found["sentence"]
+        .split("no difference of KD and plain training (CE only) is shown in")[1]
+        .split(".")[0]
+    )
     assert "HumanEval pass@1" in open_
 
 

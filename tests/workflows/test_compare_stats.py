@@ -9,6 +9,7 @@ import mpmath
 import numpy as np
 import pytest
 
+from potstill.workflows.compare import _with_interval
 from potstill.workflows.compare_stats import (
     CE,
     CORRECTED,
@@ -91,9 +92,9 @@ def test_fewer_nats_and_larger_shares_are_ahead() -> None:
 def test_the_sentence_tells_a_lost_comparison_as_it_is() -> None:
     one = {UNTOUCHED: arm(kl=5, ce=7), CE: arm(kl=2.0, ce=3.0), KD: arm(kl=2.5, ce=3.5)}
     said = sentence(differences(one), "steps", 3)
-    assert "CE only is ahead of KD in held-out KL to the teacher (by 0.5 nats)" in said
-    assert "KD is ahead of CE only" not in said
-    assert "KD is ahead of untouched in held-out KL to the teacher (by 2.5 nats)" in said
+    assert "plain training (CE only) is ahead of KD in held-out KL to the teacher (by 0.5 nats)" in said
+    assert "KD is ahead of plain" not in said and "CE only in" not in said
+    assert "KD is ahead of the untouched student in held-out KL to the teacher (by 2.5 nats)" in said
     assert said.startswith("Under equal steps, over 3 seeds: ")
 
 
@@ -101,7 +102,9 @@ def test_what_an_interval_does_not_show_is_not_claimed() -> None:
     noisy = Measured(np.random.default_rng(3).normal(1.9, 2.0, (3, 8)), np.ones(8))
     found = differences({CE: arm(kl=2.0), KD: {"heldout/kl": noisy}})
     assert found[0]["shown"] is False and found[0]["ahead"] is None
-    assert "no difference of KD and CE only is shown in held-out KL" in sentence(found, "steps", 3)
+    assert "no difference of KD and plain training (CE only) is shown in held-out KL" in sentence(
+        found, "steps", 3
+    )
     assert "ahead" not in sentence(found, "steps", 3)
 
 
@@ -111,3 +114,15 @@ def test_a_metric_that_an_arm_lacks_is_not_compared() -> None:
         (KD, CE, "heldout/kl"),
         (CORRECTED, KD, "pass@1"),
     ]
+
+
+def test_an_interval_has_nothing_that_the_quantity_cannot_be() -> None:
+    one = Measured(np.asarray([[0.0, 0.02], [0.03, 0.0], [0.0, 0.0]]), np.ones(2))
+    assert estimate(one.values_SU, one.weights_U).low < 0
+    found = _with_interval("heldout/agreement", one)
+    assert found.low == 0 < found.mean < found.high
+    near_1 = _with_interval("heldout/agreement", Measured(1 - one.values_SU, one.weights_U))
+    assert near_1.high == 1 > near_1.mean > near_1.low
+    kl = _with_interval("heldout/kl", Measured(1.5 + one.values_SU, one.weights_U))
+    assert kl.high > kl.mean == pytest.approx(1.5 + one.values_SU.mean())
+    assert _with_interval("heldout/kl", one).low == 0

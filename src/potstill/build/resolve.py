@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -115,6 +115,14 @@ class Resolved:
 
     commits: Mapping[str, str]
     """The commit of each model and data set on the hub, by the recipe's name for it: see `pin`."""
+
+    planned_type: Literal["cpu", "cuda"] | None = None
+    """Of a plan for a machine that is not this one: the type of its device, for which `device` stands in."""
+
+    @property
+    def device_type(self) -> str:
+        """`cpu` or `cuda`: where the run is to be."""
+        return self.planned_type or self.device.type
 
     @property
     def teacher_config(self) -> Any | None:

@@ -291,7 +291,7 @@ def read_corpus(
         note(f"corpus: {each}")
     if counts["decontamination"] is not None:
         note(f"decontamination: {summary(counts['decontamination'])}")
-    if recipe.eval.sample_prompt is not None and tokenizer is None:
+    if (recipe.eval.sample_prompt is not None or recipe.eval.sample_prompts) and tokenizer is None:
         raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
     return corpus, tokenizer
 

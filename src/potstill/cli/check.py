@@ -14,8 +14,10 @@ from potstill.io.terminal import Display, aligned, clock, size
 
 if TYPE_CHECKING:
     from potstill.build.resolve import Resolved
+    from potstill.preflight.other_device import OtherDevice
     from potstill.preflight.plan import Plan
     from potstill.preflight.plan_advice import Advice
+    from potstill.recipe.load import Recipe
 
 
 def add_flags(check: argparse.ArgumentParser, plan: argparse.ArgumentParser) -> None:
@@ -28,6 +30,12 @@ def add_flags(check: argparse.ArgumentParser, plan: argparse.ArgumentParser) -> 
     )
     plan.add_argument("recipe", type=Path, metavar="RECIPE")
     plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    plan.add_argument(
+        "--device",
+        metavar="NAME",
+        help="plan for a device that need not be here: h100, a100, l4 …, cuda, cpu",
+    )
+    plan.add_argument("--device-memory", metavar="SIZE", help="memory of that device, such as 80GiB")
     plan.add_argument("--measure", action="store_true", help="also run three steps to project the time")
 
 
@@ -48,7 +56,7 @@ def run_check(options: argparse.Namespace, display: Display) -> int:
     from potstill.build.setup import process_of, set_up
     from potstill.preflight.auto import settle
     from potstill.preflight.trial_steps import check
-    from potstill.runs.run_dir import default_path
+    from potstill.runs.places import default_path
     from potstill.training.watchdog import cleaning
 
     findings = []
@@ -92,19 +100,26 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
     from potstill.recipe.load import load
 
     recipe = load(options.recipe, options.overrides)
-    from potstill.build.resolve import resolve
     from potstill.preflight.auto import choose_chunk, with_chunk
+    from potstill.preflight.other_device import other_device
     from potstill.preflight.plan import available, capture_size, plan
-    from potstill.preflight.plan_advice import advice
+    from potstill.preflight.plan_advice import advice, stored
 
-    resolved = resolve(recipe)
+    other = other_device(options.device, options.device_memory, recipe)
+    if other is not None and options.measure:
+        raise UserError(f"--measure: runs steps here, and the plan is for {other.name}. Leave one out.")
+    resolved = _resolved_for(recipe, other)
     with contextlib.closing(resolved.teacher):
-        chunk = choose_chunk(resolved)
+        memory, disk = available(resolved.recipe, Path("runs"))
+        memory = memory if other is None else other.memory_bytes
+        chunk = choose_chunk(resolved, memory=memory)
         resolved = resolved.with_recipe(with_chunk(resolved.recipe, chunk.used))
         planned, captured = plan(resolved), capture_size(resolved)
-        memory, disk = available(resolved.recipe, Path("runs"))
-        fits = planned.fits(memory, disk)
+        # Nobody knows the disk of another machine.
+        fits = planned.fits(memory, disk if other is None else planned.disk_peak_bytes)
         changes = [] if planned.peak_bytes <= memory else advice(resolved, planned, memory)
+        if planned.peak_bytes > memory and (by_store := stored(resolved, planned, memory)) is not None:
+            changes.append(by_store)
     if options.measure and fits:
         from potstill.preflight.trial_steps import smoke
 
@@ -113,7 +128,9 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
         planned = dataclasses.replace(planned, time_s=measured["smoke/projected_s"], rollout_time_s=written_s)
     if options.json:
         result = planned.as_dict() | {"fits": fits, "chunk": chunk.as_dict()}
-        result |= {"memory_available_bytes": memory, "disk_available_bytes": disk, "capture": captured}
+        result |= {"memory_available_bytes": memory, "capture": captured}
+        result |= {"disk_available_bytes": disk if other is None else None}
+        result |= {"planned_for": None if other is None else other.name}
         result["advice"] = [
             {"set": change.settings, "peak_bytes": change.peak_bytes, "fits": change.fits}
             for change in changes
@@ -121,21 +138,39 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
         display.result(json.dumps(result, indent=2))
         return 0 if fits else 2
     for line in (
-        *_memory_lines(planned, memory, chunk.summary),
+        *_memory_lines(planned, memory, chunk.summary, other),
         *_rollout_lines(resolved),
-        *_disk_lines(planned, disk, resolved, captured),
+        *_disk_lines(planned, None if other is not None else disk, resolved, captured),
         "it fits" if fits else "it does not fit",
-        *_advice_lines(planned, changes, memory, disk),
+        *_advice_lines(planned, changes, memory, planned.disk_peak_bytes if other is not None else disk),
     ):
         display.result(line)
     return 0 if fits else 2
 
 
-def _memory_lines(planned: Plan, memory: int, chunk: str) -> list[str]:
+def _resolved_for(recipe: Recipe, other: OtherDevice | None) -> Resolved:
+    from potstill.build.resolve import resolve
+    from potstill.models.load import choose_device
+    from potstill.preflight.other_device import resolve_for
+
+    if other is not None:
+        return resolve_for(recipe, other)
+    try:
+        choose_device(recipe.train.device)
+    except UserError as error:
+        raise UserError(
+            f"train.{error} `potstill plan RECIPE --device h100`, or --device cuda --device-memory 80GiB, plans for"
+            " one that is not here."
+        ) from error
+    return resolve(recipe)
+
+
+def _memory_lines(planned: Plan, memory: int, chunk: str, other: OtherDevice | None) -> list[str]:
     rows = [[name, size(part), size(planned.largest.get(name, part))] for name, part in planned.parts.items()]
     return [
         aligned(["part", "at the peak", "at most"], [*rows, ["sum", size(planned.peak_bytes), ""]]),
         f"the peak is in the {planned.phase} on {planned.device}; {size(memory)} available",
+        *([] if other is None else [f"planned for {other.name}, which is not measured here"]),
         chunk,
     ]
 
@@ -152,12 +187,13 @@ def _rollout_lines(resolved: Resolved) -> list[str]:
     ]
 
 
-def _disk_lines(planned: Plan, disk: int, resolved: Resolved, captured: dict[str, Any] | None) -> list[str]:
+def _disk_lines(
+    planned: Plan, disk: int | None, resolved: Resolved, captured: dict[str, Any] | None
+) -> list[str]:
     from potstill.preflight.plan_disk import corpus_tokens
 
-    lines = [
-        f"disk: {size(planned.disk_peak_bytes)} in the run, {size(planned.disk_bytes)} after; {size(disk)} free"
-    ]
+    free = "what is free there is not known" if disk is None else f"{size(disk)} free"
+    lines = [f"disk: {size(planned.disk_peak_bytes)} in the run, {size(planned.disk_bytes)} after; {free}"]
     if captured is not None:
         each = f"{captured['bytes_per_position']:.4g} bytes for each of"
         known = captured["tokens"] is not None
@@ -169,7 +205,8 @@ def _disk_lines(planned: Plan, disk: int, resolved: Resolved, captured: dict[str
         lines.append(f"`potstill capture` would store {resolved.recipe.capture.name} targets: {amount}")
     if resolved.recipe.corpus.is_streamed and corpus_tokens(resolved.recipe) is None:
         lines.append("corpus: on the hub; how many tokens it has is not known, and not in these figures")
-    not_measured = "not measured; `potstill plan RECIPE --measure` runs three steps"
+    how = "; `potstill plan RECIPE --measure` runs three steps" if disk is not None else " here"
+    not_measured = f"not measured{how}"
     written = (
         "" if planned.rollout_time_s is None else f", {clock(planned.rollout_time_s)} of it writing rollouts"
     )
@@ -181,8 +218,13 @@ def _advice_lines(planned: Plan, changes: list[Advice], memory: int, disk: int) 
     for change in changes:
         saved = size(planned.peak_bytes - change.peak_bytes)
         verdict = "fits" if change.fits else "does not fit"
+        how = (
+            " (`potstill capture` writes it, with the teacher alone)"
+            if "name: store" in change.settings[0]
+            else ""
+        )
         lines.append(
-            f"  {' '.join(change.settings)}: saves {saved}, peak {size(change.peak_bytes)}, {verdict}"
+            f"  {' '.join(change.settings)}{how}: saves {saved}, peak {size(change.peak_bytes)}, {verdict}"
         )
     if planned.peak_bytes > memory and not any(change.fits for change in changes):
         lines.append(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from potstill.errors import UserError
 from potstill.io.terminal import Display, clock
@@ -24,11 +25,35 @@ def add_flags(
         parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
         parser.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
         mode = parser.add_mutually_exclusive_group()
-        mode.add_argument("--resume", action="store_true", help="continue what was interrupted there")
+        mode.add_argument(
+            "--resume",
+            nargs="?",
+            const=True,
+            default=False,
+            type=_resume,
+            metavar="auto",
+            help="continue what was interrupted there; auto: where there is such a run, else start one",
+        )
         if parser is not compare:
             mode.add_argument(
                 "--smoke", type=int, metavar="N", help="run N steps and project the time; write nothing"
             )
+
+
+def spell_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume` and `--resume auto` as one word each, since an override may follow the first."""
+    words = list(arguments)
+    for number, word in reversed(list(enumerate(words))):
+        if word == "--resume":
+            is_auto = words[number + 1 : number + 2] == ["auto"]
+            words[number : number + 1 + is_auto] = ["--resume=auto" if is_auto else "--resume=yes"]
+    return words
+
+
+def _resume(word: str) -> Literal[True, "auto"]:
+    if word not in ("yes", "auto"):
+        raise argparse.ArgumentTypeError(f"{word!r} is not auto. A folder is given by --out.")
+    return True if word == "yes" else "auto"
 
 
 def run_demo(options: argparse.Namespace, display: Display) -> int:

@@ -142,7 +142,7 @@ def _humaneval(options: argparse.Namespace, given: dict[str, Any], display: Disp
         source, folder = options.target, Path(options.target)
         result = judge(folder, config, display.note)
     else:
-        source, folder = _source_and_folder(options.target, "humaneval")
+        source, folder = source_and_folder(options.target, "humaneval")
         folder = out or folder
         result = (evaluate if judges else complete)(source, config, folder, display.note)
     if options.json:
@@ -167,7 +167,7 @@ def _lm_eval(options: argparse.Namespace, given: dict[str, Any], display: Displa
     out = given.pop("out", None)
     config = LmEvalSettings(tasks=tuple(options.lm_eval.split(",")), **given)
     _require_no_mistakes(config.mistakes())
-    source, folder = _source_and_folder(options.target, "lm-eval")
+    source, folder = source_and_folder(options.target, "lm-eval")
     result = evaluate(source, config, out or folder, display.note)
     if options.json:
         display.result(json.dumps(result, indent=2))
@@ -186,7 +186,7 @@ def _task(options: argparse.Namespace, given: dict[str, Any], display: Display) 
     if placement.get("batch_rows", 1) < 1:
         raise UserError(f"--batch-rows {placement['batch_rows']}: must be at least 1.")
     config = parse_task(options.task, where="--task", folder=Path(), given=given)
-    source, folder = _source_and_folder(options.target, config.label)
+    source, folder = source_and_folder(options.target, config.label)
     folder = out or folder
     result = evaluate(source, config, folder, display.note, Placement(**placement))
     if options.json:
@@ -205,7 +205,7 @@ def _require_no_mistakes(mistakes: dict[str, str]) -> None:
         raise UserError(*(f"{_flag(name)} {problem}" for name, problem in mistakes.items()))
 
 
-def _source_and_folder(target: str, benchmark: str) -> tuple[str, Path]:
+def source_and_folder(target: str, benchmark: str) -> tuple[str, Path]:
     """The model that a run or a name refers to, and the default folder for its results."""
     from potstill.recipe.paths import locate, short_name
     from potstill.runs.run_dir import RunDir

@@ -17,7 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from potstill import __version__
-from potstill.cli import capture, check, distill, evaluate, export, init, report, rows, write
+from potstill.cli import (
+    capture,
+    chat,
+    check,
+    distill,
+    evaluate,
+    export,
+    init,
+    report,
+    rows,
+    runs,
+    show,
+    write,
+)
+from potstill.cli.spelling import meant_flag, meant_verb
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
 
@@ -63,13 +77,26 @@ def _run_verb(arguments: Sequence[str] | None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Like argparse, but overrides may come anywhere, also after a flag."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    verbs = _verbs_of(parser)
+    given: list[str] = distill.spell_resume(sys.argv[1:] if arguments is None else arguments)
+    named = next((word for word in given if not word.startswith("-")), "")
+    if named and named not in verbs and (meant := meant_verb(named, verbs)):
+        parser.error(f"no verb {named!r}. Did you mean {meant}?")
+    options, rest = parser.parse_known_args(given)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = meant_flag(
+            unknown[0], given, verbs[named]._option_string_actions, takes_fields=hasattr(options, "overrides")
+        )
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (verbs,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    return dict(verbs.choices)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
 
+    chat.add_flags(verb("chat", chat.run_chat, "talk to a run's student, or any model, in the terminal"))
+
     export.add_export_flags(
         verb("export", export.export, "write a run's student as a Hugging Face folder and GGUF files")
     )
@@ -127,9 +156,14 @@ def _parser() -> argparse.ArgumentParser:
         verb("publish", export.publish, "upload a finished run to the Hub with a model card, or say why not")
     )
 
+    show.add_flags(
+        verb("show", show.run_show, "print what came out of a run: metrics, model, data, warnings")
+    )
     report.add_flags(
-        verb("show", report.run_show, "print a run's receipt, and first, best and last value of each metric"),
-        verb("report", report.run_report, "render runs or a comparison as one self-contained HTML page"),
+        verb("report", report.run_report, "render runs or a comparison as one self-contained HTML page")
+    )
+    runs.add_flags(
+        verb("runs", runs.run_runs, "list runs with their state, step, best held-out KL, size and age")
     )
     schema = verb("schema", report.run_schema, "print the JSON schema of a recipe, for editors")
     schema.add_argument(

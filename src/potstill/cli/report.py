@@ -1,4 +1,4 @@
-"""The verbs that only read: `potstill show`, `potstill report` and `potstill schema`."""
+"""The verbs `potstill report` and `potstill schema`, which only read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from potstill.io.terminal import Display, aligned
+from potstill.io.terminal import Display
 
 
-def add_flags(show: argparse.ArgumentParser, report: argparse.ArgumentParser) -> None:
-    show.add_argument("run", type=Path, metavar="RUN")
+def add_flags(report: argparse.ArgumentParser) -> None:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or a comparison's")
     report.add_argument(
         "--out", type=Path, metavar="FILE", help="default RUN/report.html; ./report.html for several"
@@ -21,22 +20,6 @@ def add_flags(show: argparse.ArgumentParser, report: argparse.ArgumentParser) ->
     report.add_argument(
         "--no-models", action="store_true", help="load no model; show a disagreement only if already measured"
     )
-
-
-def run_show(options: argparse.Namespace, display: Display) -> None:
-    from potstill.runs.run_dir import RunDir, summary
-
-    run = RunDir.open(options.run)
-    status, receipt, metrics = run.status(), run.receipt(), summary(run)
-    if options.json:
-        display.result(json.dumps({"status": status, "receipt": receipt, "metrics": metrics}, indent=2))
-        return
-    display.result(f"{run.path}: {status.get('state', 'unknown')} {status.get('why', '')}".rstrip())
-    for key, value in receipt.items():
-        display.result(f"  {key}: {json.dumps(value) if isinstance(value, dict | list) else value}")
-    columns = ("first", "best", "last")
-    rows = [[name, *(f"{values[column]:.6g}" for column in columns)] for name, values in metrics.items()]
-    display.result(aligned(["metric", *columns], rows))
 
 
 def run_report(options: argparse.Namespace, display: Display) -> None:

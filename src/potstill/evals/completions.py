@@ -1,4 +1,4 @@
-"""What every evaluation that has a model write does the same way: the ids of a prompt, and a batch of completions."""
+"""What every evaluation that has a model write does the same way: a batch of completions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from potstill.errors import UserError, one_line
 from potstill.models import generate
 from potstill.models.causal_lm import CausalLM
 from potstill.models.generate import Completion, InferenceFailed, Request
-
-
-def prompt_ids(tokenizer: Any, text: str, is_chat: bool, ends: Sequence[int]) -> list[int]:
-    """The ids of a prompt. A chat template writes the special tokens itself; an EOS that a tokenizer appends to plain
-    text is left out, since what it ends would not be gone on with.
-    """
-    ids: list[int] = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
-    while not is_chat and len(ids) > 1 and ids[-1] in ends:
-        ids.pop()
-    return ids
 
 
 def completed(

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
-from potstill.evals.completions import completed, prompt_ids
+from potstill.evals.completions import completed
 from potstill.evals.humaneval_problems import (
     STOPS,
     Judge,
@@ -51,7 +51,7 @@ from potstill.io.hashing import file_sha256
 from potstill.io.safe_open import read_object
 from potstill.models import generate
 from potstill.models.causal_lm import CausalLM
-from potstill.models.generate import Completion, InferenceFailed, Request
+from potstill.models.generate import Completion, InferenceFailed, Request, prompt_ids
 from potstill.models.hub import local_copy, pinned
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, weights_sha256
 from potstill.recipe.sections_evaluation import HumanEvalConfig

@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from potstill.data.chats.templates import DATE, ChatTemplate
 from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
-from potstill.evals.completions import completed, prompt_ids
+from potstill.evals.completions import completed
 from potstill.evals.humaneval_problems import LEFTOVER, answer_of, end_of_turn, opens_thought, thought_ids
 from potstill.evals.pass_at_k import scores
 from potstill.evals.subject import Subject
@@ -40,7 +40,7 @@ from potstill.evals.task_sources import (
 from potstill.io.safe_open import read_object
 from potstill.models import generate
 from potstill.models.causal_lm import CausalLM
-from potstill.models.generate import Completion, InferenceFailed, Request
+from potstill.models.generate import Completion, InferenceFailed, Request, prompt_ids
 from potstill.models.hub import local_copy, pinned
 from potstill.models.load import choose_device, choose_dtype, load_causal_lm, weights_sha256
 from potstill.recipe.sections_evaluation import QUESTION, TaskConfig

@@ -76,7 +76,10 @@ def export_run(
     """
     formats = list(dict.fromkeys(formats))
     if unknown := [name for name in formats if name not in FORMATS]:
-        raise UserError(f"export: no format {unknown[0]!r}. Known: {', '.join(FORMATS)}.")
+        # llama.cpp's names of mixtures of types, such as Q4_K_M, begin with that of their chief one.
+        meant = next((name for name in FORMATS if unknown[0].lower().startswith(name)), None)
+        hint = f" Did you mean {meant}?" if meant else ""
+        raise UserError(f"export: no format {unknown[0]!r}.{hint} Known: {', '.join(FORMATS)}.")
     run_dir = RunDir.open(run)
     with run_dir.locked():
         return _export(run_dir, out or run_dir.exports, formats, dtype, check, note)
@@ -100,6 +103,7 @@ def _export(
     _require_finished(run, receipt)
     run.whole_student()
     dtype = settle_dtype(dtype, receipt)
+    note(f"export: reading {run.student}")
     model, tokenizer = load_causal_lm(run.student), load_tokenizer(run.student)
     model.name = str(run.student)
     tokens = None
@@ -108,9 +112,12 @@ def _export(
         require_quantiser(model, gguf_types)
         configs = [model.hf.generation_config, model.hf.config]
         tokens = token_list(str(run.student), tokenizer, model.hf.config.vocab_size, configs)
+    if check:
+        note("export: what the student itself answers, to compare with")
     reference = Reference.of(model, tokenizer) if check else None
     student_sha256, records = folder_sha256(run.student), []
-    for form in formats:
+    for number, form in enumerate(formats, start=1):
+        note(f"{form}: writing, {number} of {len(formats)}")
         if tokens is None or form == "hf":
             record = _write_folder(run, out, model, ends_of(tokenizer), dtype)
         else:
@@ -122,13 +129,14 @@ def _export(
         if reference is None:
             paths = not_run("was not asked for")
         else:
-            paths = check_paths(form, place, reference.of_written(model, place, form, dtype))
+            written = reference.of_written(model, place, form, dtype)
+            paths = check_paths(form, place, written, note)
         records.append(record | {"three_path": paths})
         others = [other for other in receipt.get("exports", []) if other["format"] != form]
         receipt["exports"] = [*others, records[-1]]
         run.write_receipt(receipt)
     if files := [run.path / record["file"] for record in records if record["format"] != "hf"]:
-        write_whole(files[0].with_name(MODELFILE), modelfile(files[0], run.student).encode())
+        write_whole(files[0].with_name(MODELFILE), modelfile(files, run.student).encode())
     return Exported(out, records)
 
 

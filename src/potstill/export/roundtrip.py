@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,11 +151,19 @@ def _logp(hf: Any, prompts: list[list[int]]) -> torch.Tensor:
     return F.log_softmax(torch.stack(rows).double(), dim=-1)
 
 
-def check_paths(form: str, file: Path, reference: Reference) -> dict[str, dict[str, Any]]:
-    """The record of each path for the exported `file`, a folder or a GGUF; a missing path does not raise."""
+def check_paths(
+    form: str, file: Path, reference: Reference, note: Callable[[str], None] = lambda path: None
+) -> dict[str, dict[str, Any]]:
+    """The record of each path for the exported `file`, a folder or a GGUF; a missing path does not raise.
+
+    Args:
+        note: called before each path is tried, which takes seconds to minutes.
+    """
     records = {}
     for path in PATHS:
         why = _why_not_run(path, form)
+        if not why:
+            note(f"{form}: reading it back in {path}")
         records[path] = {"status": "not run", "why": why} if why else _run(path, form, file, reference)
     return records
 

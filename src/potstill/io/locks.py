@@ -49,3 +49,19 @@ def _acquired(lock: FileLock, folder: Path) -> bool:
         except Timeout:
             return False
     return True
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder; a folder that cannot be written counts as free."""
+    file = folder / LOCK
+    if not file.exists():
+        return False
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False

@@ -89,12 +89,16 @@ class Display:
 
     def result(self, text: str) -> None:
         """The result of the command, on stdout."""
+        self.stream(f"{text}\n")
+
+    def stream(self, piece: str) -> None:
+        """A piece of a result whose end is not known yet."""
         if not self.quiet:
             self.close()
             try:
                 if self._out is None:
                     raise OSError(errno.EBADF, "it is closed")
-                _write(self._out, printable(text))
+                _write(self._out, printable(piece), end="")
             except BrokenPipeError:
                 raise
             except OSError as error:
@@ -247,10 +251,10 @@ def _lost(error: OSError) -> str:
     )
 
 
-def _write(stream: TextIO | None, text: str) -> None:
-    """A line, in whatever encoding the stream has."""
+def _write(stream: TextIO | None, text: str, end: str = "\n") -> None:
+    """Text, by default a line, in whatever encoding the stream has."""
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + end)
     stream.flush()

@@ -23,6 +23,7 @@ __all__ = [
     "describe_settings",
     "greedy_text",
     "make_settings",
+    "prompt_ids",
 ]
 
 DECODE_CONTEXT = 8
@@ -144,17 +145,35 @@ def complete(
     return [Completion(row.text, len(row.new), row.finish) for row in rows]
 
 
+def prompt_ids(tokenizer: Any, text: str, is_chat: bool, ends: Sequence[int]) -> list[int]:
+    """The ids of a prompt. A chat template writes the special tokens itself; an EOS that a tokenizer appends to plain
+    text is left out, since what it ends would not be gone on with.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+    while not is_chat and len(ids) > 1 and ids[-1] in ends:
+        ids.pop()
+    return ids
+
+
 @torch.no_grad()
-def greedy_text(model: CausalLM, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+def greedy_text(
+    model: CausalLM, tokenizer: Any, prompt: str, max_new_tokens: int, chat_ends: Sequence[int] = ()
+) -> str:
     """A sample for a person to read: what the model writes after `prompt`, up to its EOS.
 
     By Transformers' own `generate`, so this one does follow the model's generation config.
+
+    Args:
+        chat_ends: of a prompt that a chat template wrote, special tokens included: ids that end the answer.
     """
     was_training = model.training
     model.eval()
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    options = {"return_tensors": "pt", "return_token_type_ids": False}
+    inputs = tokenizer(prompt, add_special_tokens=not chat_ends, **options).to(model.device)
+    ends = {"eos_token_id": [*chat_ends]} if chat_ends else {}
     ids_BT = model.hf.generate(
         **inputs,
+        **ends,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

@@ -50,15 +50,20 @@ class Chunk:
         return dataclasses.asdict(self)
 
 
-def choose_chunk(resolved: Resolved, note: Callable[[str], None] = lambda text: None) -> Chunk:
+def choose_chunk(
+    resolved: Resolved, note: Callable[[str], None] = lambda text: None, memory: int | None = None
+) -> Chunk:
     """The recipe's own chunk; for `auto` the largest useful one that the device's free memory allows, reported
     through `note`.
+
+    Args:
+        memory: bytes of it; None: what this machine has.
     """
     config = resolved.recipe.objective
     if config.chunk != "auto":
         return Chunk(config.chunk, config.chunk, "as the recipe says")
     try:
-        chosen = _by_memory(resolved)
+        chosen = _by_memory(resolved, available(resolved.recipe, Path())[0] if memory is None else memory)
     except Exception as error:  # a faulty recipe is reported where its objects are built
         usual = config.positions_at_once
         return Chunk("auto", usual, f"auto: the memory is not planned: {one_line(error)}")
@@ -66,9 +71,9 @@ def choose_chunk(resolved: Resolved, note: Callable[[str], None] = lambda text: 
     return chosen
 
 
-def _by_memory(resolved: Resolved) -> Chunk:
-    most = MOST_POSITIONS[resolved.device.type]
-    memory, needed = available(resolved.recipe, Path())[0], logits_bytes(most, resolved.teacher.vocab_size)
+def _by_memory(resolved: Resolved, memory: int) -> Chunk:
+    most = MOST_POSITIONS[resolved.device_type]
+    needed = logits_bytes(most, resolved.teacher.vocab_size)
     if AMPLE * needed <= memory:
         logits = f"logits of both models take {size(needed)} of {size(memory)}"
         return Chunk("auto", most, f"auto: {MORE}; {logits}")

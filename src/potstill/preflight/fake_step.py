@@ -80,7 +80,7 @@ def _key(resolved: Resolved) -> str:
         resolved.teacher.plan_key(),
         [None if config is None else config.to_dict() for config in configs],
     )
-    return f"{resolved.device} {parts!r}"
+    return f"{resolved.device} {resolved.planned_type} {parts!r}"
 
 
 def _small(recipe: Recipe) -> Any:
@@ -196,13 +196,15 @@ def _tracking_hooks(
 
     def save(step: int, metrics: dict[str, float]) -> None:
         is_lora = isinstance(student.model, LoraLM)
-        if is_lora and resolved.device.type == "cpu":  # the merged matrices are copies there
+        if is_lora and resolved.device_type == "cpu":  # the merged matrices are copies there
             tracker.phase = "saving the merged student"
             student.model.state()
             tracker.phase = "training step"
 
     # `resume` is where a real run loads its moments: after the optimizer is made, before the first step.
-    return Hooks(evaluate, lambda *_: None, save, resume=on_optimizer)
+    # And the teacher is ahead as on the device that a CPU stands for.
+    is_ahead = True if resolved.planned_type == "cuda" else None
+    return Hooks(evaluate, lambda *_: None, save, resume=on_optimizer, is_ahead=is_ahead)
 
 
 def resident_bytes() -> int:

@@ -154,14 +154,14 @@ def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _plan(resolved: Resolved) -> Plan:
-    recipe, device = resolved.recipe, resolved.device
+    recipe = resolved.recipe
     _require_countable(resolved)  # before the trace, which would overflow
     if recipe.corpus.packing:
         for name, config in _models(resolved):
             require_packing(config, name)
     traced = trace(resolved)
     vocab_size = resolved.student.model_config.get_text_config().vocab_size
-    on_cpu = device.type == "cpu"
+    on_cpu = resolved.device_type == "cpu"
     train = recipe.train
     # The whole model even with LoRA: adapters are merged into it.
     saved = 4 * traced.weights + TOKENIZER_FILE_BYTES_PER_ID * vocab_size
@@ -174,7 +174,7 @@ def _plan(resolved: Resolved) -> Plan:
     rollouts = rollout_disk_bytes(recipe, planned_steps(recipe))
     peak = shards + max(2 * saved + min(at_once, CHECKPOINTS_KEPT) * checkpoint, saved + at_once * checkpoint)
     return Plan(
-        device=str(device),
+        device=resolved.planned_type or str(resolved.device),
         phase=traced.phase,
         **{part: traced.at_peak[part] for part in TRACED},
         corpus=corpus_bytes(recipe, _tokenizer_ids(resolved)) if on_cpu else 0,

@@ -102,10 +102,27 @@ def _options(recipe: Recipe) -> list[_Option]:
         _Option("train.return_memory", [] if train.return_memory else [True]),
         _Option("train.precision", ["bfloat16"] if train.precision == "float32" else []),
         _Option("teacher.dtype", ["bfloat16"] if getattr(recipe.teacher, "dtype", "") == "float32" else []),
+        _Option("teacher.weights", ["int8"] if _can_have_int8(recipe) else []),
         _Option("teacher.in_memory", ["one"] if getattr(recipe.teacher, "in_memory", "") == "all" else []),
         _Option("corpus.tokens_per_row", _halves(recipe.corpus.tokens_per_row, SHORTEST_ROW)),
     ]
     return [option for option in options if option.values]
+
+
+def _can_have_int8(recipe: Recipe) -> bool:
+    teacher = recipe.teacher
+    return getattr(teacher, "weights", "") == "full" and not getattr(teacher, "sharded", False)
+
+
+def stored(resolved: Resolved, now: Plan, memory_bytes: int) -> Advice | None:
+    """Targets captured beforehand, by a process that has the teacher alone; None where they would not help, or cannot
+    be. The peak is that of the plan without the teacher's weights, at least: its activations count as the student's.
+    """
+    if not getattr(resolved.recipe.teacher, "has_weights", False) or resolved.recipe.rollouts is not None:
+        return None
+    peak = now.peak_bytes - now.teacher
+    settings = ("teacher={name: store, path: STORE}",)
+    return Advice(settings, peak, peak <= memory_bytes) if now.teacher else None
 
 
 def _halves(value: int, smallest: int) -> list[int]:

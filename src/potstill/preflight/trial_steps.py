@@ -34,7 +34,7 @@ from potstill.preflight.plan import Plan, available
 from potstill.preflight.probe_batches import window
 from potstill.preflight.rollouts import student_writes
 from potstill.recipe.load import Recipe
-from potstill.runs.run_dir import default_path
+from potstill.runs.places import default_path
 from potstill.training.checkpoint import Metrics
 from potstill.training.loop import Hooks, train
 from potstill.training.optim import lr_at, rates

@@ -336,7 +336,7 @@ def _written(run: RunDir, inputs: CardInputs, files: Mapping[str, Path]) -> Prep
     if (results := eval_results(inputs)) is not None:
         texts[".eval_results/humaneval.yaml"] = results
     if inputs.gguf:
-        texts[MODELFILE] = modelfile(files[inputs.gguf[0]], files["config.json"].parent)
+        texts[MODELFILE] = modelfile([files[name] for name in inputs.gguf], files["config.json"].parent)
     for name, content in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_whole(folder / name, content.encode("utf-8", "backslashreplace"))

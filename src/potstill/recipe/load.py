@@ -49,6 +49,7 @@ from potstill.recipe.sections_training import (
     PublishConfig,
     TrainConfig,
 )
+from potstill.recipe.synonyms import meant_field
 
 AnyCapture = SampledCaptureConfig | TopkCaptureConfig | HiddenCaptureConfig
 AnyStudent = CutStudentConfig | CheckpointStudentConfig | ConfigStudentConfig
@@ -310,6 +311,22 @@ def _schema() -> dict[tuple[str, ...], tuple[Any, ...]]:
         ("teacher", "teachers", "*", "teacher"): config_types("teacher", "can_be_mixed"),
     }
     return SECTIONS | registered | nested
+
+
+def fields_called(name: str) -> list[str]:
+    """Dotted fields of a recipe that someone may mean by a name: its own, its last part, or another trainer's."""
+    name = name.replace("-", "_")
+    fields = {
+        ".".join((*section, each.name))
+        for section, kinds in _schema().items()
+        if "*" not in section
+        for kind in kinds
+        for each in dataclasses.fields(kind)
+    }
+    meant = (meant_field(name) or "").split(",")[0].split(" ")[0].rstrip(":")
+    found = sorted(each for each in fields if name in (each, each.rpartition(".")[2]))
+    # Of several the one of training: a seed is train.seed, not that of a capture.
+    return [meant] if meant in fields else [each for each in found if each.startswith("train.")] or found
 
 
 def _adapter() -> TypeAdapter[Recipe]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from potstill.recipe.synonyms import VALUES, meant_field, meant_name
 from potstill.registry import nearest
 
 Path = tuple[str, ...]
@@ -66,7 +67,8 @@ def explain(finding: Mapping[str, Any], tree: dict[str, Any], schema: Schema) ->
         return path, f"{shown(value)} {requirement.format(int(bound) if bound == int(bound) else bound)}"
     if kind == "literal_error":
         known = [WORDS.get(word, word.strip("'")) for word in re.split(", | or ", context["expected"])]
-        close = difflib.get_close_matches(str(value), known, n=1)
+        meant = VALUES.get(str(value).lower())
+        close = [meant] if meant in known else difflib.get_close_matches(str(value), known, n=1)
         return path, f"{shown(value)} is not one of {', '.join(known)}." + (
             f" Did you mean {close[0]}?" if close else ""
         )
@@ -168,6 +170,8 @@ def _unknown_key(path: Path, tree: Any, schema: Schema) -> str:
     siblings = [other.name for other in schema[_section(here)] if other is not kind and key in _names(other)]
     if siblings:
         return f"unknown key{of}; it is one of {' and '.join(siblings)}.{nearest('', _names(kind))}"
+    if meant := meant_field(key):
+        return f"unknown key{of}. Here it is {meant}."
     # A typo within the section is likelier than a field of another one.
     dotted = _nearest_fields(key, [(*here, name) for name in _names(kind)])
     if not dotted:
@@ -194,4 +198,6 @@ def _unknown_name(path: Path, tree: Any, schema: Schema) -> tuple[Path, str]:
             return (*path, "name"), f"missing.{nearest('', known)}{plugin}"
         path, value = (*path, "name"), value["name"]
     what = _called(path[:-1] if path[-1] == "name" else path)
-    return path, f"no {what} called {shown(value)}.{nearest(str(value), known)}{plugin}"
+    meant = meant_name(what, str(value))
+    hint = f" Did you mean {meant}?" if meant in known else nearest(str(value), known)
+    return path, f"no {what} called {shown(value)}.{hint}{plugin}"

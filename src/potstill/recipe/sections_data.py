@@ -99,6 +99,8 @@ class CorpusConfig(Config):
     needs_tokenizer: ClassVar[bool] = True
     can_be_mixed: ClassVar[bool] = True
     """Whether it may be a source of a mix."""
+    is_chat: ClassVar[bool] = False
+    """Whether its documents are conversations, through the tokenizer's chat template."""
     prompt: ClassVar[Literal["beginning", "question", "whole"]] = "beginning"
     """What of a document the student goes on from in a rollout: its first tokens, all before the last answer, or
     all of it."""
@@ -315,6 +317,7 @@ class ChatCorpusConfig(DataSetCorpusConfig):
     turns cannot be told apart; false: the first of them ends the run."""
 
     patterns: ClassVar[str] = "chat:PATTERNS"
+    is_chat = True
     prompt = "question"
 
     @classmethod

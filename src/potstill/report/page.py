@@ -23,7 +23,8 @@ from markupsafe import Markup
 from potstill.io.terminal import clock, printable
 from potstill.report import sections
 from potstill.report.charts import COLORS, Series, bars, chart, grouped
-from potstill.runs.run_dir import RunDir, summary
+from potstill.runs.run_dir import RunDir
+from potstill.runs.summary import summary
 
 NATS = "nats per token"
 CHARTS = [  # title, unit, training metric, held-out metric, constant, whether its axis may be logarithmic
@@ -210,6 +211,7 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
         "faults": report.run.faults(),
         "samples": report.section("samples"),
         "answers": _answers(report.run.answers()),
+        "sampled": _by_prompt(report.run.samples()),
         "receipt": list(sections.flat({k: v for k, v in receipt.items() if k not in own_section})),
         "has_receipt": bool(receipt),
         "has_metrics": bool(report.metrics),
@@ -221,6 +223,15 @@ def _answers(answers: Mapping[str, list[str]]) -> list[dict[str, str]]:
     """One entry a prompt, of what each wrote behind it."""
     names = [name for name in ("prompt", "teacher", "before", "after") if name in answers]
     return [dict(zip(names, texts, strict=True)) for texts in zip(*(answers[n] for n in names), strict=True)]
+
+
+def _by_prompt(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a prompt of `eval.sample_prompts`, with what was written at each evaluation."""
+    texts: dict[str, list[tuple[int, str]]] = {}
+    for line in samples:
+        for sample in line.get("samples", []):
+            texts.setdefault(str(sample["prompt"]), []).append((line["step"], str(sample["text"])))
+    return [{"prompt": prompt, "texts": written} for prompt, written in texts.items()]
 
 
 def _figures(report: RunReport) -> list[Figure]:

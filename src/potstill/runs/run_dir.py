@@ -10,6 +10,7 @@
     folds.json        what left-out layers did, folded into the student: the effect of each fold; absent otherwise
     folds.safetensors the matrices that this changed, which --resume takes
     metrics.jsonl     one object per step or evaluation
+    samples.jsonl     what the student wrote at each evaluation, absent without eval.sample_prompts
     faults.jsonl      steps whose update the guard refused, with reason and rows; absent if there were none
     disagreement.json where student and teacher disagree, measured for the first report
     report.html       the page of `potstill report`
@@ -24,7 +25,7 @@
     checkpoints/      the last two training states, for --resume
     .lock             held while a process writes here
 
-Files are replaced atomically; `metrics.jsonl` and `faults.jsonl` are appended to, one line at a time.
+Files are replaced atomically; `metrics.jsonl`, `samples.jsonl` and `faults.jsonl` are appended to, one line at a time.
 """
 
 from __future__ import annotations
@@ -123,9 +124,21 @@ class RunDir:
             raise UserError(f"{path}: the run directory cannot be made: {why}. Give --out another folder.")
         exists = os.path.lexists(path)
         if exists and not (path.is_dir() and (not listed(path) or _creation_was_interrupted(path))):
+            what, todo = _unfinished(path), ""
+            if what:
+                what, todo = f" with an unfinished run ({what})", "Add --resume to go on with it, or give"
             raise UserError(
-                f"{path}: already exists, and a run is never overwritten. Give --out another folder."
+                f"{path}: already exists{what}, and a run is never overwritten. {todo or 'Give'} --out another folder."
             )
+
+    @classmethod
+    def is_free(cls, path: Path) -> bool:
+        """Whether `create` would take the folder."""
+        try:
+            cls.require_free(path)
+        except UserError:
+            return False
+        return True
 
     @classmethod
     def open(cls, path: Path) -> RunDir:
@@ -180,6 +193,16 @@ class RunDir:
         for listener in self.listeners:
             listener(step, metrics)
 
+    def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """What the student wrote behind each prompt of `eval.sample_prompts`."""
+        samples = [{"prompt": prompt, "text": text} for prompt, text in texts.items()]
+        self._append("samples.jsonl", json.dumps({"step": step, "samples": samples}) + "\n")
+
+    def samples(self) -> list[dict[str, Any]]:
+        """One entry an evaluation, complete lines only; empty where nothing is sampled."""
+        path = self.path / "samples.jsonl"
+        return read_lines(path) if os.path.lexists(path) else []
+
     def log_fault(self, step: int, what: str, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """`rows`: the rows that are unusable on their own, each with its number and figures."""
         self._append("faults.jsonl", json.dumps({"step": step, "what": what, "rows": [*rows]}) + "\n")
@@ -188,8 +211,14 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """Hold the run's lock; a second process is refused, not queued."""
 
+        tries = iter(range(2))
+
         def refuse() -> None:
-            raise UserError(f"{self.path}: another process is at work on this run. Wait for it, or stop it.")
+            # Once more after a moment: `potstill runs` holds the lock for an instant, to see whether it is free.
+            if next(tries):
+                raise UserError(
+                    f"{self.path}: another process is at work on this run. Wait for it, or stop it."
+                )
 
         with locked(self.path, on_wait=refuse):
             yield
@@ -220,6 +249,9 @@ class RunDir:
         ]
         content = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self.path / "metrics.jsonl", content.encode())
+        if samples := self.samples():
+            kept_samples = "".join(json.dumps(line) + "\n" for line in samples if line["step"] <= evaluated)
+            write_whole(self.path / "samples.jsonl", kept_samples.encode())
 
     def metrics(self) -> list[dict[str, float]]:
         """Every complete line; a kill can truncate the last one."""
@@ -405,17 +437,13 @@ def _why_impossible(path: Path) -> str:
     return ""
 
 
-def summary(run: RunDir) -> dict[str, dict[str, float]]:
-    """First, best and last value of each metric. Best is the lowest, except where higher is better."""
-    values: dict[str, dict[str, float]] = {}
-    for line in run.metrics():
-        for name, value in line.items():
-            if name != "step":
-                # Also of each source of a mix: heldout/SOURCE/agreement.
-                better = max if name.endswith("/agreement") or name == "speed/tokens_per_s" else min
-                so_far = values.setdefault(name, {"first": value, "best": value, "last": value})
-                so_far |= {"best": better(so_far["best"], value), "last": value}
-    return values
+def _unfinished(path: Path) -> str:
+    """The state of the run there that `--resume` would go on with; empty where there is none."""
+    with contextlib.suppress(UserError):
+        state = RunDir(path).status().get("state")
+        if (path / "resolved.yaml").is_file() and state != "finished":
+            return str(state)
+    return ""
 
 
 def _creation_was_interrupted(path: Path) -> bool:
@@ -429,20 +457,6 @@ def _creation_was_interrupted(path: Path) -> bool:
 
 def _as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def default_path(name: str) -> Path:
-    """runs/NAME, or the first of runs/NAME-2, runs/NAME-3 … that is free."""
-    path, number = Path("runs") / name, 2
-    while os.path.lexists(path):
-        path, number = Path("runs") / f"{name}-{number}", number + 1
-    return path
-
-
-def newest_path(name: str) -> Path:
-    """The last of runs/NAME, runs/NAME-2 … that exists: what `--resume` continues by default."""
-    next_number = int(default_path(name).name.removeprefix(name).removeprefix("-") or 1)
-    return Path("runs") / (name if next_number <= 2 else f"{name}-{next_number - 1}")
 
 
 def environment() -> dict[str, Any]:

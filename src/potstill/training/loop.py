@@ -39,6 +39,9 @@ class Hooks:
     on_fault: OnFault = lambda step, message, rows: None
     beat: Callable[[], None] = lambda: None
     """A sign of life, after each micro-batch and before whatever takes long."""
+    is_ahead: bool | None = None
+    """Whether the teacher is asked for a micro-batch before the student is done with the one before; None: as the
+    device and the teacher are."""
 
 
 def train(
@@ -55,12 +58,12 @@ def train(
     """
     plan = recipe.train
     # In this order: FSDP replaces the parameters by shards, which are what the optimizer must hold.
-    forward = ranks.parallelize(student)
+    forward, device = ranks.parallelize(student), student.model.device
     optimizer = make_optimizer(student, plan)
     resumed = hooks.resume(optimizer)
     outcome, saved_step = resumed or Outcome(), -1 if resumed is None else resumed.step
     guard = StepGuard(student, teacher, recipe, hooks.on_fault, hooks.beat)
-    prefetch = Prefetch(teacher, data, ranks, student.model.device, lambda n: is_taken(n, outcome, recipe))
+    prefetch = Prefetch(teacher, data, ranks, device, lambda n: is_taken(n, outcome, recipe), hooks.is_ahead)
     student.train()
 
     while True:

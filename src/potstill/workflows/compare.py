@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +42,8 @@ from potstill.recipe.sections_evaluation import TaskConfig, labelled
 from potstill.recipe.sections_models import CheckpointStudentConfig
 from potstill.recipe.sections_training import CompareConfig
 from potstill.runs.comparison import RESULT
-from potstill.runs.run_dir import RunDir, default_path, newest_path, write_whole
+from potstill.runs.places import default_path, link_latest, newest_path
+from potstill.runs.run_dir import RunDir, write_whole
 from potstill.workflows import compare_stats
 from potstill.workflows.compare_stats import (
     CE,
@@ -54,6 +56,7 @@ from potstill.workflows.compare_stats import (
     estimate,
 )
 from potstill.workflows.distill import distill
+from potstill.workflows.start import Resume
 
 PLAN = "plan.json"
 TEACHER = "teacher"
@@ -67,7 +70,7 @@ def compare(
     *,
     overrides: Sequence[str] = (),
     out: Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     display: Display | None = None,
 ) -> Path | None:
     """Run every arm of a recipe and compare them; returns the folder, or None where a signal stopped it.
@@ -76,7 +79,8 @@ def compare(
         recipe: a YAML file or a recipe. Without a section `compare`, its defaults apply.
         overrides: `a.b=value`, applied to a file.
         out: a folder that does not exist yet; default `runs/<name of the recipe>`.
-        resume: continue the comparison in `out`: finished arms are kept, an interrupted one is resumed.
+        resume: continue the comparison in `out`: finished arms are kept, an interrupted one is resumed. "auto": only
+            where there is one of this recipe, which is else begun.
 
     Raises:
         UserError: anything the user can fix.
@@ -89,7 +93,7 @@ def compare(
     recipe = Path(recipe) if isinstance(recipe, str) else recipe
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
-    folder = out or (newest_path(name) if resume else default_path(name))
+    folder, resume = _place(loaded, name, out, resume, display)
     if loaded.corpus.is_prompts:
         raise UserError(
             "corpus.name: prompts have no answers for the arm of plain training. Compare on another corpus."
@@ -106,6 +110,7 @@ def compare(
     # The plan's recipe has every `auto` settled: all arms must run with the same choices and the same commits.
     pinned = pin(loaded, plan.get("commits", {}))[0]
     loaded = as_started(pinned, _recipe_in(plan, folder), plan.get("train_rows"))
+    link_latest(folder)
     comparison = _Comparison(loaded, config, folder, display, plan)
     if not comparison.run():
         display.note(f"stopped; the same command with --resume --out {folder} continues")
@@ -121,14 +126,8 @@ def _make_or_read_plan(
 ) -> dict[str, Any]:
     """`plan.json`: each arm's steps, from timed trial steps. A resumed comparison keeps its plan."""
     if resume:
-        plan = read_object(
-            folder / PLAN, "Give the folder that the comparison printed, or leave --resume out."
-        )
-        recorded, recipe = (
-            pin(each, plan.get("commits", {}))[0] for each in (_recipe_in(plan, folder), recipe)
-        )
-        now = as_started(recipe, recorded, plan.get("train_rows"))
-        if recorded.without_places() != now.without_places():
+        plan = _plan_of(folder)
+        if not _is_of(recipe, plan, folder):
             raise UserError(
                 f"{folder}: started with another recipe. Resume with the same one, or start a new comparison."
             )
@@ -158,6 +157,46 @@ def _make_or_read_plan(
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
     return plan
+
+
+def _place(
+    recipe: Recipe, name: str, out: Path | None, resume: Resume, display: Display
+) -> tuple[Path, bool]:
+    """The folder of a comparison, and whether it goes on there."""
+    newest = out or newest_path(name)
+    is_begun = (newest / PLAN).exists()
+    if resume == "auto":
+        resume = is_begun and (out is not None or _is_plan_of(recipe, newest))
+    elif is_begun and not resume and not (newest / RESULT).exists() and (out or _is_plan_of(recipe, newest)):
+        what = "a comparison that is not finished"
+        if out is not None:
+            raise UserError(
+                f"{newest}: already exists, with {what}, and none is overwritten. Add --resume to go on with it, or"
+                " give --out another folder."
+            )
+        display.warn(
+            f"{newest}: {what}. The same command with --resume --out {newest} goes on with it; this is a new one."
+        )
+    return out or (newest if resume else default_path(name)), resume
+
+
+def _plan_of(folder: Path) -> dict[str, Any]:
+    return read_object(folder / PLAN, "Give the folder that the comparison printed, or leave --resume out.")
+
+
+def _is_plan_of(recipe: Recipe, folder: Path) -> bool:
+    """Whether a folder has a comparison of this recipe. A damaged one is of none."""
+    try:
+        return _is_of(recipe, _plan_of(folder), folder)
+    except UserError:
+        return False
+
+
+def _is_of(recipe: Recipe, plan: dict[str, Any], folder: Path) -> bool:
+    """Whether the plan of a comparison is of this recipe."""
+    recorded, recipe = (pin(each, plan.get("commits", {}))[0] for each in (_recipe_in(plan, folder), recipe))
+    now = as_started(recipe, recorded, plan.get("train_rows"))
+    return recorded.without_places() == now.without_places()
 
 
 def _recipe_in(plan: dict[str, Any], folder: Path) -> Recipe:
@@ -428,7 +467,8 @@ def _with_interval(name: str, metric: Measured) -> Estimate:
     """The mean and its interval. Of problems and questions Wilson's, which has a width even where none is right."""
     result = estimate(metric.values_SU, metric.weights_U)
     if name != "pass@1" and name in compare_stats.METRICS:
-        return result
+        is_share = compare_stats.named(name)[1] == compare_stats.SHARE
+        return result.within(0.0, 1.0 if is_share else math.inf)
     units = len(metric.weights_U)
     return Estimate(result.mean, *wilson(result.mean * units, units))
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 CONFIDENCE = 0.95
 UNTOUCHED, CE, KD, CORRECTED = "untouched", "CE only", "KD", "KD, corrected teacher"
+SPOKEN = {UNTOUCHED: "the untouched student", CE: "plain training (CE only)"}
+"""What a sentence calls an arm: `KD is ahead of CE only in …` could be read in two ways."""
 NATS, SHARE = "nats", "share"
 METRICS = {
     "heldout/kl": ("held-out KL to the teacher", NATS),
@@ -50,6 +52,10 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+    def within(self, low: float, high: float) -> Estimate:
+        """The interval without what the quantity cannot be."""
+        return Estimate(self.mean, max(self.low, low), min(self.high, high))
 
     @property
     def shown(self) -> bool:
@@ -133,6 +139,7 @@ def sentence(differences: Sequence[Mapping[str, Any]], budget: str, seeds: int) 
         for pair in ((KD, CE), (CORRECTED, CE), (CORRECTED, KD), (KD, UNTOUCHED))
         if (clause := _describe_pair([row for row in differences if (row["arm"], row["against"]) == pair]))
     ]
+    parts[1:] = [f"{part[0].upper()}{part[1:]}" for part in parts[1:]]  # each but the first begins a sentence
     asked = any(row["metric"] not in METRICS for row in differences)
     return (
         f"Under equal {budget}, over {over}: {' '.join(parts)} Shown for this pair, this budget and these"
@@ -145,13 +152,14 @@ def _describe_pair(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     arm, against = rows[0]["arm"], rows[0]["against"]
+    spoken = {name: SPOKEN.get(name, name) for name in (arm, against)}
     clauses = []
     for leader, other in ((arm, against), (against, arm)):
         won = [f"{named(row['metric'])[0]} ({_margin(row)})" for row in rows if row["ahead"] == leader]
         if won:
-            clauses.append(f"{leader} is ahead of {other} in {_join(won)}")
+            clauses.append(f"{spoken[leader]} is ahead of {spoken[other]} in {_join(won)}")
     if undecided := [named(row["metric"])[0] for row in rows if not row["shown"]]:
-        clauses.append(f"no difference of {arm} and {against} is shown in {_join(undecided)}")
+        clauses.append(f"no difference of {spoken[arm]} and {spoken[against]} is shown in {_join(undecided)}")
     return f"{'; '.join(clauses)}."
 
 

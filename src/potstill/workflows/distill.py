@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,43 +14,38 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from potstill.build.resolve import Resolved, pin, resolve, settle_types
+from potstill.build.resolve import resolve
 from potstill.build.rollouts import answers_of
 from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.data.completions import Completion, CompletionRows, as_file, as_texts
+from potstill.data.end_of_turn import ends_of
 from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
 from potstill.evals.own_samples import own_samples
 from potstill.evals.subject import Subject
-from potstill.io.cpu_matmul import choose_product_dtype
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display
+from potstill.models.dialogue import chat_prompt, is_chat
 from potstill.models.generate import greedy_text
 from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
 from potstill.models.repair import Repair
-from potstill.preflight.auto import (
-    as_recorded,
-    as_started,
-    choose_backend,
-    choose_chunk,
-    settle,
-    with_chunk,
-    with_matmul,
-    with_types_of,
-)
+from potstill.preflight.auto import settle
 from potstill.preflight.checks import Checked, require_sound
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_evaluation import labelled
 from potstill.runs.inputs import file_hashes
-from potstill.runs.run_dir import RunDir, code, default_path, newest_path
+from potstill.runs.places import link_latest
+from potstill.runs.run_dir import RunDir, code
 from potstill.runs.trackers import logging_to
 from potstill.training.checkpoint import Checkpoints, Metrics, Outcome
 from potstill.training.distributed import Ranks, process_group
 from potstill.training.loop import Hooks, train
 from potstill.training.watchdog import Watchdog
 from potstill.workflows.receipt import Finished, hashes, receipt_of
+from potstill.workflows.start import Resume, Start, require_equal, require_same_corpus
+from potstill.workflows.start import start as start_run
 
 Json = dict[str, Any]
 ANSWERS_SHOWN = 4
@@ -64,7 +57,7 @@ def distill(
     *,
     overrides: Sequence[str] = (),
     out: Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     display: Display | None = None,
 ) -> RunDir:
     """Run a recipe from its corpus to its receipt.
@@ -77,7 +70,8 @@ def distill(
         recipe: a YAML file, or a recipe already loaded.
         overrides: `a.b=value`, applied to a file.
         out: a folder that does not exist yet; default `runs/<name of the recipe>`.
-        resume: continue the run in `out` from its newest intact checkpoint, or from its start if there is none.
+        resume: continue the run in `out` from its newest intact checkpoint, or from its start if there is none;
+            "auto": only where there is one of this recipe, which is else begun.
 
     Raises:
         UserError: anything the user can fix. Nearly all of it is found before the folder is made.
@@ -98,31 +92,16 @@ def distill(
         return _distill(recipe, loaded, out, resume, display, ranks)
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Where a run is or will be, with every choice that the recipe left to `auto` settled."""
-
-    path: Path
-    resolved: Resolved
-    recipe_text: bytes
-    chunk: Json
-    run: RunDir | None
-    """The run to resume; None for a new one."""
-
-
 def _distill(
-    recipe: Path | Recipe, loaded: Recipe, out: Path | None, resume: bool, display: Display, ranks: Ranks
+    recipe: Path | Recipe, loaded: Recipe, out: Path | None, resume: Resume, display: Display, ranks: Ranks
 ) -> RunDir:
     name = "run" if isinstance(recipe, Recipe) else recipe.stem
     text = recipes.dump(loaded).encode() if isinstance(recipe, Recipe) else recipe.read_bytes()
-    if resume:
-        start = _start_resumed(loaded, ranks.broadcast(out or newest_path(name)), text)
-        if start.run is not None and start.run.status().get("state") == "finished":
-            start.run.whole_student()
-            display.note(f"{start.path}: finished already")
-            return start.run
-    else:
-        start = _start_new(loaded, ranks.broadcast(out or default_path(name)), text, display, ranks)
+    start = start_run(loaded, name, text, out, resume, display, ranks)
+    if start.run is not None and start.run.status().get("state") == "finished":
+        start.run.whole_student()
+        display.note(f"{start.path}: finished already")
+        return start.run
     locked: list[RunDir] = []
     guard = start.resolved.recipe.guard
     with (
@@ -148,47 +127,9 @@ def _repair_of(run: RunDir) -> Repair | None:
     return None if table is None else Repair.of(table, run.folded())
 
 
-def _start_new(recipe: Recipe, path: Path, text: bytes, display: Display, ranks: Ranks) -> _Start:
-    """A new run: the folder must be free."""
-    ranks.on_first(lambda: RunDir.require_free(path))
-    recipe = _with_types(recipe, display.note, ranks)
-    # A branch may move between two ranks' look-ups.
-    resolved = resolve(recipe, commits=ranks.broadcast(pin(recipe, {})[1]))
-    # Ranks may differ in free memory and processor, but all must use the same chunk and backend.
-    chunk = ranks.broadcast(choose_chunk(resolved, display.note))
-    backend = ranks.broadcast(choose_backend(resolved, display.note))
-    settled = with_matmul(with_chunk(resolved.recipe, chunk.used), backend)
-    return _Start(path, resolved.with_recipe(settled), text, chunk.as_dict(), None)
-
-
-def _with_types(recipe: Recipe, note: Callable[[str], None], ranks: Ranks) -> Recipe:
-    """The recipe with the types of products that it leaves to `auto`: one choice for all ranks."""
-    dtype, why = ranks.broadcast(choose_product_dtype(choose_device(recipe.train.device)))
-    settled = settle_types(recipe, dtype)
-    for field, section in (("train.precision", "train"), ("teacher.dtype", "teacher")):
-        if getattr(settled, section) != getattr(recipe, section):
-            note(f"{field}: {dtype}, {why}")
-    return settled
-
-
-def _start_resumed(recipe: Recipe, path: Path, text: bytes) -> _Start:
-    """A resumed run: schedule and data are functions of the recipe, so the recipe must be the same, and each model of
-    the commit that the run started with.
-    """
-    run = RunDir.open(path)
-    commits, recorded = run.commits(), as_recorded(recipes.load(run.resolved))
-    resolved = resolve(with_types_of(recipe, recorded), commits=commits)
-    if not commits:  # an earlier version of potstill recorded none
-        recorded, _ = pin(recorded, resolved.commits)
-    recipe = as_started(resolved.recipe, recorded, run.corpus().get("train_rows"))
-    before, now = (_flat(dataclasses.asdict(of.without_places())) for of in (recorded, recipe))
-    _require_equal(before, now, "recipe", run)
-    return _Start(run.path, resolved.with_recipe(recipe), text, {}, run)
-
-
 def _run(
     setup: RunSetup,
-    start: _Start,
+    start: Start,
     note: Callable[[str], None],
     display: Display,
     watch: Watchdog,
@@ -199,8 +140,8 @@ def _run(
     recorded = None if start.run is None else start.run.inputs()
     inputs = hashes(setup, recorded) | file_hashes(setup.resolved.inputs, recipe.plugins)
     if start.run is not None:
-        _require_same_corpus(setup.corpus.manifest, start.run)
-        _require_equal(recorded or {}, inputs, "input", start.run)
+        require_same_corpus(setup.corpus.manifest, start.run)
+        require_equal(recorded or {}, inputs, "input", start.run)
     checked = require_sound(setup, start.path, note)
     if start.run is None:
         # Only after every check: a refused recipe leaves no folder behind.
@@ -214,6 +155,7 @@ def _run(
         create = partial(RunDir.create, start.path, recipe=start.recipe_text, **record)
         ranks.on_first(create)
     run = start.run or RunDir(start.path)
+    ranks.on_first(lambda: link_latest(run.path))
     note(f"run: {run.path}")
     with contextlib.ExitStack() as stack:
         if ranks.is_first:
@@ -429,7 +371,18 @@ class _ActiveRun:
             raise UserError(f"evaluation after step {step}: {error}") from error
         self.log(step, metrics)
         self.display.heldout_line(step, metrics)
+        self.sample(step)
         return metrics
+
+    def sample(self, step: int) -> None:
+        """Answers to `eval.sample_prompts`, on every rank: a forward pass of one takes all of them."""
+        texts = {}
+        for prompt in self.setup.recipe.eval.sample_prompts:
+            self.watch.beat()
+            texts[prompt] = _sample_of(self.setup, prompt)
+            self.display.note(f"sample at step {step}: {prompt}{texts[prompt]}")
+        if texts:
+            self.ranks.on_first(lambda: self.run.log_samples(step, texts))
 
     def log(self, step: int, metrics: Metrics) -> None:
         if self.ranks.is_first:
@@ -496,50 +449,6 @@ class _ActiveRun:
         self.display.warn(f"{what} guard.policy: {self.setup.recipe.guard.policy}")
 
 
-def _require_same_corpus(manifest: dict[str, Any], run: RunDir) -> None:
-    """Compares with `corpus.json`, written at the start, so that it also protects a run without a checkpoint."""
-
-    def by_file(corpus: dict[str, Any]) -> dict[str, Any]:
-        """Flat, one entry a file, so that the error names the file that differs."""
-        sources = corpus.get("sources", {})
-        decontamination = corpus.get("decontamination") or {}
-        files = [*corpus["files"], *decontamination.get("against", [])]
-        counts = {name: value for name, value in decontamination.items() if not isinstance(value, list)}
-        others = {name: value for name, value in corpus.items() if name not in ("sources", "files")}
-        found = _flat(others | {"decontamination": counts})
-        # Of a mix each file is under its source alone: two may read the same one.
-        found |= {} if sources else {file["path"]: file["sha256"][:12] for file in files}
-        found |= {"files": len(corpus["files"])}
-        for source, part in sources.items():
-            own = by_file(part)
-            found |= {f"{n} of source {source}" if "/" in n else f"sources.{source}.{n}": own[n] for n in own}
-        return found
-
-    recorded = {"layout": "stream"} | run.corpus()  # of a time when there was nothing else
-    _require_equal(by_file(recorded), by_file(manifest), "corpus", run)
-
-
-def _require_equal(recorded: dict[str, Any], now: dict[str, Any], what: str, run: RunDir) -> None:
-    differing = sorted(name for name in recorded | now if recorded.get(name) != now.get(name))
-    if differing:
-        shown = [f"{name} ({recorded.get(name)!r} -> {now.get(name)!r})" for name in differing[:8]]
-        more = [f"and {len(differing) - 8} more"] if differing[8:] else []
-        raise UserError(
-            f"{run.path}: started with another {what}: {', '.join([*shown, *more])}."
-            " Resume with the same one, or start a new run."
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys, and places in lists of mappings, joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-            value = {str(number): each for number, each in enumerate(value)}
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _print_summary(
     setup: RunSetup, run: RunDir, outcome: Outcome, samples: dict[str, str], display: Display
 ) -> None:
@@ -573,7 +482,16 @@ class _Clock:
 
 
 def _sample(setup: RunSetup) -> str:
-    plan = setup.recipe.eval
-    if plan.sample_prompt is None or setup.tokenizer is None:
+    prompt = setup.recipe.eval.sample_prompt
+    return "" if prompt is None else _sample_of(setup, prompt)
+
+
+def _sample_of(setup: RunSetup, prompt: str) -> str:
+    """What the student writes behind a text; of a corpus of conversations, its answer to a user's turn."""
+    student, tokenizer, most = setup.student.model, setup.tokenizer, setup.recipe.eval.sample_tokens
+    if tokenizer is None:
         return ""
-    return greedy_text(setup.student.model, setup.tokenizer, plan.sample_prompt, plan.sample_tokens)
+    if not is_chat(setup.recipe.corpus.each, tokenizer):
+        return greedy_text(student, tokenizer, prompt, most)
+    asked = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
+    return greedy_text(student, tokenizer, asked, most, ends_of(tokenizer))
