@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(REAL is None, reason="vllm: POTSTILL_VLLM names no Python that has it; not run"),
 ]
-START_S = 900
+START_S = 1800
 TOKENS = 64
 
 
@@ -90,14 +90,22 @@ def folder(real_teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+def only_server(folder: Path) -> Iterator[Server]:
     server = Server(folder, folder.parent / "vllm.log")
     server.start()
     try:
-        server.wait()
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture
+def server(only_server: Server) -> Server:
+    """The server, up: the test before may have killed it."""
+    if only_server.process is None:
+        only_server.start()
+    only_server.wait()
+    return only_server
 
 
 @pytest.fixture
@@ -199,9 +207,7 @@ def test_a_corpus_that_vllm_writes(server: Server, pair: Recipe, tmp_path: Path)
 
 def killed_and_started_again(server: Server, when: Callable[[], bool]) -> threading.Thread:
     def watch() -> None:
-        deadline = time.monotonic() + START_S
-        while not when() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        _wait(when)
         server.kill()
         server.start()
 
@@ -258,5 +264,6 @@ def test_a_server_that_stays_away_ends_the_run_and_resumes(
 
 
 def _wait(until: Callable[[], bool]) -> None:
-    while not until():
+    deadline = time.monotonic() + START_S
+    while not until() and time.monotonic() < deadline:
         time.sleep(0.02)
