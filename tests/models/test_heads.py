@@ -19,8 +19,10 @@ from test_repair import kl
 from torch import Tensor
 
 from potstill import UserError, distill, load_causal_lm, load_recipe
+from potstill.build.resolve import resolve
 from potstill.cli.main import main
 from potstill.models import refit as refitting
+from potstill.models import sizing
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import num_weights
 from potstill.models.pruning import cut, cut_config, kept_groups, require_heads, stack_of
@@ -271,6 +273,20 @@ def test_a_size_takes_heads_where_they_cost_least(
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.parametrize(("family", "left"), [("Llama", 2), ("Qwen3", 3)])
+def test_a_size_knows_the_kl_of_a_student_with_fewer_heads(
+    family: str, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the student that is cut, which has fewer heads and not masked ones."""
+    monkeypatch.setattr(sizing, "_spared", lambda *given: None)
+    monkeypatch.setattr(sizing._Shape, "know_channels", lambda shape: "")
+    teacher = make(family)
+    chosen = choose_size(teacher, rows(), rows(4), num_weights(teacher.hf.config) - 1, print)
+    assert ([move["kind"] for move in chosen.moves], chosen.kv_heads) == (["heads"], left)
+    student = cut(teacher, [0, 1, 2], None, rows(4), kv_heads=left)
+    assert chosen.kl == pytest.approx(kl(teacher, student, rows()), rel=1e-3)
+
+
 def test_a_model_that_cannot_lose_heads_loses_the_rest() -> None:
     model, told = make("Olmo2"), list[str]()
     chosen = choose_size(model, rows(), rows(4), num_weights(model.hf.config) - 1, told.append)
@@ -293,6 +309,8 @@ def test_a_run_repairs_it_goes_on_with_it_and_adapts_it(
     assert table["refit"]["kl_before"] == pytest.approx(table["refit_heads"]["kl_after"], rel=1e-6)
     assert receipt["student"]["repair"]["refit_heads"] == table["refit_heads"]
     assert load_recipe(whole.resolved).student.kv_heads == 2
+    planned = num_weights(resolve(load_recipe(path)).student.model_config)
+    assert planned == sum(p.numel() for p in load_causal_lm(whole.student).hf.parameters())
     cut_off(path, tmp_path / "cut", 3, monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("potstill.build.repair.refit_heads", None)  # nothing is fitted again
