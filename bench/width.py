@@ -23,6 +23,7 @@ from potstill.evals.heldout import heldout
 from potstill.losses.objective import Objective
 from potstill.models import pruning
 from potstill.models.causal_lm import CausalLM
+from potstill.models.matrix_inputs import summed_inputs
 from potstill.models.student import Student
 from potstill.types import Batch
 
@@ -31,7 +32,7 @@ Ranking = Callable[[CausalLM, set[str], Sequence[Batch]], dict[str, Tensor]]
 
 def mean_magnitude(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
     modules = {name: teacher.hf.get_submodule(name) for name in outs}
-    return pruning.summed_inputs(teacher, modules, batches, lambda x_NC: x_NC.abs().sum(0))
+    return summed_inputs(teacher, modules, batches, lambda x_NC: x_NC.abs().sum(0))
 
 
 def chance(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) -> dict[str, Tensor]:

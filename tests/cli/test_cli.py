@@ -178,6 +178,10 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
         section(student="{name: cut, layers: 2, ffn_width: 65}"),
         "student.ffn_width: 65 channels cannot be kept of the teacher's 64",
     ),
+    "more key/value heads than there are": (
+        section(student="{name: cut, layers: 2, kv_heads: 3}"),
+        "student.kv_heads: 3 key/value heads cannot be kept of the teacher's 2",
+    ),
     "cut from a teacher without layers": (
         cut_from_a_fixture,
         "cut needs a teacher with layers, and teacher.name is fixture",

@@ -361,6 +361,37 @@ def test_a_student_cut_to_a_width_of_no_whole_blocks_is_exported_all_the_same(tm
     assert all(np.array_equal(written[name], wanted[name].astype(np.float16)) for name in down)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma3"])
+def test_a_student_with_fewer_heads_has_their_length_in_its_file(kind: str, tmp_path: Path) -> None:
+    """Of 64 hidden numbers and 2 heads a reader would make heads of 32."""
+    narrow = fewer_heads(make_model(kind))
+    path = export(tmp_path, narrow, "f32")
+    keys = ("head_count", "head_count_kv", "key_length", "value_length")
+    found = {name.partition(".attention.")[2]: value for name, value in metadata(path).items()}
+    assert [found[key] for key in keys] == [2, 1, 16, 16]
+    written, wanted = read(path), expected(narrow)
+    assert all(np.array_equal(written[name], wanted[name]) for name in wanted)
+    ids_BT = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        ours, theirs = (hf.eval()(ids_BT).logits for hf in (narrow, load_causal_lm(path).hf))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def fewer_heads(hf: Any) -> Any:
+    """One of two KV groups."""
+    T = torch.arange(32)
+    row = Batch(torch.zeros(1), T[None], T[None], T, T)
+    return cut(CausalLM(hf, "teacher"), [0, 1], None, [row], kv_heads=1).hf
+
+
+@needs_llama_cpp
+def test_llama_cpp_reads_a_student_with_fewer_heads(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("qwen2")
+    made = make_run(tmp_path / "run", fewer_heads(make_model(eos_token_id=tokenizer.eos_token_id)), tokenizer)
+    records = export_run(made.path, formats=["f32"]).records
+    assert [record["three_path"]["llama.cpp"]["status"] for record in records] == ["passed"]
+
+
 @pytest.mark.parametrize(
     ("what", "error"),
     [

@@ -144,7 +144,7 @@ def test_a_run_begins_with_it_and_goes_on_with_it(
     assert bare.folds() is None
     cut_off(path, tmp_path / "cut", 3, monkeypatch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("potstill.build.setup.refit_channels", None)  # nothing is fitted again
+        patch.setattr("potstill.build.repair.refit_channels", None)  # nothing is fitted again
         distill(path, out=tmp_path / "cut", resume=True)
     ours, theirs = (
         load_causal_lm(folder / "student").hf.state_dict() for folder in (tmp_path / "cut", whole.path)

@@ -19,6 +19,7 @@ from test_layer_harm import FAMILIES, SMALL, logits_ND, make, rows
 from torch import Tensor
 
 from potstill import UserError, distill
+from potstill.build import repair as build_repair
 from potstill.build import setup
 from potstill.build.resolve import resolve
 from potstill.cli.main import main
@@ -235,7 +236,7 @@ def test_the_report_has_the_kl_after_each_fold(recipe: Path, tmp_path: Path) -> 
 def test_a_resumed_run_takes_what_was_folded_and_fits_nothing_again(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_goes_on_without(recipe, tmp_path, monkeypatch, setup, "fold_gaps")
+    assert_goes_on_without(recipe, tmp_path, monkeypatch, build_repair, "fold_gaps")
 
 
 DAMAGE = {

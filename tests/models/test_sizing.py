@@ -1,4 +1,4 @@
-"""Layers and channels chosen for a size: the KL against a student that was really cut, the choice, the run."""
+"""Layers, channels and KV groups chosen for a size: the KL against a student that was really cut, the choice, the run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def kl(whole: CausalLM, student: CausalLM) -> float:
 
 
 def cut_to(model: CausalLM, chosen: Any) -> CausalLM:
-    return cut(model, chosen.keep, chosen.ffn_width, rows(4))
+    return cut(model, chosen.keep, chosen.ffn_width, rows(4), kv_heads=chosen.kv_heads)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox"])
@@ -62,38 +62,43 @@ def test_the_student_has_the_size_and_the_kl_that_were_measured(family: str) -> 
 
 
 def test_each_move_is_the_one_that_costs_least_for_what_it_saves() -> None:
-    """By cutting every student of both kinds of move, and measuring each."""
+    """By cutting every student of the three kinds of move, and measuring each."""
     model = make("llama")
     whole = num_weights(model.hf.config)
     chosen = choose(model, whole - 9 * whole // 20)
     out: list[int] = []
-    width, weights, before = 48, whole, 0.0
+    width, kv_heads, weights, before = 48, 4, whole, 0.0
 
-    def of(out: list[int], width: int) -> tuple[float, int]:
+    def of(out: list[int], width: int, kv_heads: int) -> tuple[float, int]:
         keep = sorted({*range(COUNT)} - {*out})
-        student = cut(model, keep, width, rows(4))
+        student = cut(model, keep, width, rows(4), kv_heads=kv_heads)
         return kl(model, student), sum(p.numel() for p in student.hf.parameters())
 
     assert len(chosen.moves) >= 3
     for move in chosen.moves:
         left = [number for number in range(COUNT) if number not in out]
         layer = min(left, key=lambda number: chosen.alone_L[number])
-        kinds = {layer: ([*out, layer], width), None: (out, width - 6)}
+        kinds = {"layer": ([*out, layer], width, kv_heads), "channels": (out, width - 6, kv_heads)}
+        if kv_heads > 1:  # of 4, 2 and 1: a hidden size of 32 is no multiple of 3
+            kinds["heads"] = (out, width, kv_heads // 2)
         costs = {}
-        for kind, (its_out, its_width) in kinds.items():
-            its_kl, smaller = of(its_out, its_width)
+        for kind, size in kinds.items():
+            its_kl, smaller = of(*size)
             costs[kind] = (its_kl - before) / (weights - smaller)
-        if move is chosen.moves[-1] and move["layer"] is None and move["ffn_width"] > width:
+        if move is chosen.moves[-1] and move["kind"] == "channels" and move["ffn_width"] > width:
             continue  # channels that are given back
-        assert move["layer"] == min(costs, key=lambda kind: costs[kind])
-        out, width = kinds[move["layer"]]
-        before, weights = of(out, width)
+        assert move["kind"] == min(costs, key=lambda kind: costs[kind])
+        assert move["layer"] == (layer if move["kind"] == "layer" else None)
+        out, width, kv_heads = kinds[move["kind"]]
+        before, weights = of(out, width, kv_heads)
+        assert move["kl"] == pytest.approx(before, rel=1e-3)
     assert chosen.ffn_width in (None, chosen.moves[-1]["ffn_width"])
 
 
 def test_channels_that_fit_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model of which no layer can be spared."""
+    """Of a model of which no layer and no head can be spared."""
     monkeypatch.setattr(sizing, "_spared", lambda *given: None)
+    monkeypatch.setattr(sizing._Shape, "know_heads", lambda shape: "")
     model = make("llama")
     whole = num_weights(model.hf.config)
     per_channel = 5 * 3 * 32
@@ -109,13 +114,13 @@ def test_channels_that_fit_are_given_back(monkeypatch: pytest.MonkeyPatch) -> No
     assert given_back == 3
 
 
-def test_a_model_whose_mlps_are_not_known_loses_layers_alone(tmp_path: Path) -> None:
+def test_a_model_whose_mlps_are_not_known_loses_layers_and_heads_alone(tmp_path: Path) -> None:
     folder = make_mixture(tmp_path / "mixture")
     model, told = load_causal_lm(folder), list[str]()
     whole = num_weights(model.hf.config)
     chosen = choose(model, whole - 1, told)
-    assert chosen.ffn_width is None and len(chosen.left_out) == 1
-    assert any("only layers are left out" in line for line in told)
+    assert chosen.ffn_width is None and [move["kind"] for move in chosen.moves] in (["layer"], ["heads"])
+    assert any("no MLP loses channels" in line for line in told)
 
 
 def test_a_size_that_no_cut_has_is_refused() -> None:
@@ -194,6 +199,7 @@ def test_a_plan_knows_the_size(recipe: Callable[[str], Path], tmp_path: Path) ->
         (f"weights: {'9' * 400}M", "such as 60M or 1.5B"),
         ("keep: [0, 1, 2, 3], fraction: 0.5", "student.keep"),
         ("weights: 60M, ffn_width: 32", "student.ffn_width"),
+        ("fraction: 0.5, kv_heads: 1", "student.kv_heads"),
         ("fraction: 0.5, rule: greedy", "student.rule"),
         ("repair: true", "how small the student is"),
         ("weights: 100", "the smallest cut"),

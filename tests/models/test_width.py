@@ -19,7 +19,8 @@ from potstill.build.resolve import resolve
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
-from potstill.models.pruning import channels_to_keep, cut, cut_config, ffn_width_of, kept_channels
+from potstill.models.matrix_inputs import most_important
+from potstill.models.pruning import cut, cut_config, ffn_width_of, kept_channels
 from potstill.types import Batch
 
 WIDTH, HIDDEN, NARROW = 64, 32, 40
@@ -208,7 +209,7 @@ def test_channels_that_add_nothing_are_dropped_first(tmp_path: Path) -> None:
 
 
 def test_of_equally_important_channels_the_first_are_kept() -> None:
-    assert channels_to_keep(torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0]), 4).tolist() == [0, 1, 2, 3]
+    assert most_important(torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0]), 4).tolist() == [0, 1, 2, 3]
 
 
 def test_a_width_that_is_impossible_is_refused(tmp_path: Path) -> None:

@@ -256,7 +256,10 @@ def test_the_card_s_numbers_are_those_of_the_receipt_and_what_was_not_measured_i
             assert f"| {receipt[when][name]:.4f} |" in card
     for sentence in ("HumanEval: not run.", "Other benchmarks: not run.", "95 % interval: not run"):
         assert sentence in card
-    assert "2 of 4 layers and 48 of 64 channels of each MLP of the teacher, cut out" in card
+    assert (
+        "2 of 4 layers, 48 of 64 channels of each MLP and 1 of 2 KV groups of each attention of the teacher, cut out"
+        in card
+    )
     assert f"{receipt['positions']:,}" in card and receipt["objective"] in card
     assert all(name in card for name in receipt["check"])
     data = ModelCard(card).data

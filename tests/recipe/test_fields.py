@@ -36,6 +36,7 @@ TRAINS_OTHERWISE = {
     "student.layers": "3",
     "student.rule": "even",
     "student.ffn_width": "48",
+    "student.kv_heads": "1",
     "student.repair": "false",
     "objective.divergence": "reverse_kl",
     "objective.kd_weight": "0.5",

@@ -186,6 +186,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "fraction": None,
             "rule": None,
             "ffn_width": None,
+            "kv_heads": None,
             "repair": None,
             "lora": None,
         },
@@ -289,6 +290,7 @@ CHANGES = {
     "student.layers": 3,
     "student.rule": "even",
     "student.ffn_width": 48,
+    "student.kv_heads": 1,
     "student.repair": False,
     "capture.rows": "steps",
     "capture.rows_per_batch": 2,
@@ -511,7 +513,7 @@ UNKNOWN = [
     (
         {"student": "{name: cut, model: x, layers: 2}"},
         "student.model: unknown key for cut; it is one of checkpoint and config."
-        " Known: ffn_width, fraction, keep, layers, lora, name, repair, rule, weights.",
+        " Known: ffn_width, fraction, keep, kv_heads, layers, lora, name, repair, rule, weights.",
     ),
     (
         {"zzz": "{steps: 1}"},

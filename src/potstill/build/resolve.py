@@ -21,7 +21,7 @@ from potstill.errors import UserError
 from potstill.io.cpu_matmul import ProductDtype, choose_product_dtype
 from potstill.models.hub import WITHOUT_WEIGHTS, hub_model, pinned, tokenizer_files
 from potstill.models.load import choose_device, num_weights, plain_config
-from potstill.models.pruning import cut_config, layers_to_keep
+from potstill.models.pruning import cut_config, layers_to_keep, require_heads
 from potstill.models.source import ModelFiles
 from potstill.recipe.fields import HubKind, with_sources
 from potstill.recipe.load import AnyStudent, Recipe
@@ -64,13 +64,13 @@ class StudentSource:
 
     @property
     def most_weights(self) -> int:
-        """Of a student whose layers and channels are chosen for a size."""
+        """Of a student whose layers, channels and heads are chosen for a size."""
         assert self.config.name == "cut"
         whole = num_weights(plain_config(self._layers_config))
         return self.config.weights or int((self.config.fraction or 1.0) * whole)
 
     def _layers_for_weights(self, total: int) -> int:
-        """As many as give so many weights: channels are chosen with the teacher's weights alone."""
+        """As many as give so many weights: channels and heads are chosen with the teacher's weights alone."""
         one, two = (num_weights(cut_config(self._layers_config, range(n), total)) for n in (1, min(2, total)))
         return min(max((self.most_weights - one) // max(two - one, 1) + 1, 1), total)
 
@@ -79,13 +79,17 @@ class StudentSource:
         """The student's Transformers config.
 
         Raises:
-            UserError: a student cut from a teacher without layers, or to a width that its config cannot have.
+            UserError: a student cut from a teacher without layers, or to a width or heads that its config cannot
+                have.
         """
         if self.files is not None:
             return plain_config(self.files.config)
         assert self.config.name == "cut"
         total = self._layers_config.get_text_config().num_hidden_layers
-        return cut_config(self._layers_config, self.layers_kept, total, self.config.ffn_width)
+        width, kv_heads = self.config.ffn_width, self.config.kv_heads
+        if kv_heads is not None:
+            require_heads(plain_config(self._layers_config), kv_heads)
+        return cut_config(self._layers_config, self.layers_kept, total, width, kv_heads)
 
     @property
     def checkpoints(self) -> list[ModelFiles]:

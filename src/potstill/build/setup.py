@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from potstill.build.corpus import make_corpus
+from potstill.build.repair import repaired
 from potstill.build.resolve import Resolved
 from potstill.build.rollouts import RolloutSetup, require_rollouts, set_up_rollouts, with_answers
 from potstill.build.vocabulary import Shared, match_vocabularies
@@ -31,13 +32,13 @@ from potstill.io.cpu_matmul import matmul_with, return_freed_memory
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body, require_compiler
+from potstill.models.heads import heads_of
 from potstill.models.hub import public_name
 from potstill.models.layer_harm import RULES, Harm, calibration, choose_layers
 from potstill.models.load import DTYPES, longest_row
 from potstill.models.lora import LoraLM, require_peft
-from potstill.models.pruning import cut, ffn_width_of, kept_channels, stack_of
-from potstill.models.refit import refit_channels, set_weights
-from potstill.models.repair import NO_GAP, Repair, fold_gaps
+from potstill.models.pruning import cut, ffn_width_of, kept_channels, kept_groups, stack_of
+from potstill.models.repair import Repair
 from potstill.models.sizing import choose_size
 from potstill.models.source import ModelFiles
 from potstill.models.student import Student, from_checkpoint, from_config
@@ -51,16 +52,11 @@ from potstill.training.rollouts import Rollouts
 from potstill.types import Batch, Data, Divergence, Rows, Teacher
 
 CALIBRATION_ROWS = 8
-"""Training rows on which the channels of an MLP are ranked."""
+"""Training rows on which the channels of an MLP and the heads of an attention are ranked."""
 LAYER_ROWS = 4
 """Training rows on which layers are left out."""
 ROWS_LOOKED_AT = 1000
 """To find these among: behind long prompts a row may bear no loss where it is read."""
-REPAIR_ROWS = 16
-"""Training rows to which a cut student is fitted; behind them, as many as `JUDGE_ROWS` say whether that was good."""
-JUDGE_ROWS = 4
-BATCH_ROWS = 4
-"""Of these, read at once."""
 T = TypeVar("T")
 Note = Callable[[str], None]
 """Reports one line about what was built."""
@@ -193,7 +189,9 @@ def _set_up_student(
     model, origin, harm = made.model, made.origin, made.harm
     if recipe.student.name == "cut":  # from now on the recipe names what was chosen
         chosen = (
-            recipe.student if made.keep is None else recipe.student.with_layers(made.keep, made.ffn_width)
+            recipe.student
+            if made.keep is None
+            else recipe.student.with_layers(made.keep, made.ffn_width, made.kv_heads)
         )
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(chosen, repair=chosen.is_repaired))
         resolved = resolved.with_recipe(recipe)
@@ -331,6 +329,8 @@ class NewStudent:
     """The layers that a measurement chose."""
     ffn_width: int | None = None
     """Channels of each MLP; None: all."""
+    kv_heads: int | None = None
+    """KV groups of each attention; None: all."""
     harm: Harm | None = None
     repair: Repair | None = None
 
@@ -371,31 +371,47 @@ def make_student(
         harm = agreed(_sized(uncut, source.most_weights, rows, ranked_on, note))
     elif config.is_measured and config.layers != total:
         harm = agreed(_measured(uncut, config, rows, note))
-    width = harm.ffn_width if harm is not None and config.is_sized else config.ffn_width
+    inside = harm if harm is not None and config.is_sized else config
+    width, kv_heads = inside.ffn_width, inside.kv_heads
     try:
         keep = source.layers_kept if harm is None else harm.keep
-        channels = kept_channels(uncut, keep, width, ranked_on)
-        model = cut(uncut, keep, width, channels=channels)
+        model, channels, groups = _cut(uncut, keep, width, kv_heads, ranked_on)
     except UserError as error:
         if harm is None or config.rule is not None or config.is_sized:
             raise
         note(f"student: not these layers, but those of first_last: {one_line(error)}")
         harm, keep = None, source.layers_kept
-        channels = kept_channels(uncut, keep, width, ranked_on)
-        model = cut(uncut, keep, width, channels=channels)
+        model, channels, groups = _cut(uncut, keep, width, kv_heads, ranked_on)
     if config.weights is not None or config.fraction is not None:
         _require_size(model, config, source.most_weights)
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
     if width is not None:
         origin |= {"ffn_width": width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
+    if kv_heads is not None:
+        origin |= {"kv_heads": kv_heads, "of_kv_heads": heads_of(uncut.hf.config).kv_heads}
     chosen = keep if config.is_measured else None
+    made = NewStudent(model, origin, chosen, width, kv_heads, harm)
     if not config.is_repaired:
-        return NewStudent(model, origin, chosen, width, harm)
+        return made
     if repair is None:
-        repair = agreed(_repaired(uncut, model, keep, channels, rows, note))
+        repair = agreed(repaired(uncut, model, keep, channels, groups, rows, note))
     repair.apply(model)
-    return NewStudent(model, origin | {"repair": repair.as_dict()}, chosen, width, harm, repair)
+    return dataclasses.replace(made, origin=origin | {"repair": repair.as_dict()}, repair=repair)
+
+
+def _cut(
+    uncut: CausalLM,
+    keep: Sequence[int],
+    width: int | None,
+    kv_heads: int | None,
+    ranked_on: Sequence[Batch],
+) -> tuple[CausalLM, Mapping[int, Tensor], Mapping[int, Tensor]]:
+    """The student, and which channels and KV groups it keeps, by the teacher's layer; empty: all."""
+    channels = kept_channels(uncut, keep, width, ranked_on)
+    groups = kept_groups(uncut, keep, kv_heads, ranked_on)
+    model = cut(uncut, keep, width, channels=channels, kv_heads=kv_heads, groups=groups)
+    return model, channels, groups
 
 
 def _require_size(model: CausalLM, config: CutStudentConfig, most: int) -> None:
@@ -417,10 +433,13 @@ def _compared_on(rows: Rows) -> list[Batch]:
 
 
 def _sized(uncut: CausalLM, most: int, rows: Rows, ranked_on: Sequence[Batch], note: Note) -> Harm:
-    """Layers and channels for a number of weights."""
+    """Layers, channels and heads for a number of weights."""
     harm = choose_size(uncut, _compared_on(rows), ranked_on, most, note)
     width = "all channels" if harm.ffn_width is None else f"{harm.ffn_width} channels of each MLP"
-    note(f"student: layers {sorted(harm.left_out)} are left out, {width} kept, KL {harm.kl:.3f} to the whole")
+    heads = "all heads" if harm.kv_heads is None else f"{harm.kv_heads} KV groups of each attention"
+    note(
+        f"student: layers {sorted(harm.left_out)} are left out, {width} and {heads} kept, KL {harm.kl:.3f} to the whole"
+    )
     return harm
 
 
@@ -439,39 +458,6 @@ def _measured(uncut: CausalLM, config: CutStudentConfig, rows: Rows, note: Note)
     return harm
 
 
-def _repaired(
-    uncut: CausalLM,
-    student: CausalLM,
-    keep: Sequence[int],
-    channels: Mapping[int, Tensor],
-    rows: Rows,
-    note: Note,
-) -> Repair:
-    """What layers and channels that were left out did, made up for by what was kept."""
-    student.rows_are_packed = uncut.rows_are_packed
-    count = min(REPAIR_ROWS + JUDGE_ROWS, len(rows))
-    judges = min(JUDGE_ROWS, count // 2)
-    fitted, judged = (
-        [rows.batch([*part[at : at + BATCH_ROWS]]) for at in range(0, len(part), BATCH_ROWS)]
-        for part in (range(count - judges), range(count - judges, count))
-    )
-    stack = stack_of(uncut)[0].removesuffix(".")
-    refit, refitted = None, dict[str, Tensor]()
-    if channels and any(len(batch.positions_N) for batch in judged):
-        refit, refitted = refit_channels(uncut, student, stack, channels, fitted, judged)
-        what = "are left as they are" if refit.ridge is None else "make up for the others"
-        note(f"student: the channels that were kept {what}: KL {refit.kl_before:.3f} -> {refit.kl_after:.3f}")
-    before = {name: student.hf.get_parameter(name).detach().clone() for name in refitted}
-    set_weights(student, refitted)  # gaps are folded behind it
-    try:
-        repair = fold_gaps(uncut, student, stack, keep, fitted, judged, note)
-    finally:
-        set_weights(student, before)  # the first rank's choice is that of all
-    if repair.why_not is not None and not (channels and repair.why_not == NO_GAP):
-        note(f"student: repair: nothing is folded: {repair.why_not}")
-    return dataclasses.replace(repair, weights=refitted | repair.weights, refit=refit)
-
-
 def dtype_of(source: str) -> str | None:
     """Of the files of the model that a student is cut from; None where it has none on this machine."""
     try:
@@ -488,6 +474,8 @@ def base_of(origin: Mapping[str, Any]) -> tuple[str, str | None]:
     kept = f"layers {', '.join(map(str, origin['layers_kept']))}"
     if "ffn_width" in origin:
         kept += f" with {origin['ffn_width']} of {origin['of_ffn_width']} channels"
+    if "kv_heads" in origin:
+        kept += f" with {origin['kv_heads']} of {origin['of_kv_heads']} KV groups"
     if "repair" in origin and Repair.of(origin["repair"], {}).has_changed:
         kept += " and repaired"
     return f"{public_name(origin['from'])[0]} cut to {kept}", None

@@ -60,7 +60,9 @@ class Harm:
     kl: float
     """Of the model without all of them."""
     ffn_width: int | None = None
-    """Channels of each MLP that are kept, where these were chosen, too."""
+    """Channels of each MLP that are kept, where these were chosen, too; None: all."""
+    kv_heads: int | None = None
+    """The same, of the KV groups of each attention."""
     moves: list[dict[str, Any]] = field(default_factory=list)
     """How a size was reached: see `models.sizing`."""
 
@@ -217,10 +219,12 @@ class Without:
         self._batches = [calibration(batch).to(model.device) for batch in batches]
         self.positions = sum(len(batch.positions_N) for batch in self._batches)
         self.known: dict[str, float] = {}
-        """KL by the layers that are out: their numbers, rising, with a space between; and the width of the MLPs."""
-        self.narrow: Callable[[int], contextlib.AbstractContextManager[None]] | None = None
-        """Inside what it returns, every MLP has so many channels."""
-        self.ranking = ""
+        """KL by the layers that are out: their numbers, rising, with a space between; and what of the others is."""
+        self.narrow: Callable[[int | None, int | None], contextlib.AbstractContextManager[None]] = (
+            lambda ffn_width, kv_heads: contextlib.nullcontext()
+        )
+        """Inside what it returns, every MLP has so many channels, and every attention so many KV groups; None: all."""
+        self.channels_ranking = self.groups_ranking = ""
         """Which ones, as a hash."""
 
     def sha256(self) -> str:
@@ -231,18 +235,18 @@ class Without:
                 digest.update(f"{list(tensor.shape)} {tensor.tolist()}".encode())
         return digest.hexdigest()
 
-    def kl(self, out: Sequence[int], ffn_width: int | None = None) -> float:
+    def kl(self, out: Sequence[int], ffn_width: int | None = None, kv_heads: int | None = None) -> float:
         """Nats per position, from the whole model to the one without the layers `out`, and with so many channels of
-        each MLP; None: all.
+        each MLP and KV groups of each attention; None: all.
 
         Raises:
             UserError: it is not finite.
         """
-        name = " ".join(map(str, sorted(out))) + (
-            "" if ffn_width is None else f" of {ffn_width} {self.ranking}"
-        )
+        name = " ".join(map(str, sorted(out)))
+        name += "" if ffn_width is None else f" of {ffn_width} {self.channels_ranking}"
+        name += "" if kv_heads is None else f" with {kv_heads} {self.groups_ranking}"
         if name not in self.known:
-            self.known[name] = self._measured(out, ffn_width)
+            self.known[name] = self._measured(out, ffn_width, kv_heads)
         return self.known[name]
 
     @functools.cached_property
@@ -250,13 +254,15 @@ class Without:
         return [self._observed(batch) for batch in self._batches]
 
     @torch.no_grad()
-    def _measured(self, out: Sequence[int], ffn_width: int | None) -> float:
+    def _measured(self, out: Sequence[int], ffn_width: int | None, kv_heads: int | None) -> float:
         total = 0.0
-        # Of narrow MLPs the lowest gives something else already.
-        first = min(out) if ffn_width is None else -1
+        # Of narrow layers the lowest gives something else already.
+        first = min(out) if ffn_width is None and kv_heads is None else -1
         for batch, (whole_logp_NV, inputs, other) in zip(self._batches, self._whole, strict=True):
-            narrowed = self.narrow(ffn_width) if ffn_width and self.narrow else contextlib.nullcontext()
-            with narrowed, skipping(self.layers, first, inputs[first], other, set(out)):
+            with (
+                self.narrow(ffn_width, kv_heads),
+                skipping(self.layers, first, inputs[first], other, set(out)),
+            ):
                 total += summed_kl(self.model, batch, whole_logp_NV)
         if not total < float("inf"):
             raise UserError(

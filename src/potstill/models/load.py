@@ -175,10 +175,11 @@ def num_weights(config: Any) -> int:
     Raises:
         Exception: whatever Transformers raises over a config that fits no causal LM.
     """
-    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
+    return sum(parameter.numel() for parameter in on_meta(config).parameters())
 
 
-def _on_meta(config: Any) -> Any:
+def on_meta(config: Any) -> Any:
+    """A model of this config without numbers; see `num_weights`."""
     with quiet_transformers(), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -355,7 +356,7 @@ def _require_same_size(path: Path, config: Any) -> None:
         return  # its files pack several weights into one number
     available = sum(math.prod(shape) for shape in tensor_shapes(path).values())
     try:
-        hf = _on_meta(config)
+        hf = on_meta(config)
     except Exception as error:  # Transformers raises anything over a config that fits no causal LM
         raise UserError(f"{path}: {no_model_of(config, error)}") from error
     described = sum(parameter.numel() for parameter in hf.parameters())

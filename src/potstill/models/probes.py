@@ -65,7 +65,7 @@ def require_same_cut(
     Args:
         stack: name of the list of layers.
         keep: numbers of the teacher's layers, in the student's order.
-        narrow: by layer, what removes from a copy of it the channels that were cut.
+        narrow: by layer, what removes from a copy of it the channels and heads that were cut.
 
     Raises:
         UserError: with the first layer that differs, and by how much of what it adds.

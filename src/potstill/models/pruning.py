@@ -1,4 +1,5 @@
-"""Cut a student out of its teacher: keep some of its layers, some channels of their MLPs, and all else.
+"""Cut a student out of its teacher: keep some of its layers, some channels of their MLPs, some of their attention
+heads, and all else.
 
 Which layers are kept matters more than how many. Right after the cut, the 30-layer SmolLM2-135M has a
 held-out CE of 9.1 nats with its first 8 and last 7 layers and of 13.7 to 14.6 with every second one, where
@@ -9,18 +10,19 @@ spared: hence `first_last`. `models.layer_harm` measures which. Which channels a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM
-from potstill.models.load import plain_config
+from potstill.models.heads import attention_of, group_importance, heads_of, require_honoured, set_heads
+from potstill.models.load import on_meta, plain_config
+from potstill.models.matrix_inputs import by_output, most_important, summed_inputs
 from potstill.models.probes import require_same_cut
 from potstill.types import Batch
 
@@ -76,11 +78,6 @@ def ffn_width_of(config: Any) -> int:
     return width
 
 
-def channels_to_keep(importance_C: Tensor, count: int) -> Tensor:
-    """Numbers of the `count` most important channels, rising; ties go to the first."""
-    return importance_C.sort(descending=True, stable=True).indices[:count].sort().values
-
-
 def kept_channels(
     teacher: CausalLM, keep: Sequence[int], ffn_width: int | None, batches: Sequence[Batch]
 ) -> dict[int, Tensor]:
@@ -95,7 +92,24 @@ def kept_channels(
     prefix, state = stack_of(teacher)[0], dict(teacher.hf.state_dict())
     outs = {number: matrix_out(state, f"{prefix}{number}.mlp") for number in keep}
     importance = ffn_importance(teacher, {*outs.values()}, batches)
-    return {number: channels_to_keep(importance[out], ffn_width) for number, out in outs.items()}
+    return {number: most_important(importance[out], ffn_width) for number, out in outs.items()}
+
+
+def kept_groups(
+    teacher: CausalLM, keep: Sequence[int], kv_heads: int | None, batches: Sequence[Batch]
+) -> dict[int, Tensor]:
+    """groups_G of each of these layers: its `kv_heads` KV groups of most importance on the batches, rising. Empty where
+    all are kept.
+
+    Raises:
+        UserError: an attention that is not in `models.heads.ATTENTIONS`.
+    """
+    if kv_heads is None or kv_heads >= (heads := heads_of(teacher.hf.config)).kv_heads:
+        return {}
+    prefix, state = stack_of(teacher)[0], dict(teacher.hf.state_dict())
+    outs = {number: attention_of(state, f"{prefix}{number}", heads).out for number in keep}
+    importance = group_importance(teacher, {*outs.values()}, heads, batches)
+    return {number: most_important(importance[out], kv_heads) for number, out in outs.items()}
 
 
 def cut(
@@ -104,6 +118,8 @@ def cut(
     ffn_width: int | None = None,
     batches: Sequence[Batch] = (),
     channels: Mapping[int, Tensor] | None = None,
+    kv_heads: int | None = None,
+    groups: Mapping[int, Tensor] | None = None,
 ) -> CausalLM:
     """A float32 student with some of its teacher's layers; every tensor is a copy, and ties are kept.
 
@@ -111,10 +127,13 @@ def cut(
         keep: numbers of the layers to keep, rising.
         ffn_width: channels of each MLP to keep, those of most importance on the batches; None: all.
         channels: which they are, of each layer; None: by `kept_channels`.
+        kv_heads: KV groups of each attention to keep, those of most importance on the batches; None: all.
+        groups: which they are, of each layer; None: by `kept_groups`.
 
     Raises:
         UserError: layers that the teacher does not have, duplicates or another order, an architecture without
-            one stack of layers, more channels than there are, or an MLP that is not in `MLPS`.
+            one stack of layers, more channels or KV groups than there are, or an MLP or an attention that is not
+            known here.
     """
     prefix, total = stack_of(teacher)
     if list(keep) != sorted(set(keep)) or not keep or not (keep[0] >= 0 and keep[-1] < total):
@@ -124,20 +143,26 @@ def cut(
         )
     try:
         hf = transformers.AutoModelForCausalLM.from_config(
-            cut_config(teacher.hf.config, keep, total, ffn_width),
+            cut_config(teacher.hf.config, keep, total, ffn_width, kv_heads),
             dtype=torch.float32,
             trust_remote_code=False,
         )
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         raise _uncuttable(teacher, keep, error) from error
-    state, narrow = dict(teacher.hf.state_dict()), {}
     if channels is None:
         channels = kept_channels(teacher, keep, ffn_width, batches)
-    for number, keep_K in channels.items():
-        place = f"{prefix}{number}.mlp"
-        into, out = mlp_of(state, place)
-        state |= _narrowed(teacher.hf, state, place, into, out, keep_K)
-        narrow[number] = partial(_without, f"mlp.{out}", keep_K)
+    if groups is None:
+        groups = kept_groups(teacher, keep, kv_heads, batches)
+    if groups:
+        require_honoured(hf, prefix, range(len(keep)))
+    state = dict(teacher.hf.state_dict())
+    columns: dict[int, dict[str, Tensor]] = {number: {} for number in keep}
+    for each in (
+        *_narrow_mlps(teacher, state, prefix, channels),
+        *_narrow_attentions(teacher, state, prefix, groups),
+    ):
+        state |= _narrowed(teacher.hf, state, each)
+        columns[each.number][each.out.removeprefix(f"{prefix}{each.number}.")] = each.keep_K
     kept = {}
     for name, tensor in state.items():
         if name.startswith(prefix):
@@ -154,6 +179,7 @@ def cut(
     hf.generation_config = teacher.hf.generation_config
     student = CausalLM(hf.to(teacher.device), name="student")
     student.probe()
+    narrow = {number: partial(_without, of) for number, of in columns.items()}
     require_same_cut(teacher, student, prefix.removesuffix("."), keep, narrow)
     return student
 
@@ -165,11 +191,17 @@ def _uncuttable(teacher: CausalLM, keep: Sequence[int], error: Exception) -> Use
     )
 
 
-def cut_config(config: Any, keep: Sequence[int], total: int, ffn_width: int | None = None) -> Any:
-    """The config with fewer layers and channels; lists with an entry per layer lose the same entries.
+def cut_config(
+    config: Any,
+    keep: Sequence[int],
+    total: int,
+    ffn_width: int | None = None,
+    kv_heads: int | None = None,
+) -> Any:
+    """The config with fewer layers, channels and heads; lists with an entry per layer lose the same entries.
 
     Raises:
-        UserError: more channels than there are, or a config that does not say how many there are.
+        UserError: more channels or heads than there are, or a config that does not say how many there are.
     """
     config = plain_config(config)
     text = config.get_text_config()
@@ -197,7 +229,7 @@ def cut_config(config: Any, keep: Sequence[int], total: int, ffn_width: int | No
                 f" Give 1 to {teacher_width}."
             )
         setattr(text, _width_field(text), ffn_width)
-    return config
+    return config if kv_heads is None else set_heads(config, kv_heads)
 
 
 def _width_field(text: Any) -> str:
@@ -259,59 +291,65 @@ def ffn_importance(teacher: CausalLM, outs: set[str], batches: Sequence[Batch]) 
     }
 
 
-def summed_inputs(
-    teacher: CausalLM,
-    modules: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
-    of: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """Sum over the batches of `of(input_NC)`, where input_NC is a module's input at the batch's positions."""
-    sums: dict[str, Tensor] = {}
+class _Narrow(NamedTuple):
+    """What is kept of the inputs of one matrix, and of what makes them."""
 
-    def add(name: str, positions_N: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sums[name] = sums.get(name, 0.0) + of(inputs[0].flatten(0, 1)[positions_N])
-
-    for batch in batches:
-        batch = batch.to(teacher.device)
-        hooks = [
-            module.register_forward_pre_hook(partial(add, name, batch.positions_N))
-            for name, module in modules.items()
-        ]
-        teacher.hidden(batch.input_ids_BT, batch.position_ids_BT)
-        for hook in hooks:
-            hook.remove()
-    return sums
+    number: int
+    """The teacher's layer."""
+    out: str
+    """Name of the matrix that reads them."""
+    keep_K: Tensor
+    """Their numbers: columns of that matrix."""
+    rows: dict[str, Tensor]
+    """By the names of the matrices that make them: numbers of their rows."""
 
 
-def by_output(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight with a row for each output, and back: GPT-2's `Conv1D` stores it transposed."""
-    return weight.T if isinstance(module, Conv1D) else weight
+def _narrow_mlps(
+    teacher: CausalLM, state: dict[str, Tensor], prefix: str, channels: Mapping[int, Tensor]
+) -> Iterator[_Narrow]:
+    for number, keep_K in channels.items():
+        mlp = f"{prefix}{number}.mlp"
+        into, out = mlp_of(state, mlp)[0], matrix_out(state, mlp)
+        matrix = partial(by_output, teacher.hf.get_submodule(out))
+        width = matrix(state[f"{out}.weight"]).shape[1]
+        rows = {}
+        for name in (f"{mlp}.{name}" for name in into):
+            # One matrix of gate and up has the two rows of a channel C apart.
+            starts = range(0, len(matrix(state[f"{name}.weight"])), width)
+            rows[name] = torch.cat([keep_K + first for first in starts])
+        yield _Narrow(number, out, keep_K, rows)
 
 
-def _narrowed(
-    hf: Any, state: dict[str, Tensor], place: str, into: tuple[str, ...], out: str, keep_K: Tensor
-) -> dict[str, Tensor]:
-    """The tensors of the MLP at `place` with the channels `keep_K` alone."""
-    matrix = partial(by_output, hf.get_submodule(f"{place}.{out}"))
-    out_DC = matrix(state[f"{place}.{out}.weight"])
-    narrowed = {f"{place}.{out}.weight": matrix(out_DC[:, keep_K])}
-    for name in (f"{place}.{name}" for name in into):
-        rows_RD = matrix(state[f"{name}.weight"])
-        # One matrix of gate and up has the two rows of a channel C apart.
-        keep_R = torch.cat([keep_K + first for first in range(0, len(rows_RD), out_DC.shape[1])])
-        narrowed[f"{name}.weight"] = matrix(rows_RD[keep_R])
+def _narrow_attentions(
+    teacher: CausalLM, state: dict[str, Tensor], prefix: str, groups: Mapping[int, Tensor]
+) -> Iterator[_Narrow]:
+    for number, groups_G in groups.items():
+        heads = heads_of(teacher.hf.config)
+        attention = attention_of(state, f"{prefix}{number}", heads)
+        rows = heads.rows(groups_G)
+        into = {name: rows[name.rpartition(".")[2]] for name in attention.into}
+        yield _Narrow(number, attention.out, heads.columns(groups_G), into)
+
+
+def _narrowed(hf: Any, state: dict[str, Tensor], narrow: _Narrow) -> dict[str, Tensor]:
+    """The tensors around the inputs that are kept."""
+    matrix = partial(by_output, hf.get_submodule(narrow.out))
+    narrowed = {f"{narrow.out}.weight": matrix(matrix(state[f"{narrow.out}.weight"])[:, narrow.keep_K])}
+    for name, keep_R in narrow.rows.items():
+        narrowed[f"{name}.weight"] = matrix(matrix(state[f"{name}.weight"])[keep_R])
         if f"{name}.bias" in state:
             narrowed[f"{name}.bias"] = state[f"{name}.bias"][keep_R]
     return narrowed
 
 
-def _without(out: str, keep_K: Tensor, layer: nn.Module) -> None:
-    """Set the weights out of all channels of a layer's MLP but `keep_K` to zero: what is left is the narrowed one."""
-    matrix: Any = layer.get_submodule(out)
-    weight_DC = by_output(matrix, matrix.weight)
-    dropped_C = torch.ones(weight_DC.shape[1], dtype=torch.bool, device=weight_DC.device)
-    dropped_C[keep_K] = False
-    weight_DC[:, dropped_C] = 0
+def _without(columns: Mapping[str, Tensor], layer: nn.Module) -> None:
+    """Set the weights out of all channels and heads of a layer but these to zero: what is left is the narrowed one."""
+    for out, keep_K in columns.items():
+        matrix: Any = layer.get_submodule(out)
+        weight_DC = by_output(matrix, matrix.weight)
+        dropped_C = torch.ones(weight_DC.shape[1], dtype=torch.bool, device=weight_DC.device)
+        dropped_C[keep_K] = False
+        weight_DC[:, dropped_C] = 0
 
 
 @torch.no_grad()
@@ -327,18 +365,36 @@ def _rescale_queries(hf: Any, keep: Sequence[int]) -> None:
         queries.bias[: hf.config.hidden_size] *= (now + 1) / (before + 1)
 
 
+def require_heads(config: Any, kv_heads: int) -> None:
+    """UserError for a config whose models cannot have so many KV groups; see `heads.require_honoured`."""
+    total = config.get_text_config().num_hidden_layers
+    narrow = cut_config(config, range(total), total, None, kv_heads)
+    try:
+        hf = on_meta(narrow)
+    except Exception as error:  # what Transformers raises over a config that fits no model
+        raise UserError(
+            f"student.kv_heads: Transformers builds no {narrow.model_type} of {kv_heads} key/value heads:"
+            f" {one_line(error)} Leave kv_heads out."
+        ) from error
+    require_honoured(hf, _stack(hf)[0], range(total))
+
+
 def stack_of(model: CausalLM) -> tuple[str, int]:
     """Prefix of the layers in the state dict, as `model.layers.`, and how many there are."""
-    total = model.hf.config.get_text_config().num_hidden_layers
+    return _stack(model.hf)
+
+
+def _stack(hf: Any) -> tuple[str, int]:
+    total = hf.config.get_text_config().num_hidden_layers
     stacks = [
         name
-        for name, module in model.hf.named_modules()
+        for name, module in hf.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == total
     ]
     outermost = [name for name in stacks if not any(name.startswith(f"{other}.") for other in stacks)]
     if len(outermost) != 1:
         raise UserError(
-            f"student cut: {type(model.hf).__name__} has {len(outermost)} stacks of {total} layers, not one."
+            f"student cut: {type(hf).__name__} has {len(outermost)} stacks of {total} layers, not one."
             " Give the student as a checkpoint or a config."
         )
     return f"{outermost[0]}.", total

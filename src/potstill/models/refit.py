@@ -1,13 +1,14 @@
-"""What channels of an MLP that were left out gave, made up for by the kept ones: least squares, before training.
+"""What channels of an MLP and attention heads that were left out gave, made up for by the kept ones: least squares,
+before training.
 
-Of a layer, m_n are the activations before the matrix W out of its MLP, K the channels that are kept, h_n the stream
+Of a layer, m_n are the inputs of the matrix W out of its MLP or of its attention, K those that are kept, h_n the stream
 behind the layer. The student's matrix becomes
 
     argmin over V of  sum_n |W m_n - V m_n[K]|^2 / |h_n|^2  +  ridge |V - W[:, K]|^2
 
 on the teacher's own activations, for all layers, in closed form from sums of K x K numbers: activations of channels go
-together, so that the kept ones know much of the others. A position counts by 1 / |h_n|^2, as in `models.repair`. It is
-kept where it lowers KL(teacher || student) on rows that it was not fitted on.
+together, so that the kept ones know much of the others; what heads give does, too. A position counts by 1 / |h_n|^2, as
+in `models.repair`. It is kept where it lowers KL(teacher || student) on rows that it was not fitted on.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 from potstill.models.causal_lm import CausalLM
+from potstill.models.heads import attention_of, heads_of
 from potstill.models.layer_harm import calibration, summed_kl, whole_logp_NV
+from potstill.models.matrix_inputs import by_output
 from potstill.models.probes import hidden_of
-from potstill.models.pruning import by_output, ffn_width_of, matrix_out
+from potstill.models.pruning import matrix_out
 from potstill.types import Batch
 
 RIDGES = (0.1, 1.0)
@@ -33,7 +36,7 @@ SUMS_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Refit:
-    """What was done about the channels that were left out of all layers."""
+    """What was done about the channels, or the heads, that were left out of all layers."""
 
     kl_before: float
     """KL(teacher || student) on the rows that judge, nats per position."""
@@ -42,7 +45,6 @@ class Refit:
     """None: none lowers the KL, so that the weights are as they were."""
 
 
-@torch.no_grad()
 def refit_channels(
     teacher: CausalLM,
     student: CausalLM,
@@ -51,7 +53,7 @@ def refit_channels(
     fitted: Sequence[Batch],
     judged: Sequence[Batch],
 ) -> tuple[Refit, dict[str, Tensor]]:
-    """Fit a student that was just cut; it is left as it was.
+    """Fit the MLPs of a student that was just cut; it is left as it was.
 
     Args:
         stack: name of the list of layers, in both.
@@ -62,17 +64,71 @@ def refit_channels(
     Returns:
         What is won, and the matrices that it takes, by their names in the student, float32 on the CPU.
     """
+    states = dict(teacher.hf.state_dict()), student.state()
+    outs = []
+    for place, (n, keep_K) in enumerate(channels.items()):
+        whole, narrow = (
+            matrix_out(state, f"{stack}.{at}.mlp") for state, at in zip(states, (n, place), strict=True)
+        )
+        outs.append(_Out(f"{stack}.{n}", whole, narrow, keep_K))
+    return _refit(teacher, student, outs, fitted, judged)
+
+
+def refit_heads(
+    teacher: CausalLM,
+    student: CausalLM,
+    stack: str,
+    groups: Mapping[int, Tensor],
+    fitted: Sequence[Batch],
+    judged: Sequence[Batch],
+) -> tuple[Refit, dict[str, Tensor]]:
+    """As `refit_channels`, for the matrices out of the attentions.
+
+    Args:
+        groups: groups_G of each layer that the student has, by the teacher's number, rising.
+    """
+    states = dict(teacher.hf.state_dict()), student.state()
+    heads = [heads_of(model.hf.config) for model in (teacher, student)]
+    outs = []
+    for place, (n, groups_G) in enumerate(groups.items()):
+        whole, narrow = (
+            attention_of(state, f"{stack}.{at}", its).out
+            for state, its, at in zip(states, heads, (n, place), strict=True)
+        )
+        outs.append(_Out(f"{stack}.{n}", whole, narrow, heads[0].columns(groups_G)))
+    return _refit(teacher, student, outs, fitted, judged)
+
+
+@dataclass(frozen=True)
+class _Out:
+    """A matrix of which inputs were left out."""
+
+    layer: str
+    """Name of the teacher's layer that has it."""
+    teacher: str
+    student: str
+    """Its name in both."""
+    keep_K: Tensor
+    """Numbers of the inputs that are kept."""
+
+
+@torch.no_grad()
+def _refit(
+    teacher: CausalLM,
+    student: CausalLM,
+    outs: Sequence[_Out],
+    fitted: Sequence[Batch],
+    judged: Sequence[Batch],
+) -> tuple[Refit, dict[str, Tensor]]:
     fitted, judged = ([calibration(batch).to(student.device) for batch in part] for part in (fitted, judged))
     judge = [(batch, whole_logp_NV(teacher, batch)) for batch in judged]
-    state = student.state()
-    names = {n: f"{matrix_out(state, f'{stack}.{place}.mlp')}.weight" for place, n in enumerate(channels)}
-    before = {name: student.hf.get_parameter(name).detach().clone() for name in names.values()}
+    names = [f"{out.student}.weight" for out in outs]
+    before = {name: student.hf.get_parameter(name).detach().clone() for name in names}
     was_training = student.hf.training
     student.hf.eval()
     fits: dict[float, dict[str, Tensor]] = {ridge: {} for ridge in RIDGES}
-    for number, sums in _sums(teacher, stack, channels, fitted):
-        name = names[number]
-        module = student.hf.get_submodule(name.removesuffix(".weight"))
+    for out, sums in _sums(teacher, outs, fitted):
+        name, module = f"{out.student}.weight", student.hf.get_submodule(out.student)
         for ridge, change_DK in _changes(sums):
             fits[ridge][name] = (before[name] + by_output(module, change_DK).to(before[name])).cpu()
     try:
@@ -101,36 +157,34 @@ def _kl(student: CausalLM, judge: Sequence[tuple[Batch, Tensor]]) -> float:
 
 
 def _sums(
-    teacher: CausalLM, stack: str, channels: Mapping[int, Tensor], batches: Sequence[Batch]
-) -> Iterator[tuple[int, _LayerSums]]:
-    """Of each layer, over the tokens of all batches."""
-    layers: Any = teacher.hf.get_submodule(stack)
-    state = dict(teacher.hf.state_dict())
-    matrices = {n: teacher.hf.get_submodule(matrix_out(state, f"{stack}.{n}.mlp")) for n in channels}
-    width = teacher.head.weight_VD.shape[1]
-    # The kept activations with each other, what they have to do with the stream, and the columns of the others.
-    kept = max(map(len, channels.values()))
-    largest = 8 * (kept * (kept + width) + width * (ffn_width_of(teacher.hf.config) - kept))
-    at_once, numbers = max(SUMS_BYTES // largest, 1), [*channels]
-    for first in range(0, len(numbers), at_once):
-        part = {n: _LayerSums(matrices[n], layers[n], channels[n]) for n in numbers[first : first + at_once]}
+    teacher: CausalLM, outs: Sequence[_Out], batches: Sequence[Batch]
+) -> Iterator[tuple[_Out, _LayerSums]]:
+    """Of each matrix, over the tokens of all batches."""
+    # The kept inputs with each other, what they have to do with the stream, and the columns of the others.
+    matrix: Any = teacher.hf.get_submodule(outs[0].teacher)
+    (D, C), K = by_output(matrix, matrix.weight).shape, len(outs[0].keep_K)
+    at_once = max(SUMS_BYTES // (8 * (K * (K + D) + D * (C - K))), 1)
+    for first in range(0, len(outs), at_once):
+        part = [(out, _LayerSums(teacher, out)) for out in outs[first : first + at_once]]
         try:
             for batch in batches:
-                for each in part.values():
+                for _, each in part:
                     each.is_token_N = tokens_BT(batch).flatten()
                 teacher.hidden(batch.input_ids_BT, batch.position_ids_BT)
         finally:
-            for each in part.values():
+            for _, each in part:
                 each.remove()
-        yield from part.items()
+        yield from part
 
 
 class _LayerSums:
-    """Of one layer of the teacher: inner_KK of the kept activations, outer_KD of them and of what the others give, both
-    in float64. Its hooks add the tokens of each forward.
+    """Of one matrix of the teacher: inner_KK of the kept inputs, outer_KD of them and of what the others give, both in
+    float64. Its hooks add the tokens of each forward.
     """
 
-    def __init__(self, matrix: Any, layer: Any, keep_K: Tensor) -> None:
+    def __init__(self, teacher: CausalLM, out: _Out) -> None:
+        matrix: Any = teacher.hf.get_submodule(out.teacher)
+        layer, keep_K = teacher.hf.get_submodule(out.layer), out.keep_K
         weight_DC = by_output(matrix, matrix.weight).double()
         D, C = weight_DC.shape
         device = weight_DC.device
@@ -161,9 +215,9 @@ class _LayerSums:
 
 
 def _changes(sums: _LayerSums) -> Iterator[tuple[float, Tensor]]:
-    """What each ridge adds to the matrix of the kept channels, float32."""
+    """What each ridge adds to the matrix of the kept inputs, float32."""
     scale = sums.inner_KK.diagonal().mean()
-    if not scale > 0:  # this MLP does nothing
+    if not scale > 0:  # this part does nothing
         return
     for ridge in RIDGES:
         ridged_KK = sums.inner_KK.clone()

@@ -28,8 +28,9 @@ from torch import Tensor
 from potstill.errors import UserError
 from potstill.models.causal_lm import CausalLM
 from potstill.models.layer_harm import calibration, summed_kl, whole_logp_NV
+from potstill.models.matrix_inputs import by_output
 from potstill.models.probes import hidden_of
-from potstill.models.pruning import by_output, matrix_out
+from potstill.models.pruning import matrix_out
 from potstill.models.refit import Refit, tokens_BT
 from potstill.models.skipping import beside, skipping
 from potstill.types import Batch
@@ -70,11 +71,13 @@ class Repair:
     """Why no gap was tried."""
     refit: Refit | None = None
     """What was done about channels that were left out; None where none were."""
+    refit_heads: Refit | None = None
+    """The same, of attention heads."""
 
     @property
     def has_changed(self) -> bool:
-        steps: list[Fold | Refit] = [*self.folds, *([] if self.refit is None else [self.refit])]
-        return any(step.ridge is not None for step in steps)
+        steps = (self.refit_heads, self.refit, *self.folds)
+        return any(step is not None and step.ridge is not None for step in steps)
 
     @torch.no_grad()
     def apply(self, student: CausalLM) -> None:
@@ -89,14 +92,16 @@ class Repair:
     @classmethod
     def of(cls, table: dict[str, Any], weights: dict[str, Tensor]) -> Repair:
         """From `as_dict` and the matrices."""
-        refit = table.get("refit")
-        folds = [Fold(**fold) for fold in table["folds"]]
-        return cls(folds, weights, table["why_not"], None if refit is None else Refit(**refit))
+        refits = {
+            name: Refit(**table[name]) for name in ("refit_heads", "refit") if table.get(name) is not None
+        }
+        return cls([Fold(**fold) for fold in table["folds"]], weights, table["why_not"], **refits)
 
     def as_dict(self) -> dict[str, Any]:
         """For machines, without the matrices."""
-        refit = {} if self.refit is None else {"refit": asdict(self.refit)}
-        return {"folds": [asdict(fold) for fold in self.folds], "why_not": self.why_not} | refit
+        done = {"refit_heads": self.refit_heads, "refit": self.refit}
+        refits = {name: asdict(refit) for name, refit in done.items() if refit is not None}
+        return {"folds": [asdict(fold) for fold in self.folds], "why_not": self.why_not} | refits
 
 
 def fold_gaps(

@@ -160,10 +160,13 @@ def as_started(recipe: Recipe, started: Recipe, num_rows: int | None = None) -> 
     asked, settled = recipe.student, started.student
     if asked.name == settled.name == "cut" and asked.is_measured and asked.layers == len(settled.keep or []):
         assert settled.keep is not None
-        named = dataclasses.replace(asked.with_layers(settled.keep, asked.ffn_width), rule=settled.rule)
+        named = dataclasses.replace(
+            asked.with_layers(settled.keep, asked.ffn_width, asked.kv_heads), rule=settled.rule
+        )
         recipe = dataclasses.replace(recipe, student=named)
     elif asked.name == settled.name == "cut" and asked.is_sized and settled.keep is not None:
-        recipe = dataclasses.replace(recipe, student=asked.with_layers(settled.keep, settled.ffn_width))
+        chosen = asked.with_layers(settled.keep, settled.ffn_width, settled.kv_heads)
+        recipe = dataclasses.replace(recipe, student=chosen)
     elif asked.name == settled.name == "cut" and asked.rule is None:
         recipe = dataclasses.replace(recipe, student=dataclasses.replace(asked, rule=settled.rule))
     student = recipe.student

@@ -17,6 +17,7 @@ from potstill.io.hub import hub_id
 from potstill.publish.licenses import Parent, StudentLicense
 from potstill.publish.markdown import FILTERS
 from potstill.recipe.sections_training import PublishConfig
+from potstill.runs.run_dir import repair_steps
 
 HELDOUT = {
     "heldout/kl": "KL to the teacher, nats per position",
@@ -170,19 +171,24 @@ def _task(result: Mapping[str, Any]) -> dict[str, Any]:
 def _student_start(kind: str, student: Mapping[str, Any]) -> str:
     if kind != "cut":
         return {"checkpoint": "fine-tuned from it", "config": "random weights of this shape"}[kind]
-    kept = f"{len(student.get('layers_kept', []))} of {student.get('of')} layers"
+    parts = [f"{len(student.get('layers_kept', []))} of {student.get('of')} layers"]
     if "ffn_width" in student:
-        kept += f" and {student['ffn_width']} of {student['of_ffn_width']} channels of each MLP"
+        parts.append(f"{student['ffn_width']} of {student['of_ffn_width']} channels of each MLP")
+    if "kv_heads" in student:
+        parts.append(f"{student['kv_heads']} of {student['of_kv_heads']} KV groups of each attention")
+    kept = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
     repair = student.get("repair", {})
-    steps = [*([repair["refit"]] if repair.get("refit") else []), *repair.get("folds", [])]
+    steps = repair_steps(repair)
     repaired = [step for step in steps if step["ridge"] is not None]
     if not repaired:
         return f"{kept} of the teacher, cut out"
     kl = f"KL {steps[0]['kl_before']:.3f} to {steps[-1]['kl_after']:.3f} nats on training rows"
     folded = sum("layer" in step for step in repaired)
-    of_channels = "; what other channels did is fitted into those" if folded < len(repaired) else ""
+    inside = {"refit": "channels", "refit_heads": "heads"}
+    fitted = [what for name, what in inside.items() if (repair.get(name) or {}).get("ridge") is not None]
+    of_inside = f"; what other {' and '.join(fitted)} did is fitted into those" if fitted else ""
     of_layers = f"; what others did is folded into {folded} of its MLPs" if folded else ""
-    return f"{kept} of the teacher, cut out{of_channels}{of_layers} ({kl})"
+    return f"{kept} of the teacher, cut out{of_inside}{of_layers} ({kl})"
 
 
 def _heldout(receipt: Mapping[str, Any]) -> list[dict[str, Any]]:

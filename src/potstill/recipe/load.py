@@ -407,9 +407,12 @@ def _across_cut(student: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
         both = "both given" if len(given) == 2 else "all given"
         yield ("student", given[0]), f"{' and '.join(given)} are {both}. Give one of them."
     if given in (["weights"], ["fraction"]):
-        for name in ("rule", "ffn_width"):
+        for name in ("rule", "ffn_width", "kv_heads"):
             if student.get(name) is not None:
-                yield ("student", name), f"{given[0]} chooses layers and channels by itself. Leave one out."
+                yield (
+                    ("student", name),
+                    f"{given[0]} chooses layers, channels and heads by itself. Leave one out.",
+                )
 
 
 def _across_train(train: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

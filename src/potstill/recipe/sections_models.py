@@ -243,14 +243,15 @@ class LoraConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class CutStudentConfig(Config):
     name: Literal["cut"] = "cut"
-    """Some of the teacher's layers, how many (layers) or which (keep), and some channels of their MLPs."""
+    """Some of the teacher's layers, how many (layers) or which (keep), with some channels and attention heads."""
     layers: Count | None = None
     """Number of layers to keep, chosen by the rule."""
     keep: Layers | None = None
     """Layers to keep, by index from 0, ascending."""
     weights: Weights | None = None
-    """At most so many weights, embeddings included, such as 60M: layers and channels are chosen together, by the KL
-    that each costs on four training rows for the weights that it saves. Beside keep: what that was chosen for."""
+    """At most so many weights, embeddings included, such as 60M: layers, channels and heads are chosen together, by
+    the KL that each costs on four training rows for the weights that it saves. Beside keep: what that was chosen
+    for."""
     fraction: Annotated[float, Interval(gt=0, lt=1)] | None = None
     """The same, as a fraction of the teacher's weights."""
     rule: Literal["first_last", "even", "least_harm", "greedy"] | None = None
@@ -258,9 +259,13 @@ class CutStudentConfig(Config):
     training rows, of each alone (least_harm) or one after the other (greedy); null: least_harm."""
     ffn_width: Count | None = None
     """Channels of each layer's MLP to keep, those that contribute most on eight training rows; null: all."""
+    kv_heads: Count | None = None
+    """Key/value heads of each layer's attention to keep, with the query heads that read them: those that contribute
+    most on eight training rows; null: all."""
     repair: bool | None = None
-    """Fit the MLPs to what left-out channels did, and those before a gap to what left-out layers did, by least
-    squares on sixteen training rows, where that lowers the KL to the teacher on four others; null: true."""
+    """Fit the MLPs and attentions to what left-out channels and heads did, and the MLPs before a gap to what left-out
+    layers did, by least squares on sixteen training rows, where that lowers the KL to the teacher on four others;
+    null: true."""
     lora: LoraConfig | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
 
@@ -271,12 +276,14 @@ class CutStudentConfig(Config):
 
     @property
     def is_sized(self) -> bool:
-        """Whether layers and channels are still to be chosen for a number of weights."""
+        """Whether layers, channels and heads are still to be chosen for a number of weights."""
         return self.keep is None and (self.weights is not None or self.fraction is not None)
 
-    def with_layers(self, keep: Sequence[int], ffn_width: int | None) -> CutStudentConfig:
-        """With the layers that a rule chose, by index, and the channels of each MLP."""
-        return replace(self, layers=None, keep=[*keep], ffn_width=ffn_width, rule=None)
+    def with_layers(
+        self, keep: Sequence[int], ffn_width: int | None, kv_heads: int | None
+    ) -> CutStudentConfig:
+        """With the layers that a rule chose, by index, the channels of each MLP and the KV groups of each attention."""
+        return replace(self, layers=None, keep=[*keep], ffn_width=ffn_width, kv_heads=kv_heads, rule=None)
 
     @property
     def is_repaired(self) -> bool:

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from potstill.io.terminal import clock, printable
 from potstill.report import sections
 from potstill.report.charts import COLORS, Series, bars, chart, grouped
-from potstill.runs.run_dir import RunDir
+from potstill.runs.run_dir import RunDir, repair_steps
 from potstill.runs.summary import summary
 
 NATS = "nats per token"
@@ -299,11 +299,10 @@ def _charts(runs: Sequence[RunReport]) -> list[str]:
             charts.append(bars(title, "nats", "layer", layers["alone_L"], layers["left_out"], "left out"))
         if layers and (moves := layers.get("moves")):
             title = f"KL to the teacher after so many moves towards the size{whose}"
-            channels = [number for number, move in enumerate(moves, 1) if move["layer"] is None]
+            inside = [number for number, move in enumerate(moves, 1) if move["layer"] is None]
             kls = [0.0, *(move["kl"] for move in moves)]
-            charts.append(bars(title, "nats", "move", kls, channels, "channels, not a layer"))
-        table = report.run.folds() or {"folds": []}
-        if folds := [*([table["refit"]] if table.get("refit") else []), *table["folds"]]:
+            charts.append(bars(title, "nats", "move", kls, inside, "channels or heads, not a layer"))
+        if folds := repair_steps(report.run.folds() or {}):
             title = f"KL to the teacher with so many gaps made up for, before training{whose}"
             kls = [folds[0]["kl_before"], *(fold["kl_after"] for fold in folds)]
             without = [number for number, fold in enumerate(folds, 1) if fold["ridge"] is None]

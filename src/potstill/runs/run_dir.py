@@ -59,7 +59,14 @@ FOLDED = "folds.safetensors"
 ANSWERED = "heldout.safetensors"
 FOLD_KEYS = {"layer", "left_out", "kl_before", "kl_after", "ridge"}
 REFIT_KEYS = FOLD_KEYS - {"layer", "left_out"}
+REFITS = ("refit_heads", "refit")
+"""What of a repair is done before the gaps, in this order; each may be missing."""
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
+
+
+def repair_steps(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a repair has done, one step after the other: see `RunDir.folds`."""
+    return [*(table[name] for name in REFITS if table.get(name) is not None), *table.get("folds", [])]
 
 
 @dataclass(frozen=True)
@@ -314,13 +321,13 @@ class RunDir:
             return None
         table = self._read_json(FOLDS)
         folds = table.get("folds")
-        refit = table.get("refit")
-        steps = [*(folds if isinstance(folds, list) else [None]), *([] if refit is None else [refit])]
+        refits = [table[name] for name in REFITS if table.get(name) is not None]
+        steps = [*refits, *(folds if isinstance(folds, list) else [None])]
         is_whole = all(
             isinstance(step, dict)
-            and step.keys() == (REFIT_KEYS if step is refit else FOLD_KEYS)
+            and step.keys() == (REFIT_KEYS if number < len(refits) else FOLD_KEYS)
             and all(isinstance(step[name], float) for name in ("kl_before", "kl_after"))
-            for step in steps
+            for number, step in enumerate(steps)
         )
         if not is_whole or "why_not" not in table:
             raise UserError(f"{self.path / FOLDS}: damaged: not what a repair has done. {READABLE}")
