@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
         return sub
 
+    _add_verbs_of_training(verb)
+    _add_verbs_of_results(verb)
+    return parser
+
+
+def _add_verbs_of_training(verb: Callable[..., argparse.ArgumentParser]) -> None:
     distill.add_flags(
         verb("demo", distill.run_demo, "distil the 135M demo teacher on the Python standard library"),
         verb("distill", distill.run_distill, "run a recipe, from corpus to receipt"),
@@ -135,10 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         verb("capture", capture.run_capture, "run a recipe's teacher once and store its targets in a folder"),
         verb("store", capture.run_store, "verify, show, merge, push or pull captured targets"),
     )
-
     write.add_flags(
         verb("write", write.run_write, "have a recipe's teacher answer its prompts: a corpus to train on")
     )
+
+
+def _add_verbs_of_results(verb: Callable[..., argparse.ArgumentParser]) -> None:
     evaluate.add_flags(
         verb(
             "eval",
@@ -146,16 +154,13 @@ def _parser() -> argparse.ArgumentParser:
             "measure held-out CE, KL to the teacher and top-1 agreement of a run's student or any model",
         )
     )
-
     chat.add_flags(verb("chat", chat.run_chat, "talk to a run's student, or any model, in the terminal"))
-
     export.add_export_flags(
         verb("export", export.export, "write a run's student as a Hugging Face folder and GGUF files")
     )
     export.add_publish_flags(
         verb("publish", export.publish, "upload a finished run to the Hub with a model card, or say why not")
     )
-
     show.add_flags(
         verb("show", show.run_show, "print what came out of a run: metrics, model, data, warnings")
     )
@@ -169,7 +174,6 @@ def _parser() -> argparse.ArgumentParser:
     schema.add_argument(
         "recipe", type=Path, nargs="?", metavar="RECIPE", help="with the plug-ins of this one"
     )
-    return parser
 
 
 if __name__ == "__main__":
