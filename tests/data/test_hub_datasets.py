@@ -144,6 +144,21 @@ def test_a_run_reads_the_hub_once_and_its_resume_has_the_commit_it_was_started_w
     assert "corpus.path was" in line and commit[:8] in line
 
 
+def test_prompts_of_the_hub_are_read_at_every_start_and_are_of_one_commit(
+    hub: Hub, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(
+        corpus=f"{{name: prompts, path: {NAME}, field: text, split: train, tokens_per_row: 128, heldout_rows: 2}}",
+        rollouts="{max_new_tokens: 4}",
+    )
+    whole = potstill.distill(recipe, out=tmp_path / "whole")
+    cut_off(recipe, tmp_path / "run", 2, monkeypatch)
+    hub.repos[f"datasets/{NAME}"].commit(tree([f"newest {line}" for line in LINES]), "third")
+    again = potstill.distill(recipe, out=tmp_path / "run", resume=True)
+    assert again.receipt()["student"] == whole.receipt()["student"]
+    assert again.receipt()["commits"] == whole.receipt()["commits"]
+
+
 def test_more_records_than_the_card_says_are_read(
     hub: Hub, tiny_recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:

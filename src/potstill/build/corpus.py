@@ -131,7 +131,7 @@ def _packed(config: Any, source: Source, beat: Callable[[], None]) -> packing.Co
         return dataclasses.replace(corpus, manifest=corpus.manifest | overlaps)
 
     if config.shards is None:
-        if config.is_streamed:
+        if config.is_streamed and not config.is_prompts:  # which have no cache, and are few
             raise UserError(
                 f"corpus.shards: name a folder. {config.origin} is read from the hub once, and a run and its"
                 " --resume read its tokens from there."
