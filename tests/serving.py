@@ -30,6 +30,8 @@ class Served:
         """Ids from here on have probability 0."""
         self.model(torch.tensor([[1, 2]]))  # what libraries do at the first call, they do in one thread
         self.fault: Callable[[str, Json], str | None] = lambda path, body: None
+        self.retry_after: str | None = None
+        """Header of answers whose status is a fault."""
         self.requests: list[tuple[str, Json]] = []
         self.headers: list[dict[str, str]] = []
         self.in_flight = self.most_in_flight = 0
@@ -161,10 +163,12 @@ class Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "")
         if (served.key is not None and given != f"Bearer {served.key}") or fault == "echo":
             self.send({"error": {"message": f"no such key: {given} in {dict(self.headers)}"}}, 401)
-        elif fault == "500":
-            self.send({"error": {"message": "out of memory"}}, 500)
-        elif fault == "400":
-            self.send({"error": {"message": "logprobs: at most 20"}}, 400)
+        elif fault is not None and fault.isdigit():
+            message = {"400": "logprobs: at most 20"}.get(fault, "out of memory")
+            self.send({"error": {"message": message}}, int(fault), retry_after=served.retry_after)
+        elif fault is not None and fault.startswith("200 "):
+            code = int(fault.split()[1])
+            self.send({"error": {"message": "Provider returned error: overloaded", "code": code}}, 200)
         elif fault == "moved":
             self.send_response(307)
             self.send_header("Location", "http://elsewhere.example/v1")
@@ -178,11 +182,20 @@ class Handler(BaseHTTPRequestHandler):
                 served.answer(self.path, body, fault), 200, is_cut=fault == "cut", drips=fault == "drip"
             )
 
-    def send(self, tree: Json, status: int, is_cut: bool = False, drips: bool = False) -> None:
+    def send(
+        self,
+        tree: Json,
+        status: int,
+        is_cut: bool = False,
+        drips: bool = False,
+        retry_after: str | None = None,
+    ) -> None:
         content = json.dumps(tree).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        if retry_after is not None:
+            self.send_header("Retry-After", retry_after)
         self.end_headers()
         for start in range(0, len(content), 64) if drips else ():
             self.wfile.write(content[start : start + 64])

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -124,6 +126,13 @@ def packed() -> Batch:
     return Batch(torch.arange(2), ids_BT, position_ids_BT, positions_N, labels_N)
 
 
+def first_document() -> Batch:
+    batch = packed()
+    return Batch(
+        batch.rows_B, batch.input_ids_BT, batch.position_ids_BT, batch.positions_N[:2], batch.labels_N[:2]
+    )
+
+
 @pytest.mark.parametrize("api", ["vllm", "sglang", "openai"])
 def test_targets_are_the_models_own(api: str, served: Served, address: str, opened: Open) -> None:
     """Of each document alone, also at its last position, whose next token lies in no row."""
@@ -155,13 +164,9 @@ def test_a_document_is_asked_about_once_and_no_further_than_it_bears_loss(
 ) -> None:
     teacher = opened(address)
     served.requests.clear()
-    batch = packed()
-    some = Batch(
-        batch.rows_B, batch.input_ids_BT, batch.position_ids_BT, batch.positions_N[:2], batch.labels_N[:2]
-    )
-    teacher.targets(some)
+    teacher.targets(first_document())
     ((_, body),) = served.requests
-    assert body["prompt"] == batch.input_ids_BT[0, :5].tolist()
+    assert body["prompt"] == packed().input_ids_BT[0, :5].tolist()
 
 
 def test_a_step_without_labels_asks_nothing(served: Served, address: str, opened: Open) -> None:
@@ -229,6 +234,13 @@ def test_requests_in_flight_are_bounded(served: Served, address: str, opened: Op
         Batch(torch.arange(8), rows, torch.arange(16).repeat(8, 1), positions_N, rows.roll(-1, 1).flatten())
     )
     assert served.most_in_flight == 3
+
+
+def wait_until(is_so: Callable[[], bool], at_most_s: float = 10.0) -> bool:
+    deadline_s = time.monotonic() + at_most_s
+    while not is_so() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return is_so()
 
 
 def now_and_then(fault: str, times: int) -> Callable[[str, Json], str | None]:
@@ -404,6 +416,110 @@ def test_an_outage_is_followed_by_one_proof(address: str, served: Served) -> Non
             served.fault = now_and_then("gone", 4)
             client.map(lambda number: client.get("/v1/models"), range(4))
             assert len(proofs) == outages
+
+
+@pytest.mark.parametrize(
+    ("fault", "proofs"),
+    [("gone", 1), ("502", 1), ("503", 1), ("504", 1), ("522", 1), ("429", 0), ("500", 0), ("529", 0)]
+    + [("200 502", 1), ("200 429", 0), ("200 0", 0)],
+)
+def test_an_outage_is_a_server_out_of_reach(fault: str, proofs: int, address: str, served: Served) -> None:
+    """One that answers, but not yet, is still there; all of them are asked again."""
+    with closing(http_client.HttpClient(address, None, 5, 5, 1)) as client:
+        proved: list[int] = []
+        client.on_return, client.is_proven = lambda: proved.append(1), True
+        served.fault = now_and_then(fault, 2)
+        assert client.get("/v1/models")["data"] and len(proved) == proofs
+
+
+def test_an_outage_during_a_proof_does_not_start_another(served: Served, address: str, opened: Open) -> None:
+    """Every other request meets one; a proof that proves itself has no end."""
+    teacher = opened(address, deadline_s=20.0)
+    prove, depth, deepest = teacher.client.on_return, 0, 0
+
+    def counting() -> None:
+        nonlocal depth, deepest
+        depth, deepest = depth + 1, max(deepest, depth + 1)
+        prove()
+        depth -= 1
+
+    teacher.client.on_return = counting
+    served.requests.clear()
+    served.fault = lambda path, body: (
+        "502" if len(served.requests) % 2 and len(served.requests) < 60 else None
+    )
+    teacher.targets(first_document())
+    assert deepest == 1 and len(served.requests) == 2 * (1 + len(server.TEXTS))
+
+
+def test_a_second_outage_of_a_long_request_is_proven_too(served: Served, address: str) -> None:
+    """What counts is when it failed, and not when it began."""
+    with closing(http_client.HttpClient(address, None, 5, 5, 2)) as client:
+        proofs: list[int] = []
+        client.on_return, client.is_proven = lambda: proofs.append(1), True
+
+        def answer(path: str, body: Json, fault: str | None) -> Json:
+            if path == "/long" and len(proofs) < 2 and wait_until(lambda: bool(proofs)):
+                proofs.append(0)
+                raise ConnectionError("which closes the connection")
+            return {"data": []}
+
+        served.answer = answer  # type: ignore[method-assign]
+        faults = ["gone"]
+        served.fault = lambda path, body: faults.pop() if path == "/short" and faults else None
+        client.map(client.get, ["/long", "/short"])
+        assert proofs == [1, 0, 1]
+
+
+@pytest.mark.parametrize("fault", ["400", "401", "404", "501", "505", "200 400"])
+def test_what_is_refused_is_asked_once(fault: str, served: Served, address: str) -> None:
+    with closing(http_client.HttpClient(address, None, 5, 5, 1)) as client:
+        client.is_proven, served.fault = True, lambda path, body: fault
+        with pytest.raises(UserError, match=rf"refuses GET /v1/models with status {fault[-3:]}: "):
+            client.get("/v1/models")
+    assert len(served.requests) == 1
+
+
+def test_an_error_under_a_status_of_200_is_quoted(served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address, deadline_s=0.3)
+    served.fault = lambda path, body: "200 502"
+    with pytest.raises(
+        UserError, match=r"no answer in 0\.3 s: status 502: Provider returned error: overload"
+    ):
+        teacher.targets(packed())
+
+
+@pytest.mark.parametrize("by_date", [False, True])
+def test_a_server_that_names_a_time_is_left_alone_until_then(
+    by_date: bool, served: Served, address: str
+) -> None:
+    # Dates are of whole seconds.
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True)
+    with closing(http_client.HttpClient(address, None, 5, 30, 1)) as client:
+        client.is_proven, served.fault = True, now_and_then("429", 1)
+        served.retry_after, began_s = date if by_date else "1", time.monotonic()
+        assert client.get("/v1/models")
+        assert len(served.requests) == 2 and time.monotonic() - began_s >= 0.9
+
+
+@pytest.mark.parametrize("header", ["3600", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_server_that_names_a_time_behind_the_deadline_is_asked_once_more(
+    header: str, served: Served, address: str
+) -> None:
+    with closing(http_client.HttpClient(address, None, 5, 0.7, 1)) as client:
+        client.is_proven, served.fault = True, lambda path, body: "503"
+        served.retry_after = header
+        with pytest.raises(UserError, match=r"no answer in 0\.7 s: status 503"):
+            client.get("/v1/models")
+    assert len(served.requests) == 2
+
+
+@pytest.mark.parametrize("header", ["", "soon", "-1", "1.5", "0", "Thu, 01 Jan 1970 00:00:00 GMT", "²"])
+def test_a_time_that_is_none_or_past_is_none(header: str, served: Served, address: str) -> None:
+    with closing(http_client.HttpClient(address, None, 5, 5, 1)) as client:
+        client.is_proven, served.fault = True, now_and_then("503", 1)
+        served.retry_after = header
+        assert client.get("/v1/models")
 
 
 def test_it_is_asked_again_no_longer_than_the_deadline(served: Served, address: str, opened: Open) -> None:
@@ -1073,10 +1189,7 @@ def test_nothing_is_left_of_a_refused_server(address: str, opened: Open) -> None
         with pytest.raises(UserError) as caught:
             opened(address, model="served", api="openai")
         refused.append(caught)
-    deadline_s = time.monotonic() + 5
-    while requesting() > before and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert requesting() <= before
+    assert wait_until(lambda: requesting() <= before)
 
 
 def test_a_kept_row_that_was_damaged_is_asked_for_again(

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -24,8 +26,10 @@ from potstill.errors import UserError, one_line
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
-LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
+LATER = frozenset({408, 425, 429, *range(500, 600)}) - {501, 505}
 """Statuses of a server that starts, is overloaded, or stands behind a proxy that cannot reach it."""
+UNREACHED = frozenset({502, 503, 504, *range(520, 528), 530})
+"""Those of a proxy that cannot reach it: the one that answers next may be another."""
 LONGEST_WAIT_S = 15.0
 FIRST_DEADLINE_S = 5.0
 """Of a server that is not proven."""
@@ -36,7 +40,16 @@ SHOWN = 300
 
 
 class _NoAnswer(Exception):
-    """Nothing that could be read came back; it may after a while."""
+    """Nothing that could be read came back; it may after a while.
+
+    Args:
+        is_outage: the server was out of reach, so that another one may answer next.
+        wait_s: how long the server itself asks to be left alone.
+    """
+
+    def __init__(self, message: str, is_outage: bool = True, wait_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.is_outage, self.wait_s = is_outage, wait_s
 
 
 class HttpClient:
@@ -88,7 +101,7 @@ class HttpClient:
             ) from None
         self._pool = ThreadPoolExecutor(requests, thread_name_prefix="potstill-request")
         self._closed, self._lock = threading.Event(), threading.Lock()
-        self._returning, self._returned_s = threading.RLock(), 0.0
+        self._returning, self._returned_s, self._is_returning = threading.RLock(), 0.0, False
 
     def get(self, path: str) -> Any:
         """What the server answers.
@@ -130,12 +143,13 @@ class HttpClient:
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         started_s = time.monotonic()
         deadline_s = self.deadline_s if self.is_proven else min(self.deadline_s, FIRST_DEADLINE_S)
+        outages_s: list[float] = []
         retries = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_NoAnswer),
             stop=tenacity.stop_after_delay(deadline_s) | tenacity.stop_when_event_set(self._closed),
-            wait=tenacity.wait_exponential(multiplier=0.5, max=LONGEST_WAIT_S) + tenacity.wait_random(0, 0.2),
+            wait=_Wait(deadline_s),
             sleep=tenacity.sleep_using_event(self._closed),
-            before_sleep=lambda state: self._tell(state, deadline_s),
+            before_sleep=lambda state: self._note_failure(state, deadline_s, outages_s),
             reraise=True,
         )
         try:
@@ -149,8 +163,8 @@ class HttpClient:
                 " Start the server, or correct teacher.url; a run that has started goes on from its last checkpoint"
                 " with --resume."
             ) from None  # the cause holds the request with its headers
-        if self.is_proven and retries.statistics["attempt_number"] > 1:
-            self._confirm(started_s)
+        if self.is_proven and outages_s:
+            self._confirm(outages_s[-1])
         with self._lock:
             self.answered += 1
         return answer
@@ -158,13 +172,18 @@ class HttpClient:
     def _confirm(self, failed_s: float) -> None:
         """Call `on_return` once an outage: not for the other requests that met it, nor for those of the call itself."""
         with self._returning:
-            if self._returned_s < failed_s:
-                self._returned_s = time.monotonic()
-                try:
-                    self.on_return()
-                except BaseException:
-                    self._returned_s = 0.0  # the others that met the outage must not use their answers either
-                    raise
+            # Whoever finds it true here is `on_return` itself: others wait for the lock. What it was answered after
+            # an outage of its own is part of the proof.
+            if self._is_returning or self._returned_s > failed_s:
+                return
+            self._returned_s, self._is_returning = time.monotonic(), True
+            try:
+                self.on_return()
+            except BaseException:
+                self._returned_s = 0.0  # the others that met the outage must not use their answers either
+                raise
+            finally:
+                self._is_returning = False
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         with self._lock:
@@ -199,9 +218,21 @@ class HttpClient:
         return httpx.Response(response.status_code, headers=_without_coding(response), content=bytes(content))
 
     def _read(self, response: httpx.Response, method: str, path: str) -> Any:
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            answer = None
         status = response.status_code
+        if status == httpx.codes.OK and answer is None:  # cut off, or of something in between
+            raise _NoAnswer(f"what came back is no JSON: {self.clean(response.text)!r}")
+        if status == httpx.codes.OK and isinstance(answer, dict) and answer.get("error"):
+            status = _status_of(answer["error"])
         if status in LATER:
-            raise _NoAnswer(f"status {status}: {self.clean(_message(response))}")
+            raise _NoAnswer(
+                f"status {status}: {self.clean(_message(response, answer))}",
+                is_outage=status in UNREACHED,
+                wait_s=_retry_after_s(response.headers.get("retry-after", "")),
+            )
         if response.is_redirect:
             raise UserError(
                 f"{self.url}{path}: redirects to {self.clean(response.headers.get('location', 'nowhere'))}. Set"
@@ -209,22 +240,61 @@ class HttpClient:
             )
         if status != httpx.codes.OK:
             raise UserError(
-                f"{self.url}: refuses {method} {path} with status {status}: {self.clean(_message(response))}."
-                f" {_advice(status)}"
+                f"{self.url}: refuses {method} {path} with status {status}:"
+                f" {self.clean(_message(response, answer))}. {_advice(status)}"
             )
-        try:
-            return response.json()
-        except ValueError:  # cut off, or of something in between
-            raise _NoAnswer(f"what came back is no JSON: {self.clean(response.text)!r}") from None
+        return answer
 
     def _refuse_url(self, error: Exception) -> NoReturn:
         raise UserError(
             f"teacher.url: {self.url}: {one_line(error)} Write it as http://HOST:PORT or https://HOST."
         ) from None
 
-    def _tell(self, state: tenacity.RetryCallState, deadline_s: float) -> None:
-        if state.attempt_number == 1 and state.outcome is not None:
-            self.note(f"{self.url}: {state.outcome.exception()}; asking again for up to {deadline_s:g} s")
+    def _note_failure(
+        self, state: tenacity.RetryCallState, deadline_s: float, outages_s: list[float]
+    ) -> None:
+        error = _failure(state)
+        if error.is_outage:
+            outages_s.append(time.monotonic())
+        if state.attempt_number == 1:
+            self.note(f"{self.url}: {error}; asking again for up to {deadline_s:g} s")
+
+
+class _Wait(tenacity.wait.wait_base):
+    """Longer each time, or as long as the server asks for; not beyond the deadline."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self.grows = tenacity.wait_exponential(multiplier=0.5, max=LONGEST_WAIT_S)
+        self.varies = tenacity.wait_random(0, 0.2)
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        wait_s = max(self.grows(retry_state), _failure(retry_state).wait_s) + self.varies(retry_state)
+        return max(min(wait_s, self.deadline_s - (retry_state.seconds_since_start or 0.0)), 0.0)
+
+
+def _failure(state: tenacity.RetryCallState) -> _NoAnswer:
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(error, _NoAnswer)  # nothing else is asked again
+    return error
+
+
+def _retry_after_s(header: str) -> float:
+    """Seconds of a `Retry-After`, which has their number or a date (RFC 9110, 10.2.3); 0 where it has neither."""
+    if header.isascii() and header.isdigit():
+        return float(header[:9])
+    try:
+        date = parsedate_to_datetime(header)
+    except (TypeError, ValueError):
+        return 0.0
+    # A date without a zone is of UTC.
+    return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+
+
+def _status_of(error: Any) -> int:
+    """Of an error that a proxy passes on under a status of 200: its code, if that is a status; else 500."""
+    code = error.get("code") if isinstance(error, dict) else None
+    return int(code) if str(code).isascii() and str(code).isdigit() and 400 <= int(code) < 600 else 500
 
 
 def _key_of(variable: str | None) -> str | None:
@@ -265,15 +335,13 @@ def _written_forms(key: str) -> list[str]:
     return sorted(forms, key=len, reverse=True)
 
 
-def _message(response: httpx.Response) -> str:
+def _message(response: httpx.Response, answer: Any) -> str:
     """The server's own words: those of the field that OpenAI's API has for them, else the beginning of its text."""
-    try:
-        found = response.json()
-        found = found.get("error", found)
-        message = found if isinstance(found, str) else found.get("message", json.dumps(found))
-        return str(message).rstrip(".")
-    except (ValueError, AttributeError):
+    found = answer.get("error", answer) if isinstance(answer, dict) else None
+    if not found:
         return response.text.strip() or response.reason_phrase
+    message = found.get("message", json.dumps(found)) if isinstance(found, dict) else found
+    return str(message).rstrip(".")
 
 
 def _advice(status: int) -> str:
