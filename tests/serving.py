@@ -16,6 +16,16 @@ import torch
 import transformers
 
 Json = dict[str, Any]
+NEUTRAL: Json = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+}
+"""What vLLM and SGLang do where neither a request nor the generation config says anything."""
 
 
 class Served:
@@ -30,6 +40,11 @@ class Served:
         """Ids from here on have probability 0."""
         self.model(torch.tensor([[1, 2]]))  # what libraries do at the first call, they do in one thread
         self.fault: Callable[[str, Json], str | None] = lambda path, body: None
+        self.generation: Json = {}
+        """What its generation config says of sampling."""
+        self.own_end = self.tokenizer.eos_token_id
+        self.answers: list[list[int]] = []
+        """What was written."""
         self.retry_after: str | None = None
         """Header of answers whose status is a fault."""
         self.requests: list[tuple[str, Json]] = []
@@ -60,7 +75,8 @@ class Served:
     def vllm(self, body: Json, fault: str | None) -> Json:
         ids, k = body["prompt"], body.get("prompt_logprobs")
         if k is None:
-            return {"choices": [{"token_ids": self.written(ids, body, body["max_tokens"])}]}
+            ends = {*body["stop_token_ids"]} | ({self.own_end} if not body["ignore_eos"] else set())
+            return {"choices": [{"token_ids": self.written(ids, body, body["max_tokens"], ends)}]}
         entries: list[Json | None] = [None]
         for p_V, given in zip(self.logp(ids, fault, body["temperature"]), ids[1:], strict=False):
             best = p_V.topk(min(k, self.known) - (1 if fault == "fewer ids" else 0))
@@ -79,7 +95,9 @@ class Served:
     def sglang(self, body: Json, fault: str | None) -> Json:
         ids, sampling = body["input_ids"], body["sampling_params"]
         if not body.get("return_logprob"):
-            return {"output_ids": self.written(ids, sampling, sampling["max_new_tokens"])}
+            # As its `check_finished`: no end at all where the own one is to be ignored.
+            ends = {*sampling["stop_token_ids"], self.own_end} if not sampling["ignore_eos"] else set()
+            return {"output_ids": self.written(ids, sampling, sampling["max_new_tokens"], ends)}
         start, k = body["logprob_start_len"], body["top_logprobs_num"]
         given: list[Any] = [[None, ids[start], self.text(ids[start], fault)]]
         likeliest: list[Any] = [None]
@@ -113,19 +131,29 @@ class Served:
             "choices": [{"logprobs": {"tokens": texts, "token_logprobs": given, "top_logprobs": likeliest}}]
         }
 
-    def written(self, ids: list[int], how: Json, count: int) -> list[int]:
-        """Greedy, or by its own seed."""
+    def written(self, ids: list[int], how: Json, count: int, ends: set[int]) -> list[int]:
+        """Greedy, or by its own seed and the place; what the request leaves out is the generation config's."""
+        how = NEUTRAL | self.generation | {name: value for name, value in how.items() if value is not None}
         new: list[int] = []
-        generator = torch.Generator().manual_seed(how.get("seed", how.get("sampling_seed", 0)))
-        while len(new) < count and not (new and new[-1] in how["stop_token_ids"]):
-            logp_V = self.logp([*ids, *new], None, 1.0)[-1]
-            temperature = how["temperature"]
-            new.append(
-                int(logp_V.argmax())
-                if not temperature
-                else int(torch.multinomial((logp_V / temperature).softmax(-1), 1, generator=generator))
-            )
+        while len(new) < count and not (new and new[-1] in ends):
+            logp_V = self.logp([*ids, *new], None, 1.0)[-1].double()
+            seen, times_V = [*{*ids, *new}], torch.bincount(torch.tensor(new).long(), minlength=len(logp_V))
+            logp_V[seen] *= how["repetition_penalty"]
+            logp_V -= how["frequency_penalty"] * times_V + how["presence_penalty"] * (times_V > 0)
+            new.append(self.drawn(logp_V, how, len(ids) + len(new)))
+        self.answers.append(new)
         return new
+
+    def drawn(self, logp_V: torch.Tensor, how: Json, place: int) -> int:
+        if not how["temperature"]:
+            return int(logp_V.argmax())
+        p_V = (logp_V / how["temperature"]).softmax(-1)
+        order = p_V.sort(descending=True)
+        before_V = (order.values.cumsum(0) - order.values) / order.values.sum()
+        keep_V = (before_V < how["top_p"]) & (order.values >= how["min_p"] * order.values[0])
+        keep_V[how["top_k"] if how["top_k"] > 0 else len(keep_V) :] = False
+        generator = torch.Generator().manual_seed(how.get("seed", how.get("sampling_seed", 0)) + place)
+        return int(order.indices[torch.multinomial(order.values * keep_V, 1, generator=generator)])
 
 
 class Handler(BaseHTTPRequestHandler):

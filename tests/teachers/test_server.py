@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from conftest import make_model
 from cut_off import cut_off
 from refusals import refusal
 from serving import Json, Served, serving
+from transformers import GenerationConfig
 
 from potstill import distill, load_recipe
 from potstill.build.resolve import resolve
@@ -39,6 +41,7 @@ from potstill.io.terminal import Display
 from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
 from potstill.losses.targets import SparseTargets
+from potstill.models.decoding import Row
 from potstill.models.student import Student
 from potstill.recipe.sections_models import ServerTeacherConfig
 from potstill.runs.run_dir import RunDir
@@ -420,8 +423,8 @@ def test_an_outage_is_followed_by_one_proof(address: str, served: Served) -> Non
 
 @pytest.mark.parametrize(
     ("fault", "proofs"),
-    [("gone", 1), ("502", 1), ("503", 1), ("504", 1), ("522", 1), ("429", 0), ("500", 0), ("529", 0)]
-    + [("200 502", 1), ("200 429", 0), ("200 0", 0)],
+    [(fault, 1) for fault in ("gone", "502", "503", "504", "522", "200 502")]
+    + [(fault, 0) for fault in ("429", "500", "529", "200 429", "200 0")],
 )
 def test_an_outage_is_a_server_out_of_reach(fault: str, proofs: int, address: str, served: Served) -> None:
     """One that answers, but not yet, is still there; all of them are asked again."""
@@ -1046,9 +1049,7 @@ def test_a_server_writes_a_corpus(
     write_corpus(path, out=tmp_path / "there")
     asked = [body for _, body in served.requests if "stop_token_ids" in str(body)]
     asked = [body | body.get("sampling_params", {}) for body in asked]
-    assert len(asked) == 6 and {(body["temperature"], body["ignore_eos"]) for body in asked} == {
-        (temperature, True)
-    }
+    assert len(asked) == 6 and {body["temperature"] for body in asked} == {temperature}
     if temperature:
         assert {(body["top_p"], body["top_k"]) for body in asked} == {(0.9, 50)}
         assert len({body.get("seed", body.get("sampling_seed")) for body in asked}) == 6
@@ -1058,6 +1059,61 @@ def test_a_server_writes_a_corpus(
     if not temperature:
         write_corpus(tiny_recipe(**sections), out=tmp_path / "here")
         assert there == (tmp_path / "here" / "corpus.jsonl").read_text()
+
+
+@dataclass
+class Answer(Row):
+    ends: set[int] = field(default_factory=set)
+
+    def add(self, token: int) -> None:
+        self.new.append(token)
+        self.finish = "end" if token in self.ends else "length" if len(self.new) == self.max_new else ""
+
+
+def written(teacher: ServerTeacher, temperature: float, ends: list[int]) -> list[int]:
+    """Sixteen tokens, or up to an end."""
+    row = Answer("row", [5, 9, 11], 16, [0.3] if temperature else [], ends={*ends})
+    settings = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+    how = GenerationConfig(do_sample=temperature > 0, eos_token_id=ends, **settings)
+    teacher.decoder(ALL_IDS)(how, [row], lambda: None)
+    return row.new
+
+
+GENERATION: list[Json] = [
+    {"repetition_penalty": 1.5},
+    {"presence_penalty": 1.0},
+    {"frequency_penalty": 1.0},
+    {"temperature": 0.3},
+    {"top_p": 0.1},
+    {"top_k": 2},
+    {"min_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_a_generation_config_of_the_server_is_not_used(
+    api: str, served: Served, address: str, opened: Open
+) -> None:
+    teacher = opened(address, api=api)
+    for temperature in (0.0, 1.0):
+        served.generation = {}
+        expected = written(teacher, temperature, [])
+        for served.generation in GENERATION:
+            assert written(teacher, temperature, []) == expected, served.generation
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_a_server_stops_at_an_end(api: str, served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address, api=api)
+    whole = written(teacher, 1.0, [])
+    last = max(i for i in range(12) if whole.index(whole[i]) == i)
+    served.answers.clear()
+    assert written(teacher, 1.0, [whole[last], ALL_IDS - 1]) == whole[: last + 1]
+    assert last > 0 and served.answers == [whole[: last + 1]]
+    # The server's own is none, where the student has another.
+    served.own_end = whole[last // 2]
+    assert written(teacher, 1.0, [whole[last]]) == whole[: last + 1]
+    assert written(teacher, 1.0, []) == whole
 
 
 def test_prompts_alone_are_answered_by_the_server(recipe: Recipe, address: str, tmp_path: Path) -> None:

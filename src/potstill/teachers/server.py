@@ -224,9 +224,18 @@ class ServerTeacher(BaseTeacher):
             top_k=int(settings.top_k or 0) if settings.do_sample else 0,
             seed=int(row.uniforms[0] * 2**SEED_BITS) if row.uniforms else 0,
             ends=list(settings.eos_token_id or ()),
+            past_eos=not settings.eos_token_id,
         )
+        new = self._more(ids, row.prompt_ids, how)
+        if len(new) < how.max_new and not {*new[-1:]} & {*how.ends}:
+            # It ended at an end of its own, which is none here.
+            rest = replace(how, max_new=how.max_new - len(new), past_eos=True)
+            new += self._more(ids, [*row.prompt_ids, *new], rest)
+        return new
+
+    def _more(self, ids: int, text: Sequence[int], how: Written) -> list[int]:
         try:
-            path, body = self.api.ask_to_write(self.config.model, row.prompt_ids, how)
+            path, body = self.api.ask_to_write(self.config.model, text, how)
             new = self.api.read_written(self.client.post(path, body))
             for token in new:
                 if not 0 <= token < ids:

@@ -15,6 +15,13 @@ from typing import Any, Protocol
 
 Json = dict[str, Any]
 SEED_BITS = 31
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_p": 0.0,
+}
+"""Servers take what a request leaves out from the model's `generation_config.json` or their own settings."""
 
 
 class BadAnswer(Exception):
@@ -41,6 +48,8 @@ class Written:
     top_k: int
     seed: int
     ends: Sequence[int]
+    past_eos: bool = False
+    """Also past the server's own end of a sequence, where that is none of `ends`."""
 
 
 class Api(Protocol):
@@ -61,7 +70,10 @@ class Api(Protocol):
         ...
 
     def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
-        """Path and body of a request for new tokens; they end at one of `how.ends` alone, or after `how.max_new`.
+        """Path and body of a request for new tokens, which end at one of `how.ends` or after `how.max_new`.
+
+        A server that cannot do otherwise ends at its own end of a sequence, too, where `how.past_eos` is false; where
+        it is true, it may go on behind an end.
 
         Raises:
             BadAnswer: this API has no way to ask for ids.
@@ -102,9 +114,11 @@ class Vllm:
             "top_p": how.top_p,
             "top_k": how.top_k,
             "seed": how.seed,
+            "min_tokens": 0,
             "ignore_eos": True,
             "stop_token_ids": list(how.ends),
             "return_token_ids": True,
+            **NEUTRAL,
         }
 
     def read_written(self, answer: Any) -> list[int]:
@@ -152,8 +166,11 @@ class SGLang:
                 "top_p": how.top_p,
                 "top_k": how.top_k or -1,
                 "sampling_seed": how.seed,
-                "ignore_eos": True,
+                "min_new_tokens": 0,
+                # Where it is true, SGLang does not look at `stop_token_ids` either.
+                "ignore_eos": how.past_eos,
                 "stop_token_ids": list(how.ends),
+                **NEUTRAL,
             },
         }
 
