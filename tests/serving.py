@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import threading
 import time
@@ -49,7 +50,7 @@ class Served:
         """Header of answers whose status is a fault."""
         self.requests: list[tuple[str, Json]] = []
         self.headers: list[dict[str, str]] = []
-        self.in_flight = self.most_in_flight = 0
+        self.in_flight = self.most_in_flight = self.connections = 0
         self.lock = threading.Lock()
 
     def logp(self, ids: list[int], fault: str | None, temperature: float) -> torch.Tensor:
@@ -162,6 +163,11 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     served: Served
 
+    def setup(self) -> None:
+        super().setup()
+        with self.served.lock:
+            self.served.connections += 1
+
     def log_message(self, *args: Any) -> None: ...
 
     def do_GET(self) -> None:
@@ -242,9 +248,13 @@ class _Quiet(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(served: Served, port: int = 0, certificate: tuple[Path, Path] | None = None) -> Iterator[str]:
+def serving(
+    served: Served, port: int = 0, certificate: tuple[Path, Path] | None = None, host: str = "127.0.0.1"
+) -> Iterator[str]:
     """The address of a server that ends with the block; https with a certificate and its key."""
-    server = _Quiet(("127.0.0.1", port), type("Handler", (Handler,), {"served": served}))
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = type("Listening", (_Quiet,), {"address_family": family})
+    server = listening((host, port), type("Handler", (Handler,), {"served": served}))
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*certificate)
@@ -252,7 +262,8 @@ def serving(served: Served, port: int = 0, certificate: tuple[Path, Path] | None
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield f"http{'s' * (certificate is not None)}://127.0.0.1:{server.server_port}"
+        name = f"[{host}]" if ":" in host else host
+        yield f"http{'s' * (certificate is not None)}://{name}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

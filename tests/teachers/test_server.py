@@ -5,10 +5,13 @@ The server is a double in this process over a real small model; `test_server_vll
 
 from __future__ import annotations
 
+import contextlib
+import html
 import json
 import math
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -677,6 +680,7 @@ def test_no_server_is_named_at_once(
     [
         ("http://127.0.0.1:9", "ALL_PROXY", "socks5://127.0.0.1:9", "socksio"),
         ("http://127.0.0.1:9", "HTTP_PROXY", "ftp://127.0.0.1:9", "Unknown scheme for proxy"),
+        ("http://127.0.0.1:9", "HTTP_PROXY", "http://127.0.0.1:80x", "with the proxy"),
         ("https://127.0.0.1:9", "SSL_CERT_FILE", "/no/such/file.pem", "No such file"),
     ],
 )
@@ -695,14 +699,32 @@ def test_a_proxy_or_certificates_that_cannot_be_used_are_one_line(
     assert url in line and named in line and "See HTTP_PROXY" in line
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 def test_a_proxy_is_not_asked_for_this_machine(
-    address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+    host: str, served: Served, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if host == "[::1]" and not has_ipv6():
+        pytest.skip("IPv6: this machine has no ::1; not run")
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert len(opened(address).targets(packed())) == 7
+    with serving(served, host=host.strip("[]")) as url:
+        assert host in url and len(opened(url).targets(packed())) == 7
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as one:
+        one.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:9", "http://[2001:db8::1]:8000", "http://[::1]"])
+def test_an_address_of_ipv6_is_one(url: str) -> None:
+    with closing(http_client.HttpClient(url, None, 1, 0.1, 1)) as client, pytest.raises(UserError) as caught:
+        client.get("/v1/models")
+    assert f"{url}: no answer in" in str(caught.value)
 
 
 @pytest.fixture
@@ -867,6 +889,41 @@ def test_a_key_is_hidden_however_it_is_written(said: str, monkeypatch: pytest.Mo
     with closing(http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)) as client:
         found = client.clean(said)
     assert "***" in found and "sk-a" not in found and "d\\" not in found
+
+
+ESCAPED = "sk-ab/cd+ef&gh=ijklmnop"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        html.escape(ESCAPED),
+        ESCAPED.replace("&", "&amp;").replace("+", "&#43;"),
+        html.escape(ESCAPED).replace("/", "&#x2F;"),
+        html.escape(html.escape(ESCAPED)),
+        json.dumps(ESCAPED).replace("&", r"\u0026"),
+        ESCAPED.replace("+", r"\x2b").replace("/", r"\057"),
+        html.escape(json.dumps(ESCAPED).replace("&", r"\u0026")),
+        "".join(f"%{ord(each):02x}" for each in ESCAPED),
+        "".join(f"&#{ord(each)};" for each in ESCAPED),
+        ESCAPED[:14] + "...",
+        "..." + ESCAPED[-12:],
+        ESCAPED[:7] + "\n" + ESCAPED[7:],
+        "x" * (http_client.SHOWN - 35) + html.escape(ESCAPED),
+    ],
+)
+def test_a_message_with_a_part_of_the_key_is_not_shown(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVED_KEY", ESCAPED)
+    with closing(http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)) as client:
+        found = client.clean(f"no such key: Bearer {said}")
+    assert found == http_client.HIDDEN
+
+
+def test_a_message_without_the_key_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVED_KEY", ESCAPED)
+    message = r"no key begins with sk-ab: C:\new\u00e9\U00110000, 5 &lt; 6 and 100 %"
+    with closing(http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)) as client:
+        assert client.clean(message) == message
 
 
 def test_a_key_in_the_place_of_a_number_is_hidden_whole(
@@ -1246,6 +1303,49 @@ def test_nothing_is_left_of_a_refused_server(address: str, opened: Open) -> None
             opened(address, model="served", api="openai")
         refused.append(caught)
     assert wait_until(lambda: requesting() <= before)
+
+
+@pytest.mark.parametrize("is_https", [False, True])
+def test_what_is_in_flight_ends_when_it_is_closed(
+    is_https: bool, served: Served, opened: Open, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The interpreter waits for these threads."""
+    certificate = request.getfixturevalue("certificate") if is_https else None
+    if certificate is not None:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    answer, goes_on = served.answer, threading.Event()
+    with serving(served, certificate=certificate) as url:
+        teacher = opened(url, timeout_s=60.0, deadline_s=60.0)
+        served.answer = lambda *given: goes_on.wait(60) and answer(*given)  # type: ignore
+        refused: list[str] = []
+
+        def ask() -> None:
+            with pytest.raises(UserError) as caught:
+                teacher.targets(packed())
+            refused.append(str(caught.value))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        assert wait_until(lambda: served.in_flight == 3)
+        teacher.close()
+        asking.join(10)
+        threads = [each for each in threading.enumerate() if "potstill-request" in each.name]
+        ended = wait_until(lambda: not any(each.is_alive() for each in threads))
+        goes_on.set()
+    assert ended and refused == [f"{url}: the connection was closed."]
+
+
+def test_a_connection_is_not_kept_until_the_server_closes_it(
+    served: Served, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert http_client.KEPT_S < 5
+    monkeypatch.setattr(http_client, "KEPT_S", 0.05)
+    with closing(http_client.HttpClient(address, None, 5, 5, 1)) as client:
+        client.get("/v1/models")
+        time.sleep(0.1)
+        client.get("/v1/models")
+    assert served.connections == 2
 
 
 def test_a_kept_row_that_was_damaged_is_asked_for_again(

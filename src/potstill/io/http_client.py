@@ -7,17 +7,23 @@ log or a message, even where the server repeats it.
 
 from __future__ import annotations
 
+import contextlib
+import html
 import ipaddress
 import json
 import os
+import re
+import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote
 
 import httpx
 import tenacity
@@ -35,8 +41,13 @@ FIRST_DEADLINE_S = 5.0
 """Of a server that is not proven."""
 END_S = 2.0
 """For requests in flight to end in."""
+KEPT_S = 2.0
+"""For which a connection that is not used is kept: vLLM and SGLang close theirs after 5 s."""
 SHOWN = 300
 """Characters of a server's own message."""
+SECRET = 8
+"""Characters of the key in a row that must not be shown."""
+HIDDEN = "*** (not shown, since it has a part of the API key)"
 
 
 class _NoAnswer(Exception):
@@ -80,20 +91,24 @@ class HttpClient:
         """Whether it has shown what it is: one that has not is not waited for, since its address is likely wrong."""
         self.in_flight = self.answered = 0
         key = _key_of(key_variable)
-        self._secret = [] if key is None else _written_forms(key)
+        self._key = key or ""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        limits = httpx.Limits(max_connections=requests, max_keepalive_connections=requests)
-        host = urlsplit(self.url).hostname or ""
+        limits = httpx.Limits(
+            max_connections=requests, max_keepalive_connections=requests, keepalive_expiry=KEPT_S
+        )
+        try:
+            host = httpx.URL(self.url).host
+        except httpx.InvalidURL as error:
+            self._refuse_url(error)
         # A proxy of the environment cannot reach this machine's own addresses.
-        direct = {f"all://{host}": None} if _is_loopback(host) else {}
+        address = f"[{host}]" if ":" in host else host
+        direct = {f"all://{address}": None} if _is_loopback(host) else {}
         try:
             # Redirects are not followed: the key would go wherever they lead.
             self._client = httpx.Client(
                 base_url=self.url, headers=headers, timeout=timeout_s, limits=limits, mounts=direct
             )
-        except httpx.InvalidURL as error:
-            self._refuse_url(error)
-        except (ImportError, OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             raise UserError(
                 f"{self.url}: no connection can be made with the proxy or the certificates of the environment:"
                 f" {one_line(error)} See HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE; NO_PROXY names addresses"
@@ -101,6 +116,7 @@ class HttpClient:
             ) from None
         self._pool = ThreadPoolExecutor(requests, thread_name_prefix="potstill-request")
         self._closed, self._lock = threading.Event(), threading.Lock()
+        self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
         self._returning, self._returned_s, self._is_returning = threading.RLock(), 0.0, False
 
     def get(self, path: str) -> Any:
@@ -129,16 +145,20 @@ class HttpClient:
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         deadline_s = time.monotonic() + END_S
-        while self.in_flight and time.monotonic() < deadline_s:  # a socket that is read from cannot be closed
+        while self.in_flight and time.monotonic() < deadline_s:
+            self._hang_up()
             time.sleep(0.01)
         self._client.close()
 
     def clean(self, text: str) -> str:
         """One line of a server's text, without the key that it may repeat."""
+        if not self._key:
+            return " ".join(text.split())[:SHOWN]
         # Before it is shortened: a part of the key would be left of one that is cut in two.
-        for form in self._secret:
+        for form in _written_forms(self._key):
             text = text.replace(form, "***")
-        return " ".join(text.split())[:SHOWN]
+        shown = " ".join(text.split())[:SHOWN]
+        return HIDDEN if _has_part(shown, self._key) else shown
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         started_s = time.monotonic()
@@ -155,6 +175,7 @@ class HttpClient:
         try:
             answer = retries(self._once, method, path, body)
         except _NoAnswer as error:
+            self._require_open()
             passed_s = time.monotonic() - started_s
             # Longer where one request alone took longer.
             shown_s = deadline_s if passed_s < 2 * deadline_s else round(passed_s, 1)
@@ -185,7 +206,25 @@ class HttpClient:
             finally:
                 self._is_returning = False
 
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise UserError(f"{self.url}: the connection was closed.")
+
+    def _hang_up(self) -> None:
+        """End what is in flight: who reads from a socket is not woken where it is closed."""
+        with self._lock:
+            streams = [*self._streams]
+        for stream in streams:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
+
+    def _trace(self, event: str, about: Mapping[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            with self._lock:
+                self._streams.add(about["return_value"])
+
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        self._require_open()
         with self._lock:
             self.in_flight += 1
         try:
@@ -200,7 +239,8 @@ class HttpClient:
                 ) from None
             raise _NoAnswer(self.clean(f"{type(error).__name__}: {error}").rstrip(".")) from None
         except RuntimeError:  # of httpx, once `close` has been called
-            raise UserError(f"{self.url}: the connection was closed.") from None
+            self._require_open()
+            raise
         finally:
             with self._lock:
                 self.in_flight -= 1
@@ -209,7 +249,7 @@ class HttpClient:
     def _answer(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
         """The whole answer; httpx bounds the time of each read, and this that of all together."""
         end_s = time.monotonic() + self.timeout_s
-        with self._client.stream(method, path, json=body) as response:
+        with self._client.stream(method, path, json=body, extensions={"trace": self._trace}) as response:
             content = bytearray()
             for part in response.iter_bytes():
                 content += part
@@ -333,6 +373,28 @@ def _written_forms(key: str) -> list[str]:
     in_json = json.dumps(key)[1:-1]
     forms = {key, in_json, in_json.replace("/", r"\/"), repr(key)[1:-1], quote(key), quote(key, safe="")}
     return sorted(forms, key=len, reverse=True)
+
+
+def _has_part(text: str, key: str) -> bool:
+    """Whether as much of the key as counts can be read from a text, be it escaped twice."""
+    forms = {text}
+    for _ in range(2):
+        forms |= {decode(form) for form in forms for decode in (html.unescape, unquote, _unescaped)}
+    size = min(SECRET, len(key))
+    parts = {key[start : start + size] for start in range(len(key) - size + 1)}
+    return any(part in "".join(form.split()) for form in forms for part in parts)
+
+
+def _unescaped(text: str) -> str:
+    r"""Without the escapes of strings: \u0026, \x26, \046 and \&."""
+
+    def character(found: re.Match[str]) -> str:
+        in_hex, in_octal, itself = found[1] or found[2] or found[3], found[4], found[5]
+        code = int(in_hex, 16) if in_hex else int(in_octal, 8) if in_octal else ord(itself)
+        return chr(code) if code <= sys.maxunicode else ""
+
+    escape = r"\\(?:u\{?([0-9a-fA-F]{4})\}?|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|([0-7]{3})|(.))"
+    return re.sub(escape, character, text)
 
 
 def _message(response: httpx.Response, answer: Any) -> str:
