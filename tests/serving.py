@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import torch
 import transformers
 
 Json = dict[str, Any]
+IMPOSSIBLE = -9999.0
+"""vLLM's log-probability of what has none."""
+PART = "\N{REPLACEMENT CHARACTER}"
 NEUTRAL: Json = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -37,6 +41,8 @@ class Served:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.name, self.key, self.max_length = name, key, 512
         self.texts = [self.tokenizer.decode([token]) for token in range(len(self.tokenizer))]
+        self.owner, self.completes = "vllm", True
+        """What it says of itself, and whether it shows the last byte of a character as all of it."""
         self.known = len(self.texts)
         """Ids from here on have probability 0."""
         self.model(torch.tensor([[1, 2]]))  # what libraries do at the first call, they do in one thread
@@ -68,7 +74,8 @@ class Served:
 
     def answer(self, path: str, body: Json, fault: str | None) -> Json:
         if path == "/v1/models":
-            return {"data": [{"id": self.name, "max_model_len": self.max_length}]}
+            entry = {"id": self.name, "owned_by": self.owner, "max_model_len": self.max_length}
+            return {"data": [entry]}
         if path == "/generate":
             return self.sglang(body, fault)
         return self.openai(body, fault) if body.get("echo") else self.vllm(body, fault)
@@ -80,9 +87,9 @@ class Served:
             return {"choices": [{"token_ids": self.written(ids, body, body["max_tokens"], ends)}]}
         entries: list[Json | None] = [None]
         for p_V, given in zip(self.logp(ids, fault, body["temperature"]), ids[1:], strict=False):
-            best = p_V.topk(min(k, self.known) - (1 if fault == "fewer ids" else 0))
-            found = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            found[given] = float("nan") if fault == "nan" else float(p_V[given])
+            best = p_V.topk(min(k, len(p_V)) - (1 if fault == "fewer ids" else 0))
+            found = dict(zip(best.indices.tolist(), best.values.clamp(min=IMPOSSIBLE).tolist(), strict=True))
+            found[given] = float("nan") if fault == "nan" else float(p_V[given].clamp(min=IMPOSSIBLE))
             entries.append(
                 {
                     str(token): {"logprob": p, "rank": 1, "decoded_token": self.text(token, fault)}
@@ -117,20 +124,32 @@ class Served:
         ids, k = body["prompt"], body["logprobs"]
         logp_LV = self.logp(ids, fault, body["temperature"])
         new = int(logp_LV[-1].argmax())
+        names: list[str] = [self.named(ids[0], [], body, fault)]
         given, likeliest = [None], [None]
-        for p_V, token in zip(logp_LV, [*ids[1:], new], strict=True):
-            best = p_V.topk(k)
+        for place, token in enumerate([*ids[1:], new]):
+            p_V = logp_LV[place].clamp(min=IMPOSSIBLE)
+            best, name = p_V.topk(k), partial(self.named, before=ids[: place + 1], body=body, fault=fault)
+            names.append(name(token))
             given.append(float(p_V[token]))
-            likeliest.append(
-                {
-                    self.text(each, fault): p
-                    for each, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                }
-            )
-        texts = [self.text(token, fault) for token in [*ids, new]]
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            likeliest.append({name(token): float(p_V[token])} | {name(each): p for each, p in pairs})
         return {
-            "choices": [{"logprobs": {"tokens": texts, "token_logprobs": given, "top_logprobs": likeliest}}]
+            "choices": [{"logprobs": {"tokens": names, "token_logprobs": given, "top_logprobs": likeliest}}]
         }
+
+    def named(self, token: int, before: list[int], body: Json, fault: str | None) -> str:
+        """What stands for an id where OpenAI's API has texts."""
+        if self.owner == "vllm" and body.get("return_tokens_as_token_ids"):
+            return f"token_id:{token}"
+        text = self.text(token, fault)
+        if not (self.completes and text.endswith(PART)):
+            return text
+        # As vLLM's `_correct_decoded_token`: the character that ends here, or nothing.
+        for count in range(1, 5):
+            whole: str = self.tokenizer.decode([*before[-count:], token])
+            if not whole.endswith(PART):
+                return whole[-1:]
+        return ""
 
     def written(self, ids: list[int], how: Json, count: int, ends: set[int]) -> list[int]:
         """Greedy, or by its own seed and the place; what the request leaves out is the generation config's."""

@@ -93,8 +93,11 @@ def opened(teacher_folder: Path) -> Iterator[Open]:
 
         def open_(url: str, **fields: Any) -> ServerTeacher:
             fields = {"model": "served", "top_k": 16, "deadline_s": 1.0} | fields
-            config = ServerTeacherConfig(url=url, tokenizer=str(teacher_folder), **fields)
-            return stack.enter_context(closing(ServerTeacher.open(config, load_tokenizer(teacher_folder))))
+            fields = {"tokenizer": str(teacher_folder)} | fields
+            config = ServerTeacherConfig(url=url, **fields)
+            return stack.enter_context(
+                closing(ServerTeacher.open(config, load_tokenizer(Path(config.tokenizer))))
+            )
 
         yield open_
 
@@ -139,13 +142,16 @@ def first_document() -> Batch:
     )
 
 
-@pytest.mark.parametrize("api", ["vllm", "sglang", "openai"])
-def test_targets_are_the_models_own(api: str, served: Served, address: str, opened: Open) -> None:
+@pytest.mark.parametrize("api", ["vllm", "sglang", "openai", "openai by texts"])
+def test_targets_are_the_models_own(
+    api: str, served: Served, address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of each document alone, also at its last position, whose next token lies in no row."""
     batch = packed()
-    if api == "openai":
-        served.known = 96  # what has a text of its own
-    teacher = opened(address, api=api)
+    if api == "openai by texts":
+        served.owner, served.known = "other", 96  # what has a text of its own
+        monkeypatch.setattr(server, "LOST_MASS", 1.0)
+    teacher = opened(address, api=api.split()[0])
     targets = teacher.targets(batch)
     assert targets.has_bucket and targets.temperature == 1.0
     for n, (position, label) in enumerate(
@@ -173,6 +179,73 @@ def test_a_document_is_asked_about_once_and_no_further_than_it_bears_loss(
     teacher.targets(first_document())
     ((_, body),) = served.requests
     assert body["prompt"] == packed().input_ids_BT[0, :5].tolist()
+
+
+@pytest.mark.parametrize("api", ["vllm", "openai"])
+def test_what_is_impossible_is_no_target(api: str, served: Served, address: str, opened: Open) -> None:
+    """vLLM writes -9999, which would be as many nats of a reverse KL."""
+    served.known = 10
+    targets = opened(address, api=api).targets(packed())
+    assert float(targets.logp_NK[targets.ids_NK >= 0].min()) > -100
+    assert int(targets.ids_NK.max()) < 10
+
+
+def test_a_servers_rounding_makes_no_probability(served: Served, address: str, opened: Open) -> None:
+    """Of all ids, so that nothing is left to the bucket; their sum is 1.005 at the server."""
+    logp = served.logp
+    served.logp = lambda *given: logp(*given) + math.log(1.005)  # type: ignore[method-assign]
+    targets = opened(address, top_k=ALL_IDS).targets(packed())
+    assert targets.logp_NK.double().exp().sum(-1).tolist() == [pytest.approx(1, abs=1e-5)] * 7
+    logits_NV = torch.full((7, ALL_IDS), -math.inf).scatter(1, targets.ids_NK, targets.logp_NK)
+    student_NS, teacher_NS = targets.on_support(logits_NV, 1.0)
+    assert float(forward_kl(student_NS, teacher_NS).min()) > -1e-6
+
+
+@pytest.mark.parametrize(("owner", "expected"), [("vllm", 4), ("other", 1)])
+def test_a_byte_that_ends_a_character_is_not_taken_for_the_character(
+    owner: str, expected: int, served: Served, address: str, opened: Open, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """vLLM shows both by the same text; behind a part of a character the texts of others say nothing."""
+    monkeypatch.setattr(server, "LOST_MASS", 1.0)
+    folder = make_model(tmp_path / "model", vocab_size=ALL_IDS + 2)
+    tokenizer = load_tokenizer(folder)
+    part, end = tokenizer.encode("ж", add_special_tokens=False)
+    assert tokenizer.add_tokens(["ж", "щ"]) == 2
+    tokenizer.save_pretrained(folder)
+    other = Served(folder)
+    served.model, served.tokenizer, served.texts = other.model, other.tokenizer, other.texts
+    served.known, served.owner = ALL_IDS + 2, owner
+    likely_V = torch.zeros(ALL_IDS + 2)
+    likely_V[[end, 5, 9, 11]] = torch.tensor([9.0, 8.0, 7.0, 6.0])
+    monkeypatch.setattr(served, "logp", lambda ids, *given: likely_V.log_softmax(-1).repeat(len(ids), 1))
+    positions_N, labels_N = torch.tensor([0, 1]), torch.tensor([part, end])
+    ids_BT, places_BT = torch.tensor([[5, part, end]]), torch.arange(3)[None]
+    teacher = opened(address, api="openai", tokenizer=str(folder), top_k=4)
+    targets = teacher.targets(Batch(torch.arange(1), ids_BT, places_BT, positions_N, labels_N))
+    found = {each for each in targets.ids_NK[1].tolist() if each >= 0}
+    assert end in found and len(found) == expected and not found & {ALL_IDS, ALL_IDS + 1}
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@pytest.mark.parametrize("bad", ["05", "٥", "5.0", 3.9, True, -1, "9" * 30])
+def test_an_id_that_is_none_is_refused(
+    api: str, bad: Any, served: Served, address: str, opened: Open
+) -> None:
+    """Two keys of one number would be one id."""
+    teacher, answer = opened(address, api=api), served.answer
+
+    def with_bad(path: str, body: Json, fault: str | None) -> Json:
+        found = answer(path, body, fault)
+        if api == "vllm":
+            found["choices"][0]["prompt_logprobs"][1][str(bad)] = {"logprob": -9.0}
+        else:
+            found["meta_info"]["input_top_logprobs"][1].append([-9.0, bad, "x"])
+        return found
+
+    served.answer = with_bad  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"its answer is not what was asked for: an id is "):
+        teacher.targets(packed())
 
 
 def test_a_step_without_labels_asks_nothing(served: Served, address: str, opened: Open) -> None:
@@ -609,9 +682,13 @@ def test_ids_that_the_student_lacks_are_of_no_target(address: str, opened: Open)
     assert int(teacher.targets(packed()).ids_NK.max()) < 50
 
 
-def test_texts_that_several_ids_have_are_refused_where_they_matter(address: str, opened: Open) -> None:
-    """Of single bytes, as this tokenizer has, half are no text."""
-    with pytest.raises(UserError, match=r"of texts that several ids have. Use a server of teacher.api vllm"):
+@pytest.mark.parametrize("known", [ALL_IDS, 96])
+def test_texts_that_several_ids_have_are_refused_where_they_matter(
+    known: int, served: Served, address: str, opened: Open
+) -> None:
+    """Of single bytes, as this tokenizer has, half are no text; where English needs none of them, Chinese does."""
+    served.known, served.owner = known, "other"
+    with pytest.raises(UserError, match=r"of texts that several ids have .*Use a server of teacher.api vllm"):
         opened(address, api="openai")
 
 
@@ -1292,7 +1369,9 @@ def test_vllm_reads_what_vllm_writes() -> None:
     assert place.logps == {28: -1.5, 216: -1.0} and place.text == ","
 
 
-def test_nothing_is_left_of_a_refused_server(address: str, opened: Open) -> None:
+def test_nothing_is_left_of_a_refused_server(served: Served, address: str, opened: Open) -> None:
+    served.owner = "other"
+
     def requesting() -> int:
         return sum("potstill-request" in thread.name for thread in threading.enumerate())
 

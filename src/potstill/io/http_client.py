@@ -333,8 +333,8 @@ def _retry_after_s(header: str) -> float:
 
 def _status_of(error: Any) -> int:
     """Of an error that a proxy passes on under a status of 200: its code, if that is a status; else 500."""
-    code = error.get("code") if isinstance(error, dict) else None
-    return int(code) if str(code).isascii() and str(code).isdigit() and 400 <= int(code) < 600 else 500
+    code = str(error.get("code")) if isinstance(error, dict) else ""
+    return int(code) if re.fullmatch("[45][0-9]{2}", code) else 500
 
 
 def _key_of(variable: str | None) -> str | None:
