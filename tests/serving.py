@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,19 @@ import torch
 import transformers
 
 Json = dict[str, Any]
+IMPOSSIBLE = -9999.0
+"""vLLM's log-probability of what has none."""
+PART = "\N{REPLACEMENT CHARACTER}"
+NEUTRAL: Json = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+}
+"""What vLLM and SGLang do where neither a request nor the generation config says anything."""
 
 
 class Served:
@@ -26,13 +41,22 @@ class Served:
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.name, self.key, self.max_length = name, key, 512
         self.texts = [self.tokenizer.decode([token]) for token in range(len(self.tokenizer))]
+        self.owner, self.completes = "vllm", True
+        """What it says of itself, and whether it shows the last byte of a character as all of it."""
         self.known = len(self.texts)
         """Ids from here on have probability 0."""
         self.model(torch.tensor([[1, 2]]))  # what libraries do at the first call, they do in one thread
         self.fault: Callable[[str, Json], str | None] = lambda path, body: None
+        self.generation: Json = {}
+        """What its generation config says of sampling."""
+        self.own_end = self.tokenizer.eos_token_id
+        self.answers: list[list[int]] = []
+        """What was written."""
+        self.retry_after: str | None = None
+        """Header of answers whose status is a fault."""
         self.requests: list[tuple[str, Json]] = []
         self.headers: list[dict[str, str]] = []
-        self.in_flight = self.most_in_flight = 0
+        self.in_flight = self.most_in_flight = self.connections = 0
         self.lock = threading.Lock()
 
     def logp(self, ids: list[int], fault: str | None, temperature: float) -> torch.Tensor:
@@ -50,7 +74,8 @@ class Served:
 
     def answer(self, path: str, body: Json, fault: str | None) -> Json:
         if path == "/v1/models":
-            return {"data": [{"id": self.name, "max_model_len": self.max_length}]}
+            entry = {"id": self.name, "owned_by": self.owner, "max_model_len": self.max_length}
+            return {"data": [entry]}
         if path == "/generate":
             return self.sglang(body, fault)
         return self.openai(body, fault) if body.get("echo") else self.vllm(body, fault)
@@ -58,12 +83,13 @@ class Served:
     def vllm(self, body: Json, fault: str | None) -> Json:
         ids, k = body["prompt"], body.get("prompt_logprobs")
         if k is None:
-            return {"choices": [{"token_ids": self.written(ids, body, body["max_tokens"])}]}
+            ends = {*body["stop_token_ids"]} | ({self.own_end} if not body["ignore_eos"] else set())
+            return {"choices": [{"token_ids": self.written(ids, body, body["max_tokens"], ends)}]}
         entries: list[Json | None] = [None]
         for p_V, given in zip(self.logp(ids, fault, body["temperature"]), ids[1:], strict=False):
-            best = p_V.topk(min(k, self.known) - (1 if fault == "fewer ids" else 0))
-            found = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            found[given] = float("nan") if fault == "nan" else float(p_V[given])
+            best = p_V.topk(min(k, len(p_V)) - (1 if fault == "fewer ids" else 0))
+            found = dict(zip(best.indices.tolist(), best.values.clamp(min=IMPOSSIBLE).tolist(), strict=True))
+            found[given] = float("nan") if fault == "nan" else float(p_V[given].clamp(min=IMPOSSIBLE))
             entries.append(
                 {
                     str(token): {"logprob": p, "rank": 1, "decoded_token": self.text(token, fault)}
@@ -77,7 +103,9 @@ class Served:
     def sglang(self, body: Json, fault: str | None) -> Json:
         ids, sampling = body["input_ids"], body["sampling_params"]
         if not body.get("return_logprob"):
-            return {"output_ids": self.written(ids, sampling, sampling["max_new_tokens"])}
+            # As its `check_finished`: no end at all where the own one is to be ignored.
+            ends = {*sampling["stop_token_ids"], self.own_end} if not sampling["ignore_eos"] else set()
+            return {"output_ids": self.written(ids, sampling, sampling["max_new_tokens"], ends)}
         start, k = body["logprob_start_len"], body["top_logprobs_num"]
         given: list[Any] = [[None, ids[start], self.text(ids[start], fault)]]
         likeliest: list[Any] = [None]
@@ -96,34 +124,56 @@ class Served:
         ids, k = body["prompt"], body["logprobs"]
         logp_LV = self.logp(ids, fault, body["temperature"])
         new = int(logp_LV[-1].argmax())
+        names: list[str] = [self.named(ids[0], [], body, fault)]
         given, likeliest = [None], [None]
-        for p_V, token in zip(logp_LV, [*ids[1:], new], strict=True):
-            best = p_V.topk(k)
+        for place, token in enumerate([*ids[1:], new]):
+            p_V = logp_LV[place].clamp(min=IMPOSSIBLE)
+            best, name = p_V.topk(k), partial(self.named, before=ids[: place + 1], body=body, fault=fault)
+            names.append(name(token))
             given.append(float(p_V[token]))
-            likeliest.append(
-                {
-                    self.text(each, fault): p
-                    for each, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                }
-            )
-        texts = [self.text(token, fault) for token in [*ids, new]]
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            likeliest.append({name(token): float(p_V[token])} | {name(each): p for each, p in pairs})
         return {
-            "choices": [{"logprobs": {"tokens": texts, "token_logprobs": given, "top_logprobs": likeliest}}]
+            "choices": [{"logprobs": {"tokens": names, "token_logprobs": given, "top_logprobs": likeliest}}]
         }
 
-    def written(self, ids: list[int], how: Json, count: int) -> list[int]:
-        """Greedy, or by its own seed."""
+    def named(self, token: int, before: list[int], body: Json, fault: str | None) -> str:
+        """What stands for an id where OpenAI's API has texts."""
+        if self.owner == "vllm" and body.get("return_tokens_as_token_ids"):
+            return f"token_id:{token}"
+        text = self.text(token, fault)
+        if not (self.completes and text.endswith(PART)):
+            return text
+        # As vLLM's `_correct_decoded_token`: the character that ends here, or nothing.
+        for count in range(1, 5):
+            whole: str = self.tokenizer.decode([*before[-count:], token])
+            if not whole.endswith(PART):
+                return whole[-1:]
+        return ""
+
+    def written(self, ids: list[int], how: Json, count: int, ends: set[int]) -> list[int]:
+        """Greedy, or by its own seed and the place; what the request leaves out is the generation config's."""
+        how = NEUTRAL | self.generation | {name: value for name, value in how.items() if value is not None}
         new: list[int] = []
-        generator = torch.Generator().manual_seed(how.get("seed", how.get("sampling_seed", 0)))
-        while len(new) < count and not (new and new[-1] in how["stop_token_ids"]):
-            logp_V = self.logp([*ids, *new], None, 1.0)[-1]
-            temperature = how["temperature"]
-            new.append(
-                int(logp_V.argmax())
-                if not temperature
-                else int(torch.multinomial((logp_V / temperature).softmax(-1), 1, generator=generator))
-            )
+        while len(new) < count and not (new and new[-1] in ends):
+            logp_V = self.logp([*ids, *new], None, 1.0)[-1].double()
+            seen, times_V = [*{*ids, *new}], torch.bincount(torch.tensor(new).long(), minlength=len(logp_V))
+            logp_V[seen] *= how["repetition_penalty"]
+            logp_V -= how["frequency_penalty"] * times_V + how["presence_penalty"] * (times_V > 0)
+            new.append(self.drawn(logp_V, how, len(ids) + len(new)))
+        self.answers.append(new)
         return new
+
+    def drawn(self, logp_V: torch.Tensor, how: Json, place: int) -> int:
+        if not how["temperature"]:
+            return int(logp_V.argmax())
+        p_V = (logp_V / how["temperature"]).softmax(-1)
+        order = p_V.sort(descending=True)
+        before_V = (order.values.cumsum(0) - order.values) / order.values.sum()
+        keep_V = (before_V < how["top_p"]) & (order.values >= how["min_p"] * order.values[0])
+        keep_V[how["top_k"] if how["top_k"] > 0 else len(keep_V) :] = False
+        generator = torch.Generator().manual_seed(how.get("seed", how.get("sampling_seed", 0)) + place)
+        return int(order.indices[torch.multinomial(order.values * keep_V, 1, generator=generator)])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -131,6 +181,11 @@ class Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and content in one packet: a second one would wait for the first to be confirmed
     disable_nagle_algorithm = True
     served: Served
+
+    def setup(self) -> None:
+        super().setup()
+        with self.served.lock:
+            self.served.connections += 1
 
     def log_message(self, *args: Any) -> None: ...
 
@@ -161,10 +216,12 @@ class Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "")
         if (served.key is not None and given != f"Bearer {served.key}") or fault == "echo":
             self.send({"error": {"message": f"no such key: {given} in {dict(self.headers)}"}}, 401)
-        elif fault == "500":
-            self.send({"error": {"message": "out of memory"}}, 500)
-        elif fault == "400":
-            self.send({"error": {"message": "logprobs: at most 20"}}, 400)
+        elif fault is not None and fault.isdigit():
+            message = {"400": "logprobs: at most 20"}.get(fault, "out of memory")
+            self.send({"error": {"message": message}}, int(fault), retry_after=served.retry_after)
+        elif fault is not None and fault.startswith("200 "):
+            code = int(fault.split()[1])
+            self.send({"error": {"message": "Provider returned error: overloaded", "code": code}}, 200)
         elif fault == "moved":
             self.send_response(307)
             self.send_header("Location", "http://elsewhere.example/v1")
@@ -178,11 +235,20 @@ class Handler(BaseHTTPRequestHandler):
                 served.answer(self.path, body, fault), 200, is_cut=fault == "cut", drips=fault == "drip"
             )
 
-    def send(self, tree: Json, status: int, is_cut: bool = False, drips: bool = False) -> None:
+    def send(
+        self,
+        tree: Json,
+        status: int,
+        is_cut: bool = False,
+        drips: bool = False,
+        retry_after: str | None = None,
+    ) -> None:
         content = json.dumps(tree).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        if retry_after is not None:
+            self.send_header("Retry-After", retry_after)
         self.end_headers()
         for start in range(0, len(content), 64) if drips else ():
             self.wfile.write(content[start : start + 64])
@@ -201,9 +267,13 @@ class _Quiet(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(served: Served, port: int = 0, certificate: tuple[Path, Path] | None = None) -> Iterator[str]:
+def serving(
+    served: Served, port: int = 0, certificate: tuple[Path, Path] | None = None, host: str = "127.0.0.1"
+) -> Iterator[str]:
     """The address of a server that ends with the block; https with a certificate and its key."""
-    server = _Quiet(("127.0.0.1", port), type("Handler", (Handler,), {"served": served}))
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = type("Listening", (_Quiet,), {"address_family": family})
+    server = listening((host, port), type("Handler", (Handler,), {"served": served}))
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*certificate)
@@ -211,7 +281,8 @@ def serving(served: Served, port: int = 0, certificate: tuple[Path, Path] | None
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield f"http{'s' * (certificate is not None)}://127.0.0.1:{server.server_port}"
+        name = f"[{host}]" if ":" in host else host
+        yield f"http{'s' * (certificate is not None)}://{name}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

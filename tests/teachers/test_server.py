@@ -5,16 +5,22 @@ The server is a double in this process over a real small model; `test_server_vll
 
 from __future__ import annotations
 
+import contextlib
+import html
 import itertools
 import json
 import math
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +31,7 @@ from conftest import make_model
 from cut_off import cut_off
 from refusals import refusal
 from serving import Json, Served, serving
+from transformers import GenerationConfig
 
 from potstill import distill, load_recipe
 from potstill.build.resolve import resolve
@@ -38,6 +45,7 @@ from potstill.io.terminal import Display
 from potstill.losses.divergences import forward_kl
 from potstill.losses.objective import Objective
 from potstill.losses.targets import SparseTargets
+from potstill.models.decoding import Row
 from potstill.models.student import Student
 from potstill.recipe.sections_models import ServerTeacherConfig
 from potstill.runs.run_dir import RunDir
@@ -87,8 +95,11 @@ def opened(teacher_folder: Path) -> Iterator[Open]:
 
         def open_(url: str, **fields: Any) -> ServerTeacher:
             fields = {"model": "served", "top_k": 16, "deadline_s": 1.0} | fields
-            config = ServerTeacherConfig(url=url, tokenizer=str(teacher_folder), **fields)
-            return stack.enter_context(closing(ServerTeacher.open(config, load_tokenizer(teacher_folder))))
+            fields = {"tokenizer": str(teacher_folder)} | fields
+            config = ServerTeacherConfig(url=url, **fields)
+            return stack.enter_context(
+                closing(ServerTeacher.open(config, load_tokenizer(Path(config.tokenizer))))
+            )
 
         yield open_
 
@@ -126,13 +137,23 @@ def packed() -> Batch:
     return Batch(torch.arange(2), ids_BT, position_ids_BT, positions_N, labels_N)
 
 
-@pytest.mark.parametrize("api", ["vllm", "sglang", "openai"])
-def test_targets_are_the_models_own(api: str, served: Served, address: str, opened: Open) -> None:
+def first_document() -> Batch:
+    batch = packed()
+    return Batch(
+        batch.rows_B, batch.input_ids_BT, batch.position_ids_BT, batch.positions_N[:2], batch.labels_N[:2]
+    )
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang", "openai", "openai by texts"])
+def test_targets_are_the_models_own(
+    api: str, served: Served, address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of each document alone, also at its last position, whose next token lies in no row."""
     batch = packed()
-    if api == "openai":
-        served.known = 96  # what has a text of its own
-    teacher = opened(address, api=api)
+    if api == "openai by texts":
+        served.owner, served.known = "other", 96  # what has a text of its own
+        monkeypatch.setattr(server, "LOST_MASS", 1.0)
+    teacher = opened(address, api=api.split()[0])
     targets = teacher.targets(batch)
     assert targets.has_bucket and targets.temperature == 1.0
     for n, (position, label) in enumerate(
@@ -157,13 +178,76 @@ def test_a_document_is_asked_about_once_and_no_further_than_it_bears_loss(
 ) -> None:
     teacher = opened(address)
     served.requests.clear()
-    batch = packed()
-    some = Batch(
-        batch.rows_B, batch.input_ids_BT, batch.position_ids_BT, batch.positions_N[:2], batch.labels_N[:2]
-    )
-    teacher.targets(some)
+    teacher.targets(first_document())
     ((_, body),) = served.requests
-    assert body["prompt"] == batch.input_ids_BT[0, :5].tolist()
+    assert body["prompt"] == packed().input_ids_BT[0, :5].tolist()
+
+
+@pytest.mark.parametrize("api", ["vllm", "openai"])
+def test_what_is_impossible_is_no_target(api: str, served: Served, address: str, opened: Open) -> None:
+    """vLLM writes -9999, which would be as many nats of a reverse KL."""
+    served.known = 10
+    targets = opened(address, api=api).targets(packed())
+    assert float(targets.logp_NK[targets.ids_NK >= 0].min()) > -100
+    assert int(targets.ids_NK.max()) < 10
+
+
+def test_a_servers_rounding_makes_no_probability(served: Served, address: str, opened: Open) -> None:
+    """Of all ids, so that nothing is left to the bucket; their sum is 1.005 at the server."""
+    logp = served.logp
+    served.logp = lambda *given: logp(*given) + math.log(1.005)  # type: ignore[method-assign]
+    targets = opened(address, top_k=ALL_IDS).targets(packed())
+    assert targets.logp_NK.double().exp().sum(-1).tolist() == [pytest.approx(1, abs=1e-5)] * 7
+    logits_NV = torch.full((7, ALL_IDS), -math.inf).scatter(1, targets.ids_NK, targets.logp_NK)
+    student_NS, teacher_NS = targets.on_support(logits_NV, 1.0)
+    assert float(forward_kl(student_NS, teacher_NS).min()) > -1e-6
+
+
+@pytest.mark.parametrize(("owner", "expected"), [("vllm", 4), ("other", 1)])
+def test_a_byte_that_ends_a_character_is_not_taken_for_the_character(
+    owner: str, expected: int, served: Served, address: str, opened: Open, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """vLLM shows both by the same text; behind a part of a character the texts of others say nothing."""
+    monkeypatch.setattr(server, "LOST_MASS", 1.0)
+    folder = make_model(tmp_path / "model", vocab_size=ALL_IDS + 2)
+    tokenizer = load_tokenizer(folder)
+    part, end = tokenizer.encode("ж", add_special_tokens=False)
+    assert tokenizer.add_tokens(["ж", "щ"]) == 2
+    tokenizer.save_pretrained(folder)
+    other = Served(folder)
+    served.model, served.tokenizer, served.texts = other.model, other.tokenizer, other.texts
+    served.known, served.owner = ALL_IDS + 2, owner
+    likely_V = torch.zeros(ALL_IDS + 2)
+    likely_V[[end, 5, 9, 11]] = torch.tensor([9.0, 8.0, 7.0, 6.0])
+    monkeypatch.setattr(served, "logp", lambda ids, *given: likely_V.log_softmax(-1).repeat(len(ids), 1))
+    positions_N, labels_N = torch.tensor([0, 1]), torch.tensor([part, end])
+    ids_BT, places_BT = torch.tensor([[5, part, end]]), torch.arange(3)[None]
+    teacher = opened(address, api="openai", tokenizer=str(folder), top_k=4)
+    targets = teacher.targets(Batch(torch.arange(1), ids_BT, places_BT, positions_N, labels_N))
+    found = {each for each in targets.ids_NK[1].tolist() if each >= 0}
+    assert end in found and len(found) == expected and not found & {ALL_IDS, ALL_IDS + 1}
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@pytest.mark.parametrize("bad", ["05", "٥", "5.0", 3.9, True, -1, "9" * 30])
+def test_an_id_that_is_none_is_refused(
+    api: str, bad: Any, served: Served, address: str, opened: Open
+) -> None:
+    """Two keys of one number would be one id."""
+    teacher, answer = opened(address, api=api), served.answer
+
+    def with_bad(path: str, body: Json, fault: str | None) -> Json:
+        found = answer(path, body, fault)
+        if api == "vllm":
+            found["choices"][0]["prompt_logprobs"][1][str(bad)] = {"logprob": -9.0}
+        else:
+            found["meta_info"]["input_top_logprobs"][1].append([-9.0, bad, "x"])
+        return found
+
+    served.answer = with_bad  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"its answer is not what was asked for: an id is "):
+        teacher.targets(packed())
 
 
 def test_a_step_without_labels_asks_nothing(served: Served, address: str, opened: Open) -> None:
@@ -231,6 +315,13 @@ def test_requests_in_flight_are_bounded(served: Served, address: str, opened: Op
         Batch(torch.arange(8), rows, torch.arange(16).repeat(8, 1), positions_N, rows.roll(-1, 1).flatten())
     )
     assert served.most_in_flight == 3
+
+
+def wait_until(is_so: Callable[[], bool], at_most_s: float = 10.0) -> bool:
+    deadline_s = time.monotonic() + at_most_s
+    while not is_so() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return is_so()
 
 
 def now_and_then(fault: str, times: int) -> Callable[[str, Json], str | None]:
@@ -408,6 +499,110 @@ def test_an_outage_is_followed_by_one_proof(address: str, served: Served) -> Non
             assert len(proofs) == outages
 
 
+@pytest.mark.parametrize(
+    ("fault", "proofs"),
+    [(fault, 1) for fault in ("gone", "502", "503", "504", "522", "200 502")]
+    + [(fault, 0) for fault in ("429", "500", "529", "200 429", "200 0")],
+)
+def test_an_outage_is_a_server_out_of_reach(fault: str, proofs: int, address: str, served: Served) -> None:
+    """One that answers, but not yet, is still there; all of them are asked again."""
+    with closing(http_client.HttpClient(address, None, 5, 5, 1)) as client:
+        proved: list[int] = []
+        client.on_return, client.is_proven = lambda: proved.append(1), True
+        served.fault = now_and_then(fault, 2)
+        assert client.get("/v1/models")["data"] and len(proved) == proofs
+
+
+def test_an_outage_during_a_proof_does_not_start_another(served: Served, address: str, opened: Open) -> None:
+    """Every other request meets one; a proof that proves itself has no end."""
+    teacher = opened(address, deadline_s=20.0)
+    prove, depth, deepest = teacher.client.on_return, 0, 0
+
+    def counting() -> None:
+        nonlocal depth, deepest
+        depth, deepest = depth + 1, max(deepest, depth + 1)
+        prove()
+        depth -= 1
+
+    teacher.client.on_return = counting
+    served.requests.clear()
+    served.fault = lambda path, body: (
+        "502" if len(served.requests) % 2 and len(served.requests) < 60 else None
+    )
+    teacher.targets(first_document())
+    assert deepest == 1 and len(served.requests) == 2 * (1 + len(server.TEXTS))
+
+
+def test_a_second_outage_of_a_long_request_is_proven_too(served: Served, address: str) -> None:
+    """What counts is when it failed, and not when it began."""
+    with closing(http_client.HttpClient(address, None, 5, 5, 2)) as client:
+        proofs: list[int] = []
+        client.on_return, client.is_proven = lambda: proofs.append(1), True
+
+        def answer(path: str, body: Json, fault: str | None) -> Json:
+            if path == "/long" and len(proofs) < 2 and wait_until(lambda: bool(proofs)):
+                proofs.append(0)
+                raise ConnectionError("which closes the connection")
+            return {"data": []}
+
+        served.answer = answer  # type: ignore[method-assign]
+        faults = ["gone"]
+        served.fault = lambda path, body: faults.pop() if path == "/short" and faults else None
+        client.map(client.get, ["/long", "/short"])
+        assert proofs == [1, 0, 1]
+
+
+@pytest.mark.parametrize("fault", ["400", "401", "404", "501", "505", "200 400"])
+def test_what_is_refused_is_asked_once(fault: str, served: Served, address: str) -> None:
+    with closing(http_client.HttpClient(address, None, 5, 5, 1)) as client:
+        client.is_proven, served.fault = True, lambda path, body: fault
+        with pytest.raises(UserError, match=rf"refuses GET /v1/models with status {fault[-3:]}: "):
+            client.get("/v1/models")
+    assert len(served.requests) == 1
+
+
+def test_an_error_under_a_status_of_200_is_quoted(served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address, deadline_s=0.3)
+    served.fault = lambda path, body: "200 502"
+    with pytest.raises(
+        UserError, match=r"no answer in 0\.3 s: status 502: Provider returned error: overload"
+    ):
+        teacher.targets(packed())
+
+
+@pytest.mark.parametrize("by_date", [False, True])
+def test_a_server_that_names_a_time_is_left_alone_until_then(
+    by_date: bool, served: Served, address: str
+) -> None:
+    # Dates are of whole seconds.
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=3), usegmt=True)
+    with closing(http_client.HttpClient(address, None, 5, 30, 1)) as client:
+        client.is_proven, served.fault = True, now_and_then("429", 1)
+        served.retry_after, began_s = date if by_date else "1", time.monotonic()
+        assert client.get("/v1/models")
+        assert len(served.requests) == 2 and time.monotonic() - began_s >= 0.9
+
+
+@pytest.mark.parametrize("header", ["3600", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_server_that_names_a_time_behind_the_deadline_is_asked_once_more(
+    header: str, served: Served, address: str
+) -> None:
+    with closing(http_client.HttpClient(address, None, 5, 0.7, 1)) as client:
+        client.is_proven, served.fault = True, lambda path, body: "503"
+        served.retry_after = header
+        with pytest.raises(UserError, match=r"no answer in 0\.7 s: status 503"):
+            client.get("/v1/models")
+    assert len(served.requests) == 2
+
+
+@pytest.mark.parametrize("header", ["", "soon", "-1", "1.5", "0", "Thu, 01 Jan 1970 00:00:00 GMT", "²"])
+def test_a_time_that_is_none_or_past_is_none(header: str, served: Served, address: str) -> None:
+    with closing(http_client.HttpClient(address, None, 5, 5, 1)) as client:
+        client.is_proven, served.fault = True, now_and_then("503", 1)
+        served.retry_after = header
+        assert client.get("/v1/models")
+
+
 def test_it_is_asked_again_no_longer_than_the_deadline(served: Served, address: str, opened: Open) -> None:
     teacher = opened(address, deadline_s=0.5)
     served.fault = lambda path, body: "500"
@@ -489,9 +684,13 @@ def test_ids_that_the_student_lacks_are_of_no_target(address: str, opened: Open)
     assert int(teacher.targets(packed()).ids_NK.max()) < 50
 
 
-def test_texts_that_several_ids_have_are_refused_where_they_matter(address: str, opened: Open) -> None:
-    """Of single bytes, as this tokenizer has, half are no text."""
-    with pytest.raises(UserError, match=r"of texts that several ids have. Use a server of teacher.api vllm"):
+@pytest.mark.parametrize("known", [ALL_IDS, 96])
+def test_texts_that_several_ids_have_are_refused_where_they_matter(
+    known: int, served: Served, address: str, opened: Open
+) -> None:
+    """Of single bytes, as this tokenizer has, half are no text; where English needs none of them, Chinese does."""
+    served.known, served.owner = known, "other"
+    with pytest.raises(UserError, match=r"of texts that several ids have .*Use a server of teacher.api vllm"):
         opened(address, api="openai")
 
 
@@ -560,6 +759,7 @@ def test_no_server_is_named_at_once(
     [
         ("http://127.0.0.1:9", "ALL_PROXY", "socks5://127.0.0.1:9", "socksio"),
         ("http://127.0.0.1:9", "HTTP_PROXY", "ftp://127.0.0.1:9", "Unknown scheme for proxy"),
+        ("http://127.0.0.1:9", "HTTP_PROXY", "http://127.0.0.1:80x", "with the proxy"),
         ("https://127.0.0.1:9", "SSL_CERT_FILE", "/no/such/file.pem", "No such file"),
     ],
 )
@@ -578,14 +778,32 @@ def test_a_proxy_or_certificates_that_cannot_be_used_are_one_line(
     assert url in line and named in line and "See HTTP_PROXY" in line
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 def test_a_proxy_is_not_asked_for_this_machine(
-    address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+    host: str, served: Served, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if host == "[::1]" and not has_ipv6():
+        pytest.skip("IPv6: this machine has no ::1; not run")
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert len(opened(address).targets(packed())) == 7
+    with serving(served, host=host.strip("[]")) as url:
+        assert host in url and len(opened(url).targets(packed())) == 7
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as one:
+        one.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:9", "http://[2001:db8::1]:8000", "http://[::1]"])
+def test_an_address_of_ipv6_is_one(url: str) -> None:
+    with closing(http_client.HttpClient(url, None, 1, 0.1, 1)) as client, pytest.raises(UserError) as caught:
+        client.get("/v1/models")
+    assert f"{url}: no answer in" in str(caught.value)
 
 
 @pytest.fixture
@@ -764,6 +982,41 @@ def test_a_key_is_hidden_however_it_is_written(said: str, monkeypatch: pytest.Mo
     with closing(http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)) as client:
         found = client.clean(said)
     assert "***" in found and "sk-a" not in found and "d\\" not in found
+
+
+ESCAPED = "sk-ab/cd+ef&gh=ijklmnop"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        html.escape(ESCAPED),
+        ESCAPED.replace("&", "&amp;").replace("+", "&#43;"),
+        html.escape(ESCAPED).replace("/", "&#x2F;"),
+        html.escape(html.escape(ESCAPED)),
+        json.dumps(ESCAPED).replace("&", r"\u0026"),
+        ESCAPED.replace("+", r"\x2b").replace("/", r"\057"),
+        html.escape(json.dumps(ESCAPED).replace("&", r"\u0026")),
+        "".join(f"%{ord(each):02x}" for each in ESCAPED),
+        "".join(f"&#{ord(each)};" for each in ESCAPED),
+        ESCAPED[:14] + "...",
+        "..." + ESCAPED[-12:],
+        ESCAPED[:7] + "\n" + ESCAPED[7:],
+        "x" * (http_client.SHOWN - 35) + html.escape(ESCAPED),
+    ],
+)
+def test_a_message_with_a_part_of_the_key_is_not_shown(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVED_KEY", ESCAPED)
+    with closing(http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)) as client:
+        found = client.clean(f"no such key: Bearer {said}")
+    assert found == http_client.HIDDEN
+
+
+def test_a_message_without_the_key_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVED_KEY", ESCAPED)
+    message = r"no key begins with sk-ab: C:\new\u00e9\U00110000, 5 &lt; 6 and 100 %"
+    with closing(http_client.HttpClient("http://127.0.0.1:9", "SERVED_KEY", 1, 1, 1)) as client:
+        assert client.clean(message) == message
 
 
 def test_a_key_in_the_place_of_a_number_is_hidden_whole(
@@ -1042,9 +1295,7 @@ def test_a_server_writes_a_corpus(
     write_corpus(path, out=tmp_path / "there")
     asked = [body for _, body in served.requests if "stop_token_ids" in str(body)]
     asked = [body | body.get("sampling_params", {}) for body in asked]
-    assert len(asked) == 6 and {(body["temperature"], body["ignore_eos"]) for body in asked} == {
-        (temperature, True)
-    }
+    assert len(asked) == 6 and {body["temperature"] for body in asked} == {temperature}
     if temperature:
         assert {(body["top_p"], body["top_k"]) for body in asked} == {(0.9, 50)}
         assert len({body.get("seed", body.get("sampling_seed")) for body in asked}) == 6
@@ -1088,6 +1339,61 @@ def test_a_tokenizer_that_drops_a_whole_text_is_compared_by_the_others(
 ) -> None:
     monkeypatch.setattr(server, "TEXTS", (*server.TEXTS[:3], ""))
     assert len(opened(address).means) == 3
+
+
+@dataclass
+class Answer(Row):
+    ends: set[int] = field(default_factory=set)
+
+    def add(self, token: int) -> None:
+        self.new.append(token)
+        self.finish = "end" if token in self.ends else "length" if len(self.new) == self.max_new else ""
+
+
+def written(teacher: ServerTeacher, temperature: float, ends: list[int]) -> list[int]:
+    """Sixteen tokens, or up to an end."""
+    row = Answer("row", [5, 9, 11], 16, [0.3] if temperature else [], ends={*ends})
+    settings = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+    how = GenerationConfig(do_sample=temperature > 0, eos_token_id=ends, **settings)
+    teacher.decoder(ALL_IDS)(how, [row], lambda: None)
+    return row.new
+
+
+GENERATION: list[Json] = [
+    {"repetition_penalty": 1.5},
+    {"presence_penalty": 1.0},
+    {"frequency_penalty": 1.0},
+    {"temperature": 0.3},
+    {"top_p": 0.1},
+    {"top_k": 2},
+    {"min_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_a_generation_config_of_the_server_is_not_used(
+    api: str, served: Served, address: str, opened: Open
+) -> None:
+    teacher = opened(address, api=api)
+    for temperature in (0.0, 1.0):
+        served.generation = {}
+        expected = written(teacher, temperature, [])
+        for served.generation in GENERATION:
+            assert written(teacher, temperature, []) == expected, served.generation
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_a_server_stops_at_an_end(api: str, served: Served, address: str, opened: Open) -> None:
+    teacher = opened(address, api=api)
+    whole = written(teacher, 1.0, [])
+    last = max(i for i in range(12) if whole.index(whole[i]) == i)
+    served.answers.clear()
+    assert written(teacher, 1.0, [whole[last], ALL_IDS - 1]) == whole[: last + 1]
+    assert last > 0 and served.answers == [whole[: last + 1]]
+    # The server's own is none, where the student has another.
+    served.own_end = whole[last // 2]
+    assert written(teacher, 1.0, [whole[last]]) == whole[: last + 1]
+    assert written(teacher, 1.0, []) == whole
 
 
 def test_prompts_alone_are_answered_by_the_server(recipe: Recipe, address: str, tmp_path: Path) -> None:
@@ -1209,7 +1515,9 @@ def test_vllm_reads_what_vllm_writes() -> None:
     assert place.logps == {28: -1.5, 216: -1.0} and place.text == ","
 
 
-def test_nothing_is_left_of_a_refused_server(address: str, opened: Open) -> None:
+def test_nothing_is_left_of_a_refused_server(served: Served, address: str, opened: Open) -> None:
+    served.owner = "other"
+
     def requesting() -> int:
         return sum("potstill-request" in thread.name for thread in threading.enumerate())
 
@@ -1219,10 +1527,50 @@ def test_nothing_is_left_of_a_refused_server(address: str, opened: Open) -> None
         with pytest.raises(UserError) as caught:
             opened(address, model="served", api="openai")
         refused.append(caught)
-    deadline_s = time.monotonic() + 5
-    while requesting() > before and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert requesting() <= before
+    assert wait_until(lambda: requesting() <= before)
+
+
+@pytest.mark.parametrize("is_https", [False, True])
+def test_what_is_in_flight_ends_when_it_is_closed(
+    is_https: bool, served: Served, opened: Open, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The interpreter waits for these threads."""
+    certificate = request.getfixturevalue("certificate") if is_https else None
+    if certificate is not None:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    answer, goes_on = served.answer, threading.Event()
+    with serving(served, certificate=certificate) as url:
+        teacher = opened(url, timeout_s=60.0, deadline_s=60.0)
+        served.answer = lambda *given: goes_on.wait(60) and answer(*given)  # type: ignore
+        refused: list[str] = []
+
+        def ask() -> None:
+            with pytest.raises(UserError) as caught:
+                teacher.targets(packed())
+            refused.append(str(caught.value))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        assert wait_until(lambda: served.in_flight == 3)
+        teacher.close()
+        asking.join(10)
+        threads = [each for each in threading.enumerate() if "potstill-request" in each.name]
+        ended = wait_until(lambda: not any(each.is_alive() for each in threads))
+        goes_on.set()
+    assert ended and refused == [f"{url}: the connection was closed."]
+
+
+def test_a_connection_is_not_kept_until_the_server_closes_it(
+    served: Served, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert http_client.KEPT_S < 5
+    monkeypatch.setattr(http_client, "KEPT_S", 0.05)
+    with closing(http_client.HttpClient(address, None, 5, 5, 1)) as client:
+        client.get("/v1/models")
+        time.sleep(0.1)
+        client.get("/v1/models")
+    assert served.connections == 2
 
 
 def test_a_kept_row_that_was_damaged_is_asked_for_again(

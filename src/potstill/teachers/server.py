@@ -184,20 +184,27 @@ class ServerTeacher(BaseTeacher):
         self.client.close()
 
     def _ask(
-        self, ids: Sequence[int], places: Sequence[int], top_k: int, temperature: float = 1.0
+        self,
+        ids: Sequence[int],
+        places: Sequence[int],
+        top_k: int,
+        temperature: float = 1.0,
+        with_texts: bool = False,
     ) -> list[Place]:
         """What the server says of these places of a text."""
         first = places[0]
-        path, body = self.api.ask(self.config.model, ids, first, top_k, temperature)
+        path, body = self.api.ask(self.config.model, ids, first, top_k, temperature, with_texts)
         answer = self.client.post(path, body)
         try:
             read = self.api.read(answer, ids, first)
             found = [read[place - first] for place in places]
-            for place, asked in zip(found, places, strict=True):
-                _require_distribution(place, ids[asked + 1], min(top_k, self.vocab.known), self.api)
+            least = min(top_k, self.vocab.known)
+            return [
+                _distribution(place, ids[asked + 1], least, self.api)
+                for place, asked in zip(found, places, strict=True)
+            ]
         except (BadAnswer, IndexError) as error:
             self._refuse_answer(error)
-        return found
 
     def _write(
         self,
@@ -227,9 +234,18 @@ class ServerTeacher(BaseTeacher):
             top_k=int(settings.top_k or 0) if settings.do_sample else 0,
             seed=int(row.uniforms[0] * 2**SEED_BITS) if row.uniforms else 0,
             ends=list(settings.eos_token_id or ()),
+            past_eos=not settings.eos_token_id,
         )
+        new = self._more(ids, row.prompt_ids, how)
+        if len(new) < how.max_new and not {*new[-1:]} & {*how.ends}:
+            # It ended at an end of its own, which is none here.
+            rest = replace(how, max_new=how.max_new - len(new), past_eos=True)
+            new += self._more(ids, [*row.prompt_ids, *new], rest)
+        return new
+
+    def _more(self, ids: int, text: Sequence[int], how: Written) -> list[int]:
         try:
-            path, body = self.api.ask_to_write(self.config.model, row.prompt_ids, how)
+            path, body = self.api.ask_to_write(self.config.model, text, how)
             new = self.api.read_written(self.client.post(path, body))
             for token in new:
                 if not 0 <= token < ids:
@@ -240,7 +256,11 @@ class ServerTeacher(BaseTeacher):
 
     def _prove(self) -> None:
         """Require that the server is what the recipe says."""
-        self.max_length = self._limit()
+        listed = self._listed()
+        longest = listed.get("max_model_len")
+        self.max_length = longest - SPARE if type(longest) is int and longest > SPARE else None
+        if isinstance(self.api, OpenAI):
+            self.api.names_ids = listed.get("owned_by") == "vllm"
         self._require_tokens()
         self._require_temperature()
         ids = self._ids_of(TEXTS[0])
@@ -249,8 +269,8 @@ class ServerTeacher(BaseTeacher):
         if self.config.api == "openai":
             self._require_told_apart()
 
-    def _limit(self) -> int | None:
-        """Tokens of the longest row; UserError where the server has no such model."""
+    def _listed(self) -> dict[str, Any]:
+        """What the server lists of the model; UserError where it has no such."""
         listed = self.client.get("/v1/models")
         models = listed.get("data") if isinstance(listed, dict) else None
         entries = models if isinstance(models, list) else []
@@ -261,8 +281,7 @@ class ServerTeacher(BaseTeacher):
                 f"teacher.model: {self.config.url} has no {self.config.model}; it has {self.client.clean(names)}."
                 " Name one of these."
             )
-        longest = named[self.config.model].get("max_model_len")
-        return longest - SPARE if type(longest) is int and longest > SPARE else None
+        return named[self.config.model]
 
     def _require_tokens(self) -> None:
         """The server's text of an id must be ours: of every added id, and of others all over the list."""
@@ -271,7 +290,7 @@ class ServerTeacher(BaseTeacher):
         ids = sorted({*spread, *(each for each in self.vocab.added if each < known)})
         length = min(PROBE_TOKENS, self.max_length or PROBE_TOKENS) - 1
         parts = [[ids[0], *ids[at : at + length]] for at in range(0, len(ids), length)]
-        asked = self.client.map(lambda part: self._ask(part, range(len(part) - 1), 1), parts)
+        asked = self.client.map(lambda part: self._ask(part, range(len(part) - 1), 1, with_texts=True), parts)
         compared = 0
         for part, places in zip(parts, asked, strict=True):
             for token, place in zip(part[1:], places, strict=True):
@@ -315,10 +334,7 @@ class ServerTeacher(BaseTeacher):
 
     def _means(self) -> list[float]:
         means = []
-        for text in TEXTS:
-            ids = self._ids_of(text)
-            if len(ids) < 2:  # of a tokenizer that drops what it does not know
-                continue
+        for ids in self._texts():
             given = _given(self._ask(ids, range(len(ids) - 1), 1), ids)
             means.append(sum(given) / len(given))
         return means
@@ -333,21 +349,31 @@ class ServerTeacher(BaseTeacher):
             )
 
     def _require_told_apart(self) -> None:
-        """Where tokens are texts, the k likeliest must nearly all be known by theirs."""
-        ids = self._ids_of(TEXTS[0])
-        alone = self.api.ask(self.config.model, ids, 0, self.config.top_k, 1.0)
-        try:
-            found = self.client.post(*alone)["choices"][0]["logprobs"]["top_logprobs"][1 : len(ids)]
-            told = sum(math.exp(p) for place in found for p in (place or {}).values()) / len(found)
-        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            self._refuse_answer(error)
-        places = self._ask(ids, range(len(ids) - 1), self.config.top_k)
-        known = sum(math.exp(p) for place in places for p in place.logps.values()) / len(places)
-        if told - known > LOST_MASS:
+        """Where tokens are texts, the k likeliest must nearly all be known by theirs, in other scripts, too."""
+        texts = self._texts()
+        lost = sum(self.client.map(self._lost, texts)) / sum(len(ids) - 1 for ids in texts)
+        if lost > LOST_MASS:
             raise UserError(
-                f"{self.place}: names tokens by their texts, and {told - known:.1%} of the probability is of texts that"
-                " several ids have. Use a server of teacher.api vllm or sglang, which names ids."
+                f"{self.place}: names tokens by their texts, and {lost:.1%} of the probability is of texts that several"
+                " ids have or that end inside of a character. Use a server of teacher.api vllm or sglang, which names"
+                " ids."
             )
+
+    def _lost(self, ids: Sequence[int]) -> float:
+        """Probability that the server gives to texts that are no id's alone, summed over the places."""
+        path, body = self.api.ask(self.config.model, ids, 0, self.config.top_k, 1.0)
+        answer = self.client.post(path, body)
+        try:
+            places = self.api.read(answer, ids, 0)
+            told = answer["choices"][0]["logprobs"]["top_logprobs"][1 : len(ids)]
+            of_texts = sum(math.exp(p) for place in told for p in (place or {}).values())
+            return of_texts - sum(math.exp(p) for place in places for p in place.logps.values())
+        except (BadAnswer, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            self._refuse_answer(error)
+
+    def _texts(self) -> list[list[int]]:
+        """The ids of `TEXTS`, without those that the tokenizer drops as unknown."""
+        return [ids for text in TEXTS if len(ids := self._ids_of(text)) > 1]
 
     def _ids_of(self, text: str) -> list[int]:
         encoded: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -389,8 +415,8 @@ def _sparse(found: Sequence[Mapping[int, float]], ids: int) -> SparseTargets:
     return SparseTargets(ids_NK, logp_NK, 1.0, has_bucket=True)
 
 
-def _require_distribution(place: Place, given: int, least: int, api: Api) -> None:
-    """BadAnswer where the numbers are no log-probabilities of as many ids as were asked for."""
+def _distribution(place: Place, given: int, least: int, api: Api) -> Place:
+    """A place whose probabilities sum to 1 at most; BadAnswer where they are none, or of fewer ids than asked for."""
     if given not in place.logps:
         raise BadAnswer(f"it has no log-probability of id {given}, which was sent")
     # Of texts that several ids have none is kept.
@@ -399,6 +425,10 @@ def _require_distribution(place: Place, given: int, least: int, api: Api) -> Non
     total = sum(math.exp(min(p, 10.0)) for p in place.logps.values())
     if max(place.logps.values()) > ROUNDING or total > 1 + ROUNDING:
         raise BadAnswer(f"the probabilities of a place sum to {total:.4g}")
+    if total <= 1:
+        return place
+    # A server's rounding: a divergence to more than a distribution may be negative.
+    return Place({each: p - math.log(total) for each, p in place.logps.items()}, place.text)
 
 
 def _given(places: Sequence[Place], ids: Sequence[int]) -> list[float]:
@@ -426,11 +456,15 @@ def _api(config: ServerTeacherConfig, tokenizer: Any, vocab: Vocab) -> Api:
         return Vllm()
     if config.api == "sglang":
         return SGLang()
-    id_of: dict[str, int | None] = {}
+    # Of no text: what vLLM shows of a part of a character.
+    id_of: dict[str, int | None] = {"": None}
+    fragments = set()
     for token in range(vocab.known):
         text = _decoded(tokenizer, token)
         id_of[text] = None if text in id_of or UNSEEN in text else token
-    return OpenAI(id_of)
+        if text.endswith(UNSEEN):
+            fragments.add(token)
+    return OpenAI(id_of, fragments)
 
 
 class ServerSource(TeacherSource):

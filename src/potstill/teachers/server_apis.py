@@ -9,12 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 Json = dict[str, Any]
 SEED_BITS = 31
+NO_LOGP = -9999.0
+"""What vLLM writes for the log-probability of an impossible id, since JSON has no infinity."""
+NAMED = re.compile(r"token_id:([0-9]+)")
+"""How vLLM names an id in the place of its text."""
+CANONICAL = re.compile(r"0|[1-9][0-9]{0,17}")
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_p": 0.0,
+}
+"""Servers take what a request leaves out from the model's `generation_config.json` or their own settings."""
 
 
 class BadAnswer(Exception):
@@ -41,15 +54,23 @@ class Written:
     top_k: int
     seed: int
     ends: Sequence[int]
+    past_eos: bool = False
+    """Also past the server's own end of a sequence, where that is none of `ends`."""
 
 
 class Api(Protocol):
     """A way of asking. A new one is a class here and a name in `ServerTeacherConfig.api`."""
 
     def ask(
-        self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
+        self,
+        model: str,
+        ids: Sequence[int],
+        first: int,
+        top_k: int,
+        temperature: float,
+        with_texts: bool = False,
     ) -> tuple[str, Json]:
-        """Path and body of a request for the places from `first` on."""
+        """Path and body of a request for the places from `first` on; with the texts of the ids if they are wanted."""
         ...
 
     def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
@@ -61,7 +82,10 @@ class Api(Protocol):
         ...
 
     def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
-        """Path and body of a request for new tokens; they end at one of `how.ends` alone, or after `how.max_new`.
+        """Path and body of a request for new tokens, which end at one of `how.ends` or after `how.max_new`.
+
+        A server that cannot do otherwise ends at its own end of a sequence, too, where `how.past_eos` is false; where
+        it is true, it may go on behind an end.
 
         Raises:
             BadAnswer: this API has no way to ask for ids.
@@ -77,7 +101,13 @@ class Vllm:
     """vLLM's own fields of `/v1/completions`: `prompt_logprobs`, `return_token_ids`."""
 
     def ask(
-        self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
+        self,
+        model: str,
+        ids: Sequence[int],
+        first: int,
+        top_k: int,
+        temperature: float,
+        with_texts: bool = False,
     ) -> tuple[str, Json]:
         return "/v1/completions", _one_token(model, ids, temperature) | {"prompt_logprobs": top_k}
 
@@ -102,9 +132,11 @@ class Vllm:
             "top_p": how.top_p,
             "top_k": how.top_k,
             "seed": how.seed,
+            "min_tokens": 0,
             "ignore_eos": True,
             "stop_token_ids": list(how.ends),
             "return_token_ids": True,
+            **NEUTRAL,
         }
 
     def read_written(self, answer: Any) -> list[int]:
@@ -115,7 +147,13 @@ class SGLang:
     """SGLang's `/generate`."""
 
     def ask(
-        self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
+        self,
+        model: str,
+        ids: Sequence[int],
+        first: int,
+        top_k: int,
+        temperature: float,
+        with_texts: bool = False,
     ) -> tuple[str, Json]:
         return "/generate", {
             "input_ids": list(ids),
@@ -123,7 +161,7 @@ class SGLang:
             "return_logprob": True,
             "logprob_start_len": first,
             "top_logprobs_num": top_k,
-            "return_text_in_logprobs": True,
+            "return_text_in_logprobs": with_texts,
         }
 
     def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
@@ -152,8 +190,11 @@ class SGLang:
                 "top_p": how.top_p,
                 "top_k": how.top_k or -1,
                 "sampling_seed": how.seed,
-                "ignore_eos": True,
+                "min_new_tokens": 0,
+                # Where it is true, SGLang does not look at `stop_token_ids` either.
+                "ignore_eos": how.past_eos,
                 "stop_token_ids": list(how.ends),
+                **NEUTRAL,
             },
         }
 
@@ -164,19 +205,35 @@ class SGLang:
 class OpenAI:
     """`/v1/completions` with `echo` and `logprobs`, as OpenAI's API had it and many servers have it.
 
-    Its tokens are texts. Ids of the same text cannot be told apart, and are left to the bucket.
+    Its tokens are texts. Ids of the same text cannot be told apart, and are left to the bucket. So is every id at a
+    place behind a part of a character: vLLM shows a byte that ends it as the whole character, which is the text of
+    another id. vLLM names ids as well, where it is asked to.
 
     Args:
         id_of: the one id of a text; None where several have it, or none.
+        fragments: ids whose text ends inside of a character.
     """
 
-    def __init__(self, id_of: dict[str, int | None]) -> None:
-        self.id_of = id_of
+    names_ids = False
+    """Whether the server is asked for ids in place of texts: others may refuse a field that they do not know."""
+
+    def __init__(self, id_of: dict[str, int | None], fragments: Set[int]) -> None:
+        self.id_of, self.fragments = id_of, fragments
 
     def ask(
-        self, model: str, ids: Sequence[int], first: int, top_k: int, temperature: float
+        self,
+        model: str,
+        ids: Sequence[int],
+        first: int,
+        top_k: int,
+        temperature: float,
+        with_texts: bool = False,
     ) -> tuple[str, Json]:
-        return "/v1/completions", _one_token(model, ids, temperature) | {"echo": True, "logprobs": top_k}
+        named = {"return_tokens_as_token_ids": not with_texts} if self.names_ids else {}
+        return "/v1/completions", _one_token(model, ids, temperature) | named | {
+            "echo": True,
+            "logprobs": top_k,
+        }
 
     def read(self, answer: Any, ids: Sequence[int], first: int) -> list[Place]:
         found = _field(_choice(answer), "logprobs", dict)
@@ -189,10 +246,20 @@ class OpenAI:
                 _require_count(len(each), len(ids), f"entries of {name}")
         places = []
         for i in range(first + 1, len(ids)):
-            known = {self.id_of.get(text): _logp(p) for text, p in _optional(likeliest[i], dict).items()}
+            known = {
+                self._named(text, ids[i - 1]): _logp(p) for text, p in _optional(likeliest[i], dict).items()
+            }
             known.pop(None, None)
-            places.append(Place({**known, ids[i]: _logp(logps[i])}, _text(texts[i])))  # type: ignore[dict-item]
+            text = _text(texts[i])
+            logps_of = {**known, ids[i]: _logp(logps[i])}
+            places.append(Place(logps_of, None if NAMED.fullmatch(text or "") else text))  # type: ignore[arg-type]
         return places
+
+    def _named(self, text: str, before: int) -> int | None:
+        """The id that is meant at a place behind the id `before`, if it is known."""
+        if named := NAMED.fullmatch(text):
+            return _id(named[1])
+        return None if before in self.fragments else self.id_of.get(text)
 
     def ask_to_write(self, model: str, ids: Sequence[int], how: Written) -> tuple[str, Json]:
         raise BadAnswer(
@@ -246,16 +313,19 @@ def _text(value: Any) -> str | None:
 
 
 def _id(value: Any) -> int:
-    try:
+    """Of an integer, or of a text as `str` writes it: of "5" and "05" one would overwrite the other."""
+    if type(value) is int and value >= 0:
+        return value
+    if isinstance(value, str) and CANONICAL.fullmatch(value):
         return int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise BadAnswer(f"an id is {value!r}") from None  # whole: a key in it is found before it is shortened
+    raise BadAnswer(f"an id is {value!r}")  # whole: a key in it is found before it is shortened
 
 
 def _logp(value: Any) -> float:
     with contextlib.suppress(OverflowError):
         if type(value) in (int, float) and value < math.inf:  # which NaN is not
-            return float(value)
+            p = float(value)
+            return p if p > NO_LOGP else -math.inf
     raise BadAnswer(f"a log-probability is {value!r}")
 
 
