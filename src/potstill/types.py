@@ -351,7 +351,7 @@ class Teacher(TeacherLogitsProvider, Protocol):
         ...
 
     def require_unchanged(self) -> None:
-        """UserError where a teacher elsewhere is not what it was when it was opened; it is asked for that."""
+        """`teachers.base.TeacherChanged` where one elsewhere is not what it was when it was opened; it is asked."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ KEPT_S = 2.0
 """For which a connection that is not used is kept: vLLM and SGLang close theirs after 5 s."""
 SHOWN = 300
 """Characters of a server's own message."""
+NO_JSON = object()
 SECRET = 8
 """Characters of the key in a row that must not be shown."""
 HIDDEN = "*** (not shown, since it has a part of the API key)"
@@ -261,9 +262,9 @@ class HttpClient:
         try:
             answer = response.json()
         except (ValueError, RecursionError):
-            answer = None
+            answer = NO_JSON
         status = response.status_code
-        if status == httpx.codes.OK and answer is None:  # cut off, or of something in between
+        if status == httpx.codes.OK and answer is NO_JSON:  # cut off, or of something in between
             raise _NoAnswer(f"what came back is no JSON: {self.clean(response.text)!r}")
         if status == httpx.codes.OK and isinstance(answer, dict) and answer.get("error"):
             status = _status_of(answer["error"])

@@ -31,6 +31,10 @@ Part = Callable[[str], AbstractContextManager[None]]
 """Context manager of a plan: what is allocated inside it counts as that part of the memory."""
 
 
+class TeacherChanged(UserError):
+    """A teacher elsewhere is another one than it was when it was opened."""
+
+
 class BaseTeacher:
     """Base of every teacher: defaults for all of the protocol `potstill.types.Teacher` but `vocab` and `targets`.
 

@@ -27,6 +27,7 @@ from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.store.codecs import Codec, Row, TopK
 from potstill.store.sampling import Uniforms
 from potstill.store.shards import FileRecord, write_shard
+from potstill.teachers.base import TeacherChanged
 from potstill.types import Batch, Head, Rows, Targets, Teacher, answer
 
 PLACES, ROW = "places_P", "row"
@@ -137,7 +138,7 @@ def capture_shard(
     interruption loses those that were being asked for.
 
     Raises:
-        UserError: the teacher is not what it was before; then no row is kept.
+        TeacherChanged: then no row is kept.
     """
     folder = file.with_suffix(".rows") if teacher.is_elsewhere else None
     kept = {} if folder is None else _rows_in(folder, numbers)
@@ -155,8 +156,8 @@ def capture_shard(
         on_row(row)
     try:
         teacher.require_unchanged()
-    except UserError:
-        forget_rows(file)
+    except TeacherChanged:
+        forget_rows(file)  # those of the other one are among them
         raise
     shard = [kept[number] for number in numbers]
     T = rows.batch(numbers[:1]).input_ids_BT.shape[1]

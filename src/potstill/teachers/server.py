@@ -28,7 +28,7 @@ from potstill.models.decoding import Decode, Row
 from potstill.models.hub import tokenizer_files
 from potstill.recipe.sections_models import ServerTeacherConfig
 from potstill.store.layout import MEANS, SAME_NATS, texts_gap
-from potstill.teachers.base import BaseTeacher, Part, TeacherSource
+from potstill.teachers.base import BaseTeacher, Part, TeacherChanged, TeacherSource
 from potstill.teachers.server_apis import SEED_BITS, Api, BadAnswer, OpenAI, Place, SGLang, Vllm, Written
 from potstill.teachers.toy import require_ids, require_last
 from potstill.types import Batch, Vocab
@@ -174,7 +174,7 @@ class ServerTeacher(BaseTeacher):
         return {"teacher": hashlib.sha256(about.encode()).hexdigest(), MEANS: means}
 
     def require_unchanged(self) -> None:
-        """UserError: the fixed texts have other log-probabilities than at the beginning."""
+        """TeacherChanged: the fixed texts have other log-probabilities than at the beginning."""
         self._require_still_itself()
 
     def activity(self) -> str:
@@ -343,7 +343,7 @@ class ServerTeacher(BaseTeacher):
         """After an outage: the server may have been started with another model."""
         gap = texts_gap(_written_out(self._means()), _written_out(self.means))
         if not gap < SAME_NATS:
-            raise UserError(
+            raise TeacherChanged(
                 f"{self.place}: is another model than before: its log-probabilities of fixed texts have moved by"
                 f" {gap:.3g} nats. Start the one that this began with, and go on (a run by --resume)."
             )
