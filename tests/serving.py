@@ -241,13 +241,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(
         self,
-        tree: Json,
+        tree: Json | str,
         status: int,
         is_cut: bool = False,
         drips: bool = False,
         retry_after: str | None = None,
     ) -> None:
-        content = json.dumps(tree).encode()
+        content = (tree if isinstance(tree, str) else json.dumps(tree)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
