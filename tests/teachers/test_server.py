@@ -1009,7 +1009,7 @@ ESCAPED = "sk-ab/cd+ef&gh=ijklmnop"
         html.escape(ESCAPED),
         ESCAPED.replace("&", "&amp;").replace("+", "&#43;"),
         html.escape(ESCAPED).replace("/", "&#x2F;"),
-        html.escape(html.escape(ESCAPED)),
+        html.escape("".join(f"&#{ord(each)};" for each in ESCAPED)),
         json.dumps(ESCAPED).replace("&", r"\u0026"),
         ESCAPED.replace("+", r"\x2b").replace("/", r"\057"),
         html.escape(json.dumps(ESCAPED).replace("&", r"\u0026")),
