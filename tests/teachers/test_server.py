@@ -774,8 +774,13 @@ def test_no_server_is_named_at_once(
     [
         ("http://127.0.0.1:9", "ALL_PROXY", "socks5://127.0.0.1:9", "socksio"),
         ("http://127.0.0.1:9", "HTTP_PROXY", "ftp://127.0.0.1:9", "Unknown scheme for proxy"),
-        ("http://127.0.0.1:9", "HTTP_PROXY", "http://127.0.0.1:80x", "an address is none"),
-        ("http://127.0.0.1:9", "HTTP_PROXY", "http://me:hunter2/3@127.0.0.1:80", "an address is none"),
+        ("http://127.0.0.1:9", "HTTP_PROXY", "http://127.0.0.1:80x", "a proxy's address cannot be read"),
+        (
+            "http://127.0.0.1:9",
+            "HTTP_PROXY",
+            "http://me:hunter2/3@127.0.0.1:80",
+            "a proxy's address cannot be read",
+        ),
         ("https://127.0.0.1:9", "SSL_CERT_FILE", "/no/such/file.pem", "No such file"),
     ],
 )

@@ -110,7 +110,11 @@ class HttpClient:
             )
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             # Of an address, the library quotes what may be a part of a password.
-            what = "an address is none." if isinstance(error, httpx.InvalidURL) else one_line(error)
+            what = (
+                "a proxy's address cannot be read."
+                if isinstance(error, httpx.InvalidURL)
+                else one_line(error)
+            )
             raise UserError(
                 f"{self.url}: no connection can be made with the proxy or the certificates of the environment:"
                 f" {what} See HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE; NO_PROXY names addresses"
