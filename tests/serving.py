@@ -107,15 +107,19 @@ class Served:
             ends = {*sampling["stop_token_ids"], self.own_end} if not sampling["ignore_eos"] else set()
             return {"output_ids": self.written(ids, sampling, sampling["max_new_tokens"], ends)}
         start, k = body["logprob_start_len"], body["top_logprobs_num"]
-        given: list[Any] = [[None, ids[start], self.text(ids[start], fault)]]
+
+        def text(token: int) -> str | None:
+            return self.text(token, fault) if body["return_text_in_logprobs"] else None
+
+        given: list[Any] = [[None, ids[start], text(ids[start])]]
         likeliest: list[Any] = [None]
         logp_LV = self.logp(ids, fault, sampling["temperature"])
         for place in range(start, len(ids) - 1):
             p_V, token = logp_LV[place], ids[place + 1]
             best = p_V.topk(min(k, self.known))
-            given.append([float(p_V[token]), token, self.text(token, fault)])
+            given.append([float(p_V[token]), token, text(token)])
             pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            likeliest.append([[p, each, self.text(each, fault)] for p, each in pairs])
+            likeliest.append([[p, each, text(each)] for p, each in pairs])
         if fault == "short":
             given.pop()
         return {"meta_info": {"input_token_logprobs": given, "input_top_logprobs": likeliest}}
@@ -237,13 +241,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(
         self,
-        tree: Json,
+        tree: Json | str,
         status: int,
         is_cut: bool = False,
         drips: bool = False,
         retry_after: str | None = None,
     ) -> None:
-        content = json.dumps(tree).encode()
+        content = (tree if isinstance(tree, str) else json.dumps(tree)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

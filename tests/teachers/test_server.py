@@ -454,14 +454,29 @@ def test_a_list_of_models_that_is_none_is_one_line(
         opened(address)
 
 
+@pytest.mark.parametrize(
+    ("page", "shown"),
+    [("<html>\n<p>Hello</p>", "<html> <p>Hello</p>"), ("[" * 100_000 + "]" * 100_000, "[" * 300)],
+)
 def test_a_page_in_place_of_a_list_of_models_is_one_line(
-    served: Served, address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+    page: str, shown: str, served: Served, address: str, opened: Open
 ) -> None:
-    monkeypatch.setattr(json, "dumps", lambda tree: "<html>\n<p>Hello</p>")
-    with pytest.raises(
-        UserError, match=r"no answer in \S+ s: what came back is no JSON: '<html> <p>Hello</p>'"
-    ):
+    served.answer = lambda *given: page  # type: ignore
+    message = rf"no answer in \S+ s: what came back is no JSON: '{re.escape(shown)}'"
+    with pytest.raises(UserError, match=message):
         opened(address)
+
+
+def test_a_servers_message_gives_the_terminal_no_orders(address: str) -> None:
+    with closing(http_client.HttpClient(address, None, 1, 1, 1)) as client:
+        assert client.clean("\x1b]0;owned\x07 \x1b[2J\ud800\nis é 天") == "�]0;owned� �[2J� is é 天"
+
+
+def test_a_fixed_text_that_the_tokenizer_cannot_write_ends_nothing(
+    address: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "TEXTS", (server.TEXTS[0], ""))
+    assert len(opened(address).means) == 2
 
 
 def test_a_model_without_a_longest_row_reads_any(served: Served, address: str, opened: Open) -> None:
@@ -759,7 +774,13 @@ def test_no_server_is_named_at_once(
     [
         ("http://127.0.0.1:9", "ALL_PROXY", "socks5://127.0.0.1:9", "socksio"),
         ("http://127.0.0.1:9", "HTTP_PROXY", "ftp://127.0.0.1:9", "Unknown scheme for proxy"),
-        ("http://127.0.0.1:9", "HTTP_PROXY", "http://127.0.0.1:80x", "with the proxy"),
+        ("http://127.0.0.1:9", "HTTP_PROXY", "http://127.0.0.1:80x", "a proxy's address cannot be read"),
+        (
+            "http://127.0.0.1:9",
+            "HTTP_PROXY",
+            "http://me:hunter2/3@127.0.0.1:80",
+            "a proxy's address cannot be read",
+        ),
         ("https://127.0.0.1:9", "SSL_CERT_FILE", "/no/such/file.pem", "No such file"),
     ],
 )
@@ -775,7 +796,7 @@ def test_a_proxy_or_certificates_that_cannot_be_used_are_one_line(
 ) -> None:
     monkeypatch.setenv(variable, value)
     line = refusal(["distill", str(recipe(url)), "--out", str(tmp_path / "run")], capsys, tmp_path)
-    assert url in line and named in line and "See HTTP_PROXY" in line
+    assert url in line and named in line and "See HTTP_PROXY" in line and "hunter2" not in line
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
@@ -993,7 +1014,7 @@ ESCAPED = "sk-ab/cd+ef&gh=ijklmnop"
         html.escape(ESCAPED),
         ESCAPED.replace("&", "&amp;").replace("+", "&#43;"),
         html.escape(ESCAPED).replace("/", "&#x2F;"),
-        html.escape(html.escape(ESCAPED)),
+        html.escape("".join(f"&#{ord(each)};" for each in ESCAPED)),
         json.dumps(ESCAPED).replace("&", r"\u0026"),
         ESCAPED.replace("+", r"\x2b").replace("/", r"\057"),
         html.escape(json.dumps(ESCAPED).replace("&", r"\u0026")),

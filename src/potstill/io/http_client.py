@@ -110,9 +110,15 @@ class HttpClient:
                 base_url=self.url, headers=headers, timeout=timeout_s, limits=limits, mounts=direct
             )
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+            # Of an address, the library quotes what may be a part of a password.
+            what = (
+                "a proxy's address cannot be read."
+                if isinstance(error, httpx.InvalidURL)
+                else one_line(error)
+            )
             raise UserError(
                 f"{self.url}: no connection can be made with the proxy or the certificates of the environment:"
-                f" {one_line(error)} See HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE; NO_PROXY names addresses"
+                f" {what} See HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE; NO_PROXY names addresses"
                 " that need no proxy."
             ) from None
         self._pool = ThreadPoolExecutor(requests, thread_name_prefix="potstill-request")
@@ -153,13 +159,14 @@ class HttpClient:
 
     def clean(self, text: str) -> str:
         """One line of a server's text, without the key that it may repeat."""
-        if not self._key:
-            return " ".join(text.split())[:SHOWN]
         # Before it is shortened: a part of the key would be left of one that is cut in two.
-        for form in _written_forms(self._key):
+        for form in _written_forms(self._key) if self._key else ():
             text = text.replace(form, "***")
         shown = " ".join(text.split())[:SHOWN]
-        return HIDDEN if _has_part(shown, self._key) else shown
+        if self._key and _has_part(shown, self._key):
+            return HIDDEN
+        # A terminal takes orders in such characters.
+        return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in shown)
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         started_s = time.monotonic()

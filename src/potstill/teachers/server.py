@@ -376,7 +376,8 @@ class ServerTeacher(BaseTeacher):
         return [ids for text in TEXTS if len(ids := self._ids_of(text)) > 1]
 
     def _ids_of(self, text: str) -> list[int]:
-        encoded: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # A tokenizer may have no id for a script.
+        encoded: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] or [0]
         return (encoded * 2)[: max(min(TEXT_TOKENS, len(encoded)), 2)]
 
     def _refuse_answer(self, error: Exception) -> NoReturn:
