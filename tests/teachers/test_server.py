@@ -1355,13 +1355,6 @@ def test_a_server_that_is_exchanged_while_it_writes_ends_it(
     assert (out / "corpus.jsonl").read_text() == whole
 
 
-def test_a_tokenizer_that_drops_a_whole_text_is_compared_by_the_others(
-    opened: Open, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "TEXTS", (*server.TEXTS[:3], ""))
-    assert len(opened(address).means) == 3
-
-
 @dataclass
 class Answer(Row):
     ends: set[int] = field(default_factory=set)

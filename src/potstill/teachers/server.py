@@ -334,7 +334,7 @@ class ServerTeacher(BaseTeacher):
 
     def _means(self) -> list[float]:
         means = []
-        for ids in self._texts():
+        for ids in map(self._ids_of, TEXTS):
             given = _given(self._ask(ids, range(len(ids) - 1), 1), ids)
             means.append(sum(given) / len(given))
         return means
@@ -350,7 +350,7 @@ class ServerTeacher(BaseTeacher):
 
     def _require_told_apart(self) -> None:
         """Where tokens are texts, the k likeliest must nearly all be known by theirs, in other scripts, too."""
-        texts = self._texts()
+        texts = [self._ids_of(text) for text in TEXTS]
         lost = sum(self.client.map(self._lost, texts)) / sum(len(ids) - 1 for ids in texts)
         if lost > LOST_MASS:
             raise UserError(
@@ -370,10 +370,6 @@ class ServerTeacher(BaseTeacher):
             return of_texts - sum(math.exp(p) for place in places for p in place.logps.values())
         except (BadAnswer, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             self._refuse_answer(error)
-
-    def _texts(self) -> list[list[int]]:
-        """The ids of `TEXTS`, without those that the tokenizer drops as unknown."""
-        return [ids for text in TEXTS if len(ids := self._ids_of(text)) > 1]
 
     def _ids_of(self, text: str) -> list[int]:
         # A tokenizer may have no id for a script.
