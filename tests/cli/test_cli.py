@@ -4,6 +4,7 @@ behind.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import shutil
@@ -303,6 +304,15 @@ def test_help_answers_without_torch(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "potstill" in done.stdout
+
+
+def test_the_version_names_those_that_a_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for name in ("torch", "transformers", "tokenizers", "safetensors"):
+        assert f"{name} {importlib.metadata.version(name)}" in " ".join(said.split())
 
 
 def test_a_recipe_s_typo_is_told_without_torch(tiny_recipe: Recipe) -> None:

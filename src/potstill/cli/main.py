@@ -10,9 +10,12 @@ Results go to stdout and progress to stderr, so that `--json` can be piped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="potstill", description="Distil a teacher into a student, and prove it."
     )
-    parser.add_argument("--version", action="version", version=f"potstill {__version__}")
+    parser.add_argument("--version", action="version", version=_versions())
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -115,6 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_verbs_of_training(verb)
     _add_verbs_of_results(verb)
     return parser
+
+
+def _versions() -> str:
+    """potstill's, and those that a report of a fault needs; without importing them."""
+    others = []
+    for name in ("torch", "transformers", "tokenizers", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            others.append(f"{name} {metadata.version(name)}")
+    return f"potstill {__version__} (Python {platform.python_version()}, {', '.join(others)})"
 
 
 def _add_verbs_of_training(verb: Callable[..., argparse.ArgumentParser]) -> None:
