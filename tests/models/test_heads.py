@@ -319,6 +319,14 @@ def test_a_run_repairs_it_goes_on_with_it_and_adapts_it(
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert main(["report", str(whole.path)]) == 0
 
+
+def test_adapters_of_a_student_with_fewer_heads(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the extra lora is not installed; not run")
+    teacher = make_model(tmp_path / "four", num_attention_heads=8, num_key_value_heads=4)
+    path = tiny_recipe(
+        teacher=f"{{name: torch, model: {teacher}}}",
+        train="{steps: 2, rows_per_step: 2, lr: 1e-3, device: cpu}",
+    )
     lora = "student={name: cut, keep: [0, 1, 3], kv_heads: 2, repair: false, lora: {rank: 2}}"
     adapted = distill(load_recipe(path, [lora]), out=tmp_path / "lora")
     config = load_causal_lm(adapted.student).hf.config

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -41,6 +39,7 @@ SHAPE = {
     "tie_word_embeddings": True,
     "initializer_range": 0.2,  # so that its layers do something that a cut student lacks
 }
+NO_DATA = "the extra data is not installed; not run"
 ENDS = {"bos_token_id": None, "pad_token_id": None}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -169,9 +168,14 @@ def prompts(folder: Path) -> str:
     return write_lines(folder / "prompts.jsonl", [{"prompt": words(n, 5), "id": n} for n in range(40)])
 
 
+def _write_table(columns: dict[str, Any], file: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason=NO_DATA)
+    pytest.importorskip("pyarrow.parquet", reason=NO_DATA).write_table(arrow.table(columns), file)
+
+
 def a_table(folder: Path) -> str:
     table = {"url": [f"http://{n}" for n in range(60)], "body": [words(n) for n in range(60)]}
-    pq.write_table(pa.table(table), folder / "table.parquet")
+    _write_table(table, folder / "table.parquet")
     return "table.parquet"
 
 
@@ -181,7 +185,7 @@ def a_table_of_chats(folder: Path) -> str:
         for n in range(60)
     ]
     (folder / "tables").mkdir()
-    pq.write_table(pa.table({"messages": turns}), folder / "tables" / "one.parquet")
+    _write_table({"messages": turns}, folder / "tables" / "one.parquet")
     return "tables"
 
 
@@ -197,8 +201,7 @@ def shards_of(dtype: str) -> Maker:
 
 
 def a_saved_dataset(folder: Path) -> str:
-    import datasets
-
+    datasets = pytest.importorskip("datasets", reason=NO_DATA)
     rows = datasets.Dataset.from_dict({"content": [words(n) for n in range(60)]})
     datasets.DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(str(folder / "saved"))
     return "saved"
@@ -710,7 +713,7 @@ def test_models_and_a_data_set_of_the_hub_are_named_as_they_were_given(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason=NO_DATA)
     from huggingface_hub import HfFileSystem, constants
 
     with loopback(TOKEN) as hub:
