@@ -230,7 +230,7 @@ def test_what_was_measured_is_remembered_for_these_weights_and_rows_alone(
     passes: list[Sequence[int]] = []
     measured = Without._measured
     monkeypatch.setattr(
-        Without, "_measured", lambda self, out, width: passes.append(out) or measured(self, out, width)
+        Without, "_measured", lambda self, out, *more: passes.append(out) or measured(self, out, *more)
     )
     said.clear()
     assert choose(make("llama", spread=0.3), batches=rows()) == first and not passes

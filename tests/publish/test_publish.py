@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "another file": (changed, "generation_config.json: is not the file of the receipt"),
     "one file more": (one_more, "notes.txt: is not in the receipt"),
     "one file less": (one_less, "tokenizer.json: is missing"),
-    "behind the untouched": (worse, "heldout/kl is 2.3"),
+    "behind the untouched": (worse, "heldout/kl is 2.6"),
     "nothing learned": (in_receipt(student_is_of_step=0), "no evaluation was better"),
     "behind in the comparison": (untouched_is_ahead, "ahead of KD in pass@1"),
     "another's score": (humaneval_of_another, "the evaluation of another student"),

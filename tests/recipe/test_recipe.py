@@ -176,6 +176,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "weight": None,
             "include": ["*"],
             "exclude": [],
+            "split_files": False,
         },
         "teacher": {"name": "fixture", "vocab_size": 8},
         "student": {
@@ -286,6 +287,7 @@ CHANGES = {
     "corpus.decontaminate": {"against": [dataclasses.__file__], "action": "list", "ngram": 13},
     "corpus.include": ["*.py"],
     "corpus.exclude": ["a", "b"],
+    "corpus.split_files": True,
     "teacher.vocab_size": 9,
     "student.layers": 3,
     "student.rule": "even",
@@ -601,7 +603,11 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
     [
         (
             {"teacher": "{name: vllm}"},
-            "teacher.name: no teacher called 'vllm'. Known: fixture, mixture, server, store, table, torch.",
+            "teacher.name: no teacher called 'vllm'. Did you mean server?",
+        ),
+        (
+            {"teacher": "{name: other}"},
+            "teacher.name: no teacher called 'other'. Known: fixture, mixture, server, store, table, torch.",
         ),
         ({"teacher": "{name: troch}"}, "teacher.name: no teacher called 'troch'. Did you mean torch?"),
         (
@@ -616,7 +622,11 @@ def test_a_key_called_like_its_kind_keeps_its_place(refused: Callable[..., list[
         ),
         (
             {"objective": "{divergence: {name: kl}}"},
-            "objective.divergence.name: no divergence called 'kl'. Known: forward_kl, jsd,",
+            "objective.divergence.name: no divergence called 'kl'. Did you mean forward_kl?",
+        ),
+        (
+            {"objective": "{divergence: {name: other}}"},
+            "objective.divergence.name: no divergence called 'other'. Known: forward_kl, jsd,",
         ),
         ({"train": None}, "train: missing. Every recipe needs it."),
         ({"train": "{steps: 1, lr: 1}"}, "train.rows_per_step: missing. Every recipe needs it."),

@@ -81,7 +81,7 @@ def run(
     **hooks: Any,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Prefetch", lambda *given: Prefetch(*given, is_ahead=is_ahead))
+        patch.setattr(loop, "Prefetch", lambda *given: Prefetch(*given[:-1], is_ahead=is_ahead))
         every = Hooks(lambda step: {"heldout/loss": math.inf}, on_step, lambda *_: None, **hooks)
         train(setup.student, setup.teacher, data, setup.recipe, every)
 

@@ -117,7 +117,7 @@ def prefetched(setup: RunSetup, patch: pytest.MonkeyPatch, ahead: bool) -> list[
         return forward(batch, targets)
 
     patch.setattr(setup.student, "forward", noted)
-    patch.setattr(loop, "Prefetch", lambda *given: Prefetch(*given, is_ahead=ahead))
+    patch.setattr(loop, "Prefetch", lambda *given: Prefetch(*given[:-1], is_ahead=ahead))
     steps(setup, Noting(setup.teacher, told))
     return told
 
@@ -152,7 +152,7 @@ def test_a_teacher_that_fails_ahead_is_told_at_its_turn(
                 raise RuntimeError("no more")
             return super().targets(batch)
 
-    monkeypatch.setattr(loop, "Prefetch", lambda *given: Prefetch(*given, is_ahead=True))
+    monkeypatch.setattr(loop, "Prefetch", lambda *given: Prefetch(*given[:-1], is_ahead=True))
     with pytest.raises(
         UserError, match=r"^step 2: the teacher failed on rows \[\d+, \d+\]: RuntimeError: no more"
     ):
