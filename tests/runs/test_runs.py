@@ -58,7 +58,7 @@ def test_one_command_starts_goes_on_and_is_done(
     # After step 3 was logged, or before: the checkpoint is that of step 2.
     assert Path("runs/tiny/checkpoints/00000002").exists()
     assert main(command) == 0
-    assert main(command) == 0  # finished: nothing is begun
+    assert main(command) == 0  # finished: no other run starts
     assert steps_of(Path("runs/tiny")) == [1, 2, 3, 4]
     assert [entry.name for entry in Path("runs").iterdir() if not entry.is_symlink()] == ["tiny"]
     assert main([*command, "train.steps=2"]) == 0  # another recipe

@@ -461,7 +461,7 @@ def test_a_list_of_models_that_is_none_is_one_line(
 def test_a_page_in_place_of_a_list_of_models_is_one_line(
     page: str, shown: str, served: Served, address: str, opened: Open
 ) -> None:
-    served.answer = lambda *given: page  # type: ignore
+    served.answer = lambda *given: page  # type: ignore[method-assign]
     message = rf"no answer in \S+ s: what came back is no JSON: '{re.escape(shown)}'"
     with pytest.raises(UserError, match=message):
         opened(address)
@@ -1556,7 +1556,7 @@ def test_what_is_in_flight_ends_when_it_is_closed(
     answer, goes_on = served.answer, threading.Event()
     with serving(served, certificate=certificate) as url:
         teacher = opened(url, timeout_s=60.0, deadline_s=60.0)
-        served.answer = lambda *given: goes_on.wait(60) and answer(*given)  # type: ignore
+        served.answer = lambda *given: goes_on.wait(60) and answer(*given)  # type: ignore[method-assign]
         refused: list[str] = []
 
         def ask() -> None:

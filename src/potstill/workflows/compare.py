@@ -80,7 +80,7 @@ def compare(
         overrides: `a.b=value`, applied to a file.
         out: a folder that does not exist yet; default `runs/<name of the recipe>`.
         resume: continue the comparison in `out`: finished arms are kept, an interrupted one is resumed. "auto": only
-            where there is one of this recipe, which is else begun.
+            where there is one of this recipe; otherwise a new one starts.
 
     Raises:
         UserError: anything the user can fix.

@@ -71,7 +71,7 @@ def distill(
         overrides: `a.b=value`, applied to a file.
         out: a folder that does not exist yet; default `runs/<name of the recipe>`.
         resume: continue the run in `out` from its newest intact checkpoint, or from its start if there is none;
-            "auto": only where there is one of this recipe, which is else begun.
+            "auto": only where there is one of this recipe; otherwise a new one starts.
 
     Raises:
         UserError: anything the user can fix. Nearly all of it is found before the folder is made.
