@@ -14,6 +14,7 @@ tokenizer, begin with some plain training on the teacher's answers, and go on, e
     python bench/on_policy.py prepare FOLDER            tokenizer, questions, teacher, its answers
     python bench/on_policy.py tune FOLDER [--seconds 30] [--lrs 5e-5,2e-4,1e-3]
     python bench/on_policy.py run FOLDER [--seconds 60] [--seeds 0,1,2] [--arms CE,half] [--append bench/results.jsonl]
+    python bench/on_policy.py table bench/results.jsonl means and intervals of what was appended
 
 `tune` gives each arm the learning rate at which it answers most of 300 questions that no student is trained or tested
 on, and `run` uses it: an arm is not to lose because the rate is another's.
@@ -82,6 +83,7 @@ ARMS = {
     "half": MIXED + PAIR + KL.replace("DIVERGENCE", "reverse_kl") + OWN.replace("SHARE", "0.5") + ON_OWN,
     "control": WRITTEN + PAIR + KL.replace("DIVERGENCE", "reverse_kl") + OWN.replace("SHARE", "1") + ON_OWN,
 }
+KLS = ("heldout_kl", "own_reverse_kl")
 START_STEPS = 1500
 PER_STEP = 5, 45
 """Steps of the two short runs whose difference in seconds is that of the steps between."""
@@ -332,6 +334,30 @@ def run(options: argparse.Namespace) -> None:
             print(f"{name:>14} {metric:>15} {statistics.mean(values):.3f}{spread} (over {len(values)} seeds)")
 
 
+def table(options: argparse.Namespace) -> None:
+    """Means over seeds, and 95 % intervals of the differences from CE by seed (Student's t)."""
+    from scipy import stats
+
+    given = [json.loads(line) for line in options.file.read_text().splitlines()]
+    lines = {(line["arm"], line["seed"]): line for line in given if _is_result(line)}
+    for arm_name in ARMS:
+        seeds = sorted(seed for name, seed in lines if name == arm_name)
+        of = [lines[arm_name, seed] for seed in seeds]
+        gains = [line["accuracy"] - lines["start", line["seed"]]["accuracy"] for line in of]
+        behind = [line["accuracy"] - lines["CE", line["seed"]]["accuracy"] for line in of]
+        half = float(stats.t.ppf(0.975, len(of) - 1)) * statistics.stdev(behind) / len(of) ** 0.5
+        mean = statistics.mean(behind)
+        means = {name: statistics.mean(line[name] for line in of) for name in ("accuracy", *KLS)}
+        print(
+            f"{arm_name:>14} {means['accuracy']:.3f}, gain {statistics.mean(gains):+.3f}, minus CE {mean:+.3f}"
+            f" [{mean - half:+.3f}, {mean + half:+.3f}], {', '.join(f'{n} {means[n]:.3f}' for n in KLS)}"
+        )
+
+
+def _is_result(line: dict[str, Any]) -> bool:
+    return line.get("bench") == "on_policy" and "arm" in line and line.get("what") != "tuning"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -355,6 +381,9 @@ def main() -> None:
     tuned.add_argument("--arms", default=",".join(name for name in ARMS if name != "control"))
     tuned.add_argument("--lrs", default="5e-5,2e-4,1e-3")
     tuned.add_argument("--append", type=Path)
+    shown = verbs.add_parser("table")
+    shown.set_defaults(verb=table)
+    shown.add_argument("file", type=Path)
     third = verbs.add_parser("child")
     third.set_defaults(verb=child)
     third.add_argument("recipe", type=Path)
