@@ -27,19 +27,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import equal_time
+
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 QUESTIONS, TESTED, TEST_SEED, TUNING_SEED, PROMPTS = 12_000, 300, 999, 998, 4_000
 TEMPLATE = (
@@ -166,29 +159,9 @@ def score(model: Path, folder: Path, question_seed: int = TEST_SEED) -> dict[str
         "options": TASK,
         "seed": question_seed,
     }
-    task |= {"max_new_tokens": 8}
     out = folder / "scores" / f"{model.parent.name}-{question_seed}"
-    command = [
-        sys.executable,
-        "-m",
-        "potstill",
-        "eval",
-        str(model),
-        "--task",
-        json.dumps(task),
-        "--out",
-        str(out),
-        "--json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found = json.loads(done.stdout)
-    return {
-        "accuracy": found["accuracy"]["value"],
-        "low": found["accuracy"]["low"],
-        "high": found["accuracy"]["high"],
-    }
+    found = equal_time.asked(model, task | {"max_new_tokens": 8}, out)["accuracy"]
+    return {"accuracy": found["value"], "low": found["low"], "high": found["high"]}
 
 
 def arm(
@@ -200,19 +173,11 @@ def arm(
 
     def run(steps: int, lr: float, warmup: int) -> tuple[Path, float]:
         out = folder / "arms" / f"{name.replace(' ', '-')}-{seed}-{steps}-{lr:g}"
-        shutil.rmtree(out, ignore_errors=True)  # of an earlier try
-        recipe = folder / f"{out.name}.yaml"
         given = text.replace("STEPS", str(steps)).replace("LR", f"{lr:g}")
-        recipe.write_text(given.replace("warmup: 10", f"warmup: {warmup}"))
-        command = [sys.executable, __file__, "child", str(recipe), "--out", str(out), "--seed", str(seed)]
-        command += ["--control"] if name == "control" else []
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
-        return out / "student", float(done.stdout.splitlines()[-1])
+        given = given.replace("warmup: 10", f"warmup: {warmup}")
+        return equal_time.trained(folder / f"{out.name}.yaml", given, seed, out, control=name == "control")
 
-    few, more = (run(steps, lrs[0], 2)[1] for steps in PER_STEP)
-    steps = max(int(seconds * (PER_STEP[1] - PER_STEP[0]) / (more - few)), 20)
+    steps = equal_time.steps_in(seconds, {steps: run(steps, lrs[0], 2)[1] for steps in PER_STEP})
     for lr in lrs:
         student, spent = run(steps, lr, 10)
         line = {"arm": name, "seed": seed, "lr": lr, "steps": steps, "seconds": seconds}
@@ -259,45 +224,6 @@ def on_text(folder: Path, student: Path) -> dict[str, float]:
     return {name: round(value, 4) for name, value in names.items()}
 
 
-def child(options: argparse.Namespace) -> None:
-    """A run in a process of its own; prints the seconds of processor time that it took."""
-    import torch
-
-    torch.set_num_threads(1)
-    from potstill import distill
-    from potstill.models.student import Student
-    from potstill.training import loop
-    from potstill.workflows import distill as workflow
-
-    # The student of the last step, not of the best: an arm's worth is what its time made, and step 0 may be the best.
-    loop.evaluation_due = lambda outcome, recipe: outcome.evaluated < outcome.step == recipe.train.num_steps
-    if options.control:
-        forward = Student.forward
-
-        def without_teacher(self: Student, batch: Any, targets: Any, *rest: Any) -> dict[str, Any]:
-            """Every sampled token gets the advantage -1: its log-probability is lowered."""
-            objective = self.objective
-            self.objective = replace(objective, kd_weight=0.0, ce_weight=1.0)
-            try:
-                plain = forward(self, replace(batch, is_rollout=False), targets, *rest)
-            finally:
-                self.objective = objective
-            nll = plain["ce"].detach()
-            kd = torch.zeros_like(nll)  # not asked for
-            return {"loss": -plain["loss"], "kd": kd, "rollout_nll": nll, "rollout_kd": kd}
-
-        def train(*given: Any, **options: Any) -> Any:
-            """The checks before it would end the run: this is no loss that they let pass."""
-            Student.forward = without_teacher  # type: ignore[method-assign]
-            return trained(*given, **options)
-
-        trained, workflow.train = workflow.train, train
-    # What is charged is training: an evaluation is no part of it.
-    overrides = [f"train.seed={options.seed}", "guard.loss_ceiling=1e6", "eval.every=0", "train.save_every=0"]
-    distill(options.recipe, overrides=overrides, out=options.out)
-    print(time.process_time())
-
-
 def tune(options: argparse.Namespace) -> None:
     """The learning rates, kept in FOLDER/lrs.json."""
     chosen = {}
@@ -306,15 +232,8 @@ def tune(options: argparse.Namespace) -> None:
         lines = list(arm(options.folder, name, options.seed, options.seconds, lrs, TUNING_SEED))
         chosen[name] = max(lines, key=lambda line: line["accuracy"])["lr"]
         for line in lines:
-            record({"bench": "on_policy", "what": "tuning"} | line, options.append)
+            equal_time.record({"bench": "on_policy", "what": "tuning"} | line, options.append)
     (options.folder / "lrs.json").write_text(json.dumps(chosen))
-
-
-def record(line: dict[str, Any], file: Path | None) -> None:
-    print(json.dumps(line), flush=True)
-    if file is not None:
-        with file.open("a") as lines:
-            lines.write(json.dumps(line) + "\n")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -325,33 +244,24 @@ def run(options: argparse.Namespace) -> None:
             lr = chosen[name if name in chosen else "on-policy"]  # the control's is that of what it controls
             for line in arm(options.folder, name, seed, options.seconds, [lr]):
                 lines.append({"bench": "on_policy"} | line)
-                record(lines[-1], options.append)
-    for name in options.arms.split(","):
-        of = [line for line in lines if line["arm"] == name]
-        for metric in ("accuracy", "own_reverse_kl", "heldout_kl"):
-            values = [line[metric] for line in of]
-            spread = f" ± {statistics.stdev(values):.3f}" if values[1:] else ""
-            print(f"{name:>14} {metric:>15} {statistics.mean(values):.3f}{spread} (over {len(values)} seeds)")
+                equal_time.record(lines[-1], options.append)
+    print(*_table(lines), sep="\n")
 
 
 def table(options: argparse.Namespace) -> None:
     """Means over seeds, and 95 % intervals of the differences from CE by seed (Student's t)."""
-    from scipy import stats
-
     given = [json.loads(line) for line in options.file.read_text().splitlines()]
-    lines = {(line["arm"], line["seed"]): line for line in given if _is_result(line)}
-    for arm_name in ARMS:
-        seeds = sorted(seed for name, seed in lines if name == arm_name)
-        of = [lines[arm_name, seed] for seed in seeds]
-        gains = [line["accuracy"] - lines["start", line["seed"]]["accuracy"] for line in of]
-        behind = [line["accuracy"] - lines["CE", line["seed"]]["accuracy"] for line in of]
-        half = float(stats.t.ppf(0.975, len(of) - 1)) * statistics.stdev(behind) / len(of) ** 0.5
-        mean = statistics.mean(behind)
-        means = {name: statistics.mean(line[name] for line in of) for name in ("accuracy", *KLS)}
-        print(
-            f"{arm_name:>14} {means['accuracy']:.3f}, gain {statistics.mean(gains):+.3f}, minus CE {mean:+.3f}"
-            f" [{mean - half:+.3f}, {mean + half:+.3f}], {', '.join(f'{n} {means[n]:.3f}' for n in KLS)}"
-        )
+    print(*_table([line for line in given if _is_result(line)]), sep="\n")
+
+
+def _table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    of = {(line["arm"], line["seed"]): line for line in lines}
+    gained = {
+        key: line | {"gain": line["accuracy"] - of["start", line["seed"]]["accuracy"]}
+        for key, line in of.items()
+        if ("start", line["seed"]) in of
+    }
+    return equal_time.table(gained or of, "CE", ["accuracy", *(["gain"] if gained else []), *KLS])
 
 
 def _is_result(line: dict[str, Any]) -> bool:
@@ -384,12 +294,6 @@ def main() -> None:
     shown = verbs.add_parser("table")
     shown.set_defaults(verb=table)
     shown.add_argument("file", type=Path)
-    third = verbs.add_parser("child")
-    third.set_defaults(verb=child)
-    third.add_argument("recipe", type=Path)
-    third.add_argument("--out", type=Path, required=True)
-    third.add_argument("--seed", type=int, default=0)
-    third.add_argument("--control", action="store_true")
     options = parser.parse_args()
     options.verb(options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -13,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import make_model, make_tokenizer
 from scripted import TOKENIZER, scripted
 
 from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.evals import tasks
+from potstill.evals.calibration import calibration
 from potstill.evals.pass_at_k import wilson
 from potstill.evals.subject import Subject
 from potstill.evals.task_matching import last_number, matches
@@ -111,6 +115,10 @@ def refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     return lines
 
 
+LOGP = math.log(0.5)
+"""Of every answer that `writes` gives."""
+
+
 def writes(monkeypatch: pytest.MonkeyPatch, answer: Callable[[int, int], str]) -> list[str]:
     """Replace generation by `answer(question, sample)`, cut where the request stops. Returns the prompts' texts."""
     prompts: list[str] = []
@@ -123,9 +131,9 @@ def writes(monkeypatch: pytest.MonkeyPatch, answer: Callable[[int, int], str]) -
             text = answer(int(number), int(sample))
             whole = next((n for n in range(len(text)) if request.should_stop(text[:n])), None)
             completions.append(
-                Completion(text, len(text), "eos")
+                Completion(text, len(text), "eos", LOGP)
                 if whole is None
-                else Completion(text[:whole], whole, "stop")
+                else Completion(text[:whole], whole, "stop", LOGP)
             )
         return completions
 
@@ -169,6 +177,33 @@ def test_the_accuracy_of_a_model_that_knows_some_answers_is_counted_by_hand(
         "verdict": "correct",
         "finish": "eos",
     }
+
+
+def test_an_answer_s_probability_is_that_of_its_tokens_in_one_forward_pass(
+    sums: Path, run: Run, model: Path
+) -> None:
+    result = run(fields_of(sums, max_new_tokens=2, temperature=0.7, samples=12))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model)
+    compared = 0
+    for line in result["lines"]:
+        prompt = tokenizer(f"Question: {line['question']}\nAnswer:")["input_ids"]
+        answer = tokenizer(line["text"])["input_ids"]
+        if line["finish"] != "length" or len(answer) != line["tokens"]:
+            continue  # its text is not all of its tokens
+        compared += 1
+        logits_TV = reference(torch.tensor([[*prompt, *answer]])).logits[0].detach().log_softmax(-1)
+        nats = sum(float(logits_TV[len(prompt) - 1 + n, token]) for n, token in enumerate(answer))
+        assert line["probability"] == pytest.approx(math.exp(nats), rel=1e-3)
+    assert compared
+
+
+def test_calibration_is_that_of_its_definitions() -> None:
+    found = calibration([0.9, 0.8, 0.85, 1.0, 0.0], [True, False, True, True, False])
+    # Bins: 0.8 and 0.85, half of them right; 0.9 and 1.0, all right; 0.0, none right.
+    assert found["probability"] == pytest.approx(0.71)
+    assert found["brier"] == pytest.approx((0.01 + 0.64 + 0.0225) / 5)
+    assert found["ece"] == pytest.approx((2 * abs(0.825 - 0.5) + 2 * abs(0.95 - 1)) / 5)
 
 
 def test_greedy_runs_are_equal_and_sampled_ones_repeat_with_their_seed(sums: Path, run: Run) -> None:
@@ -671,6 +706,9 @@ def test_a_recipe_has_the_accuracy_in_its_receipt(
             "accuracy/value": 0.25,
             "accuracy/low": low,
             "accuracy/high": high,
+            "calibration/probability": pytest.approx(0.5),
+            "calibration/brier": pytest.approx(0.25),
+            "calibration/ece": pytest.approx(0.25),
             "finish/eos": 4,
             "questions": 4,
             "questions_sha256": result["settings"]["questions_sha256"],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from transformers import GenerationConfig
 from potstill.data.chats.templates import DATE, ChatTemplate
 from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
+from potstill.evals.calibration import calibration
 from potstill.evals.completions import completed
 from potstill.evals.humaneval_problems import LEFTOVER, answer_of, end_of_turn, opens_thought, thought_ids
 from potstill.evals.pass_at_k import scores
@@ -130,6 +132,7 @@ def of_subject(config: TaskConfig, subject: Subject) -> dict[str, Any]:
     result = _of_subject(config, subject)
     figures = {f"accuracy/{name}": value for name, value in result["accuracy"].items() if name != "interval"}
     figures |= {name: result[name] for name in ("mean_score", "cut_in_thought") if name in result}
+    figures |= {f"calibration/{name}": value for name, value in result.get("calibration", {}).items()}
     figures |= {f"finish/{name}": count for name, count in result["finishes"].items()}
     return figures | {
         "questions": result["questions"],
@@ -344,6 +347,7 @@ def _judge(task: Task, student: _Student, question: Question, completion: Comple
         "detail": detail,
         "finish": completion.finish,
         "tokens": completion.tokens,
+        "probability": math.exp(completion.logp),
     }
 
 
@@ -367,6 +371,9 @@ def _summary(task: Task, lines: Sequence[Mapping[str, Any]], config: TaskConfig)
         "correct_by_question": correct,
         "verdicts": dict(Counter(line["verdict"] for line in lines)),
         "finishes": dict(Counter(line["finish"] for line in lines)),
+        "calibration": calibration(
+            [line["probability"] for line in lines], [line["verdict"] == CORRECT for line in lines]
+        ),
     }
     if config.source == "reasoning_gym":  # of a file, a score is 0 or 1
         summary["mean_score"] = sum(line["score"] for line in lines) / len(lines)
@@ -393,6 +400,9 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = [["accuracy", f"{of['value']:.1%} ({of['low']:.1%} to {of['high']:.1%}, {of['interval']})"]]
     if "mean_score" in result:
         rows.append(["mean score", f"{result['mean_score']:.4f}"])
+    if of_answers := result.get("calibration"):
+        gap = f"Brier score {of_answers['brier']:.3f}, calibration error {of_answers['ece']:.3f}"
+        rows.append(["own probability", f"{of_answers['probability']:.1%} in the mean; {gap}"])
     rows.append(["verdicts", ", ".join(f"{n} {name}" for name, n in sorted(result["verdicts"].items()))])
     rows.append(["ended by", ", ".join(f"{name} {n}" for name, n in sorted(finishes.items()))])
     controls = result["controls"].items()

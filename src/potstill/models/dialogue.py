@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from transformers import GenerationConfig
 
 from potstill.data.chats.templates import DATE, ChatTemplate
 from potstill.data.end_of_turn import ends_of
+from potstill.models import generate
 from potstill.models.causal_lm import CausalLM
-from potstill.models.generate import Completion, Request, complete, make_settings, prompt_ids
+from potstill.models.generate import Completion, Request, make_settings, prompt_ids
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for the first bytes of a character."""
@@ -73,9 +75,9 @@ class Dialogue:
 
         name = f"turn {len(self.messages) // 2}" if self.is_chat else f"at {len(prompt)}"
         ids = prompt_ids(self.tokenizer, prompt, self.is_chat, self.settings.eos_token_id)
-        answer = Completion(so_far, 0, "interrupted")
+        answer = Completion(so_far, 0, "interrupted", 0.0)
         with contextlib.suppress(KeyboardInterrupt):
-            (answer,) = complete(
+            (answer,) = generate.complete(
                 self.model, self.tokenizer, self.settings, [Request(name, ids, wrote)], self.seed
             )
             write(answer.text[len(so_far) :])
@@ -83,7 +85,7 @@ class Dialogue:
         if self.is_chat:
             self.messages = [*asked, {"role": "assistant", "content": so_far}]
         self.text = f"{prompt}{so_far}"
-        return Completion(so_far, answer.tokens, answer.finish)
+        return replace(answer, text=so_far)
 
 
 def chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:

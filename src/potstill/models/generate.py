@@ -51,6 +51,8 @@ class Completion:
     text: str
     tokens: int
     finish: str
+    logp: float
+    """Nats, of all its tokens and its end, under the model itself."""
 
 
 def make_settings(
@@ -142,7 +144,7 @@ def complete(
     """
     rows = [_start(request, tokenizer, settings, context_length(model), seed) for request in requests]
     decode(model, settings, rows)
-    return [Completion(row.text, len(row.new), row.finish) for row in rows]
+    return [Completion(row.text, len(row.new), row.finish, sum(row.logps)) for row in rows]
 
 
 def prompt_ids(tokenizer: Any, text: str, is_chat: bool, ends: Sequence[int]) -> list[int]:
