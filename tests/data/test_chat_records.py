@@ -164,6 +164,39 @@ def test_an_answer_of_null_in_a_history_bears_no_loss(tmp_path: Path) -> None:
     assert counts["unanswered"] == 1
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "Q2", "answer": "A2"},
+        {"problem": "Q2", "solution": "A2", "answer": "final"},
+        {"query": "Q2", "response": "A2"},
+        {"input": "Q2", "output": "A2"},
+        {"id": 3, "question": "Q2", "answer": "A2", "choices": []},
+    ],
+)
+def test_a_question_and_its_answer_are_a_conversation(record: Any, tmp_path: Path) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    assert shown(tmp_path, tokenizer, record) == shown(tmp_path, tokenizer, [user("Q2"), assistant("A2")])
+    about = [user("Q2\n\nwhat it is about"), assistant("A2")]
+    more = record | {"context": "what it is about"}
+    assert shown(tmp_path, tokenizer, more) == shown(tmp_path, tokenizer, about)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"question": "Q", "choices": ["A", "B"], "answer": 1}, "with 'choices'"),
+        ({"question": "Q", "answer": 1}, "both strings"),
+        ({"question": {"text": "Q"}, "answer": "A"}, "no conversation"),
+        ({"question": "Q", "chosen": "A", "rejected": "B"}, "two answers"),
+        ({"question": "Q"}, "no conversation"),
+    ],
+)
+def test_a_question_that_is_not_one_with_an_answer_is_refused(record: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(templates.ConversationRefused, match=said):
+        shown(tmp_path, tokenizer_for(CHATML), record)
+
+
 @pytest.mark.parametrize("key", ["input", "context"])
 @pytest.mark.parametrize(
     ("value", "said"),

@@ -236,6 +236,7 @@ SHAPES: dict[str, tuple[Maker, dict[str, Any]]] = {
     "chosen and rejected": (chosen_and_rejected, {"name": "chat", "field": "chosen"}),
     "prompt and completion": (pairs_of("prompt", "completion"), {"name": "chat"}),
     "instruction and output": (pairs_of("instruction", "output"), {"name": "chat"}),
+    "question and answer": (pairs_of("question", "answer"), {"name": "chat"}),
     "prompts": (prompts, {"name": "prompts"}),
     "a table": (a_table, {"name": "parquet", "column": "body"}),
     "a table of chats": (a_table_of_chats, {"name": "chat"}),

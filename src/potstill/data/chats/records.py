@@ -6,6 +6,7 @@
 | ShareGPT | `conversations`, a list of `from` and `value`, with `system` and `tools` beside it |
 | prompt and completion | `prompt` and `completion` (or `response`), each a text or a list of messages |
 | Alpaca | `instruction`, `input` and `output` (or `response`), with `system` beside it |
+| question and answer | `question` (or `problem`, `query`, `input`) and `answer` (or `solution`, `response`, `output`) |
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ from potstill.io.safe_open import is_encodable, names_of
 
 LISTS = ("messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "output")
+ASKED = ("question", "problem", "query", "input")
+ANSWERED = ("solution", "answer", "response", "output", "completion")
+"""Keys of a question and its answer, where a record has no other shape: a worked solution before the final answer."""
+CHOICES = ("choices", "options")
+"""Keys of the choices of a test, whose answer may be a number or a letter."""
 VERDICTS = ("label", "kto_tag")
 """Keys of a record that say whether its answer is a good one, as KTO's data has them."""
 BESIDE = (*REASONING, "thought", "thoughts")
@@ -45,8 +51,8 @@ PAIRED = ("tool_call_id",)
 MARKS = tuple(key for key in UNTRAINED if key != "loss")
 """Keys of a record that say whether it is trained on; a `loss` beside a conversation is a measured one, mostly."""
 SHAPES = (
-    "a list of messages under `messages` or `conversations`, `prompt` and `completion`, or"
-    " `instruction` and `output`"
+    "a list of messages under `messages` or `conversations`, `prompt` and `completion`,"
+    " `instruction` and `output`, or `question` and `answer`"
 )
 
 
@@ -201,12 +207,13 @@ class Shapes:
             prompt, answered = _as_turns(record["prompt"], "user"), _as_turns(record[answer], "assistant")
             return [*prompt, *answered], len(prompt)
         if answer is not None and "instruction" in record:
-            parts = [text_of(where, "instruction", record["instruction"])]
-            parts += [_as_text(where, key, record.get(key)) for key in ("input", "context")]
-            question = "\n\n".join(part for part in parts if part)
-            turns = [*_history(where, record.get("history")), {"role": "user", "content": question}]
-            return [*turns, {"role": "assistant", "content": record[answer]}], 0
+            return _instructed(where, record, "instruction", ("input", "context"), answer), 0
         _refuse_two_answers(where, record)
+        asked = next((name for name in ASKED if isinstance(record.get(name), str)), None)
+        answer = next((name for name in ANSWERED if record.get(name) is not None), None)
+        if asked is not None and answer is not None:
+            _refuse_choices(where, record)
+            return _instructed(where, record, asked, ("context",), answer), 0
         raise refused(
             where,
             f"no conversation; the line has {names_of(record)}. A record is {SHAPES}",
@@ -264,6 +271,26 @@ def _is_trained_on(where: str, record: Json) -> bool:
     return all(
         said_to_train(where, key, value) for key, value in said.items() if isinstance(value, int | float)
     )
+
+
+def _instructed(where: str, record: Json, asked: str, about: tuple[str, ...], answer: str) -> list[Json]:
+    """What is asked, what it is about below it, and the answer; the turns of a `history` before them."""
+    parts = [text_of(where, asked, record[asked])]
+    parts += [_as_text(where, key, record.get(key)) for key in about]
+    question = "\n\n".join(part for part in parts if part)
+    turns = [*_history(where, record.get("history")), {"role": "user", "content": question}]
+    return [*turns, {"role": "assistant", "content": record[answer]}]
+
+
+def _refuse_choices(where: str, record: Json) -> None:
+    """Of a test with choices, whose answer may be a number or a letter and whose question may not have them."""
+    key = next((key for key in CHOICES if record.get(key)), None)
+    if key is not None:
+        raise refused(
+            where,
+            f"a question with {key!r}, whose answer may be one of them or its number",
+            "Write question and answer as messages, with the choices in the question",
+        )
 
 
 def _history(where: str, history: Any) -> list[Json]:

@@ -30,7 +30,7 @@ from potstill.errors import UserError, one_line
 from potstill.io.safe_open import names_of
 
 PATTERNS = (*jsonl.PATTERNS, "*.json", *parquet.PATTERNS)
-FIELDS = ("prompt", "messages", "conversations", "question", "instruction")
+FIELDS = ("prompt", "messages", "conversations", "question", "instruction", "problem", "query")
 """Keys that a prompt may have, in the order in which they are looked for."""
 BESIDE = ("system", "tools", "functions")
 """Keys of a record that are read beside its prompt."""
