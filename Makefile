@@ -5,10 +5,14 @@ EXTRAS := dev,data,lora,gemma,gguf,quantised,lm-eval,tasks,tensorboard,trackio,w
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-floor test-lease test-vllm test-hidden check map soak bench wheel env clean
+.PHONY: demo task test test-floor test-lease test-vllm test-hidden check map soak bench wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
+
+# One job, from its data to a student's files and their accuracy; the same command goes on where it was stopped.
+task: $(READY)
+	$(BIN)/python recipes/task/run.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -40,8 +44,8 @@ test-vllm: $(READY)
 	POTSTILL_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/training/test_engines.py tests/teachers/test_server_vllm.py
 
 check: $(READY)
-	$(BIN)/ruff format --check src tests bench tools
-	$(BIN)/ruff check src tests bench tools
+	$(BIN)/ruff format --check src tests bench tools recipes
+	$(BIN)/ruff check src tests bench tools recipes
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 

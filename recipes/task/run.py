@@ -1,0 +1,79 @@
+"""From nothing to a student that does one job, and its figures: `make task`, or
+
+    python recipes/task/run.py [FOLDER] [--train 3000] [--asked 300] [--teacher OVERRIDE …] [--student OVERRIDE …]
+
+Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
+stages are kept. FOLDER (runs/task) gets the notes, the teacher's and the student's runs, the teacher's targets and
+`result.json`: the accuracy of the untaught teacher, the teacher, the student before and after training and its exported
+files on the test notes, with intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from make import SYSTEM, TEST_NOTES
+
+HERE = Path(__file__).resolve().parent
+TYPES = ("q8_0", "q4_0")
+
+
+def say(*command: str) -> None:
+    """Run `potstill` with these words, or stop where it stops."""
+    print("$", shlex.join(["potstill", *command]), flush=True)
+    done = subprocess.run([sys.executable, "-m", "potstill", *command])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def asked(model: str, folder: Path, name: str, size: int) -> dict[str, object]:
+    """A model's accuracy on the first `size` test notes."""
+    task = {"source": "jsonl", "path": str(folder / "data" / "test.jsonl"), "question": "question"}
+    task |= {"answer": "answer", "system": SYSTEM, "max_new_tokens": 80, "size": size}
+    out = folder / "evals" / name
+    say("eval", model, "--task", json.dumps(task), "--out", str(out))
+    result = json.loads((out / "result.json").read_text())
+    return {"model": name, **result["accuracy"], **result["calibration"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=HERE.parent.parent / "runs" / "task")
+    parser.add_argument("--train", default="3000", help="notes to train on (default: 3000)")
+    parser.add_argument(
+        "--asked", type=int, default=TEST_NOTES, help="test notes that are asked (default: all)"
+    )
+    parser.add_argument("--teacher", action="append", default=[], metavar="OVERRIDE", help="of teacher.yaml")
+    parser.add_argument("--student", action="append", default=[], metavar="OVERRIDE", help="of student.yaml")
+    options = parser.parse_args()
+    folder = options.folder.absolute()
+    made = [sys.executable, str(HERE / "make.py"), str(folder / "data"), "--train", options.train]
+    if subprocess.run(made).returncode:
+        sys.exit(1)
+    data, auto = f"corpus.path={folder / 'data' / 'train.jsonl'}", ("--resume", "auto")
+    teacher, student, targets = folder / "teacher", folder / "student", folder / "targets"
+    say("distill", str(HERE / "teacher.yaml"), data, *options.teacher, "--out", str(teacher), *auto)
+    own = (data, f"teacher.model={teacher / 'student'}", *options.student)
+    say("capture", str(HERE / "student.yaml"), *own, "--out", str(targets))
+    stored = f"teacher={{name: store, path: {targets}, model: {teacher / 'student'}}}"
+    say("distill", str(HERE / "student.yaml"), data, stored, *options.student, "--out", str(student), *auto)
+    say("export", str(student), "--quantize", ",".join(TYPES))
+    models = {"teacher": str(teacher / "student"), "student": str(student / "student")}
+    models |= {
+        path.stem.replace("-", " "): str(path) for path in sorted((student / "exports").glob("*.gguf"))
+    }
+    lines = [asked(model, folder, name, options.asked) for name, model in models.items()]
+    (folder / "result.json").write_text(json.dumps(lines, indent=2) + "\n")
+    for line in lines:
+        print(f"{line['model']:>32}  {line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]")
+
+
+if __name__ == "__main__":
+    main()

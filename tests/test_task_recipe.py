@@ -1,0 +1,88 @@
+"""recipes/task: its notes share nothing between the splits that must not be shared, and its one command goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from export.tiny_models import make_model, make_tokenizer
+
+FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "task"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def made(folder: Path, *words: str) -> dict[str, Any]:
+    command = [sys.executable, str(FOLDER / "make.py"), str(folder), *words]
+    said: dict[str, Any] = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
+    return said
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_no_note_payee_day_or_amount_is_in_two_splits_and_every_record_is_json(tmp_path: Path) -> None:
+    said = made(tmp_path, "--train", "1500")
+    assert set(said["in more than one split"].values()) == {0}
+    assert said["notes"] == {"train": 1500, "heldout": 200, "test": 300}
+    answers = {
+        name: [each["answer"] for each in records(tmp_path / f"{name}.jsonl")] for name in ("heldout", "test")
+    }
+    answers["train"] = [each["messages"][-1]["content"] for each in records(tmp_path / "train.jsonl")]
+    seen: dict[str, dict[str, set[Any]]] = {}
+    for split, of in answers.items():
+        parsed = [json.loads(answer) for answer in of]
+        assert all(list(each) == ["payee", "date", "amount", "currency"] for each in parsed)
+        words = {word for each in parsed for word in each["payee"].split()}
+        values = {name: {each[name] for each in parsed} for name in ("date", "amount")}
+        seen[split] = {**values, "word": words}
+    for kind in ("date", "amount", "word"):
+        each = [seen[split][kind] for split in seen]
+        assert sum(map(len, each)) == len(set().union(*each)), kind
+
+
+def test_the_notes_are_those_of_their_seed(tmp_path: Path) -> None:
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        made(tmp_path / name, "--train", "50", "--seed", seed)
+    a, b, c = ((tmp_path / name / "test.jsonl").read_text() for name in "abc")
+    assert a == b != c
+
+
+def test_one_command_makes_teacher_targets_student_files_and_the_table(tmp_path: Path) -> None:
+    """With two layers in the place of SmolLM2, and killed before its last stages were there."""
+    model, tokenizer = tmp_path / "model", make_tokenizer("smollm")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    make_model(max_position_embeddings=512).save_pretrained(model)
+    command = [
+        sys.executable,
+        str(FOLDER / "run.py"),
+        str(tmp_path / "task"),
+        "--train",
+        "120",
+        "--asked",
+        "3",
+    ]
+    for word in ("teacher.model=", "student.model=", "student.name=checkpoint"):
+        command += ["--teacher", word if "name" in word else f"{word}{model}"]
+    command += ["--teacher", "train.steps=4", "--teacher", "train.warmup=1", "--teacher", "eval.every=2"]
+    command += ["--student", "train.steps=4", "--student", "train.warmup=1", "--student", "eval.every=2"]
+    command += ["--student", "student={name: cut, layers: 1, rule: first_last}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = json.loads((tmp_path / "task" / "result.json").read_text())
+    assert [line["model"] for line in first] == ["teacher", "student", "student Q4_0", "student Q8_0"]
+    weights = (tmp_path / "task" / "student" / "student" / "model.safetensors").read_bytes()
+    (tmp_path / "task" / "result.json").unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "task" / "result.json").read_text()) == first
+    assert (tmp_path / "task" / "student" / "student" / "model.safetensors").read_bytes() == weights
