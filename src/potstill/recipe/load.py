@@ -313,16 +313,21 @@ def _schema() -> dict[tuple[str, ...], tuple[Any, ...]]:
     return SECTIONS | registered | nested
 
 
-def fields_called(name: str) -> list[str]:
-    """Dotted fields of a recipe that someone may mean by a name: its own, its last part, or another trainer's."""
-    name = name.replace("-", "_")
-    fields = {
+def dotted_fields() -> set[str]:
+    """Every field of a recipe that an override can set, but for the entries of lists."""
+    return {
         ".".join((*section, each.name))
         for section, kinds in _schema().items()
         if "*" not in section
         for kind in kinds
         for each in dataclasses.fields(kind)
     }
+
+
+def fields_called(name: str) -> list[str]:
+    """Dotted fields of a recipe that someone may mean by a name: its own, its last part, or another trainer's."""
+    name = name.replace("-", "_")
+    fields = dotted_fields()
     meant = (meant_field(name) or "").split(",")[0].split(" ")[0].rstrip(":")
     found = sorted(each for each in fields if name in (each, each.rpartition(".")[2]))
     # Of several the one of training: a seed is train.seed, not that of a capture.

