@@ -29,6 +29,8 @@ from potstill.losses.targets import HiddenTargets, SparseTargets
 from potstill.types import Divergence, Targets
 
 Block = Callable[..., tuple[Tensor, Tensor]]
+EachOf = Callable[[Block, int], Block]
+"""What is called for each of so many blocks of a chunk."""
 BLOCK_NUMBERS = 2**19
 """Logits of a block on a CPU, 2 MiB in float32; other devices take a chunk at once."""
 
@@ -57,6 +59,7 @@ def with_gradient(
     targets: Targets | None,
     divergence: Divergence,
     weights: Weights,
+    each_of: EachOf = lambda block, blocks: block,
 ) -> tuple[Tensor, Tensor | None]:
     """Values per position, in nats: ce_C, and kd_C with its factor T^2 (None without targets).
 
@@ -84,6 +87,7 @@ def with_gradient(
         ce_C, kd_C = block(logits_CV, labels_C[:, None], teacher, weights)
         return ce_C, None if targets is None else kd_C
     size = max(BLOCK_NUMBERS // V, 1)
+    block = each_of(block, -(-C // size))
     ce, kd = [logits_CV.new_zeros(0)], [logits_CV.new_zeros(0)]
     for start in range(0, C, size):
         part = slice(start, min(start + size, C))

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.errors import Fault, UserError
 from potstill.losses.divergences import forward_kl
-from potstill.losses.fused import Weights, is_supported, require_same_ids, with_gradient
+from potstill.losses.fused import Block, Weights, is_supported, require_same_ids, with_gradient
 from potstill.losses.targets import SparseTargets
 from potstill.types import Divergence, Head, Targets
 
@@ -224,7 +224,7 @@ class Objective:
         softcap_grad_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square_()
         kd_weight = 0.0 if targets is None else self.kd_weight
         weights = Weights(self.ce_weight, kd_weight, self.temperature)
-        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, self.divergence, weights)
+        ce_C, kd_C = with_gradient(logits_CV, labels_C, targets, self.divergence, weights, self._each_of)
         values = {"ce": ce_C, "loss": self.ce_weight * ce_C}
         if kd_C is not None:
             values |= {"kd": kd_C, "loss": values["loss"] + kd_weight * kd_C}
@@ -257,6 +257,10 @@ class Objective:
 
     def _parts(self, positions: int) -> list[slice]:
         return [slice(start, start + self.chunk) for start in range(0, positions, self.chunk)]
+
+    def _each_of(self, block: Block, blocks: int) -> Block:
+        """What `fused` calls for each of the blocks of a chunk."""
+        return block
 
     def _dtypes(self, hidden_ND: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
         """dtypes of the products and of everything else."""

@@ -32,6 +32,7 @@ from potstill.models.student import Student
 from potstill.preflight.memory_tracker import Answers, FakeData, FakeRows, MemoryTracker, WatchedObjective
 from potstill.preflight.rollouts import rollout_bytes, rows_of_block
 from potstill.recipe.load import Recipe
+from potstill.recipe.sections_training import TrainConfig
 from potstill.training.loop import Hooks, train
 from potstill.training.optim import make_optimizer, moments_like, update_average
 from potstill.types import Teacher
@@ -69,26 +70,52 @@ def trace(resolved: Resolved) -> Traced:
 def _key(resolved: Resolved) -> str:
     """Everything that a trace depends on: sizes and types, but no rates, seeds or paths."""
     recipe = resolved.recipe
-    rates = {"lr": 1.0, "final_lr_ratio": 1.0, "weight_decay": 0.0, "beta1": 0.5, "beta2": 0.5, "seed": 0}
-    configs = (resolved.teacher_config, resolved.student.model_config)
+    train, guard, objective = _small(recipe), recipe.guard, recipe.objective
+    heldout_rows = 0 if objective.kd_weight else min(recipe.corpus.all_heldout_rows, train.micro_batch_rows)
     parts = (
-        dataclasses.replace(_small(recipe), **rates),
+        dataclasses.replace(train, **UNSEEN),
         recipe.train.steps != 1,
-        (recipe.corpus.tokens_per_row, recipe.corpus.all_heldout_rows, recipe.corpus.packing),
-        (recipe.objective, recipe.lora, recipe.guard, recipe.eval.every),
+        (recipe.corpus.tokens_per_row, heldout_rows, recipe.corpus.packing),
+        (objective, recipe.lora, guard.policy, guard.loss_ceiling),
         (recipe.rollouts, rows_of_block(recipe)),
         resolved.teacher.plan_key(),
-        [None if config is None else config.to_dict() for config in configs],
+        [_shape(config) for config in (resolved.teacher_config, resolved.student.model_config)],
     )
     return f"{resolved.device} {resolved.planned_type} {parts!r}"
 
 
-def _small(recipe: Recipe) -> Any:
+UNSEEN: dict[str, Any] = {
+    "lr": 1.0,
+    "final_lr_ratio": 1.0,
+    "schedule": "cosine",
+    "decay": 1.0,
+    "weight_decay": 0.0,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "return_memory": False,
+    "seed": 0,
+}
+"""Fields of `train` that no tensor's size depends on."""
+
+
+def _shape(config: Any) -> dict[str, Any] | None:
+    """A model's config without the path that it was read from."""
+    return None if config is None else config.to_dict() | {"_name_or_path": None}
+
+
+def _small(recipe: Recipe) -> TrainConfig:
     """A step of two micro-batches, or of fewer where the recipe has no more."""
     config = recipe.train
     few = min(config.rows_per_step, 2 * config.micro_batch_rows)
     return dataclasses.replace(
-        config, steps=1, epochs=None, warmup=0, rows_per_step=few, save_every=0, compile=False
+        config,
+        steps=1,
+        epochs=None,
+        warmup=0,
+        rows_per_step=few,
+        rows_per_micro_batch=min(config.micro_batch_rows, few),
+        save_every=0,
+        compile=False,
     )
 
 
@@ -106,8 +133,10 @@ def _trace(resolved: Resolved) -> Traced:
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(tracker.gradient)  # type: ignore[no-untyped-call]
         hooks = _tracking_hooks(resolved, teacher, student, trained, tracker, has_moments=full.steps != 1)
-        rows, few = FakeRows(recipe.corpus.tokens_per_row, 1), recipe.train.rows_per_step
-        data = FakeData(rows, few, min(full.micro_batch_rows, few), lambda: _write_rollouts(written, tracker))
+        rows, small = FakeRows(recipe.corpus.tokens_per_row, 1), recipe.train
+        data = FakeData(
+            rows, small.rows_per_step, small.micro_batch_rows, lambda: _write_rollouts(written, tracker)
+        )
         train(student, teacher if recipe.objective.kd_weight else None, data, recipe, hooks)
     return Traced(
         tracker.peak_phase,

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from potstill.losses.fused import Block
 from potstill.losses.objective import Objective
+from potstill.preflight.known_outputs import KnownOutputs
 from potstill.types import Batch, Head, Targets
 
 
@@ -60,6 +62,7 @@ class MemoryTracker(TorchDispatchMode):
         self.on_heap = self.on_heap_at_peak = 0
         """Bytes in storages that glibc takes from its heap."""
         self._peak = 0
+        self._known = KnownOutputs()
         self._making = "activations"
         self._owner: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
 
@@ -72,12 +75,21 @@ class MemoryTracker(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # `item()`: what lets the loop go on
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         grouped = func is torch.ops.aten._grouped_mm.default
-        out = _grouped_mm(*args, **kwargs or {}) if grouped else func(*args, **kwargs or {})
+        with torch._C.DisableTorchFunction():  # `Answers` need not see what is asked here
+            out = _grouped_mm(*args, **kwargs or {}) if grouped else self._known(func, args, kwargs or {})
+            self._track_all(out)
+        return out
+
+    def _track_all(self, out: Any) -> None:
+        if isinstance(out, Tensor):
+            self.track(out)
+            return
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.track(leaf)
-        return out
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -154,6 +166,23 @@ class WatchedObjective(Objective):
             return super()._parts(positions)
         starts = (0, self.chunk, (positions - 1) // self.chunk * self.chunk)
         return [slice(start, start + self.chunk) for start in starts]
+
+    def _each_of(self, block: Block, blocks: int) -> Block:
+        """Of the blocks of a chunk, too, all but the last are alike. The first and the last two are computed; of those
+        between, what is kept of each until the chunk is done is allocated.
+        """
+        number, kept = 0, (torch.empty(0),) * 2
+
+        def few(*args: Any) -> tuple[Tensor, Tensor]:
+            nonlocal number, kept
+            number += 1
+            if 1 < number < blocks - 1:
+                ce_C = torch.empty_like(kept[0])
+                return ce_C, ce_C if kept[1] is kept[0] else torch.empty_like(kept[1])
+            kept = block(*args)
+            return kept
+
+        return few
 
 
 NAMED_ROWS = 32
