@@ -31,6 +31,7 @@ Files are replaced atomically; `metrics.jsonl`, `samples.jsonl` and `faults.json
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -91,8 +92,12 @@ class RunDir:
         layers: dict[str, Any] | None = None,
         folds: tuple[dict[str, Any], dict[str, Tensor]] | None = None,
         answers: bytes | None = None,
+        source: dict[str, str] | None = None,
     ) -> RunDir:
         """Make the folder, and write what is known before the first step.
+
+        Args:
+            source: of `code`, where it has been asked already.
 
         Raises:
             UserError: the folder exists, or cannot be made.
@@ -108,7 +113,7 @@ class RunDir:
         # First: marks a folder that a kill left half made as ours, so that the same command can start over in it.
         run.set_status("beginning")
         write_whole(path / "recipe.yaml", recipe)
-        write_whole(path / "code.diff", code()["diff"].encode())
+        write_whole(path / "code.diff", (source or code())["diff"].encode())
         run._write_json("environment.json", environment() | {"chunk": chunk or {}, "commits": commits or {}})
         run._write_json("corpus.json", corpus)
         run._write_json("inputs.json", inputs or {})
@@ -499,6 +504,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return completed.stdout if completed.returncode == 0 else ""
 
 
+@functools.cache
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)

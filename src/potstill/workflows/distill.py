@@ -143,9 +143,11 @@ def _run(
         require_same_corpus(setup.corpus.manifest, start.run)
         require_equal(recorded or {}, inputs, "input", start.run)
     checked = require_sound(setup, start.path, note)
+    source = code()  # before the first step: the checkout may change while the run trains
     if start.run is None:
         # Only after every check: a refused recipe leaves no folder behind.
         record: Json = {"resolved": recipes.dump(recipe), "corpus": setup.corpus.manifest, "inputs": inputs}
+        record |= {"source": source}
         record |= {"chunk": start.chunk, "commits": dict(setup.resolved.commits)}
         record |= {"layers": None if setup.harm is None else setup.harm.as_dict()}
         if setup.repair is not None:
@@ -167,7 +169,7 @@ def _run(
         if start.run is not None:
             ranks.on_first(lambda: run.set_status("running"))
         is_resumed = start.run is not None
-        _ActiveRun(setup, run, display, watch, inputs, ranks, is_resumed=is_resumed).finish(checked)
+        _ActiveRun(setup, run, display, watch, inputs, ranks, is_resumed=is_resumed).finish(checked, source)
     return run
 
 
@@ -260,11 +262,14 @@ class _ActiveRun:
         self.written: list[Completion] = []
         """What the student wrote behind held-out prompts at the last evaluation."""
 
-    def finish(self, checked: Checked) -> None:
-        """Train to the last step and write the receipt; after a signal, record where the run stopped."""
+    def finish(self, checked: Checked, source: dict[str, str]) -> None:
+        """Train to the last step and write the receipt; after a signal, record where the run stopped.
+
+        Args:
+            source: of `code`.
+        """
         setup, run, recipe = self.setup, self.run, self.setup.recipe
         started_s = time.perf_counter()
-        source = code()  # at the start: the checkout may change while the run trains
         samples = {"before": _sample(setup)}
         if setup.teacher.is_sharded and setup.teacher.model is not None:
             self.ranks.shard_teacher(setup.teacher.model)
