@@ -23,6 +23,7 @@ from refusals import refusal
 from safetensors.torch import load_file, save_file
 
 from potstill.cli.main import main
+from potstill.runs.run_dir import RunDir
 
 Recipe = Callable[..., Path]
 
@@ -306,6 +307,14 @@ def test_help_answers_without_torch(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "potstill" in done.stdout
+
+
+def test_runs_are_listed_without_torch(tmp_path: Path) -> None:
+    RunDir.create(tmp_path / "runs" / "one", recipe=b"", resolved="", corpus={})
+    program = "import sys\nfrom potstill.cli.main import main\nassert not main(['runs', 'runs'])\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "one" in done.stdout
 
 
 def test_the_version_names_those_that_a_report_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,14 @@ class _Unusual(Exception):
     """Arguments or an output that are not remembered."""
 
 
-class KnownOutputs:
-    """Of one trace."""
+MOST_KNOWN = 2**15
+"""Operations that are remembered: a trace has some hundreds."""
 
-    def __init__(self) -> None:
-        self._made: dict[Any, Make | None] = {}
+
+class KnownOutputs:
+    """Of all traces of this process."""
+
+    _made: ClassVar[dict[Any, Make | None]] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`func(*args, **kwargs)`."""
@@ -45,6 +48,8 @@ class KnownOutputs:
             return make(tensors)
         out = func(*args, **kwargs)
         if known not in self._made:
+            if len(self._made) >= MOST_KNOWN:
+                self._made.clear()
             self._made[known] = None if UNUSUAL.intersection(func.tags) else _maker(out, tensors)
         return out
 

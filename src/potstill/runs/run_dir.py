@@ -41,17 +41,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from potstill.errors import UserError, one_line
 from potstill.io.atomic import flush, listed, repair_folder, replace_folder, require_whole, writing
 from potstill.io.atomic import write_whole as write_whole
 from potstill.io.locks import locked
 from potstill.io.safe_open import KeyTwice, object_of, opened, parse_json, read_object
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 READABLE = "the run's other files are still readable."
 LAYERS = "layers.json"
@@ -121,6 +122,8 @@ class RunDir:
             run._write_json(LAYERS, layers)
         if folds is not None:
             run._write_json(FOLDS, folds[0])
+            from safetensors.torch import save  # which imports PyTorch; listing runs needs none
+
             write_whole(path / FOLDED, save(folds[1]))
         if answers is not None:
             write_whole(path / ANSWERED, answers)
@@ -344,6 +347,8 @@ class RunDir:
         Raises:
             UserError: damaged.
         """
+        from safetensors.torch import load_file
+
         try:
             return load_file(self.path / FOLDED)
         except (OSError, SafetensorError) as error:
