@@ -95,6 +95,16 @@ class RunSetup:
     def device(self) -> torch.device:
         return self.resolved.device
 
+    def require_made_of(self, run: Path, fingerprint: object, teacher_sha256: object) -> None:
+        """UserError unless corpus and teacher are those of the run: its corpus's fingerprint, and the hash of its
+        teacher's weights, or None where that is not known.
+        """
+        if self.corpus.fingerprint != fingerprint:
+            raise UserError(f"{run}: the corpus has changed since the run, and its held-out rows with it.")
+        weights = self.teacher.weights_sha256()
+        if teacher_sha256 is not None and weights is not None and weights != teacher_sha256:
+            raise UserError(f"{run}: the recipe's teacher is not the run's: its weights have another sha256.")
+
     def data(
         self,
         ranks: Ranks = ALONE,

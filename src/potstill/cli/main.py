@@ -28,6 +28,7 @@ from potstill.cli import (
     evaluate,
     export,
     init,
+    profile,
     report,
     rows,
     runs,
@@ -182,6 +183,13 @@ def _add_verbs_of_results(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     show.add_flags(
         verb("show", show.run_show, "print what came out of a run: metrics, model, data, warnings")
+    )
+    profile.add_flags(
+        verb(
+            "profile",
+            profile.run_profile,
+            "measure size, speed, memory and acceptance of a run's student beside its teacher's",
+        )
     )
     report.add_flags(
         verb("report", report.run_report, "render runs or a comparison as one self-contained HTML page")

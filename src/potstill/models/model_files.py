@@ -70,6 +70,11 @@ def tensor_shapes(source: Path) -> dict[str, Shape]:
 
 def dtype_of_files(source: Path) -> str | None:
     """`float32`, `bfloat16` or `float16`: what most weights of a folder or a GGUF file have; None for another type."""
+    return FLOATS.get(type_of_weights(source))
+
+
+def type_of_weights(source: Path) -> str:
+    """The files' own name for the type of most weights, such as BF16 or Q4_0."""
     count: dict[str, int] = {}
     if os.path.isdir(source):
         headers = [check_safetensors(source / file) for file in _weight_files(source)]
@@ -77,7 +82,7 @@ def dtype_of_files(source: Path) -> str | None:
         headers = [check_gguf(source).tensors]
     for type_, shape in (tensor for header in headers for tensor in header.values()):
         count[type_] = count.get(type_, 0) + math.prod(shape)
-    return FLOATS.get(max(count, key=count.__getitem__, default=""))
+    return max(count, key=count.__getitem__, default="")
 
 
 def folder_sha256(source: Path) -> str:
@@ -87,6 +92,12 @@ def folder_sha256(source: Path) -> str:
     names = sorted(["config.json", *_weight_files(source)])
     lines = "".join(f"{name} {file_sha256(source / name)}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def bytes_of_weights(source: Path) -> int:
+    """Of a GGUF file, or of the weight files of a folder."""
+    files = [source / name for name in _weight_files(source)] if os.path.isdir(source) else [source]
+    return sum(file.stat().st_size for file in files)
 
 
 def _require_floats(folder: Path, config: dict[str, Any]) -> None:

@@ -105,14 +105,8 @@ def _measure(run: RunDir, tokens: int, display: Display) -> dict[str, Any]:
 def _disagreement(run: RunDir, setup: RunSetup, tokens: int) -> dict[str, Any]:
     from potstill.evals.disagreement import disagreement
 
-    if setup.corpus.fingerprint != run.corpus().get("fingerprint"):
-        raise UserError(f"{run.path}: the corpus has changed since the run, and its held-out rows with it.")
     recorded = run.receipt().get("teacher", {}).get("weights_sha256")
-    weights = setup.teacher.weights_sha256()
-    if recorded is not None and weights is not None and weights != recorded:
-        raise UserError(
-            f"{run.path}: the recipe's teacher is not the run's: its weights have another sha256."
-        )
+    setup.require_made_of(run.path, run.corpus().get("fingerprint"), recorded)
     rows = disagreement(setup.student, setup.teacher, setup.corpus.heldout, tokens, setup.tokenizer)
     values = [token["kl"] for row in rows for token in row if "kl" in token]
     return {

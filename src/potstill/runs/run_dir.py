@@ -12,6 +12,7 @@
     metrics.jsonl     one object per step or evaluation
     samples.jsonl     what the student wrote at each evaluation, absent without eval.sample_prompts
     faults.jsonl      steps whose update the guard refused, with reason and rows; absent if there were none
+    profile.json      sizes, speeds, memory and acceptance of teacher and student, of `potstill profile`
     disagreement.json where student and teacher disagree, measured for the first report
     report.html       the page of `potstill report`
     stall.txt         stack traces of all threads when a deadline of the guard passed
@@ -374,6 +375,13 @@ class RunDir:
 
     def write_disagreement(self, disagreement: dict[str, Any]) -> None:
         self._write_json("disagreement.json", disagreement)
+
+    def profile(self) -> dict[str, Any]:
+        """`profile.json`; empty where nothing was measured."""
+        return self._read_json("profile.json")
+
+    def write_profile(self, profile: dict[str, Any]) -> None:
+        self._write_json("profile.json", profile)
 
     def write_stacks(self, stacks: str) -> Path:
         write_whole(self.path / "stall.txt", stacks.encode())

@@ -1,0 +1,149 @@
+"""What a run has gained, in words: `profile.json` as rows and sentences for the terminal, the report and the card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from potstill.io.terminal import aligned, short, size
+from potstill.runs.run_dir import RunDir
+
+FIGURES = {
+    "prefill_tokens_per_s": "prefill, tokens/s",
+    "decoding_tokens_per_s": "decoding, tokens/s",
+    "first_token_s": "time to the first token, s",
+}
+Profile = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    what: str
+    teacher: str
+    student: str
+    ratio: str
+    """Student to teacher; `–` where one of them was not measured."""
+
+
+def profile_of(run: RunDir) -> dict[str, Any]:
+    """The run's profile; empty where nothing was measured, or that of another student.
+
+    Raises:
+        UserError: damaged.
+    """
+    profile = run.profile()
+    return profile if profile and profile.get("of") == run.receipt().get("output") else {}
+
+
+def rows(profile: Profile) -> list[Row]:
+    """A row for each figure that at least one model has."""
+    of = {who: one if isinstance(one, dict) else {} for who, one in profile["models"].items()}
+    found = [
+        _row("parameters", {who: one.get("parameters") for who, one in of.items()}, short),
+        _row("bytes of the weights as they are", {who: one.get("bytes") for who, one in of.items()}, size),
+    ]
+    same_type = {speed["weights"]: speed.get("teacher_bytes") for speed in _measured(profile)}
+    for export in profile["exports"]:
+        teacher = same_type.get(export["format"])
+        what = "bytes of the folder's weights" if export["format"] == "hf" else f"bytes in {export['format']}"
+        found.append(_row(what, {"teacher": teacher, "student": export["bytes"]}, size))
+    for speed in _measured(profile):
+        found += _of_speed(speed)
+    return found
+
+
+def _measured(profile: Profile) -> list[Mapping[str, Any]]:
+    return [speed for speed in profile["speeds"] if "why" not in speed]
+
+
+def _of_speed(speed: Mapping[str, Any]) -> Iterator[Row]:
+    figures = {who: one if isinstance(one := speed[who], dict) else {} for who in ("teacher", "student")}
+    if not any(figures.values()):
+        return
+    name = f"{speed['runtime']}, {speed['weights']}"
+    for key, title in FIGURES.items():
+        teacher, student = (_spread(one[key]) if one else "–" for one in figures.values())
+        ratio = speed["ratios"].get(key)
+        yield Row(f"{name}: {title}", teacher, student, _spread(ratio) if ratio else "–")
+    peaks = {who: one.get("peak_memory_bytes") for who, one in figures.items()}
+    loading = any(one.get("with_loading") for one in figures.values())
+    yield _row(f"{name}: peak memory{', with loading' if loading else ''}", peaks, size)
+
+
+def _row(what: str, values: Mapping[str, int | None], shown: Any) -> Row:
+    teacher, student = values["teacher"], values["student"]
+    ratio = f"{student / teacher:.3g}" if teacher and student else "–"
+    return Row(what, *("–" if value is None else shown(value) for value in (teacher, student)), ratio)
+
+
+def _spread(of: Mapping[str, float]) -> str:
+    return f"{_number(of['median'])} [{_number(of['low'])}, {_number(of['high'])}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def sentences(profile: Profile) -> Iterator[str]:
+    """What was accepted, under which conditions all of it was measured, and what was not run."""
+    yield from acceptance(profile)
+    yield conditions(profile)
+    yield from not_run(profile)
+
+
+def acceptance(profile: Profile) -> Iterator[str]:
+    """Of the student as the teacher's draft model."""
+    expected, measured = profile["acceptance"]["expected"], profile["acceptance"]["measured"]
+    if isinstance(expected, dict):
+        yield (
+            f"As the teacher's draft model: expected acceptance {expected['mean']:.4f}, the mean of 1 - total variation"
+            f" over {expected['positions']:,} held-out positions at temperature 1."
+        )
+    if isinstance(measured, dict):
+        interval = f"[{measured['low']:.4f}, {measured['high']:.4f}] ({measured['interval']})"
+        yield (
+            f"Speculative decoding in Transformers, {measured['drafted_at_once']} drafts at once:"
+            f" {measured['accepted']} of {measured['judged']} judged drafts accepted, {measured['rate']:.4f}"
+            f" {interval}; {measured['tokens_per_round']:.3g} tokens a round,"
+            f" {_spread(measured['speedup'])} times as fast as the teacher alone."
+        )
+
+
+def conditions(profile: Profile) -> str:
+    settings, machine = profile["settings"], profile["machine"]
+    versions = {speed[who]["version"] for speed in _measured(profile) for who in _run_in(speed)}
+    device = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    threads = f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}"
+    return (
+        f"Medians of {settings['repeats']} repeats in turns [{profile['spread']}]:"
+        f" {settings['prompt_tokens']} tokens of prompt ({settings['prompt']}) and {settings['new_tokens']} new ones,"
+        f" {threads} of {machine['processor']}{device}; {', '.join(sorted(versions))}; {profile['date']}."
+    )
+
+
+def _run_in(speed: Mapping[str, Any]) -> list[str]:
+    return [who for who in ("teacher", "student") if isinstance(speed[who], dict)]
+
+
+def not_run(profile: Profile) -> list[str]:
+    """Each reason once, with what it is of."""
+    reasons: dict[str, list[str]] = {}
+
+    def add(what: str, value: Any) -> None:
+        if isinstance(value, str):
+            reasons.setdefault(value.removeprefix("not run: "), []).append(what)
+
+    for who, model in profile["models"].items():
+        add(who, model)
+    for speed in profile["speeds"]:
+        name = f"{speed['runtime']}{', ' + speed['weights'] if speed['weights'] else ''}"
+        for key in ("why",) if "why" in speed else ("teacher", "student"):
+            add(name if key == "why" else f"{name}, {key}", speed[key])
+    add("expected acceptance", profile["acceptance"]["expected"])
+    add("speculative decoding", profile["acceptance"]["measured"])
+    return [f"Not run: {'; '.join(of)}: {why.rstrip('.')}." for why, of in reasons.items()]
+
+
+def lines(profile: Profile) -> list[str]:
+    """For the terminal."""
+    table = aligned(["what", "teacher", "student", "student/teacher"], [list(row) for row in rows(profile)])
+    return [*table.splitlines(), *sentences(profile)]
