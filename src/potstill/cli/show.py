@@ -27,13 +27,16 @@ def add_flags(show: argparse.ArgumentParser) -> None:
 
 
 def run_show(options: argparse.Namespace, display: Display) -> None:
+    from potstill.runs.gains import lines as gained
+    from potstill.runs.gains import profile_of
     from potstill.runs.run_dir import RunDir
     from potstill.runs.summary import summary
 
     run = RunDir.open(options.run)
-    status, receipt, metrics = run.status(), run.receipt(), summary(run)
+    status, receipt, metrics, profile = run.status(), run.receipt(), summary(run), profile_of(run)
     if options.json:
-        display.result(json.dumps({"status": status, "receipt": receipt, "metrics": metrics}, indent=2))
+        found = {"status": status, "receipt": receipt, "metrics": metrics}
+        display.result(json.dumps(found | ({"profile": profile} if profile else {}), indent=2))
         return
     if options.receipt:
         display.result(json.dumps(receipt, indent=2))
@@ -41,6 +44,7 @@ def run_show(options: argparse.Namespace, display: Display) -> None:
     width = max(shutil.get_terminal_size().columns, 40)
     lines = [f"{run.path}: {status.get('state', 'unknown')} {status.get('why', '')}".rstrip()]
     lines += _metrics(metrics, receipt)
+    lines += gained(profile, with_spread=False) if profile else []
     lines += [f"{label}: {text}" for label, text in _facts(run, receipt) if text]
     lines += [f"warning: {text}" for text in _warnings(receipt)]
     lines.append(

@@ -54,7 +54,7 @@ def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool =
     y_ticks = log_ticks(min(values), max(values)) if is_log else ticks(min(values), max(values))
     x_ticks = [t for t in ticks(0, max(1.0, max(x for s in kept for x, _ in s.points))) if t == int(t)]
     last = max(x for s in kept for x, _ in s.points)
-    scale = _Scale(max(last, 1.0), y_ticks[0], y_ticks[-1], is_log)
+    scale = Scale(max(last, 1.0), y_ticks[0], y_ticks[-1], is_log)
     parts = [scale.grid(y_ticks, x_ticks), *(scale.draw(s) for s in kept)]
     notes = [*(["log scale"] if is_log else []), *([f"{lost} values not finite"] if lost else [])]
     key = "".join(f'<li class="{k}">{escape(label)}</li>' for k, label in _key(kept))
@@ -72,7 +72,7 @@ def chart(title: str, unit: str, series: Sequence[Series], *, may_be_log: bool =
 def bars(title: str, unit: str, of: str, values: Sequence[float], marked: Collection[int], mark: str) -> str:
     """A figure with a bar for each of `values`, numbered from 0; those of `marked` in another color, named `mark`."""
     y_ticks = ticks(0, max(*values, 1e-9))
-    scale = _Scale(float(len(values)), 0.0, y_ticks[-1], is_log=False)
+    scale = Scale(float(len(values)), 0.0, y_ticks[-1], is_log=False)
     parts = [scale.grid(y_ticks, [], of)]
     width = scale.x(0.8) - scale.x(0)
     for at, value in enumerate(values):
@@ -184,7 +184,9 @@ def grouped(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
+    """From values to the units of a chart, whose horizontal axis begins at 0 and ends at `last`."""
+
     last: float
     low: float
     high: float

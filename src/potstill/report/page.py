@@ -21,8 +21,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from potstill.io.terminal import clock, printable
-from potstill.report import sections
+from potstill.report import sections, tradeoff
 from potstill.report.charts import COLORS, Series, bars, chart, grouped
+from potstill.runs import gains
+from potstill.runs.gains import profile_of
 from potstill.runs.run_dir import RunDir, repair_steps
 from potstill.runs.summary import summary
 
@@ -72,6 +74,7 @@ class Section:
 
 SECTIONS = (
     Section("curves", "Curves", "Curves"),
+    Section("gains", "Gains", "What was gained"),
     Section("sources", "Sources", "Sources of the mix"),
     Section("disagreement", "Disagreement", "Where the student disagrees with the teacher"),
     Section("humaneval", "HumanEval", "HumanEval"),
@@ -103,6 +106,10 @@ class RunReport:
     @cached_property
     def status(self) -> dict[str, Any]:
         return self.run.status()
+
+    @cached_property
+    def profile(self) -> dict[str, Any]:
+        return profile_of(self.run)
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the receipt; empty where there is none."""
@@ -137,11 +144,11 @@ def page(runs: Sequence[RunReport], comparisons: Mapping[Path, Mapping[str, Any]
         UserError: a file of a run is damaged, with its place.
     """
     names = _names([report.run.path for report in runs])
-    shown = [
-        section
-        for section in SECTIONS
-        if section.anchor != "sources" or any(r.section("sources") for r in runs)
-    ]
+    optional = {
+        "sources": any(report.section("sources") for report in runs),
+        "gains": any(report.profile for report in runs),
+    }
+    shown = [section for section in SECTIONS if optional.get(section.anchor, True)]
     if comparisons:  # their section comes first, being what the page was made for
         shown.sort(key=lambda section: section.anchor != "arms")
         shown = shown if runs else shown[:1]
@@ -200,6 +207,7 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
         "state_class": state if state in STATES else "unknown",
         "state_notes": [x for x in (report.status.get("why"), receipt.get("objective")) if x],
         "figures": _figures(report),
+        "gains": _gains(report),
         "sources": sections.sources(report.section("sources"), report.metrics),
         "disagreement": sections.disagreement(
             report.disagreement, report.section("heldout_best").get("heldout/kl")
@@ -216,6 +224,19 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
         "has_receipt": bool(receipt),
         "has_metrics": bool(report.metrics),
         "no_receipt": f"Not there: a run writes its receipt when it is finished, and this one is {state}.",
+    }
+
+
+def _gains(report: RunReport) -> dict[str, Any] | None:
+    """The profile as a picture, a table and sentences; None where the student was not profiled."""
+    if not (profile := report.profile):
+        return None
+    scores = sections.scores(report.run.evals)
+    of = tradeoff.qualities(report.receipt, profile, scores)
+    return {
+        "picture": tradeoff.picture(of, tradeoff.gains(profile)),
+        "rows": gains.rows(profile),
+        "sentences": list(gains.sentences(profile)),
     }
 
 

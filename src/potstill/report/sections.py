@@ -133,6 +133,19 @@ def pass_at_1(folder: Path) -> tuple[str | None, str]:
     return None, "no score" if results else "not run"
 
 
+def scores(evals: Path) -> dict[str, float]:
+    """pass@1 and the accuracy of each task that was run whole, from 0 to 1."""
+    found = {}
+    for _, result, _ in _results(evals / "humaneval"):
+        if "HumanEval pass@1" not in found and (score := _score(result)):
+            found["HumanEval pass@1"] = float(score["value"])
+    for path in sorted(evals.glob("task-*/result.json")) if evals.is_dir() else []:
+        accuracy = read_object(path, READABLE).get("accuracy")
+        if isinstance(accuracy, dict):
+            found[path.parent.name] = float(accuracy["value"])
+    return found
+
+
 def humaneval(folder: Path) -> list[dict[str, Any]]:
     """Each result there, with every problem's verdict and completion."""
     return [_problems(name, result, samples) for name, result, samples in _results(folder)]

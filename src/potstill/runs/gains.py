@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from potstill.io.terminal import aligned, short, size
@@ -11,17 +11,23 @@ from potstill.runs.run_dir import RunDir
 FIGURES = {
     "prefill_tokens_per_s": "prefill, tokens/s",
     "decoding_tokens_per_s": "decoding, tokens/s",
-    "first_token_s": "time to the first token, s",
+    "first_token_s": "first token after, s",
 }
 Profile = Mapping[str, Any]
 
 
 class Row(NamedTuple):
+    group: str
+    """Runtime and type of the weights; empty for sizes."""
     what: str
     teacher: str
     student: str
     ratio: str
     """Student to teacher; `–` where one of them was not measured."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}: {self.what}" if self.group else self.what
 
 
 def profile_of(run: RunDir) -> dict[str, Any]:
@@ -34,20 +40,20 @@ def profile_of(run: RunDir) -> dict[str, Any]:
     return profile if profile and profile.get("of") == run.receipt().get("output") else {}
 
 
-def rows(profile: Profile) -> list[Row]:
+def rows(profile: Profile, with_spread: bool = True) -> list[Row]:
     """A row for each figure that at least one model has."""
     of = {who: one if isinstance(one, dict) else {} for who, one in profile["models"].items()}
     found = [
-        _row("parameters", {who: one.get("parameters") for who, one in of.items()}, short),
-        _row("bytes of the weights as they are", {who: one.get("bytes") for who, one in of.items()}, size),
+        _row("", "parameters", {who: one.get("parameters") for who, one in of.items()}, short),
+        _row("", "weights on disk", {who: one.get("bytes") for who, one in of.items()}, size),
     ]
     same_type = {speed["weights"]: speed.get("teacher_bytes") for speed in _measured(profile)}
     for export in profile["exports"]:
-        teacher = same_type.get(export["format"])
-        what = "bytes of the folder's weights" if export["format"] == "hf" else f"bytes in {export['format']}"
-        found.append(_row(what, {"teacher": teacher, "student": export["bytes"]}, size))
+        sizes = {"teacher": same_type.get(export["format"]), "student": export["bytes"]}
+        of_what = "exported folder" if export["format"] == "hf" else f"in {export['format']}"
+        found.append(_row("", f"weights, {of_what}", sizes, size))
     for speed in _measured(profile):
-        found += _of_speed(speed)
+        found += _of_speed(speed, _spread if with_spread else _median)
     return found
 
 
@@ -55,28 +61,33 @@ def _measured(profile: Profile) -> list[Mapping[str, Any]]:
     return [speed for speed in profile["speeds"] if "why" not in speed]
 
 
-def _of_speed(speed: Mapping[str, Any]) -> Iterator[Row]:
+def _of_speed(speed: Mapping[str, Any], shown: Callable[[Mapping[str, float]], str]) -> Iterator[Row]:
     figures = {who: one if isinstance(one := speed[who], dict) else {} for who in ("teacher", "student")}
     if not any(figures.values()):
         return
-    name = f"{speed['runtime']}, {speed['weights']}"
+    group = f"{speed['runtime']}, {speed['weights']}"
     for key, title in FIGURES.items():
-        teacher, student = (_spread(one[key]) if one else "–" for one in figures.values())
+        teacher, student = (shown(one[key]) if one else "–" for one in figures.values())
         ratio = speed["ratios"].get(key)
-        yield Row(f"{name}: {title}", teacher, student, _spread(ratio) if ratio else "–")
+        yield Row(group, title, teacher, student, shown(ratio) if ratio else "–")
     peaks = {who: one.get("peak_memory_bytes") for who, one in figures.items()}
     loading = any(one.get("with_loading") for one in figures.values())
-    yield _row(f"{name}: peak memory{', with loading' if loading else ''}", peaks, size)
+    yield _row(group, f"peak memory{', with loading' if loading else ''}", peaks, size)
 
 
-def _row(what: str, values: Mapping[str, int | None], shown: Any) -> Row:
-    teacher, student = values["teacher"], values["student"]
-    ratio = f"{student / teacher:.3g}" if teacher and student else "–"
-    return Row(what, *("–" if value is None else shown(value) for value in (teacher, student)), ratio)
+def _row(group: str, what: str, values: Mapping[str, int | None], shown: Callable[[int], str]) -> Row:
+    known, own = values["teacher"], values["student"]
+    ratio = f"{own / known:.3g}" if known and own else "–"
+    teacher, student = ("–" if value is None else shown(value) for value in (known, own))
+    return Row(group, what, teacher, student, ratio)
 
 
 def _spread(of: Mapping[str, float]) -> str:
-    return f"{_number(of['median'])} [{_number(of['low'])}, {_number(of['high'])}]"
+    return f"{_median(of)} [{_number(of['low'])}, {_number(of['high'])}]"
+
+
+def _median(of: Mapping[str, float]) -> str:
+    return _number(of["median"])
 
 
 def _number(value: float) -> str:
@@ -143,7 +154,15 @@ def not_run(profile: Profile) -> list[str]:
     return [f"Not run: {'; '.join(of)}: {why.rstrip('.')}." for why, of in reasons.items()]
 
 
-def lines(profile: Profile) -> list[str]:
-    """For the terminal."""
-    table = aligned(["what", "teacher", "student", "student/teacher"], [list(row) for row in rows(profile)])
-    return [*table.splitlines(), *sentences(profile)]
+def lines(profile: Profile, with_spread: bool = True) -> list[str]:
+    """For the terminal: a table, whose rows begin with blanks, and sentences."""
+    of = rows(profile, with_spread)
+    table = aligned(["", "teacher", "student", "ratio"], [[f"  {row.what}", *row[2:]] for row in of])
+    title, *others = table.splitlines()
+    found, group = [title], ""
+    for row, line in zip(of, others, strict=True):
+        if row.group != group:
+            found.append(f"  {row.group}")
+            group = row.group
+        found.append(line)
+    return [*found, *sentences(profile)]
