@@ -17,6 +17,7 @@ from potstill.io.hub import hub_id
 from potstill.publish.licenses import Parent, StudentLicense
 from potstill.publish.markdown import FILTERS
 from potstill.recipe.sections_training import PublishConfig
+from potstill.runs import gains
 from potstill.runs.run_dir import repair_steps
 
 HELDOUT = {
@@ -53,6 +54,8 @@ class CardInputs:
     """Results of tasks with a verifier."""
     lm_eval: Mapping[str, Any] | None
     comparison: Mapping[str, Any] | None
+    profile: Mapping[str, Any]
+    """Empty where the student was not profiled."""
     gguf: Sequence[str]
     """File names in the repository."""
     license: StudentLicense
@@ -125,6 +128,8 @@ def card(inputs: CardInputs, metadata: str) -> str:
         tasks=[_task(result) for result in inputs.tasks],
         lm_eval_rows=list(_lm_eval_rows(inputs.lm_eval or {})),
         arm_metrics=_arm_metrics(inputs.comparison),
+        gains=gains.rows(inputs.profile) if inputs.profile else [],
+        gains_said=list(gains.sentences_for_others(inputs.profile)) if inputs.profile else [],
         checks=receipt.get("check", {}),
         exports=list(_exports(receipt)),
         commands=_commands(inputs.command),

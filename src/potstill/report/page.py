@@ -177,6 +177,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["csp_hash"] = _csp_hash
+    environment.globals["writers"] = sections.WRITERS
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment
 
@@ -217,9 +218,10 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
         "checks": report.section("check"),
         "memory": _memory(report.section("plan")),
         "faults": report.run.faults(),
-        "samples": report.section("samples"),
-        "answers": _answers(report.run.answers()),
-        "sampled": _by_prompt(report.run.samples()),
+        "answers": sections.answers(
+            report.run.answers(), report.section("samples"), report.run.samples(), receipt
+        ),
+        "sampled": sections.by_prompt(report.run.samples()),
         "receipt": list(sections.flat({k: v for k, v in receipt.items() if k not in own_section})),
         "has_receipt": bool(receipt),
         "has_metrics": bool(report.metrics),
@@ -238,21 +240,6 @@ def _gains(report: RunReport) -> dict[str, Any] | None:
         "rows": gains.rows(profile),
         "sentences": list(gains.sentences(profile)),
     }
-
-
-def _answers(answers: Mapping[str, list[str]]) -> list[dict[str, str]]:
-    """One entry a prompt, of what each wrote behind it."""
-    names = [name for name in ("prompt", "teacher", "before", "after") if name in answers]
-    return [dict(zip(names, texts, strict=True)) for texts in zip(*(answers[n] for n in names), strict=True)]
-
-
-def _by_prompt(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a prompt of `eval.sample_prompts`, with what was written at each evaluation."""
-    texts: dict[str, list[tuple[int, str]]] = {}
-    for line in samples:
-        for sample in line.get("samples", []):
-            texts.setdefault(str(sample["prompt"]), []).append((line["step"], str(sample["text"])))
-    return [{"prompt": prompt, "texts": written} for prompt, written in texts.items()]
 
 
 def _figures(report: RunReport) -> list[Figure]:

@@ -94,11 +94,20 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def sentences(profile: Profile) -> Iterator[str]:
+def sentences(profile: Profile, with_spread: bool = True) -> Iterator[str]:
     """What was accepted, under which conditions all of it was measured, and what was not run."""
     yield from acceptance(profile)
-    yield conditions(profile)
-    yield from not_run(profile)
+    yield conditions(profile, f" [{profile['spread']}]" if with_spread else "")
+    for what, why in not_run(profile):
+        yield f"Not run: {'; '.join(what)}: {why.rstrip('.')}."
+
+
+def sentences_for_others(profile: Profile) -> Iterator[str]:
+    """The same without reasons, which name folders of this machine."""
+    yield from acceptance(profile)
+    yield conditions(profile, f" [{profile['spread']}]")
+    if names := [name for what, _ in not_run(profile) for name in what]:
+        yield f"Not run: {'; '.join(names)}."
 
 
 def acceptance(profile: Profile) -> Iterator[str]:
@@ -119,13 +128,13 @@ def acceptance(profile: Profile) -> Iterator[str]:
         )
 
 
-def conditions(profile: Profile) -> str:
+def conditions(profile: Profile, spread: str) -> str:
     settings, machine = profile["settings"], profile["machine"]
     versions = {speed[who]["version"] for speed in _measured(profile) for who in _run_in(speed)}
     device = "" if machine["device"] == "cpu" else f", {machine['device']}"
     threads = f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}"
     return (
-        f"Medians of {settings['repeats']} repeats in turns [{profile['spread']}]:"
+        f"Medians of {settings['repeats']} repeats in turns{spread}:"
         f" {settings['prompt_tokens']} tokens of prompt ({settings['prompt']}) and {settings['new_tokens']} new ones,"
         f" {threads} of {machine['processor']}{device}; {', '.join(sorted(versions))}; {profile['date']}."
     )
@@ -135,8 +144,8 @@ def _run_in(speed: Mapping[str, Any]) -> list[str]:
     return [who for who in ("teacher", "student") if isinstance(speed[who], dict)]
 
 
-def not_run(profile: Profile) -> list[str]:
-    """Each reason once, with what it is of."""
+def not_run(profile: Profile) -> list[tuple[list[str], str]]:
+    """Each reason once, behind what it is of."""
     reasons: dict[str, list[str]] = {}
 
     def add(what: str, value: Any) -> None:
@@ -151,7 +160,7 @@ def not_run(profile: Profile) -> list[str]:
             add(name if key == "why" else f"{name}, {key}", speed[key])
     add("expected acceptance", profile["acceptance"]["expected"])
     add("speculative decoding", profile["acceptance"]["measured"])
-    return [f"Not run: {'; '.join(of)}: {why.rstrip('.')}." for why, of in reasons.items()]
+    return [(what, why) for why, what in reasons.items()]
 
 
 def lines(profile: Profile, with_spread: bool = True) -> list[str]:
@@ -165,4 +174,4 @@ def lines(profile: Profile, with_spread: bool = True) -> list[str]:
             found.append(f"  {row.group}")
             group = row.group
         found.append(line)
-    return [*found, *sentences(profile)]
+    return [*found, *sentences(profile, with_spread)]

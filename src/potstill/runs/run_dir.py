@@ -10,7 +10,8 @@
     folds.json        what left-out layers did, folded into the student: the effect of each fold; absent otherwise
     folds.safetensors the matrices that this changed, which --resume takes
     metrics.jsonl     one object per step or evaluation
-    samples.jsonl     what the student wrote at each evaluation, absent without eval.sample_prompts
+    samples.jsonl     what the student wrote at each evaluation, and the teacher at step 0; absent without
+                      eval.sample_prompts
     faults.jsonl      steps whose update the guard refused, with reason and rows; absent if there were none
     profile.json      sizes, speeds, memory and acceptance of teacher and student, of `potstill profile`
     disagreement.json where student and teacher disagree, measured for the first report
@@ -209,9 +210,15 @@ class RunDir:
         for listener in self.listeners:
             listener(step, metrics)
 
-    def log_samples(self, step: int, texts: Mapping[str, str]) -> None:
-        """What the student wrote behind each prompt of `eval.sample_prompts`."""
-        samples = [{"prompt": prompt, "text": text} for prompt, text in texts.items()]
+    def log_samples(
+        self, step: int, texts: Mapping[str, str], by_teacher: Mapping[str, str] | None = None
+    ) -> None:
+        """What the student, and at step 0 the teacher, wrote behind each prompt of `eval.sample_prompts`."""
+        known = by_teacher or {}
+        samples = [
+            {"prompt": prompt, "text": text} | ({"teacher": known[prompt]} if prompt in known else {})
+            for prompt, text in texts.items()
+        ]
         self._append("samples.jsonl", json.dumps({"step": step, "samples": samples}) + "\n")
 
     def samples(self) -> list[dict[str, Any]]:

@@ -18,15 +18,12 @@ from potstill.build.resolve import resolve
 from potstill.build.rollouts import answers_of
 from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.data.completions import Completion, CompletionRows, as_file, as_texts
-from potstill.data.end_of_turn import ends_of
 from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
 from potstill.evals.own_samples import own_samples
 from potstill.evals.subject import Subject
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display
-from potstill.models.dialogue import chat_prompt, is_chat
-from potstill.models.generate import greedy_text
 from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
 from potstill.models.repair import Repair
@@ -43,6 +40,7 @@ from potstill.training.checkpoint import Checkpoints, Metrics, Outcome
 from potstill.training.distributed import Ranks, process_group
 from potstill.training.loop import Hooks, train
 from potstill.training.watchdog import Watchdog
+from potstill.workflows import samples as samples_of
 from potstill.workflows.receipt import Finished, hashes, receipt_of
 from potstill.workflows.start import Resume, Start, require_equal, require_same_corpus
 from potstill.workflows.start import start as start_run
@@ -270,9 +268,12 @@ class _ActiveRun:
         """
         setup, run, recipe = self.setup, self.run, self.setup.recipe
         started_s = time.perf_counter()
-        samples = {"before": _sample(setup)}
+        prompt = recipe.eval.sample_prompt
+        samples = {"before": samples_of.of_student(setup, prompt)}
         if setup.teacher.is_sharded and setup.teacher.model is not None:
             self.ranks.shard_teacher(setup.teacher.model)
+        if (by_teacher := samples_of.of_teacher(setup, prompt)) is not None:
+            samples = {"teacher": by_teacher} | samples
         outcome = self.train()
         if outcome.evaluated < recipe.train.num_steps:
             why = f"by a signal after step {outcome.step}; --resume continues"
@@ -284,7 +285,7 @@ class _ActiveRun:
             return
         # Every rank takes part in gathering the shards, although only the first writes the receipt.
         with self.gathered():
-            samples["after"] = _sample(setup)
+            samples["after"] = samples_of.of_student(setup, prompt)
 
         evaluations: dict[str, Any] = {}
         self.ranks.on_first_for_long(lambda: evaluations.update(self.evaluations()))
@@ -380,14 +381,16 @@ class _ActiveRun:
         return metrics
 
     def sample(self, step: int) -> None:
-        """Answers to `eval.sample_prompts`, on every rank: a forward pass of one takes all of them."""
-        texts = {}
+        """Answers to `eval.sample_prompts`, the teacher's once; on every rank, as a forward pass takes all of them."""
+        texts, by_teacher = {}, {}
         for prompt in self.setup.recipe.eval.sample_prompts:
             self.watch.beat()
-            texts[prompt] = _sample_of(self.setup, prompt)
+            texts[prompt] = samples_of.of_student(self.setup, prompt)
             self.display.note(f"sample at step {step}: {prompt}{texts[prompt]}")
+            if step == 0 and (text := samples_of.of_teacher(self.setup, prompt)) is not None:
+                by_teacher[prompt] = text
         if texts:
-            self.ranks.on_first(lambda: self.run.log_samples(step, texts))
+            self.ranks.on_first(lambda: self.run.log_samples(step, texts, by_teacher))
 
     def log(self, step: int, metrics: Metrics) -> None:
         if self.ranks.is_first:
@@ -484,19 +487,3 @@ class _Clock:
     def left(self, step: int, seconds: float) -> float:
         self.recent_s = [*self.recent_s[-100:], seconds]
         return (self.steps - step) * statistics.median(self.recent_s)
-
-
-def _sample(setup: RunSetup) -> str:
-    prompt = setup.recipe.eval.sample_prompt
-    return "" if prompt is None else _sample_of(setup, prompt)
-
-
-def _sample_of(setup: RunSetup, prompt: str) -> str:
-    """What the student writes behind a text; of a corpus of conversations, its answer to a user's turn."""
-    student, tokenizer, most = setup.student.model, setup.tokenizer, setup.recipe.eval.sample_tokens
-    if tokenizer is None:
-        return ""
-    if not is_chat(setup.recipe.corpus.each, tokenizer):
-        return greedy_text(student, tokenizer, prompt, most)
-    asked = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
-    return greedy_text(student, tokenizer, asked, most, ends_of(tokenizer))

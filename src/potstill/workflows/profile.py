@@ -193,7 +193,7 @@ class _Profiled:
         vocabulary = load_config(self.run.student).get_text_config().vocab_size
         generator = torch.Generator().manual_seed(SEED)
         ids_T = torch.randint(vocabulary, (self.settings.prompt_tokens,), generator=generator)
-        return _Heldout(ids_T.tolist(), f"random ids; held-out text {why}", [], why)
+        return _Heldout(ids_T.tolist(), "random ids", [], why)
 
     def _with_expected(self, resolved: Resolved) -> _Heldout:
         self.note("acceptance: student and teacher on the held-out rows")
