@@ -14,7 +14,7 @@ function nats(value, digits) {
 }
 function choices(title, list, actual) {
   const box = document.createElement("div"), ol = document.createElement("ol");
-  box.append(made("h4", title));
+  box.append(made("h3", title));
   for (const [id, text, share] of list) {
     const li = made("li", "", id === actual ? "hit" : "");
     li.style.setProperty("--p", (100 * share).toFixed(1) + "%");
