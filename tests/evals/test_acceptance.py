@@ -125,6 +125,8 @@ def test_figures_are_medians_and_ratios_are_within_a_round() -> None:
     assert figures["prefill_tokens_per_s"] == {"median": 50.0, "low": 20.0, "high": 100.0}
     assert figures["decoding_tokens_per_s"] == {"median": 5.0, "low": 2.0, "high": 10.0}
     assert figures["first_token_s"] == {"median": 4.0, "low": 2.0, "high": 10.0}
-    found = speed.ratios(student=student, teacher=teacher)  # what the machine did beside it is in none of them
+    found = speed.ratios(
+        student=student, teacher=teacher
+    )  # what the machine did beside it is in none of them
     assert found["decoding_tokens_per_s"] == {"median": 4.0, "low": 4.0, "high": 4.0}
     assert found["first_token_s"] == {"median": 0.25, "low": 0.25, "high": 0.25}

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 TESTS = {
     "bwrap": ["evals/sandbox/test_sandbox.py", "evals/test_humaneval.py"],
     "bitsandbytes": ["teachers/test_backends.py"],
-    "chromium": ["report/test_report.py"],
+    "chromium": ["report/test_report.py", "report/test_accessibility.py"],
     "datasets,pyarrow": [
         "data/test_chats.py",
         "data/test_hub_datasets.py",
@@ -26,7 +26,12 @@ TESTS = {
     "reasoning_gym": ["evals/test_tasks.py"],
     "tensorboard,trackio,wandb": ["runs/test_trackers.py"],
     "torchao": ["models/test_text_half.py", "teachers/test_backends.py"],
-    "xllamacpp": ["export/test_gguf_model.py", "teachers/test_backends.py", "training/test_grid.py"],
+    "xllamacpp": [
+        "export/test_gguf_model.py",
+        "teachers/test_backends.py",
+        "training/test_grid.py",
+        "workflows/test_profile.py",
+    ],
 }
 """Modules and programs -> the tests that find them or do without."""
 

@@ -368,6 +368,14 @@ def test_each_prompt_is_sampled_at_every_evaluation(
     assert [line["step"] for line in samples] == [0, 2, 4]
     assert all([each["prompt"] for each in line["samples"]] == ["the cat", "a dog"] for line in samples)
     assert samples[0]["samples"][0]["text"] == run.receipt()["samples"]["before"]
+    # The teacher's own answer is there once, and is the greedy one.
+    tokenizer, source = make_tokenizer(), run.receipt()["teacher"]["source"]
+    ids = torch.tensor([tokenizer("the cat")["input_ids"]])
+    hf = transformers.AutoModelForCausalLM.from_pretrained(source)
+    out = hf.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)
+    by_teacher = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert samples[0]["samples"][0]["teacher"] == by_teacher == run.receipt()["samples"]["teacher"]
+    assert all("teacher" not in each for line in samples[1:] for each in line["samples"])
     assert samples[-1]["samples"][0]["text"] == run.receipt()["samples"]["after"]
     # They change nothing, and a run that is cut off and goes on has each once.
     without = distill(path, overrides=["eval.sample_prompts=[]"], out=tmp_path / "without")
@@ -397,11 +405,13 @@ def test_a_student_of_conversations_answers_a_turn(tiny_recipe: Recipe, tmp_path
         eval="{sample_prompt: the cat, sample_tokens: 6}",
         allow_identical="true",
     )
-    before = distill(path, overrides=["train.steps=1"], out=tmp_path / "run").receipt()["samples"]["before"]
+    samples = distill(path, overrides=["train.steps=1"], out=tmp_path / "run").receipt()["samples"]
+    before = samples["before"]
     ids = torch.tensor([tokenizer("<user>the cat<eos><assistant>")["input_ids"]])
     hf = transformers.AutoModelForCausalLM.from_pretrained(teacher)
     out = hf.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
     assert before == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert samples["teacher"] == before  # it has the same weights, and is asked the same way
 
 
 def test_a_list_of_layers_is_kept_as_it_is_given(tiny_recipe: Recipe, tmp_path: Path) -> None:

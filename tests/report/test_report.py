@@ -8,13 +8,14 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
+from browser import in_chromium
 
 from potstill import UserError, distill
 from potstill.cli.main import main
@@ -147,6 +148,29 @@ def test_a_damaged_line_is_reported_with_its_place(run: RunDir, capsys: pytest.C
         f"{run.path / 'metrics.jsonl'}:{number}: damaged: train/ce is not a number" in capsys.readouterr().err
     )
     assert not (run.path / "report.html").exists()
+
+
+def test_the_same_prompts_are_answered_side_by_side(run: RunDir) -> None:
+    """A prompt of the recipe's, one of each evaluation and a held-out one; what somebody did not write is not run."""
+    run.log_samples(0, {"the cat": "sat", "no teacher": "here"}, {"the cat": "slept"})
+    run.log_samples(6, {"the cat": "ran", "no teacher": "there"})
+    saved = {
+        "student_is_of_step": 6,
+        "samples": {"prompt": "say", "teacher": "a", "before": "b", "after": "c"},
+    }
+    run.write_receipt(run.receipt() | saved)
+    run.write_answers({"prompt": ["a dog"], "teacher": ["barked"], "before": ["mewed"], "after": ["barks"]})
+    shown = " ".join(Elements(page_of(run)).sections["samples"].split())
+    for prompt, *texts in (
+        ("say", "a", "b", "c"),
+        ("the cat", "slept", "sat", "ran"),
+        ("no teacher", "Not run.", "here", "there"),
+        ("a dog", "barked", "mewed", "barks"),
+    ):
+        titles = ("Teacher", "Untouched student", "Student")
+        pairs = " ".join(f"{title} {text}" for title, text in zip(titles, texts, strict=True))
+        assert f"{prompt} {pairs}" in shown
+    assert "At each evaluation: the cat Step 0 sat Step 6 ran" in shown
 
 
 def test_refused_steps_are_listed(run: RunDir) -> None:
@@ -486,10 +510,7 @@ def test_a_long_curve_keeps_its_spike_and_a_value_that_is_not_finite_is_counted(
     assert "none finite" in chart("Loss", "nats", [Series("train", 0, "line", points[5:6])])
 
 
-PROBE = """
-<body><script>
-const widths = [400, 1400], results = [];
-const look = (frame) => {
+LOOK = """(frame) => {
   const page = frame.contentDocument, one = { width: frame.contentWindow.innerWidth };
   one.scroll = page.documentElement.scrollWidth;
   one.title = page.title;
@@ -522,33 +543,10 @@ const look = (frame) => {
     return [...seen, shown(), filter.querySelector("output").textContent];
   });
   one.curves = [...page.querySelectorAll("polyline")].every((line) => line.getBoundingClientRect().width > 0);
-  results.push(one);
-  if (results.length === widths.length) document.body.textContent = "RESULT" + JSON.stringify(results) + "END";
-};
-for (const width of widths) {
-  const frame = document.createElement("iframe");
-  frame.style.cssText = `width:${width}px;height:3000px;border:0`;
-  frame.onload = () => look(frame);
-  frame.src = "page.html";
-  document.body.append(frame);
+  return one;
 }
-</script></body>
 """
-
-
-def in_chromium(folder: Path, *options: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """What PROBE found in `page.html` at both widths, and all that the browser's console printed."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("chromium is not installed; the page was not looked at in a browser: not run")
-    (folder / "probe.html").write_text(PROBE)
-    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'browser'}", *options]
-    command += ["--virtual-time-budget=5000", "--dump-dom", (folder / "probe.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search("RESULT(.*)END", html.unescape(done.stdout), re.DOTALL)
-    assert found, done.stdout[-500:]
-    return json.loads(found[1]), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+WIDTHS = (360, 1400)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -558,11 +556,10 @@ def test_in_a_browser_nothing_overflows_and_hover_touch_and_keys_fill_the_panel(
     humaneval_of(run)
     page_of(run, with_models=True)
     tokens = [token for row in run.disagreement()["rows"] for token in row if "kl" in token]
-    option = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
-    found, console = in_chromium(run.path.parent, option)
+    found, console = in_chromium(run.path.parent, LOOK, WIDTHS, browser.scheme(scheme))
     assert console == []
     worst = max(tokens, key=lambda token: float(token["kl"]))
-    for page_found, width in zip(sorted(found, key=lambda one: one["width"]), (400, 1400), strict=True):
+    for page_found, width in zip(found, WIDTHS, strict=True):
         assert page_found["width"] == width
         assert page_found["scroll"] <= width
         assert page_found["curves"]
@@ -581,7 +578,7 @@ def test_in_a_browser_nothing_overflows_and_hover_touch_and_keys_fill_the_panel(
 
 def test_in_a_browser_planted_markup_does_nothing(run: RunDir) -> None:
     (run.path.parent / "page.html").write_text(planted(run), errors="backslashreplace")
-    found, console = in_chromium(run.path.parent)
+    found, console = in_chromium(run.path.parent, LOOK, WIDTHS)
     assert console == []
     assert [one["title"] for one in found] == ["<<script>x"] * 2
     assert all(one["scroll"] <= one["width"] for one in found)
