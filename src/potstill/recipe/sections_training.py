@@ -163,10 +163,10 @@ class EvalConfig(Config):
     every: CountOrZero = 0
     """Steps between held-out evaluations; 0: only at the start and at the end."""
     sample_prompt: Annotated[str, MinLen(1)] | None = None
-    """Text that the student continues before and after training, or, where the corpus is of conversations, a user's
-    turn that it answers; null: none."""
+    """Text that the student continues before and after training, and the teacher once, or, where the corpus is of
+    conversations, a user's turn that they answer; null: none."""
     sample_prompts: list[Annotated[str, MinLen(1)]] = field(default_factory=list)
-    """The same at every held-out evaluation, kept in samples.jsonl."""
+    """The same at every held-out evaluation, kept in samples.jsonl; the teacher's at the first alone."""
     sample_tokens: Count = 48
     """Longest continuation, in tokens."""
 
