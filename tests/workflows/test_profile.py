@@ -16,7 +16,7 @@ from export.tiny_models import make_model, make_tokenizer, needs_llama_cpp
 from potstill import distill
 from potstill.cli.main import main
 from potstill.report.tradeoff import Quality, picture, qualities
-from potstill.runs.gains import profile_of, rows
+from potstill.runs.gains import profile_of, rows, sentences_for_others
 from potstill.runs.run_dir import RunDir
 from potstill.workflows import profile as workflow
 
@@ -150,6 +150,8 @@ def test_what_cannot_be_measured_is_not_run_and_the_rest_is(
     assert found["acceptance"] == dict.fromkeys(("expected", "measured"), found["models"]["teacher"])
     assert found["settings"]["prompt"] == "random ids"
     assert {row.teacher for row in rows(found)} == {"–"}
+    for_others = " ".join(sentences_for_others(found))  # a reason may name a folder of this machine
+    assert "Not run: teacher; " in for_others and "/nowhere" not in for_others
 
 
 def test_a_teacher_that_is_a_store_is_not_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
