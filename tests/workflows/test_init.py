@@ -282,6 +282,24 @@ def test_each_shape_of_data_is_recognised_and_its_recipe_passes_check(
     require_checked(out, capsys)
 
 
+@pytest.mark.parametrize("make", [messages, lines_of("text")])
+def test_teacher_and_student_are_to_answer_prompts_of_the_data(
+    make: Maker, models: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make(tmp_path)
+    _, recipe, _ = run_init(tmp_path, monkeypatch, str(models("llama", "teacher")), "cut", data)
+    assert recipe is not None
+    first, second = recipe["eval"]["sample_prompts"]
+    records = [json.loads(line) for line in (tmp_path / data).read_text().splitlines()][:2]
+    if make is messages:
+        assert [first, second] == [record["messages"][0]["content"] for record in records]
+    else:
+        assert all(
+            record["text"].startswith(each.strip())
+            for record, each in zip(records, (first, second), strict=True)
+        )
+
+
 PAIRS = [
     ("llama", "cut"),
     ("qwen2", "config"),

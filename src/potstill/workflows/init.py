@@ -120,6 +120,7 @@ def init(
     resolved, documents = values.read_sample(making, resolved, seen)
     values.choose_rows(making, resolved, documents)
     values.choose_steps(making, resolved, documents)
+    values.choose_samples(making, resolved, seen, documents)
     found = _fit(making, resolved)
     values.choose_rate(making, resolved, documents)
     making.parsed(making.draft.tree())  # as it will be read

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from potstill.build.corpus import open_source
 from potstill.build.resolve import Resolved
 from potstill.data import packing
+from potstill.data.chats.records import Shapes
 from potstill.data.chats.templates import ConversationRefused
 from potstill.data.readers import Document, Reading
 from potstill.data.readers.look import Look
@@ -63,6 +66,10 @@ REASONS_OF_RATE = {
 }
 
 
+SAMPLES, LONGEST_SAMPLE, BEGINNING = 2, 400, 16
+"""Prompts of a recipe, the longest in characters, and tokens of a document that are one."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """Documents as a run reads them, the first of them or all."""
@@ -73,6 +80,8 @@ class Sample:
     is_whole: bool
     total_tokens: float | None
     """Of all documents, estimated where not all were read; None where nobody knows."""
+    tokenizer: Any | None
+    """None for ids without one."""
 
     @property
     def tokens(self) -> int:
@@ -187,7 +196,7 @@ def _sample(resolved: Resolved, seen: Look) -> Sample:
     if not documents:
         raise UserError(f"data: not one document with text in {config.origin}. Name other data.")
     total = tokens if is_whole else _total(seen, config, documents, tokens)
-    return Sample(documents, source.vocabulary, reading.counts, is_whole, total)
+    return Sample(documents, source.vocabulary, reading.counts, is_whole, total, source.tokenizer)
 
 
 def _total(seen: Look, config: Any, documents: Sequence[Document], tokens: int) -> float | None:
@@ -356,6 +365,37 @@ def _steps(draft: Draft, sample: Sample, rows: float, per_step: int, device: str
             "" if writes else f", {about}{short(int(total))} tokens"
         )
     return int(draft.choose("train.steps", steps, why))
+
+
+def choose_samples(making: _Init, resolved: Resolved, seen: Look, sample: Sample) -> None:
+    """What teacher, untouched student and student are to answer side by side; of prompts alone the report has that."""
+    corpus = resolved.recipe.corpus
+    if corpus.prompt == "whole":
+        return
+    prompts = [*islice(_questions(seen, corpus) if corpus.is_chat else _beginnings(sample), SAMPLES)]
+    if prompts:
+        why = "both models answer them in the report; they are of the data, so put some in that are not"
+        making.draft.choose("eval.sample_prompts", prompts, why)
+
+
+def _questions(seen: Look, corpus: Any) -> Iterator[str]:
+    """Of the first conversations that a user begins."""
+    shapes = Shapes(corpus.field)
+    for where, record in seen.records:
+        with contextlib.suppress(ConversationRefused):
+            conversation = shapes.conversation(where, record)
+            first = conversation.messages[0] if conversation else {}
+            if first.get("role") == "user" and 0 < len(first["content"].strip()) <= LONGEST_SAMPLE:
+                yield first["content"]
+
+
+def _beginnings(sample: Sample) -> Iterator[str]:
+    """Of the first documents that go on behind them."""
+    for document in sample.documents:
+        if sample.tokenizer is not None and len(document.ids) >= 2 * BEGINNING:
+            ids = document.ids[:BEGINNING].tolist()
+            if (text := sample.tokenizer.decode(ids, skip_special_tokens=True)).strip():
+                yield text
 
 
 def choose_rate(making: _Init, resolved: Resolved, sample: Sample) -> None:
