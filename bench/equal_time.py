@@ -77,6 +77,13 @@ def table(
         yield f"{arm:>24} {shown} ({len(of)} seeds)"
 
 
+def keep_the_last() -> None:
+    """From now on a run is evaluated at its end alone, so that its student is that of the last step."""
+    from potstill.training import loop
+
+    loop.evaluation_due = lambda outcome, recipe: outcome.evaluated < outcome.step == recipe.train.num_steps
+
+
 def child(options: argparse.Namespace) -> None:
     """The run; prints the seconds of processor time that it took."""
     import torch
@@ -84,10 +91,9 @@ def child(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     from potstill import distill
     from potstill.models.student import Student
-    from potstill.training import loop
     from potstill.workflows import distill as workflow
 
-    loop.evaluation_due = lambda outcome, recipe: outcome.evaluated < outcome.step == recipe.train.num_steps
+    keep_the_last()
     if options.control:
         forward = Student.forward
 

@@ -5,7 +5,8 @@
 Each arm takes as many steps of as many rows, with JSD, from the same student: the demo's, made first unless given.
 Held-out KL is on the standard library's text; own KL is the reverse KL on one sample a prompt, at temperature 1; a
 sample parses where Python finds no error in the prompt and what was written behind it, up to its last line break.
-Seconds are of the wall, decoding charged.
+Seconds are of the wall, decoding charged. The student is that of the last step, also where the one before training has
+the lower held-out loss.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
+
+from equal_time import keep_the_last
 
 from potstill import distill, load_recipe
 from potstill.build.resolve import resolve
@@ -92,6 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         base = options.student or distill(DEMO, out=Path(place) / "demo").student
         say({"bench": "own_share", "share": None, **scores(base, base, options.new)})
+        keep_the_last()
         for share in map(float, options.shares.split(",")):
             settings = [f"train.steps={options.steps}", "train.lr=1e-4", "eval.every=0"]
             run = distill(
