@@ -413,6 +413,21 @@ def test_a_folder_without_files_to_read_says_what_it_has(tmp_path: Path, tokeniz
         read(readers.jsonl.read(tmp_path / "none", tokenizer))
 
 
+@pytest.mark.parametrize("form", ["array", "lines", "one line of an array"])
+def test_a_json_file_is_an_array_or_lines(form: str, tmp_path: Path, tokenizer: Any) -> None:
+    records = [{"text": "one"}, {"text": "two"}]
+    content = {
+        "array": json.dumps(records, indent=1),
+        "lines": "\ufeff" + "".join(json.dumps(record) + "\n" for record in records),
+        "one line of an array": json.dumps(records),
+    }
+    file = write(tmp_path / "data.json", content[form])
+    assert texts_of(readers.jsonl.read(file, tokenizer), tokenizer) == ["one", "two"]
+    chats = [json.dumps({"messages": CHAT}) for _ in range(2)]
+    write(file, "\n".join(chats) if form == "lines" else f"[{','.join(chats)}]")
+    assert len(list(readers.chat.read(file, word_tokenizer(CHATML)).documents)) == 2
+
+
 MARKS = {
     "gzip": b"\x1f\x8b\x08\0", "zstd": b"\x28\xb5\x2f\xfd\x24", "bzip2": b"BZh91AY&SY", "xz": b"\xfd7zXZ\0\0",
     "zip": b"PK\x03\x04\x14",

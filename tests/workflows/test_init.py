@@ -132,6 +132,11 @@ def lines_of(key: str) -> Maker:
     return make
 
 
+def an_array(folder: Path) -> str:
+    (folder / "data.json").write_text(json.dumps([{"abstract": words(n)} for n in range(60)], indent=1))
+    return "data.json"
+
+
 def messages(folder: Path) -> str:
     turns = [
         [{"role": "user", "content": words(n, 5)}, {"role": "assistant", "content": words(n, 9)}]
@@ -231,6 +236,7 @@ SHAPES: dict[str, tuple[Maker, dict[str, Any]]] = {
     "lines with text": (lines_of("text"), {"name": "jsonl", "field": "text"}),
     "lines with content": (lines_of("content"), {"name": "jsonl", "field": "content"}),
     "lines with another key": (lines_of("abstract"), {"name": "jsonl", "field": "abstract"}),
+    "an array of records": (an_array, {"name": "jsonl", "field": "abstract"}),
     "messages": (messages, {"name": "chat"}),
     "sharegpt": (sharegpt, {"name": "chat"}),
     "chosen and rejected": (chosen_and_rejected, {"name": "chat", "field": "chosen"}),

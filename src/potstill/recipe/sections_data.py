@@ -196,9 +196,9 @@ def _reader(name: str) -> Any:
     return implementation(f"potstill.data.readers.{name}")
 
 
-def _texts_of(data: Look, form: str, key_field: str) -> tuple[dict[str, Any], str] | None:
+def _texts_of(data: Look, forms: tuple[str, ...], key_field: str) -> tuple[dict[str, Any], str] | None:
     """Of records that are neither conversations nor prompts: where their text is."""
-    if data.form != form or data.conversations is not None or data.questions is not None:
+    if data.form not in forms or data.conversations is not None or data.questions is not None:
         return None
     key, number = data.texts
     of = f"{number} of the first {len(data.records)} records have a text under {shown(key)}"
@@ -262,15 +262,15 @@ class TextCorpusConfig(FileCorpusConfig):
 @dataclass(frozen=True, kw_only=True)
 class JsonlCorpusConfig(FileCorpusConfig):
     name: Literal["jsonl"] = "jsonl"
-    """A file of JSON objects, one a line, each one document."""
+    """JSON objects, one a line or, in a .json file, also as an array, each one document."""
     field: str = "text"
     """Key of the text in each object."""
 
-    patterns: ClassVar[str] = "jsonl:PATTERNS"
+    patterns: ClassVar[str] = "jsonl:FILES"
 
     @classmethod
     def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
-        return _texts_of(data, "jsonl", "field")
+        return _texts_of(data, ("jsonl", "json"), "field")
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         return cast("Reading", _reader("jsonl:read")(Path(self.path), tokenizer, self.field))
@@ -410,7 +410,7 @@ class ParquetCorpusConfig(FileCorpusConfig):
 
     @classmethod
     def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
-        return _texts_of(data, "parquet", "column")
+        return _texts_of(data, ("parquet",), "column")
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         return cast("Reading", _reader("parquet:read")(Path(self.path), tokenizer, self.column))
@@ -426,7 +426,7 @@ class HfCorpusConfig(DataSetCorpusConfig):
 
     @classmethod
     def recognise(cls, data: Look) -> tuple[dict[str, Any], str] | None:
-        return _texts_of(data, "dataset", "column")
+        return _texts_of(data, ("dataset",), "column")
 
     def read(self, tokenizer: Any, vocab: Vocab) -> Reading:
         which = {"subset": self.subset, "count": self.records}

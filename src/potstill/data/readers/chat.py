@@ -19,7 +19,7 @@ from potstill.io.safe_open import printable_name
 
 SHOWN = 8
 """Keys that a note names."""
-PATTERNS = (*jsonl.PATTERNS, "*.json", *parquet.PATTERNS)
+PATTERNS = (*jsonl.FILES, *parquet.PATTERNS)
 
 
 def read(
@@ -150,8 +150,6 @@ def _records_of(files: list[Path], reading: Reading) -> Iterator[tuple[str, dict
     for file in files:
         if file.suffix.lower() == ".parquet":
             yield from without_nulls(parquet.records(file, reading))
-        elif file.suffix.lower() == ".json":
-            yield from jsonl.records_of_array(file, reading)
         else:
             yield from jsonl.records_of(file, reading)
 

@@ -1,4 +1,4 @@
-"""JSON lines, one document a line."""
+"""Records of JSON, one a line; of a `.json` file also as one array."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from potstill.errors import UserError, one_line
 from potstill.io.safe_open import parse_json
 
 PATTERNS = ("*.jsonl", "*.ndjson", "*.jsonlines")
+FILES = (*PATTERNS, "*.json")
+"""Of a folder's `.json` files those that hold an array: others describe the data (`folders.files_with`)."""
 
 
 def read(path: Path, tokenizer: Any, field: str = "text") -> Reading:
@@ -25,12 +27,28 @@ def read(path: Path, tokenizer: Any, field: str = "text") -> Reading:
 
 
 def records(path: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of each file as a mapping, with its place."""
-    for file in files_to_read(path, PATTERNS, reading):
+    """The records of each file, with their places."""
+    for file in files_to_read(path, FILES, reading):
         yield from records_of(file, reading)
 
 
 def records_of(file: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record as a mapping, with its place: of a `.json` file what it holds, an array or lines."""
+    if file.suffix.lower() == ".json" and not _has_lines(file):
+        return records_of_array(file, reading)
+    return records_of_lines(file, reading)
+
+
+def _has_lines(file: Path) -> bool:
+    """Whether the first line is a record by itself: many data sets have such files under this name."""
+    line = next(lines_of(file, Reading(iter(())), whole=True), b"").removeprefix(MARK.encode())
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
+
+
+def records_of_lines(file: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line of a file as a mapping, with its place."""
     for number, line in enumerate(lines_of(file, reading), start=1):
         if number == 1:

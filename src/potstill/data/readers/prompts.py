@@ -29,7 +29,7 @@ from potstill.data.tokenizers import encode
 from potstill.errors import UserError, one_line
 from potstill.io.safe_open import names_of
 
-PATTERNS = (*jsonl.PATTERNS, "*.json", *parquet.PATTERNS)
+PATTERNS = (*jsonl.FILES, *parquet.PATTERNS)
 FIELDS = ("prompt", "messages", "conversations", "question", "instruction", "problem", "query")
 """Keys that a prompt may have, in the order in which they are looked for."""
 BESIDE = ("system", "tools", "functions")
