@@ -398,7 +398,9 @@ def answers(monkeypatch: pytest.MonkeyPatch, problems: list[Problem], answer: An
         for request in requests:
             task, _, sample = request.name.split(" ")
             text = answer(by_id[task], int(sample))
-            completions.append(Completion(text, len(text), "stop" if request.should_stop(text) else "eos"))
+            completions.append(
+                Completion(text, len(text), "stop" if request.should_stop(text) else "eos", 0.0)
+            )
         return completions
 
     monkeypatch.setattr(generate, "complete", complete)
@@ -1133,7 +1135,7 @@ def test_a_base_prompt_has_the_tokenizers_first_token_and_not_its_last(
         generate,
         "complete",
         lambda m, t, s, requests, seed: (
-            seen.extend(requests) or [Completion("\n    x", 1, "eos") for _ in requests]
+            seen.extend(requests) or [Completion("\n    x", 1, "eos", 0.0) for _ in requests]
         ),
     )
     run([tokenizer_in(tmp_path / "model", closing), "--limit", "2", "--out", str(tmp_path / "out")], capsys)
@@ -1159,7 +1161,7 @@ def test_auto_is_chat_where_there_is_a_template_with_its_tokens_once_and_its_end
             f"Sure!\n```python\n{by_id[request.name.split()[0]].canonical}\n```" for request in requests
         ]
         return [
-            Completion(text, 5, "stop" if request.should_stop(text) else "eos")
+            Completion(text, 5, "stop" if request.should_stop(text) else "eos", 0.0)
             for text, request in zip(answers, requests, strict=True)
         ]
 

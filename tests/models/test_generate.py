@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from potstill.models.causal_lm import CausalLM
 from potstill.models.generate import (
-    Completion,
     InferenceFailed,
     Request,
     complete,
@@ -151,7 +151,8 @@ def test_rows_of_unequal_lengths_answer_as_each_would_alone(options: dict[str, A
         complete(tiny, TOKENIZER, settings_of(tiny, **options), [request])[0]
         for request in requests_of(PROMPTS)
     ]
-    assert together == alone
+    assert [replace(each, logp=0.0) for each in together] == [replace(each, logp=0.0) for each in alone]
+    assert [each.logp for each in together] == pytest.approx([each.logp for each in alone], rel=1e-4)
 
 
 def test_a_row_that_ended_changes_nothing_for_the_others(tiny: CausalLM) -> None:
@@ -246,38 +247,43 @@ def test_frequencies_are_those_of_the_softmax(temperature: float, top_p: float, 
     assert wrong > limit
 
 
+Ended = tuple[str, int, str]
+"""Text, tokens and finish of a completion."""
+
+
 @pytest.mark.parametrize(
     ("answer", "options", "wanted"),
     [
-        ("yes", {}, Completion("yes", 3, "eos")),
-        ("yes\ndef", {}, Completion("yes\ndef", 7, "stop")),
-        ("yes\ndef more", {}, Completion("yes\ndef", 7, "stop")),
-        ("yes", {"tokens": 2}, Completion("ye", 2, "length")),
-        ("yes", {"tokens": 3}, Completion("yes", 3, "length")),
-        ("yes", {"tokens": 4}, Completion("yes", 3, "eos")),
-        ("", {}, Completion("", 0, "eos")),
+        ("yes", {}, ("yes", 3, "eos")),
+        ("yes\ndef", {}, ("yes\ndef", 7, "stop")),
+        ("yes\ndef more", {}, ("yes\ndef", 7, "stop")),
+        ("yes", {"tokens": 2}, ("ye", 2, "length")),
+        ("yes", {"tokens": 3}, ("yes", 3, "length")),
+        ("yes", {"tokens": 4}, ("yes", 3, "eos")),
+        ("", {}, ("", 0, "eos")),
     ],
 )
-def test_a_row_ends_by_what_happened_to_it(answer: str, options: dict[str, Any], wanted: Completion) -> None:
+def test_a_row_ends_by_what_happened_to_it(answer: str, options: dict[str, Any], wanted: Ended) -> None:
     model = scripted({"Q:": answer, "another": "x" * 30})
     requests = requests_of(["Q:", "another"], lambda text: "\ndef" in text)
-    found = complete(model, TOKENIZER, settings_of(model, **options), requests)
-    assert found[0] == wanted
+    found = complete(model, TOKENIZER, settings_of(model, **options), requests)[0]
+    assert (found.text, found.tokens, found.finish) == wanted
 
 
 @pytest.mark.parametrize(
     ("context", "wanted"),
     [
-        (5, Completion("yes", 3, "context")),
-        (2, Completion("", 0, "context")),
-        (1, Completion("", 0, "context")),
-        (6, Completion("yes!", 4, "context")),
+        (5, ("yes", 3, "context")),
+        (2, ("", 0, "context")),
+        (1, ("", 0, "context")),
+        (6, ("yes!", 4, "context")),
     ],
 )
-def test_the_models_context_is_an_end(context: int, wanted: Completion) -> None:
+def test_the_models_context_is_an_end(context: int, wanted: Ended) -> None:
     """A prompt of two tokens; one as long as the context, or longer, has an empty completion."""
     model = scripted({"Q:": "yes!?"}, context=context)
-    assert complete(model, TOKENIZER, settings_of(model), requests_of(["Q:"])) == [wanted]
+    (found,) = complete(model, TOKENIZER, settings_of(model), requests_of(["Q:"]))
+    assert (found.text, found.tokens, found.finish) == wanted
     assert context_length(model) == context
 
 

@@ -252,7 +252,8 @@ def test_every_arm_s_student_answers_the_recipe_s_tasks(
                 raise InferenceFailed("NaN")
             numbers = [int(request.name.split(" ")[1]) for request in requests]
             return [
-                Completion(f"{n + 1 if n == 0 or arm.startswith('kd') else 99}", 1, "eos") for n in numbers
+                Completion(f"{n + 1 if n == 0 or arm.startswith('kd') else 99}", 1, "eos", 0.0)
+                for n in numbers
             ]
 
         monkeypatch.setattr("potstill.models.generate.complete", complete)
