@@ -96,6 +96,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_is_the_run_that_was_
     if numbers(old / "fresh") == numbers(whole):  # this machine computes like that one
         assert numbers(run) == numbers(whole)
         ours, theirs = receipt(run), receipt(whole)
-        for name in ("heldout_last", "heldout_best", "student_is_of_step", "samples", "positions"):
+        for name in ("heldout_last", "heldout_best", "student_is_of_step", "positions"):
             assert ours[name] == theirs[name], name
+        assert {name: ours["samples"][name] for name in theirs["samples"]} == theirs["samples"]
         assert ours["student"]["weights_sha256_end"] == theirs["student"]["weights_sha256_end"]

@@ -27,7 +27,7 @@ NOT_LEARNT: dict[str, tuple[Any, str]] = {
     "no question": ([assistant("a")], "with nothing to answer"),
     "no messages": ({"messages": []}, "an empty list of messages"),
     "no list": ({"messages": 5}, "is not a list of messages"),
-    "no shape": ({"question": "q", "answer": "a"}, "no conversation"),
+    "no shape": ({"title": "q", "body": "a"}, "no conversation"),
 }
 
 

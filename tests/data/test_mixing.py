@@ -397,7 +397,7 @@ def test_the_report_has_a_table_of_the_sources(mix: Recipe, tmp_path: Path) -> N
     run = distill(mix(), out=tmp_path / "run")
     assert main(["report", str(run.path), "--no-models"]) == 0
     page = (run.path / "report.html").read_text()
-    assert "Sources of the mix" in page and '<td>prose</td><td class="n">30.00 %</td>' in page
+    assert "Sources of the mix" in page and '<th scope="row">prose</th><td class="n">30.00 %</td>' in page
     notes = [line["heldout/notes/kl"] for line in run.metrics() if "heldout/notes/kl" in line]
     assert f"{notes[0]:.3f} → {notes[-1]:.3f}" in page
 

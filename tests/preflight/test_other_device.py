@@ -14,6 +14,7 @@ from refusals import refusal
 
 from potstill import load_recipe
 from potstill.cli.main import main
+from potstill.preflight import fake_step
 from potstill.preflight.other_device import MEMORY_GB, OtherDevice, resolve_for
 from potstill.preflight.plan import plan
 from potstill.preflight.plan_advice import stored
@@ -70,6 +71,7 @@ def test_the_teacher_is_ahead_as_on_that_device(recipe: Path, monkeypatch: pytes
             seen.append(self.is_ahead)
 
     monkeypatch.setattr(loop, "Prefetch", Watched)
+    monkeypatch.setattr(fake_step, "_known", {})
     for is_cuda in (True, False):
         other = OtherDevice("cuda" if is_cuda else "cpu", is_cuda, 2**30)
         plan(resolve_for(load_recipe(recipe), other))
