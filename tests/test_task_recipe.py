@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from export.tiny_models import make_model, make_tokenizer
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "task"
@@ -56,6 +57,7 @@ def test_the_notes_are_those_of_their_seed(tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.mark.soak
 def test_one_command_makes_teacher_targets_student_files_and_the_table(tmp_path: Path) -> None:
     """With two layers in the place of SmolLM2, and killed before its last stages were there."""
     model, tokenizer = tmp_path / "model", make_tokenizer("smollm")
