@@ -16,7 +16,7 @@ FILE_NAMES = (
     "STUDENT",
     "DATA",
 )  # metavars of words that may be a path, or a hub id
-# A field is followed by its value, without a space between them. shtab has no word for that: bash is told after its
+# A field is followed by its value, without a space between them. shtab has no word for that: bash gets it after its
 # function, zsh in ours, fish sees the "=".
 FIELDS = {
     "bash": '_potstill_fields() {{ compgen -W "{fields}" -- "$1"; }}',
