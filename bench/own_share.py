@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--shares", default="0,0.5,1")
-    parser.add_argument("--student", type=Path)
+    parser.add_argument("--student", type=lambda text: Path(text).absolute())
     parser.add_argument("--append", type=Path)
     options = parser.parse_args()
 
