@@ -497,3 +497,12 @@ def test_a_mistyped_verb_or_flag_is_answered_with_what_it_is_called(
         main(words)
     assert ended.value.code == 2
     assert hint in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("words", "missing"), [(["init", "a", "b"], "DATA"), (["distill"], "RECIPE")])
+def test_only_what_is_missing_is_asked_for(
+    words: list[str], missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().err.endswith(f"required: {missing}\n")

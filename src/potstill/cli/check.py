@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 def add_flags(check: argparse.ArgumentParser, plan: argparse.ArgumentParser) -> None:
     check.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE")
-    check.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    check.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
+    )
     check.add_argument(
         "--sandbox",
         action="store_true",
         help="instead of a recipe, check whether this machine can sandbox a program that a model wrote",
     )
     plan.add_argument("recipe", type=Path, metavar="RECIPE")
-    plan.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    plan.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
+    )
     plan.add_argument(
         "--device",
         metavar="NAME",

@@ -34,7 +34,9 @@ def add_flags(
     distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see `potstill schema`")
     compare.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `compare`")
     for parser in (demo, distill, compare):
-        parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+        parser.add_argument(
+            "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
+        )
         parser.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
         mode = parser.add_mutually_exclusive_group()
         mode.add_argument(

@@ -29,7 +29,11 @@ def add_export_flags(export: argparse.ArgumentParser) -> None:
 def add_publish_flags(pub: argparse.ArgumentParser) -> None:
     pub.add_argument("run", type=Path, metavar="RUN")
     pub.add_argument(
-        "overrides", nargs="*", metavar="publish.b=value", help="set a field of the section publish"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="publish.b=value",
+        help="set a field of the section publish",
     )
     pub.add_argument("--repo", required=True, metavar="OWNER/NAME")
     pub.add_argument("--dry-run", action="store_true", help="write the card and the plan, upload nothing")

@@ -40,7 +40,11 @@ def add_flags(init: argparse.ArgumentParser) -> None:
         " set of the hub. Which it is, is seen by its content",
     )
     init.add_argument(
-        "overrides", nargs="*", metavar="a.b=value", help="a field of the recipe that you choose yourself"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="a.b=value",
+        help="a field of the recipe that you choose yourself",
     )
     init.add_argument(
         "--out", type=Path, metavar="FILE", default=Path("recipe.yaml"), help="default: recipe.yaml"

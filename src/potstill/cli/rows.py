@@ -21,7 +21,9 @@ BOLD, PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 def add_flags(rows: argparse.ArgumentParser) -> None:
     rows.add_argument("recipe", type=Path, metavar="RECIPE")
-    rows.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    rows.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
+    )
     rows.add_argument("--heldout", action="store_true", help="the held-out rows instead of those to train on")
     rows.add_argument(
         "--documents", action="store_true", help="the documents as they are read, before they are packed"

@@ -11,7 +11,9 @@ from potstill.io.terminal import Display
 
 def add_flags(write: argparse.ArgumentParser) -> None:
     write.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `write`")
-    write.add_argument("overrides", nargs="*", metavar="a.b=value", help="set a field of the recipe")
+    write.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
+    )
     write.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default written/NAME; one that was started goes on"
     )
