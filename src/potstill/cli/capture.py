@@ -8,15 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from potstill.cli.overrides import add_overrides
 from potstill.errors import UserError
 from potstill.io.terminal import Display, aligned
 
 
 def add_flags(capture: argparse.ArgumentParser, store: argparse.ArgumentParser) -> None:
     capture.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `capture`")
-    capture.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
-    )
+    add_overrides(capture)
     capture.add_argument("--out", type=Path, metavar="FOLDER", help="default targets/NAME")
     capture.add_argument(
         "--part", metavar="I/N", help="capture the I-th of N parts, for several processes or machines"

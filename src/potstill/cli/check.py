@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from potstill.cli.overrides import add_overrides
 from potstill.errors import UserError
 from potstill.io.terminal import Display, aligned, clock, size
 
@@ -22,18 +23,14 @@ if TYPE_CHECKING:
 
 def add_flags(check: argparse.ArgumentParser, plan: argparse.ArgumentParser) -> None:
     check.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE")
-    check.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
-    )
+    add_overrides(check)
     check.add_argument(
         "--sandbox",
         action="store_true",
         help="instead of a recipe, check whether this machine can sandbox a program that a model wrote",
     )
     plan.add_argument("recipe", type=Path, metavar="RECIPE")
-    plan.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
-    )
+    add_overrides(plan)
     plan.add_argument(
         "--device",
         metavar="NAME",

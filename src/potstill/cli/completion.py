@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SHELLS = ("bash", "zsh", "fish")
-FILE_NAMES = (
-    "RUN|MODEL",
-    "MODEL",
-    "TEACHER",
-    "STUDENT",
-    "DATA",
-)  # metavars of words that may be a path, or a hub id
+FILE_NAMES = ("RUN|MODEL", "MODEL", "TEACHER", "STUDENT", "DATA")
+"""Metavars of words that may be a path, or a hub id."""
 # A field is followed by its value, without a space between them. shtab has no word for that: bash gets it after its
 # function, zsh in ours, fish sees the "=".
 FIELDS = {

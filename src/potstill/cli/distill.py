@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from potstill.cli.overrides import add_overrides
 from potstill.errors import UserError
 from potstill.io.terminal import Display, clock
 
@@ -34,9 +35,7 @@ def add_flags(
     distill.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see `potstill schema`")
     compare.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `compare`")
     for parser in (demo, distill, compare):
-        parser.add_argument(
-            "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
-        )
+        add_overrides(parser)
         parser.add_argument("--out", type=Path, help="run directory to make; default runs/NAME")
         mode = parser.add_mutually_exclusive_group()
         mode.add_argument(

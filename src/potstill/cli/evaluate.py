@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from potstill.cli.overrides import add_overrides
 from potstill.errors import UserError
 from potstill.io.terminal import Display, aligned
 
@@ -57,9 +58,7 @@ OF_JUDGE = {"workers", "data", "extra_tests"}
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN|MODEL", help="run directory, or a model with --recipe")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
-    )
+    add_overrides(parser)
     parser.add_argument("--recipe", type=Path, help="held-out rows and teacher; default the run's own recipe")
     benchmark = parser.add_mutually_exclusive_group()
     benchmark.add_argument("--humaneval", action="store_true", help="run HumanEval in a sandbox; no recipe")

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from potstill.cli.overrides import add_overrides
 from potstill.errors import UserError
 from potstill.io.terminal import Display, aligned
 
@@ -28,13 +29,7 @@ def add_export_flags(export: argparse.ArgumentParser) -> None:
 
 def add_publish_flags(pub: argparse.ArgumentParser) -> None:
     pub.add_argument("run", type=Path, metavar="RUN")
-    pub.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="publish.b=value",
-        help="set a field of the section publish",
-    )
+    add_overrides(pub, "set a field of the section publish", "publish.b=value")
     pub.add_argument("--repo", required=True, metavar="OWNER/NAME")
     pub.add_argument("--dry-run", action="store_true", help="write the card and the plan, upload nothing")
     pub.add_argument("--private", action="store_true", help="create the repository as private")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from potstill.cli.overrides import add_overrides
 from potstill.io.terminal import Display, printable
 from potstill.recipe.commented import GIVEN
 
@@ -39,13 +40,7 @@ def add_flags(init: argparse.ArgumentParser) -> None:
         help="texts, JSON lines, Parquet, chats, prompts or token shards (*.bin): a file, a folder, stdlib: or a data"
         " set of the hub. Which it is, is seen by its content",
     )
-    init.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="a.b=value",
-        help="a field of the recipe that you choose yourself",
-    )
+    add_overrides(init, "a field of the recipe that you choose yourself")
     init.add_argument(
         "--out", type=Path, metavar="FILE", default=Path("recipe.yaml"), help="default: recipe.yaml"
     )

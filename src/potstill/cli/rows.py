@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from potstill.cli.overrides import add_overrides
 from potstill.errors import UserError
 from potstill.io.terminal import Display, printable
 
@@ -21,9 +22,7 @@ BOLD, PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 def add_flags(rows: argparse.ArgumentParser) -> None:
     rows.add_argument("recipe", type=Path, metavar="RECIPE")
-    rows.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
-    )
+    add_overrides(rows)
     rows.add_argument("--heldout", action="store_true", help="the held-out rows instead of those to train on")
     rows.add_argument(
         "--documents", action="store_true", help="the documents as they are read, before they are packed"

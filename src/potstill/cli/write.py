@@ -6,14 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
+from potstill.cli.overrides import add_overrides
 from potstill.io.terminal import Display
 
 
 def add_flags(write: argparse.ArgumentParser) -> None:
     write.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; see its section `write`")
-    write.add_argument(
-        "overrides", nargs="*", default=[], metavar="a.b=value", help="set a field of the recipe"
-    )
+    add_overrides(write)
     write.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default written/NAME; one that was started goes on"
     )
