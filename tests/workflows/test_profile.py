@@ -154,6 +154,7 @@ def test_what_cannot_be_measured_is_not_run_and_the_rest_is(
     assert "Not run: teacher; " in for_others and "/nowhere" not in for_others
 
 
+@needs_llama_cpp
 def test_a_teacher_that_is_a_store_is_not_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
     assert main(["capture", str(tiny_recipe()), "--out", str(tmp_path / "store")]) == 0
     recipe = tiny_recipe("stored.yaml", teacher=f"{{name: store, path: {tmp_path / 'store'}}}")
