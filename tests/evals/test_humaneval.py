@@ -22,7 +22,7 @@ from scripted import TOKENIZER, scripted
 from potstill.cli.main import main
 from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError
-from potstill.evals import humaneval
+from potstill.evals import humaneval, runtimes
 from potstill.evals.humaneval_problems import (
     PUBLISHED_SHA256,
     Problem,
@@ -392,7 +392,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, problems: list[Problem], answer: An
     """Replace generation by `answer`. Returns the names of the requests, batch by batch."""
     by_id, batches = {problem.task_id: problem for problem in problems}, []
 
-    def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, seed: int) -> list[Completion]:
+    def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, *_: Any) -> list[Completion]:
         batches.append([request.name for request in requests])
         completions = []
         for request in requests:
@@ -746,7 +746,7 @@ def test_a_model_that_gives_nan_has_no_score(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    load = humaneval.load_causal_lm
+    load = runtimes.load_causal_lm
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
         loaded = load(*arguments, **options)
@@ -754,7 +754,7 @@ def test_a_model_that_gives_nan_has_no_score(
             loaded.hf.model.norm.weight[0] = float("nan")
         return loaded
 
-    monkeypatch.setattr(humaneval, "load_causal_lm", spoiled)
+    monkeypatch.setattr(runtimes, "load_causal_lm", spoiled)
     code, result = run([model, "--limit", "2", "--out", str(tmp_path)], capsys)
     assert code == 2
     assert result["status"] == "inference_failed" and "logits are not finite" in result["why"]
@@ -1108,7 +1108,7 @@ def test_a_model_that_writes_solutions_token_by_token_passes(
     """
     table = {base_prompt(p): canonical(p) + "\ndef junk(((" for p in problems[:8]}
     table[base_prompt(problems[3])] = "\n    return 'wrong'"
-    monkeypatch.setattr(humaneval, "load_causal_lm", lambda *a, **o: scripted(table))
+    monkeypatch.setattr(runtimes, "load_causal_lm", lambda *a, **o: scripted(table))
     code, result = run([model, "--limit", "8", "--batch-rows", "3", "--out", str(tmp_path)], capsys)
     assert code == 0
     assert result["passed_by_problem"] == {p.task_id: int(n != 3) for n, p in enumerate(problems[:8])}
@@ -1134,7 +1134,7 @@ def test_a_base_prompt_has_the_tokenizers_first_token_and_not_its_last(
     monkeypatch.setattr(
         generate,
         "complete",
-        lambda m, t, s, requests, seed: (
+        lambda m, t, s, requests, *_: (
             seen.extend(requests) or [Completion("\n    x", 1, "eos", 0.0) for _ in requests]
         ),
     )
@@ -1154,7 +1154,7 @@ def test_auto_is_chat_where_there_is_a_template_with_its_tokens_once_and_its_end
     source = tokenizer_in(tmp_path / "model", lambda tokenizer: setattr(tokenizer, "chat_template", CHATML))
     by_id, prompts, ends = {p.task_id: p for p in problems}, [], set()
 
-    def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, seed: int) -> list[Completion]:
+    def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, *_: Any) -> list[Completion]:
         prompts.extend(tokenizer.decode(request.prompt_ids) for request in requests)
         ends.update(settings.eos_token_id)
         answers = [
@@ -1218,7 +1218,7 @@ def test_a_model_that_thinks_is_judged_by_its_answer_alone(
         table[tuple(prompt)] = [*tokenizer(text, add_special_tokens=False)["input_ids"], 0]
     writer = scripted({}, width=262)
     writer.hf.base_model.table = table
-    monkeypatch.setattr(humaneval, "load_causal_lm", lambda *a, **o: writer)
+    monkeypatch.setattr(runtimes, "load_causal_lm", lambda *a, **o: writer)
     flags = [source, "--limit", "4", "--max-new-tokens", "4000", "--out", str(tmp_path / "out")]
     code, result = run(flags, capsys)
     assert code == 0 and result["settings"]["prompt_opens_thought"] == opened

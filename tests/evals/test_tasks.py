@@ -21,7 +21,7 @@ from scripted import TOKENIZER, scripted
 
 from potstill.cli.main import main
 from potstill.errors import UserError
-from potstill.evals import tasks
+from potstill.evals import runtimes, tasks
 from potstill.evals.calibration import calibration
 from potstill.evals.pass_at_k import wilson
 from potstill.evals.subject import Subject
@@ -123,7 +123,7 @@ def writes(monkeypatch: pytest.MonkeyPatch, answer: Callable[[int, int], str]) -
     """Replace generation by `answer(question, sample)`, cut where the request stops. Returns the prompts' texts."""
     prompts: list[str] = []
 
-    def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, seed: int) -> list[Completion]:
+    def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, *_: Any) -> list[Completion]:
         completions = []
         for request in requests:
             _, number, _, sample = request.name.split(" ")
@@ -155,8 +155,8 @@ def test_the_accuracy_of_a_model_that_knows_some_answers_is_counted_by_hand(
     said = {0: " 3", 1: " 7 apples", 2: " 41", 3: " " + "5" * 40}
     prompts = [f"Question: {a}+{b}?\nAnswer:" for a, b in SUMS]
     table = {prompt: said[number] for number, prompt in enumerate(prompts)}
-    monkeypatch.setattr(tasks, "load_tokenizer", lambda path: TOKENIZER)
-    monkeypatch.setattr(tasks, "load_causal_lm", lambda *_, **__: scripted(table))
+    monkeypatch.setattr(runtimes, "load_tokenizer", lambda path: TOKENIZER)
+    monkeypatch.setattr(runtimes, "load_causal_lm", lambda *_, **__: scripted(table))
     result = run(fields_of(sums, match="number", max_new_tokens=20))
     low, high = wilson(2, 4)
     assert result["accuracy"] == {"value": 0.5, "low": low, "high": high, "interval": "Wilson, 95 %"}

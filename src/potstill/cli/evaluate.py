@@ -29,6 +29,7 @@ BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
     "limit": (int, "run only the first N problems: a subset, which has no score"),
     "dtype": (str, "data type of the weights; default float32"),
     "device": (str, "default auto: CUDA if there is a GPU"),
+    "runtime": (str, "what runs the model: transformers (default), or llama.cpp, which reads a GGUF file"),
     "out": (Path, "result folder; default RUN/evals/BENCHMARK or evals/NAME/BENCHMARK"),
     "lm_eval_tasks": (Path, "folder of further tasks, whose YAML may import Python functions"),
     "add_bos_token": (bool, "put BOS before each text; default as the tokenizer or chat template does"),
@@ -38,13 +39,15 @@ BENCHMARK_FLAGS: dict[str, tuple[Any, str]] = {
     ),
 }
 """Type and help of the flags: the fields of `HumanEvalSettings` and `LmEvalSettings`, and the output folder."""
-PLACEMENT = {"batch_rows", "dtype", "device", "out"}
-BOTH = {*PLACEMENT, "seed", "limit"}
+PLACEMENT = {"batch_rows", "dtype", "device"}
+BOTH = {*PLACEMENT, "out", "seed", "limit"}
 OF_BENCHMARK = {
     "--lm-eval": {*BOTH, "lm_eval_tasks", "add_bos_token", "apply_chat_template"},
     "--humaneval": {*BENCHMARK_FLAGS} - {"lm_eval_tasks", "add_bos_token", "apply_chat_template"},
     "--task": {
         *PLACEMENT,
+        "runtime",
+        "out",
         "seed",
         "samples",
         "temperature",
@@ -179,17 +182,17 @@ def _lm_eval(options: argparse.Namespace, given: dict[str, Any], display: Displa
 
 
 def _task(options: argparse.Namespace, given: dict[str, Any], display: Display) -> int:
-    from potstill.evals.tasks import Placement, evaluate, table_rows
+    from potstill.evals.runtimes import Placement
+    from potstill.evals.tasks import evaluate, table_rows
     from potstill.recipe.load import parse_task
 
     out = given.pop("out", None)
-    placement = {name: given.pop(name) for name in PLACEMENT & given.keys()}
-    if placement.get("batch_rows", 1) < 1:
-        raise UserError(f"--batch-rows {placement['batch_rows']}: must be at least 1.")
+    placement = Placement(**{name: given.pop(name) for name in {*PLACEMENT, "runtime"} & given.keys()})
+    _require_no_mistakes(placement.mistakes())
     config = parse_task(options.task, where="--task", folder=Path(), given=given)
     source, folder = source_and_folder(options.target, config.label)
     folder = out or folder
-    result = evaluate(source, config, folder, display.note, Placement(**placement))
+    result = evaluate(source, config, folder, display.note, placement)
     if options.json:
         display.result(json.dumps(result, indent=2))
     if result["status"] == "inference_failed":

@@ -24,9 +24,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
-from potstill.evals.completions import completed
 from potstill.evals.humaneval_problems import (
     STOPS,
     Judge,
@@ -45,15 +43,14 @@ from potstill.evals.humaneval_problems import (
 )
 from potstill.evals.humaneval_samples import SamplesFile, recorded_settings
 from potstill.evals.pass_at_k import RESULT, summarize
+from potstill.evals.runtimes import TRANSFORMERS, Placement, Runtime, completed, open_runtime
 from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused
 from potstill.evals.subject import Subject
 from potstill.io.hashing import file_sha256
 from potstill.io.safe_open import read_object
 from potstill.models import generate
-from potstill.models.causal_lm import CausalLM
-from potstill.models.generate import Completion, InferenceFailed, Request, prompt_ids
-from potstill.models.hub import local_copy, pinned
-from potstill.models.load import choose_device, choose_dtype, load_causal_lm, weights_sha256
+from potstill.models.generate import Completion, InferenceFailed, Request
+from potstill.models.hub import pinned
 from potstill.recipe.sections_evaluation import HumanEvalConfig
 from potstill.runs.run_dir import environment, write_whole
 
@@ -83,15 +80,23 @@ class HumanEvalSettings:
     workers: int = 2
     dtype: str = "float32"
     device: str = "auto"
+    runtime: str = TRANSFORMERS
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(
+            batch_rows=self.batch_rows, dtype=self.dtype, device=self.device, runtime=self.runtime
+        )
 
     def mistakes(self) -> dict[str, str]:
         """The fields that cannot be used, each with its problem."""
-        bounds = {"samples": 1, "max_new_tokens": 1, "batch_rows": 1, "workers": 1, "temperature": 0}
+        bounds = {"samples": 1, "max_new_tokens": 1, "workers": 1, "temperature": 0}
         found = {
             name: f"{getattr(self, name)}: must be at least {low}."
             for name, low in bounds.items()
             if not low <= getattr(self, name) < 10**6
         }
+        found |= self.placement.mistakes()
         if self.limit is not None and self.limit < 1:
             found["limit"] = f"{self.limit}: must be at least 1."
         if self.prompt not in ("auto", "base", "chat"):
@@ -298,19 +303,14 @@ def of_subject(config: HumanEvalConfig, subject: Subject) -> dict[str, float]:
 
 
 def _load(source: str | Path, config: HumanEvalSettings, note: Note) -> _Completer:
-    path = local_copy(source)
-    tokenizer = load_tokenizer(path)
-    device = choose_device(config.device)
-    model = load_causal_lm(path, dtype=choose_dtype(config.dtype), device=device)
-    vocab = vocab_of(tokenizer, model.vocab_size)
-    model.mask_from(vocab.known)
-    prompt = config.prompt
+    runtime = open_runtime(str(source), config.placement)
+    tokenizer, prompt = runtime.tokenizer, config.prompt
     if prompt == "auto":
         prompt = "chat" if getattr(tokenizer, "chat_template", None) else "base"
     if prompt == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{source}: its tokenizer has no chat template. Use --prompt base.")
     settings = generate.make_settings(
-        model,
+        runtime.model,
         tokenizer,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -318,7 +318,7 @@ def _load(source: str | Path, config: HumanEvalSettings, note: Note) -> _Complet
         end_ids=end_of_turn(tokenizer) if prompt == "chat" else (),
     )
     in_thought = prompt == "chat" and opens_thought(tokenizer)
-    return _Completer(model, tokenizer, settings, prompt, in_thought, config, note, vocab.fingerprint)
+    return _Completer(runtime, settings, prompt, in_thought, config, note)
 
 
 def _settings(
@@ -331,18 +331,14 @@ def _settings(
         "problems": len(problems),
         "data_sha256": digest(published),
         "extra_tests_sha256": _sha256_of(config.extra_tests),
-        "weights_sha256": weights_sha256(completer.model),
-        "tokenizer_sha256": completer.tokenizer_sha256,
         "prompt": completer.prompt,
         "prompt_opens_thought": completer.in_thought,
         "samples": config.samples,
         "seed": config.seed,
         "stops": list(STOPS) if completer.prompt == "base" else ["a closed fence around the function"],
-        "batch_rows": config.batch_rows,
-        "device": completer.model.device.type,
         "sandbox": tier,
-        "torch": torch.__version__,
-        **generate.describe_settings(completer.settings, completer.model),
+        **completer.runtime.describe(),
+        **generate.describe_settings(completer.settings, completer.runtime.model),
     }
 
 
@@ -364,8 +360,7 @@ def _sha256_of(extra_tests: Path | None) -> str | None:
 class _Completer:
     """Turns problems into requests, and requests into completions."""
 
-    model: CausalLM
-    tokenizer: Any
+    runtime: Runtime
     settings: GenerationConfig
     prompt: str
     """`base` or `chat`."""
@@ -373,17 +368,17 @@ class _Completer:
     """Whether the prompt opens a thought."""
     config: HumanEvalSettings
     note: Note
-    tokenizer_sha256: str
 
     def request(self, problem: Problem, sample: int) -> Request:
-        text = chat_prompt(problem, self.tokenizer) if self.prompt == "chat" else base_prompt(problem)
-        ids = prompt_ids(self.tokenizer, text, self.prompt == "chat", self.settings.eos_token_id)
+        tokenizer, is_chat = self.runtime.tokenizer, self.prompt == "chat"
+        text = chat_prompt(problem, tokenizer) if is_chat else base_prompt(problem)
+        ids = self.runtime.prompt_ids(text, is_chat, self.settings.eos_token_id)
         should_stop = is_whole(problem, self.prompt, self.in_thought)
-        shown = thought_ids(self.tokenizer)
+        shown = thought_ids(tokenizer)
         return Request(f"{problem.task_id} sample {sample}", ids, should_stop, shown)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        return completed(self.model, self.tokenizer, self.settings, requests, self.config.seed)
+        return completed(self.runtime, self.settings, requests, self.config.seed)
 
 
 def _complete_all(

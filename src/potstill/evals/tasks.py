@@ -24,12 +24,11 @@ import torch
 from transformers import GenerationConfig
 
 from potstill.data.chats.templates import DATE, ChatTemplate
-from potstill.data.tokenizers import load_tokenizer, vocab_of
 from potstill.errors import UserError
 from potstill.evals.calibration import calibration
-from potstill.evals.completions import completed
 from potstill.evals.humaneval_problems import LEFTOVER, answer_of, end_of_turn, opens_thought, thought_ids
 from potstill.evals.pass_at_k import scores
+from potstill.evals.runtimes import Placement, Runtime, completed, open_runtime
 from potstill.evals.subject import Subject
 from potstill.evals.task_sources import (
     Question,
@@ -41,10 +40,8 @@ from potstill.evals.task_sources import (
 )
 from potstill.io.safe_open import read_object
 from potstill.models import generate
-from potstill.models.causal_lm import CausalLM
-from potstill.models.generate import Completion, InferenceFailed, Request, prompt_ids
-from potstill.models.hub import local_copy, pinned
-from potstill.models.load import choose_device, choose_dtype, load_causal_lm, weights_sha256
+from potstill.models.generate import Completion, InferenceFailed, Request
+from potstill.models.hub import pinned
 from potstill.recipe.sections_evaluation import QUESTION, TaskConfig
 from potstill.runs.run_dir import environment, write_whole
 
@@ -58,15 +55,6 @@ CORRECT, CUT = "correct", "cut in thought"
 PROGRESS_S = 20.0
 
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where and how a model runs, which a recipe decides by itself."""
-
-    batch_rows: int = 32
-    dtype: str = "float32"
-    device: str = "auto"
 
 
 def evaluate(
@@ -89,7 +77,8 @@ def evaluate(
     """
     task = open_task(config)
     require_controls(task)
-    student = _load(pinned(str(source)), config, placement or Placement())
+    placement = placement or Placement()
+    student = _load(pinned(str(source)), config, placement)
     controls = require_controls(task, student.judged_part)
     settings = json.loads(json.dumps(_settings(task, student)))
     if (earlier := _finished(out, settings)) is not None:
@@ -104,7 +93,7 @@ def evaluate(
         "controls": controls,
     }
     try:
-        lines, generation = _answers(task, student, note)
+        lines, generation = _answers(task, student, placement.batch_rows, note)
     except InferenceFailed as failed:
         result |= {"status": "inference_failed", "why": str(failed)}
     else:
@@ -160,15 +149,12 @@ def _of_subject(config: TaskConfig, subject: Subject) -> dict[str, Any]:
 class _Student:
     """A model, how it is asked, and which part of what it writes is its answer."""
 
-    model: CausalLM
-    tokenizer: Any
+    runtime: Runtime
     generation: GenerationConfig
     config: TaskConfig
-    placement: Placement
     is_chat: bool
     opens_thought: bool
     """Whether the chat template opens a thought where the assistant's turn starts."""
-    tokenizer_sha256: str
 
     @property
     def prompt(self) -> str:
@@ -194,7 +180,7 @@ class _Student:
         if self.is_chat:
             system = self.config.system
             before = [] if system is None else [{"role": "system", "content": system}]
-            with ChatTemplate(self.tokenizer, DATE, "Set apply_chat_template: false.") as template:
+            with ChatTemplate(self.runtime.tokenizer, DATE, "Set apply_chat_template: false.") as template:
                 texts = [
                     template.render(
                         f"task: question {number}", [*before, {"role": "user", "content": text}], prompt=True
@@ -202,7 +188,7 @@ class _Student:
                     for number, text in enumerate(texts)
                 ]
         ends = self.generation.eos_token_id
-        return [prompt_ids(self.tokenizer, text, self.is_chat, ends) for text in texts]
+        return [self.runtime.prompt_ids(text, self.is_chat, ends) for text in texts]
 
     def answer(self, text: str) -> str | None:
         """The answer in what was written: after the last thought, up to the first stop. None if cut in a thought."""
@@ -225,11 +211,8 @@ class _Student:
 
 
 def _load(source: str, config: TaskConfig, placement: Placement) -> _Student:
-    path = local_copy(source)
-    tokenizer = load_tokenizer(path)
-    model = load_causal_lm(path, dtype=choose_dtype(placement.dtype), device=choose_device(placement.device))
-    vocab = vocab_of(tokenizer, model.vocab_size)
-    model.mask_from(vocab.known)
+    runtime = open_runtime(source, placement)
+    tokenizer = runtime.tokenizer
     has_template = bool(getattr(tokenizer, "chat_template", None))
     is_chat = has_template if config.apply_chat_template is None else config.apply_chat_template
     if is_chat and not has_template:
@@ -242,7 +225,7 @@ def _load(source: str, config: TaskConfig, placement: Placement) -> _Student:
         )
     words = ("task", "Set apply_chat_template: false.")
     generation = generate.make_settings(
-        model,
+        runtime.model,
         tokenizer,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -250,7 +233,7 @@ def _load(source: str, config: TaskConfig, placement: Placement) -> _Student:
         end_ids=end_of_turn(tokenizer, words) if is_chat else (),
     )
     in_thought = is_chat and opens_thought(tokenizer)
-    return _Student(model, tokenizer, generation, config, placement, is_chat, in_thought, vocab.fingerprint)
+    return _Student(runtime, generation, config, is_chat, in_thought)
 
 
 def _settings(task: Task, student: _Student) -> dict[str, Any]:
@@ -263,8 +246,6 @@ def _settings(task: Task, student: _Student) -> dict[str, Any]:
         **task.describe(),
         "questions": len(task.questions),
         "questions_sha256": digest(task.questions),
-        "weights_sha256": weights_sha256(student.model),
-        "tokenizer_sha256": student.tokenizer_sha256,
         "apply_chat_template": student.is_chat,
         "prompt_opens_thought": student.opens_thought,
         "prompt": student.prompt,
@@ -273,10 +254,8 @@ def _settings(task: Task, student: _Student) -> dict[str, Any]:
         "extract": config.extract,
         "samples": config.samples,
         "seed": config.seed,
-        "batch_rows": student.placement.batch_rows,
-        "device": student.model.device.type,
-        "torch": torch.__version__,
-        **generate.describe_settings(student.generation, student.model),
+        **student.runtime.describe(),
+        **generate.describe_settings(student.generation, student.runtime.model),
     }
 
 
@@ -289,23 +268,24 @@ def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _answers(task: Task, student: _Student, note: Note) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _answers(
+    task: Task, student: _Student, batch_rows: int, note: Note
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A line for each answer, in the order of the questions, and what generation took."""
     prompts = student.requests([question.text for question in task.questions])
-    shown = thought_ids(student.tokenizer)
+    shown = thought_ids(student.runtime.tokenizer)
     todo = [
         (number, sample, Request(f"question {number} sample {sample}", prompt, student.is_whole, shown))
         for number, prompt in enumerate(prompts)
         for sample in range(student.config.samples)
     ]
     todo.sort(key=lambda item: len(item[2].prompt_ids))  # similar lengths need little padding
-    size, lines, started = student.placement.batch_rows, [], time.perf_counter()
+    size, lines, started = batch_rows, [], time.perf_counter()
     noted = started
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
         completions = completed(
-            student.model,
-            student.tokenizer,
+            student.runtime,
             student.generation,
             [request for *_, request in batch],
             student.config.seed,

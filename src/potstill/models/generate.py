@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from potstill.models import decoding
 from potstill.models.causal_lm import CausalLM
-from potstill.models.decoding import InferenceFailed, Row, decode, uniforms
+from potstill.models.decoding import Decode, InferenceFailed, Row, uniforms
 
 __all__ = [
     "Completion",
@@ -96,7 +97,6 @@ def describe_settings(settings: GenerationConfig, model: CausalLM) -> dict[str, 
         "eos_token_ids": settings.eos_token_id,
         "suppressed_ids": len(settings.suppress_tokens or ()),
         "context": context_length(model),
-        "dtype": str(model.hf.dtype).removeprefix("torch."),
         "model_settings_not_followed": {n: v for n, v in sorted(own.items()) if n not in omitted},
     }
 
@@ -133,17 +133,28 @@ class _Text(Row):
 
 
 def complete(
-    model: CausalLM, tokenizer: Any, settings: GenerationConfig, requests: Sequence[Request], seed: int = 0
+    model: CausalLM,
+    tokenizer: Any,
+    settings: GenerationConfig,
+    requests: Sequence[Request],
+    seed: int = 0,
+    decode: Decode | None = None,
 ) -> list[Completion]:
     """One completion for each request, all of them in one batch.
 
     What is sampled depends on the logits, the seed and the request's name, not on the rest of the batch.
 
+    Args:
+        decode: where something else than `model` decodes; its limits are read all the same.
+
     Raises:
         InferenceFailed: a logit is not finite.
     """
     rows = [_start(request, tokenizer, settings, context_length(model), seed) for request in requests]
-    decode(model, settings, rows)
+    if decode is None:
+        decoding.decode(model, settings, rows)
+    else:
+        decode(settings, rows, lambda: None)
     return [Completion(row.text, len(row.new), row.finish, sum(row.logps)) for row in rows]
 
 
@@ -151,7 +162,11 @@ def prompt_ids(tokenizer: Any, text: str, is_chat: bool, ends: Sequence[int]) ->
     """The ids of a prompt. A chat template writes the special tokens itself; an EOS that a tokenizer appends to plain
     text is left out, since what it ends would not be gone on with.
     """
-    ids: list[int] = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+    return without_end(tokenizer(text, add_special_tokens=not is_chat)["input_ids"], is_chat, ends)
+
+
+def without_end(ids: list[int], is_chat: bool, ends: Sequence[int]) -> list[int]:
+    """The ids of plain text without an EOS at their end."""
     while not is_chat and len(ids) > 1 and ids[-1] in ends:
         ids.pop()
     return ids
