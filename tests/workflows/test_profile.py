@@ -154,6 +154,22 @@ def test_what_cannot_be_measured_is_not_run_and_the_rest_is(
     assert "Not run: teacher; " in for_others and "/nowhere" not in for_others
 
 
+def test_another_model_in_the_teachers_place_is_not_run(profiled: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(profiled.parent, tmp_path / "all"))
+    run, before = folder / "run", profiled.joinpath("resolved.yaml").read_text()
+    run.joinpath("resolved.yaml").write_text(
+        before.replace(f"{profiled.parent}/teacher", f"{folder}/teacher")
+    )
+    make_model("llama", intermediate_size=64).save_pretrained(folder / "teacher")
+    assert main(["profile", str(run), *QUICK]) == 0
+    found = found_in(run)
+    assert found["models"]["teacher"].startswith("not run: ") and "sha256" in found["models"]["teacher"]
+    assert {speed["teacher"] for speed in found["speeds"] if "why" not in speed} == {
+        found["models"]["teacher"]
+    }
+    assert {row.teacher for row in rows(found)} == {"–"}
+
+
 @needs_llama_cpp
 def test_a_teacher_that_is_a_store_is_not_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
     assert main(["capture", str(tiny_recipe()), "--out", str(tmp_path / "store")]) == 0

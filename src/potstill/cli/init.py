@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,14 +76,14 @@ def _lines(made: Written) -> list[str]:
     named = [each for each in made.chosen if each.why]
     rows = [(each.field, _shown(each.value), each.why) for each in named if each.why != GIVEN]
     width, other = (max((len(row[n]) for row in rows), default=0) for n in (0, 1))
-    path = printable(str(made.path), keep="")
+    path, quoted = (printable(text, keep="") for text in (str(made.path), shlex.quote(str(made.path))))
     return [
         *(f"{field.ljust(width)}  {value.ljust(other)}  {why}" for field, value, why in rows),
         *(f"warning: {each}" for each in made.warnings),
         verdict(made.fitted),
         f"{path} is written. Next:",
-        f"  potstill check {path}      # what would make the run worthless, tried on your models and rows",
-        f"  potstill distill {path}",
+        f"  potstill check {quoted}      # what would make the run worthless, tried on your models and rows",
+        f"  potstill distill {quoted}",
     ]
 
 

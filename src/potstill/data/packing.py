@@ -326,7 +326,7 @@ def build(
         )
     total, lengths = documents.num_tokens, documents.lengths
     if tokens_per_row > total and not may_be_short:  # before a row of that length is allocated
-        raise _too_little(len(documents), total, 0, 0, heldout_rows, tokens_per_row)
+        raise _too_little(documents, 0, 0, heldout_rows, tokens_per_row)
     train, heldout, num_heldout = split(
         documents,
         heldout_rows,
@@ -341,7 +341,7 @@ def build(
     dropped = train.drop(heldout)
     heldout.first_row = len(train)
     if len(heldout) < heldout_rows or len(train) == 0:
-        raise _too_little(len(documents), total, len(train), len(heldout), heldout_rows, tokens_per_row)
+        raise _too_little(documents, len(train), len(heldout), heldout_rows, tokens_per_row)
     manifest = {
         "documents": len(documents),
         "tokens": total,
@@ -431,10 +431,20 @@ def about_documents(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _too_little(
-    documents: int, total: int, train: int, heldout: int, heldout_rows: int, tokens_per_row: int
+    documents: Stream, train: int, heldout: int, heldout_rows: int, tokens_per_row: int
 ) -> UserError:
+    number, total = len(documents), documents.num_tokens
+    distinct = len({hashed(documents[each][0]) for each in range(number)})
+    if distinct == 1:
+        what = f"{number} documents, all equal" if number > 1 else "one document"
+        return UserError(
+            f"corpus: {what}, of {total} tokens in all: what is held out must be other text than what is trained on,"
+            " and a document is not divided. Give several, or divide it"
+            " (corpus.split_files of name: text divides long files)."
+        )
+    of = f", {distinct} of them different," if distinct < number else ""
     return UserError(
-        f"corpus: {documents} documents of {total} tokens give {train} training rows and {heldout} held-out"
+        f"corpus: {number} documents{of} of {total} tokens give {train} training rows and {heldout} held-out"
         f" rows of {tokens_per_row} tokens; at least 1 and {heldout_rows} are needed, in different documents."
         " Give more text, or set corpus.tokens_per_row or corpus.heldout_rows lower."
     )

@@ -54,6 +54,8 @@ def measured(request: Mapping[str, Any]) -> dict[str, Any] | str:
     if model.why:
         return f"not run: {model.why}"
     counts = {name: sum(one[name] for one in model.measured) for name in COUNTS}
+    if not (counts["judged"] and counts["rounds"]):
+        return "not run: this version of Transformers does not say what it drafted and accepted"
     low, high = wilson(counts["accepted"], counts["judged"])
     return {
         "rate": counts["accepted"] / counts["judged"],

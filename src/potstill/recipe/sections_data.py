@@ -202,6 +202,8 @@ def _texts_of(data: Look, forms: tuple[str, ...], key_field: str) -> tuple[dict[
         return None
     key, number = data.texts
     of = f"{number} of the first {len(data.records)} records have a text under {shown(key)}"
+    if (longer := data.longer_text) is not None:
+        of += f"; those under {shown(longer)} are longer: corpus.{key_field}={shown(longer)}, if they are the text"
     return {"path": data.path} | data.selection | {key_field: key}, of
 
 

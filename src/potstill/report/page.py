@@ -26,7 +26,7 @@ from potstill.report.charts import COLORS, Series, bars, chart, grouped
 from potstill.runs import gains
 from potstill.runs.gains import profile_of
 from potstill.runs.run_dir import RunDir, repair_steps
-from potstill.runs.summary import summary
+from potstill.runs.summary import best_evaluation, summary
 
 NATS = "nats per token"
 CHARTS = [  # title, unit, training metric, held-out metric, constant, whether its axis may be logarithmic
@@ -243,14 +243,15 @@ def _gains(report: RunReport) -> dict[str, Any] | None:
 
 
 def _figures(report: RunReport) -> list[Figure]:
-    receipt, metrics = report.receipt, summary(report.run)
+    receipt, metrics, best = report.receipt, summary(report.run), best_evaluation(report.metrics)
 
     def heldout(label: str, name: str, unit: str, digits: int, scale: float = 1, more: str = "") -> Figure:
         of = metrics.get(name)
         if of is None:
             return Figure(label, None, f"not measured{more}")
-        note = f"from {of['first'] * scale:.{digits}f} at step {report.points(name)[0][0]:g}{more}"
-        return Figure(label, f"{of['last'] * scale:.{digits}f}", note, unit)
+        note = f"saved student, step {best.get('step', 0):g}; from {of['first'] * scale:.{digits}f} at step"
+        note += f" {report.points(name)[0][0]:g}{more}"
+        return Figure(label, f"{of.get('best', of['last']) * scale:.{digits}f}", note, unit)
 
     teacher = report.last("heldout/teacher_ce")
     steps = receipt.get("steps")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from potstill.io.safe_open import read_object
 from potstill.report.charts import grouped, intervals
 from potstill.runs.run_dir import READABLE, read_lines
+from potstill.runs.summary import best_evaluation
 
 BINS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Nats at which the color of a token changes: k0 below the first, k6 from the last on."""
@@ -66,11 +67,12 @@ def disagreement(measured: Mapping[str, Any] | str, overall_kl: float | None) ->
 
 
 def sources(of_receipt: Mapping[str, Any], metrics: Sequence[Mapping[str, float]]) -> list[dict[str, str]]:
-    """Of a mix, what each source was of the rows that were read, and its held-out figures first and last."""
+    """What each source of a mix was of the rows read, and its held-out figures, first and of the saved student."""
+    best = best_evaluation(metrics)
 
     def moved(name: str) -> str:
         values = [line[name] for line in metrics if name in line]
-        return f"{values[0]:.3f} → {values[-1]:.3f}" if values else "–"
+        return f"{values[0]:.3f} → {best.get(name, values[-1]):.3f}" if values else "–"
 
     return [
         {

@@ -13,8 +13,8 @@ from typing import Any
 
 from potstill.report.charts import COLORS, HEIGHT, LEFT, RIGHT, WIDTH, Scale, escape, ticks
 
-MARKS = "●▲◆▼"
-"""Of speeds: Transformers first."""
+SIZE = "■"
+"""The mark of the student's size; speeds are numbered."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,17 @@ def qualities(
 
 
 def gains(profile: Mapping[str, Any]) -> dict[str, float]:
-    """The student's size and speeds as shares of the teacher's, by what they are of; those that are known."""
+    """The student's size and speeds as shares of the teacher's, by what they are of, with their spread; those that are
+    known.
+    """
     models = profile["models"]
     if not all(isinstance(model, dict) for model in models.values()):
         return {}
     found = {"weights": models["student"]["parameters"] / models["teacher"]["parameters"]}
     for speed in profile["speeds"]:
         if ratio := speed.get("ratios", {}).get("decoding_tokens_per_s"):
-            found[f"decoding in {speed['runtime']}, {speed['weights']}"] = ratio["median"]
+            spread = f"from {ratio['low']:.3g} to {ratio['high']:.3g}"
+            found[f"decoding in {speed['runtime']}, {speed['weights']} ({spread})"] = ratio["median"]
     return found
 
 
@@ -69,9 +72,11 @@ def picture(of: Sequence[Quality], shares: Mapping[str, float]) -> str:
     parts = [scale.grid(ticks(0, 1), x_ticks, "share of the teacher's"), _teacher(scale)]
     for number, quality in enumerate(of):
         parts += _measure(scale, quality, [*shares.values()], f"s{number % COLORS}")
-    names = [*zip(["■", *MARKS], shares, strict=False)]
     key = [f'<li class="s{n % COLORS}">{escape(_said(quality))}</li>' for n, quality in enumerate(of)]
-    key += [f"<li>{mark} {escape(name)}: {shares[name]:.3g}</li>" for mark, name in names]
+    key += [
+        f"<li>{number or SIZE} {escape(name)}: {share:.3g}</li>"
+        for number, (name, share) in enumerate(shares.items())
+    ]
     label = f"Quality against size and speed, the teacher's own being 1. {_words(of, shares)}"
     return (
         '<figure class="chart"><figcaption><b>Quality kept against size and speed</b>'
@@ -96,8 +101,8 @@ def _measure(scale: Scale, quality: Quality, shares: Sequence[float], color: str
             y = round(scale.y(min(max(value, 0.0), 1.0)), 1)
             yield f'<line class="{kind} {color}" x1="{min(xs)}" x2="{max(xs)}" y1="{y}" y2="{y}"/>'
     yield f'<rect class="fill {color}" x="{xs[0] - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"/>'
-    for x, mark in zip(xs[1:], MARKS, strict=False):
-        yield f'<text class="mark {color}" x="{x}" y="{y + 4:.1f}">{mark}</text>'
+    for number, x in enumerate(xs[1:], 1):
+        yield f'<text class="mark {color}" x="{x}" y="{y + 4:.1f}">{number}</text>'
 
 
 def _said(quality: Quality) -> str:

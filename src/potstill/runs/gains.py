@@ -69,7 +69,9 @@ def _of_speed(speed: Mapping[str, Any], shown: Callable[[Mapping[str, float]], s
     for key, title in FIGURES.items():
         teacher, student = (shown(one[key]) if one else "–" for one in figures.values())
         ratio = speed["ratios"].get(key)
-        yield Row(group, title, teacher, student, shown(ratio) if ratio else "–")
+        # Without its spread a ratio that may be above or below 1 would read as a finding.
+        how = _spread if ratio and _holds_one(ratio) else shown
+        yield Row(group, title, teacher, student, how(ratio) if ratio else "–")
     peaks = {who: one.get("peak_memory_bytes") for who, one in figures.items()}
     loading = any(one.get("with_loading") for one in figures.values())
     yield _row(group, f"peak memory{', with loading' if loading else ''}", peaks, size)
@@ -80,6 +82,11 @@ def _row(group: str, what: str, values: Mapping[str, int | None], shown: Callabl
     ratio = f"{own / known:.3g}" if known and own else "–"
     teacher, student = ("–" if value is None else shown(value) for value in (known, own))
     return Row(group, what, teacher, student, ratio)
+
+
+def _holds_one(ratio: Mapping[str, float]) -> bool:
+    """Whether its spread has ratios on both sides of 1."""
+    return ratio["low"] <= 1 <= ratio["high"]
 
 
 def _spread(of: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from potstill.evals.heldout import heldout
 from potstill.evals.own_samples import own_samples
 from potstill.evals.subject import Subject
 from potstill.io.memory import peak_gib
-from potstill.io.terminal import Display
+from potstill.io.terminal import Display, printable
 from potstill.models.load import choose_device
 from potstill.models.lora import LoraLM
 from potstill.models.repair import Repair
@@ -475,6 +476,10 @@ def _print_summary(
         )
     display.note(f"student (step {outcome.best_step}, best held-out loss): {run.student}")
     display.note(f"receipt: {run.path / 'receipt.json'}")
+    place = printable(shlex.quote(str(run.path)), keep="")
+    display.note(
+        f"potstill export {place} writes it for Transformers and llama.cpp; potstill chat {place} talks to it"
+    )
 
 
 class _Clock:

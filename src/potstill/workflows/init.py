@@ -6,14 +6,14 @@ Whatever a run would refuse is refused here, and then nothing is written.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from potstill.build.resolve import Resolved, pin, resolve, settle_types
+from potstill.build.resolve import Resolved, resolve
 from potstill.build.vocabulary import require_one_vocabulary
 from potstill.data import tokenizers
 from potstill.data.readers.look import Look, look, refuse
@@ -27,14 +27,15 @@ from potstill.models.load import longest_row, num_weights, plain_config
 from potstill.models.source import ModelFiles
 from potstill.preflight.fitting import Fitted, fitted
 from potstill.preflight.packing_probe import require_packing
-from potstill.recipe.commented import Chosen, Draft, replaced
-from potstill.recipe.load import SHORT_FORMS, Recipe, parse
+from potstill.recipe.commented import ORDER, Chosen, replaced
+from potstill.recipe.load import SHORT_FORMS, parse
+from potstill.recipe.messages import shown
 from potstill.recipe.paths import locate, locate_dataset
 from potstill.recipe.plugins import load_plugins
 from potstill.registry import entries
 from potstill.workflows import init_values as values
+from potstill.workflows.init_making import Making, Note
 
-Note = Callable[[str], None]
 CUT = "cut"
 NOT_THE_LIBRARY = ["site-packages/*", "dist-packages/*", "test/*", "*/test/*", "*/tests/*"]
 """Of `stdlib:`: what is installed there, and tests, which have files that are no text on purpose."""
@@ -43,6 +44,11 @@ PLACEHOLDERS: dict[str, Any] = {
     "train": {"steps": 1, "rows_per_step": 1, "lr": 1e-4},
 }
 """What a recipe has before its data and steps are known."""
+MANY = 10**6
+BY_KIND = ("corpus", "teacher", "student", "rollouts", "plugins")
+"""Sections that can only be read once their kind is known."""
+TYPES = {"name": str, "split": str, "subset": str, "exclude": list}
+"""Of the fields of a corpus by which its kind is looked for."""
 
 
 @dataclass(frozen=True)
@@ -53,36 +59,6 @@ class Written:
     chosen: list[Chosen]
     fitted: Fitted
     warnings: list[str]
-
-
-class _Init:
-    """One recipe in the making.
-
-    Args:
-        out: where it will be; its paths are relative to that folder.
-        given: fields that the user sets, as a tree.
-    """
-
-    def __init__(self, out: Path, given: dict[str, Any], note: Note) -> None:
-        self.out, self.folder, self.note = out, out.absolute().parent, note
-        self.draft = Draft(given)
-        self.warnings: list[str] = []
-        self.rows = 0.0
-        """To train on, estimated where not all data were read."""
-
-    def source(self, value: str, absolute: str) -> str:
-        """A path as the recipe names it: relative to its folder where it was given so; anything else as it is."""
-        is_relative = os.path.exists(value) and not os.path.isabs(value)
-        return os.path.relpath(absolute, self.folder) if is_relative else value
-
-    def parsed(self, tree: dict[str, Any]) -> Recipe:
-        return parse(yaml.write(tree), where=str(self.out), folder=self.folder)
-
-    def resolved(self, before: Resolved, tree: dict[str, Any]) -> Resolved:
-        """The same models with another recipe. Their files are not read again."""
-        recipe = settle_types(self.parsed(tree), choose_product_dtype(before.device)[0])
-        recipe, commits = pin(recipe, before.commits)
-        return dataclasses.replace(before, commits={**before.commits, **commits}).with_recipe(recipe)
 
 
 def init(
@@ -108,9 +84,10 @@ def init(
     given: dict[str, Any] = {}
     for each in overrides:
         yaml.override(given, each, SHORT_FORMS)
-    making = _Init(out, given, note)
+    making = Making(out, given, note)
     for _, what in load_plugins(given, making.folder):
         raise UserError(f"plugins: {what}")
+    _require_values(making, overrides)
     resolved = _models(making, teacher, student)
     path = _located(data)
     if "plugins" in given:
@@ -124,7 +101,8 @@ def init(
     found = _fit(making, resolved)
     values.choose_rate(making, resolved, documents)
     making.parsed(making.draft.tree())  # as it will be read
-    _write(out, making.draft.with_reasons(_head(teacher, student, data, out, found)))
+    command = ["potstill", "init", teacher, student, data, *overrides, "--out", out.name]
+    _write(out, making.draft.with_reasons(_head(command, out, found)))
     return Written(out, making.draft.chosen, found, making.warnings)
 
 
@@ -133,6 +111,41 @@ def _require_new(out: Path) -> None:
         raise UserError(f"{out}: there is such a file, and it is not overwritten. Name another: --out FILE.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: no folder {out.parent}. Make it, or name another: --out FILE.")
+
+
+def _require_values(making: Making, overrides: Sequence[str]) -> None:
+    """Refuse what no recipe can have, before other values are chosen by it.
+
+    Raises:
+        UserError: with every such override.
+    """
+    given, mistakes = making.draft.given, list[str]()
+    for section in (name for name in ORDER if name in given and name != "plugins"):
+        if not isinstance(inside := given[section], dict):
+            itself = f" The {section} itself is given in front: potstill init TEACHER STUDENT|cut DATA."
+            mistakes.append(
+                f"override {section}={shown(inside)}: not a section of fields. Write {section}.FIELD=VALUE."
+                + itself * (section in ("teacher", "student"))
+            )
+    corpus = given.get("corpus", {})
+    for field, kind in TYPES.items() if isinstance(corpus, dict) else ():
+        if not isinstance(corpus.get(field, kind()), kind):
+            what = {str: "a text", list: "a list"}[kind]
+            mistakes.append(f"override corpus.{field}={shown(corpus[field])}: not {what}.")
+    if mistakes:
+        raise UserError(*mistakes)
+    train = {"steps": MANY, "rows_per_step": MANY, "lr": 1e-4}
+    if given.get("train", {}).get("epochs") is not None:
+        del train["steps"]
+    their = {
+        "teacher": {"name": "torch", "model": "."},
+        "student": {"name": "cut", "layers": 1},
+        "train": train,
+    }
+    their |= {"plugins": given["plugins"]} if "plugins" in given else {}
+    apart = [each for each in overrides if each.partition("=")[0].split(".")[0] not in BY_KIND]
+    tree = yaml.write(PLACEHOLDERS | their)
+    parse(tree, where=str(making.out), folder=making.folder, overrides=apart)
 
 
 def _located(data: str) -> str:
@@ -147,7 +160,7 @@ def _named(who: str, error: UserError) -> UserError:
     return UserError(f"{who}: {error}".replace("relative to the recipe", "relative to this folder"))
 
 
-def _models(making: _Init, teacher: str, student: str) -> Resolved:
+def _models(making: Making, teacher: str, student: str) -> Resolved:
     """The two models, which must be two and have one vocabulary."""
     sources = {}
     for who, value in (("teacher", teacher), ("student", student)):
@@ -222,7 +235,7 @@ def _described(config: Any) -> str:
     return f"{config.model_type}" + ("" if longest is None else f", rows of up to {longest} tokens")
 
 
-def _require_two(making: _Init, resolved: Resolved, teacher: str, student: str) -> None:
+def _require_two(making: Making, resolved: Resolved, teacher: str, student: str) -> None:
     """UserError where both are one model, by its place or by its files; `check` compares the weights themselves."""
     if making.draft.given.get("allow_identical") or resolved.student.config.name != "checkpoint":
         return
@@ -242,7 +255,7 @@ def _weights_of(files: ModelFiles) -> list[Path]:
     return [path] if path.is_file() else sorted(map(Path, map(os.path.realpath, path.glob("*.safetensors"))))
 
 
-def _corpus(making: _Init, resolved: Resolved, data: str, path: str) -> Look:
+def _corpus(making: Making, resolved: Resolved, data: str, path: str) -> Look:
     """The kind of the data, plug-ins' kinds first, and how it is read."""
     draft = making.draft
     told = draft.given.get("corpus", {})
@@ -281,7 +294,7 @@ def _recognised(kind: Any, seen: Look) -> tuple[dict[str, Any], str] | None:
     return found
 
 
-def _reading(making: _Init, resolved: Resolved, seen: Look) -> None:
+def _reading(making: Making, resolved: Resolved, seen: Look) -> None:
     """Which tokenizer reads it, whose chat template writes it, and whether documents share a row."""
     draft, kind = making.draft, making.draft.tree()["corpus"]["name"]
     readers = {
@@ -328,7 +341,7 @@ def _is_messages(seen: Look) -> bool:
     return any(isinstance(record.get(seen.questions[0]), list) for _, record in seen.records)
 
 
-def _fit(making: _Init, resolved: Resolved) -> Fitted:
+def _fit(making: Making, resolved: Resolved) -> Fitted:
     """Change what does not fit, with its reason."""
     draft, tree = making.draft, making.draft.tree()
     tree["train"] = {"lr": 1e-4, **tree["train"]}  # depends on what is found here, and takes no memory
@@ -345,15 +358,14 @@ def _fit(making: _Init, resolved: Resolved) -> Fitted:
     return found
 
 
-def _head(teacher: str, student: str, data: str, out: Path, found: Fitted) -> list[str]:
-    fits = values.verdict(found)
-    command = printable(" ".join(["potstill init", teacher, student, data]), keep="")
+def _head(command: Sequence[str], out: Path, found: Fitted) -> list[str]:
+    recipe = printable(shlex.quote(out.name), keep="")
     return [
-        f"Written by: {command}",
-        f"On the machine where it was written {fits}.",
+        f"Written by: {printable(shlex.join(command), keep='')}",
+        f"On the machine where it was written {values.verdict(found)}.",
         "Every value is yours to change: `potstill schema` lists all fields. Next:",
-        f"    potstill check {out.name}",
-        f"    potstill distill {out.name}",
+        f"    potstill check {recipe}",
+        f"    potstill distill {recipe}",
     ]
 
 

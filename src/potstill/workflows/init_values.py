@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,7 @@ from potstill.models.pruning import cut_config
 from potstill.preflight.fitting import Fitted
 from potstill.recipe.commented import Draft
 from potstill.types import Vocab
-
-if TYPE_CHECKING:
-    from potstill.workflows.init import _Init
+from potstill.workflows.init_making import Making
 
 MOST_TOKENS, MOST_DOCUMENTS = 2_000_000, 5_000
 """Of the data that are read: the figures of more hardly differ."""
@@ -106,7 +104,7 @@ class Sample:
         return f"{number:,} documents" if self.is_whole else f"the first {number:,} documents"
 
 
-def choose_size(making: _Init, resolved: Resolved, whole: int) -> None:
+def choose_size(making: Making, resolved: Resolved, whole: int) -> None:
     """Of a cut student: half of what is not embeddings, where layers and channels can be chosen for a size."""
     draft = making.draft
     for name in ("layers", "keep", "weights", "fraction"):
@@ -133,7 +131,7 @@ def choose_size(making: _Init, resolved: Resolved, whole: int) -> None:
     )
 
 
-def read_sample(making: _Init, resolved: Resolved, seen: Look) -> tuple[Resolved, Sample]:
+def read_sample(making: Making, resolved: Resolved, seen: Look) -> tuple[Resolved, Sample]:
     """Documents by the reader of a run, which refuses what it would refuse there."""
     draft, device = making.draft, resolved.device.type
     kind = draft.tree()["corpus"]["name"]
@@ -220,7 +218,7 @@ def _limits(resolved: Resolved, longest: int) -> dict[str, int]:
     return limits | {f"a row for {resolved.device.type} here": longest}
 
 
-def choose_rows(making: _Init, resolved: Resolved, sample: Sample) -> None:
+def choose_rows(making: Making, resolved: Resolved, sample: Sample) -> None:
     """Length of a row, and how many are held out, so that enough are left."""
     draft, corpus = making.draft, resolved.recipe.corpus
     longest_here = LONGEST_ROW if corpus.layout == "stream" else LONGEST_WHOLE_ROW
@@ -309,7 +307,7 @@ def _about_layout(draft: Draft, corpus: Any, sample: Sample, tokens: int) -> Non
     draft.choose("corpus.packing", True, f"{many}; {how}, and attention does not cross from one to the next")
 
 
-def choose_steps(making: _Init, resolved: Resolved, sample: Sample) -> None:
+def choose_steps(making: Making, resolved: Resolved, sample: Sample) -> None:
     """Rows of a step, steps, and what depends on them."""
     draft, device, rows = making.draft, resolved.device.type, making.rows
     corpus = draft.tree()["corpus"]
@@ -322,6 +320,11 @@ def choose_steps(making: _Init, resolved: Resolved, sample: Sample) -> None:
         f", no more than a quarter of the {rows:,.0f} rows" if per_step < wanted and per_step == most else ""
     )
     per_step = draft.choose("train.rows_per_step", per_step, f"{what}, on {device}{few}")
+    if per_step > rows:
+        making.warnings.append(
+            f"train.rows_per_step: {per_step:,} rows a step, and the data have {rows:,.0f} to train on: a step reads"
+            " some several times"
+        )
     steps = _steps(draft, sample, rows, per_step, device, writes)
     draft.choose(
         "train.warmup",
@@ -347,9 +350,10 @@ def choose_steps(making: _Init, resolved: Resolved, sample: Sample) -> None:
 
 
 def _steps(draft: Draft, sample: Sample, rows: float, per_step: int, device: str, writes: bool) -> int:
-    if draft.is_given("train.epochs") and not draft.is_given("train.steps"):
+    epochs = draft.given.get("train", {}).get("epochs")
+    if epochs is not None and not draft.is_given("train.steps"):
         draft.choose("train.epochs", None)
-        return max(int(draft.given["train"]["epochs"] * rows / per_step), 1)
+        return max(int(epochs * rows / per_step), 1)
     total = sample.total_tokens
     passes = 1 if writes else next((n for few, n in PASSES if (total or sample.tokens) < few), 1)
     steps = max(math.ceil(passes * rows / per_step), 1)
@@ -367,15 +371,24 @@ def _steps(draft: Draft, sample: Sample, rows: float, per_step: int, device: str
     return int(draft.choose("train.steps", steps, why))
 
 
-def choose_samples(making: _Init, resolved: Resolved, seen: Look, sample: Sample) -> None:
+def choose_samples(making: Making, resolved: Resolved, seen: Look, sample: Sample) -> None:
     """What teacher, untouched student and student are to answer side by side; of prompts alone the report has that."""
     corpus = resolved.recipe.corpus
     if corpus.prompt == "whole":
         return
-    prompts = [*islice(_questions(seen, corpus) if corpus.is_chat else _beginnings(sample), SAMPLES)]
+    found = _questions(seen, corpus) if corpus.is_chat else _beginnings(sample)
+    prompts = [*islice(_different(found), SAMPLES)]
     if prompts:
         why = "both models answer them in the report; they are of the data, so put some in that are not"
         making.draft.choose("eval.sample_prompts", prompts, why)
+
+
+def _different(texts: Iterator[str]) -> Iterator[str]:
+    seen = set[str]()
+    for text in texts:
+        if text not in seen:
+            yield text
+        seen.add(text)
 
 
 def _questions(seen: Look, corpus: Any) -> Iterator[str]:
@@ -398,7 +411,7 @@ def _beginnings(sample: Sample) -> Iterator[str]:
                 yield text
 
 
-def choose_rate(making: _Init, resolved: Resolved, sample: Sample) -> None:
+def choose_rate(making: Making, resolved: Resolved, sample: Sample) -> None:
     """The learning rate, and the type of matrix products: after the plan, which may have made it a LoRA."""
     draft = making.draft
     student = draft.tree()["student"]

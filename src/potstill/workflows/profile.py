@@ -162,10 +162,24 @@ class _Profiled:
                 return resolved, f"not run: a teacher of teacher.name: {name} is no model of this process"
             files = resolved.teacher.checkpoints[0]
             files.verify()
+            self._require_the_runs(resolved)
             return resolved, files.path
         except UserError as error:
             why = f"not run: {error.mistakes[0]}"
             return why, why
+
+    def _require_the_runs(self, resolved: Resolved) -> None:
+        """UserError where the teacher's files have other weights now: their figures would be another model's."""
+        recorded = self.run.receipt().get("teacher", {}).get("weights_sha256")
+        if recorded is None:
+            return
+        with contextlib.closing(resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)) as teacher:
+            found = teacher.weights_sha256()
+        if found is not None and found != recorded:
+            raise UserError(
+                f"{resolved.teacher.checkpoints[0].path}: its weights are not those that the run had (sha256"
+                f" {found[:12]}, not {recorded[:12]}). Put that model back."
+            )
 
     def _require_context(self) -> None:
         asked = self.settings.prompt_tokens + self.settings.new_tokens

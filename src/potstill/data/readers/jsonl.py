@@ -6,13 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from potstill.data.readers.reading import MARK, Reading, files_to_read, lines_of, string_field, tokenize
+from potstill.data.readers.reading import (
+    MARK,
+    Reading,
+    files_to_read,
+    lines_of,
+    not_utf8,
+    string_field,
+    tokenize,
+)
 from potstill.errors import UserError, one_line
 from potstill.io.safe_open import parse_json
 
 PATTERNS = ("*.jsonl", "*.ndjson", "*.jsonlines")
 FILES = (*PATTERNS, "*.json")
 """Of a folder's `.json` files those that hold an array: others describe the data (`folders.files_with`)."""
+
+
+JSON_TYPES = {"str": "a string", "list": "a list", "int": "a number", "float": "a number", "NoneType": "null"}
 
 
 def read(path: Path, tokenizer: Any, field: str = "text") -> Reading:
@@ -57,8 +68,11 @@ def records_of_lines(file: Path, reading: Reading) -> Iterator[tuple[str, dict[s
             where = f"{file}:{number}"
             try:
                 record = parse_json(line)
+            except UnicodeDecodeError as error:
+                raise not_utf8(where, error) from error
             except ValueError as error:
-                raise UserError(f"{where}: not a line of JSON: {one_line(error)}") from error
+                cut = " The file ends there: was it cut off?" if not line.endswith(b"\n") else ""
+                raise UserError(f"{where}: not a line of JSON: {one_line(error)}{cut}") from error
             yield where, _mapping(where, record)
 
 
@@ -67,6 +81,8 @@ def records_of_array(file: Path, reading: Reading) -> Iterator[tuple[str, dict[s
     content = b"".join(lines_of(file, reading, whole=True)).removeprefix(MARK.encode())
     try:
         records = parse_json(content)
+    except UnicodeDecodeError as error:
+        raise not_utf8(str(file), error) from error
     except ValueError as error:
         raise UserError(f"{file}: not JSON: {one_line(error)} Write one record a line, as .jsonl.") from error
     if not isinstance(records, list):
@@ -79,5 +95,10 @@ def records_of_array(file: Path, reading: Reading) -> Iterator[tuple[str, dict[s
 
 def _mapping(where: str, record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: {type(record).__name__}, not an object with named fields.")
-    return record
+        kind = JSON_TYPES.get(type(record).__name__, "a value")
+        todo = "Write each record as {…}."
+        if isinstance(record, str):
+            todo = "Of texts alone records are made by jq -c '{text: .}', of an array by jq -c '.[] | {text: .}'."
+        raise UserError(f"{where}: {kind}, not an object with named fields. {todo}")
+    mapping: dict[str, Any] = record
+    return mapping

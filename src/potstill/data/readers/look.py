@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from potstill.data.chats.records import LISTS, Shapes
 from potstill.data.chats.templates import ConversationRefused
 from potstill.data.readers import chat, hf, hub, jsonl, parquet, prompts
 from potstill.data.readers.folders import files_of, listed
-from potstill.data.readers.reading import MARK, Reading, lines_of
+from potstill.data.readers.reading import MARK, Reading, lines_of, not_utf8
 from potstill.errors import Unreadable, UserError
-from potstill.io.safe_open import names_of, opened, parse_json
+from potstill.io.safe_open import opened, parse_json
 
 Form = Literal["text", "jsonl", "json", "parquet", "dataset", "tokens", "other"]
 RECORDS_LOOKED_AT = 200
@@ -32,8 +33,16 @@ FILES_LOOKED_AT = 5000
 START_BYTES = 2**16
 FEW = 0.01
 """Share of a folder's bytes under which an ending is not named."""
-TEXT_KEYS = ("text", "content", "code", "document", "article", "body", "story", "passage", "source")
+TEXT_KEYS = ("text", "content", "code", "document", "article", "body", "story", "passage")
 """Keys and columns that hold a document in published data, the likeliest first."""
+SHORT_TEXT, MUCH_LONGER = 40, 4
+"""Characters in the mean that a key is not taken for its name with, where another has so many times as many: a label,
+an address or a title."""
+TABLES = (".csv", ".tsv")
+TO_LINES = (
+    "python -c 'import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin{tab})]'"
+    " < {file} > {lines}"
+)
 REMOVE = "Leave it out, or write it again."
 
 
@@ -121,7 +130,8 @@ class Look:
 
     @cached_property
     def texts(self) -> tuple[str, int]:
-        """Key of the documents, and how many records have it: by its name, else the longest of all.
+        """Key of the documents, and how many records have it: by its name, else the longest of all; what is short by
+        any name is none where another is long.
 
         Raises:
             UserError: no key has texts.
@@ -131,14 +141,46 @@ class Look:
             for key, _ in self.keys()
         }
         often = {key: each for key, each in words.items() if 2 * len(each) > len(self.records) and any(each)}
-        named = [key for key in TEXT_KEYS if key in often]
-        longest = sorted(often, key=lambda key: -statistics.fmean(map(len, often[key])))
-        if not (chosen := [*named, *longest]):
+        if not often:
             raise UserError(
-                f"{self.records[0][0]}: no text, no conversation and no prompt; a record has"
-                f" {names_of(self.records[0][1])}. Write each document as a string under `text`."
+                f"{self.records[0][0]}: no text, no conversation and no prompt; {self._kinds_of_values()} Write each"
+                " document as a string under `text`."
             )
-        return chosen[0], len(often[chosen[0]])
+        means = {key: statistics.fmean(map(len, each)) for key, each in often.items()}
+        longest = max(means, key=lambda key: means[key])
+        named = [
+            key
+            for key in TEXT_KEYS
+            if key in often and not (means[key] < SHORT_TEXT and MUCH_LONGER * means[key] < means[longest])
+        ]
+        chosen = [*named, longest][0]
+        return chosen, len(often[chosen])
+
+    @property
+    def longer_text(self) -> str | None:
+        """The key of much longer texts than `texts` has; None where there is none."""
+        means = {
+            key: statistics.fmean(
+                len(record[key]) for _, record in self.records if isinstance(record.get(key), str)
+            )
+            for key, _ in self.keys()
+            if any(isinstance(record.get(key), str) for _, record in self.records)
+        }
+        longest = max(means, key=lambda key: means[key])
+        return longest if means[longest] > MUCH_LONGER * means[self.texts[0]] else None
+
+    def _kinds_of_values(self) -> str:
+        """What the records have, where it is no text."""
+        strings = Counter(
+            key for _, record in self.records for key, value in record.items() if isinstance(value, str)
+        )
+        if strings:  # each in fewer than half
+            names = ", ".join(f"{key!r:.40} in {count}" for key, count in strings.most_common(4))
+            return f"of {len(self.records)} records none has one key in most: {names}."
+        kinds = ", ".join(
+            f"{key!r:.40} ({type(value).__name__})" for key, value in list(self.records[0][1].items())[:4]
+        )
+        return f"a record has {kinds or 'nothing'}."
 
     @cached_property
     def num_records(self) -> int | None:
@@ -198,16 +240,42 @@ def refuse(data: Look) -> NoReturn:
     """
     if data.is_folder:
         names = [str(file.relative_to(data.path)) for file in data.files] or ["empty files alone"]
+        endings = Counter(file.suffix.lower() for file in data.files)
+        todo, (ending, _) = "", (endings.most_common(1) or [("", 0)])[0]
+        if ending in TABLES:
+            todo = f" Tables are not read: {_to_lines(data.files[0])} makes records of one."
+        elif ending == ".json":
+            todo = (
+                " In a folder files of one object each are taken for descriptions. If they are the records, join them:"
+                f" find {shlex.quote(data.path)} -name '*.json' -exec jq -c . {{}} + > data.jsonl."
+            )
         raise UserError(
-            f"{data.path}: no file with text, JSON lines, Parquet or token ids (*.bin); it has {listed(names)}."
+            f"{data.path}: no file with text, JSON lines, Parquet or token ids (*.bin); it has {listed(names)}.{todo}"
         )
     (file,) = data.files
     with opened(file, "data", REMOVE) as stream:
         if not stream.read(START_BYTES).strip():
             raise UserError(f"{file}: an empty file. Name one with data.")
     next(lines_of(file, Reading(iter(()))), None)  # refuses what is compressed or encoded otherwise
+    if file.suffix.lower() in TABLES:
+        raise UserError(f"{file}: a table, which is not read. Make records of it: {_to_lines(file)}.")
+    with opened(file, "data", REMOVE) as stream:
+        content = stream.read(START_BYTES)
+    if b"\0" not in content:
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(str(file), error) from error
     raise UserError(
         f"{file}: neither text, JSON lines, Parquet nor token ids. Token ids are read from files named *.bin."
+    )
+
+
+def _to_lines(table: Path) -> str:
+    """The command that makes JSON lines of a table."""
+    tab = ', delimiter="\\t"' if table.suffix.lower() == ".tsv" else ""
+    return TO_LINES.format(
+        tab=tab, file=shlex.quote(str(table)), lines=shlex.quote(table.with_suffix(".jsonl").name)
     )
 
 
@@ -246,7 +314,8 @@ def _form_in_folder(file: Path) -> Form:
 
 
 def _form_of(file: Path, is_alone: bool = True) -> Form:
-    """By its name and its first bytes. Of a folder's files JSON lines are read by their name alone."""
+    """By its name and its first bytes. Of a folder's files JSON lines are read by their name alone, and one object
+    describes the data."""
     ending = file.suffix.lower()
     with opened(file, "data", REMOVE) as stream:
         start = stream.read(START_BYTES)
@@ -258,11 +327,13 @@ def _form_of(file: Path, is_alone: bool = True) -> Form:
         return "tokens"
     if f"*{ending}" in jsonl.PATTERNS:
         return "jsonl"
-    if not _is_text(start):
+    if ending in TABLES or not _is_text(start):
         return "other"
     words = start.decode("utf-8", "ignore").removeprefix(MARK).lstrip()
     if ending == ".json" and (words[:1] == "[" or is_alone):
         return "json"
+    if ending == ".json" and words[:1] == "{":
+        return "other"
     return "jsonl" if is_alone and _is_object(words.partition("\n")[0]) else "text"
 
 

@@ -123,6 +123,15 @@ def _require_no_other_mark(file: Path, start: bytes) -> None:
             )
 
 
+def not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
+    """Of bytes in another encoding, whose name is not in them."""
+    byte = error.object[error.start]
+    return UserError(
+        f"{where}: not UTF-8 text: byte 0x{byte:02x} at {error.start} of {len(error.object)}. Convert it"
+        " (iconv -f WINDOWS-1252 -t UTF-8, if that is its encoding), or leave it out."
+    )
+
+
 def _refuse_compressed(file: Path) -> None:
     """Before a zip is refused as what pickles come in, and another as no UTF-8."""
     require_file(file, "Leave it out, or write it again.")

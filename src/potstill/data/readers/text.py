@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.data.readers.folders import files_of
-from potstill.data.readers.reading import MARK, Document, Reading, lines_of, tokenize
+from potstill.data.readers.reading import MARK, Document, Reading, lines_of, not_utf8, tokenize
 from potstill.errors import UserError
 
 MAX_TEXT_BYTES = 2**28
@@ -40,10 +40,7 @@ def read(
             try:
                 decoded = content.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file}: not UTF-8 text at byte {error.start} of {len(content)}."
-                    " Leave it out with corpus.include or corpus.exclude."
-                ) from error
+                raise not_utf8(str(file), error) from error
             if b"\0" in content:
                 raise UserError(
                     f"{file}: not a text: zero byte at {content.index(0)} of {len(content)}."
