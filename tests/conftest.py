@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+import warm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from potstill import registry
@@ -66,6 +68,12 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     """No test finds what another has measured, nor the user's own; the folder is made by whoever writes to it."""
     cache = tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture
+def warm_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever starts `sys.executable`, potstill too, gets a process that has imported the libraries."""
+    monkeypatch.setattr(sys, "executable", warm.python())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

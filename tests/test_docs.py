@@ -152,6 +152,7 @@ def python_page(tiny_recipe: Callable[..., Path], teacher: Path, text: Path, fol
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(), re.DOTALL)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_the_python_page_runs(
     tiny_recipe: Callable[..., Path], teacher_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_its_rows_are_packed_as_the_corpus_packs_them(example: Any, tiny_recipe:
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), (row, name)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_it_runs_as_a_script_and_its_student_opens(
     teacher_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:

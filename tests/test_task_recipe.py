@@ -58,6 +58,7 @@ def test_the_notes_are_those_of_their_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("warm_python")
 def test_one_command_makes_teacher_targets_student_files_and_the_table(tmp_path: Path) -> None:
     """With two layers in the place of SmolLM2, and killed before its last stages were there."""
     model, tokenizer = tmp_path / "model", make_tokenizer("smollm")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
@@ -150,7 +151,7 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["parts.py", "join", "parts", "carried"],
     ):
         done = subprocess.run(
-            [sys.executable, str(LEASE / arguments[0]), *arguments[1:]],
+            [warm.python(), str(LEASE / arguments[0]), *arguments[1:]],
             cwd=place,
             env=ENVIRONMENT | {"PYTHONPATH": str(ROOT / "src")},
             capture_output=True,
@@ -164,10 +165,12 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(carried: Path, out: Path, *flags: str) -> tuple[dict[str, dict[str, Any]], str]:
     """How each stage ended, and what `collect.py` says."""
     command = ["bash", str(LEASE / "run.sh"), str(carried), str(out), "--tiny", *flags]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=ENVIRONMENT | {"PYTHON": warm.python()}, capture_output=True, text=True
+    )
     assert done.returncode == 0 and (out / "results.tar.gz").exists(), done.stdout + done.stderr
     shown = subprocess.run(
-        [sys.executable, str(LEASE / "collect.py"), str(out)], env=ENVIRONMENT, capture_output=True, text=True
+        [warm.python(), str(LEASE / "collect.py"), str(out)], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert shown.returncode == 0, shown.stderr
     lines = (out / "results" / "stages.jsonl").read_text().splitlines()

@@ -344,6 +344,7 @@ def test_a_bug_keeps_its_traceback(
         main(["distill", str(tiny_recipe()), "--out", str(tmp_path / "run")])
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_plug_in_divergence_trains(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """In a process of its own: what a plug-in registers stays registered."""
     page = (Path(__file__).parent.parent.parent / "docs" / "losses.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -198,19 +199,17 @@ def test_hits_are_the_same_in_another_process(problems: Path) -> None:
         "print([astuple(h) for h in EvaluationTexts([Path(sys.argv[1])], 5).hits('d', sys.stdin.read())])"
     )
     text = f"{PROMPT}{SOLUTION}{TEST}"
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", program, str(problems)],
-            input=text,
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(said) == 1
-    assert "Own/0 test" in said.pop()
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"  # of this process another
+    said = subprocess.run(
+        [sys.executable, "-c", program, str(problems)],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": seed},
+    ).stdout
+    assert said == f"{[dataclasses.astuple(hit) for hit in EvaluationTexts([problems], 5).hits('d', text)]}\n"
+    assert "Own/0 test" in said
 
 
 # ---- what is done about it

@@ -71,6 +71,7 @@ def test_the_folder_is_the_student_and_two_paths_read_it(
         assert abs(found["max_kl"]) < 1e-9 and found["version"].startswith(name)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_folder_with_other_weights_fails_and_the_error_names_the_gap(
     made: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_folder_with_other_weights_fails_and_the_error_names_the_gap(
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("warm_python")
 def test_a_folder_with_another_tokenizer_fails(
     made: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +145,7 @@ def soaked(names: Iterable[str]) -> list[Any]:
 
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", soaked(KINDS))
+@pytest.mark.usefixtures("warm_python")
 def test_llama_cpp_reads_what_was_written(kind: str, tmp_path: Path) -> None:
     pieces = {"gemma2": "gemma", "gemma3": "gemma", "mistral": "llama-2", "phi3": "phi-3"}
     tokenizer = make_pieces(pieces[kind]) if kind in pieces else make_tokenizer("qwen2")
@@ -177,6 +180,7 @@ def test_llama_cpp_scales_a_rope_as_the_student_does(scaling: str, tmp_path: Pat
     assert found["status"] == "passed" and found["far_tokens"] == (320 if scaling == "linear" else 576)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_folder_has_the_dtype_of_the_base_and_two_paths_read_it(
     made: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +260,7 @@ def test_shards_are_rounded_one_by_one(made: RunDir) -> None:
     assert set(record["files"]) == {file.name for file in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_rounded_folder_with_a_wrong_weight_fails(
     made: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +330,7 @@ def test_a_modelfile_stops_at_every_end(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_each_stage_of_an_export_is_announced_before_it_starts(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", make_model(), make_tokenizer("smollm"))
     said: list[str] = []
@@ -341,6 +347,7 @@ def test_each_stage_of_an_export_is_announced_before_it_starts(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("place", ["out", pytest.param("run/../out/deep", marks=pytest.mark.soak)])
+@pytest.mark.usefixtures("warm_python")
 def test_an_export_elsewhere_is_recorded_so_that_any_folder_finds_it(
     place: str, made: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -165,6 +165,7 @@ def test_a_scaled_rope_is_read_back_at_far_positions(kind: str, rope: dict[str, 
             torch.testing.assert_close(other(ids).logits, hf(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_rope_whose_scaling_is_lost_fails_the_round_trip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +386,7 @@ def fewer_heads(hf: Any) -> Any:
 
 
 @needs_llama_cpp
+@pytest.mark.usefixtures("warm_python")
 def test_llama_cpp_reads_a_student_with_fewer_heads(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("qwen2")
     made = make_run(tmp_path / "run", fewer_heads(make_model(eos_token_id=tokenizer.eos_token_id)), tokenizer)

@@ -73,6 +73,7 @@ def assert_equal_weights(one: Path, other: Path) -> None:
     assert max(apart.values()) < 1e-4, apart
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_its_steps_are_those_of_the_own_loop_in_one_process_in_ranks_and_in_shards(
     recipe: Path, tmp_path: Path
 ) -> None:

@@ -415,6 +415,7 @@ def test_an_exported_gguf_file_comes_with_a_modelfile_and_its_three_paths(run: P
     assert "ollama create small -f Modelfile" in card
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_an_export_elsewhere_is_published_from_any_folder(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +433,7 @@ def test_an_export_elsewhere_is_published_from_any_folder(
     assert publish(Path("../run"), "--dry-run") == 2
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_folder_in_another_dtype_is_what_is_published_and_the_card_says_what_that_costs(run: Path) -> None:
     assert main(["export", str(run), "--format", "hf", "--dtype", "bfloat16"]) == 0
     assert publish(run, "--dry-run") == 0

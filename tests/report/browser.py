@@ -1,4 +1,4 @@
-"""A page in headless Chromium: what a script finds in it at several widths, and what the console says."""
+"""Pages in headless Chromium: what a script finds in them at several widths, and what the console says."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import pytest
 
 FRAMES = """<!doctype html>
 <html lang="en"><title>probe</title><body><script>
-const widths = WIDTHS, results = [];
+const frames = FRAMES, results = [];
 const look = LOOK;
-for (const width of widths) {
+for (const [page, width] of frames) {
   const frame = document.createElement("iframe");
   frame.style.cssText = `width:${width}px;height:3000px;border:0`;
   frame.onload = async () => {
-    results.push(await look(frame));
-    if (results.length === widths.length) document.body.textContent = "RESULT" + JSON.stringify(results) + "END";
+    results.push({ page, ...await look(frame) });
+    if (results.length === frames.length) document.body.textContent = "RESULT" + JSON.stringify(results) + "END";
   };
-  frame.src = "page.html";
+  frame.src = page;
   document.body.append(frame);
 }
 </script></body></html>
@@ -31,22 +31,28 @@ for (const width of widths) {
 
 
 def in_chromium(
-    folder: Path, look: str, widths: tuple[int, ...], *options: str, budget_ms: int = 5000
+    folder: Path,
+    look: str,
+    widths: tuple[int, ...],
+    *options: str,
+    pages: tuple[str, ...] = ("page.html",),
+    budget_ms: int = 5000,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the JavaScript function `look(frame)` returns of `page.html` at each width, in that order, and all that the
-    browser's console printed.
+    """What the JavaScript function `look(frame)` returns of each page at each width, in that order, with `page`, and
+    all that the browser's console printed.
     """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("chromium is not installed; the page was not looked at in a browser: not run")
-    (folder / "probe.html").write_text(FRAMES.replace("WIDTHS", str([*widths])).replace("LOOK", look))
+    frames = [[page, width] for page in pages for width in widths]
+    (folder / "probe.html").write_text(FRAMES.replace("FRAMES", json.dumps(frames)).replace("LOOK", look))
     command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'browser'}", *options]
     command += [f"--virtual-time-budget={budget_ms}", "--dump-dom", (folder / "probe.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     found = re.search("RESULT(.*)END", html.unescape(done.stdout), re.DOTALL)
     assert found, done.stdout[-500:]
-    results = sorted(json.loads(found[1]), key=lambda one: int(one["width"]))
+    results = sorted(json.loads(found[1]), key=lambda one: (pages.index(one["page"]), one["width"]))
     return results, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

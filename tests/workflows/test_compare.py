@@ -115,8 +115,9 @@ def test_the_figures_are_those_that_eval_gives_for_each_saved_student(whole: tup
         CORRECTED: [f"corrected-{s}" for s in range(3)],
     }.items():
         arm = arms(result(folder))[name]
+        figures = {place: evaluate(loaded, folder / place / "student") for place in {*places}}
         for metric in METRICS:
-            values = [evaluate(loaded, folder / place / "student")[metric] for place in places]
+            values = [figures[place][metric] for place in places]
             assert arm["by_seed"][metric] == pytest.approx(values, abs=1e-5)
             assert arm["metrics"][metric]["mean"] == pytest.approx(np.mean(values), abs=1e-5)
         assert arm["metrics"]["pass@1"] is None

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import transformers
 import yaml
 from conftest import WORDS, demo_gguf, make_corpus
 from data.chat_templates import QWEN_3, tokenizer_for
+from export.tiny_models import make_run, make_tokenizer
 from publish.hub import Repo, loopback
 from publish.lab import TOKEN, point_at
 
 from potstill.build.resolve import resolve
 from potstill.cli.main import main
+from potstill.export.export import export_run
 from potstill.preflight import fitting
 from potstill.preflight.plan import plan
 from potstill.recipe.load import load
@@ -61,11 +63,13 @@ def reader() -> Any:
     return tokenizer_for(QWEN_3)
 
 
-def make_family(folder: Path, family: str, layers: int = 4, steps: int = 12, **changes: Any) -> Path:
+def make_family(
+    folder: Path, family: str, layers: int = 4, steps: int = 12, tokenizer: Any = None, **changes: Any
+) -> Path:
     """A model that has seen a little text, so that it teaches something; 0 steps: a random one."""
     torch.manual_seed(layers)
     kind, own = FAMILIES[family]
-    tokenizer = reader()
+    tokenizer = reader() if tokenizer is None else tokenizer
     options = SHAPE | {"num_hidden_layers": layers, "vocab_size": len(tokenizer)} | ENDS | own
     options |= {"eos_token_id": tokenizer.eos_token_id} | ({"n_layer": layers} if family == "gpt2" else {})
     config = getattr(transformers, f"{kind}Config")(**options | changes)
@@ -273,9 +277,23 @@ def run_init(
     return code, yaml.safe_load(out.read_text()) if out.exists() else None, out
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def cases(every: Iterable[Any], checked: Iterable[Any]) -> list[Any]:
+    """Each with whether its recipe is given to check, too: `make test` does so for some, `make soak` for the rest."""
+    some = {*checked}
+    rest = [each for each in every if each not in some]
+    return [
+        *((each, True) for each in every if each in some),
+        *((each, False) for each in rest),
+        *(pytest.param(each, True, marks=pytest.mark.soak) for each in rest),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_checked"), cases(SHAPES, ["messages", "prompts", "shards of two bytes"])
+)
 def test_each_shape_of_data_is_recognised_and_its_recipe_passes_check(
     shape: str,
+    is_checked: bool,
     models: Callable[[str, str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -286,7 +304,12 @@ def test_each_shape_of_data_is_recognised_and_its_recipe_passes_check(
     code, recipe, out = run_init(tmp_path, monkeypatch, teacher, student, make(tmp_path))
     assert code == 0 and recipe is not None
     assert recipe["corpus"] | expected == recipe["corpus"]
-    require_checked(out, capsys)
+    if is_checked:
+        require_checked(out, capsys)
+    else:
+        capsys.readouterr()
+        assert main(["rows", str(out), "--json"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) > 1
 
 
 @pytest.mark.parametrize("make", [messages, lines_of("text")])
@@ -321,21 +344,23 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "kind"), PAIRS)
+@pytest.mark.parametrize(("pair", "is_checked"), cases(PAIRS, PAIRS[1:4] + PAIRS[-1:]))
 def test_the_recipe_of_each_family_and_kind_of_student_passes_check(
-    family: str,
-    kind: str,
+    pair: tuple[str, str],
+    is_checked: bool,
     models: Callable[[str, str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    family, kind = pair
     student = kind if kind == "cut" else str(models(family, kind))
     data = lines_of("text")(tmp_path)
     code, recipe, out = run_init(tmp_path, monkeypatch, str(models(family, "teacher")), student, data)
     assert code == 0 and recipe is not None and recipe["student"]["name"] == kind
     assert recipe["corpus"]["packing"] == (family != "opt")
-    require_checked(out, capsys)
+    if is_checked:
+        require_checked(out, capsys)
 
 
 def test_the_student_s_chat_template_writes_the_rows_where_the_teacher_has_none(
@@ -878,6 +903,22 @@ def test_models_and_a_data_set_of_the_hub_are_named_as_they_were_given(
         require_checked(out, capsys)
 
 
+def test_a_recipe_for_a_teacher_in_a_gguf_file_passes_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = make_tokenizer("smollm")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        make_family(tmp_path / "T", "llama", tokenizer=tokenizer)
+    )
+    run = make_run(tmp_path / "run", hf, tokenizer)
+    export_run(run.path, tmp_path, ["f16"], check=False)
+    data = lines_of("text")(tmp_path)
+    code, recipe, out = run_init(tmp_path, monkeypatch, "run-F16.gguf", "cut", data)
+    assert code == 0 and recipe is not None and recipe["teacher"]["model"] == "run-F16.gguf"
+    require_checked(out, capsys)
+
+
+@pytest.mark.soak
 @pytest.mark.real
 def test_the_recipe_of_the_demo_s_teacher_passes_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from conftest import make_corpus
 from export.tiny_models import make_model, make_tokenizer, needs_llama_cpp
 
@@ -41,8 +43,10 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "allow_weak_teacher: true\n"
     )
     run = distill(recipe, out=folder / "run").path
-    assert main(["export", str(run), "--format", "gguf", "--quantize", "f16"]) == 0
-    assert main(["profile", str(run), *QUICK]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm.python())
+        assert main(["export", str(run), "--format", "gguf", "--quantize", "f16"]) == 0
+        assert main(["profile", str(run), *QUICK]) == 0
     return run
 
 
@@ -132,6 +136,7 @@ def test_it_is_shown_in_the_terminal_the_report_and_the_card(
             assert expected not in text and "gained" not in text and 'id="gains"' not in text
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_what_cannot_be_measured_is_not_run_and_the_rest_is(
     profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +181,7 @@ def test_a_teacher_that_is_a_store_is_not_run(tiny_recipe: Recipe, tmp_path: Pat
     recipe = tiny_recipe("stored.yaml", teacher=f"{{name: store, path: {tmp_path / 'store'}}}")
     run = distill(recipe, out=tmp_path / "run").path
     assert main(["profile", str(run), *QUICK]) == 0
-    found = found_in(run)
+    found = found_in(run)  # by processes that begin with nothing
     assert found["models"]["teacher"] == found["acceptance"]["expected"] == found["acceptance"]["measured"]
     assert found["models"]["teacher"].startswith("not run: ") and "store" in found["models"]["teacher"]
     assert found["settings"]["prompt"] == "held-out text"

@@ -76,22 +76,15 @@ def test_every_prompt_has_its_answers_in_order(writing: Callable[..., Path], tmp
     assert not (tmp_path / "out" / ".lock").exists()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "samples: 2",
-        "max_new_tokens: 11",
-        "temperature: 0.5",
-        "top_p: 0.3",
-        "top_k: 3",
-        "seed: 1",
-    ],
-)
-def test_a_field_changes_what_is_written(change: str, writing: Callable[..., Path], tmp_path: Path) -> None:
-    write_corpus(writing(), out=tmp_path / "one")
-    name, _, value = change.partition(": ")
-    write_corpus(writing(), [f"write.{name}={value}"], out=tmp_path / "two")
-    assert answers(tmp_path / "one") != answers(tmp_path / "two")
+CHANGES = ("samples=2", "max_new_tokens=11", "temperature=0.5", "top_p=0.3", "top_k=3", "seed=1")
+
+
+def test_every_field_changes_what_is_written(writing: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = writing()
+    write_corpus(recipe, out=tmp_path / "plain")
+    for change in CHANGES:
+        write_corpus(recipe, [f"write.{change}"], out=tmp_path / change)
+        assert answers(tmp_path / "plain") != answers(tmp_path / change), change
 
 
 def test_what_is_dropped_is_counted(writing: Callable[..., Path], tmp_path: Path) -> None:
@@ -124,6 +117,7 @@ def test_the_batch_has_no_say(writing: Callable[..., Path], tmp_path: Path) -> N
     assert answers(tmp_path / "one") == answers(tmp_path / "two")
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_kill_loses_nothing(writing: Callable[..., Path], tmp_path: Path) -> None:
     """Killed twice, each time with a torn line behind what was whole: the same bytes in the end."""
     recipe, out = writing("{max_new_tokens: 12, truncated: keep, prompts_at_once: 1}"), tmp_path / "out"

@@ -54,6 +54,8 @@ FORMAT = re.compile(r"strftime_now\(\s*(?:'([^']*)'|\"([^\"]*)\")\s*\)")
 
 Json = dict[str, Any]
 
+_samples: dict[tuple[Source, Source, str], str] = {}
+
 
 class ConversationRefused(UserError):
     """One conversation cannot be learnt from; others can. `corpus.skip_refused` leaves it out."""
@@ -202,7 +204,16 @@ class ChatTemplate:
         return self._takes_parts[source.text]
 
     def sample(self, where: str) -> str:
-        """What the template writes for each role that it knows: it may put its tokens together from parts."""
+        """What the template writes for each role that it knows: it may put its tokens together from parts.
+
+        A template that this process has asked, with the same special tokens, is not asked again.
+        """
+        key = (*self.sources, repr(self.tokenizer.special_tokens_map))
+        if key not in _samples:
+            _samples[key] = self._sample(where)
+        return _samples[key]
+
+    def _sample(self, where: str) -> str:
         asked: Json = {"role": "user", "content": PROBE}
         texts: list[str] = []
         called: Json = {
