@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from cut_off import cut_off
-from ranks import ranks
 from safetensors.torch import load_file, save_file
+from soak.forkserver import ForkServer
 from test_checkpoint import essence, rewrite_manifest
 from test_distributed import TRAIN, assert_equal_runs
 from torch import nn
@@ -222,10 +222,12 @@ def test_evaluations_and_the_saved_student_are_of_the_average_and_training_is_no
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
-def test_ranks_have_one_muon_and_one_average(tiny_recipe: Recipe, tmp_path: Path, parallel: str) -> None:
+def test_ranks_have_one_muon_and_one_average(
+    tiny_recipe: Recipe, forks: ForkServer, tmp_path: Path, parallel: str
+) -> None:
     train = (TRAIN % f"parallel: {parallel}, optimizer: muon, ema: 0.9").replace("lr: 1e-2", "lr: 1e-3")
     recipe = tiny_recipe(train=train, eval="{every: 10}")
     alone = distill(recipe, out=tmp_path / "alone").path
-    ranks(2, "distill", recipe, "--out", tmp_path / "two")
+    forks.ranks(2, "distill", recipe, "--out", tmp_path / "two")
     # Muon's products are in bfloat16, where the last bit of a float32 gradient may become one of its 8.
     assert_equal_runs(tmp_path / "two", alone, rel=2e-4)
