@@ -14,6 +14,7 @@ from typing import Any
 from transformers import modeling_gguf_pytorch_utils as transformers_gguf
 
 from potstill.errors import one_line
+from potstill.io.gguf_library import quick_gguf
 from potstill.io.safe_open import printable_name, refuse
 from potstill.models.gguf_files import FOLDER, GGUFModel, check_gguf
 from potstill.models.gguf_rope import FREQS, LONG, READ, SHORT, rope_parameters
@@ -101,7 +102,8 @@ def require_known_tensors(path: Path, hf: Any) -> None:
     info = check_gguf(path)
     processor = transformers_gguf.TENSOR_PROCESSORS.get(info.architecture, transformers_gguf.TensorProcessor)
     try:
-        known = transformers_gguf.get_gguf_hf_weights_map(hf, processor(config=hf.config.to_dict()))
+        with quick_gguf():
+            known = transformers_gguf.get_gguf_hf_weights_map(hf, processor(config=hf.config.to_dict()))
     except Exception as error:  # an architecture that the gguf package does not name
         refuse(path, f"Transformers cannot load it: {one_line(error)}", FOLDER)
     names = known.keys() | {f"{name}.weight" for name in known if name.endswith("_exps")}
