@@ -266,7 +266,8 @@ def child(order: dict[str, Any]) -> int:
         on_call(name, lambda number, name=name: counts.update({name: 1}))
     if "aim" in play:
         name, nth, number = play["aim"]
-        on_call(name, lambda call: signal.raise_signal(number) if call == nth else None)
+        last = nth + play.get("times", 1) - 1
+        on_call(name, lambda call: signal.raise_signal(number) if nth <= call <= last else None)
     if "slow" in play:
         name, seconds = play["slow"]
         on_call(name, lambda call: time.sleep(seconds))
