@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 import warm
+from soak.forkserver import ForkServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from potstill import registry
@@ -168,27 +169,44 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpora") / "text")
 
 
+def write_recipe(path: Path, teacher: Path, corpus: Path, sections: dict[str, str]) -> Path:
+    """A small whole recipe, with sections replaced by their YAML text."""
+    text = {
+        "corpus": f"{{name: text, path: {corpus}, tokens_per_row: 32, heldout_rows: 4}}",
+        "teacher": f"{{name: torch, model: {teacher}}}",
+        # By place: what layers are worth, and a repair, take as long as the four steps.
+        "student": "{name: cut, layers: 2, rule: first_last, repair: false}",
+        "objective": "{chunk: 16}",
+        "train": "{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu}",
+        "eval": "{every: 2}",
+        "allow_weak_teacher": "true",  # it is random,
+        "allow_coarse_store": "true",  # and so flat that few ids are a bad sample of it
+    } | sections
+    path.write_text("".join(f"{key}: {value}\n" for key, value in text.items()))
+    return path
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, teacher_folder: Path, corpus_folder: Path) -> Callable[..., Path]:
     """A function that writes a small whole recipe, with sections replaced by their YAML text."""
 
     def write(name: str = "tiny.yaml", **sections: str) -> Path:
-        text = {
-            "corpus": f"{{name: text, path: {corpus_folder}, tokens_per_row: 32, heldout_rows: 4}}",
-            "teacher": f"{{name: torch, model: {teacher_folder}}}",
-            # By place: what layers are worth, and a repair, take as long as the four steps.
-            "student": "{name: cut, layers: 2, rule: first_last, repair: false}",
-            "objective": "{chunk: 16}",
-            "train": "{steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu}",
-            "eval": "{every: 2}",
-            "allow_weak_teacher": "true",  # it is random,
-            "allow_coarse_store": "true",  # and so flat that few ids are a bad sample of it
-        } | sections
-        path = tmp_path / name
-        path.write_text("".join(f"{key}: {value}\n" for key, value in text.items()))
-        return path
+        return write_recipe(tmp_path / name, teacher_folder, corpus_folder, sections)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def forks(
+    tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, corpus_folder: Path
+) -> Iterator[ForkServer]:
+    """Starts of potstill by fork, from a process that has done a run."""
+    folder = tmp_path_factory.mktemp("forks")
+    server = ForkServer(folder)
+    first = write_recipe(folder / "first.yaml", teacher_folder, corpus_folder, {})
+    server.prepare(["distill", str(first), "--out", str(folder / "first")])
+    yield server
+    server.close()
 
 
 def demo_gguf() -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import ssl
@@ -33,14 +34,21 @@ NEUTRAL: Json = {
 """What vLLM and SGLang do where neither a request nor the generation config says anything."""
 
 
+@functools.cache
+def _loaded(folder: Path) -> tuple[Any, Any, list[str]]:
+    """A model, its tokenizer and the text of each id: one for all that serve it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer, [tokenizer.decode([token]) for token in range(len(tokenizer))]
+
+
 class Served:
     """What is served, and what goes wrong. `fault(path, body)` names the fault of a request, or None."""
 
     def __init__(self, folder: Path, name: str = "served", key: str | None = None) -> None:
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.model, self.tokenizer, texts = _loaded(folder)
         self.name, self.key, self.max_length = name, key, 512
-        self.texts = [self.tokenizer.decode([token]) for token in range(len(self.tokenizer))]
+        self.texts = [*texts]
         self.owner, self.completes = "vllm", True
         """What it says of itself, and whether it shows the last byte of a character as all of it."""
         self.known = len(self.texts)

@@ -872,7 +872,7 @@ def some(problem: Problem, sample: int) -> str:
     return canonical(problem) if (number(problem) + sample) % 3 else "\n    return ()\n"
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_a_killed_evaluation_resumes_to_the_result_of_one_that_was_not(
     cut: bool,
     trusting: Any,
@@ -1018,7 +1018,13 @@ def test_two_evaluations_do_not_write_in_one_folder(
 # ---- the same again ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [[], ["--temperature", "0.8", "--top-p", "0.9", "--samples", "2"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], marks=pytest.mark.soak),
+        ["--temperature", "0.8", "--top-p", "0.9", "--samples", "2"],
+    ],
+)
 def test_the_same_evaluation_twice_is_identical_whatever_the_workers(
     flags: list[str],
     shut_in: Sandbox,
@@ -1178,8 +1184,15 @@ def test_auto_is_chat_where_there_is_a_template_with_its_tokens_once_and_its_end
     assert result["settings"]["prompt"] == "base" and result["settings"]["eos_token_ids"] == [0]
 
 
-@pytest.mark.parametrize("special", [True, False])
-@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize(
+    ("opened", "special"),
+    [
+        (True, False),
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.soak),
+        pytest.param(False, False, marks=pytest.mark.soak),
+    ],
+)
 def test_a_model_that_thinks_is_judged_by_its_answer_alone(
     special: bool,
     opened: bool,

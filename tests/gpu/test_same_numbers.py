@@ -7,10 +7,7 @@ that it fails where something is planted (tests/planted.py). `pytest -m gpu test
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import transformers
 from conftest import make_model
 from ranks import ranks
 from safetensors.torch import load_file
+from soak.forkserver import ForkServer
 
 from potstill import CudaTrainerTeacher, TorchTeacher, distill
 from potstill.runs.run_dir import RunDir
@@ -154,10 +152,13 @@ def test_compiled_steps_are_the_others(device: str, tiny_recipe: Recipe, tmp_pat
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_rank_of_fsdp_is_one_process(device: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_one_rank_of_fsdp_is_one_process(
+    device: str, tiny_recipe: Recipe, forks: ForkServer, tmp_path: Path
+) -> None:
     recipe = tiny_recipe(train=TRAIN % (device, ", parallel: fsdp"))
     alone = run(recipe, tmp_path / "alone")
-    ranks(1, "distill", recipe, "--out", tmp_path / "rank")
+    start = forks.ranks if device == "cpu" else ranks  # a fork has no GPU
+    start(1, "distill", recipe, "--out", tmp_path / "rank")
     one = RunDir(tmp_path / "rank")
     assert losses(one) == pytest.approx(losses(alone), rel=1e-5)
     assert furthest(one, alone) < 1e-5
@@ -175,12 +176,10 @@ def test_a_student_with_padded_ids_learns_the_same_there(
     assert losses(there) == pytest.approx(losses(on_cpu), rel=1e-5)
 
 
-def test_without_a_device_cuda_is_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_without_a_device_cuda_is_refused(tiny_recipe: Recipe, forks: ForkServer, tmp_path: Path) -> None:
     """On a machine that has one, too: it is hidden."""
     recipe = tiny_recipe(train=TRAIN % ("cuda", ""))
-    command = [sys.executable, "-m", "potstill", "distill", str(recipe), "--out", str(tmp_path / "run")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(errors) == 1 and "0 CUDA device" in errors[0], done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    end = forks.start(["distill", str(recipe), "--out", str(tmp_path / "run")])
+    errors = [line for line in end.told.splitlines() if line.startswith("error: ")]
+    assert end.code == 2 and len(errors) == 1 and "0 CUDA device" in errors[0], end.told
+    assert "Traceback" not in end.told and not (tmp_path / "run").exists()

@@ -66,10 +66,22 @@ def traced_in_full(path: Path, patch: pytest.MonkeyPatch) -> Traced:
         return traced(path)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral", "gpt2"])
+PLAIN = "rows_per_micro_batch: 2"
+LEAN = "precision: bfloat16, activation_checkpointing: true, optimizer: muon"
+
+
 @pytest.mark.parametrize(
-    "train",
-    ["rows_per_micro_batch: 2", "precision: bfloat16, activation_checkpointing: true, optimizer: muon"],
+    ("kind", "train"),
+    [
+        ("llama", PLAIN),
+        ("gpt2", PLAIN),
+        ("gemma3", LEAN),
+        ("mixtral", LEAN),
+        pytest.param("gemma3", PLAIN, marks=pytest.mark.soak),
+        pytest.param("mixtral", PLAIN, marks=pytest.mark.soak),
+        pytest.param("llama", LEAN, marks=pytest.mark.soak),
+        pytest.param("gpt2", LEAN, marks=pytest.mark.soak),
+    ],
 )
 def test_a_trace_is_the_trace_of_every_operation(
     kind: str,
@@ -91,11 +103,26 @@ def test_a_trace_is_the_trace_of_every_operation(
     assert traced(path) == traced_in_full(path, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "objective",
-    ["divergence: forward_kl, temperature: 2.0", "divergence: jsd", "kd_weight: 0.0, ce_weight: 1.0"],
+FORWARD, JSD, LABELS = (
+    "divergence: forward_kl, temperature: 2.0",
+    "divergence: jsd",
+    "kd_weight: 0.0, ce_weight: 1.0",
 )
-@pytest.mark.parametrize("rows", [50, 103, 512])
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"),
+    [
+        (FORWARD, 50),
+        (JSD, 103),
+        (LABELS, 50),
+        (FORWARD, 512),
+        *(
+            pytest.param(objective, rows, marks=pytest.mark.soak)
+            for objective, rows in [(FORWARD, 103), (JSD, 50), (JSD, 512), (LABELS, 103), (LABELS, 512)]
+        ),
+    ],
+)
 def test_blocks_of_a_chunk_are_alike(
     objective: str, rows: int, tiny_recipe: Write, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,9 @@ def made(folder: Path, family: str, seed: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.soak] * (family == "mamba")) for family in FAMILIES]
+)
 def test_a_model_that_mixes_packed_documents_learns_from_one_document_a_row(
     family: str, tmp_path: Path, tiny_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -279,7 +279,15 @@ def test_sizes_that_no_machine_has_are_told_in_numbers(
     assert ("does not fit" in told.out) == (len(huge) == 1 and "rows_per_step" in huge[0])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "adamw, ema: 0.9"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "muon",
+        "adamw, ema: 0.9",
+        pytest.param("adamw", marks=pytest.mark.soak),
+        pytest.param("sgd", marks=pytest.mark.soak),
+    ],
+)
 def test_disk_is_what_a_run_leaves(optimizer: str, wide: Write, tmp_path: Path) -> None:
     train = f"{{steps: 6, rows_per_step: 2, lr: 1e-3, device: cpu, save_every: 2, optimizer: {optimizer}}}"
     path = wide(train=train)

@@ -1,19 +1,23 @@
 """Starts of potstill by fork: importing torch once, not once a start, is what makes hundreds of kills possible.
 
 Run as a program, this is a process of one thread that has imported everything, and forks a child for each
-order it reads. `ForkServer` is the other end. An order may also put instruments into the child: they count
-its file-system calls, end it at one of them, or send a signal from inside a named function.
+order it reads, or as many ranks of one run as it asks for. `ForkServer` is the other end. An order may also put
+instruments into the child: they count its file-system calls, end it at one of them, or send a signal from inside
+a named function.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib
+import io
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +77,7 @@ class ForkServer:
         self.told = folder / "told.txt"
         threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         environment = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # a process that has looked for devices cannot fork
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             stdin=subprocess.PIPE,
@@ -85,9 +90,27 @@ class ForkServer:
         self, arguments: list[str], *, after_s: float | None = None, number: int = signal.SIGKILL, **play: Any
     ) -> End:
         """Run potstill in a child to its end; `after_s` sends it the signal `number` from outside."""
+        return self._order(arguments=arguments, after_s=after_s, number=number, play=play)
+
+    def prepare(self, arguments: list[str]) -> None:
+        """Run potstill in the server itself: what libraries do at a first call, no child does again."""
+        end = self._order(arguments=arguments, is_here=True)
+        assert end.code == 0, end.told
+
+    def ranks(self, world: int, *arguments: object) -> None:
+        """Run potstill in `world` children, each with the environment that torchrun gives a rank."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        each = [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+        end = self._order(arguments=list(map(str, arguments)), ranks=each)
+        assert end.code == 0, end.told
+
+    def _order(self, **order: Any) -> End:
         assert self.process.stdin is not None and self.process.stdout is not None
-        order = {"arguments": arguments, "told": str(self.told), "after_s": after_s, "number": number}
-        self.process.stdin.write(json.dumps(order | {"play": play}, default=str) + "\n")
+        order = {"told": str(self.told), "after_s": None, "number": signal.SIGKILL, "play": {}} | order
+        self.process.stdin.write(json.dumps(order, default=str) + "\n")
         self.process.stdin.flush()
         found = json.loads(self.process.stdout.readline())
         return End(**found, told=self.told.read_text())
@@ -243,7 +266,8 @@ def child(order: dict[str, Any]) -> int:
         on_call(name, lambda number, name=name: counts.update({name: 1}))
     if "aim" in play:
         name, nth, number = play["aim"]
-        on_call(name, lambda call: signal.raise_signal(number) if call == nth else None)
+        last = nth + play.get("times", 1) - 1
+        on_call(name, lambda call: signal.raise_signal(number) if nth <= call <= last else None)
     if "slow" in play:
         name, seconds = play["slow"]
         on_call(name, lambda call: time.sleep(seconds))
@@ -259,13 +283,14 @@ def child(order: dict[str, Any]) -> int:
     return code
 
 
-def fork(order: dict[str, Any]) -> int:
+def fork(order: dict[str, Any], **environment: str) -> int:
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        told = os.open(order["told"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.environ.update(environment)
+        told = os.open(order["told"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(told, 2)
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 1)
@@ -295,6 +320,22 @@ def watch(pid: int, after_s: float | None, number: int) -> dict[str, float]:
         time.sleep(0.0005)
 
 
+def run(order: dict[str, Any]) -> dict[str, float]:
+    """How it ended; of several ranks, the worst code."""
+    with open(order["told"], "w") as told:
+        if order.get("is_here"):
+            from potstill.cli.main import main
+            from potstill.data import tokenizers
+
+            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+                code = main(order["arguments"])
+            tokenizers._read.cache_clear()  # each child reads its own, as a process does
+            return {"code": code, "seconds": 0}
+    pids = [fork(order, **environment) for environment in order.get("ranks", [{}])]
+    ends = [watch(pid, order["after_s"], order["number"]) for pid in pids]
+    return max(ends, key=lambda end: abs(end["code"]))
+
+
 def serve() -> None:
     import torch
 
@@ -304,8 +345,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        order = json.loads(line)
-        print(json.dumps(watch(fork(order), order["after_s"], order["number"])), flush=True)
+        print(json.dumps(run(json.loads(line))), flush=True)
     os._exit(0)  # torch takes seconds to say goodbye
 
 

@@ -15,7 +15,7 @@ INSIDE = ("token", "rollout", "kept")
 """Of a rollout: while it decodes, before it begins, and before its rows are kept."""
 
 
-@pytest.mark.parametrize("trial", range(count(3, 30)))
+@pytest.mark.parametrize("trial", range(count(2, 30)))
 def test_a_run_killed_inside_a_rollout_or_anywhere_is_the_run_that_was_not(
     lab: Lab, tmp_path: Path, trial: int
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_model
+from conftest import make_model, write_recipe
 from cut_off import cut_off
 from safetensors.torch import load_file, save_file
 
@@ -27,24 +27,41 @@ TRAIN = (
 )
 
 
-@pytest.fixture
-def recipe(tiny_recipe: Recipe, tmp_path: Path) -> Path:
+def recipe_in(folder: Path, teacher: Path) -> Path:
     """GPT-2 with dropout, so that the random state matters; rows that wrap into a second and third epoch."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
     )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "student")
-    texts = tmp_path / "texts"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "student")
+    texts = folder / "texts"
     texts.mkdir()
     for number in range(12):
         (texts / f"{number}.txt").write_text(f"{number} bottles of beer on the wall " * 2)
-    return tiny_recipe(
-        corpus=f"{{name: text, path: {texts}, tokens_per_row: 32, heldout_rows: 2}}",
-        student=f"{{name: checkpoint, model: {tmp_path / 'student'}}}",
-        train=TRAIN,
-        eval="{every: 5}",
-    )
+    sections = {
+        "student": f"{{name: checkpoint, model: {folder / 'student'}}}",
+        "train": TRAIN,
+        "eval": "{every: 5}",
+    }
+    corpus = f"{{name: text, path: {texts}, tokens_per_row: 32, heldout_rows: 2}}"
+    return write_recipe(folder / "tiny.yaml", teacher, texts, sections | {"corpus": corpus})
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, teacher_folder: Path) -> Path:
+    return recipe_in(tmp_path, teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path) -> Path:
+    """The recipe of the tests that change neither it nor what it names."""
+    return recipe_in(tmp_path_factory.mktemp("dropout"), teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def whole(kept: Path) -> Path:
+    """The run that was not cut off."""
+    return distill(kept, out=kept.parent / "whole").path
 
 
 def essence(run: Path) -> tuple[list[dict[str, float]], dict[str, Any], bytes]:
@@ -58,24 +75,32 @@ def essence(run: Path) -> tuple[list[dict[str, float]], dict[str, Any], bytes]:
     return lines, facts, (run / "student" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("after", [1, 3, 5, 7, 11])
+@pytest.mark.parametrize(
+    "after", [1, pytest.param(3, marks=pytest.mark.soak), 5, pytest.param(7, marks=pytest.mark.soak), 11]
+)
 def test_a_resumed_run_is_the_run_that_was_not_cut_off(
-    recipe: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+    kept: Path, whole: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distill(recipe, out=tmp_path / "whole")
-    cut_off(recipe, tmp_path / "cut", after, monkeypatch)
-    distill(recipe, out=tmp_path / "cut", resume=True)
-    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    cut_off(kept, tmp_path / "cut", after, monkeypatch)
+    distill(kept, out=tmp_path / "cut", resume=True)
+    assert essence(tmp_path / "cut") == essence(whole)
     assert RunDir(tmp_path / "cut").status() == {"state": "finished"}
+
+
+@pytest.fixture(scope="module")
+def cut_at_8(kept: Path) -> Path:
+    """Cut off after step 8."""
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off(kept, kept.parent / "cut", 8, patch)
+    return kept.parent / "cut"
 
 
 @pytest.mark.parametrize("lost", ["random", "moments", "weights", "step", "best"])
 def test_a_checkpoint_that_lacks_something_does_not_resume_exactly(
-    recipe: Path, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+    kept: Path, whole: Path, cut_at_8: Path, tmp_path: Path, lost: str
 ) -> None:
     """The negative control: whatever is dropped, the comparison above notices."""
-    distill(recipe, out=tmp_path / "whole")
-    cut_off(recipe, tmp_path / "cut", 8, monkeypatch)
+    shutil.copytree(cut_at_8, tmp_path / "cut")
     place = tmp_path / "cut" / "checkpoints" / "00000006"
     tensors, state = load_file(place / "tensors.safetensors"), json.loads((place / "state.json").read_text())
     if lost == "random":
@@ -94,8 +119,8 @@ def test_a_checkpoint_that_lacks_something_does_not_resume_exactly(
     rewrite_manifest(place)
     if lost == "step":  # a step that is not its folder's would be noticed
         place.rename(place.with_name("00000005"))
-    distill(recipe, out=tmp_path / "cut", resume=True)
-    assert essence(tmp_path / "cut") != essence(tmp_path / "whole")
+    distill(kept, out=tmp_path / "cut", resume=True)
+    assert essence(tmp_path / "cut") != essence(whole)
 
 
 def rewrite_manifest(place: Path) -> None:
@@ -183,9 +208,8 @@ def test_a_model_of_another_shape_is_named_and_no_checkpoint_is_called_damaged(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_ends_with_its_code_and_resumes_exactly(
-    recipe: Path, tmp_path: Path, number: int
+    kept: Path, whole: Path, tmp_path: Path, number: int
 ) -> None:
-    distill(recipe, out=tmp_path / "whole")
     log = RunDir.log
 
     def signalling(self: RunDir, step: int, metrics: dict[str, float]) -> None:
@@ -194,14 +218,14 @@ def test_a_signal_saves_ends_with_its_code_and_resumes_exactly(
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    arguments = ["distill", str(recipe), "--out", str(tmp_path / "cut")]
+    arguments = ["distill", str(kept), "--out", str(tmp_path / "cut")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunDir, "log", signalling)
         assert main(arguments) == 143
     assert signal.getsignal(number) is before
     assert RunDir(tmp_path / "cut").status()["state"] == "stopped"
     assert main([*arguments, "--resume"]) == 0
-    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    assert essence(tmp_path / "cut") == essence(whole)
     assert main([*arguments, "--resume"]) == 0  # finished already
 
 

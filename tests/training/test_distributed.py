@@ -1,4 +1,7 @@
-"""Several processes of one run, on the CPU: equal to one, resumed by other numbers of them, ended by a kill."""
+"""Several processes of one run, on the CPU: equal to one, resumed by other numbers of them, ended by a kill.
+
+The first test and those of `make soak` start them by torchrun, the others by fork, with torchrun's environment.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import torch
 from conftest import make_mixture, make_model
 from ranks import launch, ranks
 from safetensors.torch import load_file
+from soak.forkserver import ForkServer
 
 from potstill import distill
 from potstill.runs.run_dir import RunDir
@@ -44,7 +48,9 @@ def assert_equal_runs(one: Path, other: Path, rel: float = 1e-5) -> None:
 
 def test_two_ranks_are_one_and_other_numbers_of_them_go_on(tiny_recipe: Recipe, tmp_path: Path) -> None:
     """SGD, which knows the gradient's scale: DDP, resumed by one rank and by four. The student is measured and repaired."""
-    recipe = tiny_recipe(train=TRAIN % "optimizer: sgd, parallel: ddp", student="{name: cut, layers: 2}")
+    recipe = tiny_recipe(
+        train=TRAIN % "optimizer: sgd, parallel: ddp", student="{name: cut, layers: 2}", eval="{every: 10}"
+    )
     alone = distill(recipe, out=tmp_path / "alone").path
     told = ranks(2, "distill", recipe, f"corpus.shards={tmp_path / 'shards'}", "--out", tmp_path / "two")
     assert told.count("step 20/20") == 1  # the first alone speaks
@@ -102,7 +108,7 @@ def test_shards_of_student_and_teacher_are_the_whole(tiny_recipe: Recipe, tmp_pa
     ],
 )
 def test_the_router_loss_is_that_of_all_ranks(
-    tiny_recipe: Recipe, tmp_path: Path, parallel: str, rows: int
+    tiny_recipe: Recipe, forks: ForkServer, tmp_path: Path, parallel: str, rows: int
 ) -> None:
     train = (TRAIN % f"optimizer: sgd, parallel: {parallel}").replace(
         "steps: 20, rows_per_step: 5", f"steps: 2, rows_per_step: {rows}"
@@ -111,7 +117,7 @@ def test_the_router_loss_is_that_of_all_ranks(
         student=f"{{name: checkpoint, model: {make_mixture(tmp_path / 'student')}}}", train=train
     )
     alone = distill(recipe, out=tmp_path / "alone").path
-    ranks(2, "distill", recipe, "--out", tmp_path / "two")
+    forks.ranks(2, "distill", recipe, "--out", tmp_path / "two")
     assert_equal_runs(tmp_path / "two", alone)
     one, two = (RunDir(path).metrics() for path in (alone, tmp_path / "two"))
     for name in ("train/router_loss", "experts/share_max", "experts/share_min"):
@@ -212,14 +218,17 @@ def test_what_every_rank_finds_wrong_is_said_once(tiny_recipe: Recipe, tmp_path:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
-def test_two_ranks_write_what_one_writes(parallel: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_two_ranks_write_what_one_writes(
+    parallel: str, tiny_recipe: Recipe, forks: ForkServer, tmp_path: Path
+) -> None:
     """Of five rows three are the student's: one rank writes two of them, under FSDP both write all."""
     recipe = tiny_recipe(
         train=TRAIN % f"optimizer: sgd, parallel: {parallel}",
         rollouts="{fraction: 0.6, max_new_tokens: 8, prompt_tokens: 6, every: 2}",
+        eval="{every: 10}",
     )
     alone = distill(recipe, out=tmp_path / "alone").path
-    ranks(2, "distill", recipe, "--out", tmp_path / "two")
+    forks.ranks(2, "distill", recipe, "--out", tmp_path / "two")
     assert_equal_runs(tmp_path / "two", alone)
     ids = [
         [load_file(path)["ids"].tolist() for path in sorted((folder / "rollouts").iterdir())]

@@ -83,17 +83,15 @@ def recipe_with(tiny_recipe: Recipe, python: Path | str, more: str = "") -> Path
     return tiny_recipe(rollouts=f"{{{OWN}, engine: vllm, vllm_python: {python}{more}}}")
 
 
-def test_an_engine_gets_the_weights_of_each_step(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_an_engine_gets_the_weights_of_each_step_and_what_it_wrote_is_read_again(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     """Its log-probabilities are the trainer's at every step, which those of older weights would not be."""
-    run = distill(recipe_with(tiny_recipe, double(tmp_path / "env"), ", max_engine_gap: 1e-4"), out=tmp_path / "run",
-                  overrides=["train.lr=1e-2"])  # fmt: skip
+    recipe = recipe_with(tiny_recipe, double(tmp_path / "env"), ", max_engine_gap: 1e-4")
+    changed = ["train.lr=1e-2", "train.save_every=2"]
+    run = distill(recipe, out=tmp_path / "run", overrides=changed)
     gaps = [line["rollout/engine_gap"] for line in run.metrics() if "rollout/engine_gap" in line]
     assert len(gaps) == 4 and max(gaps) < 1e-4
-
-
-def test_a_step_that_is_taken_again_reads_what_the_engine_wrote(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = recipe_with(tiny_recipe, double(tmp_path / "env"))
-    run = distill(recipe, out=tmp_path / "run", overrides=["train.save_every=2"])
     written = {path.name: path.read_bytes() for path in run.rollouts.iterdir()}
     shutil.rmtree(run.checkpoints / "00000004")
     (run.path / "receipt.json").unlink()
@@ -102,7 +100,7 @@ def test_a_step_that_is_taken_again_reads_what_the_engine_wrote(tiny_recipe: Rec
     before = weights.read_bytes()
     # The engine is not needed for what there is.
     (tmp_path / "env" / "modules" / "vllm.py").write_text("raise ImportError('gone')")
-    again = distill(recipe, out=run.path, resume=True, overrides=["train.save_every=2"])
+    again = distill(recipe, out=run.path, resume=True, overrides=changed)
     assert {path.name: path.read_bytes() for path in again.rollouts.iterdir()} == written
     assert weights.read_bytes() == before
 
@@ -114,7 +112,11 @@ def test_a_step_that_is_taken_again_reads_what_the_engine_wrote(tiny_recipe: Rec
             {"shift": 0.2},
             r"step 1: the engine's log-probabilities .* 0\.2 nats .* rollouts.max_engine_gap \(0\.05\)",
         ),
-        ({"before": "os._exit(7)"}, r"the vLLM process has ended: it says no error. Start .* --resume"),
+        pytest.param(
+            {"before": "os._exit(7)"},
+            r"the vLLM process has ended: it says no error. Start .* --resume",
+            marks=pytest.mark.soak,
+        ),
         ({"before": "raise ValueError('no room')"}, r"the vLLM process has ended: ValueError: no room"),
     ],
 )

@@ -11,8 +11,8 @@ import pytest
 import torch
 from cut_off import cut_off
 from export.tiny_models import make_model, make_tokenizer
-from ranks import ranks
 from safetensors.torch import load_file
+from soak.forkserver import ForkServer
 from test_checkpoint import essence
 from test_distributed import assert_equal_runs
 
@@ -153,11 +153,13 @@ def test_a_resumed_run_is_the_run_that_was_not_cut_off(
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
-def test_ranks_round_as_one(recipe: Callable[..., Path], tmp_path: Path, parallel: str) -> None:
+def test_ranks_round_as_one(
+    recipe: Callable[..., Path], forks: ForkServer, tmp_path: Path, parallel: str
+) -> None:
     path = recipe("q8_0")
     changed = [f"train.parallel={parallel}", "train.rows_per_micro_batch=1", "train.optimizer=sgd"]
     alone = distill(load_recipe(path, changed), out=tmp_path / "alone").path
-    ranks(2, "distill", path, *changed, "--out", tmp_path / "two")
+    forks.ranks(2, "distill", path, *changed, "--out", tmp_path / "two")
     assert_equal_runs(tmp_path / "two", alone)
 
 

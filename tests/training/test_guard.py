@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from soak.forkserver import ForkServer
 
 from potstill import UserError, distill, load_recipe
 from potstill.build.resolve import resolve
@@ -452,18 +451,12 @@ def test_a_signal_before_the_run_directory_exists_leaves_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_second_signal_ends_the_process_at_once(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_process_at_once(
+    tiny_recipe: Recipe, forks: ForkServer, tmp_path: Path
+) -> None:
+    """Both within one step, of four micro-batches."""
     recipe = tiny_recipe(train="{steps: 4, rows_per_step: 4, rows_per_micro_batch: 1, lr: 1e-3, device: cpu}")
-    program = (
-        "import signal, sys; from potstill.cli.main import main; from potstill.training.watchdog import Watchdog\n"
-        "beat = Watchdog.beat\n"
-        "def signalling(self):\n"
-        "    beat(self)\n"
-        "    if self._in_loop: signal.raise_signal(signal.SIGTERM)\n"
-        "Watchdog.beat = signalling\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    arguments = [sys.executable, "-c", program, "distill", str(recipe), "--out", str(tmp_path / "run")]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGTERM and "once more ends at once" in done.stderr
+    arguments = ["distill", str(recipe), "--out", str(tmp_path / "run")]
+    end = forks.start(arguments, aim=("forward", 2, signal.SIGTERM), times=2)
+    assert end.code == -signal.SIGTERM and "once more ends at once" in end.told
     assert RunDir(tmp_path / "run").status()["state"] == "running"  # nothing more was written

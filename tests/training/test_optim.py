@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from cut_off import cut_off
-from ranks import ranks
 from safetensors.torch import load_file, save_file
+from soak.forkserver import ForkServer
 from test_checkpoint import essence, rewrite_manifest
 from test_distributed import TRAIN, assert_equal_runs
 from torch import nn
@@ -153,18 +153,25 @@ def test_muon_of_adapters_and_of_a_head_alone(tiny_recipe: Recipe, teacher_folde
 
 @pytest.mark.parametrize(
     "options",
-    ["optimizer: muon", "ema: 0.9", "optimizer: sgd, ema: 0.5", "optimizer: muon, ema: 0.9, schedule: wsd"],
+    [
+        pytest.param("optimizer: muon", marks=pytest.mark.soak),
+        pytest.param("ema: 0.9", marks=pytest.mark.soak),
+        "optimizer: sgd, ema: 0.5",
+        "optimizer: muon, ema: 0.9, schedule: wsd",
+    ],
 )
-@pytest.mark.parametrize("after", [1, 8])
 def test_a_resumed_run_is_the_run_that_was_not_cut_off(
-    tiny_recipe: Recipe, tmp_path: Path, options: str, after: int, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Recipe, tmp_path: Path, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before its first checkpoint, and after its second."""
     train = f"{{steps: 10, rows_per_step: 2, lr: 1e-2, warmup: 2, save_every: 3, device: cpu, {options}}}"
     recipe = tiny_recipe(train=train, eval="{every: 4}")
-    distill(recipe, out=tmp_path / "whole")
-    cut_off(recipe, tmp_path / "cut", after, monkeypatch)
-    distill(recipe, out=tmp_path / "cut", resume=True)
-    assert essence(tmp_path / "cut") == essence(tmp_path / "whole")
+    whole = essence(distill(recipe, out=tmp_path / "whole").path)
+    for after in (1, 8):
+        cut = tmp_path / f"cut-{after}"
+        cut_off(recipe, cut, after, monkeypatch)
+        distill(recipe, out=cut, resume=True)
+        assert essence(cut) == whole, after
 
 
 def test_a_checkpoint_without_its_average_is_damaged(
@@ -222,10 +229,12 @@ def test_evaluations_and_the_saved_student_are_of_the_average_and_training_is_no
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
-def test_ranks_have_one_muon_and_one_average(tiny_recipe: Recipe, tmp_path: Path, parallel: str) -> None:
+def test_ranks_have_one_muon_and_one_average(
+    tiny_recipe: Recipe, forks: ForkServer, tmp_path: Path, parallel: str
+) -> None:
     train = (TRAIN % f"parallel: {parallel}, optimizer: muon, ema: 0.9").replace("lr: 1e-2", "lr: 1e-3")
     recipe = tiny_recipe(train=train, eval="{every: 10}")
     alone = distill(recipe, out=tmp_path / "alone").path
-    ranks(2, "distill", recipe, "--out", tmp_path / "two")
+    forks.ranks(2, "distill", recipe, "--out", tmp_path / "two")
     # Muon's products are in bfloat16, where the last bit of a float32 gradient may become one of its 8.
     assert_equal_runs(tmp_path / "two", alone, rel=2e-4)

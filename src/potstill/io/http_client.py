@@ -8,12 +8,14 @@ log or a message, even where the server repeats it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import ipaddress
 import json
 import os
 import re
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -64,6 +66,17 @@ class _NoAnswer(Exception):
         self.is_outage, self.wait_s = is_outage, wait_s
 
 
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+@functools.cache
+def _certificates(*named: str | None) -> ssl.SSLContext:
+    """Whom connections trust, by the environment's `CERTIFICATE_VARIABLES`. Kept: reading all authorities takes longer
+    than a request.
+    """
+    return httpx.create_ssl_context()
+
+
 class HttpClient:
     """A server that answers JSON with JSON. Threads may share one.
 
@@ -107,7 +120,12 @@ class HttpClient:
         try:
             # Redirects are not followed: the key would go wherever they lead.
             self._client = httpx.Client(
-                base_url=self.url, headers=headers, timeout=timeout_s, limits=limits, mounts=direct
+                base_url=self.url,
+                headers=headers,
+                timeout=timeout_s,
+                limits=limits,
+                mounts=direct,
+                verify=_certificates(*map(os.environ.get, CERTIFICATE_VARIABLES)),
             )
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             # Of an address, the library quotes what may be a part of a password.

@@ -7,17 +7,14 @@ tensor that no weight of the model takes. What a key means is what llama.cpp com
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 from transformers import modeling_gguf_pytorch_utils as transformers_gguf
 
 from potstill.errors import one_line
+from potstill.io.gguf_library import quick_gguf
 from potstill.io.safe_open import printable_name, refuse
 from potstill.models.gguf_files import FOLDER, GGUFModel, check_gguf
 from potstill.models.gguf_rope import FREQS, LONG, READ, SHORT, rope_parameters
@@ -105,7 +102,7 @@ def require_known_tensors(path: Path, hf: Any) -> None:
     info = check_gguf(path)
     processor = transformers_gguf.TENSOR_PROCESSORS.get(info.architecture, transformers_gguf.TensorProcessor)
     try:
-        with _one_table_of_names():
+        with quick_gguf():
             known = transformers_gguf.get_gguf_hf_weights_map(hf, processor(config=hf.config.to_dict()))
     except Exception as error:  # an architecture that the gguf package does not name
         refuse(path, f"Transformers cannot load it: {one_line(error)}", FOLDER)
@@ -113,19 +110,6 @@ def require_known_tensors(path: Path, hf: Any) -> None:
     if extra := sorted(info.tensors.keys() - names - {FREQS, LONG, SHORT}):
         what = f"{len(extra)} tensor(s), first {printable_name(extra[0])}"
         refuse(path, f"{what}: no weight of {type(hf).__name__}, and another model without", FOLDER)
-
-
-@contextlib.contextmanager
-def _one_table_of_names() -> Iterator[None]:
-    """Transformers has gguf make its table of all layers' names for every module, seconds for thirty layers: the same
-    one each time.
-    """
-    make = gguf.get_tensor_name_map
-    gguf.get_tensor_name_map = functools.cache(make)
-    try:
-        yield
-    finally:
-        gguf.get_tensor_name_map = make
 
 
 def windowed(period: int, num_layers: int) -> list[bool]:

@@ -6,13 +6,14 @@ from 1 up.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -137,9 +138,7 @@ class Config:
     """Base of every config class: unknown keys are refused, numbers are finite, each field's docstring is its
     documentation."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @property
     def plugin_file(self) -> Path | None:
@@ -152,6 +151,19 @@ class Config:
     def registered_name(self) -> str:
         """Its name in the registry; empty for a section that is not registered."""
         return str(self.__dict__.get("name", ""))
+
+
+@contextlib.contextmanager
+def documented() -> Iterator[None]:
+    """Inside the block, a schema that is made has each field's docstring as its description. Not elsewhere: to find
+    them, the source of every class is parsed, which takes longer than all else that reading a recipe does.
+    """
+    config = Config.__pydantic_config__
+    config["use_attribute_docstrings"] = True
+    try:
+        yield
+    finally:
+        del config["use_attribute_docstrings"]
 
 
 C = TypeVar("C", bound=Config)
