@@ -1268,7 +1268,7 @@ def test_a_store_that_a_server_cannot_fill_is_refused(
 # Rollouts, writing, checks
 
 
-@pytest.mark.parametrize("api", ["vllm", "sglang"])
+@pytest.mark.parametrize("api", ["vllm", pytest.param("sglang", marks=pytest.mark.soak)])
 def test_a_server_grades_what_the_student_writes(
     api: str,
     recipe: Recipe,
@@ -1289,8 +1289,15 @@ def test_a_server_grades_what_the_student_writes(
             assert other.get(name, 0.0) == pytest.approx(one.get(name, 0.0), rel=1e-4), name
 
 
-@pytest.mark.parametrize("api", ["vllm", "sglang"])
-@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(
+    ("temperature", "api"),
+    [
+        (0, "vllm"),
+        (1, "sglang"),
+        pytest.param(0, "sglang", marks=pytest.mark.soak),
+        pytest.param(1, "vllm", marks=pytest.mark.soak),
+    ],
+)
 def test_a_server_writes_a_corpus(
     api: str,
     temperature: int,
