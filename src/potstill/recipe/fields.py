@@ -6,13 +6,14 @@ from 1 up.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -135,11 +136,9 @@ Date = Annotated[str, check(_date)]
 
 class Config:
     """Base of every config class: unknown keys are refused, numbers are finite, each field's docstring is its
-    documentation."""
+    documentation: see `documented`."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @property
     def plugin_file(self) -> Path | None:
@@ -152,6 +151,18 @@ class Config:
     def registered_name(self) -> str:
         """Its name in the registry; empty for a section that is not registered."""
         return str(self.__dict__.get("name", ""))
+
+
+@contextlib.contextmanager
+def documented() -> Iterator[None]:
+    """Within it a schema has the fields' docstrings, which pydantic reads out of each class's source: for a recipe that
+    takes most of a second, and only its JSON schema shows them.
+    """
+    Config.__pydantic_config__["use_attribute_docstrings"] = True
+    try:
+        yield
+    finally:
+        del Config.__pydantic_config__["use_attribute_docstrings"]
 
 
 C = TypeVar("C", bound=Config)

@@ -24,7 +24,7 @@ from potstill import registry
 from potstill.errors import UserError
 from potstill.io import yaml
 from potstill.io.safe_open import opened
-from potstill.recipe.fields import Config, LocalPath
+from potstill.recipe.fields import Config, LocalPath, documented
 from potstill.recipe.messages import explain, shown
 from potstill.recipe.plugins import Registered, config_types, load_plugins
 from potstill.recipe.sections_data import CorpusConfig, DecontaminationConfig
@@ -263,16 +263,17 @@ def dump(recipe: Recipe) -> str:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors; the entries of loaded plug-ins are in it."""
-    schema = _adapter().json_schema()
-    registered = [config for kind in registry.HOMES for config in config_types(kind)]
-    for config in (*registered, *typing.get_args(AnyCapture)):
-        properties = schema["$defs"][config.__name__]["properties"]
-        # pydantic reads the docstrings of a class's own fields alone.
-        for base in [base for base in config.__mro__[1:] if dataclasses.is_dataclass(base)]:
-            base_schema: Any = TypeAdapter(base)  # type: ignore[arg-type]
-            for name, inherited in base_schema.json_schema().get("properties", {}).items():
-                if "description" in inherited:
-                    properties[name].setdefault("description", inherited["description"])
+    with documented():
+        schema = TypeAdapter(Recipe).json_schema()
+        registered = [config for kind in registry.HOMES for config in config_types(kind)]
+        for config in (*registered, *typing.get_args(AnyCapture)):
+            properties = schema["$defs"][config.__name__]["properties"]
+            # pydantic reads the docstrings of a class's own fields alone.
+            for base in [base for base in config.__mro__[1:] if dataclasses.is_dataclass(base)]:
+                base_schema: Any = TypeAdapter(base)  # type: ignore[arg-type]
+                for name, inherited in base_schema.json_schema().get("properties", {}).items():
+                    if "description" in inherited:
+                        properties[name].setdefault("description", inherited["description"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "potstill recipe"}
 
 
