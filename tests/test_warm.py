@@ -35,6 +35,11 @@ def test_it_has_the_words_the_folder_the_environment_and_the_streams(tmp_path: P
     assert [run(*way, cwd=tmp_path, input="import own").returncode for way in ways] == [0, 0, 0, 1]
 
 
+def test_one_with_a_hash_seed_of_its_own_begins_with_nothing() -> None:
+    said = {run("-c", "print(hash('a'))", env={"PYTHONHASHSEED": "1"}).stdout for _ in range(2)}
+    assert len(said) == 1 and said != {run("-c", "print(hash('a'))", env={"PYTHONHASHSEED": "2"}).stdout}
+
+
 @pytest.mark.parametrize(
     ("program", "code", "said"),
     [

@@ -11,6 +11,7 @@ import array
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -42,7 +43,8 @@ is_safe, flags = False, []
 while words and words[0] in ("-P", "-u"):
     is_safe |= words[0] == "-P"
     flags.append(words.pop(0))
-if not words or words[0].startswith("-") and words[0] not in ("-m", "-c", "-"):
+is_other = os.environ.get("PYTHONHASHSEED") != {seed!r}  # which a process has from its start
+if is_other or not words or words[0].startswith("-") and words[0] not in ("-m", "-c", "-"):
     os.execv({python!r}, [{python!r}, *flags, *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
@@ -63,7 +65,8 @@ def python() -> str:
     """The path of a Python whose imports are done; its process ends with this one."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     client, address = folder / "python", folder / "socket"
-    client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    seed = os.environ.get("PYTHONHASHSEED")
+    client.write_text(CLIENT.format(python=sys.executable, address=str(address), seed=seed))
     client.chmod(0o700)
     one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
     process = subprocess.Popen(
@@ -171,4 +174,6 @@ if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
     importlib.import_module("torch").set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # no fork looks through what was there before it, and copies it so
     serve(*sys.argv[1:])

@@ -372,18 +372,17 @@ def killed_at(number: int, torn: float | None, recipe: Path, out: Path) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [1, 3, 4, 7, 13, 14])
-def test_a_capture_that_was_killed_goes_on_to_the_same_store(
-    tiny_recipe: Recipe, tmp_path: Path, number: int
-) -> None:
+def test_a_capture_that_was_killed_goes_on_to_the_same_store(tiny_recipe: Recipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(capture=CAPTURE)
-    whole, out = content(capture(recipe, tmp_path / "whole")), tmp_path / "cut"
-    assert killed_at(number, 0.6 if number % 2 else None, recipe, out)
-    assert not (out / MANIFEST).exists() or number == 14
-    if number == 7:
-        assert killed_at(2, 0.1, recipe, out), "and once more"
-    capture(recipe, out)
-    assert content(out) == whole
+    whole = content(capture(recipe, tmp_path / "whole"))
+    for number in (1, 3, 4, 7, 13, 14):
+        out = tmp_path / f"cut-{number}"
+        assert killed_at(number, 0.6 if number % 2 else None, recipe, out)
+        assert not (out / MANIFEST).exists() or number == 14
+        if number == 7:
+            assert killed_at(2, 0.1, recipe, out), "and once more"
+        capture(recipe, out)
+        assert content(out) == whole, number
 
 
 def test_a_whole_store_is_not_captured_again(tiny_recipe: Recipe, tmp_path: Path) -> None:
