@@ -144,7 +144,7 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
     ),
     "missing file": (section(corpus="{name: text, path: nowhere}"), "corpus.path: .*nowhere"),
     "empty corpus": (empty_corpus, "not one document with text in it"),
-    "corpus too small": (small_corpus, "give 0 training rows"),
+    "corpus too small": (small_corpus, "one document, of 16 tokens"),
     "id beyond the vocabulary": (
         shard(np.array([1, 2, 300, 3] * 8, dtype="<u2").tobytes()),
         r"ids\.bin: id 300 at token 2 .*vocabulary of 258",
