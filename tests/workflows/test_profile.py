@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 import warm
 from conftest import make_corpus
 from export.tiny_models import make_model, make_tokenizer, needs_llama_cpp
@@ -176,17 +177,27 @@ def test_another_model_in_the_teachers_place_is_not_run(profiled: Path, tmp_path
 
 
 @needs_llama_cpp
-def test_a_teacher_that_is_a_store_is_not_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_of_a_store_it_is_the_captured_model_that_is_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
     assert main(["capture", str(tiny_recipe()), "--out", str(tmp_path / "store")]) == 0
     recipe = tiny_recipe("stored.yaml", teacher=f"{{name: store, path: {tmp_path / 'store'}}}")
     run = distill(recipe, out=tmp_path / "run").path
     assert main(["profile", str(run), *QUICK]) == 0
     found = found_in(run)  # by processes that begin with nothing
-    assert found["models"]["teacher"] == found["acceptance"]["expected"] == found["acceptance"]["measured"]
-    assert found["models"]["teacher"].startswith("not run: ") and "store" in found["models"]["teacher"]
+    assert found["models"]["teacher"]["parameters"] > found["models"]["student"]["parameters"]
+    assert found["speeds"][0]["teacher"]["repeats"] == found["speeds"][0]["student"]["repeats"] == 3
+    assert found["acceptance"]["expected"].startswith("not run: ")  # its targets are a sample
+    assert found["acceptance"]["measured"]["new_tokens"] > 0
     assert found["settings"]["prompt"] == "held-out text"
-    assert found["speeds"][0]["student"]["repeats"] == 3
     assert found["speeds"][1]["why"].startswith("not run: no GGUF file")
+    resolved = yaml.safe_load((run / "resolved.yaml").read_text())
+    resolved["teacher"]["model"] = "/nowhere/teacher"
+    (run / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+    assert main(["profile", str(run), *QUICK]) == 0
+    gone = found_in(run)
+    assert gone["models"]["teacher"] == gone["acceptance"]["measured"] and gone["speeds"][0]["ratios"] == {}
+    assert (
+        gone["models"]["teacher"].startswith("not run: ") and "/nowhere/teacher" in gone["models"]["teacher"]
+    )
 
 
 @pytest.mark.parametrize(

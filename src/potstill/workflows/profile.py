@@ -29,6 +29,7 @@ from potstill.export.gguf_model import require_quantiser, write_gguf
 from potstill.export.gguf_tokenizer import token_list
 from potstill.export.roundtrip import NO_LLAMA_CPP
 from potstill.io import machine
+from potstill.models.hub import local_copy
 from potstill.models.load import choose_device, load_causal_lm, load_config, longest_row, num_weights
 from potstill.models.model_files import bytes_of_weights, folder_sha256, type_of_weights
 from potstill.recipe import load as recipes
@@ -37,6 +38,7 @@ from potstill.types import Rows
 
 FORMAT = 1
 """Of `profile.json`; raised when its content changes."""
+NOT_WHOLE = "not run: the targets of a store are no whole distributions of the teacher"
 FEWEST_REPEATS, FEWEST_NEW = 3, 2
 SEED = 0
 Json = dict[str, Any]
@@ -157,29 +159,33 @@ class _Profiled:
             train = dataclasses.replace(recipe.train, device=self.settings.device)
             recipe = dataclasses.replace(recipe, train=train)
             resolved = resolve(recipe, saved_student=self.run.student)
-            if resolved.teacher.model_config is None:
+            if resolved.teacher.layers_config is None:
                 name = recipe.teacher.registered_name
                 return resolved, f"not run: a teacher of teacher.name: {name} is no model of this process"
-            files = resolved.teacher.checkpoints[0]
-            files.verify()
-            self._require_the_runs(resolved)
-            return resolved, files.path
+            for files in resolved.teacher.checkpoints:
+                files.verify()
+            return resolved, self._files_of_the_runs(resolved)
         except UserError as error:
             why = f"not run: {error.mistakes[0]}"
             return why, why
 
-    def _require_the_runs(self, resolved: Resolved) -> None:
-        """UserError where the teacher's files have other weights now: their figures would be another model's."""
+    def _files_of_the_runs(self, resolved: Resolved) -> Path:
+        """The teacher's files; of stored targets those of the captured model.
+
+        Raises:
+            UserError: they have other weights than the run had: their figures would be another model's.
+        """
         recorded = self.run.receipt().get("teacher", {}).get("weights_sha256")
-        if recorded is None:
-            return
         with contextlib.closing(resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)) as teacher:
-            found = teacher.weights_sha256()
-        if found is not None and found != recorded:
+            if resolved.teacher.model_config is None:
+                return local_copy(teacher.to_cut_from()[1])
+            path, found = resolved.teacher.checkpoints[0].path, teacher.weights_sha256()
+        if None not in (found, recorded) and found != recorded:
             raise UserError(
-                f"{resolved.teacher.checkpoints[0].path}: its weights are not those that the run had (sha256"
-                f" {found[:12]}, not {recorded[:12]}). Put that model back."
+                f"{path}: its weights are not those that the run had (sha256 {found:.12}, not {recorded:.12}). Put that"
+                " model back."
             )
+        return path
 
     def _require_context(self) -> None:
         asked = self.settings.prompt_tokens + self.settings.new_tokens
@@ -198,9 +204,11 @@ class _Profiled:
             if isinstance(self.resolved, str):
                 raise UserError(self.resolved.removeprefix("not run: "))
             with process_of(self.resolved.recipe):
-                if isinstance(self.teacher, str):
+                is_whole = self.resolved.teacher.model_config is not None
+                if isinstance(self.teacher, str) or not is_whole:
                     corpus, _ = read_corpus(self.resolved, self.note, lambda: None)
-                    return self._read(corpus.heldout, self.teacher)
+                    why = self.teacher if isinstance(self.teacher, str) else NOT_WHOLE
+                    return self._read(corpus.heldout, why)
                 return self._with_expected(self.resolved)
         except UserError as error:
             why = f"not run: {error.mistakes[0]}"
@@ -292,8 +300,8 @@ class _Profiled:
         """Speculative decoding of held-out prompts, where both models have the same ids."""
         if isinstance(self.teacher, str):
             return self.teacher
-        if isinstance(held.expected, str):
-            return held.expected
+        if not held.prompts:
+            return str(held.expected)
         self.note(f"speculative decoding: {len(held.prompts)} held-out prompts")
         own = {"prompts": held.prompts, "teacher": str(self.teacher), "student": str(self.run.student)}
         return acceptance.measured(request | own)
