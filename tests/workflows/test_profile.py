@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 import warm
+import yaml
 from conftest import make_corpus
 from export.tiny_models import make_model, make_tokenizer, needs_llama_cpp
 
