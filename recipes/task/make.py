@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -27,34 +28,30 @@ SPLITS = ("train", "heldout", "test")
 TEST_NOTES, HELDOUT_NOTES = 300, 200
 FIRST_DAY, DAYS = date(2018, 1, 1), 3650
 
-FIRST_WORDS = {
-    "train": (
-        "Alder Amber Apex Arcade Atlas Aurora Avalon Bayside Beacon Birch Bluebell Bramble Bright Bristol Brook"
-        " Cactus Canyon Castle Cedar Central Chestnut Cinnamon City Clover Coastal Cobalt Copper Coral Corner"
-        " Crescent Crown Crystal Daisy Delta Diamond Dolphin Eagle East Ebony Echo Elm Ember Emerald Empire"
-        " Evergreen Falcon Fern Fountain Fox Garden Garnet Ginger Golden Granite Green Grove Gulf Harbour Harvest"
-        " Hawthorn Hazel Heron Highland Hillside Horizon Imperial Indigo Iris Iron Island Ivory Ivy Jade Jasmine"
-        " Juniper Kestrel Kings"
-    ),
-    "heldout": "Lagoon Lakeside Lantern Laurel Lavender Lemon Liberty Lilac Lotus Lunar Magnolia Mango",
-    "test": (
-        "Maple Marble Marina Meadow Mercury Metro Midtown Mill Mint Monarch Moss Nectar Nordic Northgate Nova Oak"
-        " Oasis Ocean Olive Onyx Opal Orchard Orient Otter Palm Panorama Pearl Pepper Phoenix Pine Pioneer Plaza"
-        " Poppy Prairie"
-    ),
-}
-SECOND_WORDS = {
-    "train": (
-        "Airlines Auto Bakery Bikes Bistro Books Burgers Cafe Cars Chemists Cinema Clinic Coffee Deli Dental Diner"
-        " Energy Express Fabrics Fitness Florists Foods Furniture Gallery Games Garage Grill Gym Hardware Hostel"
-        " Hotel Insurance Inn Kitchen Laundry Library Lighting Logistics Market Media Motors Museum Music"
-    ),
-    "heldout": "Noodles Nursery Office Optics Outdoors Paints Parking Pharmacy",
-    "test": (
-        "Pizza Plumbing Post Press Printing Radio Rail Repairs Restaurant Salon School Shoes Software Sports"
-        " Stationers Studio Supplies Taxi Tea Telecom Theatre Tools Toys Travel"
-    ),
-}
+FIRST_WORDS = (
+    "Alder Amber Apex Arcade Atlas Aurora Avalon Bayside Beacon Birch Bluebell Bramble Bright Bristol"
+    " Brook Cactus Canyon Castle Cedar Central Chestnut Cinnamon City Clover Coastal Cobalt Copper Coral"
+    " Corner Crescent Crown Crystal Daisy Delta Diamond Dolphin Eagle East Ebony Echo Elm Ember Emerald"
+    " Empire Evergreen Falcon Fern Fountain Fox Garden Garnet Ginger Golden Granite Green Grove Gulf"
+    " Harbour Harvest Hawthorn Hazel Heron Highland Hillside Horizon Imperial Indigo Iris Iron Island"
+    " Ivory Ivy Jade Jasmine Juniper Kestrel Kings Lagoon Lakeside Lantern Laurel Lavender Lemon Liberty"
+    " Lilac Lotus Lunar Magnolia Mango Maple Marble Marina Meadow Mercury Metro Midtown Mill Mint Monarch"
+    " Moss Nectar Nordic Northgate Nova Oak Oasis Ocean Olive Onyx Opal Orchard Orient Otter Palm"
+    " Panorama Pearl Pepper Phoenix Pine Pioneer Plaza Poppy Prairie"
+)
+SECOND_WORDS = (
+    "Airlines Auto Bakery Bikes Bistro Books Burgers Cafe Cars Chemists Cinema Clinic Coffee Deli Dental"
+    " Diner Energy Express Fabrics Fitness Florists Foods Furniture Gallery Games Garage Grill Gym"
+    " Hardware Hostel Hotel Inn Insurance Kitchen Laundry Library Lighting Logistics Market Media Motors"
+    " Museum Music Noodles Nursery Office Optics Outdoors Paints Parking Pharmacy Pizza Plumbing Post"
+    " Press Printing Radio Rail Repairs Restaurant Salon School Shoes Software Sports Stationers Studio"
+    " Supplies Taxi Tea Telecom Theatre Tools Toys Travel"
+)
+SYLLABLES = (
+    "ba be bo ca co da de do fa fe ga go ha he jo ka ke la le lo ma me mi mo na ne no pa pe po ra re ri ro sa se si"
+    " so ta te ti to va ve vi wa we wi za zo"
+)
+"""Of coined first words, in every second note: copied letter by letter they are, and not known by heart."""
 # `{p}` is the payee, `{d}` the day, `{a}` the amount with its currency, `{n}` a number that is none of them.
 SENTENCES = {
     "train": (
@@ -171,8 +168,9 @@ def ordinal(day: int) -> str:
     return f"{day}{ending}"
 
 
-def share(number: int) -> str:
-    """The split that a day or an amount belongs to, by its number: a tenth is held out, three tenths are for tests."""
+def share(value: int | str) -> str:
+    """The split that a word, a day or an amount belongs to: a tenth is held out, three tenths are for tests."""
+    number = zlib.crc32(value.encode()) if isinstance(value, str) else value
     place = (number * 2654435761 % 2**32) % 10
     return "heldout" if place == 0 else "test" if place < 4 else "train"
 
@@ -181,9 +179,13 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
     """So many different notes of a split; the same for the same seed."""
     draw = random.Random(f"{seed} {split}")
     days = [FIRST_DAY + timedelta(days=day) for day in range(DAYS) if share(day) == split]
+    firsts, seconds = (
+        [word for word in words.split() if share(word) == split] for words in (FIRST_WORDS, SECOND_WORDS)
+    )
     found: dict[str, Note] = {}
     while len(found) < count:
-        payee = " ".join(draw.choice(words[split].split()) for words in (FIRST_WORDS, SECOND_WORDS))
+        first = draw.choice(firsts) if draw.random() < 0.5 else _coined(draw, split)
+        payee = f"{first} {draw.choice(seconds)}"
         sentence, currency, day = (
             draw.choice(SENTENCES[split]),
             draw.choice(list(CURRENCIES)),
@@ -200,6 +202,14 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
         text = text[0].upper() + text[1:]
         found.setdefault(text, Note(text, payee, day, cents, currency, sentence))
     return list(found.values())
+
+
+def _coined(draw: random.Random, split: str) -> str:
+    """A word of the split that is none: "Tavilo"."""
+    while True:
+        word = "".join(draw.choices(SYLLABLES.split(), k=draw.randint(2, 4))).capitalize()
+        if share(word) == split:
+            return word
 
 
 def _cents(draw: random.Random, split: str, currency: str) -> int:

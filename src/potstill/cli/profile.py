@@ -18,7 +18,7 @@ def add_flags(profile: argparse.ArgumentParser) -> None:
 
     profile.add_argument("run", type=Path, metavar="RUN")
     number("--threads", "of each model; default: as many as PyTorch takes")
-    number("--repeats", "of each measurement, at least 3; default 5")
+    number("--repeats", "of each measurement, at least 3; default 11")
     number("--prompt-tokens", "read before the first new one; default 128")
     number("--new-tokens", "decoded behind them; default 32")
     profile.add_argument("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda or cuda:N")

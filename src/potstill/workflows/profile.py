@@ -48,7 +48,7 @@ Json = dict[str, Any]
 class ProfileSettings:
     threads: int | None = None
     """Of a model; None: as many as PyTorch takes."""
-    repeats: int = 5
+    repeats: int = 11
     prompt_tokens: int = 128
     new_tokens: int = 32
     device: str = "auto"
