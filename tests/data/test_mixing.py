@@ -477,7 +477,7 @@ def test_a_source_with_too_little_text_is_named_and_nothing_is_written(
     for path in sorted((tmp_path / "notes").iterdir())[1:]:
         path.unlink()
     (error,) = refused(mix(), capsys, "--out", str(tmp_path / "run"), verb="distill")
-    assert error.startswith("error: corpus.sources.2 (notes): corpus: 1 documents of ")
+    assert error.startswith("error: corpus.sources.2 (notes): corpus: one document, of ")
     assert not (tmp_path / "run").exists()
     recipe = mix(corpus=", shards: cache")
     (error,) = refused(recipe, capsys, "--out", str(tmp_path / "run"), verb="distill")

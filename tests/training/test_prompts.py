@@ -326,7 +326,7 @@ class UniformConfig(TeacherConfig):
         ([{"prompt": "x", "hint": 3}], ", context: hint", r"prompts.jsonl:1.*'hint' is 3, not a text"),
         ([{"text": "x"}], ", skip_refused: true", r"all of 1 prompts are refused"),
         ([{"prompt": [{"role": "user", "content": "q"}]}], ", chat: false", r"a list of messages"),
-        ([{"prompt": "q"}], "", r"corpus: 1 documents of 19 tokens"),
+        ([{"prompt": "q"}], "", r"corpus: one document, of 19 tokens"),
         (
             [{"prompt": "x" * 75}] * 1 + [{"prompt": f"{n}" * 76} for n in range(9)],
             "",

@@ -248,7 +248,7 @@ def test_every_arm_s_student_answers_the_recipe_s_tasks(
         arm = Path(source).parent.name
         generated.append(arm)
 
-        def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, seed: int) -> list[Completion]:
+        def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, *_: Any) -> list[Completion]:
             if arm.startswith("untouched"):
                 raise InferenceFailed("NaN")
             numbers = [int(request.name.split(" ")[1]) for request in requests]

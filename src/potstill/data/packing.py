@@ -438,9 +438,9 @@ def _too_little(
     if distinct == 1:
         what = f"{number} documents, all equal" if number > 1 else "one document"
         return UserError(
-            f"corpus: {what}, of {total} tokens in all: what is held out must be other text than what is trained on,"
-            " and a document is not divided. Give several, or divide it"
-            " (corpus.split_files of name: text divides long files)."
+            f"corpus: {what}, of {total} tokens in all; at least 1 training row and {heldout_rows} held-out rows of"
+            f" {tokens_per_row} tokens are needed, in different documents, and none is divided. Give more of them"
+            " (corpus.split_files of name: text makes several of a long file)."
         )
     of = f", {distinct} of them different," if distinct < number else ""
     return UserError(
