@@ -34,7 +34,20 @@ DATA = "training/test_data.py::test_"
 REFUSAL = "publish/test_publish.py::test_what_must_not_be_published_is_refused_in_one_line"
 OWN = "training/test_rollouts.py::test_"
 MIX = "data/test_mixing.py::test_"
+NARROW = "models/test_stream_width.py::test_"
 FAULTS = {
+    "embeddings of a narrower Gemma are multiplied by the root of another hidden size": Fault(
+        "models/stream_width.py",
+        "    if abs(ratio - 1) <= TOLERANCE:",
+        "    if True:",
+        NARROW + "channels_that_are_empty_go_first_and_cost_nothing[Gemma2]",
+    ),
+    "the first channels of the residual stream are kept, not those of most importance": Fault(
+        "models/stream_width.py",
+        "    return most_important(stream_importance(model, dims, batches), hidden_size)",
+        "    return torch.arange(hidden_size)",
+        NARROW + "a_llama_is_its_tensors_sliced_by_hand",
+    ),
     "each step's shares of a mix are rounded by themselves": Fault(
         "data/shares.py",
         "urgent.append((due, not hurries_next, -chain, i))",

@@ -29,6 +29,7 @@ from potstill.export.gguf_tokenizer import name_pre_tokenizer, texts_for
 from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm
 from potstill.models.pruning import cut
+from potstill.models.stream_width import kept_of_stream, narrowed
 from potstill.types import Batch
 
 LAYER = {
@@ -390,6 +391,41 @@ def fewer_heads(hf: Any) -> Any:
 def test_llama_cpp_reads_a_student_with_fewer_heads(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("qwen2")
     made = make_run(tmp_path / "run", fewer_heads(make_model(eos_token_id=tokenizer.eos_token_id)), tokenizer)
+    records = export_run(made.path, formats=["f32"]).records
+    assert [record["three_path"]["llama.cpp"]["status"] for record in records] == ["passed"]
+
+
+def narrower_stream(hf: Any) -> Any:
+    """48 of 64 channels."""
+    T = torch.arange(32)
+    row = Batch(torch.zeros(1), T[None], T[None], T, T)
+    model = CausalLM(hf, "student").eval()
+    return narrowed(model, kept_of_stream(model, 48, [row])).hf
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gemma2", "gemma3"])
+def test_a_student_with_a_narrower_stream_is_read_from_its_file(kind: str, tmp_path: Path) -> None:
+    """Its heads are longer than its hidden size says; Gemma's embeddings are multiplied by another number."""
+    narrow = narrower_stream(make_model(kind))
+    path = export(tmp_path, narrow, "f32")
+    prefix = metadata(path)["general.architecture"]
+    keys = ("embedding_length", "attention.key_length", "attention.value_length")
+    assert [metadata(path)[f"{prefix}.{key}"] for key in keys] == [48, 16, 16]
+    written, wanted = read(path), expected(narrow)
+    assert all(np.array_equal(written[name], wanted[name]) for name in wanted)
+    ids_BT = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        ours, theirs = (hf.eval()(ids_BT).logits for hf in (narrow, load_causal_lm(path).hf))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@needs_llama_cpp
+@pytest.mark.usefixtures("warm_python")
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_llama_cpp_reads_a_student_with_a_narrower_stream(kind: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("qwen2")
+    hf = narrower_stream(make_model(kind, eos_token_id=tokenizer.eos_token_id))
+    made = make_run(tmp_path / "run", hf, tokenizer)
     records = export_run(made.path, formats=["f32"]).records
     assert [record["three_path"]["llama.cpp"]["status"] for record in records] == ["passed"]
 

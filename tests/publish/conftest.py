@@ -19,7 +19,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, cor
     recipe.write_text(
         f"corpus: {{name: text, path: {corpus_folder}, tokens_per_row: 32, heldout_rows: 4}}\n"
         f"teacher: {{name: torch, model: {teacher_folder}}}\n"
-        "student: {name: cut, layers: 2, rule: first_last, ffn_width: 48, kv_heads: 1, repair: false}\n"
+        "student: {name: cut, layers: 2, rule: first_last, ffn_width: 48, kv_heads: 1, hidden_size: 24,"
+        " repair: false}\n"
         "allow_weak_teacher: true\n"
         "train: {steps: 4, rows_per_step: 4, lr: 1e-3, device: cpu}\n"
         "eval: {every: 2, sample_prompt: the cat, sample_tokens: 4}\n"

@@ -257,8 +257,8 @@ def test_the_card_s_numbers_are_those_of_the_receipt_and_what_was_not_measured_i
     for sentence in ("HumanEval: not run.", "Other benchmarks: not run.", "95 % interval: not run"):
         assert sentence in card
     assert (
-        "2 of 4 layers, 48 of 64 channels of each MLP and 1 of 2 KV groups of each attention of the teacher, cut out"
-        in card
+        "2 of 4 layers, 48 of 64 channels of each MLP, 1 of 2 KV groups of each attention and 24 of 32 channels of the"
+        " residual stream of the teacher, cut out" in card
     )
     assert f"{receipt['positions']:,}" in card and receipt["objective"] in card
     assert all(name in card for name in receipt["check"])
@@ -275,6 +275,24 @@ def test_the_card_s_numbers_are_those_of_the_receipt_and_what_was_not_measured_i
     provenance = json.loads((run / "publish" / "provenance.json").read_text())
     assert provenance["teacher"]["weights_sha256"] == receipt["teacher"]["weights_sha256"]
     assert provenance["recipe_sha256"] == file_sha256(run / "recipe.yaml")
+
+
+def test_the_card_gives_the_kl_that_a_repair_of_the_narrower_stream_has_won(run: Path) -> None:
+    """Before the stream was narrowed the KL was another."""
+    refit = {
+        name: {"kl_before": before, "kl_after": after, "ridge": 0.0}
+        for name, before, after in (
+            ("refit", 0.5, 0.25),
+            ("refit_norms", 4.0, 3.0),
+            ("refit_stream", 3.0, 2.0),
+        )
+    }
+    receipt = json.loads((run / "receipt.json").read_text())
+    receipt["student"]["repair"] = {"folds": [], "why_not": None} | refit
+    (run / "receipt.json").write_text(json.dumps(receipt))
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    assert "channels and channels of the stream did" in card and "KL 4.000 to 2.000 nats" in card
 
 
 def test_the_card_says_how_the_weights_were_trained(run: Path) -> None:

@@ -37,6 +37,7 @@ TRAINS_OTHERWISE = {
     "student.rule": "even",
     "student.ffn_width": "48",
     "student.kv_heads": "1",
+    "student.hidden_size": "24",
     "student.repair": "false",
     "objective.divergence": "reverse_kl",
     "objective.kd_weight": "0.5",

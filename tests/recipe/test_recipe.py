@@ -188,6 +188,7 @@ def test_the_defaults_are_those_of_the_documentation(
             "rule": None,
             "ffn_width": None,
             "kv_heads": None,
+            "hidden_size": None,
             "repair": None,
             "lora": None,
         },
@@ -293,6 +294,7 @@ CHANGES = {
     "student.rule": "even",
     "student.ffn_width": 48,
     "student.kv_heads": 1,
+    "student.hidden_size": 16,
     "student.repair": False,
     "capture.rows": "steps",
     "capture.rows_per_batch": 2,
@@ -515,7 +517,7 @@ UNKNOWN = [
     (
         {"student": "{name: cut, model: x, layers: 2}"},
         "student.model: unknown key for cut; it is one of checkpoint and config."
-        " Known: ffn_width, fraction, keep, kv_heads, layers, lora, name, repair, rule, weights.",
+        " Known: ffn_width, fraction, hidden_size, keep, kv_heads, layers, lora, name, repair, rule, weights.",
     ),
     (
         {"zzz": "{steps: 1}"},

@@ -11,13 +11,24 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.pruning import stack_of
 from potstill.models.refit import Refit, refit_channels, refit_heads, set_weights
 from potstill.models.repair import NO_GAP, Repair, fold_gaps
-from potstill.types import Rows
+from potstill.types import Batch, Rows
 
 REPAIR_ROWS = 16
 """Training rows to which a cut student is fitted; behind them, as many as `JUDGE_ROWS` say whether that was good."""
 JUDGE_ROWS = 4
 BATCH_ROWS = 4
 """Of these, read at once."""
+
+
+def fitted_and_judged(rows: Rows) -> tuple[list[Batch], list[Batch]]:
+    """Those to which a cut student is fitted, and those that say whether that was good."""
+    count = min(REPAIR_ROWS + JUDGE_ROWS, len(rows))
+    judges = min(JUDGE_ROWS, count // 2)
+    fitted, judged = (
+        [rows.batch([*part[at : at + BATCH_ROWS]]) for at in range(0, len(part), BATCH_ROWS)]
+        for part in (range(count - judges), range(count - judges, count))
+    )
+    return fitted, judged
 
 
 def repaired(
@@ -39,12 +50,7 @@ def repaired(
         note: called with one line for each step.
     """
     student.rows_are_packed = uncut.rows_are_packed
-    count = min(REPAIR_ROWS + JUDGE_ROWS, len(rows))
-    judges = min(JUDGE_ROWS, count // 2)
-    fitted, judged = (
-        [rows.batch([*part[at : at + BATCH_ROWS]]) for at in range(0, len(part), BATCH_ROWS)]
-        for part in (range(count - judges), range(count - judges, count))
-    )
+    fitted, judged = fitted_and_judged(rows)
     stack = stack_of(uncut)[0].removesuffix(".")
     refits, refitted = dict[str, Refit](), dict[str, Tensor]()
     before = dict[str, Tensor]()

@@ -23,6 +23,7 @@ from potstill.models.hub import WITHOUT_WEIGHTS, hub_model, pinned, tokenizer_fi
 from potstill.models.load import choose_device, num_weights, plain_config
 from potstill.models.pruning import cut_config, layers_to_keep, require_heads
 from potstill.models.source import ModelFiles
+from potstill.models.stream_config import set_hidden_size, stream_dims
 from potstill.recipe.fields import HubKind, with_sources
 from potstill.recipe.load import AnyStudent, Recipe
 from potstill.recipe.sections_models import CheckpointStudentConfig
@@ -79,8 +80,8 @@ class StudentSource:
         """The student's Transformers config.
 
         Raises:
-            UserError: a student cut from a teacher without layers, or to a width or heads that its config cannot
-                have.
+            UserError: a student cut from a teacher without layers, or to a width, heads or a hidden size that its
+                config cannot have.
         """
         if self.files is not None:
             return plain_config(self.files.config)
@@ -89,7 +90,12 @@ class StudentSource:
         width, kv_heads = self.config.ffn_width, self.config.kv_heads
         if kv_heads is not None:
             require_heads(plain_config(self._layers_config), kv_heads)
-        return cut_config(self._layers_config, self.layers_kept, total, width, kv_heads)
+        config = cut_config(self._layers_config, self.layers_kept, total, width, kv_heads)
+        if self.config.hidden_size is None:
+            return config
+        narrow = set_hidden_size(plain_config(config), self.config.hidden_size)
+        stream_dims(config, narrow)  # refuses a model in which more follows it
+        return narrow
 
     @property
     def checkpoints(self) -> list[ModelFiles]:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from potstill.build.corpus import make_corpus
+from potstill.build.narrow import Agree, narrow_stream
 from potstill.build.repair import repaired
 from potstill.build.resolve import Resolved
 from potstill.build.rollouts import RolloutSetup, require_rollouts, set_up_rollouts, with_answers
@@ -57,15 +58,8 @@ LAYER_ROWS = 4
 """Training rows on which layers are left out."""
 ROWS_LOOKED_AT = 1000
 """To find these among: behind long prompts a row may bear no loss where it is read."""
-T = TypeVar("T")
 Note = Callable[[str], None]
 """Reports one line about what was built."""
-
-
-class Agree(Protocol):
-    """What all ranks take for measured: what the first has."""
-
-    def __call__(self, value: T) -> T: ...
 
 
 @dataclass(frozen=True)
@@ -392,22 +386,28 @@ def make_student(
         note(f"student: not these layers, but those of first_last: {one_line(error)}")
         harm, keep = None, source.layers_kept
         model, channels, groups = _cut(uncut, keep, width, kv_heads, ranked_on)
-    if config.weights is not None or config.fraction is not None:
-        _require_size(model, config, source.most_weights)
     origin = {"name": "cut", "from": where, "layers_kept": list(keep), "of": total}
     origin |= {"base_dtype": dtype_of(where)}
     if width is not None:
         origin |= {"ffn_width": width, "of_ffn_width": ffn_width_of(uncut.hf.config)}
     if kv_heads is not None:
         origin |= {"kv_heads": kv_heads, "of_kv_heads": heads_of(uncut.hf.config).kv_heads}
-    chosen = keep if config.is_measured else None
-    made = NewStudent(model, origin, chosen, width, kv_heads, harm)
     if not config.is_repaired:
-        return made
-    if repair is None:
+        repair = None
+    elif repair is None:
         repair = agreed(repaired(uncut, model, keep, channels, groups, rows, note))
-    repair.apply(model)
-    return dataclasses.replace(made, origin=origin | {"repair": repair.as_dict()}, repair=repair)
+    if repair is not None:
+        repair.apply(model)
+    if config.hidden_size is not None:
+        model, stream, repair = narrow_stream(
+            uncut, model, config.hidden_size, ranked_on, rows, note, agreed, repair
+        )
+        origin |= stream
+    if config.weights is not None or config.fraction is not None:
+        _require_size(model, config, source.most_weights)
+    if repair is not None:
+        origin |= {"repair": repair.as_dict()}
+    return NewStudent(model, origin, keep if config.is_measured else None, width, kv_heads, harm, repair)
 
 
 def _cut(
@@ -486,6 +486,8 @@ def base_of(origin: Mapping[str, Any]) -> tuple[str, str | None]:
         kept += f" with {origin['ffn_width']} of {origin['of_ffn_width']} channels"
     if "kv_heads" in origin:
         kept += f" with {origin['kv_heads']} of {origin['of_kv_heads']} KV groups"
+    if "hidden_size" in origin:
+        kept += f" with a hidden size of {origin['hidden_size']} of {origin['of_hidden_size']}"
     if "repair" in origin and Repair.of(origin["repair"], {}).has_changed:
         kept += " and repaired"
     return f"{public_name(origin['from'])[0]} cut to {kept}", None

@@ -132,11 +132,11 @@ def _refit(
         for ridge, change_DK in _changes(sums):
             fits[ridge][name] = (before[name] + by_output(module, change_DK).to(before[name])).cpu()
     try:
-        best = start = _kl(student, judge)
+        best = start = kl_of(student, judge)
         chosen: float | None = None
         for ridge, by_name in fits.items():
             set_weights(student, before | by_name)
-            if (kl := _kl(student, judge)) < best:
+            if (kl := kl_of(student, judge)) < best:
                 best, chosen = kl, ridge
     finally:
         set_weights(student, before)
@@ -150,7 +150,7 @@ def set_weights(student: CausalLM, weights: Mapping[str, Tensor]) -> None:
         student.hf.get_parameter(name).copy_(weight)
 
 
-def _kl(student: CausalLM, judge: Sequence[tuple[Batch, Tensor]]) -> float:
+def kl_of(student: CausalLM, judge: Sequence[tuple[Batch, Tensor]]) -> float:
     """Nats per position."""
     positions = sum(len(batch.positions_N) for batch, _ in judge)
     return sum(summed_kl(student, batch, logp_NV) for batch, logp_NV in judge) / positions

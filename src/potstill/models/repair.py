@@ -41,6 +41,7 @@ inverted.
 """
 
 
+REFITS = ("refit_heads", "refit", "refit_norms", "refit_stream")
 NO_GAP = "no layer was left out behind a kept one"
 LINEAR = 1e-3
 """Of the largest value: what rounding may make of a sum that is linear."""
@@ -73,16 +74,21 @@ class Repair:
     """What was done about channels that were left out; None where none were."""
     refit_heads: Refit | None = None
     """The same, of attention heads."""
+    refit_norms: Refit | None = None
+    """The same, of channels of the residual stream, by a factor on each norm."""
+    refit_stream: Refit | None = None
+    """The same, by the matrices that read it."""
 
     @property
     def has_changed(self) -> bool:
-        steps = (self.refit_heads, self.refit, *self.folds)
+        steps = (self.refit_heads, self.refit, *self.folds, self.refit_norms, self.refit_stream)
         return any(step is not None and step.ridge is not None for step in steps)
 
     @torch.no_grad()
     def apply(self, student: CausalLM) -> None:
-        """Give the student the matrices. One that does not fit is of another student, and is left out: whoever resumes
-        compares the student's hash.
+        """Give the student the weights: one with the whole residual stream those that were fitted there, and once it is
+        narrow the others. One that does not fit is of another student, and is left out: whoever resumes compares the
+        student's hash.
         """
         parameters = dict(student.hf.named_parameters())
         for name, weight in self.weights.items():
@@ -92,15 +98,12 @@ class Repair:
     @classmethod
     def of(cls, table: dict[str, Any], weights: dict[str, Tensor]) -> Repair:
         """From `as_dict` and the matrices."""
-        refits = {
-            name: Refit(**table[name]) for name in ("refit_heads", "refit") if table.get(name) is not None
-        }
+        refits = {name: Refit(**table[name]) for name in REFITS if table.get(name) is not None}
         return cls([Fold(**fold) for fold in table["folds"]], weights, table["why_not"], **refits)
 
     def as_dict(self) -> dict[str, Any]:
         """For machines, without the matrices."""
-        done = {"refit_heads": self.refit_heads, "refit": self.refit}
-        refits = {name: asdict(refit) for name, refit in done.items() if refit is not None}
+        refits = {name: asdict(refit) for name in REFITS if (refit := getattr(self, name)) is not None}
         return {"folds": [asdict(fold) for fold in self.folds], "why_not": self.why_not} | refits
 
 

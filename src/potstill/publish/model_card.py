@@ -18,7 +18,7 @@ from potstill.publish.licenses import Parent, StudentLicense
 from potstill.publish.markdown import FILTERS
 from potstill.recipe.sections_training import PublishConfig
 from potstill.runs import gains
-from potstill.runs.run_dir import repair_steps
+from potstill.runs.run_dir import repair_steps, stream_steps
 
 HELDOUT = {
     "heldout/kl": "KL to the teacher, nats per position",
@@ -181,15 +181,22 @@ def _student_start(kind: str, student: Mapping[str, Any]) -> str:
         parts.append(f"{student['ffn_width']} of {student['of_ffn_width']} channels of each MLP")
     if "kv_heads" in student:
         parts.append(f"{student['kv_heads']} of {student['of_kv_heads']} KV groups of each attention")
+    if "hidden_size" in student:
+        parts.append(
+            f"{student['hidden_size']} of {student['of_hidden_size']} channels of the residual stream"
+        )
     kept = " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
     repair = student.get("repair", {})
-    steps = repair_steps(repair)
+    of_stream = stream_steps(repair)
+    steps = [*repair_steps(repair), *of_stream]
     repaired = [step for step in steps if step["ridge"] is not None]
     if not repaired:
         return f"{kept} of the teacher, cut out"
-    kl = f"KL {steps[0]['kl_before']:.3f} to {steps[-1]['kl_after']:.3f} nats on training rows"
+    # A narrower stream raises it again, between the two.
+    measured = of_stream or steps
+    kl = f"KL {measured[0]['kl_before']:.3f} to {measured[-1]['kl_after']:.3f} nats on training rows"
     folded = sum("layer" in step for step in repaired)
-    inside = {"refit": "channels", "refit_heads": "heads"}
+    inside = {"refit": "channels", "refit_heads": "heads", "refit_stream": "channels of the stream"}
     fitted = [what for name, what in inside.items() if (repair.get(name) or {}).get("ridge") is not None]
     of_inside = f"; what other {' and '.join(fitted)} did is fitted into those" if fitted else ""
     of_layers = f"; what others did is folded into {folded} of its MLPs" if folded else ""

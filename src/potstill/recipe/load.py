@@ -419,6 +419,11 @@ def _across_cut(student: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
                     ("student", name),
                     f"{given[0]} chooses layers, channels and heads by itself. Leave one out.",
                 )
+        if student.get("hidden_size") is not None:
+            yield (
+                ("student", "hidden_size"),
+                f"{given[0]} chooses among students of the teacher's hidden size. Leave one out.",
+            )
 
 
 def _across_train(train: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -262,10 +262,13 @@ class CutStudentConfig(Config):
     kv_heads: Count | None = None
     """Key/value heads of each layer's attention to keep, with the query heads that read them: those that contribute
     most on eight training rows; null: all."""
+    hidden_size: Count | None = None
+    """Channels of the residual stream to keep, in every tensor that it goes through, embeddings and head included:
+    those that the norms give most of on eight training rows; null: all."""
     repair: bool | None = None
-    """Fit the MLPs and attentions to what left-out channels and heads did, and the MLPs before a gap to what left-out
-    layers did, by least squares on sixteen training rows, where that lowers the KL to the teacher on four others;
-    null: true."""
+    """Fit the MLPs and attentions to what left-out channels and heads did, the MLPs before a gap to what left-out
+    layers did, and what reads the residual stream to what its left-out channels did, by least squares on sixteen
+    training rows, where that lowers the KL to the teacher on four others; null: true."""
     lora: LoraConfig | None = None
     """Train adapters beside its matrices and leave its own weights as they are; null: train every weight."""
 
@@ -287,7 +290,7 @@ class CutStudentConfig(Config):
 
     @property
     def is_repaired(self) -> bool:
-        """Whether what left-out layers did is folded into others."""
+        """Whether what was left out is made up for by what was kept."""
         return self.repair is not False
 
 

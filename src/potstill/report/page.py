@@ -25,7 +25,7 @@ from potstill.report import sections, tradeoff
 from potstill.report.charts import COLORS, Series, bars, chart, grouped
 from potstill.runs import gains
 from potstill.runs.gains import profile_of
-from potstill.runs.run_dir import RunDir, repair_steps
+from potstill.runs.run_dir import RunDir, repair_steps, stream_steps
 from potstill.runs.summary import best_evaluation, summary
 
 NATS = "nats per token"
@@ -311,11 +311,15 @@ def _charts(runs: Sequence[RunReport]) -> list[str]:
             inside = [number for number, move in enumerate(moves, 1) if move["layer"] is None]
             kls = [0.0, *(move["kl"] for move in moves)]
             charts.append(bars(title, "nats", "move", kls, inside, "channels or heads, not a layer"))
-        if folds := repair_steps(report.run.folds() or {}):
-            title = f"KL to the teacher with so many gaps made up for, before training{whose}"
-            kls = [folds[0]["kl_before"], *(fold["kl_after"] for fold in folds)]
-            without = [number for number, fold in enumerate(folds, 1) if fold["ridge"] is None]
-            charts.append(bars(title, "nats", "gap", kls, without, "left as it is"))
+        for what, word, steps_of in (
+            ("so many gaps", "gap", repair_steps),
+            ("a narrower residual stream", "step", stream_steps),
+        ):
+            if steps := steps_of(report.run.folds() or {}):
+                title = f"KL to the teacher with {what} made up for, before training{whose}"
+                kls = [steps[0]["kl_before"], *(step["kl_after"] for step in steps)]
+                without = [number for number, step in enumerate(steps, 1) if step["ridge"] is None]
+                charts.append(bars(title, "nats", word, kls, without, "left as it is"))
     return charts
 
 

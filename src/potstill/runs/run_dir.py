@@ -8,7 +8,8 @@
     inputs.json       sha256 of weights, model settings, plug-ins: what --resume compares
     layers.json       what each of the teacher's layers is worth, where that chose the student's; absent otherwise
     folds.json        what left-out layers did, folded into the student: the effect of each fold; absent otherwise
-    folds.safetensors the matrices that this changed, which --resume takes
+    folds.safetensors the weights that this changed and which channels of the residual stream are kept, which
+                      --resume takes
     metrics.jsonl     one object per step or evaluation
     samples.jsonl     what the student wrote at each evaluation, and the teacher at step 0; absent without
                       eval.sample_prompts
@@ -65,12 +66,23 @@ FOLD_KEYS = {"layer", "left_out", "kl_before", "kl_after", "ridge"}
 REFIT_KEYS = FOLD_KEYS - {"layer", "left_out"}
 REFITS = ("refit_heads", "refit")
 """What of a repair is done before the gaps, in this order; each may be missing."""
+STREAM_REFITS = ("refit_norms", "refit_stream")
+"""The same, after the residual stream was narrowed."""
 LIBRARIES = ("potstill", "torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "pydantic")
 
 
 def repair_steps(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a repair has done, one step after the other: see `RunDir.folds`."""
-    return [*(table[name] for name in REFITS if table.get(name) is not None), *table.get("folds", [])]
+    """What a repair has done before the residual stream was narrowed, one step after the other: see `RunDir.folds`."""
+    return [*_refits(table, REFITS), *table.get("folds", [])]
+
+
+def stream_steps(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What it has done behind that."""
+    return _refits(table, STREAM_REFITS)
+
+
+def _refits(table: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    return [table[name] for name in names if table.get(name) is not None]
 
 
 @dataclass(frozen=True)
@@ -337,7 +349,7 @@ class RunDir:
             return None
         table = self._read_json(FOLDS)
         folds = table.get("folds")
-        refits = [table[name] for name in REFITS if table.get(name) is not None]
+        refits = _refits(table, (*REFITS, *STREAM_REFITS))
         steps = [*refits, *(folds if isinstance(folds, list) else [None])]
         is_whole = all(
             isinstance(step, dict)
