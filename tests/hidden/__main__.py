@@ -27,6 +27,7 @@ TESTS = {
     "tensorboard,trackio,wandb": ["runs/test_trackers.py"],
     "torchao": ["models/test_text_half.py", "teachers/test_backends.py"],
     "xllamacpp": [
+        "evals/test_runtimes.py",
         "export/test_gguf_model.py",
         "teachers/test_backends.py",
         "training/test_grid.py",
