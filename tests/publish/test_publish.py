@@ -58,7 +58,7 @@ def one_less(run: Path) -> None:
 
 def worse(run: Path) -> None:
     def change(receipt: dict[str, Any]) -> None:
-        receipt["heldout_best"]["heldout/kl"] = receipt["heldout_first"]["heldout/kl"] + 0.5
+        receipt["heldout_first"]["heldout/kl"], receipt["heldout_best"]["heldout/kl"] = 1.5, 2.0
 
     edit(run / "receipt.json", change)
 
@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "another file": (changed, "generation_config.json: is not the file of the receipt"),
     "one file more": (one_more, "notes.txt: is not in the receipt"),
     "one file less": (one_less, "tokenizer.json: is missing"),
-    "behind the untouched": (worse, "heldout/kl is 2.6"),
+    "behind the untouched": (worse, "heldout/kl is 2.0000, that of the untouched student 1.5000"),
     "nothing learned": (in_receipt(student_is_of_step=0), "no evaluation was better"),
     "behind in the comparison": (untouched_is_ahead, "ahead of KD in pass@1"),
     "another's score": (humaneval_of_another, "the evaluation of another student"),
