@@ -11,8 +11,8 @@
     python bench/task_arms.py table FILE
 
 Accuracy is of greedy answers to the test notes, `brier` and `ece` of the answers' own probabilities; KL is on the
-held-out rows. Seconds are of one core's processor time; what CE answers needs to have the answers written and KD to
-have the targets stored is not in them, and is told.
+held-out rows. Seconds are of one core's processor time, without what it takes to write the teacher's answers (CE
+answers) and to store its targets (KD).
 """
 
 from __future__ import annotations

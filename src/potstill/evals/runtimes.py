@@ -212,7 +212,7 @@ class InLlamaCpp:
         sampling: dict[str, Any] = {"temperature": 0}
         if settings.do_sample:
             sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": TOP_K_OFF}
-            sampling |= {"min_p": 0, "samplers": ["top_p", "temperature"]}
+            sampling |= {"min_p": 0, "samplers": ["temperature", "top_p"]}
             sampling |= {"seed": int(row.uniforms[len(row.new)] * 2**32)}
         asked = {"prompt": ids, "n_predict": count, "n_probs": 1, "return_tokens": True, **sampling}
         answer = self._ask("completion", asked)
