@@ -33,6 +33,7 @@ from potstill.cli import (
     rows,
     runs,
     show,
+    trim,
     write,
 )
 from potstill.cli.completion import SHELLS, PrintCompletion
@@ -163,6 +164,9 @@ def _add_verbs_of_training(verb: Callable[..., argparse.ArgumentParser]) -> None
     )
     write.add_flags(
         verb("write", write.run_write, "have a recipe's teacher answer its prompts: a corpus to train on")
+    )
+    trim.add_flags(
+        verb("trim", trim.run_trim, "write a recipe's teacher with fewer tokens: those that its corpus needs")
     )
 
 
