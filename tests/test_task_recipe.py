@@ -82,7 +82,13 @@ def test_one_command_makes_teacher_targets_student_files_and_the_table(tmp_path:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     first = json.loads((tmp_path / "task" / "result.json").read_text())
-    assert [line["model"] for line in first] == ["teacher", "student", "student Q4_0", "student Q8_0"]
+    assert [line["model"] for line in first] == [
+        "teacher",
+        "teacher, 8192 tokens",
+        "student",
+        "student Q4_0",
+        "student Q8_0",
+    ]
     weights = (tmp_path / "task" / "student" / "student" / "model.safetensors").read_bytes()
     (tmp_path / "task" / "result.json").unlink()
     done = subprocess.run(command, capture_output=True, text=True)

@@ -3,9 +3,9 @@
     python recipes/task/run.py [FOLDER] [--train 3000] [--asked 300] [--teacher OVERRIDE …] [--student OVERRIDE …]
 
 Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
-stages are kept. FOLDER (runs/task) gets the notes, the teacher's and the student's runs, the teacher's targets and
-`result.json`: the accuracy of the untaught teacher, the teacher, the student before and after training and its exported
-files on the test notes, with intervals.
+stages are kept. FOLDER (runs/task) gets the notes, the teacher's run, the teacher with the tokens of the notes alone,
+its targets, the student's run and `result.json`: the accuracy of both teachers, the student and its exported files on
+the test notes, with intervals.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--asked", type=int, default=TEST_NOTES, help="test notes that are asked (default: all)"
     )
+    parser.add_argument("--ids", default="8192", help="tokens that the student has (default: 8192)")
     parser.add_argument("--teacher", action="append", default=[], metavar="OVERRIDE", help="of teacher.yaml")
     parser.add_argument("--student", action="append", default=[], metavar="OVERRIDE", help="of student.yaml")
     options = parser.parse_args()
@@ -64,12 +65,16 @@ def main() -> None:
     data, auto = f"corpus.path={folder / 'data' / 'train.jsonl'}", ("--resume", "auto")
     teacher, student, targets = folder / "teacher", folder / "student", folder / "targets"
     say("distill", str(HERE / "teacher.yaml"), data, *options.teacher, "--out", str(teacher), *auto)
-    own = (data, f"teacher.model={teacher / 'student'}", *options.student)
-    say("capture", str(HERE / "student.yaml"), *own, "--out", str(targets))
-    stored = f"teacher={{name: store, path: {targets}, model: {teacher / 'student'}}}"
-    say("distill", str(HERE / "student.yaml"), data, stored, *options.student, "--out", str(student), *auto)
+    recipe, fewer = str(HERE / "student.yaml"), folder / "trimmed"
+    if not fewer.exists():
+        own = (data, f"teacher.model={teacher / 'student'}", *options.student)
+        say("trim", recipe, *own, "--ids", options.ids, "--out", str(fewer))
+    say("capture", recipe, data, f"teacher.model={fewer}", *options.student, "--out", str(targets))
+    stored = f"teacher={{name: store, path: {targets}, model: {fewer}}}"
+    say("distill", recipe, data, stored, *options.student, "--out", str(student), *auto)
     say("export", str(student), "--quantize", ",".join(TYPES))
-    models = {"teacher": str(teacher / "student"), "student": str(student / "student")}
+    models = {"teacher": str(teacher / "student"), f"teacher, {options.ids} tokens": str(fewer)}
+    models |= {"student": str(student / "student")}
     models |= {
         path.stem.replace("-", " "): str(path) for path in sorted((student / "exports").glob("*.gguf"))
     }

@@ -87,6 +87,12 @@ def make_teacher(folder: Path, inner: tokenizers.Tokenizer, **changes: Any) -> P
     model = transformers.AutoModelForCausalLM.from_config(config)
     last = max(len(tokenizer) - 5, 0)  # in one of both an ordinary token, of a rare pair
     model.generation_config.eos_token_id = [ids["eos_token_id"], ids["pad_token_id"], last]
+    model.generation_config.suppress_tokens = [
+        *range(len(tokenizer), len(tokenizer) + 12),
+        3,
+        ids["pad_token_id"],
+    ]
+    model.generation_config.bad_words_ids = [[ids["pad_token_id"], 3], [len(tokenizer) - 6]]
     model.save_pretrained(folder)
     return folder
 

@@ -18,6 +18,8 @@ from potstill.models.probes import TOLERANCE
 
 TOKENS = 64
 """Of the row on which both models are compared."""
+NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens")
+"""Lists of ids in a generation config, which are no reason to keep them."""
 
 
 def named_ids(model: CausalLM) -> set[int]:
@@ -115,7 +117,11 @@ def _fields(config: Any) -> list[str]:
 
 def _renumber(config: Any, new_id: Mapping[int, int]) -> None:
     """Ids that are not kept are no longer named."""
-    for field in _fields(config):
-        value = getattr(config, field)
-        left = [new_id[id_] for id_ in ids_of(value) if id_ in new_id]
-        setattr(config, field, left if isinstance(value, list) and left else next(iter(left), None))
+    for field in (*_fields(config), *NEVER_WRITTEN):
+        value = getattr(config, field, None)
+        if value is not None:
+            left = [new_id[id_] for id_ in ids_of(value) if id_ in new_id]
+            setattr(config, field, left if isinstance(value, list) and left else next(iter(left), None))
+    if words := getattr(config, "bad_words_ids", None):
+        left_words = [[new_id[id_] for id_ in word] for word in words if new_id.keys() >= {*word}]
+        config.bad_words_ids = left_words or None
