@@ -47,19 +47,29 @@ class Arms:
         self.place.mkdir(exist_ok=True)
         self.base = yaml.safe_load((RECIPES / "student.yaml").read_text())
         self.base["corpus"]["path"] = str(folder / "data" / "train.jsonl")
-        self.live = {"name": "torch", "model": str(folder / "teacher" / "student")}
+        self.live = {"name": "torch", "model": str(folder / "trimmed")}
         self.stored = {"name": "store", "path": str(folder / "targets"), "model": self.live["model"]}
         sys.path.insert(0, str(RECIPES))
         from make import SYSTEM
 
         self.task = {"source": "jsonl", "path": str(folder / "data" / "test.jsonl"), "system": SYSTEM}
         self.task |= {"question": "question", "answer": "answer", "max_new_tokens": 80, "size": asked}
+        self.per_step: dict[str, dict[int, float]] = {}
+        """By part: the seconds of its two short runs, which are of the first seed."""
+        self.base["student"] = {"name": "checkpoint", "model": str(self.start())}
+
+    def start(self) -> Path:
+        """The student that is cut from the teacher, before any training: every arm's, cut once."""
+        start = self.place / "start" / "student"
+        if not start.exists():
+            self.trained("start", {"teacher": self.stored}, 0, 1, 1e-12, start.parent)
+        return start
 
     def of(self, name: str, seed: int) -> dict[str, Any]:
         """One arm's student, and its figures."""
         line: dict[str, Any] = {"bench": "task_arms", "arm": name, "seed": seed, "seconds": self.seconds}
         if name == "untouched":
-            return line | self.score(self.trained(name, {"teacher": self.stored}, seed, 1, 1e-12)[0])
+            return line | self.score(self.start())
         if name == "CE":
             parts = [({"teacher": self.stored, "objective": PLAIN}, self.seconds)]
         elif name == "CE answers":
@@ -84,18 +94,25 @@ class Arms:
         self, name: str, changes: dict[str, Any], seed: int, seconds: float
     ) -> tuple[Path, float, int]:
         """As many steps as fit."""
-        short = {steps: self.trained(name, changes, seed, steps)[1] for steps in PER_STEP}
-        steps = equal_time.steps_in(seconds, short)
+        if name not in self.per_step:
+            self.per_step[name] = {steps: self.trained(name, changes, seed, steps)[1] for steps in PER_STEP}
+        steps = equal_time.steps_in(seconds, self.per_step[name])
         student, spent = self.trained(name, changes, seed, steps)
         return student, spent, steps
 
     def trained(
-        self, name: str, changes: dict[str, Any], seed: int, steps: int, lr: float | None = None
+        self,
+        name: str,
+        changes: dict[str, Any],
+        seed: int,
+        steps: int,
+        lr: float | None = None,
+        out: Path | None = None,
     ) -> tuple[Path, float]:
         own = self.base | changes
         train = self.base["train"] | {"steps": steps, "warmup": max(min(30, steps // 10), 1)}
         own["train"] = train | ({"lr": lr} if lr is not None else {})
-        out = self.place / f"{name.replace(' ', '-')}-{seed}-{steps}"
+        out = out or self.place / f"{name.replace(' ', '-')}-{seed}-{steps}"
         text = yaml.safe_dump(own)
         control = name == "control-1"
         return equal_time.trained(out.with_suffix(".yaml"), text, seed, out, control=control)
