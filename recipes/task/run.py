@@ -65,7 +65,7 @@ def main() -> None:
     data, auto = f"corpus.path={folder / 'data' / 'train.jsonl'}", ("--resume", "auto")
     teacher, student, targets = folder / "teacher", folder / "student", folder / "targets"
     say("distill", str(HERE / "teacher.yaml"), data, *options.teacher, "--out", str(teacher), *auto)
-    recipe, fewer = str(HERE / "student.yaml"), folder / "trimmed"
+    recipe, fewer = str(HERE / "student.yaml"), folder / f"trimmed-{options.ids}"
     if not fewer.exists():
         own = (data, f"teacher.model={teacher / 'student'}", *options.student)
         say("trim", recipe, *own, "--ids", options.ids, "--out", str(fewer))

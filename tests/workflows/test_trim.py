@@ -12,11 +12,12 @@ import tokenizers
 import torch
 import transformers
 from conftest import WORDS, make_corpus, tiny_config
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from potstill import distill
 from potstill.cli.main import main
-from potstill.data import trimmed_tokenizer
+from potstill.data.trimmed_tokenizer import Trimmable
 
 Recipe = Callable[..., Path]
 OTHER_TEXT = "Zebras quickly xylophoned: 7,519 żółte €uro, naïve 漢字 🐈 \t\n"
@@ -188,18 +189,164 @@ def test_what_cannot_be_trimmed_is_one_line_and_leaves_nothing(
     assert "WordLevel" in said and "BPE" in said
     said = refused(capsys, out, recipe, "--ids", "400", "teacher={name: toy, vocab_size: 300}")
     assert "teacher.name" in said and "toy" in said
-    assert not out.exists() and not list(tmp_path.glob("small*"))
+    characters = tokenizers.Tokenizer(models.BPE())
+    characters.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = ["<eos>", "<pad>", "<bos>"]
+    characters.train_from_iterator(TEXTS, trainers.BpeTrainer(special_tokens=specials, show_progress=False))
+    plain = make_teacher(tmp_path / "characters", characters)
+    said = refused(capsys, out, recipe, "--ids", "400", f"teacher={{name: torch, model: {plain}}}")
+    assert "no tokens for single bytes" in said
+    (tmp_path / "ids.bin").write_bytes(bytes(range(250)) * 8)
+    place = f"path: {tmp_path / 'ids.bin'}, dtype: uint16"
+    corpus = f"corpus={{name: tokens, {place}, tokens_per_row: 32, heldout_rows: 4}}"
+    assert "corpus.name: tokens" in refused(capsys, out, recipe, "--ids", "400", corpus)
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(capsys, tmp_path / "file" / "small", recipe, "--ids", "400")
+    assert not out.exists() and not [*tmp_path.glob("*small*")]
+    for name in ("small.old", "small.new"):
+        (tmp_path / name).mkdir()
     trimmed(Path(recipe), out, fewest)
     assert "exists already" in refused(capsys, out, recipe, "--ids", "400")
+    assert {each.name for each in tmp_path.glob("*small*")} == {"small", "small.old", "small.new"}
 
 
 def test_a_tokenizer_that_would_read_the_corpus_otherwise_is_refused(
     tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it would without what its tokens are merged from."""
-    monkeypatch.setattr(trimmed_tokenizer, "_closed", lambda tokens, made_of: {*tokens})
+    monkeypatch.setattr(Trimmable, "_closed", lambda self, tokens: {*tokens})
     teacher = make_teacher(tmp_path / "teacher", byte_level())
     recipe = str(tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}"))
     said = refused(capsys, tmp_path / "small", recipe, "--ids", "300")
-    assert "reads" in said and "documents of the corpus otherwise" in said
-    assert not list(tmp_path.glob("small*"))
+    assert "documents of the corpus differently" in said
+    assert not [*tmp_path.glob("*small*")]
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Bloom", "Mamba", "Phi"])
+def test_other_families(kind: str, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """With dropout; without packed rows; without attention; with a bias in the head."""
+    teacher = make_teacher(tmp_path / "teacher", byte_level())
+    config = transformers.AutoConfig.from_pretrained(teacher)
+    ids = {
+        name: getattr(config, name) for name in ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
+    }
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4} | ids
+    if kind in ("GPT2", "Bloom"):
+        shape = {"n_embd" if kind == "GPT2" else "hidden_size": 32, "n_layer": 2, "n_head": 4} | ids
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**shape))
+    model.save_pretrained(teacher)
+    corpus = "corpus.packing=false"
+    assert (
+        main(
+            [
+                "trim",
+                str(tiny_recipe()),
+                f"teacher.model={teacher}",
+                corpus,
+                "--ids",
+                "330",
+                "--out",
+                str(tmp_path / "small"),
+            ]
+        )
+        == 0
+    )
+    kept = json.loads((tmp_path / "small" / "trimmed.json").read_text())["kept"]
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    ids_BT = torch.arange(20, 40)[None]
+    expected = model.eval()(torch.tensor(kept)[ids_BT]).logits[..., kept]
+    torch.testing.assert_close(found(ids_BT).logits, expected)
+
+
+def test_weights_of_several_types_are_not_rounded(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    teacher, out = make_teacher(tmp_path / "teacher", byte_level()), tmp_path / "small"
+    tensors = load_file(teacher / "model.safetensors")
+    tensors = {name: each if "norm" in name else each.bfloat16() for name, each in tensors.items()}
+    tensors["model.norm.weight"] += 1e-4
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    trimmed(tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}"), out, IDS)
+    assert torch.equal(
+        load_file(out / "model.safetensors")["model.norm.weight"], tensors["model.norm.weight"]
+    )
+
+
+def test_tokens_that_the_model_has_no_row_for_are_left_out(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """As Transformers adds them to the tokenizer of a GGUF file, and as an added pad without a row."""
+    teacher = make_teacher(tmp_path / "teacher", byte_level())
+    rows = transformers.AutoConfig.from_pretrained(teacher).vocab_size
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens([f"<more {number}>" for number in range(rows - len(tokenizer) + 1)])
+    tokenizer.add_special_tokens({"pad_token": "<no row>"})
+    tokenizer.save_pretrained(teacher)
+    trimmed(tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}"), tmp_path / "small", 400)
+    new = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert new.pad_token is None and "<more 0>" in new.get_vocab()
+    distill(tiny_recipe(teacher=f"{{name: torch, model: {tmp_path / 'small'}}}"), out=tmp_path / "run")
+
+
+def test_what_the_tokenizer_itself_needs_stays(
+    tiny_recipe: Recipe, tmp_path: Path, corpus_folder: Path
+) -> None:
+    """An ordinary token in the template, and one for what is unknown."""
+    inner = byte_level()
+    settings = json.loads(inner.to_str())
+    rare = settings["model"]["merges"][-1]
+    token = "".join(rare)
+    settings["model"]["unk_token"] = "".join(settings["model"]["merges"][-2])
+    settings["post_processor"]["special_tokens"]["<bos>"] = {
+        "id": "<bos>",
+        "ids": [settings["model"]["vocab"][token]],
+        "tokens": [token],
+    }
+    teacher = make_teacher(tmp_path / "teacher", tokenizers.Tokenizer.from_str(json.dumps(settings)))
+    recipe = tiny_recipe(
+        teacher=f"{{name: torch, model: {teacher}}}",
+        corpus=f"{{name: text, path: {corpus_folder}, tokens_per_row: 32, heldout_rows: 4, bos: false}}",
+    )
+    kept = trimmed(recipe, tmp_path / "small", IDS)["kept"]
+    own, new = (
+        transformers.AutoTokenizer.from_pretrained(folder) for folder in (teacher, tmp_path / "small")
+    )
+    assert [kept[i] for i in new("the cat")["input_ids"]] == own("the cat")["input_ids"]
+
+
+def test_a_prefix_inside_words_is_no_part_of_what_is_merged(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer(models.BPE(continuing_subword_prefix="##"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, continuing_subword_prefix="##")
+    )
+    inner.add_special_tokens(["<eos>", "<pad>", "<bos>"])
+    teacher = make_teacher(tmp_path / "teacher", inner)
+    trimmed(tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}"), tmp_path / "small", 500)
+
+
+def test_the_tokenizer_of_the_corpus_and_what_only_the_teacher_reads(
+    tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    """A chat template that the corpus's tokenizer alone has, and hints for the teacher."""
+    teacher = make_teacher(tmp_path / "teacher", byte_level())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    hint = "wonderful garden flowers said the wandering dogs"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"the cat sat {n}", "hint": hint}) + "\n" for n in range(40))
+    )
+    recipe = tiny_recipe(
+        corpus=f"{{name: prompts, path: {path}, tokens_per_row: 128, heldout_rows: 4, context: hint,"
+        f" tokenizer: {tmp_path / 'tokenizer'}}}",
+        teacher=f"{{name: torch, model: {teacher}}}",
+        objective="{divergence: reverse_kl, chunk: 16}",
+        rollouts="{max_new_tokens: 4}",
+    )
+    kept = trimmed(recipe, tmp_path / "small", IDS)["kept"]
+    new = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert new.chat_template == tokenizer.chat_template
+    assert [kept[i] for i in new(hint)["input_ids"]] == tokenizer(hint)["input_ids"]

@@ -15,7 +15,13 @@ def add_flags(trim: argparse.ArgumentParser) -> None:
         "recipe", type=Path, metavar="RECIPE", help="a YAML file; its teacher and corpus are read"
     )
     add_overrides(trim)
-    trim.add_argument("--ids", type=int, required=True, metavar="N", help="the most tokens to keep")
+    trim.add_argument(
+        "--ids",
+        type=int,
+        required=True,
+        metavar="N",
+        help="the vocabulary size: how many tokens to keep at most",
+    )
     trim.add_argument("--out", type=Path, metavar="FOLDER", help="default trimmed/NAME")
 
 

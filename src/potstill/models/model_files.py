@@ -75,6 +75,18 @@ def dtype_of_files(source: Path) -> str | None:
 
 def type_of_weights(source: Path) -> str:
     """The files' own name for the type of most weights, such as BF16 or Q4_0."""
+    count = weights_by_type(source)
+    return max(count, key=count.__getitem__, default="")
+
+
+def only_dtype_of_files(source: Path) -> str | None:
+    """As `dtype_of_files`, where all weights have it; None where they have several types, or another one."""
+    types = list(weights_by_type(source))
+    return FLOATS.get(types[0]) if len(types) == 1 else None
+
+
+def weights_by_type(source: Path) -> dict[str, int]:
+    """How many weights of a folder or a GGUF file there are of each type, by the files' own name for it."""
     count: dict[str, int] = {}
     if os.path.isdir(source):
         headers = [check_safetensors(source / file) for file in _weight_files(source)]
@@ -82,7 +94,7 @@ def type_of_weights(source: Path) -> str:
         headers = [check_gguf(source).tensors]
     for type_, shape in (tensor for header in headers for tensor in header.values()):
         count[type_] = count.get(type_, 0) + math.prod(shape)
-    return max(count, key=count.__getitem__, default="")
+    return count
 
 
 def folder_sha256(source: Path) -> str:

@@ -179,7 +179,7 @@ class Student(nn.Module):
         Raises:
             UserError: it cannot be written.
         """
-        with _writing(folder):
+        with writing_model(folder):
             self.model.save(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -189,12 +189,13 @@ class Student(nn.Module):
     def save_adapter(self, folder: Path) -> None:
         """Write the adapters alone, in the format of peft."""
         assert isinstance(self.model, LoraLM)
-        with _writing(folder):
+        with writing_model(folder):
             self.model.save_adapter(folder)
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing_model(folder: Path) -> Iterator[None]:
+    """What the libraries raise where a model cannot be written, as a UserError."""
     try:
         with quiet_transformers():
             yield
@@ -202,7 +203,7 @@ def _writing(folder: Path) -> Iterator[None]:
         # The tokenizers library raises a bare Exception where it cannot write; a subclass of it is a bug.
         if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
             raise
-        raise UserError(f"{folder}: the student cannot be written: {one_line(error)} Make room.") from error
+        raise UserError(f"{folder}: the model cannot be written: {one_line(error)} Make room.") from error
 
 
 def from_checkpoint(source: str | Path, device: torch.device, own_config: Any = None) -> CausalLM:

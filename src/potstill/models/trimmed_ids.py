@@ -63,7 +63,7 @@ def with_ids(model: CausalLM, keep: Sequence[int]) -> CausalLM:
         ) from error
     hf.generation_config = copy.deepcopy(model.hf.generation_config)
     _renumber(hf.generation_config, new_id)
-    trimmed = CausalLM(hf.to(model.device).eval(), name=model.name)
+    trimmed = CausalLM(hf.to(model.device), name=model.name).eval()
     trimmed.probe()
     _require_same(model, trimmed, keep_V)
     return trimmed
@@ -73,12 +73,11 @@ def _require_same(model: CausalLM, trimmed: CausalLM, keep_V: Tensor) -> None:
     """UserError unless both give the same logits for the ids that both have."""
     longest = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     ids_BT = trimmed.some_ids(1, min(TOKENS, longest))
-    positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
     was_training = model.training
     model.eval()
-    logits_TV = model.logits(model.hidden(keep_V[ids_BT], positions_BT)[0])[:, keep_V]
+    logits_TV = model.logits(model.hidden(keep_V[ids_BT])[0])[:, keep_V]
     model.train(was_training)
-    gap = relative_gap(trimmed.logits(trimmed.hidden(ids_BT, positions_BT)[0]), logits_TV)
+    gap = relative_gap(trimmed.logits(trimmed.hidden(ids_BT)[0]), logits_TV)
     if not gap <= TOLERANCE:
         raise UserError(
             f"{model.name}: {type(model.hf).__name__} with {len(keep_V)} of its ids gives other logits for them, by"

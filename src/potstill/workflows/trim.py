@@ -1,4 +1,4 @@
-"""`potstill trim`: the recipe's teacher with fewer tokens, as a model folder.
+"""`potstill trim`: the recipe's teacher with a smaller vocabulary, as a model folder.
 
 Of a small model the embeddings are much of the weights, and most of their rows are of tokens that one kind of text
 never has. The tokens of the recipe's corpus stay, so that its rows are what they were; so do the bytes, with which any
@@ -7,10 +7,9 @@ other text is still written.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from potstill.build.corpus import make_corpus
+from potstill.build.corpus import open_source
 from potstill.build.resolve import Resolved, resolve
 from potstill.build.setup import read_corpus
+from potstill.data import tokenizers
 from potstill.data.end_of_turn import ends_of
-from potstill.data.packing import Corpus, PackedRows
-from potstill.data.trimmed_tokenizer import kept_ids, save_trimmed
+from potstill.data.packing import Corpus
+from potstill.data.trimmed_tokenizer import Trimmable
 from potstill.errors import UserError
-from potstill.io.atomic import replace_folder
-from potstill.io.silence import quiet_transformers
+from potstill.io.atomic import seal, writing
 from potstill.io.terminal import Display, short
-from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm, num_weights, weights_sha256
+from potstill.models.model_files import only_dtype_of_files
 from potstill.models.portable import add_ends, write_json, write_portable_config
 from potstill.models.source import ModelFiles
+from potstill.models.student import writing_model
 from potstill.models.trimmed_ids import named_ids, with_ids
 from potstill.recipe import load as recipes
 
 RECORD = "trimmed.json"
+AT_ONCE = 1000
+"""Documents that are tokenized in one call."""
 Json = dict[str, Any]
 
 
@@ -58,27 +60,22 @@ def trim(
         What was kept, as in the folder's `trimmed.json`.
 
     Raises:
-        UserError: a teacher that is no model of this process or whose tokenizer is not BPE, a corpus with more tokens,
-            or one that the new tokenizer reads otherwise. Nothing is written then.
+        UserError: a teacher that is no model of this process or whose tokenizer is not BPE, a corpus that needs more
+            tokens than `ids`, or one that the new tokenizer tokenizes differently. No folder is there then.
     """
     display, path = display or Display(quiet=True), Path(recipe)
     out = out or Path("trimmed") / path.stem
     if out.exists():
         raise UserError(f"{out}: exists already. Give another --out.")
     resolved = resolve(recipes.load(path, overrides))
-    if resolved.teacher.model_config is None:
-        raise UserError(
-            f"teacher.name: {resolved.teacher.config.registered_name} is no model of this process, which alone can be"
-            " trimmed. Set it to torch, and teacher.model to its files."
-        )
-    (files, *_) = resolved.teacher.checkpoints
-    files.verify()
-    if files.tokenizer is None:
-        raise UserError(f"teacher.model: {files.source} has no tokenizer. Put its files beside the weights.")
+    files = _files_of(resolved)
+    tokenizer = Trimmable(_tokenizer_of(resolved, files), files.vocab_size)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     corpus, _ = read_corpus(resolved, display.note, lambda: None)
     model = load_causal_lm(files.path, own_config=files.config, dtype=_dtype(files))
-    used = {int(id_) for rows in _rows(corpus) for id_ in np.unique(rows.ids)}
-    keep = kept_ids(files.tokenizer, used | named_ids(model), ids)
+    used = {int(id_) for stream in _streams(corpus) for id_ in np.unique(stream)}
+    keep = tokenizer.kept_ids(used | (named_ids(model) & tokenizer.tokens.keys()), ids)
     trimmed = with_ids(model, keep)
     before, after = num_weights(model.hf.config), num_weights(trimmed.hf.config)
     record = {
@@ -90,63 +87,107 @@ def trim(
         "ids": {"before": model.vocab_size, "after": len(keep)},
         "kept": keep,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(out, lambda folder: _save(folder, trimmed, files, keep, record, resolved, corpus))
+    scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with writing_model(scratch):
+            trimmed.save(scratch)
+            new = tokenizer.save(keep, scratch)
+            add_ends(scratch, ends_of(new))
+            write_portable_config(scratch)
+            write_json(scratch / RECORD, record)
+        _require_same_tokens(tokenizer.tokenizer, new, keep, corpus, files.source)
+        seal(scratch)
+        with writing(out):
+            scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     display.note(
-        f"trim: {len(keep)} of {model.vocab_size} ids, {short(after)} of {short(before)} weights; the corpus has"
-        f" {len(used)} different tokens and is read as before"
+        f"trim: {len(keep)} of {model.vocab_size} tokens, {short(after)} of {short(before)} weights; the corpus has"
+        f" {len(used)} different ones and is tokenized as before"
     )
+    if resolved.recipe.corpus.tokenizer is not None:
+        display.note(
+            "trim: corpus.tokenizer is in the folder, too; leave the field out where this is the teacher"
+        )
+    if resolved.recipe.corpus.is_prompts:
+        display.note("trim: prompts have no answers: what models write to them has the tokens that are left")
     return record
 
 
-def _dtype(files: ModelFiles) -> torch.dtype:
-    """That of the files; of a GGUF file float32, which has every number that its blocks stand for."""
-    stored = getattr(torch, files.dtype or "", None) if files.path.is_dir() else None
-    return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
-def _rows(corpus: Corpus) -> Iterator[PackedRows]:
-    """Of both splits, and of each source of a mix."""
-    for part in (corpus.parts or {"": corpus}).values():
-        yield part.train
-        yield part.heldout
-
-
-def _save(
-    folder: Path,
-    trimmed: CausalLM,
-    files: ModelFiles,
-    keep: list[int],
-    record: Json,
-    resolved: Resolved,
-    corpus: Corpus,
-) -> None:
-    with quiet_transformers():  # its bar of shards
-        trimmed.save(folder)
-    tokenizer = save_trimmed(files.tokenizer, keep, folder)
-    add_ends(folder, ends_of(tokenizer))
-    write_portable_config(folder)
-    write_json(folder / RECORD, record)
-    recipe = resolved.recipe
-    read = dataclasses.replace(recipe.corpus, tokenizer=str(folder), shards=None)
-    again, _ = make_corpus(dataclasses.replace(resolved, recipe=dataclasses.replace(recipe, corpus=read)))
-    kept_V = np.array(keep, dtype=np.uint32)
-    own, new = _documents(corpus), _documents(again, kept_V)
-    if others := (own - new).total():
+def _files_of(resolved: Resolved) -> ModelFiles:
+    """The teacher's, verified."""
+    name, corpus = resolved.teacher.config.registered_name, resolved.recipe.corpus
+    if resolved.teacher.model_config is None:
         raise UserError(
-            f"{files.source}: cannot be trimmed: with {len(keep)} tokens its tokenizer reads {others} of"
-            f" {own.total()} documents of the corpus otherwise. Use it with all of them."
+            f"teacher.name: {name} is no model of this process. Set it to torch and teacher.model to the files of the"
+            " model to trim."
+        )
+    if given := [part for part in (corpus.parts or {"": corpus}).values() if not part.needs_tokenizer]:
+        raise UserError(
+            f"corpus.name: {given[0].registered_name} has ids of the whole vocabulary, which a smaller one does not"
+            " fit. Give the text that they were made from."
+        )
+    (files, *_) = resolved.teacher.checkpoints
+    files.verify()
+    return files
+
+
+def _tokenizer_of(resolved: Resolved, files: ModelFiles) -> Any:
+    """What reads the corpus, with the teacher's tokens; it goes into the folder.
+
+    Raises:
+        UserError: no tokenizer, or one with other tokens than the teacher's.
+    """
+    tokenizer = open_source(resolved).tokenizer
+    if tokenizer is None:
+        raise UserError(f"teacher.model: {files.source} has no tokenizer. Put its files beside the weights.")
+    if files.tokenizer is not None:
+        theirs, own = (tokenizers.vocab_of(each, files.vocab_size) for each in (files.tokenizer, tokenizer))
+        tokenizers.require_same(theirs, own, f"teacher {files.source}", "corpus.tokenizer")
+    return tokenizer
+
+
+def _dtype(files: ModelFiles) -> torch.dtype:
+    """That of the files where all weights have it, else float32, which has every number that they stand for."""
+    stored = only_dtype_of_files(files.path)
+    return torch.float32 if stored is None else getattr(torch, stored)
+
+
+def _streams(corpus: Corpus) -> Iterator[NDArray[np.uint32]]:
+    """The ids of each document: of both splits, of each source of a mix, and what only the teacher reads of prompts."""
+    for part in (corpus.parts or {"": corpus}).values():
+        for rows in (part.train, part.heldout):
+            yield from np.split(rows.ids, rows.starts[1:])
+            yield from (ids for ids in rows.for_teacher if ids is not None)
+
+
+def _require_same_tokens(old: Any, new: Any, keep: Sequence[int], corpus: Corpus, name: str) -> None:
+    """UserError for a document that both tokenize differently.
+
+    Not compared is one whose text, decoded and tokenized again, has tokens that the corpus does not: where it was cut
+    inside a character, and what stands for a special token without being one.
+    """
+    number_of = {id_: number for number, id_ in enumerate(keep)}
+    others = documents = 0
+    for texts in _texts(old, _streams(corpus)):
+        before, after = (each(texts, add_special_tokens=False)["input_ids"] for each in (old, new))
+        for ids, found in zip(before, after, strict=True):
+            documents += 1
+            others += number_of.keys() >= {*ids} and [number_of[id_] for id_ in ids] != found
+    if others:
+        raise UserError(
+            f"{name}: cannot be trimmed: with {len(keep)} tokens its tokenizer tokenizes {others} of {documents}"
+            " documents of the corpus differently. Use it with all of them."
         )
 
 
-def _documents(corpus: Corpus, kept_V: NDArray[np.uint32] | None = None) -> Counter[bytes]:
-    """How often each document occurs, by the hash of its ids: the ids decide which are held out, and their order.
-
-    Args:
-        kept_V: of a trimmed tokenizer: what its ids were.
-    """
-    return Counter(
-        hashlib.sha256((ids if kept_V is None else kept_V[ids]).tobytes()).digest()
-        for rows in _rows(corpus)
-        for ids in np.split(rows.ids, rows.starts[1:])
-    )
+def _texts(tokenizer: Any, streams: Iterable[NDArray[np.uint32]]) -> Iterator[list[str]]:
+    """The documents' texts, some at a time."""
+    texts: list[str] = []
+    for ids in streams:
+        texts.append(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+        if len(texts) == AT_ONCE:
+            yield texts
+            texts = []
+    if texts:
+        yield texts
