@@ -499,6 +499,8 @@ def test_a_store_is_shown_and_verified(
     assert main(["store", "show", out]) == 0
     shown = capsys.readouterr().out
     assert '"threshold": 0.05' in shown and "gradient_cosine" in shown and 'sha256": [' not in shown
+    table = shown.partition("certificate  ")[2]
+    assert "gradient_cosine" in table and max(map(len, table.splitlines())) < 60
     assert main(["store", "show", "--json", out]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["rows"] == 60 and told["certificate"]["positions"] == 128 and "files" not in told

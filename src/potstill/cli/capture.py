@@ -125,6 +125,9 @@ def _show(folder: Path, manifest: dict[str, Any], as_json: bool, display: Displa
     for name, value in shown.items():
         if name not in ("bytes_per_position", "certificate", "tokenizer"):
             display.result(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
-    certificate = manifest["certificate"].items()
-    rows = [[n, json.dumps(v) if isinstance(v, dict) else f"{v:.6g}"] for n, v in certificate]
+    certificate = manifest["certificate"]
+    for name, value in certificate.items():  # not in the table, whose columns would be as wide
+        if isinstance(value, dict):
+            display.result(f"  certificate.{name}: {json.dumps(value)}")
+    rows = [[name, f"{value:.6g}"] for name, value in certificate.items() if not isinstance(value, dict)]
     display.result(aligned(["certificate", "value"], rows))
