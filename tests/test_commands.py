@@ -288,6 +288,7 @@ def test_so_is_one_within_a_sentence(code: str) -> None:
     assert len(mistakes_in_a_line(f"Then `{code}` does it.")) == 1
 
 
+@pytest.mark.soak
 def test_the_commands_of_the_first_screen_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

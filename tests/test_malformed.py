@@ -1262,6 +1262,10 @@ def limits(wall_s: int = 10) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+EVERY = 3
+"""One fault of so many is tried by `make test`; all by `make soak`."""
+
+
 def named(fault: Fault) -> str:
     return f"{fault.kind}: {fault.name}"
 
@@ -1273,7 +1277,13 @@ def test_there_are_faults_of_every_kind() -> None:
     assert kinds == KINDS.keys()
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=named)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=[] if number % EVERY == 0 else [pytest.mark.soak], id=named(fault))
+        for number, fault in enumerate(FAULTS)
+    ],
+)
 def test_a_damaged_input_is_one_line_with_its_place(
     fault: Fault,
     good: Good,

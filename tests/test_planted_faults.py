@@ -623,7 +623,7 @@ FAULTS = {
 }
 
 
-AT_EVERY_TEST = ("losses/", "corpus/", "test_invariance", "training/test_loop")
+AT_EVERY_TEST = ("losses/", "test_invariance")
 """Wings whose faults are planted by `make test`; the others', and these, by `make soak`."""
 SOAKED = [name for name, fault in FAULTS.items() if not fault.test.startswith(AT_EVERY_TEST)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,41 +59,57 @@ def test_the_notes_are_those_of_their_seed(tmp_path: Path) -> None:
     assert a == b != c
 
 
+def command_of(folder: Path, model: Path) -> list[str]:
+    """The one command, with two layers in the place of SmolLM2, and short runs."""
+    command = [sys.executable, str(FOLDER / "run.py"), str(folder), "--train", "120", "--asked", "3"]
+    for word in (f"teacher.model={model}", f"student.model={model}", "student.name=checkpoint"):
+        command += ["--teacher", word]
+    short = ("train.steps=8", "train.warmup=1", "train.save_every=1", "eval.every=4")
+    for word in short:
+        command += ["--teacher", word, "--student", word]
+    return [*command, "--student", "student={name: cut, layers: 1, rule: first_last}"]
+
+
+def killed_at(command: list[str], line: str, place: Path) -> None:
+    """Start the command, and end it with all of its processes once a line of what it says of `place` begins so."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    is_there = False
+    for said in process.stdout:
+        is_there = is_there or said.strip() == f"run: {place}"
+        if is_there and said.startswith(line):
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
 @pytest.mark.soak
 @pytest.mark.usefixtures("warm_python")
-def test_one_command_makes_teacher_targets_student_files_and_the_table(tmp_path: Path) -> None:
-    """With two layers in the place of SmolLM2, and killed before its last stages were there."""
+def test_one_command_makes_everything_and_killed_twice_it_makes_the_same(tmp_path: Path) -> None:
     model, tokenizer = tmp_path / "model", make_tokenizer("smollm")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
     make_model(max_position_embeddings=512).save_pretrained(model)
-    command = [
-        sys.executable,
-        str(FOLDER / "run.py"),
-        str(tmp_path / "task"),
-        "--train",
-        "120",
-        "--asked",
-        "3",
-    ]
-    for word in ("teacher.model=", "student.model=", "student.name=checkpoint"):
-        command += ["--teacher", word if "name" in word else f"{word}{model}"]
-    command += ["--teacher", "train.steps=4", "--teacher", "train.warmup=1", "--teacher", "eval.every=2"]
-    command += ["--student", "train.steps=4", "--student", "train.warmup=1", "--student", "eval.every=2"]
-    command += ["--student", "student={name: cut, layers: 1, rule: first_last}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    first = json.loads((tmp_path / "task" / "result.json").read_text())
-    assert [line["model"] for line in first] == [
+    found = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        command = command_of(folder, model)
+        if name == "killed":
+            killed_at(command, "step 5/8", folder / "teacher")
+            killed_at(command, "step 3/8", folder / "student")
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = json.loads((folder / "result.json").read_text())
+        weights = (folder / "student" / "student" / "model.safetensors").read_bytes()
+        found[name] = lines, weights
+    assert [line["model"] for line in found["whole"][0]] == [
         "teacher",
         "teacher, 8192 tokens",
         "student",
         "student Q4_0",
         "student Q8_0",
     ]
-    weights = (tmp_path / "task" / "student" / "student" / "model.safetensors").read_bytes()
-    (tmp_path / "task" / "result.json").unlink()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "task" / "result.json").read_text()) == first
-    assert (tmp_path / "task" / "student" / "student" / "model.safetensors").read_bytes() == weights
+    assert found["whole"] == found["killed"]

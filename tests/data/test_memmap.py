@@ -54,7 +54,7 @@ def test_a_mistake_has_its_code_where_nobody_can_be_told(streams: str, tmp_path:
     assert run(f"{POTSTILL} show nothing {streams}", tmp_path) == (2, "")
 
 
-@pytest.mark.parametrize("streams", ["2>/dev/full", CLOSED])
+@pytest.mark.parametrize("streams", ["2>/dev/full", pytest.param(CLOSED, marks=pytest.mark.soak)])
 def test_a_run_goes_on_where_its_log_cannot(tiny_recipe: Recipe, tmp_path: Path, streams: str) -> None:
     # What a process makes of streams that are closed it decides as it starts.
     python = sys.executable if streams == CLOSED else warm.python()

@@ -84,6 +84,7 @@ def test_a_student_that_is_its_teacher_has_every_draft_accepted(teacher_folder: 
     assert found["low"] < 1.0 == found["high"] and found["peak_memory_bytes"] > 2**20
 
 
+@pytest.mark.soak
 def test_a_model_that_cannot_be_loaded_is_not_run_and_the_other_is(
     teacher_folder: Path, tmp_path: Path
 ) -> None:

@@ -478,6 +478,7 @@ def test_without_the_package_the_error_names_the_command_that_installs_it(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.soak
 @needs_lm_eval
 def test_lm_evals_own_tasks_are_known() -> None:
     lm_eval.require(LmEvalConfig(tasks=["arc_easy"]))

@@ -151,6 +151,7 @@ def test_compiled_steps_are_the_others(device: str, tiny_recipe: Recipe, tmp_pat
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_rank_of_fsdp_is_one_process(
     device: str, tiny_recipe: Recipe, forks: ForkServer, tmp_path: Path

@@ -135,7 +135,7 @@ def looked_at(folder: Path, pages: list[Path], axe: str, name: str) -> list[dict
     return found
 
 
-@pytest.mark.parametrize("name", ["light", "dark"])
+@pytest.mark.parametrize("name", ["light", pytest.param("dark", marks=pytest.mark.soak)])
 def test_no_rule_of_axe_is_violated(name: str, finished: Path, tmp_path: Path) -> None:
     axe, pages = axe_core(), []
     for kind in ("one run", "several runs", "comparison", "unfinished"):

@@ -271,7 +271,7 @@ def test_what_the_student_writes_is_graded_by_the_teacher_of_its_prompt(
             assert float(gap) < 1e-6, name
 
 
-@pytest.mark.parametrize("more", ["", ", in_memory: one"])
+@pytest.mark.parametrize("more", [pytest.param("", marks=pytest.mark.soak), ", in_memory: one"])
 def test_held_out_prompts_are_answered_by_the_teacher_of_their_source(
     more: str, mixed: Recipe, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -290,8 +290,13 @@ def test_held_out_prompts_are_answered_by_the_teacher_of_their_source(
 
 # --- runs
 
+OF_TWO = [
+    ("teaches: [code]", "teaches: [prose]"),
+    pytest.param(("weight: 3", "weight: 1"), marks=pytest.mark.soak),
+]
 
-@pytest.mark.parametrize("of", [("teaches: [code]", "teaches: [prose]"), ("weight: 3", "weight: 1")])
+
+@pytest.mark.parametrize("of", OF_TWO)
 def test_one_teacher_in_memory_gives_the_same_run(
     of: tuple[str, str], mixed: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +317,7 @@ def test_one_teacher_in_memory_gives_the_same_run(
     ).read_bytes()
 
 
-@pytest.mark.parametrize("of", [("teaches: [code]", "teaches: [prose]"), ("weight: 3", "weight: 1")])
+@pytest.mark.parametrize("of", OF_TWO)
 def test_padding_of_a_wider_head_is_masked_each_time_that_it_is_loaded(
     of: tuple[str, str], mixed: Recipe, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -446,6 +451,7 @@ def both_served(
         )
 
 
+@pytest.mark.soak
 def test_a_teacher_elsewhere_stays_where_one_is_in_memory(
     both_served: tuple[Callable[..., Path], list[Served]],
     tmp_path: Path,

@@ -176,6 +176,7 @@ def test_another_model_in_the_teachers_place_is_not_run(profiled: Path, tmp_path
     assert {row.teacher for row in rows(found)} == {"–"}
 
 
+@pytest.mark.soak
 @needs_llama_cpp
 def test_of_a_store_it_is_the_captured_model_that_is_run(tiny_recipe: Recipe, tmp_path: Path) -> None:
     assert main(["capture", str(tiny_recipe()), "--out", str(tmp_path / "store")]) == 0
