@@ -5,7 +5,7 @@ EXTRAS := dev,data,lora,gemma,gguf,quantised,lm-eval,tasks,tensorboard,trackio,w
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo task test test-floor test-lease test-vllm test-hidden check map soak bench docs wheel env clean
+.PHONY: demo task task-smoke test test-floor test-lease test-vllm test-hidden check map soak bench docs wheel env clean
 
 demo: $(READY)
 	$(BIN)/potstill demo
@@ -13,6 +13,9 @@ demo: $(READY)
 # One job, from its data to a student's files and their accuracy; the same command goes on where it was stopped.
 task: $(READY)
 	$(BIN)/python recipes/task/run.py
+
+task-smoke: $(READY)
+	$(BIN)/python recipes/task/run.py runs/task-smoke --smoke
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

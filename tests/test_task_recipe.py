@@ -60,13 +60,10 @@ def test_the_notes_are_those_of_their_seed(tmp_path: Path) -> None:
 
 
 def command_of(folder: Path, model: Path) -> list[str]:
-    """The one command, with two layers in the place of SmolLM2, and short runs."""
-    command = [sys.executable, str(FOLDER / "run.py"), str(folder), "--train", "120", "--asked", "3"]
+    """`make task-smoke`, with two layers in the place of SmolLM2."""
+    command = [sys.executable, str(FOLDER / "run.py"), str(folder), "--smoke"]
     for word in (f"teacher.model={model}", f"student.model={model}", "student.name=checkpoint"):
         command += ["--teacher", word]
-    short = ("train.steps=8", "train.warmup=1", "train.save_every=1", "eval.every=4")
-    for word in short:
-        command += ["--teacher", word, "--student", word]
     return [*command, "--student", "student={name: cut, layers: 1, rule: first_last}"]
 
 
@@ -98,8 +95,8 @@ def test_one_command_makes_everything_and_killed_twice_it_makes_the_same(tmp_pat
         folder = tmp_path / name
         command = command_of(folder, model)
         if name == "killed":
-            killed_at(command, "step 5/8", folder / "teacher")
-            killed_at(command, "step 3/8", folder / "student")
+            killed_at(command, "step 3/4", folder / "teacher")
+            killed_at(command, "step 2/4", folder / "student")
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         lines = json.loads((folder / "result.json").read_text())

@@ -1,6 +1,7 @@
 """From nothing to a student that does one job, and its figures: `make task`, or
 
-    python recipes/task/run.py [FOLDER] [--train 3000] [--asked 300] [--teacher OVERRIDE …] [--student OVERRIDE …]
+    python recipes/task/run.py [FOLDER] [--smoke] [--train 3000] [--asked 300] [--ids 8192] [--teacher OVERRIDE …]
+        [--student OVERRIDE …]
 
 Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
 stages are kept. FOLDER (runs/task) gets the notes, the teacher's run, the teacher with the tokens of the notes alone,
@@ -22,6 +23,7 @@ from make import SYSTEM, TEST_NOTES
 
 HERE = Path(__file__).resolve().parent
 TYPES = ("q8_0", "q4_0")
+SMOKE = ("train.steps=4", "train.warmup=1", "train.save_every=1", "eval.every=2")
 
 
 def say(*command: str) -> None:
@@ -57,8 +59,14 @@ def main() -> None:
     parser.add_argument("--ids", default="8192", help="tokens that the student has (default: 8192)")
     parser.add_argument("--teacher", action="append", default=[], metavar="OVERRIDE", help="of teacher.yaml")
     parser.add_argument("--student", action="append", default=[], metavar="OVERRIDE", help="of student.yaml")
+    parser.add_argument(
+        "--smoke", action="store_true", help="every stage, with few notes and steps: does the line work here?"
+    )
     options = parser.parse_args()
     folder = options.folder.absolute()
+    if options.smoke:
+        options.train, options.asked = "200", 5
+        options.teacher, options.student = [*SMOKE, *options.teacher], [*SMOKE, *options.student]
     made = [sys.executable, str(HERE / "make.py"), str(folder / "data"), "--train", options.train]
     if subprocess.run(made).returncode:
         sys.exit(1)
