@@ -47,11 +47,13 @@ SECOND_WORDS = (
     " Press Printing Radio Rail Repairs Restaurant Salon School Shoes Software Sports Stationers Studio"
     " Supplies Taxi Tea Telecom Theatre Tools Toys Travel"
 )
-SYLLABLES = (
-    "ba be bo ca co da de do fa fe ga go ha he jo ka ke la le lo ma me mi mo na ne no pa pe po ra re ri ro sa se si"
-    " so ta te ti to va ve vi wa we wi za zo"
+ONSETS = (
+    "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sc sh sk sl sm sn sp st str sw t th tr"
+    " tw v w wh y z"
 )
-"""Of coined first words, in every second note: copied letter by letter they are, and not known by heart."""
+NUCLEI = "a a e e i i o o u u ai au ea ee ie oa oo ou ay y"
+CODAS = "- - - b ck d f g k l ll m mp n nd ng nk nt p r rd rk rm rn rt s sh ss st t th x"
+"""Of coined words: too many to be known by heart, so that a model learns to copy them."""
 # `{p}` is the payee, `{d}` the day, `{a}` the amount with its currency, `{n}` a number that is none of them.
 SENTENCES = {
     "train": (
@@ -184,8 +186,9 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
     )
     found: dict[str, Note] = {}
     while len(found) < count:
-        first = draw.choice(firsts) if draw.random() < 0.5 else _coined(draw, split)
-        payee = f"{first} {draw.choice(seconds)}"
+        payee = draw.choice(firsts) if draw.random() < 0.25 else _coined(draw, split)
+        if draw.random() < 0.75:
+            payee += " " + (draw.choice(seconds) if draw.random() < 0.6 else _coined(draw, split))
         sentence, currency, day = (
             draw.choice(SENTENCES[split]),
             draw.choice(list(CURRENCIES)),
@@ -205,10 +208,14 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
 
 
 def _coined(draw: random.Random, split: str) -> str:
-    """A word of the split that is none: "Tavilo"."""
+    """A word of the split that is none: "Skeanthorm"."""
     while True:
-        word = "".join(draw.choices(SYLLABLES.split(), k=draw.randint(2, 4))).capitalize()
-        if share(word) == split:
+        syllables = (
+            "".join(draw.choice(part.split()) for part in (ONSETS, NUCLEI, CODAS)).strip("-")
+            for _ in range(draw.choice((1, 2, 2, 3)))
+        )
+        word = "".join(syllables).capitalize()
+        if len(word) > 2 and share(word) == split:
             return word
 
 
