@@ -6,7 +6,8 @@
 Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
 stages are kept. FOLDER (runs/task) gets the notes, the teacher's run, the teacher with the tokens of the notes alone,
 its targets, the student's run and `result.json`: the accuracy of both teachers, the student and its exported files on
-the test notes, with intervals.
+the test notes, with intervals. Settings are chosen by the held-out notes, which each run is asked at its end: its
+held-out rows are of the training notes' words, and a model that knows these by heart is good at them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from make import SYSTEM, TEST_NOTES
+from make import HELDOUT_NOTES, SYSTEM, TEST_NOTES
 
 HERE = Path(__file__).resolve().parent
 TYPES = ("q8_0", "q4_0")
@@ -34,15 +35,29 @@ def say(*command: str) -> None:
         sys.exit(done.returncode)
 
 
+def task(folder: Path, split: str, size: int) -> dict[str, object]:
+    """The first `size` notes of a split, to be answered with their record."""
+    found: dict[str, object] = {"source": "jsonl", "path": str(folder / "data" / f"{split}.jsonl")}
+    found |= {"question": "question", "answer": "answer"}
+    return found | {"system": SYSTEM, "max_new_tokens": 80, "size": size}
+
+
 def asked(model: str, folder: Path, name: str, size: int) -> dict[str, object]:
     """A model's accuracy on the first `size` test notes; of a GGUF file in llama.cpp, where that is installed."""
-    task = {"source": "jsonl", "path": str(folder / "data" / "test.jsonl"), "question": "question"}
-    task |= {"answer": "answer", "system": SYSTEM, "max_new_tokens": 80, "size": size}
     out = folder / "evals" / name
     runtime = (
         "llama.cpp" if model.endswith(".gguf") and importlib.util.find_spec("xllamacpp") else "transformers"
     )
-    say("eval", model, "--task", json.dumps(task), "--out", str(out), "--runtime", runtime)
+    say(
+        "eval",
+        model,
+        "--task",
+        json.dumps(task(folder, "test", size)),
+        "--out",
+        str(out),
+        "--runtime",
+        runtime,
+    )
     result = json.loads((out / "result.json").read_text())
     return {"model": name, "runtime": runtime, **result["accuracy"], **result["calibration"]}
 
@@ -70,16 +85,18 @@ def main() -> None:
     made = [sys.executable, str(HERE / "make.py"), str(folder / "data"), "--train", options.train]
     if subprocess.run(made).returncode:
         sys.exit(1)
-    data, auto = f"corpus.path={folder / 'data' / 'train.jsonl'}", ("--resume", "auto")
+    held_out = {"name": "task"} | task(folder, "heldout", min(HELDOUT_NOTES, options.asked))
+    data = (f"corpus.path={folder / 'data' / 'train.jsonl'}", f"evaluations={json.dumps([held_out])}")
+    auto = ("--resume", "auto")
     teacher, student, targets = folder / "teacher", folder / "student", folder / "targets"
-    say("distill", str(HERE / "teacher.yaml"), data, *options.teacher, "--out", str(teacher), *auto)
+    say("distill", str(HERE / "teacher.yaml"), *data, *options.teacher, "--out", str(teacher), *auto)
     recipe, fewer = str(HERE / "student.yaml"), folder / f"trimmed-{options.ids}"
     if not fewer.exists():
-        own = (data, f"teacher.model={teacher / 'student'}", *options.student)
+        own = (*data, f"teacher.model={teacher / 'student'}", *options.student)
         say("trim", recipe, *own, "--ids", options.ids, "--out", str(fewer))
-    say("capture", recipe, data, f"teacher.model={fewer}", *options.student, "--out", str(targets))
+    say("capture", recipe, *data, f"teacher.model={fewer}", *options.student, "--out", str(targets))
     stored = f"teacher={{name: store, path: {targets}, model: {fewer}}}"
-    say("distill", recipe, data, stored, *options.student, "--out", str(student), *auto)
+    say("distill", recipe, *data, stored, *options.student, "--out", str(student), *auto)
     say("export", str(student), "--quantize", ",".join(TYPES))
     models = {"teacher": str(teacher / "student"), f"teacher, {options.ids} tokens": str(fewer)}
     models |= {"student": str(student / "student")}

@@ -27,6 +27,7 @@ from potstill.data.trimmed_tokenizer import Trimmable
 from potstill.errors import UserError
 from potstill.io.atomic import seal, writing
 from potstill.io.terminal import Display, short
+from potstill.models.causal_lm import CausalLM
 from potstill.models.load import load_causal_lm, num_weights, weights_sha256
 from potstill.models.model_files import only_dtype_of_files
 from potstill.models.portable import add_ends, write_json, write_portable_config
@@ -87,20 +88,7 @@ def trim(
         "ids": {"before": model.vocab_size, "after": len(keep)},
         "kept": keep,
     }
-    scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with writing_model(scratch):
-            trimmed.save(scratch)
-            new = tokenizer.save(keep, scratch)
-            add_ends(scratch, ends_of(new))
-            write_portable_config(scratch)
-            write_json(scratch / RECORD, record)
-        _require_same_tokens(tokenizer.tokenizer, new, keep, corpus, files.source)
-        seal(scratch)
-        with writing(out):
-            scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    _write(out, trimmed, tokenizer, record, corpus)
     display.note(
         f"trim: {len(keep)} of {model.vocab_size} tokens, {short(after)} of {short(before)} weights; the corpus has"
         f" {len(used)} different ones and is tokenized as before"
@@ -112,6 +100,25 @@ def trim(
     if resolved.recipe.corpus.is_prompts:
         display.note("trim: prompts have no answers: what models write to them has the tokens that are left")
     return record
+
+
+def _write(out: Path, trimmed: CausalLM, tokenizer: Trimmable, record: Json, corpus: Corpus) -> None:
+    """The folder, whole or not at all, once both tokenizers have tokenized the corpus."""
+    keep = record["kept"]
+    scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with writing_model(scratch):
+            trimmed.save(scratch)
+            new = tokenizer.save(keep, scratch)
+            add_ends(scratch, ends_of(new))
+            write_portable_config(scratch)
+            write_json(scratch / RECORD, record)
+        _require_same_tokens(tokenizer.tokenizer, new, keep, corpus, record["of"])
+        seal(scratch)
+        with writing(out):
+            scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _files_of(resolved: Resolved) -> ModelFiles:
