@@ -22,7 +22,9 @@ TOKENIZER, CONFIG = SETTINGS[:2]
 OLDER = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
 """Files with the same tokens once more, for programs that read no tokenizer.json: they would be of the old ids."""
 BYTES = ({*ByteLevel.alphabet()}, {f"<0x{byte:02X}>" for byte in range(256)})
-"""What any text can be written with: of a byte-level tokenizer its 256 letters, or one token for each byte."""
+"""What any text can be written with: of a byte-level tokenizer its 256 letters, or one token for each byte. Those that
+a tokenizer never had are no loss: SmolLM2 lacks 21, most of them in no UTF-8.
+"""
 USE_WHOLE = "Use the model with all of its tokens."
 Json = dict[str, Any]
 
@@ -50,7 +52,7 @@ class Trimmable:
         known = vocab_of(tokenizer, size).tokens or ()
         self.tokens = {id_: token for id_, token in enumerate(known[:size]) if token}
         self.ids = {token: id_ for id_, token in self.tokens.items()}
-        if not any(bytes_ <= self.ids.keys() for bytes_ in BYTES):
+        if not (_is_byte_level(self.settings) or self.model.get("byte_fallback")):
             raise UserError(
                 f"{self.name}: its tokenizer has no tokens for single bytes, so that with fewer tokens it would lose"
                 f" what it cannot write. {USE_WHOLE}"
@@ -137,6 +139,17 @@ class Trimmable:
                 f" {USE_WHOLE}"
             )
         return loaded
+
+
+def _is_byte_level(settings: Json) -> bool:
+    """Whether a text is cut into bytes before it is merged."""
+    steps = [settings.get("pre_tokenizer"), settings.get("normalizer")]
+    while steps:
+        step = steps.pop() or {}
+        if step.get("type") == "ByteLevel":
+            return True
+        steps += [*step.get("pretokenizers", ()), *step.get("normalizers", ())]
+    return False
 
 
 def _merges(model: Json) -> Iterator[tuple[str, str, str]]:
