@@ -185,7 +185,8 @@ def test_what_cannot_be_trimmed_is_one_line_and_leaves_nothing(
 ) -> None:
     teacher, out = make_teacher(tmp_path / "teacher", byte_level()), tmp_path / "small"
     recipe = str(tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}"))
-    said = refused(capsys, out, recipe, "--ids", "200")
+    said = refused(capsys, tmp_path / "not there" / "small", recipe, "--ids", "200")
+    assert not (tmp_path / "not there").exists()
     fewest = int(said.partition(" or more")[0].split()[-1])
     assert refused(capsys, out, recipe, "--ids", str(fewest - 1)).startswith("error: --ids: ")
     words = tokenizers.Tokenizer(models.WordLevel({"<eos>": 0, "<pad>": 1, "<bos>": 2, "the": 3}, "<pad>"))

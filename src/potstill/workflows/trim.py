@@ -7,6 +7,7 @@ other text is still written.
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,8 +72,7 @@ def trim(
     resolved = resolve(recipes.load(path, overrides))
     files = _files_of(resolved)
     tokenizer = Trimmable(_tokenizer_of(resolved, files), files.vocab_size)
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    _require_writable(out)
     corpus, _ = read_corpus(resolved, display.note, lambda: None)
     model = load_causal_lm(files.path, own_config=files.config, dtype=_dtype(files))
     used = {int(id_) for stream in _streams(corpus) for id_ in np.unique(stream)}
@@ -102,9 +102,18 @@ def trim(
     return record
 
 
+def _require_writable(out: Path) -> None:
+    """Before anything is read; no folder is made yet."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{out}: cannot be written: {above} takes no files. Give another --out.")
+
+
 def _write(out: Path, trimmed: CausalLM, tokenizer: Trimmable, record: Json, corpus: Corpus) -> None:
     """The folder, whole or not at all, once both tokenizers have tokenized the corpus."""
     keep = record["kept"]
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     try:
         with writing_model(scratch):
