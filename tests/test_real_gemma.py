@@ -40,7 +40,6 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[CausalLM, Any]:
     return load_causal_lm(file), load_tokenizer(Path(file))
 
 
-@pytest.mark.soak
 def test_it_reads_english_with_a_bos_in_front(gemma: tuple[CausalLM, Any]) -> None:
     model, tokenizer = gemma
     ids_BT = torch.tensor([tokenizer(ENGLISH)["input_ids"]])
