@@ -1263,7 +1263,7 @@ def limits(wall_s: int = 10) -> Iterator[None]:
 
 
 EVERY = 3
-"""One fault of so many is tried by `make test`; all by `make soak`."""
+"""One fault of so many is tried by `make test`, the others by `make soak`."""
 
 
 def named(fault: Fault) -> str:

@@ -19,6 +19,7 @@ from potstill import distill
 from potstill.cli.main import main
 from potstill.data.tokenizers import load_tokenizer
 from potstill.data.trimmed_tokenizer import Trimmable
+from potstill.workflows import trim as workflow
 
 Recipe = Callable[..., Path]
 OTHER_TEXT = "Zebras quickly xylophoned: 7,519 żółte €uro, naïve 漢字 🐈 \t\n"
@@ -111,10 +112,15 @@ def trimmed(recipe: Path, out: Path, ids: int) -> dict[str, Any]:
 
 
 def test_the_same_rows_and_logits_with_fewer_ids(
-    tiny_recipe: Recipe, teacher: Path, tmp_path: Path, corpus_folder: Path
+    tiny_recipe: Recipe,
+    teacher: Path,
+    tmp_path: Path,
+    corpus_folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "small"
     record = trimmed(tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}"), out, IDS)
+    assert "40 of its 40 documents could be compared" in capsys.readouterr().err
     own, new = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (teacher, out))
     kept = record["kept"]
     assert record["ids"] == {"before": len(own) + 12, "after": len(kept)}
@@ -225,7 +231,7 @@ def test_a_tokenizer_that_would_read_the_corpus_otherwise_is_refused(
     teacher = make_teacher(tmp_path / "teacher", byte_level())
     recipe = str(tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}"))
     said = refused(capsys, tmp_path / "small", recipe, "--ids", "300")
-    assert "documents of the corpus differently" in said
+    assert "documents of the corpus are tokenized differently" in said
     assert not [*tmp_path.glob("*small*")]
 
 
@@ -373,3 +379,15 @@ def test_the_real_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
     for text in TEXTS:
         assert [kept[i] for i in new(text)["input_ids"]] == own(text)["input_ids"]
     assert new.decode(new(OTHER_TEXT)["input_ids"]) == own.decode(own(OTHER_TEXT)["input_ids"]) == OTHER_TEXT
+
+
+def test_a_corpus_that_cannot_be_compared_is_refused(
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no decoded text has the tokens that were kept."""
+    teacher = make_teacher(tmp_path / "teacher", byte_level())
+    monkeypatch.setattr(workflow, "_texts", lambda tokenizer, streams: [["whatever wonderful flowers"]])
+    recipe = str(tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}"))
+    said = refused(capsys, tmp_path / "small", recipe, "--ids", "330")
+    assert "none of 1 documents of the corpus are comparable" in said
+    assert not [*tmp_path.glob("*small*")]

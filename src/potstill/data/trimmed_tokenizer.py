@@ -209,4 +209,5 @@ def _config(config: Json, new_id: Mapping[str, int]) -> Json:
 
 
 def _write(path: Path, settings: Json) -> None:
+    """Unsorted: a vocabulary is read in the order of its ids."""
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

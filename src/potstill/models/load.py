@@ -178,6 +178,11 @@ def num_weights(config: Any) -> int:
     return sum(parameter.numel() for parameter in on_meta(config).parameters())
 
 
+def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model of this config, by name, without allocating one; see `num_weights`."""
+    return {name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+
+
 def on_meta(config: Any) -> Any:
     """A model of this config without numbers; see `num_weights`."""
     with quiet_transformers(), torch.device("meta"):

@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from potstill.errors import UserError, one_line
-from potstill.models.load import on_meta, plain_config
+from potstill.models.load import plain_config, shapes_of
 
 ADVICE = "Leave hidden_size out."
 WIDEST_INNER = 4
@@ -56,10 +56,7 @@ def stream_dims(config: Any, narrow: Any) -> dict[str, int]:
     before, after = text.hidden_size, narrow.get_text_config().hidden_size
     _pin(text)
     try:
-        ours, theirs = (
-            {name: tuple(tensor.shape) for name, tensor in on_meta(of).state_dict().items()}
-            for of in (narrow, whole)
-        )
+        ours, theirs = shapes_of(narrow), shapes_of(whole)
     except Exception as error:  # what Transformers raises over a config that fits no model
         raise UserError(
             f"student.hidden_size: Transformers builds no {kind} with a hidden size of {after}: {one_line(error)}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from potstill.errors import UserError, one_line
 from potstill.models.causal_lm import CausalLM, relative_gap
-from potstill.models.load import on_meta, plain_config
+from potstill.models.load import plain_config, shapes_of
 from potstill.models.portable import ids_of
 from potstill.models.probes import TOLERANCE
 
@@ -60,6 +60,7 @@ def with_ids(model: CausalLM, keep: Sequence[int]) -> CausalLM:
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         raise UserError(
             f"{model.name}: {type(model.hf).__name__} cannot be made with {len(keep)} of its ids: {one_line(error)}"
+            " Use it with all."
         ) from error
     hf.generation_config = copy.deepcopy(model.hf.generation_config)
     _renumber(hf.generation_config, new_id)
@@ -93,7 +94,7 @@ def _dims_of_ids(config: Any, ids: int) -> dict[str, int]:
         own = plain_config(config)
         _renumber(own.get_text_config(), {})
         own.get_text_config().vocab_size = count
-        shapes.append({name: tuple(tensor.shape) for name, tensor in on_meta(own).state_dict().items()})
+        shapes.append(shapes_of(own))
     dims = dict[str, int]()
     for name, shape in shapes[0].items():
         differ = [

@@ -36,6 +36,7 @@ from potstill.models.source import ModelFiles
 from potstill.models.student import writing_model
 from potstill.models.trimmed_ids import named_ids, with_ids
 from potstill.recipe import load as recipes
+from potstill.recipe.sections_data import CorpusConfig
 
 RECORD = "trimmed.json"
 AT_ONCE = 1000
@@ -70,6 +71,7 @@ def trim(
     if out.exists():
         raise UserError(f"{out}: exists already. Give another --out.")
     resolved = resolve(recipes.load(path, overrides))
+    _require_text(resolved.recipe.corpus)
     files = _files_of(resolved)
     tokenizer = Trimmable(_tokenizer_of(resolved, files), files.vocab_size)
     _require_writable(out)
@@ -88,10 +90,11 @@ def trim(
         "ids": {"before": model.vocab_size, "after": len(keep)},
         "kept": keep,
     }
-    _write(out, trimmed, tokenizer, record, corpus)
+    compared, documents = _write(out, trimmed, tokenizer, record, corpus)
     display.note(
         f"trim: {len(keep)} of {model.vocab_size} tokens, {short(after)} of {short(before)} weights; the corpus has"
-        f" {len(used)} different ones and is tokenized as before"
+        f" {len(used)} different ones, and {compared} of its {documents} documents could be compared and are tokenized"
+        " as before"
     )
     if resolved.recipe.corpus.tokenizer is not None:
         display.note(
@@ -109,8 +112,10 @@ def _require_writable(out: Path) -> None:
         raise UserError(f"{out}: cannot be written: {above} takes no files. Give another --out.")
 
 
-def _write(out: Path, trimmed: CausalLM, tokenizer: Trimmable, record: Json, corpus: Corpus) -> None:
-    """The folder, whole or not at all, once both tokenizers have tokenized the corpus."""
+def _write(
+    out: Path, trimmed: CausalLM, tokenizer: Trimmable, record: Json, corpus: Corpus
+) -> tuple[int, int]:
+    """The folder, whole or not at all, once both tokenizers have tokenized the corpus: see `_compared`."""
     keep = record["kept"]
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,30 +127,34 @@ def _write(out: Path, trimmed: CausalLM, tokenizer: Trimmable, record: Json, cor
             add_ends(scratch, ends_of(new))
             write_portable_config(scratch)
             write_json(scratch / RECORD, record)
-        _require_same_tokens(tokenizer.tokenizer, new, keep, corpus, record["of"])
+        compared = _compared(tokenizer.tokenizer, new, keep, corpus, record["of"])
         seal(scratch)
         with writing(out):
             scratch.rename(out)
+        return compared
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _files_of(resolved: Resolved) -> ModelFiles:
-    """The teacher's, verified."""
-    name, corpus = resolved.teacher.config.registered_name, resolved.recipe.corpus
+    """The teacher's, verified; UserError for a teacher that is no model of this process."""
     if resolved.teacher.model_config is None:
         raise UserError(
-            f"teacher.name: {name} is no model of this process. Set it to torch and teacher.model to the files of the"
-            " model to trim."
-        )
-    if given := [part for part in (corpus.parts or {"": corpus}).values() if not part.needs_tokenizer]:
-        raise UserError(
-            f"corpus.name: {given[0].registered_name} has ids of the whole vocabulary, which a smaller one does not"
-            " fit. Give the text that they were made from."
+            f"teacher.name: {resolved.teacher.config.registered_name} is no model of this process. Set it to torch and"
+            " teacher.model to the files of the model to trim."
         )
     (files, *_) = resolved.teacher.checkpoints
     files.verify()
     return files
+
+
+def _require_text(corpus: CorpusConfig) -> None:
+    for part in corpus.each:
+        if not part.needs_tokenizer:
+            raise UserError(
+                f"corpus.name: {part.registered_name} has ids of the whole vocabulary, which a smaller one does not"
+                " fit. Give the text that they were made from."
+            )
 
 
 def _tokenizer_of(resolved: Resolved, files: ModelFiles) -> Any:
@@ -177,24 +186,31 @@ def _streams(corpus: Corpus) -> Iterator[NDArray[np.uint32]]:
             yield from (ids for ids in rows.for_teacher if ids is not None)
 
 
-def _require_same_tokens(old: Any, new: Any, keep: Sequence[int], corpus: Corpus, name: str) -> None:
-    """UserError for a document that both tokenize differently.
+def _compared(old: Any, new: Any, keep: Sequence[int], corpus: Corpus, name: str) -> tuple[int, int]:
+    """How many documents both tokenize alike, and how many there are.
 
-    Not compared is one whose text, decoded and tokenized again, has tokens that the corpus does not: where it was cut
-    inside a character, and what stands for a special token without being one.
+    Not compared is one whose text, decoded and tokenized again, has tokens that were not kept: where it was cut inside
+    a character, or spells a special token.
+
+    Raises:
+        UserError: a document that both tokenize differently, or none that can be compared.
     """
     number_of = {id_: number for number, id_ in enumerate(keep)}
-    others = documents = 0
+    same = others = documents = 0
     for texts in _texts(old, _streams(corpus)):
         before, after = (each(texts, add_special_tokens=False)["input_ids"] for each in (old, new))
         for ids, found in zip(before, after, strict=True):
             documents += 1
-            others += number_of.keys() >= {*ids} and [number_of[id_] for id_ in ids] != found
-    if others:
+            if number_of.keys() >= {*ids}:
+                is_same = [number_of[id_] for id_ in ids] == found
+                same, others = same + is_same, others + (not is_same)
+    if others or not same:
+        what = "tokenized differently" if others else "comparable"
         raise UserError(
-            f"{name}: cannot be trimmed: with {len(keep)} tokens its tokenizer tokenizes {others} of {documents}"
-            " documents of the corpus differently. Use it with all of them."
+            f"{name}: cannot be trimmed: with {len(keep)} tokens {others or 'none'} of {documents} documents of the"
+            f" corpus are {what}. Use it with all of them."
         )
+    return same, documents
 
 
 def _texts(tokenizer: Any, streams: Iterable[NDArray[np.uint32]]) -> Iterator[list[str]]:
