@@ -120,6 +120,7 @@ def attend(connection: socket.socket, client: str, path: list[str]) -> None:
     order = json.loads(connection.makefile().readline())
     pid = os.fork()
     if pid == 0:
+        mend_threads()
         connection.close()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
@@ -134,6 +135,15 @@ def attend(connection: socket.socket, client: str, path: list[str]) -> None:
     with contextlib.suppress(OSError):  # the client was killed
         connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os._exit(0)
+
+
+def mend_threads() -> None:
+    """What a fork calls before it starts a thread.
+
+    In a fork torch makes its thread pool anew at the first call from a new thread, without a lock: of several threads
+    that begin at once, as those that load weights, one may find none ("Invalid thread pool!", a RuntimeError).
+    """
+    sys.modules["torch"].set_num_threads(1)
 
 
 def run(order: dict[str, Any], client: str, path: list[str]) -> None:
