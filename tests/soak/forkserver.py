@@ -289,7 +289,8 @@ def fork(order: dict[str, Any], **environment: str) -> int:
         return pid
     code = 1
     try:
-        sys.modules["torch"].set_num_threads(1)  # before any thread begins: see `mend_threads` in tests/warm.py
+        # Before any thread begins: see `mend_threads` in tests/warm.py.
+        sys.modules["torch"].set_num_threads(1)
         os.environ.update(environment)
         told = os.open(order["told"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(told, 2)

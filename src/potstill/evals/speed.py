@@ -46,11 +46,11 @@ class Model:
     """Why it was not measured."""
 
     def figures(self) -> Json | str:
-        """Medians with spread, or `not run: why`."""
+        """Medians with spread and what they are of, or `not run: why`."""
         if self.why:
             return f"not run: {self.why}"
         rates = {name: spread([of(one) for one in self.measured]) for name, of in RATES.items()}
-        return self.about | rates | {"repeats": len(self.measured)} | self.memory
+        return self.about | rates | {"repeats": len(self.measured), "measured": self.measured} | self.memory
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

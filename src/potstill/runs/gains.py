@@ -141,10 +141,23 @@ def conditions(profile: Profile, spread: str) -> str:
     device = "" if machine["device"] == "cpu" else f", {machine['device']}"
     threads = f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}"
     return (
-        f"Medians of {settings['repeats']} repeats in turns{spread}:"
+        f"Medians of {_repeats(profile)} in turns{spread}:"
         f" {settings['prompt_tokens']} tokens of prompt ({settings['prompt']}) and {settings['new_tokens']} new ones,"
-        f" {threads} of {machine['processor']}{device}; {', '.join(sorted(versions))}; {profile['date']}."
+        f" {threads} of {machine['processor']}{device}; {', '.join(sorted(versions))}; {' and '.join(_dates(profile))}."
     )
+
+
+def _dates(profile: Profile) -> list[str]:
+    """Of the first and the last of the profiles whose repeats these are."""
+    dates = profile.get("dates") or [profile["date"]]  # one date in the first format
+    return dates[:1] + dates[1:][-1:]
+
+
+def _repeats(profile: Profile) -> str:
+    counts = sorted({speed[who]["repeats"] for speed in _measured(profile) for who in _run_in(speed)})
+    said = " or ".join(map(str, counts)) or str(profile["settings"]["repeats"])
+    profiles = len(profile.get("dates", []))
+    return f"{said} repeats" + (f" of {profiles} profiles" if profiles > 1 else "")
 
 
 def _run_in(speed: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ from potstill.recipe import load as recipes
 from potstill.runs.run_dir import RunDir, environment
 from potstill.types import Rows
 
-FORMAT = 1
+FORMAT = 2
 """Of `profile.json`; raised when its content changes."""
 NOT_WHOLE = "not run: the targets of a store are no whole distributions of the teacher"
 FEWEST_REPEATS, FEWEST_NEW = 3, 2
@@ -115,9 +115,13 @@ class _Profiled:
         self.resolved, self.teacher = self._resolved()
         """The recipe with the saved student, and the teacher's files; of either, why there is none."""
         self._require_context()
+        self.earlier: dict[tuple[str, str | None], Json] = {}
+        """By runtime and type of the weights: the entry of a profile to whose repeats those of this one are added."""
 
     def measured(self) -> Json:
         held = self._heldout()
+        about = self._about(held.source)
+        dates = self._take_up(about)
         request = {
             "prompt": held.ids,
             "new_tokens": self.settings.new_tokens,
@@ -126,21 +130,13 @@ class _Profiled:
             "dtype": self.dtype,
         }
         self.note(f"transformers: {self.settings.repeats} repeats, in turns")
-        speeds = [{"runtime": "transformers", "weights": self.dtype} | self._in_transformers(request)]
+        speeds = [self._beside("transformers", self.dtype, request, self.run.student, self.teacher)]
         speeds += self._in_llama_cpp(request)
         drafted = self._drafted(held, request)
-        return {
-            "format": FORMAT,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "of": self.run.receipt().get("output"),
-            "machine": machine.described(self.device),
-            "libraries": environment()["libraries"],
-            "settings": self._settings() | {"prompt": held.source},
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return about | {
+            "dates": [*dates, date],
             "spread": SPREAD,
-            "models": {
-                "teacher": self.teacher if isinstance(self.teacher, str) else _model_of(self.teacher),
-                "student": _model_of(self.run.student),
-            },
             "exports": [
                 {"format": form, "file": place.name, "bytes": bytes_of_weights(place)}
                 for form, place in self._exported().items()
@@ -148,6 +144,40 @@ class _Profiled:
             "speeds": speeds,
             "acceptance": {"expected": held.expected, "measured": drafted},
         }
+
+    def _about(self, prompt: str) -> Json:
+        """What is measured, how and where."""
+        return {
+            "format": FORMAT,
+            "of": self.run.receipt().get("output"),
+            "machine": machine.described(self.device),
+            "libraries": environment()["libraries"],
+            "settings": self._settings() | {"prompt": prompt},
+            "models": {
+                "teacher": self.teacher if isinstance(self.teacher, str) else _model_of(self.teacher),
+                "student": _model_of(self.run.student),
+            },
+        }
+
+    def _take_up(self, about: Json) -> list[str]:
+        """The dates of the run's profile, whose repeats are taken up where it is of the same in all but their number.
+
+        The spread of a figure within some minutes is not that from one hour to the next: several profiles together
+        have both.
+        """
+        known = self.run.profile()
+        own, settings = (
+            {**one, "settings": {**one.get("settings", {}), "repeats": 0}} for one in (about, known)
+        )
+        if any(settings.get(name) != value for name, value in own.items()):
+            return []
+        dates: list[str] = known.get("dates", [])
+        self.note(
+            f"adding to the repeats of {', '.join(dates)}, with the same settings on this machine (remove"
+            f" {self.run.path / 'profile.json'} to begin anew)"
+        )
+        self.earlier = {(speed["runtime"], speed["weights"]): speed for speed in known["speeds"]}
+        return dates
 
     def _settings(self) -> Json:
         own = dataclasses.asdict(self.settings)
@@ -233,9 +263,6 @@ class _Profiled:
         prompts = acceptance.prompts_of(rows, acceptance.PROMPTS, tokens)
         return _Heldout(acceptance.text_of(rows, tokens), "held-out text", prompts, expected)
 
-    def _in_transformers(self, request: Json) -> Json:
-        return self._beside("transformers", request, self.run.student, self.teacher)
-
     def _in_llama_cpp(self, request: Json) -> list[Json]:
         """An entry for each GGUF file of the student, beside the teacher in the same type; a teacher that is a GGUF
         file of another type has one for itself.
@@ -252,17 +279,17 @@ class _Profiled:
             self.note(f"llama.cpp, {form}: {self.settings.repeats} repeats, in turns")
             with tempfile.TemporaryDirectory(prefix="potstill-profile-") as folder:
                 teacher = self._teacher_as(form, Path(folder) / f"teacher-{form}.gguf")
-                found = self._beside("llama.cpp", request, place, teacher)
-            entries.append({"runtime": "llama.cpp", "weights": form} | found)
+                entries.append(self._beside("llama.cpp", form, request, place, teacher))
         if isinstance(self.teacher, Path) and self.teacher.is_file():
             own = type_of_weights(self.teacher).lower()
             if own not in exported:
                 why = f"not run: no GGUF file of the student in {own}"
-                found = self._beside("llama.cpp", request, why, self.teacher)
-                entries.append({"runtime": "llama.cpp", "weights": own} | found)
+                entries.append(self._beside("llama.cpp", own, request, why, self.teacher))
         return entries
 
-    def _beside(self, kind: str, request: Json, student: Path | str, teacher: Path | str) -> Json:
+    def _beside(
+        self, kind: str, weights: str, request: Json, student: Path | str, teacher: Path | str
+    ) -> Json:
         """Figures, bytes and ratios of both, each a model's files or why there are none."""
         models = {"teacher": teacher, "student": student}
         asked = {
@@ -270,9 +297,10 @@ class _Profiled:
             for who, place in models.items()
         }
         measure([model for model in asked.values() if not model.why], self.settings.repeats)
-        figures: Json = {who: model.figures() for who, model in asked.items()}
         sizes = {f"{w}_bytes": bytes_of_weights(p) for w, p in models.items() if isinstance(p, Path)}
-        return figures | sizes | {"ratios": ratios(**asked)}
+        _add(self.earlier.get((kind, weights), {}), asked, sizes)
+        figures: Json = {who: model.figures() for who, model in asked.items()}
+        return {"runtime": kind, "weights": weights} | figures | sizes | {"ratios": ratios(**asked)}
 
     def _exported(self) -> dict[str, Path]:
         """The exports of this very student that are still there, by format."""
@@ -324,6 +352,21 @@ def _model_of(place: Path) -> Json:
         "weights": type_of_weights(place),
         "kind": "folder" if place.is_dir() else "GGUF",
     }
+
+
+def _add(earlier: Json, asked: dict[str, Model], sizes: Json) -> None:
+    """The repeats of an earlier profile to those of this one, where both are of the same files."""
+    measured = {who: model for who, model in asked.items() if not model.why}
+    of = {who: one for who in asked if isinstance(one := earlier.get(who), dict)}
+    is_same = all(earlier.get(name) == size for name, size in sizes.items()) and of.keys() == measured.keys()
+    if not is_same or any(
+        of[who].get("version") != model.about["version"] for who, model in measured.items()
+    ):
+        return
+    rounds = {who: one.get("measured", []) for who, one in of.items()}
+    if len(set(map(len, rounds.values()))) == 1:
+        for who, model in measured.items():
+            model.measured = rounds[who] + model.measured
 
 
 def _why(place: Path | str) -> str:
