@@ -184,6 +184,7 @@ if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
     importlib.import_module("torch").set_num_threads(1)
+    os.fsync = lambda descriptor: None  # as in conftest.py
     gc.collect()
     gc.freeze()  # no fork looks through what was there before it, and copies it so
     serve(*sys.argv[1:])
