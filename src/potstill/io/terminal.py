@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from potstill.errors import UserError
@@ -23,17 +23,23 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-FIGURES = {
-    "train/loss": "loss {:.2f}",
-    "train/ce": "ce {:.2f}",
-    "train/kd": "kd {:.2f}",
-    "train/router_loss": "router {:.3f}",
-    "rollout/tokens": "wrote {:.0f}",
-    "rollout/ended": "ended {:.0%}",
-    "train/lr": "lr {:.1e}",
-    "train/grad_norm": "grad {:.2f}",
-    "train/positions": "positions {:.0f}",
-    "speed/tokens_per_s": "{:.0f} tok/s",
+
+def _decimals(value: float, places: int = 2) -> str:
+    """So many decimals, or two digits where these would round most of it away."""
+    return f"{value:.2g}" if 0 < abs(value) < 10 ** (1 - places) else f"{value:.{places}f}"
+
+
+FIGURES: dict[str, Callable[[float], str]] = {
+    "train/loss": lambda value: f"loss {_decimals(value)}",
+    "train/ce": lambda value: f"ce {_decimals(value)}",
+    "train/kd": lambda value: f"kd {_decimals(value)}",
+    "train/router_loss": "router {:.3f}".format,
+    "rollout/tokens": "wrote {:.0f}".format,
+    "rollout/ended": "ended {:.0%}".format,
+    "train/lr": "lr {:.1e}".format,
+    "train/grad_norm": lambda value: f"grad {_decimals(value)}",
+    "train/positions": "positions {:.0f}".format,
+    "speed/tokens_per_s": "{:.0f} tok/s".format,
 }
 
 
@@ -52,7 +58,7 @@ class Display:
         """Loss terms apart, learning rate, gradient norm, supervised positions, speed and time left."""
         if self.quiet:
             return
-        figures = [form.format(metrics[name]) for name, form in FIGURES.items() if name in metrics]
+        figures = [shown(metrics[name]) for name, shown in FIGURES.items() if name in metrics]
         columns = "  ".join([*figures, f"left {clock(eta_s)}"])
         if not self._is_terminal:
             self._say(f"step {step}/{steps}  {columns}")
@@ -69,7 +75,9 @@ class Display:
             *source, metric = name.removeprefix("heldout/").split("/")
             # Of a mix, a line for each source; `own/` and the like are whole names.
             of = source[0] if source and name.startswith("heldout/") else ""
-            lines.setdefault(of, []).append(f"{metric if of else name.removeprefix('heldout/')} {value:.4f}")
+            lines.setdefault(of, []).append(
+                f"{metric if of else name.removeprefix('heldout/')} {_decimals(value, 4)}"
+            )
         for of, figures in lines.items():
             self.note(f"held out at step {step}{f', {of}' if of else ''}  {'  '.join(figures)}")
 
