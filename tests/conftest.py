@@ -24,10 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from potstill import registry
 
+os.fsync = warm.not_waiting  # type: ignore[assignment]
 torch.set_num_threads(1)  # the models are tiny, and a second thread only waits for a busy core
-os.fsync = lambda descriptor: (
-    None
-)  # no test cuts the power, and half of a small run's time is the wait for the disk
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = [

@@ -57,12 +57,10 @@ def test_a_step_on_a_pipe_is_one_plain_line() -> None:
 
 def test_small_figures_are_not_rounded_to_nothing() -> None:
     display, _, err = piped()
-    display.step_line(
-        1, 2, METRICS | {"train/loss": 0.00417, "train/kd": 0.0, "train/grad_norm": 3.2e-5}, 1.0
-    )
-    display.heldout_line(2, {"heldout/kl": 0.0000271, "heldout/agreement": 0.9996})
-    assert "loss 0.0042  ce 4.10  kd 0.00  lr" in err.getvalue() and "grad 3.2e-05" in err.getvalue()
-    assert "kl 2.7e-05  agreement 0.9996" in err.getvalue()
+    display.step_line(1, 2, METRICS | {"train/loss": 0.0996, "train/kd": 0.0, "train/grad_norm": 3.2e-5}, 1.0)
+    display.heldout_line(2, {"heldout/kl": 0.0000202, "heldout/agreement": 0.9996})
+    assert "loss 0.10  ce 4.10  kd 0.00  lr" in err.getvalue() and "grad 3.2e-05" in err.getvalue()
+    assert "kl 2.0e-05  agreement 0.9996" in err.getvalue()
 
 
 def test_a_run_without_a_teacher_has_no_kd_column() -> None:

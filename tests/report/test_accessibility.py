@@ -36,6 +36,7 @@ LOOK = """async (frame) => {
 }
 """
 PROFILE: dict[str, Any] = {
+    "format": 1,
     "date": "2026-11-30",
     "machine": {"processor": "a processor", "processors": 2, "device": "cpu"},
     "settings": {"threads": 2, "repeats": 3, "prompt_tokens": 8, "new_tokens": 4, "prompt": "held-out text"},

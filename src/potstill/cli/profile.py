@@ -18,9 +18,13 @@ def add_flags(profile: argparse.ArgumentParser) -> None:
 
     profile.add_argument("run", type=Path, metavar="RUN")
     number("--threads", "of each model; default: as many as PyTorch takes")
-    number("--repeats", "of each measurement, at least 3; default 11")
+    number(
+        "--repeats",
+        "of each measurement, at least 3; default 11; those of the run's earlier profiles are kept",
+    )
     number("--prompt-tokens", "read before the first new one; default 128")
     number("--new-tokens", "decoded behind them; default 32")
+    profile.add_argument("--anew", action="store_true", help="without the repeats of earlier profiles")
     profile.add_argument("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda or cuda:N")
     profile.add_argument(
         "--dtype",
@@ -38,7 +42,7 @@ def run_profile(options: argparse.Namespace, display: Display) -> None:
     settings = ProfileSettings(**given)
     if mistakes := settings.mistakes():
         raise UserError(*(f"--{name.replace('_', '-')} {problem}" for name, problem in mistakes.items()))
-    found = profile(options.run, settings, display.note)
+    found = profile(options.run, settings, display.note, anew=options.anew)
     if options.json:
         display.result(json.dumps(found, indent=2))
         return

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 def _decimals(value: float, places: int = 2) -> str:
     """So many decimals, or two digits where these would round most of it away."""
-    return f"{value:.2g}" if 0 < abs(value) < 10 ** (1 - places) else f"{value:.{places}f}"
+    return f"{value:#.2g}" if 0 < abs(value) < 10 ** (1 - places) else f"{value:.{places}f}"
 
 
 FIGURES: dict[str, Callable[[float], str]] = {
     "train/loss": lambda value: f"loss {_decimals(value)}",
     "train/ce": lambda value: f"ce {_decimals(value)}",
     "train/kd": lambda value: f"kd {_decimals(value)}",
-    "train/router_loss": "router {:.3f}".format,
+    "train/router_loss": lambda value: f"router {_decimals(value, 3)}",
     "rollout/tokens": "wrote {:.0f}".format,
     "rollout/ended": "ended {:.0%}".format,
     "train/lr": "lr {:.1e}".format,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from potstill.errors import UserError, one_line
 from potstill.io.terminal import aligned, short, size
 from potstill.runs.run_dir import RunDir
 
@@ -37,7 +38,15 @@ def profile_of(run: RunDir) -> dict[str, Any]:
         UserError: damaged.
     """
     profile = run.profile()
-    return profile if profile and profile.get("of") == run.receipt().get("output") else {}
+    if not profile or profile.get("of") != run.receipt().get("output"):
+        return {}
+    try:
+        lines(profile)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{run.path / 'profile.json'}: damaged: {one_line(error)}. Remove it, or profile the run again."
+        ) from error
+    return profile
 
 
 def rows(profile: Profile, with_spread: bool = True) -> list[Row]:
@@ -143,21 +152,31 @@ def conditions(profile: Profile, spread: str) -> str:
     return (
         f"Medians of {_repeats(profile)} in turns{spread}:"
         f" {settings['prompt_tokens']} tokens of prompt ({settings['prompt']}) and {settings['new_tokens']} new ones,"
-        f" {threads} of {machine['processor']}{device}; {', '.join(sorted(versions))}; {' and '.join(_dates(profile))}."
+        f" {threads} of {machine['processor']}{device}; {', '.join(sorted(versions))}; {_dates(profile)}."
     )
 
 
-def _dates(profile: Profile) -> list[str]:
-    """Of the first and the last of the profiles whose repeats these are."""
-    dates = profile.get("dates") or [profile["date"]]  # one date in the first format
-    return dates[:1] + dates[1:][-1:]
+def _dates(profile: Profile) -> str:
+    """When the repeats were measured."""
+    dates = sorted({date for speed in _measured(profile) for date in speed.get("dates", [])}) or [
+        profile["date"]
+    ]
+    return f"from {dates[0]} to {dates[-1]}" if len(dates) > 1 else str(dates[0])
 
 
 def _repeats(profile: Profile) -> str:
-    counts = sorted({speed[who]["repeats"] for speed in _measured(profile) for who in _run_in(speed)})
-    said = " or ".join(map(str, counts)) or str(profile["settings"]["repeats"])
-    profiles = len(profile.get("dates", []))
-    return f"{said} repeats" + (f" of {profiles} profiles" if profiles > 1 else "")
+    """How many there are of each figure, and of how many profiles; by runtime where these differ."""
+    counts: dict[str, list[str]] = {}
+    for speed in _measured(profile):
+        if not (run_in := _run_in(speed)):
+            continue
+        repeats = speed[run_in[0]].get("repeats", profile["settings"]["repeats"])
+        profiles = len(speed.get("dates", [""]))
+        of = f" of {profiles} profiles" if profiles > 1 else ""
+        counts.setdefault(f"{repeats} repeats{of}", []).append(f"{speed['runtime']}, {speed['weights']}")
+    if len(counts) < 2:
+        return next(iter(counts), f"{profile['settings']['repeats']} repeats")
+    return " and ".join(f"{count} ({'; '.join(names)})" for count, names in counts.items())
 
 
 def _run_in(speed: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import importlib.util
+import json
+import platform
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from potstill.build.resolve import Resolved, resolve
 from potstill.build.setup import process_of, read_corpus, set_up
 from potstill.data.tokenizers import load_tokenizer
 from potstill.errors import UserError
-from potstill.evals import acceptance
+from potstill.evals import acceptance, speed_again
 from potstill.evals.speed import SPREAD, Model, Note, measure, ratios
 from potstill.export.gguf_architectures import require_known
 from potstill.export.gguf_model import require_quantiser, write_gguf
@@ -37,7 +40,7 @@ from potstill.runs.run_dir import RunDir, environment
 from potstill.types import Rows
 
 FORMAT = 2
-"""Of `profile.json`; raised when its content changes."""
+"""Of `profile.json`; raised when its content changes, or how it is measured."""
 NOT_WHOLE = "not run: the targets of a store are no whole distributions of the teacher"
 FEWEST_REPEATS, FEWEST_NEW = 3, 2
 SEED = 0
@@ -82,8 +85,14 @@ class _Heldout:
     expected: Json | str
 
 
-def profile(path: Path, settings: ProfileSettings, note: Note = lambda line: None) -> Json:
+def profile(
+    path: Path, settings: ProfileSettings, note: Note = lambda line: None, *, anew: bool = False
+) -> Json:
     """Measure a finished run's student beside its teacher, and write RUN/profile.json.
+
+    Args:
+        anew: without the repeats of the run's earlier profiles, which are else kept where they are of the same files,
+            settings, versions and machine.
 
     Raises:
         UserError: no finished run there, or a student that is not the receipt's; settings that its models cannot have.
@@ -98,16 +107,25 @@ def profile(path: Path, settings: ProfileSettings, note: Note = lambda line: Non
         )
     with run.locked():
         run.whole_student()
-        found = _Profiled(run, settings, note).measured()
+        found = _Profiled(run, settings, note, {} if anew else _earlier(run, note)).measured()
         run.write_profile(found)
         return found
+
+
+def _earlier(run: RunDir, note: Note) -> Json:
+    """The run's profile; a damaged one is measured anew."""
+    try:
+        return run.profile()
+    except UserError as error:
+        note(f"begun anew: {error.mistakes[0]}")
+        return {}
 
 
 class _Profiled:
     """A run while it is measured."""
 
-    def __init__(self, run: RunDir, settings: ProfileSettings, note: Note) -> None:
-        self.run, self.settings, self.note = run, settings, note
+    def __init__(self, run: RunDir, settings: ProfileSettings, note: Note, known: Json) -> None:
+        self.run, self.settings, self.note, self.known = run, settings, note, known
         self.device = choose_device(settings.device)
         auto = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype = auto if settings.dtype == "auto" else settings.dtype
@@ -115,13 +133,14 @@ class _Profiled:
         self.resolved, self.teacher = self._resolved()
         """The recipe with the saved student, and the teacher's files; of either, why there is none."""
         self._require_context()
-        self.earlier: dict[tuple[str, str | None], Json] = {}
+        self.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.earlier: dict[tuple[str, str], Json] = {}
         """By runtime and type of the weights: the entry of a profile to whose repeats those of this one are added."""
 
     def measured(self) -> Json:
         held = self._heldout()
-        about = self._about(held.source)
-        dates = self._take_up(about)
+        about = self._about(held)
+        self.earlier = speed_again.entries(self.known, about, self.note)
         request = {
             "prompt": held.ids,
             "new_tokens": self.settings.new_tokens,
@@ -133,10 +152,12 @@ class _Profiled:
         speeds = [self._beside("transformers", self.dtype, request, self.run.student, self.teacher)]
         speeds += self._in_llama_cpp(request)
         drafted = self._drafted(held, request)
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return about | {
-            "dates": [*dates, date],
             "spread": SPREAD,
+            "models": {
+                "teacher": self.teacher if isinstance(self.teacher, str) else _model_of(self.teacher),
+                "student": _model_of(self.run.student),
+            },
             "exports": [
                 {"format": form, "file": place.name, "bytes": bytes_of_weights(place)}
                 for form, place in self._exported().items()
@@ -145,39 +166,20 @@ class _Profiled:
             "acceptance": {"expected": held.expected, "measured": drafted},
         }
 
-    def _about(self, prompt: str) -> Json:
+    def _about(self, held: _Heldout) -> Json:
         """What is measured, how and where."""
+        prompt = hashlib.sha256(json.dumps(held.ids).encode()).hexdigest()
+        host = hashlib.sha256(platform.node().encode()).hexdigest()[:12]  # a name says more than it has to
+        of = environment()
         return {
             "format": FORMAT,
+            "date": self.date,
             "of": self.run.receipt().get("output"),
-            "machine": machine.described(self.device),
-            "libraries": environment()["libraries"],
-            "settings": self._settings() | {"prompt": prompt},
-            "models": {
-                "teacher": self.teacher if isinstance(self.teacher, str) else _model_of(self.teacher),
-                "student": _model_of(self.run.student),
-            },
+            "machine": machine.described(self.device) | {"host": host},
+            "python": of["python"],
+            "libraries": of["libraries"],
+            "settings": self._settings() | {"prompt": held.source, "prompt_sha256": prompt},
         }
-
-    def _take_up(self, about: Json) -> list[str]:
-        """The dates of the run's profile, whose repeats are taken up where it is of the same in all but their number.
-
-        The spread of a figure within some minutes is not that from one hour to the next: several profiles together
-        have both.
-        """
-        known = self.run.profile()
-        own, settings = (
-            {**one, "settings": {**one.get("settings", {}), "repeats": 0}} for one in (about, known)
-        )
-        if any(settings.get(name) != value for name, value in own.items()):
-            return []
-        dates: list[str] = known.get("dates", [])
-        self.note(
-            f"adding to the repeats of {', '.join(dates)}, with the same settings on this machine (remove"
-            f" {self.run.path / 'profile.json'} to begin anew)"
-        )
-        self.earlier = {(speed["runtime"], speed["weights"]): speed for speed in known["speeds"]}
-        return dates
 
     def _settings(self) -> Json:
         own = dataclasses.asdict(self.settings)
@@ -207,9 +209,11 @@ class _Profiled:
         """
         recorded = self.run.receipt().get("teacher", {}).get("weights_sha256")
         with contextlib.closing(resolved.teacher.load(resolved.recipe.corpus.tokens_per_row)) as teacher:
+            found = teacher.weights_sha256()
             if resolved.teacher.model_config is None:
-                return local_copy(teacher.to_cut_from()[1])
-            path, found = resolved.teacher.checkpoints[0].path, teacher.weights_sha256()
+                path = local_copy(teacher.to_cut_from()[1])
+            else:
+                path = resolved.teacher.checkpoints[0].path
         if None not in (found, recorded) and found != recorded:
             raise UserError(
                 f"{path}: its weights are not those that the run had (sha256 {found:.12}, not {recorded:.12}). Put that"
@@ -297,10 +301,22 @@ class _Profiled:
             for who, place in models.items()
         }
         measure([model for model in asked.values() if not model.why], self.settings.repeats)
-        sizes = {f"{w}_bytes": bytes_of_weights(p) for w, p in models.items() if isinstance(p, Path)}
-        _add(self.earlier.get((kind, weights), {}), asked, sizes)
+        files = {who: place for who, place in models.items() if isinstance(place, Path)}
+        sha256 = {who: folder_sha256(place) for who, place in files.items()}
+        earlier = self.earlier.get((kind, weights), {})
+        if speed_again.is_better(earlier, asked, sha256):
+            why = "; ".join(f"{who}: {asked[who].why}" for who in files if asked[who].why)
+            self.note(f"{kind}, {weights}: kept as it was in the earlier profile, since this time {why}")
+            return earlier
+        dates = [*speed_again.add(earlier, asked, sha256), self.date]
+        if len(dates) > 1:
+            self.note(
+                f"{kind}, {weights}: with the repeats of {len(dates) - 1} earlier (--anew leaves them out)"
+            )
         figures: Json = {who: model.figures() for who, model in asked.items()}
-        return {"runtime": kind, "weights": weights} | figures | sizes | {"ratios": ratios(**asked)}
+        sizes = {f"{who}_bytes": bytes_of_weights(place) for who, place in files.items()}
+        of = {"runtime": kind, "weights": weights, "dates": dates, "sha256": sha256}
+        return of | figures | sizes | {"ratios": ratios(**asked)}
 
     def _exported(self) -> dict[str, Path]:
         """The exports of this very student that are still there, by format."""
@@ -352,21 +368,6 @@ def _model_of(place: Path) -> Json:
         "weights": type_of_weights(place),
         "kind": "folder" if place.is_dir() else "GGUF",
     }
-
-
-def _add(earlier: Json, asked: dict[str, Model], sizes: Json) -> None:
-    """The repeats of an earlier profile to those of this one, where both are of the same files."""
-    measured = {who: model for who, model in asked.items() if not model.why}
-    of = {who: one for who in asked if isinstance(one := earlier.get(who), dict)}
-    is_same = all(earlier.get(name) == size for name, size in sizes.items()) and of.keys() == measured.keys()
-    if not is_same or any(
-        of[who].get("version") != model.about["version"] for who, model in measured.items()
-    ):
-        return
-    rounds = {who: one.get("measured", []) for who, one in of.items()}
-    if len(set(map(len, rounds.values()))) == 1:
-        for who, model in measured.items():
-            model.measured = rounds[who] + model.measured
 
 
 def _why(place: Path | str) -> str:
