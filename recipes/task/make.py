@@ -1,6 +1,6 @@
 """Expense notes and the record of each: one narrow job, whose answers a program checks.
 
-    python recipes/task/make.py FOLDER [--train 3000] [--seed 0]
+    python recipes/task/make.py FOLDER [--train 5000] [--seed 0]
 
 A note is free text ("Paid the 4th of May 2023: 1,250 Swiss francs at Alder Clinic, table 12."), its record strict JSON:
 
@@ -127,6 +127,89 @@ SENTENCES = {
         "On the company's account: {p}, {a}, {d}.",
     ),
 }
+# Three of four training notes are composed of these, in any order: a student that sees few sentences learns them by
+# heart, and copies from the wrong place in another one.
+OPENINGS = (
+    "Bill",
+    "Booked",
+    "Business trip",
+    "Car hire",
+    "Charged",
+    "Company lunch",
+    "Conference costs",
+    "Consumables",
+    "Delivery {n}",
+    "Entry {n}",
+    "Farewell present",
+    "Fuel",
+    "Got a receipt",
+    "Invoice no. {n}",
+    "Item {n}",
+    "Journal {n}",
+    "Late fee",
+    "Licences, {n} seats",
+    "Monthly plan",
+    "My own money",
+    "New cables",
+    "Order {n}",
+    "Paid",
+    "Petty costs",
+    "Printing {n} flyers",
+    "Project {n}",
+    "Purchase",
+    "Receipt {n}",
+    "Reminder",
+    "Rent of a room",
+    "Reimbursement",
+    "Snacks for {n} guests",
+    "Spare parts",
+    "Spent",
+    "Stamps",
+    "Subscription",
+    "Team event",
+    "To be booked",
+    "Toner",
+    "Workshop",
+)
+PARTS = (
+    (
+        "{p}",
+        "at {p}",
+        "from {p}",
+        "to {p}",
+        "by {p}",
+        "via {p}",
+        "({p})",
+        "payee {p}",
+        "payee: {p}",
+        "supplier {p}",
+    ),
+    ("{d}", "on {d}", "({d})", "dated {d}", "date: {d}", "as of {d}", "it was {d}", "the day was {d}"),
+    (
+        "{a}",
+        "for {a}",
+        "({a})",
+        "total {a}",
+        "amount: {a}",
+        "sum {a}",
+        "{a} in all",
+        "it cost {a}",
+        "price {a}",
+    ),
+)
+ASIDES = (
+    "as agreed",
+    "by card",
+    "cost centre {n}",
+    "file {n}",
+    "for {n} people",
+    "no tip",
+    "page {n}",
+    "paid already",
+    "see no. {n}",
+    "with thanks",
+)
+JOINERS = (", ", "; ", ". ", " ", " / ", ": ")
 CURRENCIES = {
     "EUR": ("€{}", "{} €", "{} EUR", "EUR {}", "{} euros"),
     "USD": ("${}", "US${}", "{} USD", "USD {}", "{} dollars"),
@@ -189,11 +272,9 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
         payee = draw.choice(firsts) if draw.random() < 0.25 else _coined(draw, split)
         if draw.random() < 0.75:
             payee += " " + (draw.choice(seconds) if draw.random() < 0.6 else _coined(draw, split))
-        sentence, currency, day = (
-            draw.choice(SENTENCES[split]),
-            draw.choice(list(CURRENCIES)),
-            draw.choice(days),
-        )
+        is_composed = split == "train" and draw.random() < 0.75
+        sentence = _composed(draw) if is_composed else draw.choice(SENTENCES[split])
+        currency, day = draw.choice(list(CURRENCIES)), draw.choice(days)
         cents = _cents(draw, split, currency)
         written = _written(draw, cents)
         text = sentence.format(
@@ -205,6 +286,21 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
         text = text[0].upper() + text[1:]
         found.setdefault(text, Note(text, payee, day, cents, currency, sentence))
     return list(found.values())
+
+
+def _composed(draw: random.Random) -> str:
+    """A sentence, or what passes for one in a note: "Toner; from {p}; {d}; {a} in all"."""
+    joiner = draw.choice(JOINERS)
+    ways = [PARTS[0][1:] if joiner == " " else PARTS[0], *PARTS[1:]]  # a bare name has its ends marked
+    parts = [draw.choice(each) for each in ways]
+    draw.shuffle(parts)
+    if draw.random() < 0.3:
+        parts.insert(draw.randrange(4), draw.choice(ASIDES))
+    sentence = joiner.join(parts)
+    if draw.random() < 0.75:
+        behind = draw.choice((": ", ", ", ". ") if sentence.startswith("{p}") else (": ", " ", ", ", ". "))
+        sentence = draw.choice(OPENINGS) + behind + sentence
+    return sentence + draw.choice(("", "."))
 
 
 def _coined(draw: random.Random, split: str) -> str:
@@ -266,7 +362,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=3000, help="notes to train on (default: 3000)")
+    parser.add_argument("--train", type=int, default=5000, help="notes to train on (default: 5000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sizes = dict(zip(SPLITS, (options.train, HELDOUT_NOTES, TEST_NOTES), strict=True))
