@@ -34,8 +34,8 @@ OWN = {"divergence": "reverse_kl", "kd_weight": 1, "ce_weight": 0, "chunk": 256}
 ROLLOUTS = {"fraction": 0.5, "max_new_tokens": 64}
 WRITE = {"max_new_tokens": 64, "temperature": 0, "prompts_at_once": 64}
 ARMS = ("untouched", "CE", "CE answers", "KD", "on-policy", "control")
-TRIMMED = "trimmed-8192"
-"""The teacher in the folder."""
+TEACHER = Path("teacher", "student")
+"""In the folder."""
 PER_STEP = 4, 16
 """Steps of the two short runs whose difference in seconds is that of the steps between."""
 FIGURES = ("accuracy", "heldout_kl", "brier", "ece")
@@ -49,7 +49,7 @@ class Arms:
         self.place.mkdir(exist_ok=True)
         self.base = yaml.safe_load((RECIPES / "student.yaml").read_text())
         self.base["corpus"]["path"] = str(folder / "data" / "train.jsonl")
-        self.live = {"name": "torch", "model": str(folder / TRIMMED)}
+        self.live = {"name": "torch", "model": str(folder / TEACHER)}
         self.stored = {"name": "store", "path": str(folder / "targets"), "model": self.live["model"]}
         sys.path.insert(0, str(RECIPES))
         from make import SYSTEM

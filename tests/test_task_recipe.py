@@ -104,7 +104,6 @@ def test_one_command_makes_everything_and_killed_twice_it_makes_the_same(tmp_pat
         found[name] = lines, weights
     assert [line["model"] for line in found["whole"][0]] == [
         "teacher",
-        "teacher, 8192 tokens",
         "student",
         "student Q4_0",
         "student Q8_0",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,8 +128,36 @@ SENTENCES = {
         "On the company's account: {p}, {a}, {d}.",
     ),
 }
-# Three of four training notes are composed of these, in any order: a student that sees few sentences learns them by
-# heart, and copies from the wrong place in another one.
+# A student that sees few sentences learns them by heart, and copies from the wrong place in another one. So half of the
+# training notes draw one of each `[a|b]` below, and a quarter are fields in any order.
+PATTERNS = (
+    "{p} [sent|issued|mailed] [a bill|an invoice|form {n}] on {d}[;|,|.] [we paid|it says|due:] {a}.",
+    "{p}'s [letter|statement|email] of {d} [asks for|lists|names] {a}[.| under reference {n}.| for {n} hours.]",
+    "[We|I|The office|A colleague] [paid|transferred|wired] {a} to {p} on {d}[.| for {n} boxes.| in coins.]",
+    "[We|I|My manager] [went to|stopped at|was at] {p} on {d}[, it was| and paid| and left] {a}[.| for {n} of us.]",
+    "[All is settled|We are even|Nothing is open] with {p} [now that|because] {a} [was sent|went out] on {d}.",
+    "[Breakfast|Drinks|A meal|Supper] [with|for] {n} [guests|clients] at {p} [was|cost|made] {a} on {d}.",
+    "[On|As of] {d}, {p} [delivered|mended|cleaned|installed] [{n} lamps|the printer|our boiler] for {a}.",
+    "[The boiler|A window|The lift|Our server] was [mended|serviced|checked] by {p} on {d}[, price| for|:] {a}.",
+    "[Bus|Taxi|Flight|Ferry] [by|of] {p}[,| on] {d}[, price| for|, I paid] {a}[.|, seat {n}.]",
+    "[Enter|Record|Book|File] {a} [under|on|for] {d}[, the shop is|, it was|; payee] {p}.",
+    "{a} [paid for|covers|buys] [{n} lamps|{n} desks|the tickets] [from|by] {p}[,| on] {d}.",
+    "[Why|When|How] did we pay {p} {a} on {d}?[| See page {n}.]",
+    "[I have|There is] a receipt [from|of] {p} for {a}[, it is of|, dated] {d}[.|, no. {n}.]",
+    "[The card|The bank] [shows|lists] {a} [to|for|at] {p} on {d}[.|, line {n}.]",
+    "[In|Room|Box|Shelf] {n}: [what|the things that] {p} [sold|brought] us on {d} for {a}.",
+    "[Until|From|Since] {d} we [rent|hire|lease] from {p} at {a}[.| for {n} months.]",
+    "[A fine|A fee|A tip|A loan] of {a}[, {p}, {d}| to {p} on {d}| at {p}, {d}].",
+    "[They|The people] at {p} [wanted|took|asked] {a} when we [came|called] on {d}.",
+    "[Hello|Hi|Dear all], {a} [went|goes] to {p}[;|,|.] [the day is|it was on|date] {d}[.|. Thanks!]",
+    "[What we bought|The goods] from {p} [came|arrived] on {d}[,|;] [worth|together|all for] {a}.",
+    "[Seminar|Course|Class] {n} [at|with|of] {p} [on|from] {d} [is|was|costs] {a}.",
+    "[For|About] {a} see {p}, {d}[.|, file {n}.]",
+    "{d} [was the day|is when] {p} [got|received|charged] {a}[.| for {n} hours.]",
+    "{a} [is missing|was taken|is gone] [since|on] {d}: {p}[.| again.|, number {n}.]",
+    "[Not|Never] [a lot|much]: {a} at {p} on {d}.",
+    "[Sold|Bought|Hired] [by|through|via] {p} [on|dated] {d} at {a}[.|, {n} pieces.]",
+)
 OPENINGS = (
     "Bill",
     "Booked",
@@ -272,8 +301,7 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
         payee = draw.choice(firsts) if draw.random() < 0.25 else _coined(draw, split)
         if draw.random() < 0.75:
             payee += " " + (draw.choice(seconds) if draw.random() < 0.6 else _coined(draw, split))
-        is_composed = split == "train" and draw.random() < 0.75
-        sentence = _composed(draw) if is_composed else draw.choice(SENTENCES[split])
+        sentence = _sentence(draw, split)
         currency, day = draw.choice(list(CURRENCIES)), draw.choice(days)
         cents = _cents(draw, split, currency)
         written = _written(draw, cents)
@@ -288,8 +316,15 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
     return list(found.values())
 
 
-def _composed(draw: random.Random) -> str:
-    """A sentence, or what passes for one in a note: "Toner; from {p}; {d}; {a} in all"."""
+def _sentence(draw: random.Random, split: str) -> str:
+    kind = draw.random() if split == "train" else 1
+    if kind < 0.5:
+        return re.sub(r"\[([^]]*)\]", lambda one: draw.choice(one[1].split("|")), draw.choice(PATTERNS))
+    return _fields(draw) if kind < 0.75 else draw.choice(SENTENCES[split])
+
+
+def _fields(draw: random.Random) -> str:
+    """What passes for a sentence in a note: "Toner; from {p}; {d}; {a} in all"."""
     joiner = draw.choice(JOINERS)
     ways = [PARTS[0][1:] if joiner == " " else PARTS[0], *PARTS[1:]]  # a bare name has its ends marked
     parts = [draw.choice(each) for each in ways]

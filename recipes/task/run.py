@@ -1,13 +1,13 @@
 """From nothing to a student that does one job, and its figures: `make task`, or
 
-    python recipes/task/run.py [FOLDER] [--smoke] [--train 5000] [--asked 300] [--ids 8192] [--teacher OVERRIDE …]
+    python recipes/task/run.py [FOLDER] [--smoke] [--train 5000] [--asked 300] [--ids 4096] [--teacher OVERRIDE …]
         [--student OVERRIDE …]
 
 Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
-stages are kept. FOLDER (runs/task) gets the notes, the teacher's run, the teacher with the tokens of the notes alone,
-its targets, the student's run and `result.json`: the accuracy of both teachers, the student and its exported files on
-the test notes, with intervals. Settings are chosen by the held-out notes, which each run is asked at its end: its
-held-out rows are of the training notes' words, and a model that knows these by heart is good at them.
+stages are kept. FOLDER (runs/task) gets the notes, SmolLM2 with the notes' tokens and few others, the teacher's run,
+which trains that, its targets, the student's run and `result.json`: the accuracy of the teacher, the student and its
+exported files on the test notes, with intervals. Settings are chosen by the held-out notes, which each run is asked at
+its end: its held-out rows are of the training notes' words, and a model that knows these by heart is good at them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--asked", type=int, default=TEST_NOTES, help="test notes that are asked (default: all)"
     )
-    parser.add_argument("--ids", default="8192", help="tokens that the student has (default: 8192)")
+    parser.add_argument("--ids", default="4096", help="tokens of both models (default: 4096)")
     parser.add_argument("--teacher", action="append", default=[], metavar="OVERRIDE", help="of teacher.yaml")
     parser.add_argument("--student", action="append", default=[], metavar="OVERRIDE", help="of student.yaml")
     parser.add_argument(
@@ -89,17 +89,17 @@ def main() -> None:
     data = (f"corpus.path={folder / 'data' / 'train.jsonl'}", f"evaluations={json.dumps([held_out])}")
     auto = ("--resume", "auto")
     teacher, student, targets = folder / "teacher", folder / "student", folder / "targets"
-    say("distill", str(HERE / "teacher.yaml"), *data, *options.teacher, "--out", str(teacher), *auto)
-    recipe, fewer = str(HERE / "student.yaml"), folder / f"trimmed-{options.ids}"
+    recipe, fewer = str(HERE / "teacher.yaml"), folder / f"trimmed-{options.ids}"
     if not fewer.exists():
-        own = (*data, f"teacher.model={teacher / 'student'}", *options.student)
-        say("trim", recipe, *own, "--ids", options.ids, "--out", str(fewer))
-    say("capture", recipe, *data, f"teacher.model={fewer}", *options.student, "--out", str(targets))
-    stored = f"teacher={{name: store, path: {targets}, model: {fewer}}}"
+        say("trim", recipe, *data, *options.teacher, "--ids", options.ids, "--out", str(fewer))
+    own = (f"teacher.model={fewer}", f"student.model={fewer}")
+    say("distill", recipe, *data, *options.teacher, *own, "--out", str(teacher), *auto)
+    recipe, learnt = str(HERE / "student.yaml"), teacher / "student"
+    say("capture", recipe, *data, f"teacher.model={learnt}", *options.student, "--out", str(targets))
+    stored = f"teacher={{name: store, path: {targets}, model: {learnt}}}"
     say("distill", recipe, *data, stored, *options.student, "--out", str(student), *auto)
     say("export", str(student), "--quantize", ",".join(TYPES))
-    models = {"teacher": str(teacher / "student"), f"teacher, {options.ids} tokens": str(fewer)}
-    models |= {"student": str(student / "student")}
+    models = {"teacher": str(learnt), "student": str(student / "student")}
     models |= {
         path.stem.replace("-", " "): str(path) for path in sorted((student / "exports").glob("*.gguf"))
     }
