@@ -42,7 +42,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.is_file() and path.name != ".git":
             shutil.copy(path, folder / "clone")
     with tarfile.open(built("build_sdist", folder / "clone", folder)) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Pythons before 3.11.4 have none
+        archive.extractall(folder)
     return folder / f"potstill-{__version__}"
 
 
