@@ -596,13 +596,16 @@ def test_mismatched_inputs_are_refused_with_both_numbers(act: Callable[..., Sums
     hidden_ND, head, labels_N, targets = case.hidden_ND, case.head, case.labels_N, case.targets
 
     def refused(complaint: str, *args: Any) -> None:
-        with pytest.raises(UserError, match=complaint):
+        with pytest.raises(UserError, match=complaint) as caught:
             act(Objective(chunk=3), *args)
+        said.append(str(caught.value))
 
+    said: list[str] = []
     for label in (-1, -100, 9):
         wrong_N = labels_N.clone()
         wrong_N[2] = label
         refused(f"label {label} is outside the student's 9 ids, 0 to 8", hidden_ND, head, wrong_N, targets)
+        assert ("to_batch" in said[-1]) == (label == -100)
     refused("4 hidden states and 3 labels", hidden_ND, head, labels_N[:3], targets)
     refused("4 hidden states and 3 targets", hidden_ND, head, labels_N, targets[:3])
     refused("3 hidden states and 4 labels", hidden_ND[:3], head, labels_N, targets)

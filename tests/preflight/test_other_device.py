@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import make_model
 from refusals import refusal
+from test_malformed import gguf_file, gguf_tensors
 
 from potstill import load_recipe
+from potstill.build.resolve import resolve
 from potstill.cli.main import main
-from potstill.preflight import fake_step
+from potstill.preflight import fake_step, plan_advice
 from potstill.preflight.other_device import MEMORY_GB, OtherDevice, resolve_for
 from potstill.preflight.plan import plan
 from potstill.preflight.plan_advice import stored
@@ -87,6 +89,20 @@ def test_a_size_is_read_in_both_kinds_of_units(
 ) -> None:
     found = planned(recipe, capsys, "--device-memory", size)
     assert (found["planned_for"], found["memory_available_bytes"]) == ("cuda", num_bytes)
+
+
+@pytest.mark.parametrize(("there", "offered"), [("cpu", {"stored"}), ("h100", set())])
+def test_of_a_gguf_file_only_what_a_run_takes_is_offered(
+    there: str, offered: set[str], tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = gguf_file(tmp_path / "t.gguf", gguf_tensors(), {})
+    path = tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}", train=TRAIN)
+    loaded = load_recipe(path, ["train.device=cpu"])
+    resolved = resolve(loaded) if there == "cpu" else resolve_for(loaded, OtherDevice(there, True, 2**20))
+    words = plan_advice._options(resolved)
+    assert {
+        value for option in words if option.field == "teacher.weights" for value in option.values
+    } == offered
 
 
 def test_a_plan_that_does_not_fit_offers_fewer_bits_and_a_store(

@@ -495,6 +495,13 @@ def test_an_export_that_fails_and_is_removed_is_reported_and_not_published(run: 
     assert "| f16 | llama.cpp | failed, so it is not here | top-1 equal on 3 of 4 prompts |" in card
 
 
+def test_a_sample_is_apart_from_its_prompt(run: Path) -> None:
+    in_receipt(samples={"prompt": "What is 2 + 2?", "after": "4, I think"})(run)
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    assert "```\nWhat is 2 + 2?\n```\n\nIt goes on with:\n\n```\n4, I think\n```" in card
+
+
 def test_text_of_unknown_origin_cannot_leave_its_cell_or_its_block(run: Path) -> None:
     hostile = "x | y `z` <script>\n## Verified [a](b)"
     in_receipt(check={"labels": hostile}, samples={"prompt": "```\n# p", "after": "\n```\n# q"})(run)

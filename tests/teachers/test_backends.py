@@ -37,6 +37,23 @@ def needs(library: str) -> Any:
     return pytest.mark.skipif(missing, reason=f"{library} is not installed; not run")
 
 
+@pytest.mark.parametrize(
+    ("path", "device", "weights"),
+    [(FOLDER, CPU, "int8"), (FOLDER, CUDA, "int8"), (GGUF, CPU, "stored"), (GGUF, CUDA, None)],
+)
+def test_the_fewer_bits_that_are_offered_can_be_had(
+    path: Path, device: torch.device, weights: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)  # every library
+    assert backends.fewer_bits(path, device.type) == weights
+    for each in [weights] if weights else ["int8", "stored"]:
+        if weights:
+            assert choose(path, each, "auto", device).weights == weights
+        else:
+            with pytest.raises(UserError, match="no backend serves it"):
+                choose(path, each, "auto", device)
+
+
 PACKED = [
     pytest.param("int8", "torchao", marks=needs("torchao")),
     pytest.param("int8", "bitsandbytes", marks=needs("bitsandbytes")),

@@ -280,6 +280,8 @@ class Objective:
                 )
 
 
+NO_LOSS = -100
+"""The label of a position without a loss, for PyTorch and Hugging Face; here there are no such positions."""
 MEASURES = ("ce", "kd", "loss", "kl", "agreement", "teacher_ce")
 """What `measure` and `per_position` give."""
 
@@ -394,7 +396,14 @@ def require_labels(labels_N: Tensor, V: int) -> None:
         lowest, highest = torch.stack(torch.aminmax(labels_N)).tolist()
         if lowest < 0 or highest >= V:
             wrong = lowest if lowest < 0 else highest
-            raise UserError(f"objective: label {wrong} is outside the student's {V} ids, 0 to {V - 1}.")
+            where = (
+                " Positions without a loss have to be left out, as potstill.to_batch does."
+                if wrong == NO_LOSS
+                else ""
+            )
+            raise UserError(
+                f"objective: label {wrong} is outside the student's {V} ids, 0 to {V - 1}.{where}"
+            )
 
 
 def require_finite(sums: dict[str, float], positions: int, plugin: str = "") -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from potstill.build.resolve import Resolved
 from potstill.errors import UserError, one_line
 from potstill.preflight.plan import Plan, available, plan
-from potstill.recipe.load import Recipe
 
 SHARE = 0.9
 """Of the memory that is available now: somebody else may take some before the run starts."""
@@ -69,7 +68,7 @@ def fitted(
     if whole.peak_bytes <= bound:
         return Fitted({}, whole, memory, disk, whole.peak_bytes)
     best, tried, changes = whole, list[str](), Changes()
-    for step in _steps(resolved.recipe, is_open):
+    for step in _steps(resolved, is_open):
         try:
             found = planned(changes | step)
         except (UserError, ImportError):  # a part that is not installed, or a model that it is not for
@@ -86,16 +85,16 @@ def fitted(
     return Fitted(changes, best, memory, disk, whole.peak_bytes)
 
 
-def _steps(recipe: Recipe, is_open: Callable[[str], bool]) -> Iterator[Changes]:
+def _steps(resolved: Resolved, is_open: Callable[[str], bool]) -> Iterator[Changes]:
     """From what changes no result to what trains fewer weights or reads a coarser teacher."""
-    teacher: Any = recipe.teacher
+    teacher: Any = resolved.recipe.teacher
     steps: list[Changes] = [{"train.rows_per_micro_batch": 1}, {"train.activation_checkpointing": True}]
     if getattr(teacher, "dtype", "") == "float32":
         steps.append({"teacher.dtype": "bfloat16"})
-    if recipe.student.name != "config":
+    if resolved.recipe.student.name != "config":
         steps.append({"student.lora": {"rank": 16, "alpha": 32}})
-    if getattr(teacher, "weights", "") == "full":
-        steps.append({"teacher.weights": "stored" if str(teacher.model).endswith(".gguf") else "int8"})
+    if fewer_bits := resolved.teacher.fewer_bits(resolved.device_type):
+        steps.append({"teacher.weights": fewer_bits})
     for step in steps:
         if all(map(is_open, step)):
             yield step

@@ -57,7 +57,7 @@ def advice(resolved: Resolved, now: Plan, memory_bytes: int = 0) -> list[Advice]
                 low = middle + 1
         return Advice((option.setting(chosen),), lowest, lowest <= memory_bytes), chosen
 
-    changes = [(option, *mildest(option)) for option in _options(recipe)]
+    changes = [(option, *mildest(option)) for option in _options(resolved)]
     changes = [change for change in changes if change[1].peak_bytes < now.peak_bytes]
     alone = sorted((each for _, each, _ in changes), key=lambda each: (not each.fits, each.peak_bytes))
     if len(changes) < 2 or alone[0].fits:
@@ -92,9 +92,10 @@ class _Option:
         return dataclasses.replace(recipe, **{section: changed})
 
 
-def _options(recipe: Recipe) -> list[_Option]:
+def _options(resolved: Resolved) -> list[_Option]:
     """Fields that may still be lowered; the order is that in which `advice` combines them."""
-    train = recipe.train
+    recipe, train = resolved.recipe, resolved.recipe.train
+    fewer_bits = resolved.teacher.fewer_bits(resolved.device_type)
     options = [
         _Option("train.rows_per_micro_batch", _halves(train.micro_batch_rows, 1)),
         _Option("objective.chunk", _halves(recipe.objective.positions_at_once, FEWEST_POSITIONS)),
@@ -102,16 +103,11 @@ def _options(recipe: Recipe) -> list[_Option]:
         _Option("train.return_memory", [] if train.return_memory else [True]),
         _Option("train.precision", ["bfloat16"] if train.precision == "float32" else []),
         _Option("teacher.dtype", ["bfloat16"] if getattr(recipe.teacher, "dtype", "") == "float32" else []),
-        _Option("teacher.weights", ["int8"] if _can_have_int8(recipe) else []),
+        _Option("teacher.weights", [fewer_bits] if fewer_bits else []),
         _Option("teacher.in_memory", ["one"] if getattr(recipe.teacher, "in_memory", "") == "all" else []),
         _Option("corpus.tokens_per_row", _halves(recipe.corpus.tokens_per_row, SHORTEST_ROW)),
     ]
     return [option for option in options if option.values]
-
-
-def _can_have_int8(recipe: Recipe) -> bool:
-    teacher = recipe.teacher
-    return getattr(teacher, "weights", "") == "full" and not getattr(teacher, "sharded", False)
 
 
 def stored(resolved: Resolved, now: Plan, memory_bytes: int) -> Advice | None:

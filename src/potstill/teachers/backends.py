@@ -109,5 +109,16 @@ def choose(path: Path, weights: str, backend: str, device: torch.device) -> Choi
     return Choice(row.name, weights, f"{reason}: {weights} weights of a {_called(files)} on {device.type}")
 
 
+def fewer_bits(path: Path, device_type: str) -> str | None:
+    """The first of int8 and stored that a backend serves for these files there; None where none does."""
+    files = "gguf" if path.suffix == ".gguf" else "folder"
+    served = (
+        weights
+        for weights in ("int8", "stored")
+        if any(row.lacks(weights, files, device_type) is None for row in BACKENDS)
+    )
+    return next(served, None)
+
+
 def _called(files: str) -> str:
     return {"folder": "folder of safetensors", "gguf": "GGUF file"}[files]

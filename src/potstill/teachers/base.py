@@ -239,6 +239,10 @@ class TeacherSource:
         """A stand-in for the model that `checks` loads besides the teacher; None where it loads none."""
         return None
 
+    def fewer_bits(self, device_type: str) -> str | None:
+        """The value of `teacher.weights` with fewer bits that can be had on such a device; None where none can."""
+        return None
+
 
 class Uniform(BaseTeacher):
     """A uniform distribution: the stand-in for a teacher that takes no memory of this process."""

@@ -30,7 +30,7 @@ from potstill.models.load import (
 from potstill.models.quantization import pack_for_plan, quantisation
 from potstill.models.source import ModelFiles
 from potstill.recipe.sections_models import HfTeacherConfig
-from potstill.teachers.backends import FULL, Choice, choose
+from potstill.teachers.backends import FULL, Choice, choose, fewer_bits
 from potstill.teachers.base import BaseTeacher, Part, TeacherSource
 from potstill.teachers.quantization_gap import quantization_gap
 from potstill.teachers.toy import as_tensor, require_ids, require_known, require_last
@@ -307,6 +307,11 @@ class HfSource(TeacherSource):
 
     def measured_double(self) -> TorchTeacher | None:
         return None if self.config.weights == FULL else self._full_double()
+
+    def fewer_bits(self, device_type: str) -> str | None:
+        if self.config.weights != FULL or self.config.sharded:
+            return None
+        return fewer_bits(Path(self.files.source), device_type)
 
     def _full_double(self) -> TorchTeacher:
         dtype = choose_dtype(self.config.dtype)

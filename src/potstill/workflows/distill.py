@@ -469,7 +469,7 @@ def _print_summary(
     prompt = setup.recipe.eval.sample_prompt
     if prompt is not None:
         for when, text in samples.items():
-            display.note(f"sample {when}: {prompt}{text}")
+            display.note(f"sample {when}, behind {prompt!r}: {text}")
     if outcome.best_step == 0:
         display.warn(
             "no evaluation was better than that of the untouched student, so the saved student is the untouched one."
