@@ -136,17 +136,10 @@ def attend(connection: socket.socket, client: str, path: list[str]) -> None:
     os._exit(0)
 
 
-def not_waiting(descriptor: int) -> None:
-    """In the place of `os.fsync`: no test cuts the power, and the disk is a third of a small run's time. As it, this
-    raises where there is no such file.
-    """
-    os.fstat(descriptor)
-
-
 def mend_threads() -> None:
     """What a fork calls before it starts a thread.
 
-    In a fork torch makes its thread pool anew at the first call from a new thread, without a lock: of several threads
+    In a fork torch replaces its thread pool at the first call from a new thread, without a lock: of several threads
     that begin at once, as those that load weights, one may find none ("Invalid thread pool!", a RuntimeError).
     """
     sys.modules["torch"].set_num_threads(1)
@@ -191,7 +184,7 @@ if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
     importlib.import_module("torch").set_num_threads(1)
-    os.fsync = not_waiting  # type: ignore[assignment]
+    os.fsync = os.fstat  # type: ignore[assignment]  # as in conftest.py
     gc.collect()
     gc.freeze()  # no fork looks through what was there before it, and copies it so
     serve(*sys.argv[1:])

@@ -93,7 +93,7 @@ def test_a_size_is_read_in_both_kinds_of_units(
 
 @pytest.mark.parametrize(("there", "offered"), [("cpu", {"stored"}), ("h100", set())])
 def test_of_a_gguf_file_only_what_a_run_takes_is_offered(
-    there: str, offered: set[str], tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: str, offered: set[str], tiny_recipe: Write, tmp_path: Path
 ) -> None:
     teacher = gguf_file(tmp_path / "t.gguf", gguf_tensors(), {})
     path = tiny_recipe(teacher=f"{{name: torch, model: {teacher}}}", train=TRAIN)

@@ -346,9 +346,7 @@ def serve() -> None:
     importlib.import_module("potstill.workflows.distill")
 
     torch.set_num_threads(1)
-    os.fsync = lambda descriptor: (
-        None
-    )  # as in tests/warm.py; a process that is killed leaves what it has written
+    os.fsync = os.fstat  # type: ignore[assignment]  # as in conftest.py
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
     os._exit(0)  # torch takes seconds to say goodbye

@@ -24,7 +24,7 @@ QUICK = ("--threads", "1", "--repeats", "3", "--prompt-tokens", "12", "--new-tok
 
 
 class Workers:
-    """In the place of `measure`: random figures at once, and a model that fails where one is told to."""
+    """Stands in for `measure`: random figures, and a failure of the model whose path contains `fails`."""
 
     def __init__(self) -> None:
         self.draw, self.version, self.fails, self.peak = random.Random(0), "1", "", 9000
@@ -153,11 +153,13 @@ def test_repeats_of_anything_else_and_damaged_ones_are_not(
     capsys.readouterr()
     entry = profile(run)["speeds"][0]
     assert entry["student"]["repeats"] == entry["teacher"]["repeats"] == 3 and len(entry["dates"]) == 1
-    assert ("begun anew, without the earlier repeats: " + said in capsys.readouterr().err) == bool(said)
+    assert (
+        "starting a new profile, without the earlier repeats: " + said in capsys.readouterr().err
+    ) == bool(said)
 
 
-def test_a_file_that_is_no_profile_is_measured_anew_and_so_is_one_that_is_to_be(run: Path) -> None:
-    assert profile(run, "--anew")["speeds"][0]["student"]["repeats"] == 3
+def test_fresh_and_a_damaged_file_start_a_new_profile(run: Path) -> None:
+    assert profile(run, "--fresh")["speeds"][0]["student"]["repeats"] == 3
     assert profile(run)["speeds"][0]["student"]["repeats"] == 6
     (run / "profile.json").write_text("{")
     assert profile(run)["speeds"][0]["student"]["repeats"] == 3

@@ -24,7 +24,9 @@ def add_flags(profile: argparse.ArgumentParser) -> None:
     )
     number("--prompt-tokens", "read before the first new one; default 128")
     number("--new-tokens", "decoded behind them; default 32")
-    profile.add_argument("--anew", action="store_true", help="without the repeats of earlier profiles")
+    profile.add_argument(
+        "--fresh", action="store_true", help="start a new profile, without the repeats of earlier ones"
+    )
     profile.add_argument("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda or cuda:N")
     profile.add_argument(
         "--dtype",
@@ -42,7 +44,7 @@ def run_profile(options: argparse.Namespace, display: Display) -> None:
     settings = ProfileSettings(**given)
     if mistakes := settings.mistakes():
         raise UserError(*(f"--{name.replace('_', '-')} {problem}" for name, problem in mistakes.items()))
-    found = profile(options.run, settings, display.note, anew=options.anew)
+    found = profile(options.run, settings, display.note, fresh=options.fresh)
     if options.json:
         display.result(json.dumps(found, indent=2))
         return

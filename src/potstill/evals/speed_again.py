@@ -24,7 +24,7 @@ def entries(known: Json, about: Json, note: Note) -> dict[tuple[str, str], Json]
     if not known:
         return {}
     if difference := _difference(known, about):
-        note(f"begun anew, without the earlier repeats: {difference}")
+        note(f"starting a new profile, without the earlier repeats: {difference}")
         return {}
     speeds = [one for one in _list(known.get("speeds")) if isinstance(one, dict)]
     return {(str(one.get("runtime")), str(one.get("weights"))): one for one in speeds}

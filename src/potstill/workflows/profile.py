@@ -86,12 +86,12 @@ class _Heldout:
 
 
 def profile(
-    path: Path, settings: ProfileSettings, note: Note = lambda line: None, *, anew: bool = False
+    path: Path, settings: ProfileSettings, note: Note = lambda line: None, *, fresh: bool = False
 ) -> Json:
     """Measure a finished run's student beside its teacher, and write RUN/profile.json.
 
     Args:
-        anew: without the repeats of the run's earlier profiles, which are else kept where they are of the same files,
+        fresh: without the repeats of the run's earlier profiles, which are else kept where they are of the same files,
             settings, versions and machine.
 
     Raises:
@@ -107,17 +107,17 @@ def profile(
         )
     with run.locked():
         run.whole_student()
-        found = _Profiled(run, settings, note, {} if anew else _earlier(run, note)).measured()
+        found = _Profiled(run, settings, note, {} if fresh else _earlier(run, note)).measured()
         run.write_profile(found)
         return found
 
 
 def _earlier(run: RunDir, note: Note) -> Json:
-    """The run's profile; a damaged one is measured anew."""
+    """The run's profile; empty where it is damaged."""
     try:
         return run.profile()
     except UserError as error:
-        note(f"begun anew: {error.mistakes[0]}")
+        note(f"starting a new profile: {error.mistakes[0]}")
         return {}
 
 
@@ -311,7 +311,7 @@ class _Profiled:
         dates = [*speed_again.add(earlier, asked, sha256), self.date]
         if len(dates) > 1:
             self.note(
-                f"{kind}, {weights}: with the repeats of {len(dates) - 1} earlier (--anew leaves them out)"
+                f"{kind}, {weights}: with the repeats of {len(dates) - 1} earlier (--fresh leaves them out)"
             )
         figures: Json = {who: model.figures() for who, model in asked.items()}
         sizes = {f"{who}_bytes": bytes_of_weights(place) for who, place in files.items()}
