@@ -16,6 +16,7 @@ from torch.profiler import profile
 from potstill import UserError, distill, load_recipe
 from potstill.build.resolve import resolve
 from potstill.build.setup import set_up
+from potstill.cli.main import main
 from potstill.io import cpu_matmul
 from potstill.io.cpu_matmul import choose_matmul, choose_product_dtype, matmul_backend, matmul_with
 from potstill.runs.run_dir import RunDir
@@ -258,6 +259,38 @@ def test_a_gpu_multiplies_bfloat16_by_its_capability(
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     assert choose_product_dtype(torch.device("cuda:0"))[0] == dtype
+
+
+@pytest.mark.parametrize("flag", ["amx_bf16", "fpu"])
+def test_float32_is_named_where_the_device_is_faster_in_bfloat16(
+    tiny_recipe: Callable[..., Path],
+    flag: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    listed = tmp_path / "cpuinfo"
+    listed.write_text(f"flags\t: {flag}\n")
+    monkeypatch.setattr(cpu_matmul, "CPUINFO", listed)
+    monkeypatch.chdir(tmp_path)
+    recipe = str(tiny_recipe())  # which names no type: float32
+
+    def named(*words: str) -> list[str]:
+        """The fields that a verb calls slower."""
+        capsys.readouterr()
+        assert main([words[0], recipe, *words[1:]]) == 0
+        said = capsys.readouterr()
+        lines = (said.out + said.err).splitlines()
+        return [line.partition(": ")[0] for line in lines if "float32, while" in line]
+
+    both = ["train.precision", "teacher.dtype"] if flag == "amx_bf16" else []
+    for words in (["distill", "--out", "run"], ["check"], ["capture", "--out", "targets"], ["plan"]):
+        assert named(*words) == both, words
+    assert named("plan", "train.precision=auto", "teacher.dtype=auto") == []
+    # The grid of a file is kept in float32 on purpose.
+    assert named("plan", "train.quantize=q8_0") == both[1:]
+    assert named("plan", "--device", "h100") == ["train.precision", "teacher.dtype"]
+    assert named("plan", "--device", "t4") == []
 
 
 def test_types_left_to_auto_are_chosen_once_and_kept(

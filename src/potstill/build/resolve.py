@@ -192,6 +192,25 @@ def settle_types(recipe: Recipe, dtype: ProductDtype) -> Recipe:
     return dataclasses.replace(recipe, teacher=recipe.teacher.with_dtype(dtype))
 
 
+def notes_on_types(recipe: Recipe, dtype: ProductDtype, why: str) -> list[str]:
+    """A line for each type of `recipe`'s products that is left to `auto`, and for each that is float32 where the device
+    is faster in `dtype`.
+
+    Args:
+        why: the device multiplies fastest in `dtype`, as `choose_product_dtype` says it.
+    """
+    types = {"train.precision": recipe.train.precision, "teacher.dtype": getattr(recipe.teacher, "dtype", None)}
+    notes = [f"{field}: {dtype}, {why}" for field, asked in types.items() if asked == "auto"]
+    if recipe.train.quantize is not None:  # whose grid bfloat16 would round once more
+        del types["train.precision"]
+    found = why.removeprefix("auto: ")
+    return notes + [
+        f"{field}: float32, while this device is faster in {dtype} ({found}); auto would choose it"
+        for field, asked in types.items()
+        if asked == "float32" != dtype
+    ]
+
+
 def pin(recipe: Recipe, commits: Mapping[str, str]) -> tuple[Recipe, dict[str, str]]:
     """The recipe with each `owner/name@revision` as `owner/name@COMMIT`, and these commits: one for all that names the
     same, although its branch may move meanwhile. A data set's is under `datasets/owner/name@revision`.

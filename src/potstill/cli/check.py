@@ -140,6 +140,7 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
         return 0 if fits else 2
     for line in (
         *_memory_lines(planned, memory, chunk.summary, other),
+        *_type_lines(resolved, other),
         *_rollout_lines(resolved),
         *_disk_lines(planned, None if other is not None else disk, resolved, captured),
         "it fits" if fits else "it does not fit",
@@ -174,6 +175,15 @@ def _memory_lines(planned: Plan, memory: int, chunk: str, other: OtherDevice | N
         *([] if other is None else [f"planned for {other.name}, which is not measured here"]),
         chunk,
     ]
+
+
+def _type_lines(resolved: Resolved, other: OtherDevice | None) -> list[str]:
+    """Types in which the device of the plan is slower."""
+    from potstill.build.resolve import notes_on_types
+    from potstill.io.cpu_matmul import choose_product_dtype
+
+    chosen = choose_product_dtype(resolved.device) if other is None else (other.product_dtype, other.name)
+    return notes_on_types(resolved.recipe, *chosen)
 
 
 def _rollout_lines(resolved: Resolved) -> list[str]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from potstill.build.resolve import Resolved
+from potstill.build.resolve import Resolved, notes_on_types
 from potstill.errors import one_line
-from potstill.io.cpu_matmul import MatmulBackend, choose_matmul
+from potstill.io.cpu_matmul import MatmulBackend, choose_matmul, choose_product_dtype
 from potstill.io.terminal import size
 from potstill.preflight.plan import available, plan
 from potstill.recipe.load import Recipe
@@ -117,8 +117,12 @@ def with_matmul(recipe: Recipe, backend: Literal["auto"] | MatmulBackend) -> Rec
 
 
 def settle(resolved: Resolved, note: Callable[[str], None]) -> Resolved:
-    """The recipe with every `auto` of the two replaced by the value chosen for this machine."""
+    """The recipe with every `auto` of the two replaced by the value chosen for this machine; `note` is told these, and
+    of types in which this machine is slower.
+    """
     try:
+        for line in notes_on_types(resolved.recipe, *choose_product_dtype(resolved.device)):
+            note(line)
         recipe = with_chunk(resolved.recipe, choose_chunk(resolved, note).used)
         return resolved.with_recipe(with_matmul(recipe, choose_backend(resolved, note)))
     except BaseException:

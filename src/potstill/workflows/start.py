@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from potstill.build.resolve import Resolved, pin, resolve, settle_types
+from potstill.build.resolve import Resolved, notes_on_types, pin, resolve, settle_types
 from potstill.errors import UserError
 from potstill.io.cpu_matmul import choose_product_dtype
 from potstill.io.terminal import Display
@@ -120,11 +120,9 @@ def _start_new(recipe: Recipe, path: Path, text: bytes, display: Display, ranks:
 def _with_types(recipe: Recipe, note: Callable[[str], None], ranks: Ranks) -> Recipe:
     """The recipe with the types of products that it leaves to `auto`: one choice for all ranks."""
     dtype, why = ranks.broadcast(choose_product_dtype(choose_device(recipe.train.device)))
-    settled = settle_types(recipe, dtype)
-    for field, section in (("train.precision", "train"), ("teacher.dtype", "teacher")):
-        if getattr(settled, section) != getattr(recipe, section):
-            note(f"{field}: {dtype}, {why}")
-    return settled
+    for line in notes_on_types(recipe, dtype, why):
+        note(line)
+    return settle_types(recipe, dtype)
 
 
 def start_resumed(recipe: Recipe, path: Path, text: bytes) -> Start:
