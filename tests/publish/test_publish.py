@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from conftest import make_model
 from gguf import GGUFWriter
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 
+from potstill import distill
 from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
 from potstill.models.model_files import folder_sha256
 from potstill.publish.licenses import Parent, license_of, settle
+from potstill.publish.markdown import block
 from publish.lab import edit, planned, publish
 
 Change = Callable[[Path], None]
@@ -496,10 +500,65 @@ def test_an_export_that_fails_and_is_removed_is_reported_and_not_published(run: 
 
 
 def test_a_sample_is_apart_from_its_prompt(run: Path) -> None:
-    in_receipt(samples={"prompt": "What is 2 + 2?", "after": "4, I think"})(run)
+    written = {"prompt": "What is 2 + 2?", "before": "6, or 7", "after": "4, I think"}
+    in_receipt(samples=written)(run)
     assert publish(run, "--dry-run") == 0
     card = (run / "publish" / "README.md").read_text()
-    assert "```\nWhat is 2 + 2?\n```\n\nIt goes on with:\n\n```\n4, I think\n```" in card
+    assert "greedy:\n\n```\nWhat is 2 + 2?\n```\n\nUntouched student:\n\n```\n6, or 7\n```" in card
+    assert "This model:\n\n```\n4, I think\n```" in card and "\nTeacher:" not in card
+
+
+def test_the_card_of_a_chat_model_asks_it_through_its_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of `eval.sample_prompts`, as `potstill init` writes them; what the card tells a reader to run writes the same."""
+    teacher = make_model(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(teacher)
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": f"say {n}"},
+                        {"role": "assistant", "content": "cat"},
+                    ]
+                }
+            )
+            + "\n"
+            for n in range(60)
+        )
+    )
+    recipe = tmp_path / "chat.yaml"
+    recipe.write_text(
+        f"corpus: {{name: chat, path: {tmp_path / 'chats.jsonl'}, tokens_per_row: 64, heldout_rows: 3}}\n"
+        f"teacher: {{name: torch, model: {teacher}}}\n"
+        "student: {name: cut, layers: 2, rule: first_last, repair: false}\n"
+        "allow_weak_teacher: true\n"
+        "train: {steps: 2, rows_per_step: 2, lr: 1e-3, device: cpu}\n"
+        "eval: {every: 2, sample_prompts: [say 3, say 4], sample_tokens: 40}\n"
+    )
+    run = distill(recipe, out=tmp_path / "run").path
+    assert publish(run, "--dry-run") == 0
+    card = (run / "publish" / "README.md").read_text()
+    code = re.search(r"^## Use\n\n```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    assert code is not None
+    capsys.readouterr()
+    exec(code[1].replace(repr("me/small"), repr(str(run / "student"))), {})
+    by_reader = capsys.readouterr().out
+    saved = json.loads((run / "receipt.json").read_text())["student_is_of_step"]
+    of_step = {
+        line["step"]: line["samples"]
+        for line in map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+    }
+    assert [each["prompt"] for each in of_step[saved]] == ["say 3", "say 4"]
+    for each in of_step[saved]:
+        assert block(each["prompt"]) in card and f"This model:\n\n{block(each['text'])}" in card
+    assert by_reader.startswith("user: say 3<eos>assistant: " + of_step[saved][0]["text"])
 
 
 def test_text_of_unknown_origin_cannot_leave_its_cell_or_its_block(run: Path) -> None:

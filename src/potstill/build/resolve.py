@@ -199,7 +199,10 @@ def notes_on_types(recipe: Recipe, dtype: ProductDtype, why: str) -> list[str]:
     Args:
         why: the device multiplies fastest in `dtype`, as `choose_product_dtype` says it.
     """
-    types = {"train.precision": recipe.train.precision, "teacher.dtype": getattr(recipe.teacher, "dtype", None)}
+    types = {
+        "train.precision": recipe.train.precision,
+        "teacher.dtype": getattr(recipe.teacher, "dtype", None),
+    }
     notes = [f"{field}: {dtype}, {why}" for field, asked in types.items() if asked == "auto"]
     if recipe.train.quantize is not None:  # whose grid bfloat16 would round once more
         del types["train.precision"]

@@ -18,6 +18,7 @@ from potstill.publish.licenses import Parent, StudentLicense
 from potstill.publish.markdown import FILTERS
 from potstill.recipe.sections_training import PublishConfig
 from potstill.runs import gains
+from potstill.runs.answers import WRITERS
 from potstill.runs.run_dir import repair_steps, stream_steps
 
 HELDOUT = {
@@ -31,6 +32,8 @@ ARM_METRICS = {
     "heldout/agreement": "agreement",
     "pass@1": "pass@1",
 }
+ANSWERS = 3
+"""Prompts whose answers a card shows."""
 OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+=.*", re.DOTALL)
 
 
@@ -56,6 +59,8 @@ class CardInputs:
     comparison: Mapping[str, Any] | None
     profile: Mapping[str, Any]
     """Empty where the student was not profiled."""
+    answers: Sequence[Mapping[str, Any]]
+    """Of teacher, untouched student and student, a prompt each."""
     gguf: Sequence[str]
     """File names in the repository."""
     license: StudentLicense
@@ -111,6 +116,8 @@ def card(inputs: CardInputs, metadata: str) -> str:
     )
     environment.filters |= FILTERS
     receipt = inputs.receipt
+    # Not those of an on-policy run, which have the chat template's markup in them.
+    asked = (each["prompt"] for each in inputs.answers if each["how"] == "greedy")
     return environment.get_template("model_card.md.j2").render(
         metadata=metadata,
         card=inputs,
@@ -131,6 +138,9 @@ def card(inputs: CardInputs, metadata: str) -> str:
         gains=gains.rows(inputs.profile) if inputs.profile else [],
         gains_said=list(gains.sentences_for_others(inputs.profile)) if inputs.profile else [],
         checks=receipt.get("check", {}),
+        answers=inputs.answers[:ANSWERS],
+        writers=WRITERS | {"after": "This model"},
+        first_prompt=next(asked, "Once upon a time"),
         exports=list(_exports(receipt)),
         commands=_commands(inputs.command),
     )

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from potstill.io.terminal import clock, printable
 from potstill.report import sections, tradeoff
 from potstill.report.charts import COLORS, Series, bars, chart, grouped
-from potstill.runs import gains
+from potstill.runs import answers, gains
 from potstill.runs.gains import profile_of
 from potstill.runs.run_dir import RunDir, repair_steps, stream_steps
 from potstill.runs.summary import best_evaluation, summary
@@ -177,7 +177,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["csp_hash"] = _csp_hash
-    environment.globals["writers"] = sections.WRITERS
+    environment.globals["writers"] = answers.WRITERS
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment
 
@@ -218,9 +218,7 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
         "checks": report.section("check"),
         "memory": _memory(report.section("plan")),
         "faults": report.run.faults(),
-        "answers": sections.answers(
-            report.run.answers(), report.section("samples"), report.run.samples(), receipt
-        ),
+        "answers": answers.answers(report.run),
         "sampled": sections.by_prompt(report.run.samples()),
         "receipt": list(sections.flat({k: v for k, v in receipt.items() if k not in own_section})),
         "has_receipt": bool(receipt),

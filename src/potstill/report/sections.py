@@ -19,7 +19,6 @@ from potstill.runs.summary import best_evaluation
 BINS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Nats at which the color of a token changes: k0 below the first, k6 from the last on."""
 WORST = 12
-WRITERS = {"teacher": "Teacher", "before": "Untouched student", "after": "Student"}
 ANSWERS = 8
 """Of a task that are shown: half of them incorrect ones."""
 Rows = Sequence[Sequence[Mapping[str, Any]]]
@@ -125,37 +124,6 @@ def _marked_token(text: str) -> str:
     """Also marks the spaces of a token that is nothing else."""
     shown = _marked(text)
     return shown if shown.strip() else shown.replace(" ", "␣")
-
-
-def answers(
-    heldout: Mapping[str, Sequence[str]],
-    sample: Mapping[str, Any],
-    samples: Sequence[Mapping[str, Any]],
-    receipt: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """What teacher, untouched student and student wrote behind the same prompt, None where one of them did not.
-
-    Args:
-        heldout: of a run in which the student writes rows, `answers.json`.
-        sample: of `eval.sample_prompt`, the receipt's.
-        samples: of `eval.sample_prompts`, one entry an evaluation.
-    """
-    names = ("prompt", *WRITERS)
-    found = []
-    if isinstance(sample.get("prompt"), str):
-        found.append({name: sample.get(name) for name in names} | {"how": "greedy"})
-    by_step = {line["step"]: {str(one["prompt"]): one for one in line.get("samples", [])} for line in samples}
-    saved = receipt.get("student_is_of_step")
-    last = saved if saved in by_step else max(by_step, default=0)
-    untouched, student = by_step.get(0, {}), by_step.get(last, {})
-    for prompt in untouched or student:
-        before = untouched.get(prompt, {})
-        texts = (prompt, before.get("teacher"), before.get("text"), student.get(prompt, {}).get("text"))
-        found.append(dict(zip(names, texts, strict=True)) | {"how": "greedy"})
-    for number in range(len(heldout.get("prompt", ()))):
-        one = {name: (*heldout.get(name, ()), *[None] * (number + 1))[number] for name in names}
-        found.append(one | {"how": "sampled at temperature 1, behind a held-out prompt"})
-    return found
 
 
 def by_prompt(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

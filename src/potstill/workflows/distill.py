@@ -388,7 +388,7 @@ class _ActiveRun:
         for prompt in self.setup.recipe.eval.sample_prompts:
             self.watch.beat()
             texts[prompt] = samples_of.of_student(self.setup, prompt)
-            self.display.note(f"sample at step {step}: {prompt}{texts[prompt]}")
+            self.display.note(f"sample at step {step}, behind {prompt!r}: {texts[prompt]}")
             if step == 0 and (text := samples_of.of_teacher(self.setup, prompt)) is not None:
                 by_teacher[prompt] = text
         if texts:

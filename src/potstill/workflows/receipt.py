@@ -10,6 +10,7 @@ from potstill.build.setup import RunSetup
 from potstill.errors import UserError
 from potstill.io.hashing import file_sha256
 from potstill.io.memory import peak_gib
+from potstill.models.dialogue import is_chat
 from potstill.preflight.checks import Checked
 from potstill.preflight.plan import Plan
 from potstill.publish.licenses import license_of
@@ -61,6 +62,7 @@ def receipt_of(setup: RunSetup, run: RunDir, finished: Finished) -> dict[str, An
         "samples": {"prompt": setup.recipe.eval.sample_prompt, **finished.samples}
         if setup.recipe.eval.sample_prompt is not None
         else None,
+        "is_chat": setup.tokenizer is not None and is_chat(setup.recipe.corpus.each, setup.tokenizer),
         "environment": environment(),
     }
 
