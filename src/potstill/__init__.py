@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from potstill.recipe.sections_evaluation import SinkConfig as SinkConfig
     from potstill.recipe.sections_models import ServerTeacherConfig as ServerTeacherConfig
     from potstill.recipe.sections_models import TeacherConfig as TeacherConfig
+    from potstill.recipe.sections_rollouts import RolloutsConfig as RolloutsConfig
     from potstill.registry import register as register
     from potstill.teachers.base import BaseTeacher as BaseTeacher
     from potstill.teachers.hf import CudaTrainerTeacher as CudaTrainerTeacher
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from potstill.teachers.stored import StoredTeacher as StoredTeacher
     from potstill.teachers.toy import FixtureTeacher as FixtureTeacher
     from potstill.teachers.toy import TableTeacher as TableTeacher
+    from potstill.training.batch_rollouts import BatchRollouts as BatchRollouts
     from potstill.types import Batch as Batch
     from potstill.types import Teacher as Teacher
     from potstill.types import answer as answer
@@ -46,12 +48,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "BaseTeacher": "potstill.teachers.base",
     "Batch": "potstill.types",
+    "BatchRollouts": "potstill.training.batch_rollouts",
     "CausalLM": "potstill.models.causal_lm",
     "CorpusConfig": "potstill.recipe.sections_data",
     "CudaTrainerTeacher": "potstill.teachers.hf",
     "DistillTrainer": "potstill.integrations.trainer",
     "EvaluationConfig": "potstill.recipe.sections_evaluation",
     "FixtureTeacher": "potstill.teachers.toy",
+    "RolloutsConfig": "potstill.recipe.sections_rollouts",
     "RowsDataset": "potstill.data.collated",
     "ServerTeacher": "potstill.teachers.server",
     "SinkConfig": "potstill.recipe.sections_evaluation",
@@ -76,12 +80,14 @@ _HOMES = {
 __all__ = [
     "BaseTeacher",
     "Batch",
+    "BatchRollouts",
     "CausalLM",
     "CorpusConfig",
     "CudaTrainerTeacher",
     "DistillTrainer",
     "EvaluationConfig",
     "FixtureTeacher",
+    "RolloutsConfig",
     "RowsDataset",
     "ServerTeacher",
     "ServerTeacherConfig",

@@ -20,7 +20,16 @@ from torch.nn.functional import kl_div
 from transformers import TrainingArguments
 
 import potstill
-from potstill import DistillTrainer, ServerTeacher, ServerTeacherConfig, TorchTeacher, UserError
+from potstill import (
+    BatchRollouts,
+    DistillTrainer,
+    RolloutsConfig,
+    ServerTeacher,
+    ServerTeacherConfig,
+    TorchTeacher,
+    UserError,
+    to_batch,
+)
 from potstill.cli.main import main
 from potstill.losses import Objective
 from potstill.runs.run_dir import RunDir
@@ -126,6 +135,98 @@ def test_it_resumes_and_its_checkpoints_have_nothing_of_the_teacher(recipe: Path
     assert logged(on.state.log_history, "eval_kl")[-1] == logged(whole.state.log_history, "eval_kl")[-1]
 
 
+@pytest.mark.usefixtures("warm_python")
+def test_rollouts_are_those_of_the_own_loop_in_one_process_and_in_ranks(recipe: Path, tmp_path: Path) -> None:
+    """The same prompts, random numbers and weights give the same answers, so the same steps."""
+    own = {"max_new_tokens": 8, "prompt_tokens": 6}
+    recipe.write_text(recipe.read_text().replace("steps: 20", "steps: 5") + f"rollouts: {json.dumps(own)}\n")
+    run = potstill.distill(recipe, out=tmp_path / "run")
+    lines = [line for line in run.metrics() if "train/loss" in line]
+    names = {"loss": "train/loss", "kd": "train/kd", "grad_norm": "train/grad_norm"}
+    names |= {"rollout_tokens": "rollout/tokens", "rollout_ended": "rollout/ended"}
+
+    def assert_equal(history: list[dict[str, Any]]) -> None:
+        for ours, theirs in names.items():
+            expected = [line[theirs] for line in lines]
+            assert len(expected) == 5 and logged(history, ours) == pytest.approx(expected, rel=1e-5), ours
+        assert not logged(history, "ce")  # no step has a position of the corpus
+
+    seed = potstill.load_recipe(recipe).train.seed
+    given = {"rollouts": own, "gradient_accumulation_steps": 2, "seed": seed}
+    trainer = train(**order(recipe, per_device_train_batch_size=2, **given))
+    assert_equal(trainer.state.log_history)
+    given |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 2, "out": str(tmp_path / "ddp")}
+    (tmp_path / "ddp.json").write_text(json.dumps(order(recipe, **given)))
+    assert ranks(2, tmp_path / "ddp.json", program=(PROGRAM,)).count("wrapped: DistributedDataParallel") == 2
+    assert_equal(json.loads((tmp_path / "ddp" / "logged.json").read_text()))
+
+
+def test_a_share_of_rollouts_resumes_and_leaves_cross_entropy_to_the_corpus(
+    recipe: Path, tmp_path: Path
+) -> None:
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    sizes |= {"rollouts": {"fraction": 0.5, "max_new_tokens": 8, "prompt_tokens": 6}}
+    whole = train(**order(recipe, **sizes, save_steps=2, max_steps=4)).state.log_history
+    folder = str(tmp_path / "out" / "checkpoint-2")
+    on = train(**order(recipe, **sizes, save_steps=100, max_steps=4, resume=folder)).state.log_history
+    for name in ("loss", "kd", "ce", "rollout_tokens"):
+        assert len(logged(whole, name)) == 4 and logged(on, name)[2:] == logged(whole, name)[2:], name
+    plain = train(**order(recipe, **sizes | {"rollouts": None, "max_steps": 1}, save_steps=100))
+    # The first micro-batch is the corpus's, and of it alone is the mean.
+    with torch.no_grad():
+        setup = potstill.prepare(recipe)
+        batch = setup.data().step(0)[0]
+        first = setup.student(batch, potstill.answer(setup.teacher, batch))["ce"] / len(batch.positions_N)
+    assert logged(whole, "ce")[0] == pytest.approx(float(first), rel=1e-5)
+    assert logged(plain.state.log_history, "ce")[0] != pytest.approx(float(first), rel=1e-3)
+
+
+def rollouts_of(tmp_path: Path, **config: Any) -> BatchRollouts:
+    trainer = trainer_of(tmp_path, TEXTS, rollouts=RolloutsConfig(**config))
+    assert trainer.rollouts is not None
+    return trainer.rollouts
+
+
+def test_a_prompt_is_what_stands_before_the_last_answer_or_the_first_tokens(tmp_path: Path) -> None:
+    ids = [[0, 0, 40, 41, 42, 43, 44, 45], [50, 51, 52, 53, 54, 55, 56, 57]]
+    inputs = {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor([[0, 0, *[1] * 6], [1] * 8]),
+        # A turn of one answer, and one of two.
+        "labels": torch.tensor(
+            [[-100, -100, -100, -100, -100, 43, 44, 45], [-100, 51, 52, -100, -100, -100, 56, 57]]
+        ),
+    }
+    for given, prompts in (({}, [[40, 41, 42], ids[1][:6]]), ({"prompt_tokens": 2}, [[40, 41], [50, 51]])):
+        writing = rollouts_of(tmp_path, max_new_tokens=3, **given)
+        batch, written = writing.write(to_batch(inputs, 258), step=4)
+        assert [each.prompt.ids for each in written] == prompts
+        assert batch.is_rollout and len(batch.positions_N) == sum(len(each.new) for each in written)
+        assert batch.labels_N.tolist() == [token for each in written for token in each.new]
+        again, other = (writing.write(to_batch(inputs, 258), step)[1] for step in (4, 5))
+        assert [each.new for each in again] == [each.new for each in written] != [each.new for each in other]
+    due = [writing.is_due(number) for number in range(20)]
+    assert all(due)
+    third = rollouts_of(tmp_path, fraction=0.3)
+    assert [sum(map(third.is_due, range(n))) for n in (1, 3, 4, 10, 20)] == [0, 0, 1, 3, 6]
+
+
+def test_rollouts_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    writing = rollouts_of(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    packed = to_batch({"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1]])}, 258)
+    silent = to_batch({"input_ids": ids, "labels": torch.full_like(ids, -100)}, 258)
+    for batch, message in ((packed, "several documents"), (silent, "row 0 of the batch has no label")):
+        with pytest.raises(UserError, match=message):
+            writing.write(batch, step=0)
+    long = rollouts_of(tmp_path, prompt_tokens=4)
+    with pytest.raises(UserError, match=r"rollouts.prompt_tokens: 4, and row 0 of the batch has 4 tokens"):
+        long.write(to_batch({"input_ids": ids, "labels": ids}, 258), step=0)
+    for field, value in (("every", 2), ("engine", "vllm")):
+        with pytest.raises(UserError, match=f"rollouts.{field}: {value}"):
+            rollouts_of(tmp_path, **{field: value})
+
+
 def test_a_store_is_a_teacher_like_any_other(recipe: Path, tmp_path: Path) -> None:
     with recipe.open("a") as file:
         file.write("capture: {name: hidden}\n")
@@ -140,6 +241,9 @@ def test_a_store_is_a_teacher_like_any_other(recipe: Path, tmp_path: Path) -> No
         assert logged(kept.state.log_history, name) == pytest.approx(
             logged(live.state.log_history, name), rel=1e-3
         )
+
+    with pytest.raises(UserError, match="rollouts: the teacher has no targets for text"):
+        train(**order(stored, max_steps=3, rollouts={}))
 
     # Without the numbers of its rows a batch has no targets.
     unnumbered = potstill.to_batch(
@@ -157,7 +261,7 @@ def trainer_of(tmp_path: Path, texts: list[list[int]], model: Any = None, **opti
     made = transformers.AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=2))
     given = {
         name: options.pop(name)
-        for name in ("teacher", "compute_metrics", "processing_class")
+        for name in ("teacher", "compute_metrics", "processing_class", "rollouts")
         if name in options
     }
     arguments: dict[str, Any] = {

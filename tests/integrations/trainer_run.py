@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
 from torch.utils.data import Subset
-from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import potstill
 from potstill.losses import Objective
@@ -23,12 +29,28 @@ from potstill.losses import Objective
 ADAMW = {"optim": "adamw_torch_fused", "adam_beta2": 0.95, "weight_decay": 0.1, "max_grad_norm": 1.0}
 
 
+def prompts_of(setup: Any) -> list[dict[str, Any]]:
+    """Behind which the recipe's own loop has the student write, in its order, each with an answer of one token."""
+    data = setup.data()
+    return [
+        {"input_ids": [*prompt, 1], "labels": [*[-100] * len(prompt), 1]}
+        for step in range(setup.recipe.train.num_steps)
+        for prompt in (data.prompts[index].ids for index in data.order.rows(step, data.per_step))
+    ]
+
+
+def collated(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
+    """Rows of a corpus are as long as each other; prompts are padded."""
+    collate = default_data_collator if "rows" in rows[0] else DataCollatorForSeq2Seq(tokenizer)
+    return collate(rows)
+
+
 def train(
     recipe: str,
     student: str,
     out: str,
     resume: bool = False,
-    objective: dict[str, Any] | None = None,
+    rollouts: dict[str, Any] | None = None,
     **options: Any,
 ) -> potstill.DistillTrainer:
     """Train the student for the recipe's steps, and evaluate it on the held-out rows before and after."""
@@ -39,6 +61,9 @@ def train(
         for step in range(train.num_steps)
         for row in corpus.order(train.seed).rows(step, train.rows_per_step)
     ]
+    dataset: Any = Subset(potstill.RowsDataset(corpus.train), rows)
+    if setup.recipe.rollouts is not None:
+        dataset = prompts_of(setup)
     arguments: dict[str, Any] = {
         "max_steps": train.num_steps,
         "learning_rate": train.lr,
@@ -57,9 +82,10 @@ def train(
         TrainingArguments(output_dir=out, **arguments | ADAMW | options),
         teacher=setup.teacher,
         objective=Objective(kd_weight=0.7, ce_weight=0.3, chunk=16),
-        train_dataset=Subset(potstill.RowsDataset(corpus.train), rows),
+        rollouts=None if rollouts is None else potstill.RolloutsConfig(**rollouts),
+        train_dataset=dataset,
         eval_dataset=potstill.RowsDataset(corpus.heldout),
-        data_collator=default_data_collator,
+        data_collator=partial(collated, setup.tokenizer),
         processing_class=setup.tokenizer,
     )
     if not options.get("fsdp"):  # which accelerate sets up with the optimizer alone

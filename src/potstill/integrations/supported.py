@@ -41,3 +41,9 @@ def require_apart(student: Student, teacher: Teacher) -> None:
     own = {id(weight) for weight in student.parameters()}
     if teacher.model is not None and not own.isdisjoint(map(id, teacher.model.parameters())):
         raise UserError("DistillTrainer: teacher and model share weights, which are frozen. Load them apart.")
+
+
+def require_whole(trainer: Trainer) -> None:
+    """UserError for a student that cannot write, as no rank has its weights whole."""
+    if trainer.is_fsdp_enabled:
+        raise UserError("DistillTrainer: rollouts under FSDP are not built. Use DDP, or `potstill distill`.")

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from potstill.data.collated import COLUMNS, to_batch
 from potstill.errors import UserError
+from potstill.integrations.evaluating import EvaluatingTrainer, means
 from potstill.integrations.forward import let_in
-from potstill.integrations.supported import require_apart, require_supported
-from potstill.losses.objective import MEASURES, Objective, require_finite
+from potstill.integrations.logged import StepMeans
+from potstill.integrations.supported import require_apart, require_supported, require_whole
+from potstill.losses.objective import Objective, require_finite
 from potstill.models.causal_lm import CausalLM
 from potstill.models.student import Student
-from potstill.types import Batch, Targets, Teacher, answer
+from potstill.recipe.sections_rollouts import RolloutsConfig
+from potstill.training.batch_rollouts import BatchRollouts
+from potstill.types import Batch, Teacher
 
 BATCH = "potstill_batch"
 
 
-class DistillTrainer(Trainer):  # type: ignore[misc]  # Transformers is not typed
+class DistillTrainer(EvaluatingTrainer):
     """A `transformers.Trainer` whose loss is the objective.
 
     The gradient of an optimizer step is that of the sum over all its supervised positions, of all micro-batches and
@@ -33,11 +35,16 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # Transformers is not type
     `Objective.measure`. One process, DDP, and FSDP by accelerate. The teacher is whole on each rank, and no part of a
     checkpoint.
 
+    With `rollouts` the student writes its share of the micro-batches anew before each step, behind the prompts of the
+    data set: see `BatchRollouts`. Logged of them are `rollout_tokens` and `rollout_ended`, the length of an answer and
+    the share that ended. Under FSDP: not built.
+
     Args:
         model: a Transformers causal LM or a `PeftModel` of one, the student.
         args: those of the `Trainer`; with bf16, the products of the head are in bfloat16, too.
         teacher: any teacher; one in this process is moved to the device of the student.
         objective: None: `Objective()`.
+        rollouts: None: all rows are the data set's.
         options: all others of `Trainer`. `processing_class` has the tokens that are compared with the teacher's.
 
     Raises:
@@ -53,13 +60,14 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # Transformers is not type
         *,
         teacher: Teacher,
         objective: Objective | None = None,
+        rollouts: RolloutsConfig | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, args, **options)
         require_supported(self, options)
         self.model_accepts_loss_kwargs = False  # positions are counted here
-        self.compute_metrics = _means
-        self._sums, self._steps = torch.zeros(2, device=self.args.device), 0
+        self.compute_metrics = means
+        self._logged = StepMeans(self.accelerator)
         objective = objective or Objective()
         if self.accelerator.mixed_precision == "bf16" and objective.matmul_dtype is None:
             objective = dataclasses.replace(objective, matmul_dtype=torch.bfloat16)
@@ -69,19 +77,43 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # Transformers is not type
             teacher.model.to(self.args.device)
         self.ids = self.student.match_ids(teacher, self.processing_class)
         let_in(model)
+        self.rollouts = None
+        if rollouts is not None and rollouts.fraction:
+            require_whole(self)
+            read = (teacher, rollouts, self.processing_class, self.ids, self.args.seed)
+            self.rollouts = BatchRollouts(self.student, *read)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of a step with what the objective reads, and the positions of the step on all ranks."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        samples = [{**inputs, BATCH: to_batch(inputs, self.ids)} for inputs in samples]
-        own = sum(len(inputs[BATCH].positions_N) for inputs in samples)
-        positions = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
+        batches = [self._batch(inputs, number) for number, inputs in enumerate(samples)]
+        samples = [{**inputs, BATCH: batch} for inputs, batch in zip(samples, batches, strict=True)]
+        own = [
+            sum(len(each.positions_N) for each in batches if each.is_rollout is is_own)
+            for is_own in (False, True)
+        ]
+        of_corpus, of_student = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
+        positions = of_corpus + of_student
         if samples and not positions:
             raise UserError(f"step {self.state.global_step + 1}: no position bears loss. Look at its labels.")
-        self._steps += bool(samples)
+        if samples:
+            self._logged.begin(positions, of_corpus)
         return samples, positions
+
+    def _batch(self, inputs: dict[str, Any], number: int) -> Batch:
+        """Micro-batch `number` of the step that follows, the student's own where it is its turn."""
+        batch, step, args = to_batch(inputs, self.ids), self.state.global_step, self.args
+        if self.rollouts is None or not self.rollouts.is_due(
+            step * args.gradient_accumulation_steps + number
+        ):
+            return batch
+        first_row = (number * args.world_size + args.process_index) * args.per_device_train_batch_size
+        with self.accelerator.autocast():
+            batch, written = self.rollouts.write(batch, step, first_row)
+        self._logged.add_answers(written)
+        return batch
 
     def compute_loss(
         self,
@@ -94,56 +126,17 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # Transformers is not type
         positions = len(batch.positions_N) if num_items_in_batch is None else num_items_in_batch
         terms = self._within(model, self.student, batch)
         require_finite({name: float(value.detach()) for name, value in terms.items()}, len(batch.positions_N))
+        if num_items_in_batch is not None:
+            self._logged.add(terms)
         # Ranks average their gradients, and the sum is meant.
-        share = self.accelerator.num_processes / positions
-        self._sums = self._sums + torch.stack([terms["kd"], terms["ce"]]).detach() * share
-        loss = terms["loss"] * share
+        loss = terms["loss"] * (self.accelerator.num_processes / positions)
         return (loss, terms) if return_outputs else loss
 
-    def _within(self, model: nn.Module, function: Callable[[Batch, Targets], Any], batch: Batch) -> Any:
-        """The function of a batch and the teacher's targets, inside of the wrapped model's forward."""
-        are_packed = batch.is_packed
-        self.student.model.use_rows(are_packed)
-        self.teacher.use_rows(are_packed)
-        batch = batch.to(self.args.device)
-        return model(within=partial(function, batch, answer(self.teacher, batch)))
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, Tensor, Tensor]:
-        """Of each row, the sums over its positions of what is measured, and their number."""
-        batch = to_batch(inputs, self.ids)
-        with torch.no_grad():
-            values = self._within(model, self.student.per_position, batch)
-        B, T = batch.input_ids_BT.shape
-        row_of_N = (batch.positions_N // T).to(self.args.device)
-        values_NM = torch.stack([values[name] for name in MEASURES], 1)
-        sums_BM = values_NM.new_zeros(B, len(MEASURES)).index_add_(0, row_of_N, values_NM)
-        return None, sums_BM, row_of_N.bincount(minlength=B)
-
-    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        found = super().evaluation_loop(*args, **options)
-        if not (self.is_in_train or self.is_fsdp_enabled):
-            # Accelerate would take the model for wrapped, and a `train` that follows leave ranks to themselves.
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
-        return found
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._steps:  # of training: each rank has a share of the sums
-            kd, ce = (self.accelerator.reduce(self._sums, "mean") / self._steps).tolist()
-            logs |= {"kd": kd, "ce": ce}
-            self._sums, self._steps = torch.zeros_like(self._sums), 0
+        if "loss" in logs:  # of training, not of an evaluation
+            logs |= self._logged.read()
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
-
-
-def _means(found: EvalPrediction) -> dict[str, float]:
-    """Of held-out positions, once those of all ranks and batches have been gathered."""
-    positions = int(np.sum(found.label_ids))
-    if not positions:
-        raise UserError("eval_dataset: no position bears loss. Look at its labels.")
-    sums_M = np.asarray(found.predictions, dtype=np.float64).sum(0)
-    return dict(zip(MEASURES, (sums_M / positions).tolist(), strict=True))
