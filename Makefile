@@ -66,12 +66,15 @@ bench: $(READY)
 	$(BIN)/python bench/step.py
 
 # The site of README and docs, build/site; its generator is in an environment of its own, and a warning is an error.
-docs:
+docs: .venv-docs/.ready
+	.venv-docs/bin/python -m sphinx -q -E -W --keep-going -c docs . build/site
+	@echo build/site/index.html
+
+.venv-docs/.ready: pyproject.toml
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/needed.txt
 	.venv-docs/bin/pip install -q --disable-pip-version-check -r .venv-docs/needed.txt
-	.venv-docs/bin/python -m sphinx -q -E -W --keep-going -c docs . build/site
-	@echo build/site/index.html
+	touch .venv-docs/.ready
 
 # dist/: the sdist, and the wheel that is built out of it; installed into an environment that has only the libraries of .venv.
 wheel: $(READY)
