@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from potstill.cli.main import main
 
+TASK = '{"source": "jsonl", "path": "questions.jsonl", "question": "question", "answer": "answer", "max_new_tokens": 3}'
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
@@ -32,6 +33,7 @@ def test_two_models_and_a_jsonl_file_become_a_student_by_the_commands_of_the_rea
         make_tokenizer("qwen2").save_pretrained(tmp_path / name)
     texts = [" ".join(WORDS[(n * 7 + k * k) % len(WORDS)] for k in range(40)) for n in range(90)]
     (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
+    (tmp_path / "questions.jsonl").write_text('{"question": "the cat", "answer": "sat"}\n' * 2)
     monkeypatch.chdir(tmp_path)
     own = {"TEACHER": "teacher", "STUDENT": "student", "DATA": "data.jsonl"}
     found = [[own.get(word, word) for word in words] for words in commands("Install") if words[0] != "demo"]
@@ -47,4 +49,4 @@ def test_two_models_and_a_jsonl_file_become_a_student_by_the_commands_of_the_rea
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "recipe" / "student")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs" / "recipe" / "student")
     assert student.generate(**tokenizer("the cat", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
-    assert exported.stat().st_size > 0
+    assert main(["eval", str(exported), "--task", TASK, "--out", str(tmp_path / "asked")]) == 0

@@ -166,19 +166,37 @@ def test_a_share_of_rollouts_resumes_and_leaves_cross_entropy_to_the_corpus(
 ) -> None:
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
     sizes |= {"rollouts": {"fraction": 0.5, "max_new_tokens": 8, "prompt_tokens": 6}}
-    whole = train(**order(recipe, **sizes, save_steps=2, max_steps=4)).state.log_history
+    trainer = train(**order(recipe, **sizes, save_steps=2, max_steps=6))
+    whole, drawn = trainer.state.log_history, trainer.rollouts
+    assert drawn is not None
+    due = [[drawn.is_due(step, number) for number in (0, 1)] for step in range(6)]
+    assert {True, False} <= {each for step in due for each in step} and [False, True] in due
     folder = str(tmp_path / "out" / "checkpoint-2")
-    on = train(**order(recipe, **sizes, save_steps=100, max_steps=4, resume=folder)).state.log_history
+    on = train(**order(recipe, **sizes, save_steps=100, max_steps=6, resume=folder)).state.log_history
     for name in ("loss", "kd", "ce", "rollout_tokens"):
-        assert len(logged(whole, name)) == 4 and logged(on, name)[2:] == logged(whole, name)[2:], name
-    plain = train(**order(recipe, **sizes | {"rollouts": None, "max_steps": 1}, save_steps=100))
-    # The first micro-batch is the corpus's, and of it alone is the mean.
-    with torch.no_grad():
+        lines, later = ([line.get(name) for line in each if "loss" in line] for each in (whole, on))
+        assert len(lines) == 6 and later[2:] == lines[2:], name
+    # A mean of the micro-batches that are the corpus's, where there is one.
+    ce = [line.get("ce") for line in whole if "loss" in line]
+    assert [value is None for value in ce] == [all(each) for each in due]
+    assert [line.get("rollout_tokens") is None for line in whole if "loss" in line] == [
+        not any(each) for each in due
+    ]
+    if due[0] != [True, True]:
         setup = potstill.prepare(recipe)
-        batch = setup.data().step(0)[0]
-        first = setup.student(batch, potstill.answer(setup.teacher, batch))["ce"] / len(batch.positions_N)
-    assert logged(whole, "ce")[0] == pytest.approx(float(first), rel=1e-5)
-    assert logged(plain.state.log_history, "ce")[0] != pytest.approx(float(first), rel=1e-3)
+        batches = [batch for batch, own in zip(setup.data().step(0), due[0], strict=True) if not own]
+        with torch.no_grad():
+            sums = [setup.student(batch, potstill.answer(setup.teacher, batch))["ce"] for batch in batches]
+        assert ce[0] == pytest.approx(float(sum(sums)) / sum(len(b.positions_N) for b in batches), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"activation_checkpointing": True}])
+def test_rollouts_go_with_the_options_of_a_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer = trainer_of(
+        tmp_path, TEXTS, rollouts=RolloutsConfig(max_new_tokens=3, prompt_tokens=2), **options
+    )
+    trainer.train()
+    assert len(logged(trainer.state.log_history, "rollout_tokens")) == 2
 
 
 def rollouts_of(tmp_path: Path, **config: Any) -> BatchRollouts:
@@ -187,7 +205,7 @@ def rollouts_of(tmp_path: Path, **config: Any) -> BatchRollouts:
     return trainer.rollouts
 
 
-def test_a_prompt_is_what_stands_before_the_last_answer_or_the_first_tokens(tmp_path: Path) -> None:
+def test_a_prompt_is_what_stands_before_the_last_answer(tmp_path: Path) -> None:
     ids = [[0, 0, 40, 41, 42, 43, 44, 45], [50, 51, 52, 53, 54, 55, 56, 57]]
     inputs = {
         "input_ids": torch.tensor(ids),
@@ -197,32 +215,55 @@ def test_a_prompt_is_what_stands_before_the_last_answer_or_the_first_tokens(tmp_
             [[-100, -100, -100, -100, -100, 43, 44, 45], [-100, 51, 52, -100, -100, -100, 56, 57]]
         ),
     }
-    for given, prompts in (({}, [[40, 41, 42], ids[1][:6]]), ({"prompt_tokens": 2}, [[40, 41], [50, 51]])):
-        writing = rollouts_of(tmp_path, max_new_tokens=3, **given)
-        batch, written = writing.write(to_batch(inputs, 258), step=4)
-        assert [each.prompt.ids for each in written] == prompts
-        assert batch.is_rollout and len(batch.positions_N) == sum(len(each.new) for each in written)
-        assert batch.labels_N.tolist() == [token for each in written for token in each.new]
-        again, other = (writing.write(to_batch(inputs, 258), step)[1] for step in (4, 5))
-        assert [each.new for each in again] == [each.new for each in written] != [each.new for each in other]
-    due = [writing.is_due(number) for number in range(20)]
-    assert all(due)
+    writing = rollouts_of(tmp_path, max_new_tokens=3, prompt_tokens=2)  # which is for text without turns
+    batch, written = writing.write(to_batch(inputs, 258), step=4)
+    assert [each.prompt.ids for each in written] == [[40, 41, 42], ids[1][:6]]
+    assert batch.is_rollout and len(batch.positions_N) == sum(len(each.new) for each in written)
+    assert batch.labels_N.tolist() == [token for each in written for token in each.new]
+    again, other = (writing.write(to_batch(inputs, 258), step)[1] for step in (4, 5))
+    assert [each.new for each in again] == [each.new for each in written] != [each.new for each in other]
+    assert all(writing.is_due(step, number) for step in range(9) for number in range(3))
     third = rollouts_of(tmp_path, fraction=0.3)
-    assert [sum(map(third.is_due, range(n))) for n in (1, 3, 4, 10, 20)] == [0, 0, 1, 3, 6]
+    assert sum(third.is_due(step) for step in range(1000)) == pytest.approx(300, abs=45)  # three deviations
+
+
+def test_text_has_the_first_tokens_for_a_prompt_and_what_has_none_is_left_out(tmp_path: Path) -> None:
+    ids = torch.arange(40, 120).view(2, 40)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, 20:], labels[1, 20:] = 0, -100  # shorter than a prompt is long
+    batch = to_batch({"input_ids": ids, "attention_mask": mask, "labels": labels}, 258)
+    writing = rollouts_of(tmp_path, max_new_tokens=3)
+    own, written = writing.write(batch, step=0)
+    assert [each.prompt.ids for each in written] == [ids[0, :32].tolist()] and len(own.input_ids_BT) == 1
+    silent = to_batch({"input_ids": ids, "labels": torch.full_like(ids, -100)}, 258)
+    own, written = writing.write(silent, step=0)
+    assert own.is_rollout and not written and not len(own.positions_N)
+
+
+def test_a_loop_s_model_keeps_its_mode(tmp_path: Path) -> None:
+    writing = rollouts_of(tmp_path, max_new_tokens=3)
+    hf = writing.student.model.hf
+    batch = to_batch({"input_ids": torch.arange(40, 80)[None], "labels": torch.arange(40, 80)[None]}, 258)
+    for is_training in (True, False):
+        hf.train(is_training)  # and not the `Student`
+        writing.write(batch, step=0)
+        assert {module.training for module in hf.modules()} == {is_training}
 
 
 def test_rollouts_that_cannot_be_are_refused(tmp_path: Path) -> None:
     writing = rollouts_of(tmp_path)
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.arange(5, 9)[None]
     packed = to_batch({"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1]])}, 258)
-    silent = to_batch({"input_ids": ids, "labels": torch.full_like(ids, -100)}, 258)
-    for batch, message in ((packed, "several documents"), (silent, "row 0 of the batch has no label")):
-        with pytest.raises(UserError, match=message):
-            writing.write(batch, step=0)
-    long = rollouts_of(tmp_path, prompt_tokens=4)
-    with pytest.raises(UserError, match=r"rollouts.prompt_tokens: 4, and row 0 of the batch has 4 tokens"):
+    with pytest.raises(UserError, match="a row has several documents"):
+        writing.write(packed, step=0)
+    longest = writing.longest
+    assert longest == tiny_config().max_position_embeddings
+    long = rollouts_of(tmp_path, prompt_tokens=2, max_new_tokens=longest - 1)
+    with pytest.raises(
+        UserError, match=f"rollouts.max_new_tokens: {longest - 1} behind a prompt of 2 tokens"
+    ):
         long.write(to_batch({"input_ids": ids, "labels": ids}, 258), step=0)
-    for field, value in (("every", 2), ("engine", "vllm")):
+    for field, value in (("every", 2), ("engine", "vllm"), ("truncated", "mask"), ("keep", 3)):
         with pytest.raises(UserError, match=f"rollouts.{field}: {value}"):
             rollouts_of(tmp_path, **{field: value})
 

@@ -264,6 +264,7 @@ def test_a_gpu_multiplies_bfloat16_by_its_capability(
 @pytest.mark.parametrize("flag", ["amx_bf16", "fpu"])
 def test_float32_is_named_where_the_device_is_faster_in_bfloat16(
     tiny_recipe: Callable[..., Path],
+    teacher_folder: Path,
     flag: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -281,12 +282,18 @@ def test_float32_is_named_where_the_device_is_faster_in_bfloat16(
         assert main([words[0], recipe, *words[1:]]) == 0
         said = capsys.readouterr()
         lines = (said.out + said.err).splitlines()
-        return [line.partition(": ")[0] for line in lines if "float32, while" in line]
+        return [line.partition(": ")[0] for line in lines if "float32; auto would be" in line]
 
     both = ["train.precision", "teacher.dtype"] if flag == "amx_bf16" else []
-    for words in (["distill", "--out", "run"], ["check"], ["capture", "--out", "targets"], ["plan"]):
+    for words in (["distill", "--out", "run"], ["check"], ["plan"]):
         assert named(*words) == both, words
+    assert named("capture", "--out", "targets") == both[1:]  # nothing is trained
     assert named("plan", "train.precision=auto", "teacher.dtype=auto") == []
+    one = f"teacher: {{name: torch, model: {teacher_folder}}}"
+    mixed = f"teacher={{name: mixture, teachers: [{{weight: 0.5, {one}}}, {{weight: 0.5, {one}}}]}}"
+    members = [f"teacher.teachers.{number}.teacher.dtype" for number in (0, 1)] if both else []
+    student = f"student={{name: checkpoint, model: {teacher_folder}}}"
+    assert named("plan", mixed, student, "allow_identical=true") == both[:1] + members
     # The grid of a file is kept in float32 on purpose.
     assert named("plan", "train.quantize=q8_0") == both[1:]
     assert named("plan", "--device", "h100") == ["train.precision", "teacher.dtype"]

@@ -24,6 +24,7 @@ from potstill.io.hashing import file_sha256
 from potstill.models.model_files import folder_sha256
 from potstill.publish.licenses import Parent, license_of, settle
 from potstill.publish.markdown import block
+from potstill.runs.run_dir import RunDir
 from publish.lab import edit, planned, publish
 
 Change = Callable[[Path], None]
@@ -504,8 +505,15 @@ def test_a_sample_is_apart_from_its_prompt(run: Path) -> None:
     in_receipt(samples=written)(run)
     assert publish(run, "--dry-run") == 0
     card = (run / "publish" / "README.md").read_text()
-    assert "greedy:\n\n```\nWhat is 2 + 2?\n```\n\nUntouched student:\n\n```\n6, or 7\n```" in card
+    assert "every time:\n\n```\nWhat is 2 + 2?\n```\n\nUntouched student:\n\n```\n6, or 7\n```" in card
     assert "This model:\n\n```\n4, I think\n```" in card and "\nTeacher:" not in card
+
+
+def test_prompts_of_the_corpus_are_not_published(run: Path) -> None:
+    """Of an on-policy run the report shows the first held-out ones."""
+    RunDir.open(run).write_answers({"prompt": ["a secret"], "before": ["mewed"], "after": ["barks"]})
+    assert publish(run, "--dry-run") == 0
+    assert "a secret" not in (run / "publish" / "README.md").read_text()
 
 
 def test_the_card_of_a_chat_model_asks_it_through_its_template(

@@ -192,23 +192,22 @@ def settle_types(recipe: Recipe, dtype: ProductDtype) -> Recipe:
     return dataclasses.replace(recipe, teacher=recipe.teacher.with_dtype(dtype))
 
 
-def notes_on_types(recipe: Recipe, dtype: ProductDtype, why: str) -> list[str]:
-    """A line for each type of `recipe`'s products that is left to `auto`, and for each that is float32 where the device
-    is faster in `dtype`.
+def notes_on_types(recipe: Recipe, dtype: ProductDtype, why: str, trains: bool = True) -> list[str]:
+    """A line for each type that `recipe` leaves to `auto`, and for each that is float32 where the device is faster in
+    `dtype`.
 
     Args:
         why: the device multiplies fastest in `dtype`, as `choose_product_dtype` says it.
+        trains: whether there is a student, too.
     """
-    types = {
-        "train.precision": recipe.train.precision,
-        "teacher.dtype": getattr(recipe.teacher, "dtype", None),
-    }
+    types = {f"teacher.{field}": asked for field, asked in recipe.teacher.dtypes().items()}
+    train = recipe.train
+    if trains and train.quantize is None:  # whose grid bfloat16 would round once more
+        types = {"train.precision": train.precision} | types
     notes = [f"{field}: {dtype}, {why}" for field, asked in types.items() if asked == "auto"]
-    if recipe.train.quantize is not None:  # whose grid bfloat16 would round once more
-        del types["train.precision"]
     found = why.removeprefix("auto: ")
     return notes + [
-        f"{field}: float32, while this device is faster in {dtype} ({found}); auto would choose it"
+        f"{field}: float32; auto would be {dtype}, which is faster ({found})"
         for field, asked in types.items()
         if asked == "float32" != dtype
     ]

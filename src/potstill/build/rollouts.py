@@ -12,7 +12,7 @@ from potstill.build.corpus import teacher_tokenizer
 from potstill.build.resolve import Resolved
 from potstill.data import packing
 from potstill.data.completions import Completion, CompletionRows, from_file
-from potstill.data.end_of_turn import end_of_turn, ends_of
+from potstill.data.end_of_turn import answer_ends, end_of_turn
 from potstill.data.mixing import MixedCorpus
 from potstill.data.prompts import MixedPrompts, Prompt, Prompts
 from potstill.errors import UserError
@@ -20,12 +20,10 @@ from potstill.models.causal_lm import CausalLM
 from potstill.models.decoding import decoding_fault
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_data import CorpusConfig
-from potstill.recipe.sections_rollouts import RolloutsConfig
+from potstill.recipe.sections_rollouts import PROMPT_TOKENS, RolloutsConfig
 from potstill.training.sampling import write
 from potstill.types import Teacher
 
-PROMPT_TOKENS = 32
-"""Of a document without turns, where the recipe says nothing."""
 HELDOUT_COUNTS = ("heldout_rows", "heldout_tokens", "heldout_positions")
 HELDOUT_SEED = 0
 """Of the answers to held-out prompts: the same for every seed of a run, so that their results can be compared."""
@@ -208,9 +206,7 @@ def _ends(
             f"rollouts: ends that the student's config names and the teacher's does not do not count: {shown}"
         )
         named -= set(alone)
-    if tokenizer is None:
-        return frozenset(end for end in named if end < ids)
-    own = teacher_tokenizer(resolved)
+    own = None if tokenizer is None else teacher_tokenizer(resolved)
     if own is not None:
         is_chat = _is_chat(resolved.recipe, tokenizer)
         of_student, of_teacher = (_last(each, is_chat) for each in (tokenizer, own))
@@ -220,7 +216,7 @@ def _ends(
                 f" teacher's with {_named(own, of_teacher)}: it would never teach the student to stop. Leave"
                 " corpus.tokenizer out, so that the student is asked and ends as the teacher does."
             )
-    return frozenset(end for end in {*ends_of(tokenizer), *named} if end < ids)
+    return answer_ends(tokenizer, named, ids)
 
 
 def _is_chat(recipe: Recipe, tokenizer: Any) -> bool:

@@ -55,14 +55,15 @@ def run_check(options: argparse.Namespace, display: Display) -> int:
     recipe.require_available()
     from potstill.build.resolve import resolve
     from potstill.build.setup import process_of, set_up
-    from potstill.preflight.auto import settle
+    from potstill.preflight.auto import note_slow_types, settle
     from potstill.preflight.trial_steps import check
     from potstill.runs.places import default_path
     from potstill.training.watchdog import cleaning
 
     findings = []
     with cleaning():
-        resolved = settle(resolve(recipe), display.note)
+        note_slow_types(resolved := resolve(recipe), display.note)
+        resolved = settle(resolved, display.note)
         with process_of(resolved.recipe):
             setup = set_up(resolved, display.note)
             with contextlib.closing(setup.teacher):
@@ -132,6 +133,7 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
         result |= {"memory_available_bytes": memory, "capture": captured}
         result |= {"disk_available_bytes": disk if other is None else None}
         result |= {"planned_for": None if other is None else other.name}
+        result["notes"] = _type_lines(resolved, other)
         result["advice"] = [
             {"set": change.settings, "peak_bytes": change.peak_bytes, "fits": change.fits}
             for change in changes
@@ -140,7 +142,7 @@ def run_plan(options: argparse.Namespace, display: Display) -> int:
         return 0 if fits else 2
     for line in (
         *_memory_lines(planned, memory, chunk.summary, other),
-        *_type_lines(resolved, other),
+        *(() if options.measure and fits else _type_lines(resolved, other)),  # the steps have said it
         *_rollout_lines(resolved),
         *_disk_lines(planned, None if other is not None else disk, resolved, captured),
         "it fits" if fits else "it does not fit",

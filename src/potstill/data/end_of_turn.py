@@ -8,6 +8,7 @@ alone never stops.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from potstill.data.chats.templates import DATE, ChatTemplate
@@ -47,3 +48,8 @@ def ends_of(tokenizer: Any) -> list[int]:
     """Ids that end what training rows hold: the EOS behind a document, and the chat template's end of turn."""
     ends = (tokenizer.eos_token_id, end_of_turn(tokenizer))
     return list(dict.fromkeys(end for end in ends if end is not None))
+
+
+def answer_ends(tokenizer: Any | None, named: Iterable[int], ids: int) -> frozenset[int]:
+    """Ids below `ids` that end an answer: `ends_of` the tokenizer, where there is one, and those that models name."""
+    return frozenset(end for end in {*(() if tokenizer is None else ends_of(tokenizer)), *named} if end < ids)

@@ -12,7 +12,9 @@ from potstill.data.completions import Completion
 
 
 class StepMeans:
-    """Means over the positions of a step, averaged over steps, and of the student's own answers over answers."""
+    """`kd` and `ce`, means over the positions of each step, averaged over steps. Of the answers that the student wrote,
+    their mean length and the share that ended.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -35,7 +37,8 @@ class StepMeans:
         """The sums of a micro-batch of the step."""
         self._kd = self._kd + terms["kd"].detach() / self._positions
         if "ce" in terms:
-            self._ce = self._ce + terms["ce"].detach() / self._of_corpus
+            # Labels of a rollout alone leave the corpus's micro-batches without a position.
+            self._ce = self._ce + terms["ce"].detach() / self._of_corpus.clamp_min(1)
 
     def add_answers(self, written: Sequence[Completion]) -> None:
         self._answers += len(written)

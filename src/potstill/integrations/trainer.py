@@ -35,9 +35,9 @@ class DistillTrainer(EvaluatingTrainer):
     `Objective.measure`. One process, DDP, and FSDP by accelerate. The teacher is whole on each rank, and no part of a
     checkpoint.
 
-    With `rollouts` the student writes its share of the micro-batches anew before each step, behind the prompts of the
+    With `rollouts` the student writes that fraction of the micro-batches before each step, behind the prompts of the
     data set: see `BatchRollouts`. Logged of them are `rollout_tokens` and `rollout_ended`, the length of an answer and
-    the share that ended. Under FSDP: not built.
+    the share that ended.
 
     Args:
         model: a Transformers causal LM or a `PeftModel` of one, the student.
@@ -105,9 +105,7 @@ class DistillTrainer(EvaluatingTrainer):
     def _batch(self, inputs: dict[str, Any], number: int) -> Batch:
         """Micro-batch `number` of the step that follows, the student's own where it is its turn."""
         batch, step, args = to_batch(inputs, self.ids), self.state.global_step, self.args
-        if self.rollouts is None or not self.rollouts.is_due(
-            step * args.gradient_accumulation_steps + number
-        ):
+        if self.rollouts is None or not self.rollouts.is_due(step, number):
             return batch
         first_row = (number * args.world_size + args.process_index) * args.per_device_train_batch_size
         with self.accelerator.autocast():

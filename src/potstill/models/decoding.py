@@ -93,7 +93,7 @@ def decode(
     Raises:
         InferenceFailed: a logit is not finite, or the model keeps no cache.
     """
-    was_training = model.training
+    was_training = model.hf.training  # which a loop of one's own may have set behind the back of `model`
     model.eval()
     try:
         _decode(model, settings, [row for row in rows if not row.finish], beat)

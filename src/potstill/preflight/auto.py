@@ -117,17 +117,19 @@ def with_matmul(recipe: Recipe, backend: Literal["auto"] | MatmulBackend) -> Rec
 
 
 def settle(resolved: Resolved, note: Callable[[str], None]) -> Resolved:
-    """The recipe with every `auto` of the two replaced by the value chosen for this machine; `note` is told these, and
-    of types in which this machine is slower.
-    """
+    """The recipe with every `auto` of the two replaced by the value chosen for this machine."""
     try:
-        for line in notes_on_types(resolved.recipe, *choose_product_dtype(resolved.device)):
-            note(line)
         recipe = with_chunk(resolved.recipe, choose_chunk(resolved, note).used)
         return resolved.with_recipe(with_matmul(recipe, choose_backend(resolved, note)))
     except BaseException:
         resolved.teacher.close()
         raise
+
+
+def note_slow_types(resolved: Resolved, note: Callable[[str], None], trains: bool = True) -> None:
+    """Report types in which this machine is slower than it could be; of the teacher alone where nothing `trains`."""
+    for line in notes_on_types(resolved.recipe, *choose_product_dtype(resolved.device), trains):
+        note(line)
 
 
 def as_recorded(recipe: Recipe) -> Recipe:

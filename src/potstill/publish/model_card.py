@@ -60,7 +60,7 @@ class CardInputs:
     profile: Mapping[str, Any]
     """Empty where the student was not profiled."""
     answers: Sequence[Mapping[str, Any]]
-    """Of teacher, untouched student and student, a prompt each."""
+    """Of teacher, untouched student and student to the recipe's sample prompts, one entry each."""
     gguf: Sequence[str]
     """File names in the repository."""
     license: StudentLicense
@@ -116,8 +116,6 @@ def card(inputs: CardInputs, metadata: str) -> str:
     )
     environment.filters |= FILTERS
     receipt = inputs.receipt
-    # Not those of an on-policy run, which have the chat template's markup in them.
-    asked = (each["prompt"] for each in inputs.answers if each["how"] == "greedy")
     return environment.get_template("model_card.md.j2").render(
         metadata=metadata,
         card=inputs,
@@ -140,7 +138,7 @@ def card(inputs: CardInputs, metadata: str) -> str:
         checks=receipt.get("check", {}),
         answers=inputs.answers[:ANSWERS],
         writers=WRITERS | {"after": "This model"},
-        first_prompt=next(asked, "Once upon a time"),
+        first_prompt=inputs.answers[0]["prompt"] if inputs.answers else "Once upon a time",
         exports=list(_exports(receipt)),
         commands=_commands(inputs.command),
     )

@@ -39,7 +39,7 @@ from potstill.publish.model_card import CardInputs, card
 from potstill.recipe.load import publish_section
 from potstill.recipe.paths import short_name
 from potstill.recipe.sections_training import PublishConfig
-from potstill.runs.answers import answers
+from potstill.runs.answers import side_by_side
 from potstill.runs.comparison import RESULT, read_comparison
 from potstill.runs.gains import profile_of
 from potstill.runs.run_dir import READABLE, RunDir, write_whole
@@ -176,7 +176,8 @@ def _prepared(run: RunDir, repo: str, overrides: Sequence[str], allow_regression
         lm_eval=_result(run.evals / "lm-eval" / "result.json"),
         comparison=comparison,
         profile=profile_of(run),
-        answers=answers(run),
+        # Others are of the corpus, which may not be the publisher's to show.
+        answers=[each for each in side_by_side(run) if each["how"] == "greedy"],
         gguf=gguf,
         license=settle(parents, publish.license),
         parents=parents,

@@ -50,6 +50,13 @@ class MixtureTeacherConfig(TeacherConfig):
             self, teachers=[replace(each, teacher=each.teacher.with_dtype(dtype)) for each in self.teachers]
         )
 
+    def dtypes(self) -> dict[str, str]:
+        return {
+            f"teachers.{number}.teacher.{field}": dtype
+            for number, each in enumerate(self.teachers)
+            for field, dtype in each.teacher.dtypes().items()
+        }
+
     def without_places(self) -> MixtureTeacherConfig:
         return replace(
             self, teachers=[replace(each, teacher=each.teacher.without_places()) for each in self.teachers]

@@ -56,6 +56,10 @@ class TeacherConfig(Config):
         """The same teacher with this type where its own is `auto`."""
         return self
 
+    def dtypes(self) -> dict[str, str]:
+        """The types of weights that it names, by field."""
+        return {}
+
     def without_places(self) -> TeacherConfig:
         """Without the fields that say where it is and how it is reached, not which one it is; for comparing recipes."""
         return self
@@ -102,6 +106,9 @@ class HfTeacherConfig(TeacherConfig):
 
     def with_dtype(self, dtype: Any) -> HfTeacherConfig:
         return replace(self, dtype=dtype) if self.dtype == "auto" else self
+
+    def dtypes(self) -> dict[str, str]:
+        return {"dtype": self.dtype}
 
     def with_model(self, model: str) -> HfTeacherConfig:
         return replace(self, model=model, weights="full", backend="auto", reference=None)

@@ -11,6 +11,9 @@ from annotated_types import Interval
 from potstill.recipe.fields import Config, Count, CountOrZero, LocalPath, Positive, PositiveOrZero, Seed
 from potstill.registry import implementation
 
+PROMPT_TOKENS = 32
+"""Of a document without turns, where `prompt_tokens` says nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutsConfig(Config):

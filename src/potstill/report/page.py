@@ -218,7 +218,7 @@ def _run(report: RunReport, name: str, number: int) -> dict[str, Any]:
         "checks": report.section("check"),
         "memory": _memory(report.section("plan")),
         "faults": report.run.faults(),
-        "answers": answers.answers(report.run),
+        "answers": answers.side_by_side(report.run),
         "sampled": sections.by_prompt(report.run.samples()),
         "receipt": list(sections.flat({k: v for k, v in receipt.items() if k not in own_section})),
         "has_receipt": bool(receipt),

@@ -9,7 +9,7 @@ from potstill.runs.run_dir import RunDir
 WRITERS = {"teacher": "Teacher", "before": "Untouched student", "after": "Student"}
 
 
-def answers(run: RunDir) -> list[dict[str, Any]]:
+def side_by_side(run: RunDir) -> list[dict[str, Any]]:
     """One entry a prompt, None where a writer did not answer it: that of `eval.sample_prompt`, those of
     `eval.sample_prompts` by the student of the step that was saved and, of a run in which the student writes rows, the
     first held-out ones.
@@ -25,10 +25,11 @@ def answers(run: RunDir) -> list[dict[str, Any]]:
     by_step = {
         line["step"]: {str(one["prompt"]): one for one in line.get("samples", [])} for line in run.samples()
     }
-    saved = receipt.get("student_is_of_step")
-    last = saved if saved in by_step else max(by_step, default=0)
-    untouched, student = by_step.get(0, {}), by_step.get(last, {})
+    shown = receipt.get("student_is_of_step", max(by_step, default=0))
+    untouched, student = by_step.get(0, {}), by_step.get(shown, {})
     for prompt in untouched or student:
+        if prompt == sample.get("prompt"):
+            continue
         before = untouched.get(prompt, {})
         texts = (prompt, before.get("teacher"), before.get("text"), student.get(prompt, {}).get("text"))
         found.append(dict(zip(names, texts, strict=True)) | {"how": "greedy"})

@@ -222,8 +222,7 @@ def evaluate(
         answers: of a run on prompts, `RunDir.heldout_answers`; None: the teacher answers once more.
     """
     note = (display or Display(quiet=True)).note
-    # What would be faster is no advice here: another type gives other figures.
-    resolved = settle(resolve(recipe, saved_student=model), lambda line: None)
+    resolved = settle(resolve(recipe, saved_student=model), note)
     with process_of(resolved.recipe):
         setup = set_up(resolved, note, answers=answers)
         rows = recipe.train.micro_batch_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from potstill.build.resolve import resolve
 from potstill.build.setup import RunSetup, set_up
-from potstill.preflight.auto import settle
+from potstill.preflight.auto import note_slow_types, settle
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
 
@@ -31,4 +31,5 @@ def prepare(
     """
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     loaded.require_available()
-    return set_up(settle(resolve(loaded), note), note)
+    note_slow_types(resolved := resolve(loaded), note)
+    return set_up(settle(resolved, note), note)

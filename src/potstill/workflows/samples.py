@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from potstill.build.setup import RunSetup
-from potstill.data.end_of_turn import ends_of
+from potstill.data.end_of_turn import answer_ends, ends_of
 from potstill.data.prompts import Prompt
 from potstill.errors import UserError
 from potstill.models.dialogue import chat_prompt, is_chat
@@ -32,7 +32,7 @@ def of_teacher(setup: RunSetup, prompt: str | None) -> str | None:
         return None
     asked, chat_ends = _asked(setup, tokenizer, prompt)
     named = set() if teacher.model is None else teacher.model.ends
-    ends = frozenset(end for end in {*ends_of(tokenizer), *named} if end < ids)
+    ends = answer_ends(tokenizer, named, ids)
     read = Prompt(0, prompt_ids(tokenizer, asked, bool(chat_ends), sorted(ends)))
     settings = WriteConfig(max_new_tokens=setup.recipe.eval.sample_tokens, temperature=0.0)
     try:
