@@ -169,6 +169,10 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
         section(corpus="{name: text, path: CORPUS, tokens_per_row: 513, heldout_rows: 1}"),
         "corpus.tokens_per_row: 513 tokens, .* 512 at most",
     ),
+    "a system message before text": (
+        section(eval="{sample_prompt: the cat, sample_system: be brief}"),
+        "eval.sample_system: a sample is no turn here",
+    ),
     "an empty prompt": (section(eval='{sample_prompt: ""}'), "eval.sample_prompt: an empty text"),
     "weights that are not finite": (weights_of_nan, "32 of 32 values that are not finite"),
     "a config with a wrong type": (broken_config, "not a model config: .*hidden_size"),

@@ -548,7 +548,7 @@ def test_the_card_of_a_chat_model_asks_it_through_its_template(
         "student: {name: cut, layers: 2, rule: first_last, repair: false}\n"
         "allow_weak_teacher: true\n"
         "train: {steps: 2, rows_per_step: 2, lr: 1e-3, device: cpu}\n"
-        "eval: {every: 2, sample_prompts: [say 3, say 4], sample_tokens: 40}\n"
+        "eval: {every: 2, sample_prompts: [say 3, say 4], sample_system: be brief, sample_tokens: 40}\n"
     )
     run = distill(recipe, out=tmp_path / "run").path
     assert publish(run, "--dry-run") == 0
@@ -566,7 +566,9 @@ def test_the_card_of_a_chat_model_asks_it_through_its_template(
     assert [each["prompt"] for each in of_step[saved]] == ["say 3", "say 4"]
     for each in of_step[saved]:
         assert block(each["prompt"]) in card and f"This model:\n\n{block(each['text'])}" in card
-    assert by_reader.startswith("user: say 3<eos>assistant: " + of_step[saved][0]["text"])
+    assert by_reader.startswith(
+        "system: be brief<eos>user: say 3<eos>assistant: " + of_step[saved][0]["text"]
+    )
 
 
 def test_text_of_unknown_origin_cannot_leave_its_cell_or_its_block(run: Path) -> None:

@@ -166,6 +166,7 @@ SHOWN_BY = {
     "eval.every": "test_held_out_rows_are_measured_at_the_start_at_intervals_and_at_the_end",
     "eval.sample_prompt": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
     "eval.sample_prompts": "test_each_prompt_is_sampled_at_every_evaluation",
+    "eval.sample_system": "test_a_student_of_conversations_answers_a_turn",
     "eval.sample_tokens": "test_a_sample_is_of_the_prompt_and_as_long_as_asked",
     "compare.budget": "tests/workflows/test_compare.py",
     "compare.seeds": "tests/workflows/test_compare.py",
@@ -387,7 +388,10 @@ def test_each_prompt_is_sampled_at_every_evaluation(
     assert distill(path, out=tmp_path / "cut", resume=True).samples() == samples
 
 
-def test_a_student_of_conversations_answers_a_turn(tiny_recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", [None, "be brief"])
+def test_a_student_of_conversations_answers_a_turn(
+    tiny_recipe: Recipe, tmp_path: Path, system: str | None
+) -> None:
     teacher, tokenizer = make_model(tmp_path / "teacher"), make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
@@ -403,12 +407,13 @@ def test_a_student_of_conversations_answers_a_turn(tiny_recipe: Recipe, tmp_path
         corpus=f"{{name: chat, path: {tmp_path / 'chats.jsonl'}, tokens_per_row: 64, heldout_rows: 2}}",
         teacher=f"{{name: torch, model: {teacher}}}",
         student=f"{{name: checkpoint, model: {teacher}}}",
-        eval="{sample_prompt: the cat, sample_tokens: 6}",
+        eval=f"{{sample_prompt: the cat, sample_system: {json.dumps(system)}, sample_tokens: 6}}",
         allow_identical="true",
     )
     samples = distill(path, overrides=["train.steps=1"], out=tmp_path / "run").receipt()["samples"]
     before = samples["before"]
-    ids = torch.tensor([tokenizer("<user>the cat<eos><assistant>")["input_ids"]])
+    said = "" if system is None else f"<system>{system}<eos>"
+    ids = torch.tensor([tokenizer(f"{said}<user>the cat<eos><assistant>")["input_ids"]])
     hf = transformers.AutoModelForCausalLM.from_pretrained(teacher)
     out = hf.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
     assert before == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -237,7 +237,13 @@ def test_the_defaults_are_those_of_the_documentation(
             "save_every": 500,
             "seed": 0,
         },
-        "eval": {"every": 0, "sample_prompt": None, "sample_prompts": [], "sample_tokens": 48},
+        "eval": {
+            "every": 0,
+            "sample_prompt": None,
+            "sample_prompts": [],
+            "sample_system": None,
+            "sample_tokens": 48,
+        },
         "guard": {"policy": "stop", "loss_ceiling": None, "first_step_s": 1800.0, "stall_s": 1800.0},
         "compare": None,
         "rollouts": None,
@@ -350,6 +356,7 @@ CHANGES = {
     "eval.every": 2,
     "eval.sample_prompt": "def f(x):\n    ",
     "eval.sample_prompts": ["a", "b"],
+    "eval.sample_system": "be brief",
     "eval.sample_tokens": 9,
 }
 

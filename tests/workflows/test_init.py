@@ -150,6 +150,18 @@ def messages(folder: Path) -> str:
     return write_lines(folder / "chats.jsonl", [{"messages": each} for each in turns])
 
 
+def under_a_system_message(folder: Path) -> str:
+    turns = [
+        [
+            {"role": "system", "content": words(7, 4)},
+            {"role": "user", "content": words(n, 5)},
+            {"role": "assistant", "content": words(n, 9)},
+        ]
+        for n in range(60)
+    ]
+    return write_lines(folder / "chats.jsonl", [{"messages": each} for each in turns])
+
+
 def sharegpt(folder: Path) -> str:
     turns = [
         [{"from": "human", "value": words(n, 5)}, {"from": "gpt", "value": words(n, 9)}] for n in range(60)
@@ -312,7 +324,7 @@ def test_each_shape_of_data_is_recognised_and_its_recipe_passes_check(
         assert len(capsys.readouterr().out.splitlines()) > 1
 
 
-@pytest.mark.parametrize("make", [messages, lines_of("text")])
+@pytest.mark.parametrize("make", [messages, under_a_system_message, lines_of("text")])
 def test_teacher_and_student_are_to_answer_prompts_of_the_data(
     make: Maker, models: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,8 +333,12 @@ def test_teacher_and_student_are_to_answer_prompts_of_the_data(
     assert recipe is not None
     first, second = recipe["eval"]["sample_prompts"]
     records = [json.loads(line) for line in (tmp_path / data).read_text().splitlines()][:2]
-    if make is messages:
-        assert [first, second] == [record["messages"][0]["content"] for record in records]
+    if make is not messages and "messages" in records[0]:
+        assert recipe["eval"]["sample_system"] == records[0]["messages"][0]["content"]
+    else:
+        assert "sample_system" not in recipe["eval"]
+    if "messages" in records[0]:
+        assert [first, second] == [record["messages"][-2]["content"] for record in records]
     else:
         assert all(
             record["text"].startswith(each.strip())

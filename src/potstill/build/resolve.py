@@ -200,7 +200,7 @@ def notes_on_types(recipe: Recipe, dtype: ProductDtype, why: str, trains: bool =
         why: the device multiplies fastest in `dtype`, as `choose_product_dtype` says it.
         trains: whether there is a student, too.
     """
-    types = {"train.precision": recipe.train.precision} if trains else {}
+    types: dict[str, str] = {"train.precision": recipe.train.precision} if trains else {}
     types |= {f"teacher.{field}": asked for field, asked in recipe.teacher.dtypes().items()}
     notes = [f"{field}: {dtype}, {why}" for field, asked in types.items() if asked == "auto"]
     if recipe.train.quantize is not None:  # whose grid bfloat16 would round once more

@@ -33,6 +33,7 @@ from potstill.io.cpu_matmul import matmul_with, return_freed_memory
 from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body, require_compiler
+from potstill.models.dialogue import is_chat
 from potstill.models.heads import heads_of
 from potstill.models.hub import public_name
 from potstill.models.layer_harm import RULES, Harm, calibration, choose_layers
@@ -295,6 +296,11 @@ def read_corpus(
         note(f"decontamination: {summary(counts['decontamination'])}")
     if (recipe.eval.sample_prompt is not None or recipe.eval.sample_prompts) and tokenizer is None:
         raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
+    is_turn = tokenizer is not None and is_chat(recipe.corpus.each, tokenizer)
+    if recipe.eval.sample_system is not None and not is_turn:
+        raise UserError(
+            "eval.sample_system: a sample is no turn here: the corpus is not of conversations alone. Leave it out."
+        )
     return corpus, tokenizer
 
 

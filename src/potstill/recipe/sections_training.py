@@ -167,6 +167,8 @@ class EvalConfig(Config):
     conversations, a user's turn that they answer; null: none."""
     sample_prompts: list[Annotated[str, MinLen(1)]] = field(default_factory=list)
     """The same at every held-out evaluation, kept in samples.jsonl; the teacher's at the first alone."""
+    sample_system: Annotated[str, MinLen(1)] | None = None
+    """Where the corpus is of conversations, the system message before each of these prompts; null: none."""
     sample_tokens: Count = 48
     """Longest continuation, in tokens."""
 

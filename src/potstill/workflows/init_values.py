@@ -376,11 +376,15 @@ def choose_samples(making: Making, resolved: Resolved, seen: Look, sample: Sampl
     corpus = resolved.recipe.corpus
     if corpus.prompt == "whole":
         return
-    found = _questions(seen, corpus) if corpus.is_chat else _beginnings(sample)
+    asked = [*_questions(seen, corpus)] if corpus.is_chat else []
+    system = asked[0][0] if asked else None
+    found = (text for said, text in asked if said == system) if corpus.is_chat else _beginnings(sample)
     prompts = [*islice(_different(found), SAMPLES)]
     if prompts:
         why = "both models answer them in the report; they are of the data, so put some in that are not"
         making.draft.choose("eval.sample_prompts", prompts, why)
+    if system is not None:
+        making.draft.choose("eval.sample_system", system, "what stands before them in the data")
 
 
 def _different(texts: Iterator[str]) -> Iterator[str]:
@@ -391,15 +395,17 @@ def _different(texts: Iterator[str]) -> Iterator[str]:
         seen.add(text)
 
 
-def _questions(seen: Look, corpus: Any) -> Iterator[str]:
-    """Of the first conversations that a user begins."""
+def _questions(seen: Look, corpus: Any) -> Iterator[tuple[str | None, str]]:
+    """Of the first conversations, the system message, None without one, and the user's first turn behind it."""
     shapes = Shapes(corpus.field)
     for where, record in seen.records:
         with contextlib.suppress(ConversationRefused):
             conversation = shapes.conversation(where, record)
-            first = conversation.messages[0] if conversation else {}
+            turns = [*conversation.messages[:2]] if conversation else []
+            system = turns.pop(0)["content"] if turns and turns[0].get("role") == "system" else None
+            first = turns[0] if turns else {}
             if first.get("role") == "user" and 0 < len(first["content"].strip()) <= LONGEST_SAMPLE:
-                yield first["content"]
+                yield system, first["content"]
 
 
 def _beginnings(sample: Sample) -> Iterator[str]:

@@ -47,4 +47,7 @@ def _asked(setup: RunSetup, tokenizer: Any, prompt: str) -> tuple[str, list[int]
     """The text that is gone on with and, where a chat template wrote it, the ids that end an answer."""
     if not is_chat(setup.recipe.corpus.each, tokenizer):
         return prompt, []
-    return chat_prompt(tokenizer, [{"role": "user", "content": prompt}]), ends_of(tokenizer)
+    said = (
+        [] if (system := setup.recipe.eval.sample_system) is None else [{"role": "system", "content": system}]
+    )
+    return chat_prompt(tokenizer, [*said, {"role": "user", "content": prompt}]), ends_of(tokenizer)
