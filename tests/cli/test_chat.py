@@ -62,6 +62,24 @@ def test_one_prompt_has_one_answer(
     assert capsys.readouterr().out == f"{printable(wanted)}\n"
 
 
+def test_a_system_message_stands_before_all_turns(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--system", "be brief", "--temperature", "0")
+    wanted = greedy(chat_model, "<system>be brief\n<user>the cat\n<assistant>", 6)
+    assert answered(chat_model, "the cat", capsys, *options)["text"] == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO("the dog\n/reset\nthe cat\n"))
+    assert main(["chat", str(chat_model), "--max-new-tokens", "6", *options]) == 0
+    assert capsys.readouterr().out.endswith(f"{printable(wanted)}\n")
+
+
+def test_a_system_message_without_a_template_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(["chat", str(model), "--prompt", "the cat", "--system", "be brief"], capsys, tmp_path)
+    assert "--system: " in said and "has no chat template" in said
+
+
 def test_without_a_template_the_text_goes_on(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

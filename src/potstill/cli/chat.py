@@ -20,6 +20,7 @@ HELP = "/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C ends an answe
 def add_flags(chat: argparse.ArgumentParser) -> None:
     chat.add_argument("model", metavar="RUN|MODEL", help="run directory, folder, GGUF file or hub id")
     chat.add_argument("--prompt", metavar="TEXT", help="print one answer and end")
+    chat.add_argument("--system", metavar="TEXT", help="a system message before all turns")
     chat.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="of an answer; default 512"
     )
@@ -103,9 +104,12 @@ def _dialogue(options: argparse.Namespace) -> Dialogue:
     dtype = getattr(torch, choose_product_dtype(device)[0]) if device.type == "cuda" else torch.float32
     model = load_causal_lm(source, device=device, dtype=dtype)
     tokenizer = load_tokenizer(local_copy(source))
+    if options.system is not None and not tokenizer.chat_template:
+        raise UserError(f"--system: {options.model} has no chat template. Write it into the prompt.")
     return Dialogue(
         model,
         tokenizer,
+        system=options.system,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

@@ -27,6 +27,7 @@ class Dialogue:
         model: CausalLM,
         tokenizer: Any,
         *,
+        system: str | None = None,
         max_new_tokens: int,
         temperature: float,
         top_p: float,
@@ -43,12 +44,15 @@ class Dialogue:
             end_ids=ends,
         )
         self.is_chat = bool(tokenizer.chat_template)
-        self.messages: list[dict[str, str]] = []
-        self.text = ""
+        self.system = system
+        self.messages: list[dict[str, str]]
+        self.text: str
+        self.reset()
 
     def reset(self) -> None:
-        """Forget what was said."""
-        self.messages, self.text = [], ""
+        """Forget what was said, but for the system message."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.text = ""
 
     def reply(self, words: str, write: Callable[[str], None] = lambda piece: None) -> Completion:
         """The model's answer, which is kept, as `words` are.
