@@ -149,6 +149,7 @@ SHOWN_BY = {
     "train.return_memory": "tests/preflight/test_plan.py",
     "train.schedule": "tests/training/test_optim.py",
     "train.ema": "tests/training/test_optim.py",
+    "train.freeze": "tests/training/test_freeze.py",
     "train.quantize": "tests/training/test_grid.py",
     "train.decay": "tests/training/test_optim.py",
     "train.momentum": "tests/training/test_optim.py",

@@ -34,6 +34,7 @@ from potstill.losses.objective import Objective
 from potstill.models.causal_lm import CausalLM
 from potstill.models.compile import compile_body, require_compiler
 from potstill.models.dialogue import is_chat
+from potstill.models.frozen import freeze
 from potstill.models.heads import heads_of
 from potstill.models.hub import public_name
 from potstill.models.layer_harm import RULES, Harm, calibration, choose_layers
@@ -531,9 +532,10 @@ def make_trainable(recipe: Recipe, model: CausalLM, teacher: Teacher) -> Student
     """The student with its objective, and both models compiled where the recipe says so.
 
     Raises:
-        UserError: a student that cannot be compiled, whose balancing loss is not known, or that has no GGUF file of
-            `train.quantize`.
+        UserError: weights to freeze that it does not have, a student that cannot be compiled, whose balancing loss is
+            not known, or that has no GGUF file of `train.quantize`.
     """
+    freeze(model, recipe.train.freeze)
     if recipe.train.compile and isinstance(model, LoraLM):
         model.require_compilable()
     for each in (model, teacher.model):

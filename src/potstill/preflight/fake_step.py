@@ -26,6 +26,7 @@ from potstill.build.setup import make_objective
 from potstill.evals.heldout import heldout
 from potstill.export.grid import Grid
 from potstill.io.silence import quiet_transformers
+from potstill.models.frozen import freeze
 from potstill.models.load import without_data
 from potstill.models.lora import LoraLM
 from potstill.models.student import Student
@@ -159,6 +160,7 @@ def _fake_models(resolved: Resolved, tracker: MemoryTracker) -> tuple[Teacher, S
     with tracker.part("student"):
         model = without_data(resolved.student.model_config, torch.float32, device, "student")
         model = model if recipe.lora is None else LoraLM(model, recipe.lora)
+        freeze(model, recipe.train.freeze)
         if recipe.train.activation_checkpointing:
             model.checkpoint_activations(selective=recipe.train.activation_checkpointing == "selective")
     teacher.use_rows(recipe.corpus.packing)

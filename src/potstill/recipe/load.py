@@ -380,6 +380,8 @@ def _across_fields(tree: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]
             ("train", "quantize"),
             "student.lora trains adapters, and the file rounds what they are added to. Leave one out.",
         )
+    if student.get("lora") is not None and train.get("freeze"):
+        yield ("train", "freeze"), "student.lora trains adapters alone already. Leave one out."
     if student.get("keep") is not None and student.get("rule") not in (None, "first_last"):
         yield ("student", "rule"), "keep lists the layers, so that no rule chooses them. Leave one out."
     yield from _across_train(train)

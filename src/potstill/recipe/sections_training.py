@@ -83,6 +83,9 @@ class TrainConfig(Config):
     ema: BelowOne | None = None
     """Decay, per step, of an exponential moving average of the weights, which evaluations use and the student is
     saved with; it is lower in the first steps. null: the weights as they are."""
+    freeze: list[Annotated[str, MinLen(1)]] = field(default_factory=list)
+    """Weights of the student that are not trained, by their names in Transformers; * stands for any characters. Frozen
+    embeddings (`*embed_tokens*`) keep tokens that the corpus does not have."""
     weight_decay: PositiveOrZero = 0.1
     """Decay of the matrices: each step subtracts lr * weight_decay * weight."""
     beta1: BelowOne = 0.9

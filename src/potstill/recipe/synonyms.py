@@ -35,6 +35,7 @@ _WORDS: dict[str, str] = {
     "gradient_checkpointing use_gradient_checkpointing": "train.activation_checkpointing",
     "bf16 fp16 mixed_precision amp autocast tf32": _PRECISION,
     "torch_dtype dtype": f"teacher.dtype for the teacher, and {_PRECISION} for the student",
+    "freeze_embeddings freeze_layers frozen_parameters frozen_layers": "train.freeze, names of weights",
     "adam_beta1": "train.beta1",
     "adam_beta2": "train.beta2",
     "betas adam_betas": "train.beta1 and train.beta2",

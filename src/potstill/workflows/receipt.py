@@ -127,6 +127,7 @@ def _settings(setup: RunSetup, run: RunDir) -> dict[str, Any]:
         "precision": recipe.train.precision,
         "matmul": recipe.train.matmul,
         **({} if recipe.train.quantize is None else {"quantize": recipe.train.quantize}),
+        **({"frozen": recipe.train.freeze} if recipe.train.freeze else {}),
         **({} if setup.rollouts is None else {"rollouts": setup.rollouts.described()}),
         "steps": recipe.train.num_steps,
     }
