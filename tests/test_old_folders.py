@@ -48,7 +48,11 @@ def receipt(run: Path) -> dict[str, Any]:
 
 def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
     assert len(found) == len(wanted)
+    # A gradient's norm after eight steps differs by 1.1e-5 between an EPYC and a Xeon with AMX; where a moment of the
+    # checkpoint is lost, by 0.3, and every loss by 5e-3 or more.
+    norm = "train/grad_norm"
     for one, two in zip(found, wanted, strict=True):
+        assert one.pop(norm, 0) == pytest.approx(two.pop(norm, 0), rel=1e-4)
         assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
 
 

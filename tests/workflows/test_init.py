@@ -25,6 +25,7 @@ from publish.lab import TOKEN, point_at
 from potstill.build.resolve import resolve
 from potstill.cli.main import main
 from potstill.export.export import export_run
+from potstill.io import cpu_matmul
 from potstill.preflight import fitting
 from potstill.preflight.plan import plan
 from potstill.recipe.load import load
@@ -811,6 +812,9 @@ def test_what_does_not_fit_is_made_smaller_until_it_does(
         assert said["fits"] == (said["peak_bytes"] <= memory) and said["peak_bytes"] <= rows
         return values | {"fits": said["fits"]}
 
+    # A processor without bfloat16, which `auto` would choose: of the teacher there would be nothing to halve.
+    (tmp_path / "cpuinfo").write_text("flags\t: fpu\n")
+    monkeypatch.setattr(cpu_matmul, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fitting, "plan", bare)
     monkeypatch.setattr(fitting, "SHARE", 1)
