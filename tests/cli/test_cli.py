@@ -173,6 +173,10 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, str]], str]] = {
         section(eval="{sample_prompt: the cat, sample_system: be brief}"),
         "eval.sample_system: a sample is no turn here",
     ),
+    "a system message before nothing": (
+        section(eval="{sample_system: be brief}"),
+        "eval.sample_system: there is no sample prompt",
+    ),
     "an empty prompt": (section(eval='{sample_prompt: ""}'), "eval.sample_prompt: an empty text"),
     "weights that are not finite": (weights_of_nan, "32 of 32 values that are not finite"),
     "a config with a wrong type": (broken_config, "not a model config: .*hidden_size"),

@@ -297,6 +297,12 @@ def read_corpus(
         note(f"decontamination: {summary(counts['decontamination'])}")
     if (recipe.eval.sample_prompt is not None or recipe.eval.sample_prompts) and tokenizer is None:
         raise UserError("eval.sample_prompt: no tokenizer reads it. Set corpus.tokenizer, or null.")
+    if (
+        recipe.eval.sample_system is not None
+        and recipe.eval.sample_prompt is None
+        and not recipe.eval.sample_prompts
+    ):
+        raise UserError("eval.sample_system: there is no sample prompt for it to stand before. Leave it out.")
     is_turn = tokenizer is not None and is_chat(recipe.corpus.each, tokenizer)
     if recipe.eval.sample_system is not None and not is_turn:
         raise UserError(

@@ -80,8 +80,9 @@ class DistillTrainer(EvaluatingTrainer):
         self.rollouts = None
         if rollouts is not None and rollouts.fraction:
             require_whole(self)
-            read = (teacher, rollouts, self.processing_class, self.ids, self.args.seed)
-            self.rollouts = BatchRollouts(self.student, *read)
+            self.rollouts = BatchRollouts(
+                self.student, teacher, rollouts, self.processing_class, self.ids, self.args.seed
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

@@ -383,7 +383,7 @@ def choose_samples(making: Making, resolved: Resolved, seen: Look, sample: Sampl
     if prompts:
         why = "both models answer them in the report; they are of the data, so put some in that are not"
         making.draft.choose("eval.sample_prompts", prompts, why)
-    if system is not None:
+    if prompts and system is not None:
         making.draft.choose("eval.sample_system", system, "what stands before them in the data")
 
 
