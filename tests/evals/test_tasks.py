@@ -241,6 +241,21 @@ def test_an_interval_over_several_samples_is_over_the_questions(
     assert result["accuracy"]["interval"] == "bootstrap over problems, 95 %"
 
 
+def test_the_interval_of_questions_that_resemble_each_other_is_over_what_they_share(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty questions about four passages, of which one's are all answered."""
+    about = [n % 4 for n in range(20)]
+    path = write(tmp_path / "q.jsonl", [{"q": f"{n}?", "a": n, "of": ["p", about[n]]} for n in range(20)])
+    writes(monkeypatch, lambda number, _: str(number) if number % 4 == 0 else "no")
+    apart, found = run(fields_of(path)), run(fields_of(path, cluster="of"))
+    assert found["cluster_by_question"] == about and "cluster_by_question" not in apart
+    assert found["settings"]["cluster"] == "of" and "cluster" not in apart["settings"]
+    accuracy = found["accuracy"]
+    assert accuracy["value"] == 0.25 and accuracy["interval"] == "bootstrap over 4 clusters, 95 %"
+    assert (accuracy["low"], accuracy["high"]) == (0.0, 0.75)
+
+
 # ---- every field changes what happens ----------------------------------------------------------------------
 
 
@@ -434,6 +449,16 @@ def test_flags_of_other_evaluations_are_refused(sums: Path, refused: Callable[..
         ({"q": "1?", "b": 1}, {"question": "x"}, ":1: no field 'x', but q, a. Name it in question."),
         ({"q": "1?", "a": None}, {}, ":2: a is None, not a text. Correct it, or leave the line out."),
         ({"q": " ", "a": 1}, {}, ":2: q is ' ', not a text. Correct it, or leave the line out."),
+        (
+            {"q": "1?", "a": 1},
+            {"cluster": "c"},
+            ":1: no field 'c', but q, a. Name it in cluster.",
+        ),
+        (
+            {"q": "1?", "a": 1, "c": 1},
+            {"cluster": "q", "size": 1},
+            ": cluster: all 1 questions have the same 'q': nothing is known of other ones",
+        ),
         (
             {"q": "1?", "a": 1},
             {"match": "regex"},

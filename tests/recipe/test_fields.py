@@ -196,6 +196,7 @@ SHOWN_BY = {
     "evaluations.question": "tests/evals/test_tasks.py",
     "evaluations.answer": "tests/evals/test_tasks.py",
     "evaluations.match": "tests/evals/test_tasks.py",
+    "evaluations.cluster": "tests/evals/test_tasks.py",
     "evaluations.size": "tests/evals/test_tasks.py",
     "evaluations.prompt": "tests/evals/test_tasks.py",
     "evaluations.system": "tests/evals/test_tasks.py",

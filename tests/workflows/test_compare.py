@@ -29,7 +29,7 @@ from potstill.report.build import report
 from potstill.runs.run_dir import RunDir
 from potstill.workflows import compare as workflow
 from potstill.workflows.compare import compare
-from potstill.workflows.compare_stats import CE, CORRECTED, KD, UNTOUCHED
+from potstill.workflows.compare_stats import CE, CORRECTED, KD, UNTOUCHED, student_t
 
 Write = Callable[..., Path]
 SMALL = "{seeds: [0, 1], budget: steps}"
@@ -234,19 +234,16 @@ def test_every_arm_s_student_is_put_to_humaneval(
 
 def questions_file(tmp_path: Path) -> str:
     file = tmp_path / "q.jsonl"
-    file.write_text("".join(json.dumps({"q": f"{n}+1?", "a": n + 1}) + "\n" for n in range(6)))
+    records = [{"q": f"{n}+1?", "a": n + 1, "topic": n // 4} for n in range(6)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return f"{{name: task, source: jsonl, path: {file}, question: q, answer: a, match: number, max_new_tokens: 3}}"
 
 
-def test_every_arm_s_student_answers_the_recipe_s_tasks(
-    tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The KD students answer all questions, the others only one, and the untouched student raises an error."""
-    loads, generated = tasks._load, []
+def students_know_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = tasks._load
 
     def load(source: str, *rest: Any) -> Any:
         arm = Path(source).parent.name
-        generated.append(arm)
 
         def complete(model: Any, tokenizer: Any, settings: Any, requests: Any, *_: Any) -> list[Completion]:
             if arm.startswith("untouched"):
@@ -261,6 +258,13 @@ def test_every_arm_s_student_answers_the_recipe_s_tasks(
         return loads(source, *rest)
 
     monkeypatch.setattr(tasks, "_load", load)
+
+
+def test_every_arm_s_student_answers_the_recipe_s_tasks(
+    tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KD students answer all questions, the others only one, and the untouched student raises an error."""
+    students_know_sums(monkeypatch)
     recipe = tiny_recipe(
         compare="{seeds: [0, 1], budget: steps}", evaluations=f"[{questions_file(tmp_path)}]"
     )
@@ -286,6 +290,25 @@ def test_every_arm_s_student_answers_the_recipe_s_tasks(
     assert (folder / "kd-1" / "evals" / "task-q" / "answers.jsonl").is_file()
     page = report([folder], None, 48, False, Display(quiet=True)).read_text()
     assert "task-q" in page
+
+
+def test_arms_are_paired_by_what_questions_share(
+    tiny_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    students_know_sums(monkeypatch)
+    asked = questions_file(tmp_path).replace("match:", "cluster: topic, match:")
+    folder = compare(
+        tiny_recipe(compare="{seeds: [0, 1], budget: steps}", evaluations=f"[{asked}]"), out=tmp_path / "out"
+    )
+    assert folder is not None
+    found = result(folder)
+    of = arms(found)[CE]["metrics"]["task-q"]
+    low, high = wilson(2 / 6, 2)
+    assert of == {"mean": pytest.approx(1 / 6), "low": low, "high": high}
+    one = next(d for d in found["differences"] if d["metric"] == "task-q")
+    half = student_t(1) / 9  # of four questions and two, whose differences are 3/4 and 1
+    assert (one["low"], one["high"]) == (pytest.approx(5 / 6 - half), pytest.approx(5 / 6 + half))
+    assert not one["shown"]
 
 
 def test_a_comparison_reads_the_answers_that_its_runs_have(

@@ -80,17 +80,28 @@ def wilson(passed: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def scores(passed: Sequence[int], n: int) -> dict[str, Score]:
+def scores(passed: Sequence[int], n: int, clusters: Sequence[int] | None = None) -> dict[str, Score]:
     """pass@k for the usual k up to n; each problem has n samples, of which `passed` passed.
 
-    The interval is Wilson's for one sample per problem, else a bootstrap over problems.
+    The interval is Wilson's for one sample per problem, else a bootstrap over problems. Where problems resemble each
+    other it is a bootstrap over the clusters that they form (Cameron, Gelbach & Miller 2008): ten wordings of one
+    question say little more than one does.
+
+    Args:
+        clusters: the number of each problem's cluster.
     """
     by_k = {}
+    units = len(passed) if clusters is None else len(set(clusters))
     for k in (k for k in KS if k <= n):
         each = [pass_at_k(n, count, k) for count in passed]
         value = sum(each) / len(each)
-        if n == 1 or value in (0.0, 1.0):  # resampling equal values would give an interval of width 0
-            by_k[f"pass@{k}"] = Score(value, *wilson(round(sum(each)), len(each)), "Wilson, 95 %")
+        if value in (0.0, 1.0) or (n == 1 and clusters is None):
+            # Resampling equal values would give an interval of width 0.
+            by_k[f"pass@{k}"] = Score(value, *wilson(round(value * units), units), "Wilson, 95 %")
+        elif clusters is not None:
+            by_k[f"pass@{k}"] = Score(
+                value, *_bootstrap(each, clusters), f"bootstrap over {units} clusters, 95 %"
+            )
         else:
             by_k[f"pass@{k}"] = Score(value, *_bootstrap(each), "bootstrap over problems, 95 %")
     return by_k
@@ -232,9 +243,11 @@ def _shares(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
         raise UserError(f"{file}: damaged: {one_line(error)} Give a {RESULT}.") from error
 
 
-def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of the mean; the same for the same values."""
-    array = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
-    low, high = np.quantile(array[picks].mean(axis=1), (0.025, 0.975))
+def _bootstrap(values: Sequence[float], clusters: Sequence[int] | None = None) -> tuple[float, float]:
+    """95 % percentile interval of the mean, of resampled values or clusters of them; the same for the same values."""
+    of = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    sums, counts = np.bincount(of, np.asarray(values, dtype=np.float64)), np.bincount(of)
+    picks = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)

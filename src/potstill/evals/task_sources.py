@@ -49,6 +49,8 @@ class Question:
     """Its place, for errors."""
     text: str
     expected: str
+    cluster: str | None = None
+    """What it shares with the questions that resemble it."""
     entry: Any = None
     """What a verifier of reasoning-gym knows of it."""
 
@@ -137,7 +139,7 @@ class _JsonLines:
 
     def __init__(self, config: TaskConfig) -> None:
         self.path, self.match = Path(str(config.path)), config.match or "exact"
-        self.fields = str(config.question), str(config.answer)
+        self.fields, self.cluster = (str(config.question), str(config.answer)), config.cluster
         self.expects_answers = self.match != "regex"
         self.questions: list[Question] = []
         for where, record in json_lines(self.path, "Give JSON lines, gzipped if the name ends in .gz."):
@@ -148,11 +150,17 @@ class _JsonLines:
             raise UserError(
                 f"{self.path}: no questions. Give JSON lines with the fields {' and '.join(self.fields)}."
             )
+        if self.cluster is not None and len({question.cluster for question in self.questions}) == 1:
+            raise UserError(
+                f"{self.path}: cluster: all {len(self.questions)} questions have the same {self.cluster!r:.60}: nothing"
+                " is known of other ones, and there is no interval. Name another field, or leave cluster out."
+            )
         self.sha256 = file_sha256(self.path)
 
     def _question(self, where: str, record: dict[str, Any]) -> Question:
-        for field, name in zip(("question", "answer"), self.fields, strict=True):
-            if name not in record:
+        named = {"question": self.fields[0], "answer": self.fields[1], "cluster": self.cluster}
+        for field, name in named.items():
+            if name is not None and name not in record:
                 raise UserError(
                     f"{where}: no field {name!r:.60}, but {names_of(record)}. Name it in {field}."
                 )
@@ -175,7 +183,8 @@ class _JsonLines:
                 raise UserError(
                     f"{where}: {self.fields[1]} is {expected!r:.60}, not a regular expression: {error}. Correct it."
                 ) from error
-        return Question(where, text, expected)
+        cluster = None if self.cluster is None else json.dumps(record[self.cluster], sort_keys=True)
+        return Question(where, text, expected, cluster)
 
     def score(self, question: Question, answer: str) -> float:
         return float(matches(answer, question.expected, self.match))
@@ -185,7 +194,8 @@ class _JsonLines:
 
     def describe(self) -> dict[str, Any]:
         question, answer = self.fields
-        return {"file_sha256": self.sha256, "question": question, "answer": answer, "match": self.match}
+        of = {"file_sha256": self.sha256, "question": question, "answer": answer, "match": self.match}
+        return of if self.cluster is None else of | {"cluster": self.cluster}
 
 
 class _ReasoningGym:
@@ -236,7 +246,7 @@ class _ReasoningGym:
                 f"{where}: its expected answer is {expected!r:.60}, so that no control could show that the verifier"
                 " accepts right ones. Choose another task."
             )
-        return Question(where, text, expected, entry)
+        return Question(where, text, expected, entry=entry)
 
     def score(self, question: Question, answer: str) -> float:
         is_trusted = answer in (question.expected, question.expected.strip())

@@ -129,13 +129,18 @@ def of_subject(config: TaskConfig, subject: Subject) -> dict[str, Any]:
     }
 
 
-def accuracy_by_question(config: TaskConfig, subject: Subject) -> list[float]:
-    """The share of correct answers to each question.
+def accuracy_by_unit(config: TaskConfig, subject: Subject) -> tuple[list[float], list[int]]:
+    """The share of correct answers to each question, or cluster of them, and the questions of each.
 
     Raises:
         UserError: as of `of_subject`.
     """
-    return [count / config.samples for count in _of_subject(config, subject)["correct_by_question"]]
+    result = _of_subject(config, subject)
+    by_unit: dict[int, list[float]] = {}
+    units = result.get("cluster_by_question", range(result["questions"]))
+    for unit, count in zip(units, result["correct_by_question"], strict=True):
+        by_unit.setdefault(unit, []).append(count / config.samples)
+    return [sum(each) / len(each) for each in by_unit.values()], [len(each) for each in by_unit.values()]
 
 
 def _of_subject(config: TaskConfig, subject: Subject) -> dict[str, Any]:
@@ -343,8 +348,9 @@ def _summary(task: Task, lines: Sequence[Mapping[str, Any]], config: TaskConfig)
     correct = [0] * len(task.questions)
     for line in lines:
         correct[line["number"]] += line["verdict"] == CORRECT
+    clusters = _clusters(task.questions)
     summary: dict[str, Any] = {
-        "accuracy": asdict(scores(correct, config.samples)["pass@1"]),
+        "accuracy": asdict(scores(correct, config.samples, clusters)["pass@1"]),
         "questions": len(correct),
         "answers": len(lines),
         "correct": sum(correct),
@@ -355,11 +361,19 @@ def _summary(task: Task, lines: Sequence[Mapping[str, Any]], config: TaskConfig)
             [line["probability"] for line in lines], [line["verdict"] == CORRECT for line in lines]
         ),
     }
+    if clusters is not None:
+        summary["cluster_by_question"] = clusters
     if config.source == "reasoning_gym":  # of a file, a score is 0 or 1
         summary["mean_score"] = sum(line["score"] for line in lines) / len(lines)
     if cut := summary["verdicts"].get(CUT, 0):
         summary["cut_in_thought"] = cut
     return summary
+
+
+def _clusters(questions: Sequence[Question]) -> list[int] | None:
+    """The number of each question's cluster, in the order of their first questions; None where they have none."""
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(q.cluster for q in questions))}
+    return None if None in number_of else [number_of[question.cluster] for question in questions]
 
 
 def described_settings(settings: Mapping[str, Any]) -> str:

@@ -125,7 +125,10 @@ def _pattern(value: str, folder: Path) -> str:
 
 
 QUESTION = "{question}"
-OF_SOURCE = {"reasoning_gym": ("task", "options"), "jsonl": ("path", "question", "answer", "match")}
+OF_SOURCE = {
+    "reasoning_gym": ("task", "options"),
+    "jsonl": ("path", "question", "answer", "match", "cluster"),
+}
 """Fields of a task that only one source reads."""
 NEEDED = {"reasoning_gym": ("task",), "jsonl": ("path", "question", "answer")}
 
@@ -151,6 +154,9 @@ class TaskConfig(EvaluationConfig):
     match: Literal["exact", "number", "regex"] | None = None
     """jsonl: what a right answer is: the expected text (exact), a text whose last number is the expected one (number),
     or a text that the expected regular expression matches as a whole (regex); null: exact."""
+    cluster: str | None = None
+    """jsonl: the field whose value questions that resemble each other share, such as the passage that they are about:
+    the interval is over these, not over questions. Null: no two questions resemble each other."""
     size: Count | None = None
     """Number of questions. reasoning_gym makes so many, null: 100; of a file the first are read, null: all."""
     prompt: Annotated[str, check(_prompt)] | None = None

@@ -173,7 +173,7 @@ def tasks(folder: Path) -> list[dict[str, Any]]:
         )  # stable: in the order of the questions
         wrong = sum(line.get("verdict") != "correct" for line in answers)
         few = answers[: min(wrong, ANSWERS // 2)] + answers[wrong:][: ANSWERS // 2]
-        settings = {name: value for name, value in result.items() if name != "correct_by_question"}
+        settings = {name: value for name, value in result.items() if not name.endswith("_by_question")}
         shown.append(
             {
                 "name": path.parent.name,

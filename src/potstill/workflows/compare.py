@@ -371,22 +371,23 @@ class _Comparison:
         for label, config in self.tasks.items():
             try:
                 by_folder = {
-                    folder: self.accuracy_by_question(label, config, folder)
-                    for folder in dict.fromkeys(folders)
+                    folder: self.accuracy_by_unit(label, config, folder) for folder in dict.fromkeys(folders)
                 }
             except UserError as error:
                 self.display.warn(f"comparison: {arm}: {error}")
                 continue
-            values_SU = np.asarray([by_folder[folder] for folder in folders])
-            metrics[label] = Measured(values_SU, np.ones(values_SU.shape[1]))
+            values_SU = np.asarray([by_folder[folder][0] for folder in folders])
+            metrics[label] = Measured(values_SU, np.asarray(by_folder[folders[0]][1], dtype=np.float64))
         return metrics
 
-    def accuracy_by_question(self, label: str, config: TaskConfig, folder: Path) -> list[float]:
-        """The share of correct answers to each question; those of an arm's run are in its folder already."""
-        from potstill.evals.tasks import accuracy_by_question
+    def accuracy_by_unit(self, label: str, config: TaskConfig, folder: Path) -> tuple[list[float], list[int]]:
+        """The share of correct answers to each question, or cluster of them, and the questions of each; those of an
+        arm's run are in its folder already.
+        """
+        from potstill.evals.tasks import accuracy_by_unit
 
         out, device = RunDir(folder.parent).evals / label, self.recipe.train.device
-        return accuracy_by_question(config, Subject(folder, out, device, None, self.display.note))
+        return accuracy_by_unit(config, Subject(folder, out, device, None, self.display.note))
 
     def evaluate_student(self, folder: Path, setup: RunSetup) -> tuple[str, Values, dict[str, list[float]]]:
         """A saved student's hash, the number of positions of each held-out row, and each metric's mean over them."""
