@@ -7,7 +7,7 @@
     on-policy       half of the time KD, then half of the rows the student's own, with reverse KL
     control         the same, but the student's rows without a teacher: every sampled token gets the advantage -1
 
-    python bench/task_arms.py run runs/task [--seconds 900] [--seeds 0,1,2] [--arms CE,KD] [--asked 300] [--append FILE]
+    python bench/task_arms.py run runs/task [--seconds 900] [--seeds 0,1,2] [--arms CE,KD] [--asked N] [--append FILE]
     python bench/task_arms.py table FILE
 
 Accuracy is of greedy answers to the test notes, `brier` and `ece` of the answers' own probabilities; KL is on the
@@ -44,7 +44,7 @@ FIGURES = ("accuracy", "heldout_kl", "brier", "ece")
 class Arms:
     """The arms of one folder."""
 
-    def __init__(self, folder: Path, seconds: float, asked: int) -> None:
+    def __init__(self, folder: Path, seconds: float, asked: int | None) -> None:
         self.folder, self.seconds, self.place = folder, seconds, folder / "arms"
         self.place.mkdir(exist_ok=True)
         self.base = yaml.safe_load((RECIPES / "student.yaml").read_text())
@@ -55,7 +55,8 @@ class Arms:
         from make import SYSTEM
 
         self.task = {"source": "jsonl", "path": str(folder / "data" / "test.jsonl"), "system": SYSTEM}
-        self.task |= {"question": "question", "answer": "answer", "max_new_tokens": 80, "size": asked}
+        self.task |= {"question": "question", "answer": "answer", "cluster": "sentence"}
+        self.task |= {"max_new_tokens": 80, "size": asked}
         self.per_step: dict[str, dict[int, float]] = {}
         """By part: the seconds of its two short runs, which are of the first seed."""
         self.base["student"] = {"name": "checkpoint", "model": str(self.start())}
@@ -156,7 +157,7 @@ def main() -> None:
     run.add_argument("--seconds", type=float, default=900.0)
     run.add_argument("--seeds", default="0,1,2")
     run.add_argument("--arms", default=",".join(ARMS))
-    run.add_argument("--asked", type=int, default=300)
+    run.add_argument("--asked", type=int, help="test notes that are asked (default: all)")
     run.add_argument("--append", type=Path)
     shown = verbs.add_parser("table")
     shown.add_argument("file", type=Path)

@@ -1,6 +1,6 @@
 """Expense notes and the record of each: one narrow job, whose answers a program checks.
 
-    python recipes/task/make.py FOLDER [--train 6000] [--seed 0]
+    python recipes/task/make.py FOLDER [--train 9000] [--seed 0]
 
 A note is free text ("Paid the 4th of May 2023: 1,250 Swiss francs at Alder Clinic, table 12."), its record strict JSON:
 
@@ -8,8 +8,8 @@ A note is free text ("Paid the 4th of May 2023: 1,250 Swiss francs at Alder Clin
 
 Training, held-out and test notes share no sentence, no word of a payee, no day and no amount. They share the ways of
 writing a day, an amount and a currency, which are what is to be learnt. `overlaps` counts, and is printed. FOLDER gets
-`train.jsonl`, conversations, and `heldout.jsonl` and `test.jsonl`, questions with their answers: settings are chosen by
-the first, and the second is asked once.
+`train.jsonl`, conversations, and `heldout.jsonl` and `test.jsonl`, questions with their answers and sentences: settings
+are chosen by the first, and the second is asked once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 SYSTEM = "Write the expense as JSON."
 SPLITS = ("train", "heldout", "test")
-TEST_NOTES, HELDOUT_NOTES = 300, 200
+TEST_NOTES, HELDOUT_NOTES = 345, 190
 FIRST_DAY, DAYS = date(2018, 1, 1), 3650
 
 FIRST_WORDS = (
@@ -55,109 +55,10 @@ ONSETS = (
 NUCLEI = "a a e e i i o o u u ai au ea ee ie oa oo ou ay y"
 CODAS = "- - - b ck d f g k l ll m mp n nd ng nk nt p r rd rk rm rn rt s sh ss st t th x"
 """Of coined words: too many to be known by heart, so that a model learns to copy them."""
-# `{p}` is the payee, `{d}` the day, `{a}` the amount with its currency, `{n}` a number that is none of them.
-SENTENCES = {
-    "train": (
-        "Paid {a} to {p} on {d}.",
-        "On {d} I spent {a} at {p}.",
-        "{p}, {d}, {a}",
-        "Receipt from {p}: {a}, dated {d}.",
-        "{d}: {a} at {p}",
-        "Lunch at {p} with {n} people on {d}, {a} in total.",
-        "Invoice {n} from {p} over {a}, paid on {d}.",
-        "Bought a few things for the team at {p}. It came to {a} on {d}.",
-        "The bill of {d} was {a}, from {p}.",
-        "{a} went to {p} on {d} for the spring order.",
-        "Please refund {a} that I paid to {p} on {d}.",
-        "{p} charged us {a} on {d}.",
-        "Card payment, {p}, {a}, booked {d}, terminal {n}.",
-        "We stayed at {p} until {d} and paid {a} for {n} nights.",
-        "Order {n}: {p} delivered on {d}, price {a}.",
-        "My expense for {d} is {a}. Payee: {p}.",
-        "Date {d}. Payee {p}. Total {a}.",
-        "Total {a}, payee {p}, date {d}, reference {n}.",
-        "Yesterday's taxi by {p} cost {a}; the receipt says {d}.",
-        "Could you book {a} for {p}? The receipt is from {d}.",
-        "From {p} we got a bill of {a} on {d}, due in {n} days.",
-        "{p} ({d}): {a}",
-        "Picked up parts at {p}, {a}, on {d}, for project {n}.",
-        "Spent on {d}: {a}. Where: {p}.",
-        "It was {a} for {n} tickets at {p} on {d}.",
-        "Membership at {p} renewed on {d} for {a}.",
-        "A deposit of {a} was left with {p} on {d}.",
-        "Petty cash, {d}, {p}: {a}.",
-        "{n} copies from {p} cost me {a} on {d}.",
-        "On {d}, {p} took {a} from the company card ending in {n}.",
-        "Reimburse {a}, please. It was at {p}, on {d}.",
-        "After the meeting on {d} we ate at {p} for {a}.",
-        "Transfer to {p}, {a}, {d}",
-        "Sent {p} {a}. Date: {d}.",
-        "Coffee from {p}, {d}, {a}.",
-        "The order at {p} of {d} comes to {a}.",
-        "Fees for {d}: {p} {a}",
-        "What {p} billed on {d} is {a} plus nothing.",
-        "New shelves, {n} pieces, {p}, {a}, delivered {d}.",
-        "Refund from my side: none. I paid {p} {a} on {d}.",
-        "Ledger entry {n}: {d}, {a}, {p}.",
-        "Please add {p} with {a} to {d}.",
-        "Since {d} the account at {p} is clear: {a} went out.",
-        "Parking at {p} on {d} was {a}.",
-        "{a}, {p}, {d}, receipt {n}.",
-        "A cheque over {a} for {p} was cashed on {d}.",
-        "Gift card of {p} worth {a}, bought {d}.",
-        "To {p}: {a}, sent {d}.",
-    ),
-    "heldout": (
-        "Cash to {p}, {a}, {d}.",
-        "The team's purchase at {p} of {d} adds up to {a}.",
-        "Note for the books: {a} on {d}, {p}.",
-        "{p} sent bill number {n} on {d}; we owe {a}.",
-    ),
-    "test": (
-        "I gave {p} {a} on {d}.",
-        "{d} - {p} - {a}",
-        "Dinner for {n} at {p} came to {a} on {d}.",
-        "For {d} add {a}, spent at {p}.",
-        "Settled the account of {p} with {a} on {d}.",
-        "We owe nothing more to {p} since {a} was transferred on {d}.",
-        "Ticket {n}, {p}, {a}, valid {d}.",
-        "Train ride with {p} on {d}. Fare: {a}.",
-        "The repair by {p} was finished on {d} and cost {a}.",
-        "Expense: {a} | {p} | {d}",
-        "{a} for {n} chairs, bought from {p} on {d}.",
-        "On the company's account: {p}, {a}, {d}.",
-    ),
-}
-# A student that sees few sentences learns them by heart, and copies from the wrong place in another one. So half of the
-# training notes draw one of each `[a|b]` below, and a quarter are fields in any order.
-PATTERNS = (
-    "{p} [sent|issued|mailed] [a bill|an invoice|form {n}] on {d}[;|,|.] [we paid|it says|due:] {a}.",
-    "{p}'s [letter|statement|email] of {d} [asks for|lists|names] {a}[.| under reference {n}.| for {n} hours.]",
-    "[We|I|The office|A colleague] [paid|transferred|wired] {a} to {p} on {d}[.| for {n} boxes.| in coins.]",
-    "[We|I|My manager] [went to|stopped at|was at] {p} on {d}[, it was| and paid| and left] {a}[.| for {n} of us.]",
-    "[All is settled|We are even|Nothing is open] with {p} [now that|because] {a} [was sent|went out] on {d}.",
-    "[Breakfast|Drinks|A meal|Supper] [with|for] {n} [guests|clients] at {p} [was|cost|made] {a} on {d}.",
-    "[On|As of] {d}, {p} [delivered|mended|cleaned|installed] [{n} lamps|the printer|our boiler] for {a}.",
-    "[The boiler|A window|The lift|Our server] was [mended|serviced|checked] by {p} on {d}[, price| for|:] {a}.",
-    "[Bus|Taxi|Flight|Ferry] [by|of] {p}[,| on] {d}[, price| for|, I paid] {a}[.|, seat {n}.]",
-    "[Enter|Record|Book|File] {a} [under|on|for] {d}[, the shop is|, it was|; payee] {p}.",
-    "{a} [paid for|covers|buys] [{n} lamps|{n} desks|the tickets] [from|by] {p}[,| on] {d}.",
-    "[Why|When|How] did we pay {p} {a} on {d}?[| See page {n}.]",
-    "[I have|There is] a receipt [from|of] {p} for {a}[, it is of|, dated] {d}[.|, no. {n}.]",
-    "[The card|The bank] [shows|lists] {a} [to|for|at] {p} on {d}[.|, line {n}.]",
-    "[In|Room|Box|Shelf] {n}: [what|the things that] {p} [sold|brought] us on {d} for {a}.",
-    "[Until|From|Since] {d} we [rent|hire|lease] from {p} at {a}[.| for {n} months.]",
-    "[A fine|A fee|A tip|A loan] of {a}[, {p}, {d}| to {p} on {d}| at {p}, {d}].",
-    "[They|The people] at {p} [wanted|took|asked] {a} when we [came|called] on {d}.",
-    "[Hello|Hi|Dear all], {a} [went|goes] to {p}[;|,|.] [the day is|it was on|date] {d}[.|. Thanks!]",
-    "[What we bought|The goods] from {p} [came|arrived] on {d}[,|;] [worth|together|all for] {a}.",
-    "[Seminar|Course|Class] {n} [at|with|of] {p} [on|from] {d} [is|was|costs] {a}.",
-    "[For|About] {a} see {p}, {d}[.|, file {n}.]",
-    "{d} [was the day|is when] {p} [got|received|charged] {a}[.| for {n} hours.]",
-    "{a} [is missing|was taken|is gone] [since|on] {d}: {p}[.| again.|, number {n}.]",
-    "[Not|Never] [a lot|much]: {a} at {p} on {d}.",
-    "[Sold|Bought|Hired] [by|through|via] {p} [on|dated] {d} at {a}[.|, {n} pieces.]",
-)
+# Sentences are in `sentences/`, a file a split: `{p}` is the payee, `{d}` the day, `{a}` the amount with its currency,
+# `{n}` a number that is none of them, and of each `[a|b]` one is drawn. A student that sees few sentences learns them by
+# heart, and copies from the wrong place in another one: so there are many to train on, and a quarter of the training notes
+# are fields in any order.
 OPENINGS = (
     "Bill",
     "Booked",
@@ -296,12 +197,16 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
     firsts, seconds = (
         [word for word in words.split() if share(word) == split] for words in (FIRST_WORDS, SECOND_WORDS)
     )
+    lines = sentences(split)
     found: dict[str, Note] = {}
     while len(found) < count:
         payee = draw.choice(firsts) if draw.random() < 0.25 else _coined(draw, split)
         if draw.random() < 0.75:
             payee += " " + (draw.choice(seconds) if draw.random() < 0.6 else _coined(draw, split))
-        sentence = _sentence(draw, split)
+        if split == "train":
+            sentence = _fields(draw) if draw.random() < 0.25 else _drawn(draw, draw.choice(lines))
+        else:  # each as often as any other
+            sentence = lines[len(found) % len(lines)]
         currency, day = draw.choice(list(CURRENCIES)), draw.choice(days)
         cents = _cents(draw, split, currency)
         written = _written(draw, cents)
@@ -316,11 +221,12 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
     return list(found.values())
 
 
-def _sentence(draw: random.Random, split: str) -> str:
-    kind = draw.random() if split == "train" else 1
-    if kind < 0.5:
-        return re.sub(r"\[([^]]*)\]", lambda one: draw.choice(one[1].split("|")), draw.choice(PATTERNS))
-    return _fields(draw) if kind < 0.75 else draw.choice(SENTENCES[split])
+def sentences(split: str) -> list[str]:
+    return (Path(__file__).parent / "sentences" / f"{split}.txt").read_text().splitlines()
+
+
+def _drawn(draw: random.Random, pattern: str) -> str:
+    return re.sub(r"\[([^]]*)\]", lambda one: draw.choice(one[1].split("|")), pattern)
 
 
 def _fields(draw: random.Random) -> str:
@@ -371,7 +277,7 @@ def overlaps(by_split: dict[str, list[Note]]) -> dict[str, int]:
     """How many values of each kind occur in more than one split."""
     kinds: dict[str, Callable[[Note], set[object]]] = {
         "notes": lambda note: {note.text},
-        "sentences": lambda note: {note.sentence},
+        "sentences": lambda note: {" ".join(re.findall(r"{?\w+}?", note.sentence.lower()))},
         "words of payees": lambda note: set(note.payee.split()),
         "days": lambda note: {note.day},
         "amounts": lambda note: {note.cents},
@@ -389,7 +295,7 @@ def chat(note: Note) -> dict[str, object]:
 
 
 def question(note: Note) -> dict[str, object]:
-    return {"question": note.text, "answer": note.record}
+    return {"question": note.text, "answer": note.record, "sentence": note.sentence}
 
 
 def main() -> None:
@@ -397,7 +303,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=6000, help="notes to train on (default: 6000)")
+    parser.add_argument("--train", type=int, default=9000, help="notes to train on (default: 9000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sizes = dict(zip(SPLITS, (options.train, HELDOUT_NOTES, TEST_NOTES), strict=True))

@@ -1,6 +1,6 @@
 """From nothing to a student that does one job, and its figures: `make task`, or
 
-    python recipes/task/run.py [FOLDER] [--smoke] [--train 6000] [--asked 300] [--ids 4096] [--teacher OVERRIDE …]
+    python recipes/task/run.py [FOLDER] [--smoke] [--train 9000] [--asked 300] [--ids 4096] [--teacher OVERRIDE …]
         [--student OVERRIDE …]
 
 Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
@@ -38,7 +38,7 @@ def say(*command: str) -> None:
 def task(folder: Path, split: str, size: int) -> dict[str, object]:
     """The first `size` notes of a split, to be answered with their record."""
     found: dict[str, object] = {"source": "jsonl", "path": str(folder / "data" / f"{split}.jsonl")}
-    found |= {"question": "question", "answer": "answer"}
+    found |= {"question": "question", "answer": "answer", "cluster": "sentence"}
     return found | {"system": SYSTEM, "max_new_tokens": 80, "size": size}
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?", default=HERE.parent.parent / "runs" / "task")
-    parser.add_argument("--train", default="6000", help="notes to train on (default: 6000)")
+    parser.add_argument("--train", default="9000", help="notes to train on (default: 9000)")
     parser.add_argument(
         "--asked", type=int, default=TEST_NOTES, help="test notes that are asked (default: all)"
     )
