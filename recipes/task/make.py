@@ -56,9 +56,9 @@ NUCLEI = "a a e e i i o o u u ai au ea ee ie oa oo ou ay y"
 CODAS = "- - - b ck d f g k l ll m mp n nd ng nk nt p r rd rk rm rn rt s sh ss st t th x"
 """Of coined words: too many to be known by heart, so that a model learns to copy them."""
 # Sentences are in `sentences/`, a file a split: `{p}` is the payee, `{d}` the day, `{a}` the amount with its currency,
-# `{n}` a number that is none of them, and of each `[a|b]` one is drawn. A student that sees few sentences learns them by
-# heart, and copies from the wrong place in another one: so there are many to train on, and a quarter of the training notes
-# are fields in any order.
+# `{n}` a number that is none of them, and of each `[a|b]` one is drawn. A student that sees few sentences learns them
+# by heart, and copies from the wrong place in another one: so there are many to train on, and a quarter of the training
+# notes are fields in any order.
 OPENINGS = (
     "Bill",
     "Booked",

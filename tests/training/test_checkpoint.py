@@ -226,7 +226,10 @@ def test_a_signal_saves_ends_with_its_code_and_resumes_exactly(
     assert RunDir(tmp_path / "cut").status()["state"] == "stopped"
     assert main([*arguments, "--resume"]) == 0
     assert essence(tmp_path / "cut") == essence(whole)
+    left = tmp_path / "cut" / ".lock"  # by a kill after the receipt
+    left.touch()
     assert main([*arguments, "--resume"]) == 0  # finished already
+    assert not left.exists()
 
 
 def test_resuming_what_is_no_run_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -35,10 +35,25 @@ def locked(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator
     try:
         yield
     finally:
-        # While the lock is held: filelock sees that a file it has opened is gone by now, and opens the next.
-        with contextlib.suppress(OSError):
-            file.unlink()
-        lock.release()
+        _release(lock, file)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove the lock that a killed process left in a folder; one that is held stays, as where nothing can be written."""
+    file = folder / LOCK
+    if not file.exists():
+        return
+    lock = FileLock(file)
+    with contextlib.suppress(Timeout, OSError):
+        lock.acquire(blocking=False)
+        _release(lock, file)
+
+
+def _release(lock: FileLock, file: Path) -> None:
+    # Removed while the lock is held: filelock sees that a file it has opened is gone by now, and opens the next.
+    with contextlib.suppress(OSError):
+        file.unlink()
+    lock.release()
 
 
 def _acquired(lock: FileLock, folder: Path) -> bool:
