@@ -22,11 +22,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import cache
 from pathlib import Path
 
 SYSTEM = "Write the expense as JSON."
 SPLITS = ("train", "heldout", "test")
-TEST_NOTES, HELDOUT_NOTES = 345, 190
+NOTES_A_SENTENCE = 5
+"""Of held-out and test notes."""
 FIRST_DAY, DAYS = date(2018, 1, 1), 3650
 
 FIRST_WORDS = (
@@ -198,6 +200,7 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
         [word for word in words.split() if share(word) == split] for words in (FIRST_WORDS, SECOND_WORDS)
     )
     lines = sentences(split)
+    others = {worded(line) for other in SPLITS if other != split for line in sentences(other)}
     found: dict[str, Note] = {}
     while len(found) < count:
         payee = draw.choice(firsts) if draw.random() < 0.25 else _coined(draw, split)
@@ -205,6 +208,8 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
             payee += " " + (draw.choice(seconds) if draw.random() < 0.6 else _coined(draw, split))
         if split == "train":
             sentence = _fields(draw) if draw.random() < 0.25 else _drawn(draw, draw.choice(lines))
+            if worded(sentence) in others:
+                continue
         else:  # each as often as any other
             sentence = lines[len(found) % len(lines)]
         currency, day = draw.choice(list(CURRENCIES)), draw.choice(days)
@@ -221,8 +226,14 @@ def notes(split: str, count: int, seed: int) -> list[Note]:
     return list(found.values())
 
 
+@cache
 def sentences(split: str) -> list[str]:
     return (Path(__file__).parent / "sentences" / f"{split}.txt").read_text().splitlines()
+
+
+def worded(sentence: str) -> str:
+    """A sentence's words, by which two are the same."""
+    return " ".join(re.findall(r"{?\w+}?", sentence.lower()))
 
 
 def _drawn(draw: random.Random, pattern: str) -> str:
@@ -273,11 +284,16 @@ def _written(draw: random.Random, cents: int) -> str:
     return grouped if not rest and draw.random() < 0.5 else f"{grouped}.{rest:02d}"
 
 
+def asked_notes(split: str) -> int:
+    """How many held-out or test notes there are."""
+    return NOTES_A_SENTENCE * len(sentences(split))
+
+
 def overlaps(by_split: dict[str, list[Note]]) -> dict[str, int]:
     """How many values of each kind occur in more than one split."""
     kinds: dict[str, Callable[[Note], set[object]]] = {
         "notes": lambda note: {note.text},
-        "sentences": lambda note: {" ".join(re.findall(r"{?\w+}?", note.sentence.lower()))},
+        "sentences": lambda note: {worded(note.sentence)},
         "words of payees": lambda note: set(note.payee.split()),
         "days": lambda note: {note.day},
         "amounts": lambda note: {note.cents},
@@ -306,7 +322,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=9000, help="notes to train on (default: 9000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sizes = dict(zip(SPLITS, (options.train, HELDOUT_NOTES, TEST_NOTES), strict=True))
+    sizes = {"train": options.train} | {split: asked_notes(split) for split in SPLITS[1:]}
     by_split = {split: notes(split, count, options.seed) for split, count in sizes.items()}
     options.folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
@@ -314,7 +330,10 @@ def main() -> None:
         records = [record(note) for note in by_split[split]]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (options.folder / f"{split}.jsonl").write_text(text)
-    print(json.dumps({"notes": sizes, "in more than one split": overlaps(by_split)}))
+    shared = overlaps(by_split)
+    print(json.dumps({"notes": sizes, "in more than one split": shared}))
+    if any(shared.values()):
+        raise SystemExit("error: splits share something. Give another --seed.")
 
 
 if __name__ == "__main__":

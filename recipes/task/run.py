@@ -1,6 +1,6 @@
 """From nothing to a student that does one job, and its figures: `make task`, or
 
-    python recipes/task/run.py [FOLDER] [--smoke] [--train 9000] [--asked 300] [--ids 5376] [--teacher OVERRIDE …]
+    python recipes/task/run.py [FOLDER] [--smoke] [--train 9000] [--asked 345] [--ids 5376] [--teacher OVERRIDE …]
         [--student OVERRIDE …]
 
 Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from make import HELDOUT_NOTES, SYSTEM, TEST_NOTES
+from make import SYSTEM, asked_notes
 
 HERE = Path(__file__).resolve().parent
 TYPES = ("q8_0", "q4_0")
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=HERE.parent.parent / "runs" / "task")
     parser.add_argument("--train", default="9000", help="notes to train on (default: 9000)")
     parser.add_argument(
-        "--asked", type=int, default=TEST_NOTES, help="test notes that are asked (default: all)"
+        "--asked", type=int, default=asked_notes("test"), help="test notes that are asked (default: all)"
     )
     parser.add_argument("--ids", default="5376", help="tokens of both models (default: 5376)")
     parser.add_argument("--teacher", action="append", default=[], metavar="OVERRIDE", help="of teacher.yaml")
@@ -85,7 +85,7 @@ def main() -> None:
     made = [sys.executable, str(HERE / "make.py"), str(folder / "data"), "--train", options.train]
     if subprocess.run(made).returncode:
         sys.exit(1)
-    held_out = {"name": "task"} | task(folder, "heldout", min(HELDOUT_NOTES, options.asked))
+    held_out = {"name": "task"} | task(folder, "heldout", min(asked_notes("heldout"), options.asked))
     data = (f"corpus.path={folder / 'data' / 'train.jsonl'}", f"evaluations={json.dumps([held_out])}")
     auto = ("--resume", "auto")
     teacher, student, targets = folder / "teacher", folder / "student", folder / "targets"

@@ -35,7 +35,8 @@ from potstill.evals.humaneval_problems import (
     read_problems,
     read_tests,
 )
-from potstill.evals.pass_at_k import compare, wilson
+from potstill.evals.intervals import wilson
+from potstill.evals.pass_at_k import compare
 from potstill.evals.sandbox.sandbox import Sandbox, SandboxRefused, Verdict
 from potstill.evals.subject import Subject
 from potstill.models import generate

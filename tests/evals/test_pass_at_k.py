@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from potstill.errors import UserError
-from potstill.evals.pass_at_k import RESULT, compare, paired_difference, pass_at_k, scores, wilson
+from potstill.evals.intervals import wilson
+from potstill.evals.pass_at_k import RESULT, compare, paired_difference, pass_at_k, scores
 
 SETTINGS = {
     "task": "potstill-humaneval-1",
@@ -128,32 +129,6 @@ def test_the_bootstrap_has_the_width_of_the_normal_interval() -> None:
     half = 1.96 * float(np.std(passed / 10)) / math.sqrt(len(passed))
     assert found.high - found.value == pytest.approx(half, rel=0.05)
     assert found.value - found.low == pytest.approx(half, rel=0.05)
-
-
-def test_an_interval_over_clusters_is_as_wide_as_their_spread() -> None:
-    """Against the linearized standard error of a ratio of sums, for clusters of unequal sizes that pass or fail whole."""
-    rng = np.random.default_rng(6)
-    sizes = rng.integers(1, 8, size=300)
-    passes = rng.uniform(size=300) < 0.7
-    each = np.repeat(passes, sizes).astype(int).tolist()
-    of = rng.permutation(np.repeat(np.arange(300), 1)).repeat(sizes).tolist()  # their numbers in no order
-    found, apart = scores(each, 1, of)["pass@1"], scores(each, 1)["pass@1"]
-    assert found.value == apart.value and found.interval == "bootstrap over 300 clusters, 95 %"
-    residuals = sizes * (passes - found.value)
-    half = 1.96 * math.sqrt(float(residuals @ residuals)) / sizes.sum()
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
-    assert found.high - found.low > 1.5 * (apart.high - apart.low)
-
-
-def test_clusters_of_one_are_problems() -> None:
-    passed = [n % 3 for n in range(60)]
-    found, apart = scores(passed, 4, [*range(60)])["pass@1"], scores(passed, 4)["pass@1"]
-    assert (found.low, found.high) == (apart.low, apart.high)
-
-
-def test_where_all_pass_there_are_as_many_cases_as_clusters() -> None:
-    found = scores([1] * 60, 1, [n % 5 for n in range(60)])["pass@1"]
-    assert (found.low, found.high) == wilson(5, 5)
 
 
 def test_the_paired_bootstrap_holds_the_true_difference_19_times_in_20() -> None:

@@ -23,7 +23,7 @@ from potstill.cli.main import main
 from potstill.errors import UserError
 from potstill.evals import runtimes, tasks
 from potstill.evals.calibration import calibration
-from potstill.evals.pass_at_k import wilson
+from potstill.evals.intervals import student_t, wilson
 from potstill.evals.subject import Subject
 from potstill.evals.task_matching import last_number, matches
 from potstill.evals.task_sources import VerifierFailed, open_task, require_controls
@@ -252,8 +252,8 @@ def test_the_interval_of_questions_that_resemble_each_other_is_over_what_they_sh
     assert found["cluster_by_question"] == about and "cluster_by_question" not in apart
     assert found["settings"]["cluster"] == "of" and "cluster" not in apart["settings"]
     accuracy = found["accuracy"]
-    assert accuracy["value"] == 0.25 and accuracy["interval"] == "bootstrap over 4 clusters, 95 %"
-    assert (accuracy["low"], accuracy["high"]) == (0.0, 0.75)
+    assert accuracy["value"] == 0.25 and accuracy["interval"] == "Wilson over 4 clusters, 95 %"
+    assert (accuracy["low"], accuracy["high"]) == pytest.approx(wilson(3 / 4, 3, student_t(3)))
 
 
 # ---- every field changes what happens ----------------------------------------------------------------------
@@ -423,6 +423,10 @@ def test_all_mistakes_of_a_task_are_reported_at_once(refused: Callable[..., list
         ),
         ("{source: jsonl, path: no.jsonl, question: q, answer: a}", "--task: path: no file or folder"),
         ("{source: jsonl, path: ., question: q, answer: q}", "--task: answer: question names the same field"),
+        (
+            "{source: jsonl, path: ., question: q, answer: a, cluster: q}",
+            "--task: cluster: it is the question or",
+        ),
         ("{source: reasoning_gym, task: x, size: 0}", "--task: size: 0 must be 1 or more."),
         (
             "{source: reasoning_gym, task: x, system: s, apply_chat_template: false}",
@@ -454,10 +458,12 @@ def test_flags_of_other_evaluations_are_refused(sums: Path, refused: Callable[..
             {"cluster": "c"},
             ":1: no field 'c', but q, a. Name it in cluster.",
         ),
+        ({"q": "1?", "a": 1, "c": None}, {"cluster": "c"}, ":2: c is None, and no cluster. Correct it"),
+        ({"q": "1?", "a": 1, "c": " "}, {"cluster": "c"}, ":2: c is ' ', and no cluster. Correct it"),
         (
             {"q": "1?", "a": 1, "c": 1},
-            {"cluster": "q", "size": 1},
-            ": cluster: all 1 questions have the same 'q': nothing is known of other ones",
+            {"cluster": "c", "size": 1},
+            ": cluster: the first 1 questions have one and the same 'c': nothing is known of others",
         ),
         (
             {"q": "1?", "a": 1},
@@ -493,7 +499,8 @@ def test_a_file_that_cannot_be_asked(
     fields: dict[str, Any],
     message: str,
 ) -> None:
-    file = write(tmp_path / "q.jsonl", [{"q": "0?", "a": "0"}, record])
+    first = {"q": "0?", "a": "0"} | ({"c": 0} if "c" in record else {})
+    file = write(tmp_path / "q.jsonl", [first, record])
     (line,) = refused(fields_of(file, **fields))
     assert line.startswith(f"{file}{message}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from potstill.errors import UserError
-from potstill.io.locks import LOCK, locked, remove_left
+from potstill.io.locks import LOCK, locked, remove_leftover_lock
 
 HOLDER = """
 import sys, time
@@ -77,11 +77,10 @@ def test_a_lock_file_that_a_kill_left_locks_nothing(tmp_path: Path) -> None:
 
 def test_what_a_kill_left_is_removed_and_a_lock_that_is_held_is_not(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
-    remove_left(tmp_path)
+    remove_leftover_lock(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    remove_left(tmp_path)
     with locked(tmp_path):
-        remove_left(tmp_path)
+        remove_leftover_lock(tmp_path)
         assert (tmp_path / LOCK).exists()
         with pytest.raises(Refused), locked(tmp_path, on_wait=refuse):
             pass

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from potstill.evals import speed
-from potstill.evals.pass_at_k import wilson
+from potstill.evals.intervals import wilson
 from potstill.losses.divergences import tvd
 from potstill.models.student import Student
 from potstill.types import Batch, Rows, Teacher, answer

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from potstill.errors import UserError, one_line
+from potstill.evals.intervals import clustered, means_of, wilson
 from potstill.io.safe_open import read_object
 
-Z_95 = 1.959963984540054
-"""The normal quantile of a two-sided 95 % interval."""
 RESAMPLES = 10_000
 RESULT = "humaneval.json"
 KS = (1, 5, 10, 100)
@@ -67,41 +66,25 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
     return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
 
-def wilson(passed: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): it stays inside 0 and 1, and is not empty at 0 of n.
-
-    `passed` may be a mean over several runs.
-    """
-    if not (n > 0 and 0 <= passed <= n):
-        raise ValueError(f"{passed} of {n}: must be from 0 to n, and n above 0")
-    share, z2 = passed / n, Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def scores(passed: Sequence[int], n: int, clusters: Sequence[int] | None = None) -> dict[str, Score]:
     """pass@k for the usual k up to n; each problem has n samples, of which `passed` passed.
 
     The interval is Wilson's for one sample per problem, else a bootstrap over problems. Where problems resemble each
-    other it is a bootstrap over the clusters that they form (Cameron, Gelbach & Miller 2008): ten wordings of one
-    question say little more than one does.
+    other it is Wilson's for as many independent ones as say what they do, `clustered`.
 
     Args:
         clusters: the number of each problem's cluster.
     """
     by_k = {}
-    units = len(passed) if clusters is None else len(set(clusters))
     for k in (k for k in KS if k <= n):
         each = [pass_at_k(n, count, k) for count in passed]
         value = sum(each) / len(each)
-        if value in (0.0, 1.0) or (n == 1 and clusters is None):
-            # Resampling equal values would give an interval of width 0.
-            by_k[f"pass@{k}"] = Score(value, *wilson(round(value * units), units), "Wilson, 95 %")
-        elif clusters is not None:
-            by_k[f"pass@{k}"] = Score(
-                value, *_bootstrap(each, clusters), f"bootstrap over {units} clusters, 95 %"
-            )
+        if clusters is not None:
+            shares_G, sizes_G = means_of(each, clusters)
+            how = f"Wilson over {len(sizes_G)} clusters, 95 %"
+            by_k[f"pass@{k}"] = Score(value, *clustered(shares_G, sizes_G), how)
+        elif n == 1 or value in (0.0, 1.0):  # resampling equal values would give an interval of width 0
+            by_k[f"pass@{k}"] = Score(value, *wilson(round(sum(each)), len(each)), "Wilson, 95 %")
         else:
             by_k[f"pass@{k}"] = Score(value, *_bootstrap(each), "bootstrap over problems, 95 %")
     return by_k
@@ -243,11 +226,9 @@ def _shares(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
         raise UserError(f"{file}: damaged: {one_line(error)} Give a {RESULT}.") from error
 
 
-def _bootstrap(values: Sequence[float], clusters: Sequence[int] | None = None) -> tuple[float, float]:
-    """95 % percentile interval of the mean, of resampled values or clusters of them; the same for the same values."""
-    of = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    sums, counts = np.bincount(of, np.asarray(values, dtype=np.float64)), np.bincount(of)
-    picks = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[picks].sum(axis=1) / counts[picks].sum(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
+def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile interval of the mean; the same for the same values."""
+    array = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(0).integers(len(array), size=(RESAMPLES, len(array)))
+    low, high = np.quantile(array[picks].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)

@@ -152,8 +152,9 @@ class _JsonLines:
             )
         if self.cluster is not None and len({question.cluster for question in self.questions}) == 1:
             raise UserError(
-                f"{self.path}: cluster: all {len(self.questions)} questions have the same {self.cluster!r:.60}: nothing"
-                " is known of other ones, and there is no interval. Name another field, or leave cluster out."
+                f"{self.path}: cluster: the first {len(self.questions)} questions have one and the same"
+                f" {self.cluster!r:.60}: nothing is known of others, and there is no interval. Name another field, ask"
+                " more questions, or leave cluster out."
             )
         self.sha256 = file_sha256(self.path)
 
@@ -183,8 +184,17 @@ class _JsonLines:
                 raise UserError(
                     f"{where}: {self.fields[1]} is {expected!r:.60}, not a regular expression: {error}. Correct it."
                 ) from error
-        cluster = None if self.cluster is None else json.dumps(record[self.cluster], sort_keys=True)
-        return Question(where, text, expected, cluster)
+        return Question(where, text, expected, self._cluster_of(where, record))
+
+    def _cluster_of(self, where: str, record: dict[str, Any]) -> str | None:
+        if self.cluster is None:
+            return None
+        value = record[self.cluster]
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):
+            raise UserError(
+                f"{where}: {self.cluster} is {value!r:.60}, and no cluster. Correct it, or leave the line out."
+            )
+        return json.dumps(value, sort_keys=True)
 
     def score(self, question: Question, answer: str) -> float:
         return float(matches(answer, question.expected, self.match))

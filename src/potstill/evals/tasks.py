@@ -123,6 +123,8 @@ def of_subject(config: TaskConfig, subject: Subject) -> dict[str, Any]:
     figures |= {name: result[name] for name in ("mean_score", "cut_in_thought") if name in result}
     figures |= {f"calibration/{name}": value for name, value in result.get("calibration", {}).items()}
     figures |= {f"finish/{name}": count for name, count in result["finishes"].items()}
+    if "cluster_by_question" in result:
+        figures["clusters"] = len(set(result["cluster_by_question"]))
     return figures | {
         "questions": result["questions"],
         "questions_sha256": result["settings"]["questions_sha256"],

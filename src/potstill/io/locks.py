@@ -38,8 +38,8 @@ def locked(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator
         _release(lock, file)
 
 
-def remove_left(folder: Path) -> None:
-    """Remove the lock that a killed process left in a folder; one that is held stays, as where nothing can be written."""
+def remove_leftover_lock(folder: Path) -> None:
+    """Remove the lock file that a killed process left. One that is held, or cannot be removed, stays."""
     file = folder / LOCK
     if not file.exists():
         return

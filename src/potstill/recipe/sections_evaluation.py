@@ -155,8 +155,8 @@ class TaskConfig(EvaluationConfig):
     """jsonl: what a right answer is: the expected text (exact), a text whose last number is the expected one (number),
     or a text that the expected regular expression matches as a whole (regex); null: exact."""
     cluster: str | None = None
-    """jsonl: the field whose value questions that resemble each other share, such as the passage that they are about:
-    the interval is over these, not over questions. Null: no two questions resemble each other."""
+    """jsonl: the field that questions which resemble each other share the value of, such as the passage that they are
+    about; the interval is then over clusters of such questions. Null: questions are taken to be independent."""
     size: Count | None = None
     """Number of questions. reasoning_gym makes so many, null: 100; of a file the first are read, null: all."""
     prompt: Annotated[str, check(_prompt)] | None = None
@@ -194,6 +194,14 @@ class TaskConfig(EvaluationConfig):
                 yield name, f"missing. Source {source} needs it."
         if source == "jsonl" and given.get("question") == given.get("answer") is not None:
             yield "answer", "question names the same field: the answer would be in the prompt. Name another."
+        if given.get("cluster") is not None and given["cluster"] in (
+            given.get("question"),
+            given.get("answer"),
+        ):
+            yield (
+                "cluster",
+                "it is the question or the answer, which no two questions share. Name another field.",
+            )
         if given.get("temperature", 0) == 0:
             for name, what in (("samples", "all samples are the same"), ("top_p", "it has no effect")):
                 if given.get(name, 1) != 1:

@@ -249,7 +249,7 @@ class RunDir:
         tries = iter(range(2))
 
         def refuse() -> None:
-            # Once more after a moment: `potstill runs` holds the lock for an instant, to see whether it is free.
+            # Once more after a moment: who lists runs or finds one finished holds the lock for an instant.
             if next(tries):
                 raise UserError(
                     f"{self.path}: another process is at work on this run. Wait for it, or stop it."

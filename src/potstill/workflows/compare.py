@@ -28,8 +28,9 @@ from potstill.build.resolve import pin, resolve
 from potstill.build.setup import RunSetup, process_of, set_up
 from potstill.errors import UserError
 from potstill.evals.heldout import heldout_by_row
-from potstill.evals.pass_at_k import wilson
+from potstill.evals.intervals import Values, clustered
 from potstill.evals.subject import Subject
+from potstill.io.locks import remove_leftover_lock
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
 from potstill.models.load import weights_sha256
@@ -52,7 +53,6 @@ from potstill.workflows.compare_stats import (
     UNTOUCHED,
     Estimate,
     Measured,
-    Values,
     estimate,
 )
 from potstill.workflows.distill import distill
@@ -260,6 +260,8 @@ class _Comparison:
         if not (started and run.status().get("state") == "finished"):
             self.display.note(f"comparison: {arm}, seed {seed}, {recipe.train.num_steps} steps")
             distill(recipe, out=run.path, resume=started, display=self.display)
+        else:
+            remove_leftover_lock(run.path)
         return bool(run.status()["state"] == "finished")
 
     def teacher_recipe(self, seed: int) -> Recipe:
@@ -471,8 +473,7 @@ def _with_interval(name: str, metric: Measured) -> Estimate:
     if name != "pass@1" and name in compare_stats.METRICS:
         is_share = compare_stats.named(name)[1] == compare_stats.SHARE
         return result.within(0.0, 1.0 if is_share else math.inf)
-    units = len(metric.weights_U)
-    return Estimate(result.mean, *wilson(result.mean * units, units))
+    return Estimate(result.mean, *clustered(metric.values_SU.mean(0), metric.weights_U))
 
 
 def _not_run(metrics: dict[str, Measured]) -> dict[str, None]:

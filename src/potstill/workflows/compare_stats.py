@@ -10,15 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from potstill.evals.intervals import Values, student_t
 
-Values = NDArray[np.float64]
-CONFIDENCE = 0.95
 UNTOUCHED, CE, KD, CORRECTED = "untouched", "CE only", "KD", "KD, corrected teacher"
 SPOKEN = {UNTOUCHED: "the untouched student", CE: "plain training (CE only)"}
 """What a sentence calls an arm: `KD is ahead of CE only in …` could be read in two ways."""
@@ -82,20 +78,6 @@ def estimate(values_SU: Values, weights_U: Values) -> Estimate:
         residual_U = share_U * (values_SU.mean(0) - mean)  # linearized error of a ratio of sums
         half2 += student_t(U - 1) ** 2 * float(residual_U @ residual_U) * U / (U - 1)
     return Estimate(mean, mean - math.sqrt(half2), mean + math.sqrt(half2))
-
-
-@cache
-def student_t(freedom: int) -> float:
-    """The two-sided 95 % critical value of Student's t with `freedom` >= 1 degrees of freedom.
-
-    Substituting t = sqrt(freedom) tan(a), a has a density proportional to cos(a)^(freedom - 1), which is
-    integrated by the trapezoidal rule.
-    """
-    angles = np.linspace(0.0, math.pi / 2, 200_001)
-    density = np.cos(angles) ** (freedom - 1)
-    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = float(np.interp(CONFIDENCE * cumulative[-1], cumulative, angles))
-    return math.sqrt(freedom) * math.tan(angle)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from potstill.errors import Stopped, UserError, one_line
 from potstill.evals.heldout import heldout
 from potstill.evals.own_samples import own_samples
 from potstill.evals.subject import Subject
-from potstill.io.locks import remove_left
+from potstill.io.locks import remove_leftover_lock
 from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display, printable
 from potstill.models.load import choose_device
@@ -100,7 +100,7 @@ def _distill(
     start = start_run(loaded, name, text, out, resume, display, ranks)
     if start.run is not None and start.run.status().get("state") == "finished":
         start.run.whole_student()
-        remove_left(start.path)  # of a process that was killed as it let go
+        remove_leftover_lock(start.path)  # of a process that was killed as it let go
         display.note(f"{start.path}: finished already")
         return start.run
     locked: list[RunDir] = []
