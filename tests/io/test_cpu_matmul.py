@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -276,19 +277,34 @@ def test_float32_is_named_where_the_device_is_faster_in_bfloat16(
     monkeypatch.chdir(tmp_path)
     recipe = str(tiny_recipe())  # which names no type: float32
 
+    settled: list[str] = []
+
     def named(*words: str) -> list[str]:
-        """The fields that a verb calls slower."""
+        """The fields that a verb calls slower; the lines of those that `auto` chose are added to `settled`."""
         capsys.readouterr()
         assert main([words[0], recipe, *words[1:]]) == 0
         said = capsys.readouterr()
         lines = (said.out + said.err).splitlines()
+        settled.extend(line for line in lines if re.search(r"^(train.precision|teacher.dtype): \w+, ", line))
         return [line.partition(": ")[0] for line in lines if "float32; auto would be" in line]
 
     both = ["train.precision", "teacher.dtype"] if flag == "amx_bf16" else []
     for words in (["distill", "--out", "run"], ["check"], ["plan"]):
         assert named(*words) == both, words
     assert named("capture", "--out", "targets") == both[1:]  # nothing is trained
-    assert named("plan", "train.precision=auto", "teacher.dtype=auto") == []
+    assert settled == []
+    auto = ("train.precision=auto", "teacher.dtype=auto")
+    chosen = "bfloat16, auto: the processor has amx_bf16" if both else "float32, auto: "
+    for words in (["check"], ["plan"], ["distill", "--out", "run2"]):
+        assert named(*words, *auto) == []
+        assert [line.partition(": ")[0] for line in settled] == ["train.precision", "teacher.dtype"], words
+        assert all(line.partition(": ")[2].startswith(chosen) for line in settled)
+        settled.clear()
+    assert named("capture", "--out", "targets2", *auto) == [] and len(settled) == 1
+    settled.clear()
+    assert named("plan", "--device", "h100", *auto) == []
+    assert [line.partition(": ")[2] for line in settled] == 2 * ["bfloat16, auto: h100"]
+    settled.clear()
     one = f"teacher: {{name: torch, model: {teacher_folder}}}"
     mixed = f"teacher={{name: mixture, teachers: [{{weight: 0.5, {one}}}, {{weight: 0.5, {one}}}]}}"
     members = [f"teacher.teachers.{number}.teacher.dtype" for number in (0, 1)] if both else []

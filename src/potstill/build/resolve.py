@@ -119,6 +119,8 @@ class Resolved:
 
     recipe: Recipe
     """With the commit of each model and data set on the hub: see `pin`."""
+    asked: Recipe
+    """The one that was given, with the types that it leaves to `auto`."""
     device: torch.device
     teacher: TeacherSource
     student: StudentSource
@@ -177,11 +179,16 @@ def resolve(
     if saved_student is not None:
         recipe = dataclasses.replace(recipe, student=CheckpointStudentConfig(model=str(saved_student)))
     device = choose_device(recipe.train.device)
-    recipe = settle_types(recipe, choose_product_dtype(device)[0])
+    asked, recipe = recipe, settle_types(recipe, choose_product_dtype(device)[0])
     recipe, commits = pin(recipe, commits or {})
     teacher = source_of(recipe.teacher, device)
     return Resolved(
-        recipe, device, teacher, StudentSource(recipe.student, teacher, saved_student is not None), commits
+        recipe,
+        asked,
+        device,
+        teacher,
+        StudentSource(recipe.student, teacher, saved_student is not None),
+        commits,
     )
 
 

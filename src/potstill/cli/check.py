@@ -55,14 +55,14 @@ def run_check(options: argparse.Namespace, display: Display) -> int:
     recipe.require_available()
     from potstill.build.resolve import resolve
     from potstill.build.setup import process_of, set_up
-    from potstill.preflight.auto import note_slow_types, settle
+    from potstill.preflight.auto import note_types, settle
     from potstill.preflight.trial_steps import check
     from potstill.runs.places import default_path
     from potstill.training.watchdog import cleaning
 
     findings = []
     with cleaning():
-        note_slow_types(resolved := resolve(recipe), display.note)
+        note_types(resolved := resolve(recipe), display.note)
         resolved = settle(resolved, display.note)
         with process_of(resolved.recipe):
             setup = set_up(resolved, display.note)
@@ -180,12 +180,16 @@ def _memory_lines(planned: Plan, memory: int, chunk: str, other: OtherDevice | N
 
 
 def _type_lines(resolved: Resolved, other: OtherDevice | None) -> list[str]:
-    """Types in which the device of the plan is slower."""
+    """Types that were left to `auto`, and those in which the device of the plan is slower."""
     from potstill.build.resolve import notes_on_types
     from potstill.io.cpu_matmul import choose_product_dtype
 
-    chosen = choose_product_dtype(resolved.device) if other is None else (other.product_dtype, other.name)
-    return notes_on_types(resolved.recipe, *chosen)
+    chosen = (
+        choose_product_dtype(resolved.device)
+        if other is None
+        else (other.product_dtype, f"auto: {other.name}")
+    )
+    return notes_on_types(resolved.asked, *chosen)
 
 
 def _rollout_lines(resolved: Resolved) -> list[str]:

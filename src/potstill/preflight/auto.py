@@ -126,9 +126,11 @@ def settle(resolved: Resolved, note: Callable[[str], None]) -> Resolved:
         raise
 
 
-def note_slow_types(resolved: Resolved, note: Callable[[str], None], trains: bool = True) -> None:
-    """Report types in which this machine is slower than it could be; of the teacher alone where nothing `trains`."""
-    for line in notes_on_types(resolved.recipe, *choose_product_dtype(resolved.device), trains):
+def note_types(resolved: Resolved, note: Callable[[str], None], trains: bool = True) -> None:
+    """Report types that were left to `auto`, and those in which this machine is slower than it could be; of the teacher
+    alone where nothing `trains`.
+    """
+    for line in notes_on_types(resolved.asked, *choose_product_dtype(resolved.device), trains):
         note(line)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from potstill.build.resolve import Resolved, resolve
+from potstill.build.resolve import Resolved, resolve, settle_types
 from potstill.errors import UserError
 from potstill.io.cpu_matmul import ProductDtype
 from potstill.recipe.load import Recipe
@@ -69,12 +69,9 @@ def other_device(name: str | None, memory: str | None, recipe: Recipe) -> OtherD
 
 def resolve_for(recipe: Recipe, other: OtherDevice) -> Resolved:
     """The recipe for another device. Its step is traced with the kernels of this machine's CPU."""
-    train = recipe.train
-    if train.precision == "auto":
-        train = replace(train, precision=other.product_dtype)
-    teacher = recipe.teacher.with_dtype(other.product_dtype)
-    resolved = resolve(replace(recipe, teacher=teacher, train=replace(train, device="cpu")))
-    return replace(resolved, planned_type="cuda" if other.is_cuda else "cpu")
+    settled = settle_types(recipe, other.product_dtype)
+    resolved = resolve(replace(settled, train=replace(settled.train, device="cpu")))
+    return replace(resolved, asked=recipe, planned_type="cuda" if other.is_cuda else "cpu")
 
 
 def _bytes_of(text: str) -> int:

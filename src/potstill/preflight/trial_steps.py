@@ -27,7 +27,7 @@ from potstill.io.memory import peak_gib
 from potstill.io.terminal import Display, clock, size
 from potstill.models.lora import REACHED_LATE
 from potstill.models.student import from_checkpoint
-from potstill.preflight.auto import note_slow_types, settle
+from potstill.preflight.auto import note_types, settle
 from potstill.preflight.bos_probe import texts_begin_as_the_teacher_reads_them
 from potstill.preflight.checks import cheap, plan_of, require_sound
 from potstill.preflight.plan import Plan, available
@@ -321,7 +321,7 @@ def smoke(
     if not at_most:  # before anything is read, where the recipe says it itself
         _require_as_many(steps, resolved.recipe.train.steps)
     display = display or Display(quiet=True)
-    note_slow_types(resolved, display.note)
+    note_types(resolved, display.note)
     resolved = settle(resolved, display.note)
     with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)

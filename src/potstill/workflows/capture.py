@@ -21,7 +21,7 @@ from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display, clock, size
 from potstill.losses.targets import HiddenTargets
 from potstill.models.causal_lm import CausalLM
-from potstill.preflight.auto import note_slow_types, settle
+from potstill.preflight.auto import note_types, settle
 from potstill.preflight.plan import available
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
@@ -74,7 +74,7 @@ def capture(recipe: Path, overrides: list[str], out: Path, part: str | None, dis
     require_capturable(loaded, recipe)
     resolved = resolve(loaded, commits=(_recorded(out) or {}).get("commits"))
     _require_kind(loaded, resolved.teacher.captures, recipe)
-    note_slow_types(resolved, display.note, trains=False)
+    note_types(resolved, display.note, trains=False)
     resolved = settle(resolved, display.note)
     with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)

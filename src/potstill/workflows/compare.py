@@ -35,7 +35,7 @@ from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
 from potstill.models.load import weights_sha256
 from potstill.models.student import Student, from_checkpoint
-from potstill.preflight.auto import as_recorded, as_started, note_slow_types, settle
+from potstill.preflight.auto import as_recorded, as_started, note_types, settle
 from potstill.preflight.trial_steps import step_seconds
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
@@ -133,7 +133,7 @@ def _make_or_read_plan(
             )
         return plan
     RunDir.require_free(folder)
-    note_slow_types(resolved := resolve(recipe), display.note)
+    note_types(resolved := resolve(recipe), display.note)
     resolved = settle(resolved, display.note)
     with process_of(resolved.recipe):
         setup = set_up(resolved, display.note)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from potstill.build.resolve import resolve
 from potstill.build.setup import RunSetup, set_up
-from potstill.preflight.auto import note_slow_types, settle
+from potstill.preflight.auto import note_types, settle
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
 
@@ -31,5 +31,5 @@ def prepare(
     """
     loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     loaded.require_available()
-    note_slow_types(resolved := resolve(loaded), note)
+    note_types(resolved := resolve(loaded), note)
     return set_up(settle(resolved, note), note)

@@ -38,7 +38,7 @@ from potstill.io.locks import locked
 from potstill.io.safe_open import read_object
 from potstill.io.terminal import Display
 from potstill.models.decoding import Decode
-from potstill.preflight.auto import note_slow_types, settle
+from potstill.preflight.auto import note_types, settle
 from potstill.recipe import load as recipes
 from potstill.recipe.load import Recipe
 from potstill.recipe.sections_data import OF_A_SOURCE
@@ -106,7 +106,7 @@ def write_corpus(
     if out.exists() and not (out.is_dir() and ((out / PROGRESS).exists() or not any(out.iterdir()))):
         raise UserError(f"{out}: exists already, and no corpus was started there. Give another --out.")
     with locked(out):
-        note_slow_types(resolved := resolve(loaded), display.note, trains=False)
+        note_types(resolved := resolve(loaded), display.note, trains=False)
         return _write(settle(resolved, display.note), out, display)
 
 
