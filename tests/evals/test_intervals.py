@@ -33,10 +33,13 @@ def test_clusters_of_one_are_cases(cases: int) -> None:
     assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=1e-12)
 
 
-def test_where_all_are_right_there_are_as_many_cases_as_clusters() -> None:
-    sizes_G = np.array([2.0, 2, 5, 1, 3])  # whose mean is more than 1 by rounding
-    assert clustered(np.ones(5), sizes_G) == pytest.approx(wilson(5, 5, student_t(4)), abs=1e-12)
-    assert clustered(np.zeros(5), sizes_G) == pytest.approx(wilson(0, 5, student_t(4)), abs=1e-12)
+@pytest.mark.parametrize("sizes", [[1.0, 3.0, 2.0, 3.0, 1.0], [3.0, 1.0, 1.0, 1.0, 1.0]])
+def test_where_all_are_right_there_are_as_many_cases_as_clusters(sizes: list[float]) -> None:
+    """The mean of so many ones is more than 1 by rounding, or less."""
+    sizes_G, G = np.array(sizes), len(sizes)
+    assert np.ones(G) @ (sizes_G / sizes_G.sum()) != 1
+    assert clustered(np.ones(G), sizes_G) == pytest.approx(wilson(G, G, student_t(G - 1)), abs=1e-12)
+    assert clustered(np.zeros(G), sizes_G) == pytest.approx(wilson(0, G, student_t(G - 1)), abs=1e-12)
 
 
 def test_one_cluster_has_no_interval() -> None:

@@ -49,7 +49,8 @@ def clustered(shares_G: Values, sizes_G: Values) -> tuple[float, float]:
     """
     G, cases = len(sizes_G), float(sizes_G.sum())
     weights_G = sizes_G / cases
-    share = min(max(float(shares_G @ weights_G), 0.0), 1.0)
+    # A mean of ones is not 1 to the last bit.
+    share = float(shares_G[0] if (shares_G == shares_G[0]).all() else shares_G @ weights_G)
     if cases == G:
         effective, z = cases, Z_95
     else:
