@@ -324,16 +324,16 @@ def main() -> None:
     options = parser.parse_args()
     sizes = {"train": options.train} | {split: asked_notes(split) for split in SPLITS[1:]}
     by_split = {split: notes(split, count, options.seed) for split, count in sizes.items()}
+    shared = overlaps(by_split)
+    print(json.dumps({"notes": sizes, "in more than one split": shared}))
+    if any(shared.values()):
+        raise SystemExit("error: splits share something. Give another --seed.")
     options.folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         record = chat if split == "train" else question
         records = [record(note) for note in by_split[split]]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (options.folder / f"{split}.jsonl").write_text(text)
-    shared = overlaps(by_split)
-    print(json.dumps({"notes": sizes, "in more than one split": shared}))
-    if any(shared.values()):
-        raise SystemExit("error: splits share something. Give another --seed.")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from potstill.data.chats.templates import DATE, ChatTemplate
 from potstill.errors import UserError
 from potstill.evals.calibration import calibration
 from potstill.evals.humaneval_problems import LEFTOVER, answer_of, end_of_turn, opens_thought, thought_ids
+from potstill.evals.intervals import Values, means_of
 from potstill.evals.pass_at_k import scores
 from potstill.evals.runtimes import Placement, Runtime, completed, open_runtime
 from potstill.evals.subject import Subject
@@ -131,18 +132,15 @@ def of_subject(config: TaskConfig, subject: Subject) -> dict[str, Any]:
     }
 
 
-def accuracy_by_unit(config: TaskConfig, subject: Subject) -> tuple[list[float], list[int]]:
+def accuracy_by_unit(config: TaskConfig, subject: Subject) -> tuple[Values, Values]:
     """The share of correct answers to each question, or cluster of them, and the questions of each.
 
     Raises:
         UserError: as of `of_subject`.
     """
     result = _of_subject(config, subject)
-    by_unit: dict[int, list[float]] = {}
-    units = result.get("cluster_by_question", range(result["questions"]))
-    for unit, count in zip(units, result["correct_by_question"], strict=True):
-        by_unit.setdefault(unit, []).append(count / config.samples)
-    return [sum(each) / len(each) for each in by_unit.values()], [len(each) for each in by_unit.values()]
+    shares = [count / config.samples for count in result["correct_by_question"]]
+    return means_of(shares, result.get("cluster_by_question", range(len(shares))))
 
 
 def _of_subject(config: TaskConfig, subject: Subject) -> dict[str, Any]:

@@ -379,10 +379,10 @@ class _Comparison:
                 self.display.warn(f"comparison: {arm}: {error}")
                 continue
             values_SU = np.asarray([by_folder[folder][0] for folder in folders])
-            metrics[label] = Measured(values_SU, np.asarray(by_folder[folders[0]][1], dtype=np.float64))
+            metrics[label] = Measured(values_SU, by_folder[folders[0]][1])
         return metrics
 
-    def accuracy_by_unit(self, label: str, config: TaskConfig, folder: Path) -> tuple[list[float], list[int]]:
+    def accuracy_by_unit(self, label: str, config: TaskConfig, folder: Path) -> tuple[Values, Values]:
         """The share of correct answers to each question, or cluster of them, and the questions of each; those of an
         arm's run are in its folder already.
         """
