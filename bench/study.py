@@ -47,6 +47,9 @@ ARMS: dict[str, list[str]] = {
     "JSD 0.5": ["objective.divergence={name: jsd, beta: 0.5}"],
     "skew KL 0.1": ["objective.divergence={name: skew_kl, alpha: 0.1}"],
     "total variation": ["objective.divergence=tvd"],
+    "Muon": ["train.optimizer=muon"],
+    "bfloat16": ["train.precision=bfloat16"],
+    "Muon, bfloat16": ["train.optimizer=muon", "train.precision=bfloat16"],
 }
 
 

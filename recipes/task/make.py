@@ -1,6 +1,6 @@
 """Expense notes and the record of each: one narrow job, whose answers a program checks.
 
-    python recipes/task/make.py FOLDER [--train 9000] [--seed 0]
+    python recipes/task/make.py FOLDER [--train 14000] [--seed 0]
 
 A note is free text ("Paid the 4th of May 2023: 1,250 Swiss francs at Alder Clinic, table 12."), its record strict JSON:
 
@@ -319,7 +319,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=9000, help="notes to train on (default: 9000)")
+    parser.add_argument("--train", type=int, default=14000, help="notes to train on (default: 14000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sizes = {"train": options.train} | {split: asked_notes(split) for split in SPLITS[1:]}

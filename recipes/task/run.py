@@ -1,6 +1,6 @@
 """From nothing to a student that does one job, and its figures: `make task`, or
 
-    python recipes/task/run.py [FOLDER] [--smoke] [--train 9000] [--asked 345] [--ids 5376] [--teacher OVERRIDE …]
+    python recipes/task/run.py [FOLDER] [--smoke] [--train 14000] [--asked 345] [--ids 5376] [--teacher OVERRIDE …]
         [--student OVERRIDE …]
 
 Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
@@ -67,7 +67,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?", default=HERE.parent.parent / "runs" / "task")
-    parser.add_argument("--train", default="9000", help="notes to train on (default: 9000)")
+    parser.add_argument("--train", default="14000", help="notes to train on (default: 14000)")
     parser.add_argument(
         "--asked", type=int, default=asked_notes("test"), help="test notes that are asked (default: all)"
     )
