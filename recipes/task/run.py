@@ -1,6 +1,6 @@
 """From nothing to a student that does one job, and its figures: `make task`, or
 
-    python recipes/task/run.py [FOLDER] [--smoke] [--train 14000] [--asked 345] [--ids 5376] [--teacher OVERRIDE …]
+    python recipes/task/run.py [FOLDER] [--smoke] [--train 14000] [--asked 345] [--ids 8448] [--teacher OVERRIDE …]
         [--student OVERRIDE …]
 
 Each stage is one command, printed before it runs; the same command again goes on where it was stopped, and finished
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--asked", type=int, default=asked_notes("test"), help="test notes that are asked (default: all)"
     )
-    parser.add_argument("--ids", default="5376", help="tokens of both models (default: 5376)")
+    parser.add_argument("--ids", default="8448", help="tokens of both models (default: 8448)")
     parser.add_argument("--teacher", action="append", default=[], metavar="OVERRIDE", help="of teacher.yaml")
     parser.add_argument("--student", action="append", default=[], metavar="OVERRIDE", help="of student.yaml")
     parser.add_argument(
