@@ -60,7 +60,6 @@ map: $(READY)
 soak: $(READY)
 	SOAK=1 $(BIN)/python -m pytest -q tests/soak tests/training/test_distributed.py -o tmp_path_retention_policy=failed
 	SOAK=1 $(BIN)/python -m pytest -q -m soak tests -o tmp_path_retention_policy=failed
-	$(BIN)/python -m pytest -q -m soak tests/test_malformed.py
 
 bench: $(READY)
 	$(BIN)/python bench/step.py
